@@ -1,0 +1,183 @@
+"""What ablating and steering a latent does, measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..hooks import attach
+from ..interventions import Ablate, Steer
+from ..modeling import SAEModel
+from .material import Material
+from .targets import Target
+
+
+@dataclass(frozen=True)
+class AblationEffect:
+    """Next-token loss in nats per token, inside and outside what the latent stands for.
+
+    Attributes:
+        inside_clean, inside_ablated: mean loss of tokens inside.
+        outside_clean, outside_ablated: mean loss of all other tokens.
+        inside_tokens, outside_tokens: how many there are.
+    """
+
+    inside_clean: float
+    inside_ablated: float
+    outside_clean: float
+    outside_ablated: float
+    inside_tokens: int
+    outside_tokens: int
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """One prompt, continued before and after steering.
+
+    Attributes:
+        prompt, before, after: text.
+        share_before, share_after: share of each continuation that the latent stands for.
+    """
+
+    prompt: str
+    before: str
+    after: str
+    share_before: float
+    share_after: float
+
+
+@dataclass(frozen=True)
+class SteeringEffect:
+    """Several prompts, each continued before and after steering with the same random numbers.
+
+    Attributes:
+        strength: in units of the latent's recorded maximum activation.
+        continuations: one per prompt.
+    """
+
+    strength: float
+    continuations: list[Continuation]
+
+    @property
+    def share_before(self) -> float:
+        """Mean share without steering."""
+        return sum(c.share_before for c in self.continuations) / len(self.continuations)
+
+    @property
+    def share_after(self) -> float:
+        """Mean share with steering."""
+        return sum(c.share_after for c in self.continuations) / len(self.continuations)
+
+    @property
+    def typical(self) -> Continuation:
+        """The continuation whose change is closest to the mean change, so that the example is not the best one."""
+        mean = self.share_after - self.share_before
+        return min(self.continuations, key=lambda c: abs(c.share_after - c.share_before - mean))
+
+
+@torch.no_grad()
+def token_losses(model: Any, input_ids: Tensor) -> Tensor:
+    """Return the loss of every token but the first, ``[B, S - 1]`` in nats."""
+    ids = input_ids.to(model.device)
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").cpu()
+
+
+def measure_ablation(model: Any, sae: SAEModel, target: Target, material: Material) -> AblationEffect:
+    """Ablate the target's latent everywhere and compare the losses.
+
+    Args:
+        model: the causal LM.
+        sae: the SAE.
+        target: the latent and its tokens.
+        material: text.
+
+    Returns:
+        The losses.
+    """
+    inside = target.inside(material)[:, 1:]
+    clean, ablated = [], []
+    for batch in material.batches(8):
+        clean.append(token_losses(model, batch["input_ids"]))
+        with attach(model, Ablate(sae, [target.latent])):
+            ablated.append(token_losses(model, batch["input_ids"]))
+    before, after = torch.cat(clean), torch.cat(ablated)
+    return AblationEffect(
+        inside_clean=before[inside].mean().item(),
+        inside_ablated=after[inside].mean().item(),
+        outside_clean=before[~inside].mean().item(),
+        outside_ablated=after[~inside].mean().item(),
+        inside_tokens=int(inside.sum()),
+        outside_tokens=int((~inside).sum()),
+    )
+
+
+@dataclass(frozen=True)
+class SteeringPlan:
+    """How continuations are made.
+
+    Attributes:
+        strength: in units of the latent's recorded maximum activation.
+        prompts: number of prompts.
+        prompt_tokens, new_tokens: lengths.
+        temperature: of sampling; 0 is greedy.
+        seed: of sampling, the same before and after.
+    """
+
+    strength: float = 1.0
+    prompts: int = 16
+    prompt_tokens: int = 48
+    new_tokens: int = 64
+    temperature: float = 0.7
+    seed: int = 0
+
+
+def measure_steering(
+    model: Any, tokenizer: Any, sae: SAEModel, target: Target, material: Material, plan: SteeringPlan
+) -> SteeringEffect:
+    """Continue prompts with and without steering.
+
+    Args:
+        model: the causal LM.
+        tokenizer: its tokenizer.
+        sae: the SAE.
+        target: the latent and what it stands for.
+        material: text; prompts are the beginnings of windows spread over it.
+        plan: how.
+
+    Returns:
+        The continuations and their shares.
+    """
+    windows = material.input_ids
+    chosen = torch.linspace(0, len(windows) - 1, min(plan.prompts, len(windows))).long()
+    prompts = windows[chosen, : plan.prompt_tokens]
+    before = _continue(model, tokenizer, prompts, plan)
+    with attach(model, Steer(sae, target.latent, strength=plan.strength, positions="generated")):
+        after = _continue(model, tokenizer, prompts, plan)
+    continuations = []
+    for prompt, plain, steered in zip(prompts, before, after, strict=True):
+        text = tokenizer.decode(prompt, skip_special_tokens=True)
+        pair = [tokenizer.decode(ids, skip_special_tokens=True) for ids in (plain, steered)]
+        shares = [
+            target.share(ids, len(prompt), whole, text) for ids, whole in zip((plain, steered), pair, strict=True)
+        ]
+        continuations.append(Continuation(text, pair[0][len(text) :], pair[1][len(text) :], shares[0], shares[1]))
+    return SteeringEffect(strength=plan.strength, continuations=continuations)
+
+
+def _continue(model: Any, tokenizer: Any, prompts: Tensor, plan: SteeringPlan) -> Tensor:
+    """Return prompts and continuations, ``[N, prompt_tokens + new_tokens]``."""
+    with torch.random.fork_rng():
+        torch.manual_seed(plan.seed)
+        return model.generate(
+            prompts.to(model.device),
+            attention_mask=torch.ones_like(prompts).to(model.device),
+            max_new_tokens=plan.new_tokens,
+            min_new_tokens=plan.new_tokens,
+            do_sample=plan.temperature > 0,
+            temperature=plan.temperature or None,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        ).cpu()

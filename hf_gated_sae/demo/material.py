@@ -1,0 +1,78 @@
+"""Text cut into windows of tokens, with the ground truth of every token beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .concepts import CONCEPTS, token_labels
+
+
+@dataclass(frozen=True)
+class Material:
+    """Windows of equal length.
+
+    Attributes:
+        input_ids: ``[N, S]``.
+        labels: which token has which concept, ``[N, S, n_concepts]`` bool; None where the text is not Python.
+        names: the concepts, in the order of `labels`.
+    """
+
+    input_ids: Tensor
+    labels: Tensor | None
+    names: tuple[str, ...]
+
+    def batches(self, rows: int) -> Iterator[dict[str, Tensor]]:
+        """Yield the model's inputs, `rows` windows at a time."""
+        for ids in self.input_ids.split(rows):
+            yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return self.input_ids.numel()
+
+
+def cut(tokenizer: Any, texts: Iterable[str], *, window: int, windows: int, python: bool) -> Material:
+    """Tokenise texts and cut them into windows, none of which reaches across two texts.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        texts: documents.
+        window: tokens per window, with the special tokens that the tokenizer puts before a text.
+        windows: how many windows at most.
+        python: whether the texts are Python source and can be labelled.
+
+    Returns:
+        The windows.
+
+    Raises:
+        InputError: if there is not enough text for one window.
+    """
+    prefix = list(tokenizer("")["input_ids"])
+    body = window - len(prefix)
+    ids: list[list[int]] = []
+    labels: list[Tensor] = []
+    for text in texts:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=python, verbose=False)
+        tokens = encoded["input_ids"]
+        marks = token_labels(text, encoded["offset_mapping"]) if python else None
+        for start in range(0, len(tokens) - body + 1, body):
+            ids.append([*prefix, *tokens[start : start + body]])
+            if marks is not None:
+                before = torch.zeros(len(prefix), marks.shape[1], dtype=torch.bool)
+                labels.append(torch.cat([before, marks[start : start + body]]))
+        if len(ids) >= windows:
+            break
+    if not ids:
+        raise InputError(f"The text is shorter than one window of {window} tokens; give a longer text.")
+    return Material(
+        input_ids=torch.tensor(ids[:windows]),
+        labels=torch.stack(labels[:windows]) if python else None,
+        names=tuple(CONCEPTS) if python else (),
+    )

@@ -1,0 +1,81 @@
+"""Every error that this package raises: one root, and each is also the builtin that a caller would expect.
+
+A message says what was given, what was expected and what to do; names get close matches.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SAEError(Exception):
+    """Root of the package's errors."""
+
+
+class InputError(SAEError, ValueError):
+    """An argument has a value that cannot be used."""
+
+
+class UnknownNameError(InputError):
+    """A name is not among the known ones."""
+
+
+class ShapeError(SAEError, ValueError):
+    """A tensor does not have the shape that the SAE or the model needs."""
+
+
+class LatentIndexError(SAEError, IndexError):
+    """A latent index is outside ``0 .. d_sae - 1``."""
+
+
+class CheckpointError(SAEError, ValueError):
+    """A checkpoint is incomplete, broken, or holds something else than its configuration says."""
+
+
+class MissingFileError(SAEError, FileNotFoundError):
+    """A file or folder that a checkpoint needs is not there."""
+
+
+class SiteError(SAEError, LookupError):
+    """A site does not exist in this model, or could not be proven."""
+
+
+class AttachError(SAEError, RuntimeError):
+    """Interventions cannot be attached to, or did not act on, a model."""
+
+
+class PublishError(SAEError, RuntimeError):
+    """An SAE cannot be published as asked."""
+
+
+def did_you_mean(given: object, known: Iterable[object], *, most: int = 3) -> str:
+    """Return `` Did you mean 'a' or 'b'?`` for the known names close to `given`, or an empty string.
+
+    Args:
+        given: what the caller wrote.
+        known: the names that would have worked.
+        most: at most this many suggestions.
+    """
+    names = {str(name).lower(): str(name) for name in known}
+    close = [names[match] for match in difflib.get_close_matches(str(given).lower(), names, n=most, cutoff=0.6)]
+    return f" Did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
+
+
+def unknown_name(
+    kind: str, given: object, known: Iterable[object], *, error: type[SAEError] = UnknownNameError
+) -> SAEError:
+    """Build the error for a name that is not known: it lists close matches, else the known names.
+
+    Args:
+        kind: what the name stands for, such as ``"architecture"``.
+        given: what the caller wrote.
+        known: the names that would have worked.
+        error: class of the error.
+
+    Returns:
+        The error, to be raised by the caller.
+    """
+    names = sorted(str(name) for name in known)
+    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    return error(f"Unknown {kind} {given!r}.{did_you_mean(given, names)} Known: {shown or 'none'}.")

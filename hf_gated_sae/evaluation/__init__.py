@@ -1,0 +1,7 @@
+"""Measuring SAEs: one file per evaluator, each with a frozen report that turns into plain JSON."""
+
+from .concepts import ConceptScore, ConceptScores
+from .fidelity import evaluate
+from .report import FidelityReport
+
+__all__ = ["ConceptScore", "ConceptScores", "FidelityReport", "evaluate"]

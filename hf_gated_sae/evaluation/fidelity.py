@@ -1,0 +1,169 @@
+"""Fidelity: how much of the activations, and of the model's predictions, survives the SAE."""
+
+from __future__ import annotations
+
+import warnings as python_warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from ..errors import InputError
+from ..functional import FidelityAccumulator, loss_recovered
+from ..hooks import attach, capture
+from ..interventions import AblateSite, Intervention, Splice
+from ..modeling import SAEModel
+from ..training.token_batches import TokenBatches, counted_positions, model_inputs
+from .report import LEFT_OUT, FidelityReport
+
+CHUNK = 4096
+"""Activations encoded at a time; what bounds the memory for ``[n, d_sae]`` latents."""
+
+SMALL_GAP = 0.02
+"""Nats per token that a zero-ablation must cost before a ratio to it says much."""
+
+
+@torch.no_grad()
+def evaluate(
+    model: PreTrainedModel,
+    sae: SAEModel,
+    batches: TokenBatches,
+    *,
+    record: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> FidelityReport:
+    """Measure an SAE in its model, in one pass over the text.
+
+    Args:
+        model: the causal LM that the SAE belongs to.
+        sae: the SAE; its configuration names the site.
+        batches: token ids ``[B, S]``, or mappings with ``input_ids`` and ``attention_mask``.
+        record: also store the measured `max_activation` and `mean_activation` in the SAE.
+        progress: called after each batch with the number of activations measured so far.
+
+    Returns:
+        The report. Padding and special tokens are left out everywhere, see `FidelityReport.positions_left_out`.
+
+    Raises:
+        InputError: if the SAE names no site, writes another site than it reads, or the text has no countable token.
+        SiteError: if the model does not have the site.
+    """
+    if sae.d_out != sae.config.d_in:
+        raise InputError(
+            f"This SAE reads d_in = {sae.config.d_in} and writes d_out = {sae.d_out}; fidelity to a single site needs "
+            "them equal."
+        )
+    splice = Splice(sae)
+    site = str(splice.place)
+    arms: dict[str, Intervention | None] = {"clean": None, "spliced": splice, "zero": AblateSite(site)}
+    accumulator = FidelityAccumulator(sae.config.d_sae, sae.b_dec)
+    sums = dict.fromkeys(arms, 0.0)
+    left_out = loss_tokens = 0
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            inputs = model_inputs(model, batch)
+            counted = counted_positions(model, inputs)
+            _add_activations(accumulator, sae, capture(model, [site], **inputs)[site], counted)
+            targets = next_token_targets(inputs["input_ids"], counted)
+            for name, intervention in arms.items():
+                with nullcontext() if intervention is None else attach(model, intervention):
+                    sums[name] += summed_loss(model(**inputs).logits, targets)
+            loss_tokens += int((targets >= 0).sum())
+            left_out += int((~counted).sum())
+            if progress is not None:
+                progress(accumulator.tokens)
+    finally:
+        model.train(was_training)
+    if not loss_tokens:
+        raise InputError(
+            "The text has no token to predict from another; expected at least two tokens that are not special."
+        )
+    losses = {name: total / loss_tokens for name, total in sums.items()}
+    report = _report(sae, accumulator, losses, loss_tokens, left_out)
+    if record:
+        sae.record_statistics(accumulator.max_activation, accumulator.mean_activation, accumulator.tokens)
+    return report
+
+
+def next_token_targets(input_ids: Tensor, counted: Tensor) -> Tensor:
+    """Return what every position has to predict; -100 unless both it and the predicted token count.
+
+    Args:
+        input_ids: ``[B, S]``.
+        counted: mask ``[B, S]``.
+
+    Returns:
+        Token ids ``[B, S - 1]``.
+    """
+    return input_ids[:, 1:].masked_fill(~(counted[:, :-1] & counted[:, 1:]), -100)
+
+
+def summed_loss(logits: Tensor, targets: Tensor) -> float:
+    """Return the summed cross-entropy in nats.
+
+    Args:
+        logits: ``[B, S, vocabulary]``.
+        targets: ``[B, S - 1]``, -100 where nothing is predicted.
+    """
+    # Row by row: the float32 copy of all logits would be the largest tensor of the whole evaluation.
+    rows = (
+        F.cross_entropy(row[:-1].float(), target.to(row.device), ignore_index=-100, reduction="sum")
+        for row, target in zip(logits, targets, strict=True)
+    )
+    return float(sum(row.double() for row in rows))
+
+
+def _add_activations(accumulator: FidelityAccumulator, sae: SAEModel, activations: Tensor, counted: Tensor) -> None:
+    """Add the counted activations of one batch ``[B, S, d_in]``."""
+    for x in activations[counted.to(activations.device)].to(sae.W_dec).split(CHUNK):
+        output = sae(x)
+        accumulator.update(x, output.reconstruction, output.latents)
+
+
+def _report(
+    sae: SAEModel, accumulator: FidelityAccumulator, losses: dict[str, float], loss_tokens: int, left_out: int
+) -> FidelityReport:
+    """Put the sums together, and say what is odd about them."""
+    recovered = loss_recovered(losses["clean"], losses["spliced"], losses["zero"])
+    gap = losses["zero"] - losses["clean"]
+    notes: list[str] = []
+    if gap < SMALL_GAP:
+        notes.append(
+            f"Zero-ablating {sae.config.site} changes the loss by {gap:.4f} nats per token only: loss recovered "
+            f"({recovered:.3f}) is a ratio to next to nothing; compare the three losses instead."
+        )
+    if recovered > 1:
+        notes.append(
+            f"Loss recovered is {recovered:.4f}, above 1: the model predicts this text better with the reconstruction "
+            "than with its own activations. Usually the text is unlike the model's training data."
+        )
+    for note in notes:
+        python_warnings.warn(note, UserWarning, stacklevel=3)
+    config = sae.config
+    values: dict[str, Any] = {
+        name: tuple(getattr(accumulator, name).tolist()) for name in ("density", "max_activation", "mean_activation")
+    }
+    return FidelityReport(
+        architecture=config.architecture,
+        site=str(config.site),
+        base_model=config.base_model,
+        base_model_revision=config.base_model_revision,
+        d_in=config.d_in,
+        d_sae=config.d_sae,
+        tokens_left_out=left_out,
+        positions_left_out=LEFT_OUT,
+        loss_tokens=loss_tokens,
+        loss_clean=losses["clean"],
+        loss_spliced=losses["spliced"],
+        loss_zero_ablated=losses["zero"],
+        loss_recovered=recovered,
+        metrics=accumulator.compute(),
+        warnings=tuple(notes),
+        **values,
+    )

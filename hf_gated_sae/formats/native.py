@@ -1,0 +1,100 @@
+"""Our own layout, that of any transformers model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+from typing import ClassVar
+
+from transformers import CONFIG_MAPPING
+
+from ..auto import model_type_of
+from ..errors import CheckpointError, MissingFileError, SAEError, did_you_mean
+from ..hub.location import Location
+from ..modeling import architectures
+from ..modeling.loading import Checkpoint
+from .base import CheckpointFormat
+
+CONFIG = "config.json"
+FACTS = "sae_metrics.json"
+
+
+class NativeFormat(CheckpointFormat):
+    """``config.json`` with one of our model types, and ``model.safetensors``, whole or in shards with an index.
+
+    A ``sae_metrics.json`` beside them, the measured facts, is fetched along.
+    """
+
+    name: ClassVar[str] = "native"
+
+    def folders(self, files: Sequence[str]) -> list[str]:
+        """Return the folders with a ``config.json`` and a ``model*.safetensors``."""
+        paths = [PurePosixPath(file) for file in files]
+        described = {path.parent for path in paths if path.name == CONFIG}
+        weighted = {path.parent for path in paths if path.match("model*.safetensors")}
+        return sorted("" if str(folder) == "." else str(folder) for folder in described & weighted)
+
+    def claims(self, location: Location) -> bool:
+        """Whether ``config.json`` names one of our model types."""
+        return CONFIG in location and _architecture(location) in architectures
+
+    def near_miss(self, location: Location) -> str | None:
+        """Explain a ``config.json`` of another kind of model."""
+        if CONFIG not in location:
+            return None
+        model_type = location.read_json(CONFIG).get("model_type")
+        known = [model_type_of(name) for name in architectures]
+        if model_type is None:
+            return f"Its {CONFIG} has no model_type; expected one of {', '.join(known)}."
+        close = did_you_mean(model_type, known, most=1)
+        if not close and model_type in CONFIG_MAPPING:
+            return f"Its {CONFIG} says model_type {model_type!r}: that is a model of another kind, not an SAE."
+        return f"Its {CONFIG} says model_type {model_type!r}, which is unknown.{close} Known: {', '.join(known)}."
+
+    def open(self, location: Location, *, variant: str | None = None) -> Checkpoint:
+        """Fetch configuration, weights and facts.
+
+        Raises:
+            CheckpointError: if the configuration cannot be used, or the index of the shards is broken.
+            MissingFileError: if weights are missing.
+        """
+        model_class = architectures[_architecture(location)]
+        try:
+            model_class.config_class.from_dict(location.read_json(CONFIG))
+        except SAEError as error:
+            raise CheckpointError(f"The {CONFIG} of {location} cannot be used: {error}") from error
+        facts = [FACTS] if FACTS in location else []
+        folder = location.fetch([CONFIG, *_weights(location, variant), *facts])
+        return Checkpoint(
+            model_class, repo=location.repo, subfolder=location.subfolder, revision=location.revision, folder=folder
+        )
+
+
+def _architecture(location: Location) -> str:
+    """Return the architecture that ``config.json`` names; empty if it names none."""
+    model_type = location.read_json(CONFIG).get("model_type")
+    return model_type.removesuffix("_sae") if isinstance(model_type, str) and model_type.endswith("_sae") else ""
+
+
+def _weights(location: Location, variant: str | None) -> list[str]:
+    """Return the files that hold the weights, the index first.
+
+    Raises:
+        CheckpointError: if there are two sets of weights, or the index names no files.
+        MissingFileError: if there are no weights.
+    """
+    whole = f"model.{variant}.safetensors" if variant else "model.safetensors"
+    index = f"model.safetensors.index.{variant}.json" if variant else "model.safetensors.index.json"
+    if whole in location and index in location:
+        raise CheckpointError(f"{location} holds both {whole} and {index}; expected one set of weights: remove one.")
+    if whole in location:
+        return [whole]
+    if index not in location:
+        raise MissingFileError(
+            f"There is no {whole} in {location}. It holds {location.listing()}; expected the weights as safetensors: "
+            "save the SAE again with save_pretrained."
+        )
+    shards = location.read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+        raise CheckpointError(f"{index} of {location} has no weight_map from tensors to files: save the SAE again.")
+    return [index, *sorted(set(shards.values()))]

@@ -1,0 +1,21 @@
+"""SAE mathematics on plain tensors: no files, no models, no network.
+
+Shape legend: ``d_in``/``d_out`` activation widths, ``d_sae`` number of latents, ``k`` live latents per token,
+``...`` any leading axes (batch, position).
+"""
+
+from .activations import batch_topk, jumprelu, l0_surrogate, topk
+from .geometry import remove_parallel_component, unit_norm_rows
+from .metrics import FidelityAccumulator, FidelityMetrics, loss_recovered
+
+__all__ = [
+    "FidelityAccumulator",
+    "FidelityMetrics",
+    "batch_topk",
+    "jumprelu",
+    "l0_surrogate",
+    "loss_recovered",
+    "remove_parallel_component",
+    "topk",
+    "unit_norm_rows",
+]

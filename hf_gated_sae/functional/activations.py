@@ -1,0 +1,132 @@
+"""Activation functions that turn pre-latents into latents, with the gradients that training needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+
+class _JumpReLU(torch.autograd.Function):
+    """``relu(z) * [z > threshold]`` with a straight-through gradient for the threshold."""
+
+    @staticmethod
+    def forward(ctx: Any, pre_latents: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(pre_latents, threshold)
+        ctx.bandwidth = bandwidth
+        # Computed in the pre-latents' own dtype; the comparison promotes to the wider of the two.
+        return torch.relu(pre_latents) * (pre_latents > threshold)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (grad,) = grads
+        pre_latents, threshold = ctx.saved_tensors
+        live = (pre_latents > threshold) & (pre_latents > 0)
+        window = (pre_latents - threshold).abs() < ctx.bandwidth / 2
+        grad_threshold = -(threshold / ctx.bandwidth) * window * grad
+        return grad * live, _sum_to(grad_threshold, threshold), None
+
+
+class _L0Surrogate(torch.autograd.Function):
+    """``sum([z > threshold])`` with a straight-through gradient for the threshold."""
+
+    @staticmethod
+    def forward(ctx: Any, pre_latents: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(pre_latents, threshold)
+        ctx.bandwidth = bandwidth
+        return (pre_latents > threshold).to(pre_latents.dtype).sum(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
+        (grad,) = grads
+        pre_latents, threshold = ctx.saved_tensors
+        window = (pre_latents - threshold).abs() < ctx.bandwidth / 2
+        grad_threshold = -(1.0 / ctx.bandwidth) * window * grad.unsqueeze(-1)
+        return None, _sum_to(grad_threshold, threshold), None
+
+
+def _sum_to(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """Sum a broadcast gradient back to the shape of its parameter."""
+    return gradient.sum_to_size(parameter.shape).to(parameter.dtype)
+
+
+def jumprelu(pre_latents: Tensor, threshold: Tensor, *, bandwidth: float = 1e-3) -> Tensor:
+    r"""Return ``relu(z) * [z > threshold]``, the comparison being strict.
+
+    The gradient with respect to the threshold is the straight-through estimate
+    ``-(threshold / bandwidth) * rectangle((z - threshold) / bandwidth)``.
+
+    Args:
+        pre_latents: ``[..., d_sae]``.
+        threshold: ``[d_sae]`` or a scalar; float32 is recommended whatever the dtype of the pre-latents.
+        bandwidth: width of the rectangle kernel, in units of the pre-latents.
+
+    Returns:
+        Latents ``[..., d_sae]`` in the dtype of the pre-latents.
+
+    Source: Rajamanoharan et al. 2024b (arXiv 2407.14435), section 3.
+    """
+    result: Tensor = _JumpReLU.apply(pre_latents, threshold, bandwidth)
+    return result
+
+
+def l0_surrogate(pre_latents: Tensor, threshold: Tensor, *, bandwidth: float = 1e-3) -> Tensor:
+    """Return the number of pre-latents above the threshold, differentiable in the threshold.
+
+    Args:
+        pre_latents: ``[..., d_sae]``; receives no gradient.
+        threshold: ``[d_sae]`` or a scalar.
+        bandwidth: width of the rectangle kernel, in units of the pre-latents.
+
+    Returns:
+        L0 per token, ``[...]``.
+
+    Source: Rajamanoharan et al. 2024b (arXiv 2407.14435), section 3.
+    """
+    result: Tensor = _L0Surrogate.apply(pre_latents, threshold, bandwidth)
+    return result
+
+
+def topk(pre_latents: Tensor, k: int) -> Tensor:
+    """Keep the `k` largest pre-latents of each token, after a ReLU.
+
+    Args:
+        pre_latents: ``[..., d_sae]``.
+        k: how many to keep, ``1 <= k <= d_sae``.
+
+    Returns:
+        Latents ``[..., d_sae]``; fewer than `k` are non-zero where fewer are positive.
+
+    Raises:
+        InputError: if `k` is out of range.
+
+    Source: Gao et al. 2024 (arXiv 2406.04093), section 2.3.
+
+    >>> topk(torch.tensor([[3.0, -1.0, 2.0, 1.0]]), 2)
+    tensor([[3., 0., 2., 0.]])
+    """
+    if not 1 <= k <= pre_latents.shape[-1]:
+        raise InputError(f"k is {k}, expected 1 .. d_sae = {pre_latents.shape[-1]}.")
+    values, indices = torch.relu(pre_latents).topk(k, dim=-1, sorted=False)
+    return torch.zeros_like(pre_latents).scatter(-1, indices, values)
+
+
+def batch_topk(pre_latents: Tensor, k: int) -> Tensor:
+    """Keep the ``k * tokens`` largest pre-latents of the whole batch, after a ReLU.
+
+    Args:
+        pre_latents: ``[..., d_sae]``.
+        k: mean number of latents to keep per token.
+
+    Returns:
+        Latents ``[..., d_sae]``.
+
+    Source: Bussmann et al. 2024 (arXiv 2412.06410), section 3.
+    """
+    flat = torch.relu(pre_latents).reshape(-1)
+    kept = min(k * (flat.numel() // pre_latents.shape[-1]), flat.numel())
+    values, indices = flat.topk(kept, sorted=False)
+    return torch.zeros_like(flat).scatter(0, indices, values).view_as(pre_latents)

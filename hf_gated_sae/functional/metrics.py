@@ -1,0 +1,164 @@
+"""Fidelity metrics as streaming accumulators: ratios of sums over the whole evaluation set, never means of ratios."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, ShapeError
+
+
+@dataclass(frozen=True)
+class FidelityMetrics:
+    """What an SAE does to a set of activations.
+
+    Attributes:
+        tokens: number of activation vectors seen.
+        l0: mean number of non-zero latents per token.
+        fvu: fraction of variance unexplained, ``sum |x - x^|^2 / sum |x - mean x|^2``.
+        mse: mean of ``|x - x^|^2`` per token (a sum over the width, not a mean).
+        relative_reconstruction_bias: gamma of the paper; 1 is unbiased, below 1 is shrinkage.
+        relative_reconstruction_bias_centred: the same on ``x - b_dec`` and ``x^ - b_dec``, where the constant part
+            cannot hide shrinkage.
+        cosine: mean cosine between activation and reconstruction.
+        norm_ratio: mean of ``|x^| / |x|``.
+        dead_fraction: share of latents that never fired on these tokens.
+        dense_fraction: share of latents that fired on more than a tenth of the tokens.
+    """
+
+    tokens: int
+    l0: float
+    fvu: float
+    mse: float
+    relative_reconstruction_bias: float
+    relative_reconstruction_bias_centred: float
+    cosine: float
+    norm_ratio: float
+    dead_fraction: float
+    dense_fraction: float
+
+
+class FidelityAccumulator:
+    """Collects the sums from which `FidelityMetrics` follow; all sums are float64.
+
+    Gamma is ``E|x^|^2 / E[x^.x]`` (arXiv 2404.16014 v2, equation 10), which minimises ``E|x^ / gamma - x|^2``.
+
+    Args:
+        d_sae: number of latents.
+        b_dec: decoder bias ``[d_out]`` used for the centred gamma.
+    """
+
+    def __init__(self, d_sae: int, b_dec: Tensor) -> None:
+        self.d_sae = d_sae
+        self.b_dec = b_dec.detach().double()
+        device = b_dec.device
+        self.tokens = 0
+        self.fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
+        self.max_activation = torch.zeros(d_sae, dtype=torch.float32, device=device)
+        self._sum_latents = torch.zeros(d_sae, dtype=torch.float64, device=device)
+        self._sum_x = torch.zeros_like(self.b_dec)
+        # |x|^2, |x^|^2, x.x^, |x-x^|^2, centred |x^|^2, centred x.x^, cosine, norm ratio, non-zero latents
+        self._sums = torch.zeros(9, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def update(self, x: Tensor, reconstruction: Tensor, latents: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            x: activations ``[..., d_out]``.
+            reconstruction: ``[..., d_out]``.
+            latents: ``[..., d_sae]``.
+
+        Raises:
+            ShapeError: if the three do not belong together.
+        """
+        if x.shape != reconstruction.shape or latents.shape != (*x.shape[:-1], self.d_sae):
+            raise ShapeError(
+                f"Given x {list(x.shape)}, reconstruction {list(reconstruction.shape)} and latents {list(latents.shape)}; "
+                f"expected [..., {self.b_dec.numel()}] twice and [..., {self.d_sae}] with the same leading axes."
+            )
+        x = x.reshape(-1, x.shape[-1]).double()
+        y = reconstruction.reshape(x.shape).double()
+        latents = latents.reshape(-1, self.d_sae)
+        live = latents > 0
+        dot, x_sq, y_sq = (x * y).sum(-1), x.square().sum(-1), y.square().sum(-1)
+        y_centred = y - self.b_dec
+        tiny = torch.finfo(torch.float64).tiny
+        self.tokens += x.shape[0]
+        self.fired += live.sum(0)
+        if x.shape[0]:
+            self.max_activation = torch.maximum(self.max_activation, latents.float().amax(0))
+        self._sum_latents += latents.sum(0, dtype=torch.float64)
+        self._sum_x += x.sum(0)
+        self._sums += torch.stack(
+            [
+                x_sq.sum(),
+                y_sq.sum(),
+                dot.sum(),
+                (x - y).square().sum(),
+                y_centred.square().sum(),
+                (y_centred * (x - self.b_dec)).sum(),
+                (dot / (x_sq * y_sq).sqrt().clamp_min(tiny)).sum(),
+                (y_sq.sqrt() / x_sq.sqrt().clamp_min(tiny)).sum(),
+                live.sum().double(),
+            ]
+        )
+
+    @property
+    def density(self) -> Tensor:
+        """Share of tokens on which each latent fired, ``[d_sae]`` float32."""
+        return self.fired.float() / max(self.tokens, 1)
+
+    @property
+    def mean_activation(self) -> Tensor:
+        """Mean value of each latent, zeros included, ``[d_sae]`` float32."""
+        return (self._sum_latents / max(self.tokens, 1)).float()
+
+    def compute(self) -> FidelityMetrics:
+        """Return the metrics of everything seen so far.
+
+        Raises:
+            InputError: if nothing was seen.
+        """
+        if not self.tokens:
+            raise InputError("No activations were seen: update() the accumulator with at least one token first.")
+        x_sq, y_sq, dot, error, y_sq_c, dot_c, cosine, norm_ratio, live = self._sums.tolist()
+        n = self.tokens
+        variance = x_sq - self._sum_x.square().sum().item() / n
+        return FidelityMetrics(
+            tokens=n,
+            l0=live / n,
+            fvu=_ratio(error, variance),
+            mse=error / n,
+            relative_reconstruction_bias=_ratio(y_sq, dot),
+            relative_reconstruction_bias_centred=_ratio(y_sq_c, dot_c),
+            cosine=cosine / n,
+            norm_ratio=norm_ratio / n,
+            dead_fraction=(self.fired == 0).double().mean().item(),
+            dense_fraction=(self.density > 0.1).double().mean().item(),
+        )
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    """Divide; undefined ratios are NaN rather than an error, because an all-dead SAE is a result too."""
+    return numerator / denominator if denominator else float("nan")
+
+
+def loss_recovered(clean: float, spliced: float, ablated: float) -> float:
+    """Return ``(ablated - spliced) / (ablated - clean)``.
+
+    1 is a perfect reconstruction, 0 is as bad as the ablation. It is not clipped: values above 1 or below 0 are real.
+
+    Args:
+        clean: next-token cross-entropy of the untouched model, nats per token.
+        spliced: the same with the site replaced by its reconstruction.
+        ablated: the same with the site replaced by zeros.
+
+    Source: Rajamanoharan et al. 2024 (arXiv 2404.16014), section 4.1.
+
+    >>> loss_recovered(clean=2.0, spliced=2.5, ablated=7.0)
+    0.9
+    """
+    return _ratio(ablated - spliced, ablated - clean)

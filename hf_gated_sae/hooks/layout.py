@@ -1,0 +1,86 @@
+"""Where each token of a forward call stands in its row, worked out from the call's arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..interventions import TokenContext, special_token_mask
+
+# Arguments that tell that one row holds the tokens of several sequences.
+_PACKED = ("cu_seq_lens_q", "cu_seqlens", "read_index")
+
+
+def describe_tokens(
+    model: nn.Module, call: Mapping[str, Any], *, past: int, previous: TokenContext | None, prompt: int | None
+) -> TokenContext:
+    """Work out the positions of a call's tokens from its arguments.
+
+    Args:
+        model: the causal LM.
+        call: arguments of its forward by name.
+        past: number of columns before this call.
+        previous: the call that ended with those columns, if it is known.
+        prompt: number of columns of the prompt in `generate`; None elsewhere, where the first call is the prompt.
+
+    Returns:
+        The context of the call.
+
+    Raises:
+        InputError: if neither ids nor embeddings are among the arguments, or if they hold no token.
+    """
+    input_ids = call.get("input_ids")
+    inputs = input_ids if input_ids is not None else call.get("inputs_embeds")
+    if not isinstance(inputs, Tensor):
+        raise InputError("The model was called without input_ids or inputs_embeds; expected one of them.")
+    if inputs.ndim < 2 or not inputs.shape[1]:
+        raise InputError(
+            f"The model was called with an empty prompt or without a batch axis, {list(inputs.shape)}; expected [rows, "
+            "tokens] with at least one token."
+        )
+    end = past + inputs.shape[1]
+    boundary = prompt if prompt is not None else (past or end)
+    index, absent = _index(call, inputs, past, previous, boundary, generating=prompt is not None)
+    if any(call.get(name) is not None for name in _PACKED):
+        phase = "packed"
+    else:
+        phase = "prompt" if end <= boundary else "generated" if past >= boundary else "mixed"
+    return TokenContext(
+        index=index,
+        prompt_length=boundary - absent,
+        special=special_token_mask(model, input_ids, None if absent is 0 else (index >= 0)),
+        phase=phase,
+        end=end,
+    )
+
+
+def _index(
+    call: Mapping[str, Any], inputs: Tensor, past: int, previous: TokenContext | None, prompt: int, *, generating: bool
+) -> tuple[Tensor, Tensor]:
+    """Return each token's position among the real tokens of its row, -1 at padding, and the prompt's padding columns."""
+    rows, columns = inputs.shape[:2]
+    end = past + columns
+    column = torch.arange(past, end, device=inputs.device).expand(rows, columns)
+    absent = torch.zeros(rows, 1, dtype=torch.int64, device=inputs.device)
+    if previous is not None and previous.index.shape[0] == rows:
+        absent = past - 1 - previous.index[:, -1:].to(inputs.device)
+    mask, places = call.get("attention_mask"), call.get("position_ids")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        real = (mask != 0).to(inputs.device).long()
+        if real.shape[1] < end:  # of the new tokens only
+            before, now = past - absent, real
+            absent = absent + (1 - real).sum(-1, keepdim=True)
+        else:
+            before, now = real[:, :past].sum(-1, keepdim=True), real[:, past:end]
+            absent = (1 - real[:, :prompt]).sum(-1, keepdim=True)
+        return (before + now.cumsum(-1) - 1).masked_fill(now == 0, -1), absent
+    if isinstance(places, Tensor) and places.ndim == 2 and places.shape[1] == columns:
+        places = places.to(inputs.device).expand(rows, columns)
+        if not generating:
+            return places, absent
+        absent = end - 1 - places[:, -1:]  # a static cache hides the mask, and padding is on the left
+    return (column - absent).clamp(min=-1), absent

@@ -1,0 +1,104 @@
+"""Find the one SAE that a repository id, folder and subfolder name."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from ..errors import CheckpointError, MissingFileError, did_you_mean
+from ..formats import formats
+from ..modeling.loading import Checkpoint
+from .location import Location, clean_subfolder, locate
+
+SHOWN_FOLDERS = 20
+
+
+def open_checkpoint(
+    repo: str,
+    subfolder: str = "",
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+    variant: str | None = None,
+    **_loading: Any,
+) -> Checkpoint:
+    """Pin, list, let the one format that claims the folder open it.
+
+    Args:
+        repo: folder, repository id, or ``repository@revision``; a local folder wins.
+        subfolder: folder of the SAE inside it.
+        revision: branch, tag, ``refs/pr/1`` or commit.
+        token: access token; None uses the stored one, False none.
+        cache_dir: folder of the Hub cache.
+        local_files_only: use only what is cached; also implied by ``HF_HUB_OFFLINE=1``.
+        force_download: download even what is cached.
+        variant: which of several sets of weights.
+        **_loading: what else `from_pretrained` was given; it says nothing about where the checkpoint is.
+
+    Returns:
+        The checkpoint, with its files on this machine.
+
+    Raises:
+        CheckpointError: if no format, or more than one, claims the folder.
+        MissingFileError: if there is no such folder, repository, revision or file.
+    """
+    root = locate(
+        repo,
+        revision=revision,
+        token=token,
+        cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+        local_files_only=local_files_only,
+        force_download=force_download,
+    )
+    location = root.at(clean_subfolder(subfolder or ""))
+    if not location.files:
+        raise _no_such_folder(root, location)
+    claims = [name for name, layout in formats.items() if layout.claims(location)]
+    if len(claims) > 1:
+        raise CheckpointError(
+            f"{location} could be any of the formats {', '.join(claims)}: it holds {location.listing()}. "
+            "Expected the files of one SAE; remove or move the others."
+        )
+    if not claims:
+        raise _nothing_found(root, location)
+    return formats[claims[0]].open(location, variant=variant)
+
+
+def sae_folders(location: Location) -> list[str]:
+    """Return the folders at or below `location`, relative to the root, that hold an SAE as far as names tell."""
+    prefix = f"{location.subfolder}/" if location.subfolder else ""
+    found = {folder for layout in formats.values() for folder in layout.folders(location.files)}
+    return sorted((prefix + folder).rstrip("/") for folder in found)
+
+
+def _shown(folders: list[str]) -> str:
+    """Return folders for a message."""
+    return ", ".join(map(repr, folders[:SHOWN_FOLDERS])) + (
+        f", ... ({len(folders)})" if len(folders) > SHOWN_FOLDERS else ""
+    )
+
+
+def _no_such_folder(root: Location, location: Location) -> MissingFileError:
+    """Explain a folder without files."""
+    if not location.subfolder:
+        return MissingFileError(f"{location} is empty; expected config.json and model.safetensors.")
+    known = [folder for folder in sae_folders(root) if folder] or root.folders
+    return MissingFileError(
+        f"{root} has no folder {location.subfolder!r}.{did_you_mean(location.subfolder, known)} "
+        f"Pass subfolder= one of: {_shown(known) or 'there is none, the SAE is in the root'}."
+    )
+
+
+def _nothing_found(root: Location, location: Location) -> CheckpointError | MissingFileError:
+    """Explain a folder that no format claims."""
+    below = [folder for folder in sae_folders(location) if folder != location.subfolder]
+    if below:
+        return MissingFileError(
+            f"{location} itself holds no SAE, but folders in it do: pass subfolder= one of {_shown(below)}."
+        )
+    reasons = [reason for layout in formats.values() if (reason := layout.near_miss(location))]
+    explained = " ".join(reasons) or f"It holds {location.listing()}; known formats: {', '.join(formats)}."
+    return CheckpointError(f"{location} holds no SAE in a known format. {explained}")

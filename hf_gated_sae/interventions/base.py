@@ -1,0 +1,211 @@
+"""The three kinds of intervention, and what they get to see of one call at one site."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..modeling import SAEModel
+from ..registry import Registry
+from ..sites import Site
+from .positions import Positions, TokenContext, check_positions
+
+interventions: Registry[type[Intervention]] = Registry("intervention", "hf_gated_sae.interventions")
+
+
+class SiteRun:
+    """One activation passing one site.
+
+    Args:
+        x: the clean activation ``[B, S, d]``.
+        tokens: what is known of its tokens.
+        placed: SAEs by id, on the activation's device.
+    """
+
+    def __init__(self, x: Tensor, tokens: TokenContext, placed: Mapping[int, SAEModel]) -> None:
+        self.x = x
+        self.tokens = tokens
+        self._placed = placed
+        self._encoded: dict[int, Tensor] = {}
+
+    def sae(self, sae: SAEModel) -> SAEModel:
+        """Return the SAE on the activation's device."""
+        return self._placed.get(id(sae), sae)
+
+    def latents(self, sae: SAEModel, indices: Tensor) -> Tensor:
+        """Return some latents of the clean activation, ``[B, S, n]``; only their encoder rows are read if that suffices."""
+        placed = self.sae(sae)
+        if placed.elementwise and id(sae) not in self._encoded:
+            return placed.encode(self.x.to(placed.dtype), indices)
+        return self.all_latents(sae)[..., indices]
+
+    def all_latents(self, sae: SAEModel) -> Tensor:
+        """Return all latents of the clean activation, ``[B, S, d_sae]``; encoded once however many ask."""
+        if id(sae) not in self._encoded:
+            placed = self.sae(sae)
+            self._encoded[id(sae)] = placed.encode(self.x.to(placed.dtype))
+        return self._encoded[id(sae)]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Intervention(ABC):
+    """Something to do at one site.
+
+    Attributes:
+        positions: which tokens; see `Positions`.
+        special_tokens: also act on padding and on the model's BOS, EOS and padding tokens. Off by default: their
+            activations are unlike all others, and SAEs are usually trained without them.
+    """
+
+    positions: Positions = "all"
+    special_tokens: bool = False
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        """Register the verb, unless the class is only a base of others."""
+        super().__init_subclass__(**kwargs)
+        if cls.__module__ != __name__:
+            interventions.register(cls.__name__, cls)
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        check_positions(self.positions)
+
+    @property
+    @abstractmethod
+    def place(self) -> Site:
+        """The site to act at."""
+
+    @property
+    def sae_used(self) -> SAEModel | None:
+        """The SAE that is read, None if there is none."""
+        return None
+
+    def mask(self, run: SiteRun) -> Tensor | bool:
+        """Return which tokens to act on: ``[B, S]``, or True for all, or False for none."""
+        return run.tokens.select(self.positions, special_tokens=self.special_tokens)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Edit(Intervention):
+    """Adds something to the activation."""
+
+    @abstractmethod
+    def delta(self, run: SiteRun) -> Tensor:
+        """Return what to add at every token, ``[B, S, d]`` or broadcastable to it."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Replacement(Intervention):
+    """Puts something in the activation's place."""
+
+    @abstractmethod
+    def replacement(self, run: SiteRun) -> Tensor:
+        """Return the new activation of every token, ``[B, S, d]`` or broadcastable to it."""
+
+
+@dataclass(frozen=True, eq=False)
+class LatentEdit(Edit):
+    """Changes latents and adds the difference that this makes, ``(latents' - latents) @ W_dec``.
+
+    What the SAE does not reconstruct stays as it is, and where no latent changes the activation stays bit-identical.
+
+    Attributes:
+        sae: the SAE; its configuration names the site.
+        when: act only at tokens where each of these latents of the same SAE exceeds its value.
+    """
+
+    sae: SAEModel
+    when: Mapping[int, float] = field(default_factory=dict, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        super().__post_init__()
+        require_sae(self, self.sae)
+        self.sae.latent_indices([*self.indices, *self.when])
+        if not self.indices:
+            raise InputError(
+                f"{type(self).__name__} was given no latents; name at least one, 0 .. {self.sae.config.d_sae - 1}."
+            )
+
+    @property
+    @abstractmethod
+    def indices(self) -> list[int]:
+        """The latents to change."""
+
+    @abstractmethod
+    def change(self, latents: Tensor) -> Tensor:
+        """Return the new values of the latents, ``[B, S, n] -> [B, S, n]``."""
+
+    @property
+    def place(self) -> Site:
+        """The SAE's site."""
+        return site_of(self.sae)
+
+    @property
+    def sae_used(self) -> SAEModel:
+        """The SAE."""
+        return self.sae
+
+    def delta(self, run: SiteRun) -> Tensor:
+        """Return the difference that the changed latents make, ``[B, S, d]``."""
+        sae = run.sae(self.sae)
+        indices = sae.latent_indices(self.indices)
+        latents = run.latents(self.sae, indices)
+        return (self.change(latents) - latents) @ sae.W_dec[indices]
+
+    def mask(self, run: SiteRun) -> Tensor | bool:
+        """Return which tokens to act on, the condition included."""
+        mask = super().mask(run)
+        if mask is False or not self.when:
+            return mask
+        sae = run.sae(self.sae)
+        gates = run.latents(self.sae, sae.latent_indices(list(self.when)))
+        bounds = torch.tensor(list(self.when.values()), dtype=gates.dtype, device=gates.device)
+        met = (gates > bounds).all(-1)
+        return met if mask is True else mask & met
+
+
+def require_sae(owner: object, sae: object) -> None:
+    """Raise unless `sae` is an SAE that says where it belongs.
+
+    Raises:
+        InputError: saying what was given.
+    """
+    if not isinstance(sae, SAEModel):
+        raise InputError(
+            f"{type(owner).__name__} was given {type(sae).__name__} {sae!r:.80} as its SAE; expected an SAE, for example "
+            "from SAEModel.from_pretrained(...)."
+        )
+    site_of(sae)
+
+
+def site_of(sae: SAEModel) -> Site:
+    """Return the site that an SAE's configuration names.
+
+    Raises:
+        InputError: if it names none.
+    """
+    if not sae.config.site:
+        raise InputError(
+            "This SAE's configuration names no site: set sae.config.site, for example to 'resid_post.12'."
+        )
+    return Site.parse(sae.config.site)
+
+
+def check_numbers(owner: object, values: Mapping[int, float]) -> None:
+    """Raise unless every value is a finite number.
+
+    Raises:
+        InputError: naming the first that is not.
+    """
+    for latent, value in values.items():
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise InputError(
+                f"{type(owner).__name__} was given {value!r} for latent {latent}; expected a finite number."
+            )

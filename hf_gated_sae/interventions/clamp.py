@@ -1,0 +1,35 @@
+"""Hold latents at a value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .base import LatentEdit, check_numbers
+
+
+@dataclass(frozen=True, eq=False)
+class Clamp(LatentEdit):
+    """Set latents to given values, whatever they were.
+
+    Attributes:
+        values: new value of each latent, in the units of ``sae.encode``.
+    """
+
+    values: Mapping[int, float]
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        super().__post_init__()
+        check_numbers(self, self.values)
+
+    @property
+    def indices(self) -> list[int]:
+        """The latents to hold."""
+        return list(self.values)
+
+    def change(self, latents: Tensor) -> Tensor:
+        """Return the given values, ``[n]``."""
+        return latents.new_tensor(list(self.values.values()))

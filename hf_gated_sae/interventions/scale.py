@@ -1,0 +1,35 @@
+"""Multiply latents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .base import LatentEdit, check_numbers
+
+
+@dataclass(frozen=True, eq=False)
+class Scale(LatentEdit):
+    """Multiply latents by given factors; a latent that is off stays off.
+
+    Attributes:
+        factors: factor of each latent; 1 changes nothing, 0 ablates.
+    """
+
+    factors: Mapping[int, float]
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        super().__post_init__()
+        check_numbers(self, self.factors)
+
+    @property
+    def indices(self) -> list[int]:
+        """The latents to multiply."""
+        return list(self.factors)
+
+    def change(self, latents: Tensor) -> Tensor:
+        """Return the products, ``[B, S, n]``."""
+        return latents * latents.new_tensor(list(self.factors.values()))

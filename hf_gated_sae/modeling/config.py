@@ -1,0 +1,132 @@
+"""The part of a configuration that every SAE has."""
+
+from __future__ import annotations
+
+import sys
+import types
+import typing
+from dataclasses import MISSING, fields
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassClassValidationError
+from transformers import PreTrainedConfig
+
+from ..errors import InputError, did_you_mean
+
+# Keys that transformers itself writes to config.json or passes through while loading.
+_TRANSFORMERS_KEYS = frozenset(
+    {"model_type", "name_or_path", "torch_dtype", "attn_implementation", "experts_implementation", "_commit_hash"}
+)
+
+
+@strict
+class SAEConfig(PreTrainedConfig):
+    """Shape, place and conventions of an SAE.
+
+    Attributes:
+        d_in: width of the activations that the encoder reads.
+        d_sae: number of latents.
+        d_out: width of what the decoder writes; `d_in` unless the SAE is a transcoder.
+        site: where in the base model the SAE belongs, such as ``"resid_post.12"`` or ``"model.layers.12.output"``.
+        base_model: repository id (or folder) of the model whose activations it was trained on.
+        base_model_revision: commit of that model.
+        apply_b_dec_to_input: whether the decoder bias is subtracted from the input before encoding.
+        recorded_tokens: number of tokens on which `max_activation` and `mean_activation` were measured; 0 if never.
+    """
+
+    # transformers would otherwise build a default instance, and a width has no default.
+    has_no_defaults_at_init: ClassVar[bool] = True
+
+    d_in: int
+    d_sae: int
+    d_out: int | None = None
+    site: str | None = None
+    base_model: str | None = None
+    base_model_revision: str | None = None
+    apply_b_dec_to_input: bool = True
+    recorded_tokens: int = 0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Fill derived values and reject keys that no field has."""
+        known = set(self.__dataclass_fields__)
+        unknown = sorted(set(kwargs) - known - _TRANSFORMERS_KEYS)
+        if unknown:
+            raise InputError(
+                f"{type(self).__name__} has no key {', '.join(map(repr, unknown))}.{did_you_mean(unknown[0], known)} "
+                "Remove it, or install the version of hf-gated-sae that wrote this configuration."
+            )
+        self._check_types()
+        if self.d_out is None:
+            self.d_out = self.d_in
+        super().__post_init__(**kwargs)
+        try:
+            self.validate()
+        except StrictDataclassClassValidationError as error:  # which hides our own error, and is no ValueError
+            raise (error.__cause__ or error) from None
+
+    def _check_types(self) -> None:
+        """Check the fields' types; the strict dataclass does not read annotations that are strings."""
+        for name, expected in _field_types(type(self)).items():
+            value = getattr(self, name)
+            if type(value) is int and float in expected and int not in expected:
+                setattr(self, name, float(value))  # JSON written by hand: 1 for 1.0
+            elif type(value) not in expected:
+                wanted = " or ".join("null" if kind is types.NoneType else kind.__name__ for kind in expected)
+                raise InputError(f"{name} is {value!r} ({type(value).__name__}), expected {wanted}.")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build the configuration from the content of ``config.json``.
+
+        Args:
+            config_dict: the content.
+            **kwargs: values that replace stored ones, and transformers' own arguments.
+
+        Raises:
+            InputError: if a key is missing or unknown, or a value cannot be used.
+        """
+        missing = [name for name in _required_fields(cls) if name not in config_dict]
+        if missing:
+            raise InputError(
+                f"{cls.__name__} lacks {', '.join(missing)}; expected at least {', '.join(_required_fields(cls))}."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+    @property
+    def architecture(self) -> str:
+        """Short name of the architecture, such as ``"gated"``."""
+        return str(self.model_type).removesuffix("_sae")
+
+    def validate_widths(self) -> None:
+        """Check that every width is a positive number (run by huggingface_hub's strict dataclasses)."""
+        for name in ("d_in", "d_sae", "d_out"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} is {value}, expected a positive number.")
+
+
+def _field_types(config_class: type[SAEConfig]) -> dict[str, tuple[type, ...]]:
+    """Return the types that each of our own fields may have; generic ones, such as ``list[int]``, by their origin."""
+    names = {field.name for field in fields(config_class)}
+    found = {}
+    for owner in reversed(config_class.__mro__):
+        if issubclass(owner, SAEConfig):
+            own = {name: hint for name, hint in owner.__annotations__.items() if name in names}
+            # One class at a time: the whole chain holds names that transformers imports for type checkers only.
+            hints = typing.get_type_hints(
+                types.SimpleNamespace(__annotations__=own), vars(sys.modules[owner.__module__])
+            )
+            for name, hint in hints.items():
+                options = (
+                    typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+                )
+                found[name] = tuple(typing.get_origin(option) or option for option in options)
+    return found
+
+
+def _required_fields(config_class: type[SAEConfig]) -> list[str]:
+    """Return the names of the fields that have no default."""
+    return [
+        field.name for field in fields(config_class) if field.default is MISSING and field.default_factory is MISSING
+    ]

@@ -1,0 +1,353 @@
+"""The base class of every SAE."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import transformers.initialization as init
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from ..errors import CheckpointError, InputError, LatentIndexError, ShapeError
+from ..registry import LateBound, Registry
+from .config import SAEConfig
+from .loading import Checkpoint, open_checkpoint, quiet_transformers, require_complete, require_finite
+from .output import SAEOutput, TrainingLoss
+
+architectures: Registry[type[SAEModel]] = Registry("architecture", "hf_gated_sae.architectures")
+_push_to_hub = LateBound("hf_gated_sae.publishing.push", "push_to_hub")
+
+
+class SAEModel(PreTrainedModel):
+    """An SAE: ``latents = encode(x)``, ``reconstruction = latents @ W_dec + b_dec``.
+
+    A new architecture is one file in `architectures/`: a configuration class, and a subclass of this one that names
+    the configuration as its ``config_class``, adds its parameters, and defines `_encode` and `training_loss`.
+
+    In memory and on disk the encoder is one row per latent (`W_enc_T`), so that a few latents are a few contiguous
+    byte ranges of every tensor; `W_enc` is the usual orientation of the same memory.
+
+    Attributes:
+        W_enc_T: encoder ``[d_sae, d_in]``.
+        W_dec: decoder ``[d_sae, d_out]``.
+        b_dec: decoder bias ``[d_out]``.
+        max_activation: largest value of each latent on the recorded text, ``[d_sae]`` float32.
+        mean_activation: mean value of each latent on the recorded text, zeros included, ``[d_sae]`` float32.
+            Both mean something only if ``config.recorded_tokens`` is not 0; `record_statistics` fills them.
+    """
+
+    config: SAEConfig
+    config_class = SAEConfig
+    base_model_prefix = ""
+    main_input_name = "x"
+    _keep_in_fp32_modules_strict = ["max_activation", "mean_activation"]
+
+    elementwise: ClassVar[bool] = True
+    """Whether a latent depends on its own pre-latent only, so that a few latents cost a few encoder rows."""
+
+    W_enc_T: nn.Parameter
+    W_dec: nn.Parameter
+    b_dec: nn.Parameter
+    max_activation: Tensor
+    mean_activation: Tensor
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Register the architecture with our registry and with transformers' Auto classes."""
+        super().__init_subclass__(**kwargs)
+        config_class = cls.__dict__.get("config_class")
+        if config_class is not None and config_class is not SAEConfig:
+            architectures.register(config_class.model_type.removesuffix("_sae"), cls)
+            AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+            AutoModel.register(config_class, cls, exist_ok=True)
+
+    def __init__(self, config: SAEConfig) -> None:
+        """Allocate the parameters that all architectures share; subclasses add theirs, then call `post_init`."""
+        super().__init__(config)
+        if type(self) is SAEModel:
+            raise InputError(
+                "SAEModel is the common base class; build an architecture, such as GatedSAE(GatedSAEConfig(...)), "
+                f"or load one with SAEModel.from_pretrained(...). Architectures: {', '.join(architectures)}."
+            )
+        self.W_enc_T = nn.Parameter(torch.empty(config.d_sae, config.d_in))
+        self.W_dec = nn.Parameter(torch.empty(config.d_sae, self.d_out))
+        self.b_dec = nn.Parameter(torch.empty(self.d_out))
+        self.register_buffer("max_activation", torch.empty(config.d_sae, dtype=torch.float32))
+        self.register_buffer("mean_activation", torch.empty(config.d_sae, dtype=torch.float32))
+
+    # ------------------------------------------------------------------ the equations
+
+    def _encode(self, x: Tensor, latents: Tensor | None) -> Tensor:
+        """Encode; each architecture defines it. `latents` selects latents, None means all."""
+        raise NotImplementedError(f"{type(self).__name__} must define _encode.")
+
+    def training_loss(self, x: Tensor, *, sparsity_coefficient: float) -> TrainingLoss:
+        """Return the objective that the architecture is trained with; each architecture defines it.
+
+        Args:
+            x: activations ``[..., d_in]``.
+            sparsity_coefficient: weight of the sparsity term, in units of a squared error summed over the width.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define training_loss.")
+
+    def encode(self, x: Tensor, latents: Sequence[int] | Tensor | None = None) -> Tensor:
+        """Turn activations into latents.
+
+        Args:
+            x: activations ``[..., d_in]``, in the SAE's dtype.
+            latents: indices ``[n]`` of the latents to compute; all by default. For element-wise architectures only
+                their encoder rows are read.
+
+        Returns:
+            Latents ``[..., d_sae]``, or ``[..., n]``.
+
+        Raises:
+            ShapeError: if the last axis of `x` is not `d_in` wide.
+            LatentIndexError: if an index is outside ``0 .. d_sae - 1``.
+        """
+        if x.shape[-1:] != (self.config.d_in,):
+            raise ShapeError(
+                f"Given activations {list(x.shape)}, but this SAE reads d_in = {self.config.d_in}: expected "
+                f"[..., {self.config.d_in}]. Check that site {self.config.site!r} of {self.config.base_model!r} is "
+                "meant."
+            )
+        return self._encode(x, None if latents is None else self.latent_indices(latents))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Turn latents into a reconstruction, ``latents @ W_dec + b_dec``.
+
+        Args:
+            latents: ``[..., d_sae]``.
+
+        Returns:
+            Reconstruction ``[..., d_out]``.
+
+        Raises:
+            ShapeError: if the last axis is not `d_sae` wide.
+        """
+        if latents.shape[-1:] != (self.config.d_sae,):
+            raise ShapeError(f"Given latents {list(latents.shape)}, expected [..., d_sae = {self.config.d_sae}].")
+        return latents @ self.W_dec + self.b_dec
+
+    def forward(self, x: Tensor) -> SAEOutput:
+        """Encode and decode.
+
+        Args:
+            x: activations ``[..., d_in]``.
+
+        Returns:
+            Reconstruction ``[..., d_out]`` and latents ``[..., d_sae]``.
+        """
+        latents = self.encode(x)
+        return SAEOutput(reconstruction=self.decode(latents), latents=latents)
+
+    def _project(self, x: Tensor, latents: Tensor | None) -> Tensor:
+        """Return ``(x - b_dec) @ W_enc`` (``x @ W_enc`` without `apply_b_dec_to_input`) for the selected latents."""
+        if self.config.apply_b_dec_to_input:
+            x = x - self.b_dec
+        return nn.functional.linear(x, self._take(self.W_enc_T, latents))
+
+    @staticmethod
+    def _take(parameter: Tensor, latents: Tensor | None) -> Tensor:
+        """Select rows of a per-latent parameter."""
+        return parameter if latents is None else parameter[latents]
+
+    # ------------------------------------------------------------------ what it is made of
+
+    @property
+    def W_enc(self) -> Tensor:
+        """Encoder ``[d_in, d_sae]``: a view of `W_enc_T`."""
+        return self.W_enc_T.T
+
+    @property
+    def d_out(self) -> int:
+        """Width of the reconstruction."""
+        return self.config.d_out or self.config.d_in
+
+    def latent_indices(self, latents: Sequence[int] | Tensor) -> Tensor:
+        """Check latent indices and bring them to the SAE's device.
+
+        Args:
+            latents: indices, each in ``0 .. d_sae - 1``.
+
+        Returns:
+            Indices ``[n]``, int64.
+
+        Raises:
+            LatentIndexError: naming the first index that is out of range.
+        """
+        indices = torch.as_tensor(latents, dtype=torch.int64, device=self.W_dec.device).reshape(-1)
+        outside = indices[(indices < 0) | (indices >= self.config.d_sae)]
+        if len(outside):
+            raise LatentIndexError(
+                f"Latent {int(outside[0])} does not exist: this SAE has d_sae = {self.config.d_sae} latents, "
+                f"0 .. {self.config.d_sae - 1}."
+            )
+        return indices
+
+    @torch.no_grad()
+    def record_statistics(self, max_activation: Tensor, mean_activation: Tensor, tokens: int) -> None:
+        """Remember how strongly each latent fires; steering and mean ablation measure in these units.
+
+        Args:
+            max_activation: largest value of each latent, ``[d_sae]``.
+            mean_activation: mean value of each latent, zeros included, ``[d_sae]``.
+            tokens: number of tokens they were measured on.
+        """
+        self.max_activation.copy_(max_activation)
+        self.mean_activation.copy_(mean_activation)
+        self.config.recorded_tokens = tokens
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Unit-norm random decoder rows, the encoder their transpose, everything else zero.
+
+        Written with `transformers.initialization`, which leaves alone what a checkpoint has already filled.
+        """
+        if module is not self:
+            return
+        init.copy_(self.W_dec, nn.functional.normalize(torch.randn_like(self.W_dec), dim=-1))
+        same_width = self.W_enc_T.shape == self.W_dec.shape
+        rows = self.W_dec.detach() if same_width else nn.functional.normalize(torch.randn_like(self.W_enc_T), dim=-1)
+        init.copy_(self.W_enc_T, rows)
+        init.zeros_(self.max_activation)
+        init.zeros_(self.mean_activation)
+        for parameter in self.parameters(recurse=False):
+            if parameter.ndim < 2:
+                init.zeros_(parameter)
+
+    def get_input_embeddings(self) -> None:  # quantisers ask every model; an SAE has none
+        """Return None: an SAE has no embeddings."""
+
+    # ------------------------------------------------------------------ disk and Hub
+
+    @classmethod
+    def from_pretrained(  # the second argument is the subfolder, as users of SAEs expect
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        subfolder: str = "",
+        *,
+        config: SAEConfig | None = None,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Load an SAE from a folder or the Hub; the architecture is read from the checkpoint.
+
+        Args:
+            pretrained_model_name_or_path: repository id or folder; None together with `config` and ``state_dict=``.
+            subfolder: folder of the SAE inside the repository.
+            config: use this configuration instead of the stored one.
+            output_loading_info: also return transformers' loading info.
+            **kwargs: as for any transformers model: ``revision``, ``token``, ``cache_dir``, ``local_files_only``,
+                ``force_download``, ``dtype``, ``device_map``, ``state_dict`` ...
+
+        Returns:
+            The SAE in evaluation mode, of the checkpoint's class.
+
+        Raises:
+            CheckpointError: if the checkpoint is of another class, truncated, or has tensors that are missing, extra,
+                of the wrong shape or not finite.
+            MissingFileError: if there is no such folder, repository, revision or file.
+        """
+        if pretrained_model_name_or_path is None:
+            if config is None:
+                raise InputError(
+                    "Given neither a checkpoint nor config=; pass a repository id, a folder, or both "
+                    "config= and state_dict=."
+                )
+            checkpoint = Checkpoint(architectures[config.architecture], repo="the given state_dict")
+        else:
+            checkpoint = open_checkpoint(os.fspath(pretrained_model_name_or_path), subfolder, **kwargs)
+        if not issubclass(checkpoint.model_class, cls):
+            raise CheckpointError(
+                f"The checkpoint {checkpoint} is a {checkpoint.model_class.__name__}, not a {cls.__name__}: load it "
+                f"with {checkpoint.model_class.__name__}.from_pretrained or SAEModel.from_pretrained."
+            )
+        settings = {name: value for name, value in kwargs.items() if name not in _PLACE_ARGUMENTS}
+        arguments = {**settings, **checkpoint.arguments, **({"config": config} if config is not None else {})}
+        model, info = checkpoint.model_class._load_strictly(checkpoint.folder, str(checkpoint), arguments)
+        model._checkpoint = checkpoint
+        model.name_or_path = model.config.name_or_path = checkpoint.repo
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _load_strictly(
+        cls, source: Path | None, where: str, arguments: dict[str, Any]
+    ) -> tuple[SAEModel, dict[str, Any]]:
+        """Let transformers load, then raise for everything that it would only have warned of."""
+        try:
+            with quiet_transformers():
+                loaded: Any = super().from_pretrained(
+                    source, output_loading_info=True, **{**arguments, "ignore_mismatched_sizes": True}
+                )
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"The weights of {where} cannot be read ({error}): expected a complete safetensors file. Fetch it "
+                "again."
+            ) from error
+        model, info = loaded
+        require_complete(where, info, list(model.state_dict()))
+        require_finite(where, model)
+        return model, info
+
+    _checkpoint: Checkpoint | None = None
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        """Where this SAE was loaded from, with the commit; None for one that was built or trained here."""
+        return self._checkpoint
+
+    def save_pretrained(  # what else there is goes through kwargs
+        self, save_directory: str | os.PathLike[str], *, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Write ``config.json`` and ``model.safetensors``; either all files are replaced or none.
+
+        Args:
+            save_directory: folder, created if need be.
+            push_to_hub: also publish, with ``repo_id=`` among `kwargs` (the folder's name by default).
+            **kwargs: as for any transformers model: ``max_shard_size``, ``state_dict``, ``variant`` ...
+        """
+        target = Path(save_directory)
+        if target.is_file():
+            raise InputError(f"{target} is a file; expected a folder to save into.")
+        publish = {key: kwargs.pop(key) for key in _PUBLISH_ARGUMENTS if key in kwargs}
+        target.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
+        try:
+            with quiet_transformers():
+                super().save_pretrained(staging, **kwargs)
+            written = sorted(staging.iterdir())
+            kept = {file.name for file in written}
+            for stale in [*target.glob("model*.safetensors"), *target.glob("model*.safetensors.index.json")]:
+                if stale.name not in kept:
+                    stale.unlink()
+            for file in written:
+                file.replace(target / file.name)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        if push_to_hub:
+            self.push_to_hub(publish.pop("repo_id", target.name), **publish)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Publish to the Hub in one commit, with a model card; see `hf_gated_sae.publishing.push_to_hub`."""
+        return _push_to_hub(self, repo_id, **kwargs)
+
+
+# Say where a checkpoint is: used up once its files are on this machine.
+_PLACE_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
+_PUBLISH_ARGUMENTS = (
+    "repo_id",
+    "subfolder",
+    "private",
+    "create_pr",
+    "revision",
+    "token",
+    "commit_message",
+    "commit_description",
+)

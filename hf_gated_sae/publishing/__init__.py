@@ -1,0 +1,8 @@
+"""Publish an SAE so that others can find, load and trust it: facts, card, one commit."""
+
+from .card import model_card
+from .facts import CardFacts, LatentLabel, read_facts
+from .push import push_to_hub
+from .saving import save
+
+__all__ = ["CardFacts", "LatentLabel", "model_card", "push_to_hub", "read_facts", "save"]

@@ -1,0 +1,176 @@
+"""The model card of one SAE: everything in it comes from the SAE itself or from its facts."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from jinja2 import Environment, StrictUndefined
+
+from ..modeling import SAEModel
+from .facts import CardFacts
+from .markdown import cell, marked, number, with_front_matter
+
+HEADLINE = ("l0", "fvu", "loss_recovered", "relative_reconstruction_bias", "dead_fraction")
+"""The metrics that belong into ``model-index``, and whose absence the card admits."""
+
+MEANINGS = {
+    "l0": "mean number of live latents per token",
+    "fvu": "fraction of variance unexplained, 0 is perfect",
+    "mse": "squared error per token, summed over the width",
+    "loss_recovered": "of the loss that zero-ablating the site costs, the share that splicing wins back; 1 is perfect",
+    "relative_reconstruction_bias": "gamma; 1 is unbiased, below 1 is shrinkage",
+    "relative_reconstruction_bias_centred": "gamma after subtracting the decoder bias",
+    "cosine": "mean cosine between activation and reconstruction",
+    "norm_ratio": "mean norm of the reconstruction over that of the activation",
+    "dead_fraction": "share of latents that never fired on these tokens",
+    "dense_fraction": "share of latents that fired on more than a tenth of the tokens",
+    "loss_clean": "cross-entropy of the untouched model, nats per token",
+    "loss_spliced": "the same with the site replaced by its reconstruction",
+    "loss_ablated": "the same with the site set to zero",
+    "tokens": "tokens measured",
+}
+SHOWN_LABELS = 40
+
+
+def model_card(
+    sae: SAEModel, facts: CardFacts | None = None, *, repo_id: str | None = None, subfolder: str = ""
+) -> str:
+    """Return the card as Markdown with its YAML front matter.
+
+    Args:
+        sae: the SAE.
+        facts: what is known about it; by default nothing beyond its configuration.
+        repo_id: repository that the card is for, used in the code that loads it.
+        subfolder: folder of the SAE in that repository.
+    """
+    facts = facts or CardFacts()
+    body = _template().render(
+        sae=sae,
+        config=sae.config,
+        facts=facts,
+        title=card_title(sae, facts, repo_id, subfolder),
+        kind=type(sae).__name__,
+        dtype=str(sae.dtype).removeprefix("torch."),
+        base_model_link=_base_model_link(sae),
+        measured=[(name, value, MEANINGS.get(name, "")) for name, value in facts.metrics.items()],
+        missing=[name for name in HEADLINE if name not in facts.metrics],
+        equations=equations(type(sae)),
+        labels=facts.labels[:SHOWN_LABELS],
+        hidden_labels=max(len(facts.labels) - SHOWN_LABELS, 0),
+        source=repo_id or "path/to/this/folder",
+        subfolder=subfolder if repo_id else "",
+        can_splice=bool(sae.config.site and is_repo_id(sae.config.base_model)),
+    )
+    return with_front_matter(card_data(sae, facts, repo_id, subfolder).to_dict(), marked("card", body))
+
+
+def card_data(sae: SAEModel, facts: CardFacts, repo_id: str | None = None, subfolder: str = "") -> ModelCardData:
+    """Return the front matter: what the Hub indexes."""
+    config = sae.config
+    title = card_title(sae, facts, repo_id, subfolder)
+    base: dict[str, Any] = (
+        {"base_model": config.base_model, "base_model_relation": "adapter"} if is_repo_id(config.base_model) else {}
+    )
+    return ModelCardData(
+        model_name=title,
+        library_name="hf-gated-sae",
+        pipeline_tag="feature-extraction",
+        tags=[
+            "sparse-autoencoder",
+            f"{config.architecture.replace('_', '-')}-sae",
+            "interpretability",
+            *([config.site] if config.site else []),
+        ],
+        license=facts.license,
+        datasets=[name for name in facts.datasets if is_repo_id(name)] or None,
+        eval_results=_eval_results(facts) or None,
+        **base,
+    )
+
+
+def card_title(sae: SAEModel, facts: CardFacts, repo_id: str | None = None, subfolder: str = "") -> str:
+    """Return the name of the SAE: the given one, else that of its place in the repository, else what it is."""
+    if facts.name:
+        return facts.name
+    if repo_id:
+        return "/".join(part for part in (repo_id.split("/")[-1], subfolder) if part)
+    return f"{type(sae).__name__} at {sae.config.site}" if sae.config.site else type(sae).__name__
+
+
+def equations(model_class: type[SAEModel]) -> str:
+    """Return the architecture's own description as Markdown: its docstring up to the attributes, and its source.
+
+    >>> from hf_gated_sae import StandardSAE
+    >>> equations(StandardSAE).splitlines()[0]
+    '`latents = relu((x - b_dec) @ W_enc + b_enc)`.'
+    """
+    text = inspect.getdoc(model_class) or ""
+    description = re.split(r"\n\n(?=(?:Attributes|Source):)", text)[0]
+    source = re.search(r"^Source:.*(?:\n.+)*", text, flags=re.MULTILINE)
+    joined = f"{description}\n\n{source[0]}" if source else description
+    linked = re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[arXiv \1](https://arxiv.org/abs/\1)", joined)
+    return linked.replace("``", "`")
+
+
+def _eval_results(facts: CardFacts) -> list[EvalResult]:
+    """Return the headline metrics that are defined, as the Hub's ``model-index`` wants them."""
+    dataset = str(facts.evaluation.get("dataset", "not stated"))
+    return [
+        EvalResult(
+            task_type="feature-extraction",
+            task_name="Sparse reconstruction of activations",
+            dataset_type=dataset,
+            dataset_name=dataset,
+            dataset_split=_text_or_none(facts.evaluation.get("split")),
+            dataset_revision=_text_or_none(facts.evaluation.get("dataset_revision")),
+            metric_type=name,
+            metric_name=name,
+            metric_value=facts.metrics[name],
+        )
+        for name in HEADLINE
+        if facts.metrics.get(name) is not None
+    ]
+
+
+def _text_or_none(value: object) -> str | None:
+    return None if value is None else str(value)
+
+
+def is_repo_id(name: str | None) -> bool:
+    """Whether `name` can be a repository id, and is not a folder of the author's machine."""
+    if not name or name.startswith(("/", ".", "~")):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _base_model_link(sae: SAEModel) -> str:
+    """Return the base model for a sentence: a link, or what can honestly be said."""
+    name = sae.config.base_model
+    if name is None:
+        return "a model that its configuration does not name"
+    return f"[{name}](https://huggingface.co/{name})" if is_repo_id(name) else "a local model"
+
+
+def _rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return names and values for a table."""
+    return [(name.replace("_", " "), number(value)) for name, value in values.items()]
+
+
+@cache
+def _template() -> Any:
+    """Return the card's template; a variable that it uses and nobody gave is an error."""
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
+    environment.filters.update(cell=cell, number=number, rows=_rows)
+    return environment.from_string((files(__package__) / "card.md.jinja").read_text(encoding="utf-8"))

@@ -1,0 +1,186 @@
+"""What is known about an SAE beyond its tensors, and the file in which that travels with it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from ..errors import CheckpointError, InputError, did_you_mean
+from ..modeling import SAEModel
+from ..modeling.loading import Checkpoint
+
+FACTS_FILE = "sae_metrics.json"
+SCHEMA = 1
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LatentLabel:
+    """What one latent was found to mean, with the measurement that says so.
+
+    Attributes:
+        latent: index, ``0 .. d_sae - 1``.
+        label: short text.
+        precision: share of the tokens on which the latent fires that are of the labelled kind; None if not measured.
+        recall: share of the tokens of that kind on which it fires; None if not measured.
+    """
+
+    latent: int
+    label: str
+    precision: float | None = None
+    recall: float | None = None
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a model card can say about an SAE; everything is optional and only what is given is said.
+
+    Attributes:
+        metrics: measured numbers by name, such as ``{"l0": 31.2, "fvu": 0.08}``; NaN is kept as "undefined".
+        comparisons: the same numbers of other SAEs measured in the same way, by the name of the SAE.
+        evaluation: how `metrics` were measured: ``dataset``, ``split``, ``tokens``, ``command`` (to repeat it), ...
+        training: facts of the training run by name, such as ``{"steps": 20000, "sparsity_coefficient": 0.5}``.
+        datasets: Hub ids of the data that the SAE was trained on.
+        license: licence identifier of the Hub, such as ``"apache-2.0"``.
+        labels: latents with a known meaning.
+        provenance: where it comes from, such as ``{"converted from": "owner/name@commit"}``.
+        name: title of the card.
+        description: further prose in Markdown.
+    """
+
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
+    comparisons: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    datasets: tuple[str, ...] = ()
+    license: str | None = None
+    labels: tuple[LatentLabel, ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    name: str | None = None
+    description: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check that what goes into tables is a number, and make the facts equal to what a file gives back."""
+        for title, numbers in {"metrics": self.metrics, **self.comparisons}.items():
+            for name, value in numbers.items():
+                if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                    raise InputError(
+                        f"The metric {name!r} of {title} is {value!r}; expected a number. Put how it was measured "
+                        "into evaluation= and what was trained into training=."
+                    )
+        object.__setattr__(self, "metrics", _numbers(self.metrics))
+        object.__setattr__(self, "comparisons", {name: _numbers(found) for name, found in self.comparisons.items()})
+        object.__setattr__(self, "datasets", tuple(self.datasets))
+        labels = (label if isinstance(label, LatentLabel) else LatentLabel(**label) for label in self.labels)
+        object.__setattr__(self, "labels", tuple(labels))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values, without what is not known."""
+        known = {name: value for name, value in asdict(self).items() if value not in (None, {}, (), [])}
+        return {"schema": SCHEMA, **known}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> CardFacts:
+        """Build facts from the content of ``sae_metrics.json``.
+
+        Raises:
+            InputError: if a key is unknown or a value cannot be used.
+        """
+        values = {name: value for name, value in content.items() if name != "schema"}
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise InputError(
+                f"The facts have no key {', '.join(map(repr, unknown))}.{did_you_mean(unknown[0], known)} "
+                f"Known: {', '.join(known)}."
+            )
+        try:
+            return cls(**values)
+        except (TypeError, AttributeError) as error:
+            raise InputError(f"The facts cannot be used ({error}); see CardFacts for what each key holds.") from error
+
+
+def _numbers(values: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Return the numbers; JSON has no NaN, so that what is undefined is None."""
+    return {name: None if value is None or not math.isfinite(value) else value for name, value in values.items()}
+
+
+def read_facts(source: str | os.PathLike[str] | Checkpoint | SAEModel) -> CardFacts:
+    """Return what is known about an SAE.
+
+    Args:
+        source: a folder, a checkpoint, or an SAE, whose checkpoint is asked. Of an SAE whose weights are no longer
+            those of its checkpoint, nothing that was measured or trained is known any more.
+
+    Returns:
+        The facts that were stored beside the weights; empty ones if there are none.
+
+    Raises:
+        CheckpointError: if the file is there but cannot be read.
+    """
+    if isinstance(source, SAEModel):
+        return _facts_of(source)
+    if isinstance(source, Checkpoint):
+        return CardFacts() if source.folder is None else read_facts(source.folder)
+    path = Path(source) / FACTS_FILE
+    if not path.is_file():
+        return CardFacts()
+    try:
+        return CardFacts.from_dict(json.loads(path.read_bytes()))
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be used as the SAE's facts: {error}") from error
+
+
+def _facts_of(sae: SAEModel) -> CardFacts:
+    """Return the facts of an SAE's checkpoint as far as they hold for the SAE as it is now."""
+    checkpoint = sae.checkpoint
+    if checkpoint is None or checkpoint.folder is None:
+        return CardFacts()
+    facts = read_facts(checkpoint.folder)
+    if facts == CardFacts() or _has_weights_of(sae, checkpoint.folder):
+        return facts
+    logger.warning(
+        "The weights are no longer those of %s: what was measured on it is dropped. Measure again and pass facts=.",
+        checkpoint,
+    )
+    return CardFacts(license=facts.license, provenance={**facts.provenance, "modified from": str(checkpoint)})
+
+
+def _has_weights_of(sae: SAEModel, folder: Path) -> bool:
+    """Whether the SAE's tensors are those stored in a folder, up to the dtype that it was loaded in."""
+    tensors = sae.state_dict()
+    for file in folder.glob("model*.safetensors"):
+        with safe_open(file, framework="pt") as stored:
+            for name in stored.keys():  # noqa: SIM118  # not a mapping
+                if name not in tensors or not torch.equal(
+                    stored.get_tensor(name).to(tensors[name].dtype), tensors[name].cpu()
+                ):
+                    return False
+    return True
+
+
+def write_facts(facts: CardFacts, folder: str | os.PathLike[str]) -> Path:
+    """Write ``sae_metrics.json`` into a folder and return its path.
+
+    Raises:
+        InputError: if a fact cannot be written as JSON.
+    """
+    path = Path(folder) / FACTS_FILE
+    try:
+        text = json.dumps(facts.to_dict(), indent=2, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"The facts cannot be written as JSON ({error}); expected texts, numbers, lists and mappings."
+        ) from error
+    path.write_text(text + "\n", encoding="utf-8")
+    return path

@@ -1,0 +1,109 @@
+"""Markdown with YAML front matter, in which only marked sections are ours."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import yaml
+
+from ..errors import PublishError
+
+_FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?)\r?\n?---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+
+
+def number(value: object) -> str:
+    """Return a value for a table: four significant digits for a fraction, all digits of a whole number.
+
+    >>> number(0.123456), number(100000), number(None)
+    ('0.1235', '100,000', 'undefined')
+    """
+    if value is None:
+        return "undefined"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return cell(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def cell(value: object) -> str:
+    """Return a text that cannot break out of a Markdown table cell."""
+    return str(value).replace("|", "\\|").replace("<", "&lt;").replace("\n", " ").strip()
+
+
+def marked(section: str, body: str) -> str:
+    """Enclose `body` in the comments by which it is found again."""
+    return f"{_begin(section)}\n\n{body.strip()}\n\n{_end(section)}\n"
+
+
+def with_front_matter(data: Mapping[str, Any], body: str) -> str:
+    """Put YAML before a Markdown text."""
+    block = yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True, width=1000)
+    return f"---\n{block}---\n\n{body}"
+
+
+def merge(existing: str | None, new: str, section: str, *, yielding: Collection[str] = ()) -> str:
+    """Bring a freshly made card into a README that people may have edited.
+
+    Only the marked section is replaced, or appended where there is none. Of the front matter, keys that only the
+    existing text has are kept, and tags are united.
+
+    Args:
+        existing: the README as it is; None if there is none.
+        new: front matter and one marked section.
+        section: name of the section.
+        yielding: keys of the front matter whose existing value stays.
+
+    Raises:
+        PublishError: if the existing front matter cannot be read, or the section's end mark is gone.
+    """
+    if existing is None:
+        return new
+    old_data, old_body = split_front_matter(existing)
+    new_data, new_section = split_front_matter(new)
+    tags = [*(old_data.get("tags") or []), *(new_data.get("tags") or [])]
+    kept = {key: old_data[key] for key in yielding if key in old_data}
+    data = {**old_data, **new_data, **kept, **({"tags": list(dict.fromkeys(tags))} if tags else {})}
+    start = old_body.find(_begin(section))
+    if start < 0:
+        return with_front_matter(data, f"{old_body.strip()}\n\n{new_section}")
+    stop = old_body.find(_end(section), start)
+    if stop < 0:
+        raise PublishError(
+            f"The README has the mark {_begin(section)!r} but not {_end(section)!r}: put it back where the generated "
+            "part ends, or remove both."
+        )
+    after = old_body[stop + len(_end(section)) :].lstrip("\n")
+    before = old_body[:start].strip("\n")
+    return with_front_matter(data, "\n".join(part for part in (before and before + "\n", new_section, after) if part))
+
+
+def split_front_matter(text: str) -> tuple[dict[str, Any], str]:
+    """Return the YAML mapping at the top of a text (empty if there is none), and the rest.
+
+    Raises:
+        PublishError: if the YAML is broken.
+    """
+    found = _FRONT_MATTER.match(text)
+    if found is None:
+        return {}, text
+    try:
+        data = yaml.safe_load(found[1]) or {}
+    except yaml.YAMLError as error:
+        line = str(error).splitlines()[0]
+        raise PublishError(
+            f"The README's YAML front matter is broken ({line}): correct it, then publish again."
+        ) from error
+    if not isinstance(data, dict):
+        raise PublishError(f"The README's front matter holds a {type(data).__name__}; expected YAML keys and values.")
+    if isinstance(data.get("tags"), str):
+        data["tags"] = [data["tags"]]
+    return data, text[found.end() :].lstrip("\n")
+
+
+def _begin(section: str) -> str:
+    return f"<!-- hf-gated-sae {section}: generated, edits up to the end mark are replaced -->"
+
+
+def _end(section: str) -> str:
+    return f"<!-- hf-gated-sae {section}: end -->"

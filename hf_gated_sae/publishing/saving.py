@@ -1,0 +1,69 @@
+"""Write an SAE with everything that should travel with it: weights, configuration, facts and card."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ..modeling import SAEModel
+from .card import model_card
+from .facts import CardFacts, read_facts, write_facts
+from .markdown import merge
+
+CARD_FILE = "README.md"
+
+
+def save(sae: SAEModel, folder: str | os.PathLike[str], facts: CardFacts | None = None, **kwargs: Any) -> Path:
+    """Write weights, ``config.json``, ``sae_metrics.json`` and ``README.md``.
+
+    Everything is written aside first: if anything fails, the folder is as it was. A README that people have edited
+    keeps their part.
+
+    Args:
+        sae: the SAE.
+        folder: where to, created if need be.
+        facts: what is known; by default what was stored with the checkpoint that `sae` was loaded from.
+        **kwargs: as for `SAEModel.save_pretrained`, such as ``max_shard_size``.
+
+    Returns:
+        The folder.
+    """
+    target = Path(folder)
+    readme = target / CARD_FILE
+    existing = readme.read_text(encoding="utf-8") if readme.is_file() else None
+    facts = read_facts(sae) if facts is None else facts
+    with tempfile.TemporaryDirectory() as staging:
+        written = write_extras(sae, Path(staging), facts, existing_card=existing)
+        sae.save_pretrained(target, **kwargs)
+        for file in written:
+            shutil.copyfile(file, target / f".{file.name}.part")
+            (target / f".{file.name}.part").replace(target / file.name)
+    return target
+
+
+def write_extras(
+    sae: SAEModel,
+    folder: Path,
+    facts: CardFacts,
+    *,
+    existing_card: str | None = None,
+    repo_id: str | None = None,
+    subfolder: str = "",
+) -> list[Path]:
+    """Write ``sae_metrics.json`` and the card into a folder and return the two paths.
+
+    Args:
+        sae: the SAE.
+        folder: an existing folder.
+        facts: what is known.
+        existing_card: a README whose hand-written part is to be kept.
+        repo_id: repository that the card is for.
+        subfolder: folder of the SAE in that repository.
+    """
+    card = merge(existing_card, model_card(sae, facts, repo_id=repo_id, subfolder=subfolder), "card")
+    path = folder / CARD_FILE
+    path.write_text(card, encoding="utf-8")
+    return [write_facts(facts, folder), path]

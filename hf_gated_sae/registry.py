@@ -1,0 +1,95 @@
+"""Names to plug-ins. A registry fills itself from the modules of one package and from entry points of other packages.
+
+A variant is one file: its class names itself, and importing the file registers it. The package is named by a string and
+imported on first use, so that a lower floor can look up what a higher floor provides without importing it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator, Mapping
+from importlib.metadata import entry_points
+from typing import Any, Generic, TypeVar
+
+from .errors import InputError, unknown_name
+
+Plugin = TypeVar("Plugin")
+
+
+class Registry(Mapping[str, Plugin], Generic[Plugin]):
+    """A read-only mapping of names to plug-ins that imports its package when first asked.
+
+    Args:
+        kind: what one entry is, for error messages, such as ``"architecture"``.
+        package: dotted name of the package whose modules register themselves; also the entry-point group
+            (``hf_gated_sae.architectures``) under which other distributions name modules to import.
+    """
+
+    def __init__(self, kind: str, package: str) -> None:
+        self.kind = kind
+        self.package = package
+        self._entries: dict[str, Plugin] = {}
+        self._loaded = False
+
+    def register(self, name: str, plugin: Plugin) -> None:
+        """Add one plug-in.
+
+        Raises:
+            InputError: if the name is taken by another plug-in.
+        """
+        taken = self._entries.get(name)
+        if taken is not None and getattr(taken, "__qualname__", taken) != getattr(plugin, "__qualname__", plugin):
+            raise InputError(
+                f"The {self.kind} name {name!r} is already taken by {taken!r}; give {plugin!r} another name."
+            )
+        self._entries[name] = plugin
+
+    def _load(self) -> dict[str, Plugin]:
+        if not self._loaded:
+            self._loaded = True  # first: the modules imported below may ask the registry themselves
+            try:
+                package = importlib.import_module(self.package)
+                for module in pkgutil.iter_modules(package.__path__, prefix=f"{self.package}."):
+                    importlib.import_module(module.name)
+                for entry in entry_points(group=self.package):
+                    entry.load()
+            except BaseException:
+                self._loaded = False  # half a registry would answer "unknown" for what failed to import
+                raise
+        return self._entries
+
+    def __getitem__(self, name: str) -> Plugin:
+        entries = self._load()
+        if name not in entries:
+            raise unknown_name(self.kind, name, entries)
+        return entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._load()))
+
+    def __len__(self) -> int:
+        return len(self._load())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._load()
+
+
+class LateBound:
+    """A function that a higher floor provides to a lower one, imported when first called.
+
+    Only for the two verbs that users look for on the model itself although their work is done far above it:
+    ``from_pretrained`` (formats, hub) and ``push_to_hub`` (publishing).
+
+    Args:
+        module: dotted name of the module that defines the function.
+        name: the function.
+    """
+
+    def __init__(self, module: str, name: str) -> None:
+        self.module = module
+        self.name = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function."""
+        return getattr(importlib.import_module(self.module), self.name)(*args, **kwargs)

@@ -1,0 +1,279 @@
+"""Unwrap a model, run it quietly on a few tokens, and record every tensor that its modules take and give."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import SiteError
+from .slots import Key, Place, pack_input, tensors_in
+
+BATCH, SEQUENCE = 2, 7
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model as it is probed: where its modules are named from, what is called, and with what.
+
+    Args:
+        root: the model without wrappers; module paths start here.
+        call: the module to call; `root`, unless a wrapper has to gather its parameters.
+        inputs: keyword arguments of the call.
+    """
+
+    root: nn.Module
+    call: nn.Module
+    inputs: dict[str, Any]
+
+    @property
+    def ids(self) -> Tensor:
+        """The tensor that stands for the tokens: ids ``[B, S]`` or embeddings ``[B, S, width]``."""
+        ids = self.inputs.get("input_ids")
+        found = ids if ids is not None else self.inputs.get("inputs_embeds")
+        if not isinstance(found, Tensor):
+            raise SiteError("The probe's inputs must have 'input_ids' or 'inputs_embeds'.")
+        return found
+
+    def tokens(self) -> tuple[int, int]:
+        """Return (B, S) of the probe."""
+        return int(self.ids.shape[0]), int(self.ids.shape[1])
+
+
+def unwrap(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Take PEFT, torch.compile, DDP and FSDP wrappers off.
+
+    Returns:
+        The model itself, and the module to call, which is a wrapper only where that has to gather parameters.
+
+    Raises:
+        SiteError: for `torch.nn.DataParallel`, whose replicas would run hooks in racing threads.
+    """
+    call = model
+    while True:
+        if isinstance(model, nn.DataParallel):
+            raise SiteError("torch.nn.DataParallel runs hooks in several threads at once; use DDP or device_map.")
+        get_base = getattr(model, "get_base_model", None)
+        names = list(model._modules)
+        inner: nn.Module | None = None
+        if callable(get_base):
+            inner = get_base()
+        elif names in (["_orig_mod"], ["module"], ["_fsdp_wrapped_module"]):
+            inner = model._modules[names[0]]
+        if inner is None or inner is model:
+            return model, call
+        gathers = names == ["_fsdp_wrapped_module"]
+        call = call if gathers or call is not model else inner
+        model = inner
+
+
+def make_subject(model: nn.Module, inputs: Mapping[str, Any] | None) -> Subject:
+    """Prepare a model for probing, with made-up ids unless inputs are given."""
+    root, call = unwrap(model)
+    given: dict[str, Any] = dict(inputs) if inputs is not None else {"input_ids": _made_up_ids(root)}
+    accepted = inspect.signature(root.forward).parameters
+    if "use_cache" in accepted or any(item.kind is item.VAR_KEYWORD for item in accepted.values()):
+        given.setdefault("use_cache", False)
+    return Subject(root, call, given)
+
+
+def embedding_of(root: nn.Module) -> nn.Module | None:
+    """Return the module that embeds tokens, or None where the model does not tell."""
+    getter = getattr(root, "get_input_embeddings", None)
+    try:
+        found = getter() if callable(getter) else None
+    except NotImplementedError:
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def _made_up_ids(root: nn.Module) -> Tensor:
+    """Return distinct ordinary ids ``[2, 7]``, on the embedding's device."""
+    weight = getattr(embedding_of(root), "weight", None)
+    config = getattr(root, "config", None)
+    size = int(weight.shape[0]) if isinstance(weight, Tensor) else int(getattr(config, "vocab_size", 0))
+    special = set(_special_ids(config.to_dict())) if config is not None else set()
+    ordinary = [token for token in range(min(size, 4096)) if token not in special]
+    wanted = BATCH * SEQUENCE
+    if len(ordinary) < wanted:
+        raise SiteError(f"The probe needs {wanted} ordinary token ids and the model's embedding has {len(ordinary)}.")
+    step = len(ordinary) // wanted
+    device = weight.device if isinstance(weight, Tensor) and weight.device.type != "meta" else torch.device("cpu")
+    return torch.tensor(ordinary[step - 1 :: step][:wanted], device=device).view(BATCH, SEQUENCE)
+
+
+def _special_ids(config: Mapping[str, Any]) -> Iterator[int]:
+    """Yield every id that a configuration gives a meaning: padding, end of text, image placeholders."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _special_ids(value)
+        elif str(name).endswith(("token_id", "token_ids", "token_index")):
+            yield from (item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int))
+
+
+@contextlib.contextmanager
+def quiet(root: nn.Module) -> Iterator[None]:
+    """Run eagerly, in eval mode, without gradients; restore every module's mode and the random state afterwards."""
+    modes = [(module, module.training) for module in root.modules()]
+    devices = {parameter.device for parameter in root.parameters()}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        for kind in {device.type for device in devices} - {"cpu", "meta"}:
+            same = [device.index for device in devices if device.type == kind and device.index is not None]
+            stack.enter_context(torch.random.fork_rng(devices=same, device_type=kind))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            root.eval()
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One tensor that a module took or gave in the probe.
+
+    Args:
+        place: where; its `order` is the time.
+        value: number of the tensor's content; equal numbers mean bitwise equal contents of one type.
+        is_tokens: whether it has one row per token and can be an activation.
+    """
+
+    place: Place
+    value: str
+    is_tokens: bool
+
+
+class Trace:
+    """All that one forward showed.
+
+    Args:
+        tokens: (B, S) of the forward.
+    """
+
+    def __init__(self, tokens: tuple[int, int]) -> None:
+        self.tokens = tokens
+        self.calls: dict[str, int] = defaultdict(int)
+        self.seen: dict[tuple[str, str], list[Seen]] = defaultdict(list)
+        self.values: dict[str, Tensor] = {}
+        self.output: Tensor | None = None
+        self._clock = 0
+        self._alive: dict[tuple[int, int], tuple[Tensor, str]] = {}
+
+    def hooks(self, path: str) -> tuple[Callable[..., None], Callable[..., None]]:
+        """Return the hooks that record one module's input and output."""
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.calls[path] += 1
+            self._record(path, "input", pack_input(args, kwargs))
+
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self._record(path, "output", output)
+
+        return before, after
+
+    def _record(self, path: str, port: str, packed: Any) -> None:
+        self._clock += 1
+        if self.calls[path] > 1:
+            return
+        for keys, tensor in tensors_in(packed):
+            self.seen[path, port].append(self._look(path, port, keys, tensor))
+
+    def _look(self, path: str, port: str, keys: tuple[Key, ...], tensor: Tensor) -> Seen:
+        batch, sequence = self.tokens
+        shape = tuple(tensor.shape)
+        shaped = (
+            shape[:2] == (batch, sequence) if tensor.ndim == 3 else tensor.ndim == 2 and shape[0] == batch * sequence
+        )
+        place = Place(path, port, keys, tensor.ndim, shape[-1] if shape else 0, self._clock)
+        return Seen(place, self._number(tensor), shaped and tensor.is_floating_point())
+
+    def _number(self, tensor: Tensor) -> str:
+        """Keep a copy of the content, once, and return its number; later in-place changes do not reach the copy."""
+        key = (id(tensor), 0 if tensor.is_inference() else tensor._version)
+        if key not in self._alive:
+            content = tensor.detach().to("cpu", copy=True).contiguous()
+            number = number_of(content)
+            self.values.setdefault(number, content)
+            self._alive[key] = (tensor, number)  # holding the tensor keeps its id from being used again
+        return self._alive[key][1]
+
+    def one(self, path: str, port: str) -> list[Seen]:
+        """Return what was seen at one side of a module, or nothing where the module did not run exactly once."""
+        return self.seen.get((path, port), []) if self.calls.get(path) == 1 else []
+
+    def within(self, path: str, port: str) -> Iterator[Seen]:
+        """Yield what the modules below a path took or gave, in module order."""
+        prefix = f"{path}."
+        for (name, side), items in self.seen.items():
+            if side == port and name.startswith(prefix) and self.calls[name] == 1:
+                yield from items
+
+    def finish(self) -> None:
+        """Let go of the model's own tensors."""
+        self._alive.clear()
+
+
+def number_of(content: Tensor) -> str:
+    """Return a digest of a tensor's type and bits; shapes that flatten to the same rows share it."""
+    digest = hashlib.blake2b(digest_size=16)
+    if content.numel():
+        digest.update(content.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return f"{content.dtype}:{digest.hexdigest()}"
+
+
+def run(subject: Subject) -> Tensor:
+    """Run one forward and return the first floating tensor of its output (the logits), on the CPU.
+
+    Raises:
+        SiteError: if the forward raises or gives no such tensor.
+    """
+    try:
+        output = subject.call(**subject.inputs)
+    except SiteError:
+        raise
+    except Exception as error:  # whatever the user's model raises is reported as one thing
+        raise SiteError(
+            f"The probe forward of {type(subject.root).__name__} with {sorted(subject.inputs)} raised "
+            f"{type(error).__name__}: {error}. No site can be proven without a forward. Call "
+            "resolve(model, inputs=batch) once with a small batch that the model accepts, with ids of shape [B, S]; after that, semantic names and "
+            "module paths such as 'model.layers.3.output' work."
+        ) from error
+    logits = next((tensor for _, tensor in tensors_in(output) if tensor.is_floating_point()), None)
+    if logits is None:
+        raise SiteError(f"The probe forward of {type(subject.root).__name__} returned no floating-point tensor.")
+    return logits.detach().to("cpu", copy=True)
+
+
+def trace(subject: Subject, only: Collection[str] | None = None) -> Trace:
+    """Run one forward and record what modules take and give; all hooks are removed, also on errors.
+
+    Args:
+        subject: the model and its inputs.
+        only: paths of the modules to record; None records all.
+    """
+    record = Trace(subject.tokens())
+    handles = []
+    try:
+        for path, module in subject.root.named_modules():
+            if only is not None and path not in only:
+                continue
+            before, after = record.hooks(path)
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(module.register_forward_hook(after))
+        record.output = run(subject)
+    finally:
+        for handle in handles:
+            handle.remove()
+        record.finish()
+    return record

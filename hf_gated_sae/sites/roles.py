@@ -1,0 +1,117 @@
+"""Which contributions of a block mix positions (attention and its kin), and which act on each token alone (MLPs).
+
+The order of execution does not tell: some blocks hold only one of the two, and some compute both from the same input.
+So one forward gives every block its recorded input with only the first position changed, and looks where each
+contribution changes. Contributions are put back to their recorded values, so that no block sees another's change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .blocks import Chain
+from .contributions import Decomposition
+from .probe import Seen, Subject, Trace, run
+from .site import Site
+from .slots import Edit, Slot
+
+_REACH = 0.01  # a change at other positions counts from this share of the change at the changed position
+
+
+@dataclass(frozen=True, slots=True)
+class Roles:
+    """The terms of one decomposition by what they do, counted from 1.
+
+    Args:
+        mixers: terms at which one position sees another.
+        feeders: terms that act on each position alone.
+    """
+
+    mixers: tuple[int, ...]
+    feeders: tuple[int, ...]
+
+
+def slot_at(seen: Seen, subject: Subject) -> Slot:
+    """Return a slot for a tensor seen in the probe, named by its module path."""
+    return Slot(Site(seen.place.path, port=seen.place.port), seen.place, subject.root)
+
+
+def forward(subject: Subject, edits: Mapping[Slot, Edit]) -> Tensor:
+    """Run one forward with edits at slots.
+
+    Returns:
+        The logits, on the CPU.
+    """
+    handles = []
+    try:
+        for slot, edit in edits.items():
+            handles.append(slot.register(edit, subject.tokens))
+        return run(subject)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def restore(clean: Tensor, raw: dict[Slot, Tensor] | None = None, slot: Slot | None = None) -> Edit:
+    """Return an edit that puts a recorded value, and notes in `raw` what was there before."""
+
+    def edit(value: Tensor) -> Tensor:
+        if raw is not None and slot is not None:
+            raw[slot] = value.detach().to("cpu", copy=True)
+        return clean.reshape(value.shape).to(value, copy=True)  # some models add into what they are given
+
+    return edit
+
+
+def noise(value: Tensor, seed: int) -> Tensor:
+    """Return random numbers as large as a tensor's own spread, in its shape; the global random state is not used."""
+    spread = float(value.float().std().clamp_min(1e-3))
+    drawn = torch.randn(value.shape, generator=torch.Generator().manual_seed(seed))
+    return (drawn * spread).to(value)
+
+
+def assign_roles(
+    subject: Subject, chain: Chain, sums: Sequence[Decomposition | str], trace: Trace
+) -> list[Roles | None]:
+    """Tell mixers from feed-forwards in every decomposed block, by one forward.
+
+    Returns:
+        One entry per block; None where the block is not decomposed or a contribution does not react.
+    """
+    raw: dict[Slot, Tensor] = {}
+    edits: dict[Slot, Edit] = {}
+    terms: list[list[Slot]] = []
+    for index, (entry, found) in enumerate(zip(chain.entries, sums, strict=True)):
+        clean = trace.values[entry.value]
+        changed = clean.clone().view(*subject.tokens(), -1)
+        changed[:, 0] += noise(changed[:, 0], index)
+        edits[slot_at(entry, subject)] = restore(changed)
+        slots = [] if isinstance(found, str) else [slot_at(term, subject) for term in found.terms]
+        for slot, term in zip(slots, () if isinstance(found, str) else found.terms, strict=True):
+            edits[slot] = restore(trace.values[term.value], raw, slot)
+        terms.append(slots)
+    forward(subject, edits)
+    return [
+        None if isinstance(found, str) else _roles(slots, found, raw, lambda seen: trace.values[seen.value])
+        for slots, found in zip(terms, sums, strict=True)
+    ]
+
+
+def _roles(
+    slots: list[Slot], sums: Decomposition, raw: Mapping[Slot, Tensor], clean: Callable[[Seen], Tensor]
+) -> Roles | None:
+    mixers: list[int] = []
+    feeders: list[int] = []
+    for number, (slot, term) in enumerate(zip(slots, sums.terms, strict=True), start=1):
+        if slot not in raw:
+            return None
+        change = (raw[slot].float() - clean(term).reshape(raw[slot].shape).float()).abs()
+        here, elsewhere = float(change[:, 0].max()), float(change[:, 1:].max())
+        if not here > 0:
+            return None
+        (mixers if elsewhere > _REACH * here else feeders).append(number)
+    return Roles(tuple(mixers), tuple(feeders))

@@ -1,0 +1,247 @@
+"""Where one tensor sits in a module's input or output: the only file that knows how base-model values are packed."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..errors import SiteError
+from .site import Site
+
+Key = int | str
+Tokens = Callable[[], tuple[int, int]]
+Edit = Callable[[Tensor], Tensor | None]
+
+_DEEPEST = 3  # containers within containers beyond this are caches and the like, not activations
+
+
+def pack_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Join positional and keyword arguments into one container, so that inputs and outputs are searched alike."""
+    return {"args": args, "kwargs": dict(kwargs)}
+
+
+def tensors_in(value: object, _above: tuple[Key, ...] = ()) -> Iterator[tuple[tuple[Key, ...], Tensor]]:
+    """Yield every tensor of a packed input or of an output, in order, with the keys that lead to it."""
+    if isinstance(value, Tensor):
+        yield _above, value
+    elif len(_above) < _DEEPEST:
+        pairs: list[tuple[Key, Any]] = []
+        if isinstance(value, Mapping):
+            pairs = [(key, item) for key, item in value.items() if isinstance(key, str)]
+        elif isinstance(value, tuple | list):
+            pairs = list(enumerate(value))
+        for key, item in pairs:
+            yield from tensors_in(item, (*_above, key))
+
+
+def get_tensor(value: Any, keys: tuple[Key, ...]) -> Tensor | None:
+    """Follow keys to a tensor, or return None where the structure is another one."""
+    for key in keys:
+        try:
+            value = value[key]
+        except (LookupError, TypeError):
+            return None
+    return value if isinstance(value, Tensor) else None
+
+
+def put_tensor(value: Any, keys: tuple[Key, ...], new: Tensor) -> Any:
+    """Return a copy of a container with one tensor replaced; type and all other elements stay the same objects."""
+    if not keys:
+        return new
+    key, rest = keys[0], keys[1:]
+    inner = put_tensor(value[key], rest, new)
+    if isinstance(value, tuple):
+        items = [inner if index == key else item for index, item in enumerate(value)]
+        make = getattr(type(value), "_make", None)  # a namedtuple takes its fields one by one
+        return make(items) if make else type(value)(items)
+    changed = copy.copy(value)
+    changed[key] = inner
+    return changed
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One tensor that a module takes or gives.
+
+    Args:
+        path: dotted path of the module in the model.
+        port: ``"input"`` or ``"output"``.
+        keys: the way to the tensor in the packed input or in the output.
+        rank: 3 for ``[B, S, width]``, 2 for ``[B * S, width]``.
+        width: last dimension.
+        order: rank in the execution of one forward.
+        scale: what is read is `scale` times the tensor.
+        in_place: write into the tensor itself, because others than the module hold the same object.
+    """
+
+    path: str
+    port: str
+    keys: tuple[Key, ...]
+    rank: int
+    width: int
+    order: int
+    scale: float = 1.0
+    in_place: bool = False
+
+    def __str__(self) -> str:
+        """Return the module path with the port."""
+        return f"{self.path}.{self.port}"
+
+
+class Slot:
+    """A proven place in one model, into which a hook can be put.
+
+    Args:
+        site: the name by which the place was asked for.
+        place: the place.
+        root: the model that holds it; only a weak reference is kept.
+    """
+
+    def __init__(self, site: Site, place: Place, root: nn.Module) -> None:
+        self.site = site
+        self.place = place
+        self._root = weakref.ref(root)
+
+    @property
+    def width(self) -> int:
+        """Last dimension of the tensor."""
+        return self.place.width
+
+    @property
+    def order(self) -> int:
+        """Place in the order of execution: larger runs later."""
+        return self.place.order
+
+    @property
+    def module(self) -> nn.Module:
+        """The module on which hooks are put.
+
+        Raises:
+            SiteError: if the model has been deleted or the module taken out of it.
+        """
+        root = self._root()
+        if root is None:
+            raise SiteError(f"The model in which the site '{self.site}' was found no longer exists; resolve it again.")
+        try:
+            return root.get_submodule(self.place.path)
+        except AttributeError as error:
+            raise SiteError(
+                f"The module {self.place.path!r} of the site '{self.site}' has left the model; resolve it again."
+            ) from error
+
+    def register(self, fn: Edit, tokens: Tokens | None = None) -> RemovableHandle:
+        """Put one hook at the place, before all other hooks of the module.
+
+        Args:
+            fn: takes the tensor ``[B, S, width]`` and returns its replacement, or None to leave the very object there.
+            tokens: gives ``(B, S)`` of the running forward; needed where the module sees ``[B * S, width]``.
+
+        Returns:
+            The handle whose ``remove()`` takes the hook out.
+
+        Raises:
+            SiteError: if the module is no longer in the model; and, from the hook, if a call has another structure.
+        """
+        if self.place.port == "input":
+            before = _InputHook(self.site, self.place, fn, tokens)
+            return self.module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+        return self.module.register_forward_hook(_OutputHook(self.site, self.place, fn, tokens), prepend=True)
+
+    def __repr__(self) -> str:
+        """Name the site and its place."""
+        return f"Slot({self.site}, at {self.place}, width={self.width})"
+
+
+class _Hook:
+    """The hook of one slot; a copied or unpickled model gets one that does nothing, since it is not attached there."""
+
+    def __init__(self, site: Site, place: Place, fn: Edit, tokens: Tokens | None) -> None:
+        self.site, self.place, self.fn, self.tokens = site, place, fn, tokens
+
+    def _edited(self, packed: Any) -> Tensor | None:
+        """Return the replacement in the tensor's own shape, or None where nothing needs to be put back."""
+        tensor = get_tensor(packed, self.place.keys)
+        if tensor is None or tensor.shape[-1:] != (self.place.width,) or tensor.ndim != self.place.rank:
+            raise SiteError(self._mismatch(packed))
+        value = tensor.reshape(*self._rows(tensor), -1) if self.place.rank == 2 else tensor
+        if self.place.scale != 1.0:
+            value = value * self.place.scale
+        elif self.place.in_place:
+            value = value.clone()  # the edit may keep what it got, which is about to be overwritten
+        new = self.fn(value)
+        if new is None:
+            return None
+        if new.shape != value.shape:
+            raise SiteError(
+                f"The edit at the site '{self.site}' returned {list(new.shape)} for {list(value.shape)}; "
+                "it must keep the shape."
+            )
+        if self.place.scale != 1.0:  # in this form an unchanged value puts back exactly what was there
+            new = tensor.view_as(new) + (new - value) / self.place.scale
+        new = new.to(tensor.dtype).reshape(tensor.shape)
+        if self.place.in_place:
+            tensor.copy_(new)
+            return None
+        return new
+
+    def _rows(self, tensor: Tensor) -> tuple[int, int]:
+        """Return (B, S) for a tensor that has lost them."""
+        if self.tokens is None:
+            raise SiteError(
+                f"The module at the site '{self.site}' sees tokens flattened to {list(tensor.shape)}; "
+                "register with tokens=..., a function that returns (batch, sequence) of the running forward."
+            )
+        batch, sequence = self.tokens()
+        if batch * sequence != tensor.shape[0]:
+            raise SiteError(
+                f"The module at the site '{self.site}' sees {tensor.shape[0]} rows, which are not the "
+                f"{batch} x {sequence} tokens of this forward."
+            )
+        return batch, sequence
+
+    def _mismatch(self, packed: Any) -> str:
+        where = "".join(f"[{key!r}]" for key in self.place.keys) or "itself"
+        seen = ", ".join(f"{list(tensor.shape)}" for _, tensor in tensors_in(packed)) or "no tensor"
+        shape = "[B, S, {}]" if self.place.rank == 3 else "[B * S, {}]"
+        return (
+            f"The site '{self.site}' is the {self.place.port} of {self.place.path!r} ({where}), where the probe saw "
+            f"{shape.format(self.place.width)}; this call has {seen}. The model is called in another way than it was "
+            "when the site was proven."
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Inert:
+        return _Inert()
+
+    def __reduce__(self) -> tuple[type[_Inert], tuple[()]]:
+        return _Inert, ()
+
+
+class _InputHook(_Hook):
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        packed = pack_input(args, kwargs)
+        new = self._edited(packed)
+        if new is None:
+            return None
+        changed = put_tensor(packed, self.place.keys, new)
+        return changed["args"], changed["kwargs"]
+
+
+class _OutputHook(_Hook):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        new = self._edited(output)
+        return None if new is None else put_tensor(output, self.place.keys, new)
+
+
+class _Inert:
+    """Stands where a hook was on the model that was copied."""
+
+    def __call__(self, *_: object) -> None:
+        return None

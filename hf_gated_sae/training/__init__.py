@@ -1,0 +1,23 @@
+"""Training SAEs: where activations come from, the recipe, and transformers' `Trainer` around both.
+
+A new remedy for dead latents is one file in `remedies/`; a new source of activations subclasses `ActivationStream`.
+"""
+
+from .arguments import SAETrainingArguments
+from .remedies import DeadLatentRemedy, remedies
+from .streams import ActivationStream, ModelActivations, TensorActivations, collect, harvest
+from .trainer import SAETrainer
+from .units import change_unit
+
+__all__ = [
+    "ActivationStream",
+    "DeadLatentRemedy",
+    "ModelActivations",
+    "SAETrainer",
+    "SAETrainingArguments",
+    "TensorActivations",
+    "change_unit",
+    "collect",
+    "harvest",
+    "remedies",
+]

@@ -1,0 +1,116 @@
+"""Everything that decides a training run, with the paper's values as defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import TrainingArguments
+
+from ..errors import InputError, unknown_name
+from .remedies import remedies
+from .statistics import CENTRES
+
+_INHERITED_RECIPE = (
+    *("learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm", "optim"),
+    *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "gradient_accumulation_steps"),
+    *("seed", "bf16", "fp16"),
+)
+
+SCALES = ("none", "unit", "sqrt_d_in")
+"""What the root mean square norm of the activations is brought to while training."""
+
+
+@dataclass
+class SAETrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments` for SAEs.
+
+    Losses are means over activations of squared errors *summed* over the width, and `sparsity_coefficient` is in that
+    unit. (The paper's tables divide the squared error by the width: multiply their Gated lambda by ``d_in``.)
+
+    Attributes:
+        activation_batch_size: activations per device and step.
+        sparsity_coefficient: lambda of the objective.
+        sparsity_warmup_steps: steps over which lambda grows linearly from 0.
+        activation_scale: what the root mean square norm of the activations is scaled to while training:
+            ``"sqrt_d_in"``, ``"unit"`` or ``"none"``. The scale is folded into the weights at the end, so that the SAE
+            reads what the model produces.
+        initial_b_dec: what `b_dec` starts from: ``"mean"`` or ``"geometric_median"`` of the activations, or
+            ``"zero"``; ``"keep"`` leaves it alone.
+        statistics_activations: sample size for the scale and the centre.
+        recorded_activations: sample size for the `max_activation` and `mean_activation` that are stored with the SAE.
+        unit_norm_decoder: keep decoder rows at unit norm.
+        dead_after_activations: a latent silent for this many activations is dead.
+        dead_latent_remedy: name of a remedy in `training/remedies/`, or None.
+        resample_steps: steps at which dead latents are resampled.
+        resample_inputs: latest activations per device from which new directions are drawn.
+        lr_dip: factor on the learning rate right after a resampling.
+        lr_dip_steps: steps until the learning rate is back, along a cosine.
+
+    Source: Rajamanoharan et al. 2024 (arXiv 2404.16014), appendix D, and Bricken et al. 2023 for resampling.
+    """
+
+    learning_rate: float = 3e-4
+    adam_beta1: float = 0.0
+    adam_beta2: float = 0.999
+    weight_decay: float = 0.0
+    max_grad_norm: float = 0.0
+    lr_scheduler_type: str = "constant_with_warmup"
+    warmup_steps: float = 1000
+    max_steps: int = 300_000
+    save_strategy: str = "no"
+    logging_steps: float = 100
+    report_to: str | list[str] | None = "none"
+
+    # What transformers would do by default is wrong for a stream of activations.
+    per_device_train_batch_size: int = 1  # an item of the stream is a whole batch
+    remove_unused_columns: bool = False
+    dataloader_pin_memory: bool = False  # fails for activations that are on a GPU already
+    ignore_data_skip: bool = True  # skipping would run the language model over everything again
+    logging_nan_inf_filter: bool = False  # would hide a diverged run, and waits for the device at every step
+
+    activation_batch_size: int = 4096
+    sparsity_coefficient: float = 1.0
+    sparsity_warmup_steps: int = 1000
+    activation_scale: str = "sqrt_d_in"
+    initial_b_dec: str = "mean"
+    statistics_activations: int = 65_536
+    recorded_activations: int = 131_072
+    unit_norm_decoder: bool = True
+    dead_after_activations: int = 51_200_000
+    dead_latent_remedy: str | None = "resample"
+    resample_steps: list[int] = field(default_factory=lambda: [25_000, 50_000, 75_000, 100_000])
+    resample_inputs: int = 65_536
+    lr_dip: float = 0.1
+    lr_dip_steps: int = 1000
+
+    def __post_init__(self) -> None:
+        """Check what transformers cannot know."""
+        if self.accelerator_config is None:
+            self.accelerator_config = {"dispatch_batches": False}  # else one process would read text for all others
+        super().__post_init__()
+        for name, value, known in (
+            ("activation scale", self.activation_scale, SCALES),
+            ("initial b_dec", self.initial_b_dec, (*CENTRES, "keep")),
+            ("dead-latent remedy", self.dead_latent_remedy, (None, *remedies)),
+        ):
+            if value not in known:
+                raise unknown_name(name, value, known)
+        for name in ("max_steps", "activation_batch_size", "dead_after_activations", "statistics_activations"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; expected a positive number.")
+        if self.push_to_hub:
+            raise InputError(
+                "push_to_hub=True would publish transformers' own card and a pickle of these arguments; train first, "
+                "then call sae.push_to_hub(...)."
+            )
+
+    def recipe(self) -> dict[str, Any]:
+        """Return what decided the weights, as plain JSON without paths, for cards and `training_args.json`."""
+        own = {f.name for f in fields(SAETrainingArguments)} - {f.name for f in fields(TrainingArguments)}
+        return {name: _plain(getattr(self, name)) for name in (*_INHERITED_RECIPE, *sorted(own))}
+
+
+def _plain(value: Any) -> Any:
+    """Turn transformers' enumerations into their strings."""
+    return getattr(value, "value", value)

@@ -1,0 +1,39 @@
+"""Decoder rows of exactly unit norm, as the paper's objective needs them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..functional import remove_parallel_component, unit_norm_rows
+
+
+class UnitNormDecoder(TrainerCallback):
+    """Keeps every decoder row at unit norm.
+
+    Before a step the part of the gradient that would only change a row's length is removed, so that Adam's moments do
+    not count it; after the step the rows are renormalised.
+
+    Source: Bricken et al. 2023; Rajamanoharan et al. 2024 (arXiv 2404.16014), appendix D.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Normalise the rows that training starts from."""
+        unit_norm_rows(kwargs["model"].W_dec)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remove the parallel part of the gradient."""
+        rows = kwargs["model"].W_dec
+        if rows.grad is not None:
+            remove_parallel_component(rows.grad, rows)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Renormalise the rows."""
+        unit_norm_rows(kwargs["model"].W_dec)

@@ -1,0 +1,147 @@
+"""Resampling: dead latents are pointed at what the SAE reconstructs worst."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from ...modeling import SAEModel, TrainingLoss
+from .base import DeadLatentRemedy
+
+
+class Resample(DeadLatentRemedy):
+    """At given steps, every dead latent gets the direction of a badly reconstructed input.
+
+    Source: Bricken et al. 2023, "Neuron resampling"; Rajamanoharan et al. 2024 (arXiv 2404.16014), appendix D, which
+    adds the dip of the learning rate.
+    """
+
+    name: ClassVar[str] = "resample"
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._steps = frozenset(self.args.resample_steps)
+        self._window = math.ceil(self.args.resample_inputs / self.args.activation_batch_size)
+        self._recent: list[Tensor] = []
+        self._generator = torch.Generator().manual_seed(self.args.seed)
+        self.resampled = 0
+
+    def observe(self, step: int, x: Tensor, loss: TrainingLoss) -> None:
+        """Keep the inputs of the last steps before a resampling."""
+        if any(step < planned <= step + self._window for planned in self._steps):
+            self._recent.append(x.detach())
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Resample if this is one of the steps."""
+        step = state.global_step + 1
+        if step not in self._steps or not self._recent:
+            return
+        dead = self.dead.mask.nonzero().squeeze(-1)
+        inputs = torch.cat(self._recent)
+        self._recent.clear()
+        if len(dead):
+            revived = resample(kwargs["model"], dead, inputs, kwargs["optimizer"], generator=self._generator)
+            self.dead.forgive(revived)
+            self.dip.start(step)
+            self.resampled += len(revived)
+
+
+@torch.no_grad()
+def resample(
+    sae: SAEModel,
+    dead: Tensor,
+    inputs: Tensor,
+    optimizer: Optimizer | None = None,
+    *,
+    encoder_scale: float = 0.2,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Give dead latents new directions; nothing but their rows, and the optimiser's moments of these rows, is touched.
+
+    Inputs are drawn with probability proportional to the square of their reconstruction error. The decoder row becomes
+    the input's direction (seen from `b_dec`, as the encoder sees it), the encoder row the same direction at
+    `encoder_scale` times the mean norm of the live encoder rows, and all other per-latent parameters what a new SAE
+    has.
+
+    Args:
+        sae: in the unit of training.
+        dead: indices ``[n]``.
+        inputs: activations ``[m, d_in]`` to draw from, without replacement.
+        optimizer: its state for the dead rows is set to zero.
+        encoder_scale: how loud a new encoder row is.
+        generator: source of randomness, on the CPU.
+
+    Returns:
+        The indices that were resampled: all of `dead`, unless there are fewer inputs.
+    """
+    directions = inputs - sae.b_dec if sae.config.apply_b_dec_to_input else inputs
+    weights = _reconstruction_errors(sae, inputs).square() * (directions.norm(dim=-1) > 0)
+    drawn = min(len(dead), int((weights > 0).sum()))
+    if not drawn:
+        return dead[:0]
+    alive = torch.ones(sae.config.d_sae, dtype=torch.bool, device=dead.device)
+    alive[dead] = False
+    dead = dead[:drawn]
+    # Scaled by the largest so that the squares of large errors stay representable.
+    chosen = torch.multinomial((weights / weights.max()).double().cpu(), drawn, generator=generator)
+    rows = nn.functional.normalize(directions[chosen.to(directions.device)], dim=-1).to(sae.W_dec.dtype)
+
+    norms = sae.W_enc_T.norm(dim=-1)
+    loudness = encoder_scale * (norms[alive] if alive.any() else norms).mean()
+    fresh = _fresh_vectors(sae)
+    for name, parameter in sae.named_parameters():
+        if name == "W_dec":
+            parameter[dead] = rows
+        elif name == "W_enc_T":
+            parameter[dead] = rows * loudness
+        elif name in fresh:
+            parameter[dead] = fresh[name][dead]
+        else:
+            continue
+        forget_moments(optimizer, parameter, dead)
+    return dead
+
+
+def forget_moments(optimizer: Optimizer | None, parameter: nn.Parameter, rows: Tensor) -> None:
+    """Set an optimiser's state to zero for some rows of a parameter.
+
+    Args:
+        optimizer: None does nothing.
+        parameter: one of its parameters.
+        rows: indices ``[n]`` along the first axis.
+    """
+    state = {} if optimizer is None else optimizer.state.get(parameter, {})
+    for value in state.values():
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            value[rows] = 0
+
+
+def _reconstruction_errors(sae: SAEModel, inputs: Tensor, chunk: int = 4096) -> Tensor:
+    """Return ``|x - x^|^2`` for every input, ``[m]``."""
+    return torch.cat([(x - sae(x).reconstruction).square().sum(-1) for x in inputs.split(chunk)])
+
+
+def _fresh_vectors(sae: SAEModel) -> dict[str, Tensor]:
+    """Return what a new SAE of this architecture has in its per-latent vectors (a threshold does not start at 0)."""
+    config = copy.deepcopy(sae.config)
+    config.d_in = config.d_out = 1  # only vectors of length d_sae are wanted, so the matrices may be thin
+    with torch.random.fork_rng(devices=[]):
+        new = type(sae)(config)
+    device = sae.W_dec.device
+    return {
+        name: parameter.detach().to(device)
+        for name, parameter in new.named_parameters()
+        if parameter.shape == (sae.config.d_sae,)
+    }

@@ -1,0 +1,76 @@
+"""What has to be known about activations before training: their size and their centre."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, unknown_name
+
+CENTRES = ("mean", "geometric_median", "zero")
+
+
+@dataclass(frozen=True)
+class ActivationStatistics:
+    """Size and centre of a sample of activations.
+
+    Attributes:
+        count: number of activations in the sample.
+        mean_square_norm: ``E|x|^2``.
+        centre: ``[d_in]`` float32.
+    """
+
+    count: int
+    mean_square_norm: float
+    centre: Tensor
+
+
+@torch.no_grad()
+def measure(pieces: Iterable[Tensor], *, centre: str = "mean") -> ActivationStatistics:
+    """Measure a sample.
+
+    Args:
+        pieces: activations ``[n, d_in]``.
+        centre: ``"mean"``, ``"geometric_median"`` (the point with the least summed distance, which a few activations
+            of enormous norm cannot drag away) or ``"zero"``.
+
+    Returns:
+        The statistics.
+
+    Raises:
+        InputError: if there are no activations, or some are not finite.
+    """
+    if centre not in CENTRES:
+        raise unknown_name("centre", centre, CENTRES)
+    sample = [piece.float() for piece in pieces if len(piece)]
+    if not sample:
+        raise InputError("There are no activations to measure; expected at least one.")
+    x = torch.cat(sample)
+    norms = x.norm(dim=-1)
+    if not torch.isfinite(norms).all():
+        bad = int((~torch.isfinite(norms)).sum())
+        raise InputError(
+            f"{bad} of {len(x)} activations are NaN or infinite; expected finite numbers. Run the model in bfloat16 "
+            "or float32 rather than float16, and check its weights."
+        )
+    return ActivationStatistics(len(x), norms.double().square().mean().item(), _centre(x, centre))
+
+
+def _centre(x: Tensor, kind: str, iterations: int = 100) -> Tensor:
+    """Return the centre of ``x [n, d]``; the median by Weiszfeld's iteration."""
+    if kind == "zero":
+        return torch.zeros_like(x[0])
+    point = x.mean(0)
+    if kind == "mean":
+        return point
+    tiny = 1e-6 * float((x - point).norm(dim=-1).mean()) + torch.finfo(x.dtype).tiny
+    for _ in range(iterations):
+        weights = 1 / (x - point).norm(dim=-1, keepdim=True).clamp_min(tiny)
+        moved = (weights * x).sum(0) / weights.sum()
+        if float((moved - point).norm()) < tiny:
+            return moved
+        point = moved
+    return point

@@ -1,0 +1,68 @@
+"""Batches of tokens: how they are given to a causal LM and which of their positions count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..errors import InputError, ShapeError
+from ..interventions import special_token_mask
+
+TokenBatch: TypeAlias = "Tensor | Mapping[str, Any]"
+"""Token ids ``[B, S]`` or ``[S]``, or the keyword arguments of a forward call, ``input_ids`` among them."""
+
+TokenBatches: TypeAlias = Iterable[TokenBatch]
+
+
+def model_inputs(model: PreTrainedModel, batch: TokenBatch) -> dict[str, Any]:
+    """Turn a batch into the keyword arguments of the model's forward call.
+
+    Args:
+        model: the causal LM.
+        batch: token ids, or a mapping as tokenizers return it; labels in it are left out.
+
+    Returns:
+        Keyword arguments on the model's device, ``input_ids [B, S]`` among them.
+
+    Raises:
+        InputError: if there are no token ids.
+        ShapeError: if they are not a batch of sequences.
+    """
+    given = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+    ids = given.get("input_ids")
+    if not isinstance(ids, Tensor):
+        raise InputError(
+            f"A batch of tokens is {type(batch).__name__} with {', '.join(map(repr, given)) or 'nothing'}; expected "
+            "token ids as a tensor, or a mapping with 'input_ids' (tokenizers give one with return_tensors='pt')."
+        )
+    if ids.ndim == 1:
+        given["input_ids"] = ids = ids.unsqueeze(0)
+    if ids.ndim != 2 or ids.is_floating_point():
+        raise ShapeError(f"Given input_ids {list(ids.shape)} of {ids.dtype}; expected integer token ids [B, S].")
+    return {
+        key: value.to(model.device) if isinstance(value, Tensor) else value
+        for key, value in given.items()
+        if key != "labels"
+    }
+
+
+def counted_positions(model: PreTrainedModel, inputs: Mapping[str, Any], *, special_tokens: bool = False) -> Tensor:
+    """Return which positions count: by default all but padding and the model's BOS, EOS and padding tokens.
+
+    Args:
+        model: the causal LM.
+        inputs: from `model_inputs`.
+        special_tokens: count special tokens too; padding never counts.
+
+    Returns:
+        Mask ``[B, S]``, True at positions that count.
+    """
+    ids, attention = inputs["input_ids"], inputs.get("attention_mask")
+    if special_tokens:
+        return torch.ones_like(ids, dtype=torch.bool) if attention is None else attention[:, -ids.shape[1] :] != 0
+    special = special_token_mask(model, ids, attention)
+    return torch.ones_like(ids, dtype=torch.bool) if special is None else ~special

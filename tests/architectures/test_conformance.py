@@ -1,0 +1,371 @@
+"""What every registered architecture has to do; a new file in `architectures/` is tested without touching this one."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel
+
+from hf_gated_sae.architectures import architectures
+from hf_gated_sae.errors import InputError, LatentIndexError, ShapeError
+from hf_gated_sae.modeling import SAEModel, SAEOutput
+from tests.support.example_saes import D_IN, D_SAE, assert_same, build, example, randomised, settings_of
+
+every_architecture = pytest.mark.parametrize("architecture", list(architectures))
+
+
+def activations(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, D_IN, generator=torch.Generator().manual_seed(7)).to(dtype)
+
+
+def test_the_paper_and_its_baselines_are_there() -> None:
+    assert {"gated", "standard", "jumprelu", "topk", "batch_topk"} <= set(architectures)
+
+
+# ---------------------------------------------------------------- shape and meaning
+
+
+@every_architecture
+def test_forward_is_encode_then_decode(architecture: str) -> None:
+    sae, x = example(architecture), activations(4)
+    output = sae(x)
+    assert isinstance(output, SAEOutput)
+    assert torch.equal(output.latents, sae.encode(x))
+    assert torch.equal(output.reconstruction, sae.decode(output.latents))
+    assert output.latents.shape == (4, D_SAE) and output.reconstruction.shape == (4, D_IN)
+    live = output.latents != 0
+    assert live.any() and not live.all()
+    assert (output.latents >= 0).all()
+
+
+@every_architecture
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (2, 3), (2, 1, 3), (0,), (2, 0)])
+def test_leading_axes_do_not_matter(architecture: str, shape: tuple[int, ...]) -> None:
+    sae, x = example(architecture).double(), activations(*shape, dtype=torch.float64)
+    latents = sae.encode(x)
+    assert latents.shape == (*shape, D_SAE)
+    flat = x.reshape(-1, D_IN)
+    one_by_one = [sae.encode(row) for row in flat]
+    if one_by_one:
+        torch.testing.assert_close(latents.reshape(-1, D_SAE), torch.stack(one_by_one), rtol=1e-12, atol=1e-12)
+    assert sae.decode(latents).shape == x.shape
+
+
+@every_architecture
+def test_a_token_does_not_depend_on_its_neighbours(architecture: str) -> None:
+    sae, x = example(architecture).double(), activations(6, dtype=torch.float64)
+    changed = x.clone()
+    changed[1:] = 100 * changed[1:]
+    torch.testing.assert_close(sae.encode(changed)[0], sae.encode(x)[0], rtol=1e-12, atol=1e-12)
+
+
+@every_architecture
+@pytest.mark.parametrize("latents", [[3], [3, 0, 15], list(range(D_SAE)), [2, 2], []])
+def test_some_latents_are_a_slice_of_all(architecture: str, latents: list[int]) -> None:
+    """Equal up to the order of float64 sums: a product with fewer rows may add in another order."""
+    sae, x = example(architecture).double(), activations(7, dtype=torch.float64)
+    wanted = sae.encode(x)[..., latents]
+    for given in (latents, torch.tensor(latents, dtype=torch.int64), tuple(latents)):
+        got = sae.encode(x, given)
+        assert torch.equal(got != 0, wanted != 0)
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-13)
+
+
+@every_architecture
+def test_decode_is_affine(architecture: str) -> None:
+    sae = example(architecture).double()
+    left, right = torch.rand(2, 5, D_SAE, dtype=torch.float64)
+    bias = sae.decode(torch.zeros(D_SAE, dtype=torch.float64))
+    assert torch.equal(bias, sae.b_dec)
+    mixed = sae.decode(2 * left - 3 * right) - bias
+    torch.testing.assert_close(mixed, 2 * (sae.decode(left) - bias) - 3 * (sae.decode(right) - bias))
+    one = torch.eye(D_SAE, dtype=torch.float64)[4]
+    torch.testing.assert_close(sae.decode(one) - bias, sae.W_dec[4])
+
+
+@every_architecture
+def test_an_elementwise_latent_reads_its_own_row_only(architecture: str) -> None:
+    """The promise behind `elementwise`: other rows of every per-latent tensor may be anything."""
+    sae, x = example(architecture).double(), activations(9, dtype=torch.float64)
+    before = sae.encode(x)[..., 3]
+    with torch.no_grad():
+        for tensor in sae.state_dict().values():
+            if tensor.ndim and tensor.shape[0] == D_SAE:
+                tensor[torch.arange(D_SAE) != 3] += 50.0
+    same = torch.allclose(sae.encode(x)[..., 3], before, rtol=1e-12, atol=0)
+    assert same == type(sae).elementwise
+
+
+@every_architecture
+def test_wrong_input_says_what_is_wrong(architecture: str) -> None:
+    sae = example(architecture, site="resid_post.3", base_model="acme/lm")
+    with pytest.raises(ShapeError, match=rf"\[2, 5\].*d_in = {D_IN}.*resid_post\.3.*acme/lm"):
+        sae.encode(torch.zeros(2, 5))
+    with pytest.raises(ShapeError, match=rf"\[3\].*d_sae = {D_SAE}"):
+        sae.decode(torch.zeros(3))
+    for bad in (D_SAE, -1):
+        with pytest.raises(LatentIndexError, match=rf"Latent {bad} does not exist.*0 \.\. {D_SAE - 1}"):
+            sae.encode(activations(2), [0, bad])
+    with pytest.raises(InputError, match="d_sae is 0"):
+        build(architecture, d_sae=0)
+
+
+def test_the_base_class_cannot_be_built() -> None:
+    with pytest.raises(InputError, match="build an architecture"):
+        SAEModel(build("gated").config)
+
+
+# ---------------------------------------------------------------- initialisation
+
+
+@every_architecture
+def test_no_parameter_is_left_uninitialised(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever memory holds when a tensor is allocated, nothing of it may remain."""
+    empty = torch.empty
+
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() and not tensor.is_meta else tensor
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    for name, tensor in build(architecture).state_dict().items():
+        assert torch.isfinite(tensor).all(), name
+
+
+@every_architecture
+def test_initialisation_follows_the_seed(architecture: str) -> None:
+    torch.manual_seed(3)
+    first = build(architecture)
+    torch.manual_seed(3)
+    assert_same(first, build(architecture))
+    assert not torch.equal(first.W_dec, build(architecture).W_dec)
+
+
+@every_architecture
+def test_decoder_rows_start_with_unit_norm_and_the_encoder_as_their_transpose(architecture: str) -> None:
+    sae = build(architecture)
+    torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(D_SAE))
+    assert torch.equal(sae.W_enc, sae.W_dec.T)
+
+
+@every_architecture
+def test_it_can_be_built_on_the_meta_device(architecture: str) -> None:
+    with torch.device("meta"):
+        sae = build(architecture)
+    assert all(tensor.is_meta for tensor in sae.state_dict().values())
+
+
+@every_architecture
+def test_an_sae_with_another_output_width(architecture: str, tmp_path: Path) -> None:
+    sae = example(architecture, d_out=4, apply_b_dec_to_input=False)
+    output = sae(activations(3))
+    assert output.reconstruction.shape == (3, 4)
+    sae.save_pretrained(tmp_path)
+    assert_same(sae, SAEModel.from_pretrained(tmp_path))
+
+
+@every_architecture
+def test_b_dec_is_subtracted_from_the_input_as_the_configuration_says(architecture: str) -> None:
+    centred = example(architecture, apply_b_dec_to_input=True).double()
+    plain = example(architecture, apply_b_dec_to_input=False).double()
+    x = activations(8, dtype=torch.float64)
+    assert not torch.allclose(centred.encode(x), plain.encode(x))
+    torch.testing.assert_close(centred.encode(x + centred.b_dec), plain.encode(x), rtol=1e-10, atol=1e-12)
+
+
+# ---------------------------------------------------------------- training
+
+
+@every_architecture
+def test_the_loss_is_the_sum_of_its_terms_and_trains_every_parameter(architecture: str) -> None:
+    sae = example(architecture).double()
+    loss = sae.training_loss(activations(64, dtype=torch.float64), sparsity_coefficient=0.3)
+    torch.testing.assert_close(loss.total, sum(loss.terms.values()))
+    assert "reconstruction" in loss.terms and loss.total.shape == ()
+    assert loss.reconstruction.shape == (64, D_IN) and loss.latents.shape == (64, D_SAE)
+    error = (loss.reconstruction - activations(64, dtype=torch.float64)).square().sum(-1).mean()
+    torch.testing.assert_close(loss.terms["reconstruction"], error)
+    loss.total.backward()
+    for name, parameter in sae.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+
+
+@every_architecture
+def test_a_few_steps_lower_the_loss(architecture: str) -> None:
+    sae, x = build(architecture, d_sae=32), activations(256)
+    optimiser = torch.optim.Adam(sae.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(40):
+        loss = sae.training_loss(x, sparsity_coefficient=0.01)
+        losses.append(loss.total.item())
+        optimiser.zero_grad()
+        loss.total.backward()
+        optimiser.step()
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@every_architecture
+def test_encoding_can_be_compiled_in_one_graph(architecture: str) -> None:
+    sae, x = example(architecture), activations(3)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(sae.encode, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(x), sae.encode(x))
+
+
+# ---------------------------------------------------------------- copies and files
+
+
+@every_architecture
+def test_copies_are_equal_and_independent(architecture: str) -> None:
+    sae = example(architecture)
+    for other in (copy.deepcopy(sae), pickle.loads(pickle.dumps(sae))):
+        assert_same(sae, other)
+        with torch.no_grad():
+            other.W_dec += 1
+        assert not torch.equal(sae.W_dec, other.W_dec)
+
+
+@every_architecture
+def test_every_tensor_is_contiguous(architecture: str) -> None:
+    sae = example(architecture)
+    assert all(tensor.is_contiguous() for tensor in sae.state_dict().values())
+    assert sae.W_enc.data_ptr() == sae.state_dict()["W_enc_T"].data_ptr()  # the other orientation costs no memory
+
+
+@every_architecture
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_saved_is_loaded_bit_by_bit(architecture: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    sae = example(architecture, site="resid_post.3", base_model="acme/lm", base_model_revision="1" * 40)
+    sae.save_pretrained(tmp_path / "first")
+    sae = SAEModel.from_pretrained(tmp_path / "first", dtype=dtype)
+    assert sae.W_dec.dtype == dtype and sae.b_dec.dtype == dtype
+    sae.save_pretrained(tmp_path / "second")
+    again = SAEModel.from_pretrained(tmp_path / "second")
+    assert_same(sae, again)
+    assert again.config.site == "resid_post.3" and not again.training
+    assert sorted(path.name for path in (tmp_path / "second").iterdir()) == ["config.json", "model.safetensors"]
+
+
+@every_architecture
+def test_half_precision_keeps_what_needs_float32(architecture: str, tmp_path: Path) -> None:
+    sae = example(architecture)
+    sae.save_pretrained(tmp_path)
+    half = SAEModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.max_activation.dtype == torch.float32
+    if "threshold" in half.state_dict():
+        assert half.state_dict()["threshold"].dtype == torch.float32
+    x = activations(64)
+    latents = half.encode(x.bfloat16())
+    assert latents.dtype == torch.bfloat16 and half.decode(latents).dtype == torch.bfloat16
+    both = (latents != 0) & (sae.encode(x) != 0)  # near its threshold a latent may fall on either side
+    torch.testing.assert_close(latents.float()[both], sae.encode(x)[both], rtol=0.05, atol=0.05)
+
+
+@every_architecture
+def test_sharded(architecture: str, tmp_path: Path) -> None:
+    sae = example(architecture)
+    sae.save_pretrained(tmp_path, max_shard_size=200)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1 and not (tmp_path / "model.safetensors").exists()
+    assert_same(sae, SAEModel.from_pretrained(tmp_path))
+    sae.save_pretrained(tmp_path)  # over the shards: none may stay
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert_same(sae, SAEModel.from_pretrained(tmp_path))
+
+
+@every_architecture
+@pytest.mark.parametrize("device_map", ["cpu", "auto", torch.device("cpu"), {"": "cpu"}])
+def test_device_map(architecture: str, device_map: Any, tmp_path: Path) -> None:
+    sae = example(architecture)
+    sae.save_pretrained(tmp_path)
+    loaded = SAEModel.from_pretrained(tmp_path, device_map=device_map)
+    assert_same(sae, loaded)
+    assert torch.equal(loaded.encode(activations(2)), sae.encode(activations(2)))
+
+
+@every_architecture
+def test_loading_by_its_own_class_and_from_a_state_dict(architecture: str, tmp_path: Path) -> None:
+    sae = example(architecture)
+    sae.save_pretrained(tmp_path / "inner" / "folder")
+    assert_same(sae, type(sae).from_pretrained(tmp_path, "inner/folder"))
+    assert_same(sae, SAEModel.from_pretrained(tmp_path, subfolder="inner/folder/"))
+    loaded, info = SAEModel.from_pretrained(tmp_path / "inner" / "folder", output_loading_info=True)
+    assert_same(sae, loaded)
+    assert not info["missing_keys"]
+    other = SAEModel.from_pretrained(None, config=sae.config, state_dict=sae.state_dict())
+    assert_same(sae, other)
+
+
+@every_architecture
+def test_auto_classes(architecture: str, tmp_path: Path) -> None:
+    sae = example(architecture, site="resid_post.3")
+    sae.save_pretrained(tmp_path / "a")
+    assert_same(sae, AutoModel.from_pretrained(tmp_path, subfolder="a"))
+    config = AutoConfig.from_pretrained(tmp_path / "a")
+    assert type(config) is type(sae.config) and config.to_dict().keys() == sae.config.to_dict().keys()
+    assert type(AutoModel.from_config(config)) is type(sae)
+
+
+@pytest.fixture(scope="module")
+def loaded_in_a_fresh_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What AutoModel makes of every architecture in a process that has only imported the package."""
+    folder = tmp_path_factory.mktemp("all")
+    for name in architectures:
+        example(name).save_pretrained(folder / name)
+    code = (
+        "import json, sys, torch\n"
+        "import hf_gated_sae\n"
+        "from transformers import AutoConfig, AutoModel\n"
+        "found = {}\n"
+        f"for name in {list(architectures)!r}:\n"
+        f"    folder = {str(folder)!r} + '/' + name\n"
+        "    config = type(AutoConfig.from_pretrained(folder)).__name__\n"
+        "    sae = AutoModel.from_pretrained(folder, dtype=torch.bfloat16, device_map='cpu')\n"
+        "    found[name] = [config, type(sae).__name__, str(sae.dtype), sae.encode(torch.zeros(6).bfloat16()).tolist()]\n"
+        "print(json.dumps(found))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+@every_architecture
+def test_auto_classes_in_a_fresh_process(architecture: str, loaded_in_a_fresh_process: dict[str, Any]) -> None:
+    sae = example(architecture)
+    config, model, dtype, latents = loaded_in_a_fresh_process[architecture]
+    assert (config, model, dtype) == (type(sae.config).__name__, type(sae).__name__, "torch.bfloat16")
+    assert len(latents) == D_SAE
+
+
+@every_architecture
+def test_a_failed_save_changes_nothing(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sae = example(architecture)
+    sae.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    other = randomised(build(architecture), seed=5)
+
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", fails)
+    with pytest.raises(OSError, match="disk full"):
+        other.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@every_architecture
+def test_the_configuration_survives_json(architecture: str) -> None:
+    config = example(architecture, site="mlp_out.1", apply_b_dec_to_input=False).config
+    again = type(config).from_dict(json.loads(config.to_json_string()))
+    assert again.to_dict() == config.to_dict()
+    assert settings_of(example(architecture))["model_type"] == f"{architecture}_sae"

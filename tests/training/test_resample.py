@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_gated_sae.training.dead_latents import DeadLatents
+from hf_gated_sae.training.remedies.resample import resample
+
+from .worlds import build
+
+DEAD = torch.tensor([3, 17, 40])
+
+
+def trained(architecture: str):
+    """An SAE with every per-latent parameter away from its initial value, and an optimiser with non-zero state."""
+    sae = build(architecture, randomise=True)
+    optimizer = torch.optim.AdamW(sae.parameters(), lr=1e-2, betas=(0.5, 0.999), weight_decay=0.0)
+    for parameter in sae.parameters():
+        parameter.grad = torch.rand_like(parameter) + 0.1
+    optimizer.step()
+    return sae, optimizer
+
+
+def snapshot(sae, optimizer):
+    tensors = {name: parameter.detach().clone() for name, parameter in sae.named_parameters()}
+    for name, parameter in sae.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"{name}.{key}"] = value.clone()
+    return tensors
+
+
+def test_only_dead_rows_and_their_moments_are_touched(architecture):
+    sae, optimizer = trained(architecture)
+    before = snapshot(sae, optimizer)
+    revived = resample(sae, DEAD, torch.randn(100, 8), optimizer, generator=torch.Generator().manual_seed(0))
+    after = snapshot(sae, optimizer)
+    assert revived.tolist() == DEAD.tolist()
+    per_latent = 0
+    for name, new in after.items():
+        old = before[name]
+        if new.shape[:1] != (sae.config.d_sae,):
+            assert torch.equal(new, old), name  # b_dec, its moments and the step counts
+            continue
+        per_latent += 1
+        alive = torch.ones(len(new), dtype=torch.bool)
+        alive[DEAD] = False
+        assert torch.equal(new[alive], old[alive]), name
+        assert not torch.equal(new[DEAD], old[DEAD]), name
+        if ".exp_avg" in name:
+            assert (new[DEAD] == 0).all() and (old[DEAD] != 0).all(), name
+    assert per_latent >= 9  # encoder, decoder, at least one bias, each with two moments
+
+
+def test_a_resampled_latent_points_at_an_input_and_fires_on_it(architecture):
+    sae, _ = trained(architecture)
+    inputs = torch.randn(50, 8)
+    resample(sae, DEAD, inputs, generator=torch.Generator().manual_seed(0))
+    directions = torch.nn.functional.normalize(inputs - sae.b_dec, dim=-1)
+    alive = torch.ones(sae.config.d_sae, dtype=torch.bool)
+    alive[DEAD] = False
+    loudness = 0.2 * sae.W_enc_T[alive].norm(dim=-1).mean()
+    chosen = (sae.W_dec[DEAD] @ directions.T).argmax(-1)
+    assert len(set(chosen.tolist())) == len(DEAD)  # drawn without replacement: no two latents start as twins
+    torch.testing.assert_close(sae.W_dec[DEAD], directions[chosen])
+    torch.testing.assert_close(sae.W_enc_T[DEAD], directions[chosen] * loudness)
+    fresh = build(architecture)
+    for name, parameter in sae.named_parameters():
+        if parameter.shape == (sae.config.d_sae,):
+            assert torch.equal(parameter[DEAD], dict(fresh.named_parameters())[name][DEAD]), name
+
+
+def test_badly_reconstructed_inputs_are_preferred():
+    sae = build("standard")
+    torch.nn.init.zeros_(sae.W_dec)  # the error of an input is its squared norm
+    inputs = torch.cat([torch.randn(1000, 8) * 0.1, torch.full((1, 8), 10.0)])
+    for seed in range(5):
+        resample(sae, DEAD[:1], inputs, generator=torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(sae.W_dec[3], torch.full((8,), 8**-0.5))
+        torch.nn.init.zeros_(sae.W_dec)
+
+
+def test_no_more_latents_are_resampled_than_there_are_inputs():
+    sae = build("gated", randomise=True)
+    before = sae.W_dec.detach().clone()
+    revived = resample(sae, DEAD, torch.randn(2, 8))
+    assert revived.tolist() == DEAD[:2].tolist()
+    assert torch.equal(sae.W_dec[40], before[40])
+    assert resample(sae, DEAD, sae.b_dec.detach().expand(5, 8)).numel() == 0  # no input has a direction
+
+
+def test_resampling_draws_from_its_own_generator_only():
+    sae, _ = trained("gated")
+    inputs = torch.randn(20, 8)
+    state = torch.get_rng_state()
+    resample(sae, DEAD, inputs, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("batch", [1, 10])
+def test_dead_latents_count_activations_since_they_fired(batch):
+    dead = DeadLatents(3, dead_after=100)
+    firing = torch.tensor([[1.0, 0.0, 0.0]]).expand(batch, 3)
+    for _ in range(100 // batch):
+        assert not dead.mask.any()
+        dead.update(firing)
+    assert dead.silent_for.tolist() == [0, 100, 100]
+    assert dead.mask.tolist() == [False, True, True]
+    dead.forgive(torch.tensor([2]))
+    assert dead.mask.tolist() == [False, True, False]
+    dead.update(torch.tensor([[[0.0, 0.5, 0.0]]]))
+    assert dead.silent_for.tolist() == [1, 0, 1]
