@@ -2,7 +2,7 @@
 
 Stages, each a command that reads what the one before it wrote:
 
-    lm      the language model, trained on this Python's standard library (a quarter of an hour on two CPU cores)
+    lm      the language model, trained on this Python's standard library (a quarter of an hour on two idle CPU cores)
 """
 
 import json

@@ -10,11 +10,11 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_code_runs_and_says_what_its_comments_say(tmp_path, monkeypatch, hub_user):
+def test_the_code_runs_and_says_what_its_comments_say(tmp_path, monkeypatch, hub):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     for block in BLOCKS:
-        code = block.replace("me/my-saes", f"{hub_user}/my-saes")
+        code = block.replace("me/my-saes", "alice/my-saes")
         exec(compile(code, "README.md", "exec"), names)
     assert (names["sae"].config.site, names["sae"].config.d_in, names["sae"].config.d_sae) == ("resid_post.2", 128, 1024)
     assert names["latents"].shape == (*names["x"].shape[:2], 1024)

@@ -74,7 +74,7 @@ class BatchTopKSAE(SAEModel):
         with torch.no_grad():
             kept = latents[latents > 0]
             if len(kept):
-                self.threshold.lerp_(kept.min().float(), 1 - self.config.threshold_momentum)
+                self.threshold.lerp_(kept.min().to(self.threshold.dtype), 1 - self.config.threshold_momentum)
         reconstruction = self.decode(latents)
         terms = {"reconstruction": (x - reconstruction).square().sum(-1).mean()}
         return TrainingLoss.of(terms, reconstruction, latents)

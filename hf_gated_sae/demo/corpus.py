@@ -7,6 +7,9 @@ What is left out, and why:
 * `idlelib` and `lib2to3`: applications that distributions package separately or that later versions dropped;
 * generated tables (`encodings`, `pydoc_data`, `html/entities.py`, the build configuration): hundreds of kilobytes of
   literals would teach a small model nothing about Python, and the build configuration names the building machine.
+
+Files are held out by their path, so the split is the same on every version of Python. Code that a version moved to
+another file can therefore be in both splits of two versions; figures are exact on the version that trained the model.
 """
 
 import hashlib

@@ -144,7 +144,8 @@ def sample(
         tokens: length of each text in tokens; an end of text makes it shorter.
         temperature: of the softmax.
         seed: of the samples.
-        prompt: what every text continues; it is not repeated in the result.
+        prompt: what every text continues; it is not repeated in the result. End it before a line break: the tokenizer
+            joins a break with the indentation behind it, so a bare one says that the next line is not indented.
 
     Returns:
         `count` texts.
@@ -228,7 +229,7 @@ def _can_go_on(line: LogicalLine, text: str) -> bool:
             return False
 
 
-SAMPLES: dict[str, Any] = {"count": 20, "tokens": 128, "temperature": 0.8, "seed": 0}
+SAMPLES: dict[str, Any] = {"count": 100, "tokens": 128, "temperature": 0.8, "seed": 0}
 """What is sampled, from nothing but `<|endoftext|>`, to count how many lines are Python."""
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
+from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING
 
 from ..auto import model_type_of
@@ -60,13 +61,20 @@ class NativeFormat(CheckpointFormat):
         """
         model_class = architectures[_architecture(location)]
         try:
-            model_class.config_class.from_dict(location.read_json(CONFIG))
+            config = model_class.config_class.from_dict(location.read_json(CONFIG))
         except SAEError as error:
             raise CheckpointError(f"The {CONFIG} of {location} cannot be used: {error}") from error
         facts = [FACTS] if FACTS in location else []
-        folder = location.fetch([CONFIG, *_weights(location, variant), *facts])
+        weights = _weights(location, variant)
+        folder = location.fetch([CONFIG, *weights, *facts])
         return Checkpoint(
-            model_class, repo=location.repo, subfolder=location.subfolder, revision=location.revision, folder=folder
+            model_class,
+            repo=location.repo,
+            subfolder=location.subfolder,
+            revision=location.revision,
+            folder=folder,
+            config=config,
+            tensors=_headers(location, folder, weights),
         )
 
 
@@ -98,3 +106,33 @@ def _weights(location: Location, variant: str | None) -> list[str]:
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
         raise CheckpointError(f"{index} of {location} has no weight_map from tensors to files: save the SAE again.")
     return [index, *sorted(set(shards.values()))]
+
+
+def _headers(location: Location, folder: Path, weights: list[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return dtype and shape of every stored tensor.
+
+    Raises:
+        CheckpointError: if a file is broken, or the index and the files disagree.
+    """
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name in weights:
+        if name.endswith(".json"):
+            continue
+        try:
+            with safe_open(folder / name, framework="pt") as stored:
+                for key in stored.keys():  # noqa: SIM118  # not a mapping
+                    if key in found:
+                        raise CheckpointError(f"{location} holds {key} in two files: save the SAE again.")
+                    part = stored.get_slice(key)
+                    found[key] = (part.get_dtype(), tuple(part.get_shape()))
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{name} of {location} cannot be read ({error}): expected a complete safetensors file. Fetch it again."
+            ) from error
+    if weights[0].endswith(".json"):
+        listed = set(location.read_json(weights[0])["weight_map"])
+        if wrong := sorted(listed ^ set(found)):
+            raise CheckpointError(
+                f"{weights[0]} of {location} and the files disagree about {', '.join(wrong)}: save it again."
+            )
+    return found

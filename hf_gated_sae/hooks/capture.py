@@ -7,13 +7,15 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import AttachError, InputError
-from ..interventions.base import site_of
+from ..interventions.base import require_fit, site_of
 from ..modeling import SAEModel
 from ..sites import Site
-from .dispatch import dispatcher_of, require_sites
+from ..sites.slots import Place
+from .attach import require_model
+from .dispatch import enter, exact_dtype, leave, prove
 from .report import Record
 
 
@@ -24,26 +26,32 @@ class _Reached(Exception):
 class _Capture:
     """A session that edits nothing and keeps what it sees."""
 
-    def __init__(self, sites: set[str], stop: bool) -> None:
-        self.wanted = sites
+    def __init__(self, places: set[Place], *, stop: bool, grad: bool) -> None:
+        self.wanted = places
         self.stop = stop
-        self.seen: dict[str, Tensor] = {}
+        self.grad = grad
+        self.seen: dict[Place, Tensor] = {}
 
-    def records(self, site: str) -> list[Record]:
+    def records(self, place: Place) -> list[Record]:
         return []
 
-    def place(self, device: torch.device) -> dict[int, SAEModel]:
+    def on_device(self, device: torch.device) -> dict[int, Any]:
         return {}
 
-    def observe(self, site: str, value: Tensor) -> None:
-        if site in self.wanted:
-            self.seen[site] = value
+    def observe(self, place: Place, value: Tensor) -> None:
+        if place in self.wanted:
+            # The model may go on to write into the tensor; with gradients, autograd would notice.
+            self.seen[place] = value if self.grad else value.detach().clone()
             if self.stop and len(self.seen) == len(self.wanted):
                 raise _Reached
 
 
 def capture(
-    model: Any, what: Sequence[Site | str | SAEModel] | Site | str | SAEModel, *, grad: bool = False, **inputs: Any
+    model: Any,
+    what: Sequence[Site | str | SAEModel] | Site | str | SAEModel,
+    *,
+    grad: bool = False,
+    **inputs: Any,
 ) -> dict[Any, Tensor]:
     """Run the model as far as needed and return activations and latents.
 
@@ -61,31 +69,36 @@ def capture(
     Raises:
         InputError: if nothing is asked for.
         SiteError: if a site does not exist in this model or could not be proven.
-        AttachError: if the forward did not reach a site.
+        ShapeError: if an SAE is not as wide as its site.
+        AttachError: if the forward did not reach a site, or the model is compiled.
     """
+    require_model("capture()", model)
     keys: list[Any] = [what] if isinstance(what, (str, Site, SAEModel)) else list(what)
     if not keys:
         raise InputError("capture() was asked for nothing; name at least one site or SAE.")
     sites = {
         key: str(site_of(key) if isinstance(key, SAEModel) else Site.parse(key)) for key in keys if _hashable(key)
     }
-    require_sites(model, sites.values())  # before anything is attached
+    slots = prove(model, sites.values())  # before anything is attached
+    for key, site in sites.items():
+        if isinstance(key, SAEModel):
+            require_fit(key, site, slots[site].width, writes=False)
     # Offloaded weights are put back by hooks that run when a module returns: let every module return.
     offloaded = {"cpu", "disk"} & {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
-    session = _Capture(set(sites.values()), stop=not grad and not offloaded)
-    dispatcher = dispatcher_of(model)
+    session = _Capture({slot.place for slot in slots.values()}, stop=not grad and not offloaded, grad=grad)
+    held = list({slot.place: slot for slot in slots.values()}.values())
     with nullcontext() if grad else torch.no_grad():
-        dispatcher.enter(model, session, sorted(session.wanted))
+        enter(model, session, held)
         try:
-            _run(model, inputs)
+            model(**{"use_cache": False, **inputs})
         except _Reached:
             pass
         finally:
-            dispatcher.leave(model, session, sorted(session.wanted))
-        missed = sorted(session.wanted - set(session.seen))
+            leave(model, session, held)
+        missed = sorted(site for site, slot in slots.items() if slot.place not in session.seen)
         if missed:
             raise AttachError(f"The forward ended without reaching {', '.join(missed)}; nothing was captured there.")
-        return {key: _read(key, session.seen[site]) for key, site in sites.items()}
+        return {key: _read(key, session.seen[slots[site].place]) for key, site in sites.items()}
 
 
 def _hashable(key: Any) -> bool:
@@ -94,12 +107,9 @@ def _hashable(key: Any) -> bool:
     return True
 
 
-def _run(model: nn.Module, inputs: dict[str, Any]) -> None:
-    model(**{"use_cache": False, **inputs})
-
-
 def _read(key: Any, activation: Tensor) -> Tensor:
     """Return the activation, or an SAE's latents of it."""
     if not isinstance(key, SAEModel):
         return activation
-    return key.encode(activation.to(device=key.W_dec.device, dtype=key.dtype))
+    with exact_dtype(key.W_dec.device):
+        return key.encode(activation.to(device=key.W_dec.device, dtype=key.dtype))

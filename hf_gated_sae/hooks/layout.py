@@ -39,12 +39,12 @@ def describe_tokens(
         raise InputError("The model was called without input_ids or inputs_embeds; expected one of them.")
     if inputs.ndim < 2 or not inputs.shape[1]:
         raise InputError(
-            f"The model was called with an empty prompt or without a batch axis, {list(inputs.shape)}; expected [rows, "
-            "tokens] with at least one token."
+            f"The model was called with an empty prompt or without a batch axis, {list(inputs.shape)}; expected "
+            "[rows, tokens] with at least one token."
         )
     end = past + inputs.shape[1]
     boundary = prompt if prompt is not None else (past or end)
-    index, absent = _index(call, inputs, past, previous, boundary, generating=prompt is not None)
+    index, absent, padded = _index(call, inputs, past, previous, boundary, generating=prompt is not None)
     if any(call.get(name) is not None for name in _PACKED):
         phase = "packed"
     else:
@@ -52,7 +52,7 @@ def describe_tokens(
     return TokenContext(
         index=index,
         prompt_length=boundary - absent,
-        special=special_token_mask(model, input_ids, None if absent is 0 else (index >= 0)),
+        special=special_token_mask(model, input_ids, index >= 0 if padded else None),
         phase=phase,
         end=end,
     )
@@ -60,13 +60,14 @@ def describe_tokens(
 
 def _index(
     call: Mapping[str, Any], inputs: Tensor, past: int, previous: TokenContext | None, prompt: int, *, generating: bool
-) -> tuple[Tensor, Tensor]:
-    """Return each token's position among the real tokens of its row, -1 at padding, and the prompt's padding columns."""
+) -> tuple[Tensor, Tensor, bool]:
+    """Return positions among each row's real tokens (-1 at padding), the prompt's padding, if there may be any."""
     rows, columns = inputs.shape[:2]
     end = past + columns
     column = torch.arange(past, end, device=inputs.device).expand(rows, columns)
     absent = torch.zeros(rows, 1, dtype=torch.int64, device=inputs.device)
-    if previous is not None and previous.index.shape[0] == rows:
+    padded = previous is not None and previous.index.shape[0] == rows
+    if previous is not None and padded:
         absent = past - 1 - previous.index[:, -1:].to(inputs.device)
     mask, places = call.get("attention_mask"), call.get("position_ids")
     if isinstance(mask, Tensor) and mask.ndim == 2:
@@ -77,10 +78,11 @@ def _index(
         else:
             before, now = real[:, :past].sum(-1, keepdim=True), real[:, past:end]
             absent = (1 - real[:, :prompt]).sum(-1, keepdim=True)
-        return (before + now.cumsum(-1) - 1).masked_fill(now == 0, -1), absent
+        return (before + now.cumsum(-1) - 1).masked_fill(now == 0, -1), absent, True
     if isinstance(places, Tensor) and places.ndim == 2 and places.shape[1] == columns:
         places = places.to(inputs.device).expand(rows, columns)
         if not generating:
-            return places, absent
+            return places, absent, False
         absent = end - 1 - places[:, -1:]  # a static cache hides the mask, and padding is on the left
-    return (column - absent).clamp(min=-1), absent
+        padded = True
+    return (column - absent).clamp(min=-1), absent, padded

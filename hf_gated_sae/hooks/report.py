@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..interventions import Intervention, TokenContext
 
-# A generation of this many steps is reported token by token; beyond it the oldest calls are counted, not listed.
+# What is remembered token by token; beyond it the oldest calls are counted, not listed, so that memory stays bounded.
 CALLS_REMEMBERED = 4096
+TOKENS_REMEMBERED = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,9 @@ class InterventionReport:
         verb: the intervention's class name.
         site: where.
         calls: how many times the site was reached.
-        edited: number of tokens that were edited.
-        positions: per row, the edited token positions in increasing order (of the calls that are remembered).
+        edited: number of tokens that were edited; without a KV cache a token counts each time it is computed.
+        positions: per row of the calls, the edited positions in increasing order, -1 for padding; of the last
+            4,096 calls or 2^20 tokens. With beams or several return sequences, each of them is a row.
     """
 
     verb: str
@@ -57,14 +59,17 @@ class Record:
     calls: int = 0
     forgotten: Tensor | int = 0
     masks: deque[tuple[Tensor, Tensor | bool]] = field(default_factory=deque)
+    remembered: int = 0
 
     def add(self, tokens: TokenContext, mask: Tensor | bool) -> None:
         """Remember one call."""
         self.calls += 1
         if mask is not False:
             self.masks.append((tokens.index, mask))
-        if len(self.masks) > CALLS_REMEMBERED:
+            self.remembered += tokens.index.numel()
+        while len(self.masks) > CALLS_REMEMBERED or (self.remembered > TOKENS_REMEMBERED and len(self.masks) > 1):
             index, old = self.masks.popleft()
+            self.remembered -= index.numel()
             self.forgotten = self.forgotten + (old.sum() if isinstance(old, Tensor) else index.numel())
 
     def report(self) -> InterventionReport:

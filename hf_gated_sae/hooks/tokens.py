@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,8 @@ class GenerateBoundary:
     def __init__(self, model: nn.Module, done: Callable[[], None]) -> None:
         functools.update_wrapper(self, model.generate)  # type: ignore[arg-type]  # pipelines ask for its signature
         self.replaced = model.__dict__.get("generate")
-        self._model, self._generate, self._done = model, model.generate, done
+        self._model, self._done = model, done
+        self._generate: Callable[..., Any] = model.generate  # type: ignore[assignment]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call `generate`."""
@@ -113,7 +114,7 @@ class TokenTracker:
         self._signature = inspect.signature(type(model).forward)
         self._handles: list[Any] = []
         # Caches of purely recurrent models do not know how many tokens they hold.
-        self._held: WeakKeyDictionary[Any, TokenContext] = WeakKeyDictionary()
+        self._held: weakref.WeakKeyDictionary[Any, TokenContext] = weakref.WeakKeyDictionary()
         self._trained: TokenContext | None = None
         self._trained_calls = 0
         self._replayed = False
@@ -157,8 +158,9 @@ class TokenTracker:
             self._replayed = True
             if self._trained is None or self._trained_calls != 1:
                 raise AttachError(
-                    f"backward() runs layers again (gradient checkpointing) after {self._trained_calls} forwards, and it "
-                    "is not known which one is meant: call backward() after each forward while something is attached."
+                    f"backward() runs layers again (gradient checkpointing) after {self._trained_calls} forwards, "
+                    "and it is not known which one is meant: call backward() after each forward "
+                    "while something is attached."
                 )
             return self._trained
         running = self._running.get()
@@ -195,7 +197,8 @@ class TokenTracker:
         self._done()
         generation = _generation.get()
         if cache is not None:
-            self._held[cache] = tokens
+            if _can_be_key(cache):
+                self._held[cache] = tokens
             if generation:
                 generation.cached = True
         if torch.is_grad_enabled():
@@ -210,14 +213,14 @@ class TokenTracker:
         if cache is not None:
             if generation:
                 generation.cached = True
-            held = self._held.get(cache)
+            held = self._held.get(cache) if _can_be_key(cache) else None
             try:
                 past = int(cache.get_seq_length())
-            except (ValueError, IndexError, TypeError):
+            except (ValueError, IndexError, TypeError, AttributeError):
                 past = held.end if held else 0
             return past, held if held and held.end == past else None
         last = generation.last if generation and not generation.cached else None
-        # Without a cache every call holds all tokens; a model that keeps its state elsewhere is given the new ones only.
+        # Without a cache each call holds all tokens; a model that keeps its state elsewhere is given only new ones.
         if last is not None and _columns(call) <= last.end:
             return last.end, last
         return 0, None
@@ -233,3 +236,13 @@ def _columns(call: Mapping[str, Any]) -> int:
 def _cache_in(values: Mapping[str, Any]) -> Any:
     """Return the cache among a call's arguments or a model's outputs, None if there is none."""
     return next((values[name] for name in _CACHES if values.get(name) is not None), None)
+
+
+def _can_be_key(cache: Any) -> bool:
+    """Whether something can be the key of a dictionary that does not keep it alive; tuples cannot."""
+    try:
+        weakref.ref(cache)
+        hash(cache)
+    except TypeError:
+        return False
+    return True

@@ -1,15 +1,15 @@
 """What to do with latents and activations, at which positions, under which condition: plain frozen data.
 
-One file per verb; `hf_gated_sae.hooks.attach` carries them out. To add a verb, subclass `LatentEdit` (changes latents),
-`Edit` (adds to the activation) or `Replacement` (takes its place) in a new file here.
+One file per verb; `hf_gated_sae.hooks.attach` carries them out. To add a verb, subclass `LatentEdit` (changes
+latents), `Edit` (adds to the activation) or `Replacement` (takes its place) in a new file here.
 """
 
 from .ablate import Ablate
+from .ablate_site import AblateSite
 from .base import Edit, Intervention, LatentEdit, Replacement, SiteRun, interventions
 from .clamp import Clamp
 from .positions import Positions, TokenContext, special_token_ids, special_token_mask
 from .project_out import ProjectOut
-from .ablate_site import AblateSite
 from .scale import Scale
 from .splice import Splice
 from .steer import Steer

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import ShapeError
+from ..errors import InputError, ShapeError
 from ..sites import Site
 from .base import Replacement, SiteRun
 
@@ -29,12 +29,21 @@ class AblateSite(Replacement):
         """The site."""
         return Site.parse(self.site)
 
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        super().__post_init__()
+        if self.value is not None and not (isinstance(self.value, Tensor) and torch.isfinite(self.value).all()):
+            raise InputError(
+                f"AblateSite was given the value {self.value!r:.80}; expected a tensor [d], or None for zeros."
+            )
+
+    def require_width(self, width: int) -> None:
+        """Raise unless the value is as wide as the site."""
+        if self.value is not None and self.value.shape != (width,):
+            raise ShapeError(
+                f"AblateSite was given a value {list(self.value.shape)}, but {self.site} is {width} wide."
+            )
+
     def replacement(self, run: SiteRun) -> Tensor:
         """Return the constant, ``[d]``."""
-        if self.value is None:
-            return torch.zeros_like(run.x[..., 0, :]).unsqueeze(-2)
-        if self.value.shape != run.x.shape[-1:]:
-            raise ShapeError(
-                f"AblateSite at {self.site} was given a value {list(self.value.shape)}; expected [{run.x.shape[-1]}]."
-            )
-        return self.value.to(run.x)
+        return run.x.new_zeros(run.x.shape[-1]) if self.value is None else self.value.to(run.x)

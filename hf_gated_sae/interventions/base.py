@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,11 +11,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, ShapeError
 from ..modeling import SAEModel
 from ..registry import Registry
 from ..sites import Site
-from .positions import Positions, TokenContext, check_positions
+from .positions import Positions, TokenContext, check_positions, integers
 
 interventions: Registry[type[Intervention]] = Registry("intervention", "hf_gated_sae.interventions")
 
@@ -39,7 +40,7 @@ class SiteRun:
         return self._placed.get(id(sae), sae)
 
     def latents(self, sae: SAEModel, indices: Tensor) -> Tensor:
-        """Return some latents of the clean activation, ``[B, S, n]``; only their encoder rows are read if that suffices."""
+        """Return some latents of the clean activation, ``[B, S, n]``, from their encoder rows alone if possible."""
         placed = self.sae(sae)
         if placed.elementwise and id(sae) not in self._encoded:
             return placed.encode(self.x.to(placed.dtype), indices)
@@ -73,8 +74,8 @@ class Intervention(ABC):
             interventions.register(cls.__name__, cls)
 
     def __post_init__(self) -> None:
-        """Check the fields."""
-        check_positions(self.positions)
+        """Check the fields, and keep copies of those that the caller could change later."""
+        object.__setattr__(self, "positions", check_positions(self.positions))
 
     @property
     @abstractmethod
@@ -85,6 +86,15 @@ class Intervention(ABC):
     def sae_used(self) -> SAEModel | None:
         """The SAE that is read, None if there is none."""
         return None
+
+    def require_width(self, width: int) -> None:
+        """Raise unless the intervention is made for activations of this width.
+
+        Raises:
+            ShapeError: saying which width it is made for.
+        """
+        if self.sae_used is not None:
+            require_fit(self.sae_used, str(self.place), width)
 
     def mask(self, run: SiteRun) -> Tensor | bool:
         """Return which tokens to act on: ``[B, S]``, or True for all, or False for none."""
@@ -136,7 +146,7 @@ class LatentEdit(Edit):
     @property
     @abstractmethod
     def indices(self) -> list[int]:
-        """The latents to change."""
+        """The latents to change, each once."""
 
     @abstractmethod
     def change(self, latents: Tensor) -> Tensor:
@@ -179,8 +189,8 @@ def require_sae(owner: object, sae: object) -> None:
     """
     if not isinstance(sae, SAEModel):
         raise InputError(
-            f"{type(owner).__name__} was given {type(sae).__name__} {sae!r:.80} as its SAE; expected an SAE, for example "
-            "from SAEModel.from_pretrained(...)."
+            f"{type(owner).__name__} was given {type(sae).__name__} {sae!r:.80} as its SAE; expected an SAE, for "
+            "example from SAEModel.from_pretrained(...)."
         )
     site_of(sae)
 
@@ -198,14 +208,53 @@ def site_of(sae: SAEModel) -> Site:
     return Site.parse(sae.config.site)
 
 
-def check_numbers(owner: object, values: Mapping[int, float]) -> None:
-    """Raise unless every value is a finite number.
+def require_fit(sae: SAEModel, site: str, width: int, *, writes: bool = True) -> None:
+    """Raise unless an SAE is as wide as a site.
+
+    Args:
+        sae: the SAE.
+        site: the site's name.
+        width: the site's width.
+        writes: whether its reconstruction is to be put there, too.
 
     Raises:
-        InputError: naming the first that is not.
+        ShapeError: with both widths.
     """
+    if sae.config.d_in != width or (writes and sae.d_out != width):
+        raise ShapeError(
+            f"The SAE reads d_in = {sae.config.d_in} and writes d_out = {sae.d_out}, but {site} of this model is "
+            f"{width} wide: this SAE (base model {sae.config.base_model!r}) does not belong there."
+        )
+
+
+def latent_list(owner: object, latents: object) -> tuple[int, ...]:
+    """Return latent indices, each once, in the order given.
+
+    Raises:
+        InputError: if they are not whole numbers.
+    """
+    found = integers(latents)
+    if found is None:
+        raise InputError(
+            f"{type(owner).__name__} was given {latents!r:.80}; expected indices of latents, such as [3, 7]."
+        )
+    return tuple(dict.fromkeys(found))
+
+
+def latent_values(owner: object, values: object) -> dict[int, float]:
+    """Return a copy of numbers by latent.
+
+    Raises:
+        InputError: if it is no mapping, a key is no whole number, or a value is not finite.
+    """
+    latents = integers(values.keys()) if isinstance(values, Mapping) else None
+    if not isinstance(values, Mapping) or latents is None:
+        raise InputError(
+            f"{type(owner).__name__} was given {values!r:.80}; expected numbers by latent, such as {{3: 1.5}}."
+        )
     for latent, value in values.items():
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
+        if not isinstance(value, numbers.Real) or not math.isfinite(value):
             raise InputError(
                 f"{type(owner).__name__} was given {value!r} for latent {latent}; expected a finite number."
             )
+    return {latent: float(value) for latent, value in zip(latents, values.values(), strict=True)}

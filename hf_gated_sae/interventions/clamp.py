@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .base import LatentEdit, check_numbers
+from .base import LatentEdit, latent_values
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,8 +22,8 @@ class Clamp(LatentEdit):
 
     def __post_init__(self) -> None:
         """Check the fields."""
+        object.__setattr__(self, "values", latent_values(self, self.values))
         super().__post_init__()
-        check_numbers(self, self.values)
 
     @property
     def indices(self) -> list[int]:

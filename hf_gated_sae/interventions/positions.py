@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -9,10 +10,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..errors import InputError, unknown_name
+from ..errors import AttachError, InputError, unknown_name
 
 Positions: TypeAlias = "str | int | Sequence[int]"
-"""``"all"``, ``"prompt"``, ``"generated"``, ``"last_prompt"``, or token positions (negative: from the prompt's end)."""
+"""``"all"``, ``"prompt"``, ``"generated"``, ``"last_prompt"``, or token positions (negative: from the prompt's end).
+
+Positions count a row's real tokens from 0, padding left out. The prompt is what `generate` is given; in a decoding
+loop of one's own it is the first call, the one with an empty cache.
+"""
 
 NAMED_POSITIONS = ("all", "prompt", "generated", "last_prompt")
 
@@ -25,7 +30,8 @@ class TokenContext:
         index: position of each token in its own row, counted over real tokens, ``[B, S]`` int64.
         prompt_length: number of real tokens in each row's prompt, ``[B, 1]`` int64.
         special: True at padding and special tokens, ``[B, S]`` bool; None if there are none.
-        phase: ``"prompt"`` or ``"generated"`` if the whole call is one or the other, ``"mixed"`` if it holds both.
+        phase: ``"prompt"`` or ``"generated"`` if the whole call is one or the other, ``"mixed"`` if it holds both,
+            ``"packed"`` if a row holds several sequences.
         end: number of columns after this call, those in the cache included.
     """
 
@@ -58,6 +64,11 @@ class TokenContext:
     def _chosen(self, positions: Positions) -> Tensor | bool:
         if positions == "all":
             return True
+        if self.phase == "packed" and (isinstance(positions, str) or min(_several(positions), default=0) < 0):
+            raise AttachError(
+                f"positions={positions!r} needs to know where each prompt ends, and this call packs several sequences "
+                "into one row (continuous batching, padding-free training); use 'all' or positions from 0 on."
+            )
         if positions in ("prompt", "generated"):
             if self.phase != "mixed":
                 return self.phase == positions
@@ -65,15 +76,29 @@ class TokenContext:
             return in_prompt if positions == "prompt" else ~in_prompt
         if positions == "last_prompt":
             return False if self.phase == "generated" else self.index == self.prompt_length - 1
-        wanted = [positions] if isinstance(positions, int) else list(positions)
-        mask = torch.zeros_like(self.index, dtype=torch.bool)
-        for position in wanted:
-            mask |= self.index == (position if position >= 0 else self.prompt_length + position)
-        return mask
+        wanted = self.index.new_tensor(_several(positions))
+        from_start, from_end = wanted[wanted >= 0], wanted[wanted < 0]
+        mask = torch.isin(self.index, from_start) | torch.isin(self.index - self.prompt_length, from_end)
+        return mask & (self.index >= 0)
 
 
-def check_positions(positions: Any) -> None:
-    """Raise unless `positions` is something that `TokenContext.select` understands.
+def _several(positions: Positions) -> Sequence[int]:
+    return [positions] if isinstance(positions, int) else [int(position) for position in positions]
+
+
+def integers(values: object) -> tuple[int, ...] | None:
+    """Return whole numbers, given one or an iterable of them; None if anything else is among them."""
+    if isinstance(values, Tensor) and values.dtype == torch.bool:
+        return None  # a mask, not indices
+    try:
+        several = tuple(values) if isinstance(values, Iterable) else (values,)
+        return None if any(isinstance(each, bool) for each in several) else tuple(map(operator.index, several))
+    except TypeError:
+        return None
+
+
+def check_positions(positions: Any) -> Positions:
+    """Return what `TokenContext.select` understands, a copy of what the caller could change.
 
     Raises:
         InputError: with close matches for a mistyped name.
@@ -81,19 +106,22 @@ def check_positions(positions: Any) -> None:
     if isinstance(positions, str):
         if positions not in NAMED_POSITIONS:
             raise unknown_name("position selector", positions, NAMED_POSITIONS)
-        return
-    wanted = [positions] if isinstance(positions, int) else positions
-    if not isinstance(wanted, Iterable) or not all(isinstance(p, int) and not isinstance(p, bool) for p in wanted):
+        return positions
+    found = integers(positions)
+    if found is None:
         raise InputError(
-            f"positions is {positions!r}; expected one of {', '.join(map(repr, NAMED_POSITIONS))} or token positions "
-            "such as [0, 3, -1]."
+            f"positions is {positions!r:.80}; expected one of {', '.join(map(repr, NAMED_POSITIONS))} or token "
+            "positions such as [0, 3, -1]."
         )
+    return found
 
 
 def special_token_ids(model: Any) -> list[int]:
     """Return the BOS, EOS and padding ids that the model's own configurations name."""
     found: set[int] = set()
-    for config in (model.config, getattr(model, "generation_config", None)):
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if config is not None else None  # of a model that also sees or hears
+    for config in (config, text, getattr(model, "generation_config", None)):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(config, name, None)
             found.update(value if isinstance(value, (list, tuple)) else [] if value is None else [int(value)])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .base import LatentEdit, check_numbers
+from .base import LatentEdit, latent_values
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,8 +22,8 @@ class Scale(LatentEdit):
 
     def __post_init__(self) -> None:
         """Check the fields."""
+        object.__setattr__(self, "factors", latent_values(self, self.factors))
         super().__post_init__()
-        check_numbers(self, self.factors)
 
     @property
     def indices(self) -> list[int]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ..errors import InputError, unknown_name
-from .base import LatentEdit, SiteRun, check_numbers
+from ..modeling import SAEModel
+from .base import LatentEdit, SiteRun, latent_list, latent_values
 
 UNITS = ("max", "raw")
 
@@ -28,30 +29,35 @@ class Steer(LatentEdit):
 
     def __post_init__(self) -> None:
         """Check the fields."""
+        found = latent_list(self, self.latent)
+        if len(found) != 1:
+            raise InputError(f"Steer was given {self.latent!r:.80}; expected one latent. Attach one Steer for each.")
+        object.__setattr__(self, "latent", found[0])
+        object.__setattr__(self, "strength", latent_values(self, {self.latent: self.strength})[self.latent])
         super().__post_init__()
-        check_numbers(self, {self.latent: self.strength})
         if self.unit not in UNITS:
             raise unknown_name("steering unit", self.unit, UNITS)
         if self.unit == "max" and not self.sae.max_activation[self.latent] > 0:
             why = "it never fired on the recorded text" if self.sae.config.recorded_tokens else "nothing was recorded"
             raise InputError(
-                f"Steer measures strength in units of the latent's maximum activation, and latent {self.latent} has none "
-                f"({why}): run hf_gated_sae.evaluate(model, sae, batches, record=True), or pass unit='raw'."
+                f"Steer measures strength in units of the latent's maximum activation, and latent {self.latent} has "
+                f"none ({why}): run hf_gated_sae.evaluate(model, sae, batches, record=True), or pass unit='raw'."
             )
 
     @property
     def indices(self) -> list[int]:
         """The latent."""
-        return [int(self.latent)]
+        return [self.latent]
 
     def change(self, latents: Tensor) -> Tensor:
         """Return the latent plus what is added to it."""
-        return latents + self._added
+        return latents + self._added(self.sae).to(latents)
 
-    @property
-    def _added(self) -> float:
-        return self.strength * (float(self.sae.max_activation[self.latent]) if self.unit == "max" else 1.0)
+    def _added(self, sae: SAEModel) -> Tensor:
+        unit = sae.max_activation[self.latent] if self.unit == "max" else sae.max_activation.new_ones(())
+        return self.strength * unit
 
     def delta(self, run: SiteRun) -> Tensor:
         """Return the direction times the strength, ``[d]``: the same at every token."""
-        return self._added * run.sae(self.sae).W_dec[self.latent]
+        sae = run.sae(self.sae)
+        return self._added(sae) * sae.W_dec[self.latent]

@@ -17,7 +17,9 @@ from ..errors import InputError, did_you_mean
 # Keys that transformers itself writes to config.json or passes through while loading.
 _TRANSFORMERS_KEYS = frozenset(
     {"model_type", "name_or_path", "torch_dtype", "attn_implementation", "experts_implementation", "_commit_hash"}
+    | {"_name_or_path", "output_attentions"}  # in a configuration's to_dict()
 )
+LARGEST_WIDTH = 2**31 - 1
 
 
 @strict
@@ -67,7 +69,7 @@ class SAEConfig(PreTrainedConfig):
 
     def _check_types(self) -> None:
         """Check the fields' types; the strict dataclass does not read annotations that are strings."""
-        for name, expected in _field_types(type(self)).items():
+        for name, expected in self.own_fields().items():
             value = getattr(self, name)
             if type(value) is int and float in expected and int not in expected:
                 setattr(self, name, float(value))  # JSON written by hand: 1 for 1.0
@@ -93,36 +95,42 @@ class SAEConfig(PreTrainedConfig):
             )
         return super().from_dict(config_dict, **kwargs)
 
+    @classmethod
+    def own_fields(cls) -> dict[str, tuple[type, ...]]:
+        """Return the fields that an SAE adds to those of transformers, with the types that each may have.
+
+        A generic type, such as ``list[int]``, is given by its origin.
+        """
+        names = {field.name for field in fields(cls)}
+        found = {}
+        for owner in reversed(cls.__mro__):
+            if issubclass(owner, SAEConfig):
+                own = {name: hint for name, hint in owner.__annotations__.items() if name in names}
+                # One class at a time: the whole chain holds names that transformers imports for type checkers only.
+                scope = vars(sys.modules[owner.__module__])
+                hints = typing.get_type_hints(types.SimpleNamespace(__annotations__=own), scope)
+                for name, hint in hints.items():
+                    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+                    options = typing.get_args(hint) if is_union else (hint,)
+                    found[name] = tuple(typing.get_origin(option) or option for option in options)
+        return found
+
     @property
     def architecture(self) -> str:
         """Short name of the architecture, such as ``"gated"``."""
         return str(self.model_type).removesuffix("_sae")
 
     def validate_widths(self) -> None:
-        """Check that every width is a positive number (run by huggingface_hub's strict dataclasses)."""
+        """Check that the widths are positive and fit together (run by huggingface_hub's strict dataclasses)."""
         for name in ("d_in", "d_sae", "d_out"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} is {value}, expected a positive number.")
-
-
-def _field_types(config_class: type[SAEConfig]) -> dict[str, tuple[type, ...]]:
-    """Return the types that each of our own fields may have; generic ones, such as ``list[int]``, by their origin."""
-    names = {field.name for field in fields(config_class)}
-    found = {}
-    for owner in reversed(config_class.__mro__):
-        if issubclass(owner, SAEConfig):
-            own = {name: hint for name, hint in owner.__annotations__.items() if name in names}
-            # One class at a time: the whole chain holds names that transformers imports for type checkers only.
-            hints = typing.get_type_hints(
-                types.SimpleNamespace(__annotations__=own), vars(sys.modules[owner.__module__])
+            if value is not None and not 1 <= value <= LARGEST_WIDTH:
+                raise InputError(f"{name} is {value}, expected a positive number up to {LARGEST_WIDTH}.")
+        if self.apply_b_dec_to_input and self.d_out not in (None, self.d_in):
+            raise InputError(
+                f"d_out is {self.d_out} and d_in is {self.d_in}: a decoder bias of another width cannot be "
+                "subtracted from the input; expected apply_b_dec_to_input=False for a transcoder."
             )
-            for name, hint in hints.items():
-                options = (
-                    typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-                )
-                found[name] = tuple(typing.get_origin(option) or option for option in options)
-    return found
 
 
 def _required_fields(config_class: type[SAEConfig]) -> list[str]:

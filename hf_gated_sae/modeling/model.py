@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import transformers.initialization as init
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from ..errors import CheckpointError, InputError, LatentIndexError, ShapeError
 from ..registry import LateBound, Registry
 from .config import SAEConfig
-from .loading import Checkpoint, open_checkpoint, quiet_transformers, require_complete, require_finite
+from .loading import (
+    Checkpoint,
+    effective_config,
+    explained,
+    open_checkpoint,
+    quiet_transformers,
+    require_complete,
+    require_finite,
+    require_headers,
+)
 from .output import SAEOutput, TrainingLoss
+from .saving import replaced_together
 
 architectures: Registry[type[SAEModel]] = Registry("architecture", "hf_gated_sae.architectures")
 _push_to_hub = LateBound("hf_gated_sae.publishing.push", "push_to_hub")
@@ -269,31 +276,24 @@ class SAEModel(PreTrainedModel):
                 f"The checkpoint {checkpoint} is a {checkpoint.model_class.__name__}, not a {cls.__name__}: load it "
                 f"with {checkpoint.model_class.__name__}.from_pretrained or SAEModel.from_pretrained."
             )
-        settings = {name: value for name, value in kwargs.items() if name not in _PLACE_ARGUMENTS}
-        arguments = {**settings, **checkpoint.arguments, **({"config": config} if config is not None else {})}
-        model, info = checkpoint.model_class._load_strictly(checkpoint.folder, str(checkpoint), arguments)
+        config, settings = effective_config(checkpoint, config, kwargs)
+        require_headers(checkpoint, config)
+        arguments = {**settings, **checkpoint.arguments, "config": config}
+        model, info = checkpoint.model_class._load_strictly(checkpoint, arguments)
         model._checkpoint = checkpoint
         model.name_or_path = model.config.name_or_path = checkpoint.repo
         return (model, info) if output_loading_info else model
 
     @classmethod
-    def _load_strictly(
-        cls, source: Path | None, where: str, arguments: dict[str, Any]
-    ) -> tuple[SAEModel, dict[str, Any]]:
+    def _load_strictly(cls, checkpoint: Checkpoint, arguments: dict[str, Any]) -> tuple[SAEModel, dict[str, Any]]:
         """Let transformers load, then raise for everything that it would only have warned of."""
-        try:
-            with quiet_transformers():
-                loaded: Any = super().from_pretrained(
-                    source, output_loading_info=True, **{**arguments, "ignore_mismatched_sizes": True}
-                )
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"The weights of {where} cannot be read ({error}): expected a complete safetensors file. Fetch it "
-                "again."
-            ) from error
+        with quiet_transformers(), explained(checkpoint):
+            loaded: Any = super().from_pretrained(
+                checkpoint.folder, output_loading_info=True, **{**arguments, "ignore_mismatched_sizes": True}
+            )
         model, info = loaded
-        require_complete(where, info, list(model.state_dict()))
-        require_finite(where, model)
+        require_complete(str(checkpoint), info, list(model.state_dict()))
+        require_finite(str(checkpoint), model)
         return model, info
 
     _checkpoint: Checkpoint | None = None
@@ -313,34 +313,17 @@ class SAEModel(PreTrainedModel):
             push_to_hub: also publish, with ``repo_id=`` among `kwargs` (the folder's name by default).
             **kwargs: as for any transformers model: ``max_shard_size``, ``state_dict``, ``variant`` ...
         """
-        target = Path(save_directory)
-        if target.is_file():
-            raise InputError(f"{target} is a file; expected a folder to save into.")
         publish = {key: kwargs.pop(key) for key in _PUBLISH_ARGUMENTS if key in kwargs}
-        target.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
-        try:
-            with quiet_transformers():
-                super().save_pretrained(staging, **kwargs)
-            written = sorted(staging.iterdir())
-            kept = {file.name for file in written}
-            for stale in [*target.glob("model*.safetensors"), *target.glob("model*.safetensors.index.json")]:
-                if stale.name not in kept:
-                    stale.unlink()
-            for file in written:
-                file.replace(target / file.name)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        with replaced_together(Path(save_directory)) as staging, quiet_transformers():
+            super().save_pretrained(staging, **kwargs)
         if push_to_hub:
-            self.push_to_hub(publish.pop("repo_id", target.name), **publish)
+            self.push_to_hub(publish.pop("repo_id", Path(save_directory).name), **publish)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Publish to the Hub in one commit, with a model card; see `hf_gated_sae.publishing.push_to_hub`."""
         return _push_to_hub(self, repo_id, **kwargs)
 
 
-# Say where a checkpoint is: used up once its files are on this machine.
-_PLACE_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
 _PUBLISH_ARGUMENTS = (
     "repo_id",
     "subfolder",

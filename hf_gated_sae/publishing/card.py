@@ -34,7 +34,7 @@ MEANINGS = {
     "dense_fraction": "share of latents that fired on more than a tenth of the tokens",
     "loss_clean": "cross-entropy of the untouched model, nats per token",
     "loss_spliced": "the same with the site replaced by its reconstruction",
-    "loss_ablated": "the same with the site set to zero",
+    "loss_zero_ablated": "the same with the site set to zero",
     "tokens": "tokens measured",
 }
 SHOWN_LABELS = 40
@@ -165,7 +165,10 @@ def _base_model_link(sae: SAEModel) -> str:
 
 def _rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return names and values for a table."""
-    return [(name.replace("_", " "), number(value)) for name, value in values.items()]
+    return [
+        (name.replace("_", " "), "; ".join(map(number, value)) if isinstance(value, list | tuple) else number(value))
+        for name, value in values.items()
+    ]
 
 
 @cache

@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 
 from ..errors import CheckpointError, InputError, did_you_mean
+from ..evaluation import FidelityReport
 from ..modeling import SAEModel
 from ..modeling.loading import Checkpoint
 
@@ -83,6 +84,22 @@ class CardFacts:
         object.__setattr__(self, "datasets", tuple(self.datasets))
         labels = (label if isinstance(label, LatentLabel) else LatentLabel(**label) for label in self.labels)
         object.__setattr__(self, "labels", tuple(labels))
+
+    @classmethod
+    def of_report(cls, report: FidelityReport, *, evaluation: Mapping[str, Any], **more: Any) -> CardFacts:
+        """Take over what `evaluate` measured.
+
+        Args:
+            report: the report.
+            evaluation: on what it was measured: ``dataset``, ``split``, ``command`` ...; tokens, left-out positions
+                and warnings are added from the report.
+            **more: the other facts.
+        """
+        values = report.to_dict(per_latent=False)
+        losses = {name: values[name] for name in values if name.startswith("loss_") and name != "loss_tokens"}
+        measured = {"tokens": report.tokens, "left out": report.positions_left_out}
+        warnings = {"warnings": list(report.warnings)} if report.warnings else {}
+        return cls(metrics={**values["metrics"], **losses}, evaluation={**evaluation, **measured, **warnings}, **more)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values, without what is not known."""

@@ -57,7 +57,7 @@ def merge(existing: str | None, new: str, section: str, *, yielding: Collection[
     Raises:
         PublishError: if the existing front matter cannot be read, or the section's end mark is gone.
     """
-    if existing is None:
+    if existing is None or not existing.strip():
         return new
     old_data, old_body = split_front_matter(existing)
     new_data, new_section = split_front_matter(new)

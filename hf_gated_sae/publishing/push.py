@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,13 +18,11 @@ from ..formats import formats
 from ..hub.location import clean_subfolder
 from ..hub.repository import TransportError
 from ..modeling import SAEModel
+from ..modeling.saving import WEIGHT_FILES
 from .facts import FACTS_FILE, CardFacts, read_facts, write_facts
 from .index import INDEX_FILE, SECTION, entry, index_card, index_json, read_index, updated_index
 from .markdown import merge
 from .saving import CARD_FILE, write_extras
-
-# Exactly what save_pretrained writes, whole or in shards: other people's files are never removed.
-_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
 
 def push_to_hub(
@@ -79,9 +76,9 @@ def push_to_hub(
     saving: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     with tempfile.TemporaryDirectory() as staging, _translated(repo_id):
         folder = Path(staging)
-        sae.save_pretrained(
-            folder, **saving
-        )  # before anything happens on the Hub: what cannot be saved leaves no trace
+        # Before anything happens on the Hub: what cannot be written leaves no trace there.
+        sae.save_pretrained(folder, **saving)
+        write_facts(facts, folder)
         target = _Target.prepare(HfApi(endpoint=endpoint, token=token), repo_id, private, revision)
         operations = _operations(target, sae, facts, folder, subfolder)
         return target.api.create_commit(
@@ -152,7 +149,7 @@ def _operations(
     stale = [
         path
         for path in sorted(target.files)
-        if path.startswith(prefix) and _WEIGHTS.fullmatch(path[len(prefix) :]) and path not in new
+        if path.startswith(prefix) and WEIGHT_FILES.fullmatch(path[len(prefix) :]) and path not in new
     ]
     if subfolder:
         root = folder / "root"

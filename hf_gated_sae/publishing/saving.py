@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from ..modeling import SAEModel
+from ..modeling.saving import replaced_together
 from .card import model_card
 from .facts import CardFacts, read_facts, write_facts
 from .markdown import merge
@@ -35,12 +34,9 @@ def save(sae: SAEModel, folder: str | os.PathLike[str], facts: CardFacts | None 
     readme = target / CARD_FILE
     existing = readme.read_text(encoding="utf-8") if readme.is_file() else None
     facts = read_facts(sae) if facts is None else facts
-    with tempfile.TemporaryDirectory() as staging:
-        written = write_extras(sae, Path(staging), facts, existing_card=existing)
-        sae.save_pretrained(target, **kwargs)
-        for file in written:
-            shutil.copyfile(file, target / f".{file.name}.part")
-            (target / f".{file.name}.part").replace(target / file.name)
+    with replaced_together(target) as staging:
+        sae.save_pretrained(staging, **kwargs)
+        write_extras(sae, staging, facts, existing_card=existing)
     return target
 
 

@@ -7,10 +7,10 @@ import dataclasses
 from torch import nn
 
 from .blocks import Chain
-from .contributions import Decomposition
 from .probe import Seen, Trace, embedding_of, number_of
 from .roles import Roles
 from .slots import Place
+from .sums import Decomposition
 
 _STEPS = 3  # norms and dropouts between a projection and the residual stream
 
@@ -72,6 +72,8 @@ def _resid_mid(trace: Trace, chain: Chain, layer: int, sums: Decomposition, role
     if given:
         return max(given, key=lambda seen: seen.place.order).place
     taken = [seen for seen in trace.within(path, "input") if seen.value == number and seen.is_tokens]
+    if not taken and not sums.exact:
+        return "the scales of the contributions are known only within rounding"
     if not taken:
         return "no module reads it: the feed-forward runs in parallel to attention"
     return dataclasses.replace(min(taken, key=lambda seen: seen.place.order).place, in_place=True)

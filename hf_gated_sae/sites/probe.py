@@ -246,8 +246,8 @@ def run(subject: Subject) -> Tensor:
         raise SiteError(
             f"The probe forward of {type(subject.root).__name__} with {sorted(subject.inputs)} raised "
             f"{type(error).__name__}: {error}. No site can be proven without a forward. Call "
-            "resolve(model, inputs=batch) once with a small batch that the model accepts, with ids of shape [B, S]; after that, semantic names and "
-            "module paths such as 'model.layers.3.output' work."
+            "resolve(model, inputs=batch) once with a small batch that the model accepts, with ids of shape [B, S]; "
+            "after that, semantic names and module paths such as 'model.layers.3.output' work."
         ) from error
     logits = next((tensor for _, tensor in tensors_in(output) if tensor.is_floating_point()), None)
     if logits is None:

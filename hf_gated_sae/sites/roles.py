@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from .blocks import Chain
-from .contributions import Decomposition
 from .probe import Seen, Subject, Trace, run
 from .site import Site
 from .slots import Edit, Slot
+from .sums import Decomposition
 
 _REACH = 0.01  # a change at other positions counts from this share of the change at the changed position
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from .blocks import Chain
-from .contributions import Decomposition, agrees
 from .probe import Seen, Subject, Trace, run, trace
 from .roles import Roles, forward, noise, restore, slot_at
 from .site import Site
 from .slots import Edit, Slot
+from .sums import Decomposition, agrees
 
 STREAM = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 """The sites whose values add up to the residual stream."""

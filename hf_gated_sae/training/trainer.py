@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -183,14 +183,9 @@ class SAETrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
         """Return transformers' schedule, multiplied by the dip after disturbances."""
         if self.lr_scheduler is None:
-            scheduler = super().create_scheduler(num_training_steps, optimizer)
-            if self.remedy is not None:
-                if not isinstance(scheduler, LambdaLR):
-                    raise InputError(
-                        f"lr_scheduler_type {self.args.lr_scheduler_type!r} cannot be lowered after resampling; "
-                        "choose a schedule that depends on the step alone, or dead_latent_remedy=None."
-                    )
-                scheduler.lr_lambdas = [_dipped(factor, self.dip) for factor in scheduler.lr_lambdas]
+            # Schedules that follow a metric are the only ones of another class, and transformers refuses them here.
+            scheduler = cast(LambdaLR, super().create_scheduler(num_training_steps, optimizer))
+            scheduler.lr_lambdas = [_dipped(factor, self.dip) for factor in scheduler.lr_lambdas]
             return scheduler
         return self.lr_scheduler
 

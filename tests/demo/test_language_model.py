@@ -11,7 +11,15 @@ from hf_gated_sae.demo.language_model_report import LineCount, count_python_line
 from hf_gated_sae.errors import InputError
 
 TINY = language_model.LanguageModelRecipe(
-    vocab_size=300, context=32, hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2, steps=60, batch_size=8, warmup_steps=5
+    vocab_size=300,
+    context=32,
+    hidden_size=16,
+    intermediate_size=32,
+    num_layers=1,
+    num_heads=2,
+    steps=40,
+    batch_size=8,
+    warmup_steps=5,
 )
 
 

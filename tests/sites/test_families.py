@@ -9,7 +9,7 @@ from tests.support.tiny_models import LAYERS, TINY_NAMES, tiny_model
 
 IDS = torch.tensor([[11, 54, 33, 78, 90], [60, 41, 22, 13, 5]])
 
-# Blocks, then within a block: what is added for attention and feed-forward, the projections, the pre-norm modules' place.
+# Blocks; within a block, what is added for attention and feed-forward; and the modules whose inputs are z and neurons.
 FAMILIES = {
     "gpt2": ("transformer.h", "attn", "mlp", "attn.c_proj", "mlp.c_proj"),
     "gpt_neo": ("transformer.h", "attn", "mlp", "attn.attention.out_proj", "mlp.c_proj"),

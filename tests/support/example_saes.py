@@ -52,4 +52,5 @@ def assert_same(left: SAEModel, right: SAEModel) -> None:
 
 def settings_of(sae: SAEModel) -> dict[str, Any]:
     """Return the configuration's values without where it was loaded from."""
-    return {name: value for name, value in sae.config.to_dict().items() if not name.startswith("_")}
+    written_by_transformers = {"architectures", "dtype", "_name_or_path"}  # when it saves or loads
+    return {name: value for name, value in sae.config.to_dict().items() if name not in written_by_transformers}

@@ -1,6 +1,7 @@
 """The loopback Hub of a test session. Importing this starts it and points the real client at it.
 
-It has to come before huggingface_hub, which reads its environment when it is imported: `tests/conftest.py` sees to that.
+It has to come before huggingface_hub, which reads its environment when it is imported: `tests/conftest.py` sees to
+that.
 """
 
 from __future__ import annotations

@@ -1,12 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The real huggingface_hub client against MiniHub.  The hub starts before huggingface_hub is imported."""
+# ruff: noqa
+"""The real huggingface_hub client against MiniHub.  The hub of the session serves it."""
+
 import hashlib, os, re, subprocess, sys, tempfile
 
 import pytest
-from huggingface_hub import (CommitOperationCopy, CommitOperationDelete, HfApi, HfFileSystem, ModelCard, get_hf_file_metadata,
-                             hf_hub_download, hf_hub_url, snapshot_download)
-from huggingface_hub.errors import (EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError,
-                                    RevisionNotFoundError)
+from huggingface_hub import (
+    CommitOperationCopy,
+    CommitOperationDelete,
+    HfApi,
+    HfFileSystem,
+    ModelCard,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    snapshot_download,
+)
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from tests.support.loopback import HUB
 
@@ -61,8 +77,13 @@ def test_info_and_tree(repo):
     info = API.model_info(repo, files_metadata=True)
     files = {s.rfilename: s for s in info.siblings}
     data = stored(repo)
-    assert info.library_name == "hf_gated_sae" and {"sparse-autoencoder", "license:apache-2.0", "safetensors"} <= set(info.tags)
-    assert files["layer_1/sae.safetensors"].lfs.sha256 == hashlib.sha256(data).hexdigest() and files["cfg.json"].lfs is None
+    assert info.library_name == "hf_gated_sae" and {"sparse-autoencoder", "license:apache-2.0", "safetensors"} <= set(
+        info.tags
+    )
+    assert (
+        files["layer_1/sae.safetensors"].lfs.sha256 == hashlib.sha256(data).hexdigest()
+        and files["cfg.json"].lfs is None
+    )
     assert [x.path for x in API.list_repo_tree(repo)] == [".gitattributes", "README.md", "cfg.json", "layer_1"]
     assert API.get_paths_info(repo, ["cfg.json", "none"])[0].size == 11
     with pytest.raises(EntryNotFoundError):
@@ -76,7 +97,11 @@ def test_unchanged_upload_makes_no_commit(repo, tmp_path):
 
 def test_download_headers_and_cache(repo):
     meta = get_hf_file_metadata(hf_hub_url(repo, "layer_1/sae.safetensors"))
-    assert meta.size == 5000 and meta.etag == hashlib.sha256(stored(repo)).hexdigest() and meta.location.startswith(HUB.cdn_url)
+    assert (
+        meta.size == 5000
+        and meta.etag == hashlib.sha256(stored(repo)).hexdigest()
+        and meta.location.startswith(HUB.cdn_url)
+    )
     home = tempfile.mkdtemp()
     assert content(repo, cache_dir=home) == stored(repo)
     assert all(r[4] is None for r in HUB.requests if r[1].startswith("/cdn/"))  # the token stays with the hub
@@ -98,8 +123,11 @@ def test_revisions(repo):
     API.create_branch(repo, branch="dev/a")
     API.upload_file(repo_id=repo, path_or_fileobj=b"dev", path_in_repo="x.txt", revision="dev/a")
     assert content(repo, "x.txt", revision="dev/a") == b"dev" and not API.file_exists(repo, "x.txt")
-    API.create_commit(repo, [CommitOperationDelete("cfg.json"), CommitOperationCopy("layer_1/sae.safetensors", "b.safetensors")],
-                      commit_message="second")
+    API.create_commit(
+        repo,
+        [CommitOperationDelete("cfg.json"), CommitOperationCopy("layer_1/sae.safetensors", "b.safetensors")],
+        commit_message="second",
+    )
     assert content(repo, "cfg.json", revision="v1") == content(repo, "cfg.json", revision=first)
     assert [c.title for c in API.list_repo_commits(repo)][0] == "second"
     assert [b.name for b in API.list_repo_refs(repo).branches] == ["main", "dev/a"]
@@ -131,7 +159,10 @@ def test_private_and_gated(repo, api):
         api.hf_hub_download(repo, "cfg.json", cache_dir=tempfile.mkdtemp())
     API.update_repo_settings(repo, private=False, gated="auto")
     assert api.model_info(repo).gated == "auto"
-    for call in (lambda: api.auth_check(repo), lambda: api.hf_hub_download(repo, "cfg.json", cache_dir=tempfile.mkdtemp())):
+    for call in (
+        lambda: api.auth_check(repo),
+        lambda: api.hf_hub_download(repo, "cfg.json", cache_dir=tempfile.mkdtemp()),
+    ):
         with pytest.raises(GatedRepoError):
             call()
     HUB.repo(repo).allowed.add("bob")
@@ -147,7 +178,10 @@ def test_search():
         assert [m.id for m in API.list_models(filter=["hf_gated_sae", "layer-3"], full=True)] == ["seeds/sae-3"]
         assert [m.id for m in API.list_models(author="seeds", search="SAE-1")] == ["seeds/sae-1"]
         assert len(list(API.list_models(author="seeds", limit=3, sort="last_modified"))) == 3
-        assert next(iter(API.list_models(search="sae-2", author="seeds", cardData=True))).card_data.license == "apache-2.0"
+        assert (
+            next(iter(API.list_models(search="sae-2", author="seeds", cardData=True))).card_data.license
+            == "apache-2.0"
+        )
     finally:
         HUB.page_size = 1000
 
@@ -163,7 +197,9 @@ def test_card(repo):
 def test_dataset():
     API.create_repo("alice/data", repo_type="dataset")
     API.upload_file(repo_id="alice/data", repo_type="dataset", path_or_fileobj=b"a\n", path_in_repo="d.csv")
-    assert content("alice/data", "d.csv", repo_type="dataset") == b"a\n" and [d.id for d in API.list_datasets()] == ["alice/data"]
+    assert content("alice/data", "d.csv", repo_type="dataset") == b"a\n" and [d.id for d in API.list_datasets()] == [
+        "alice/data"
+    ]
 
 
 def test_snapshot(repo):
@@ -177,7 +213,10 @@ def test_drop_is_resumed():
     HUB.fail("GET /cdn/", "drop", after=15_000_000)
     HUB.requests.clear()
     assert content("seeds/big", "w.safetensors") == BIG
-    assert [(s, r) for m, _, s, r, _ in HUB.requests if m == "GET"] == [(200, None), (206, "bytes=10485760-")]  # 10 MiB pieces
+    assert [(s, r) for m, _, s, r, _ in HUB.requests if m == "GET"] == [
+        (200, None),
+        (206, "bytes=10485760-"),
+    ]  # 10 MiB pieces
 
 
 def test_drop_and_range_ignored():
@@ -187,15 +226,22 @@ def test_drop_and_range_ignored():
     assert content("seeds/big", "w.safetensors") == BIG
 
 
-@pytest.mark.parametrize("kind, options", [("reset", {}), ("status", {"status": 429, "headers": {"Retry-After": "1"}})])
+@pytest.mark.parametrize(
+    "kind, options", [("reset", {}), ("status", {"status": 429, "headers": {"Retry-After": "1"}})]
+)
 def test_recovered(repo, kind, options):
     HUB.fail("GET /cdn/", kind, **options)
     assert content(repo) == stored(repo)
 
 
-@pytest.mark.parametrize("match, kind, options, error", [
-    ("GET /cdn/", "status", {"status": 503}, HfHubHTTPError), ("GET /cdn/", "truncate", {"after": 100}, OSError),
-    ("HEAD /acme", "status", {"status": 401}, HfHubHTTPError)])
+@pytest.mark.parametrize(
+    "match, kind, options, error",
+    [
+        ("GET /cdn/", "status", {"status": 503}, HfHubHTTPError),
+        ("GET /cdn/", "truncate", {"after": 100}, OSError),
+        ("HEAD /acme", "status", {"status": 401}, HfHubHTTPError),
+    ],
+)
 def test_refused(repo, match, kind, options, error):
     HUB.fail(match, kind, **options)
     with pytest.raises(error):
@@ -208,7 +254,10 @@ def test_corruption_goes_unnoticed_by_the_client(repo):
     assert got != want and len(got) == len(want)  # whoever needs to be sure compares the sha256 that the hub states
 
 
-@pytest.mark.parametrize("match, ok", [("PUT /upload", True), ("POST .*preupload", True), ("objects/batch", True), ("POST .*/commit/", False)])
+@pytest.mark.parametrize(
+    "match, ok",
+    [("PUT /upload", True), ("POST .*preupload", True), ("objects/batch", True), ("POST .*/commit/", False)],
+)
 def test_upload_faults(repo, match, ok):
     HUB.fail(match, "status", status=503)
     if ok:
@@ -220,9 +269,11 @@ def test_upload_faults(repo, match, ok):
 
 def test_xet_left_on(repo):
     """With hf_xet in use an upload cannot work here, a download can."""
-    code = ("from huggingface_hub import *\nassert hf_hub_download(%r, 'layer_1/sae.safetensors')\ntry:\n"
-            "    HfApi().upload_file(repo_id=%r, path_or_fileobj=b'1' * 99, path_in_repo='x.bin')\n"
-            "except Exception as e:\n    print('refused', e)\n" % (repo, repo))
+    code = (
+        "from huggingface_hub import *\nassert hf_hub_download(%r, 'layer_1/sae.safetensors')\ntry:\n"
+        "    HfApi().upload_file(repo_id=%r, path_or_fileobj=b'1' * 99, path_in_repo='x.bin')\n"
+        "except Exception as e:\n    print('refused', e)\n" % (repo, repo)
+    )
     env = {**os.environ, "HF_HUB_DISABLE_XET": "0", "HF_HOME": tempfile.mkdtemp()}
     out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert out.returncode == 0 and "xet-write-token" in out.stdout, out

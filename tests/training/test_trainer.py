@@ -58,7 +58,6 @@ def trained(tmp_path_factory):
     """A gated SAE and a 1.5 times wider baseline, trained to about the same L0 on the same activations."""
     from hf_gated_sae.training import SAETrainingArguments
 
-    torch.set_num_threads(2)
     train, held_out = activations(60_000, seed=0), activations(5_000, seed=1)
     results = {}
     for name, width, coefficient in (("gated", FEATURES, 2.0), ("standard", 3 * FEATURES // 2, 3.0)):
@@ -66,7 +65,7 @@ def trained(tmp_path_factory):
         args = SAETrainingArguments(
             output_dir=str(tmp_path_factory.mktemp(name)),
             use_cpu=True,
-            max_steps=1200,
+            max_steps=1500,
             activation_batch_size=512,
             sparsity_coefficient=coefficient,
             learning_rate=3e-3,
@@ -116,7 +115,7 @@ def test_every_term_and_metric_is_logged(trained):
         ("standard", {"reconstruction", "sparsity"}),
     ):
         logs = [entry for entry in trained[name][3].state.log_history if "loss" in entry]
-        assert [entry["step"] for entry in logs] == [300, 600, 900, 1200]
+        assert [entry["step"] for entry in logs] == [300, 600, 900, 1200, 1500]
         for entry in logs:
             assert {key.removeprefix("loss_") for key in entry if key.startswith("loss_")} == terms
             assert {"l0", "fvu", "relative_reconstruction_bias", "dead_latents", "learning_rate"} <= set(entry)
@@ -227,7 +226,9 @@ def test_an_interrupted_run_leaves_an_sae_that_reads_raw_activations(arguments):
     x = activations(2000, seed=0, scale=1000.0)
     sae = build("gated", D_IN)
     with pytest.raises(KeyboardInterrupt):
-        quiet(SAETrainer(sae, arguments(learning_rate=1e-4), x, callbacks=[Stop()])).train()
+        quiet(
+            SAETrainer(sae, arguments(learning_rate=1e-4, statistics_activations=2000), x, callbacks=[Stop()])
+        ).train()
     torch.testing.assert_close(sae.b_dec.data, x.mean(0), rtol=0.02, atol=2.0)
 
 
@@ -280,12 +281,6 @@ def test_unusable_activations_are_explained(arguments):
         quiet(SAETrainer(build("gated", D_IN), arguments(), broken)).train()
     with pytest.raises(InputError, match="all sampled|All sampled"):
         quiet(SAETrainer(build("gated", D_IN), arguments(), torch.zeros(500, D_IN))).train()
-
-
-def test_a_schedule_that_cannot_dip_is_refused(arguments):
-    args = arguments(lr_scheduler_type="reduce_lr_on_plateau")
-    with pytest.raises(InputError, match="dead_latent_remedy=None"):
-        quiet(SAETrainer(build("gated", D_IN), args, activations(500, seed=0))).train()
 
 
 def test_the_schedules_of_transformers_work(arguments):

@@ -1,0 +1,40 @@
+"""Write model_cards/: the cards of what is bundled, and one example card per architecture."""
+
+from pathlib import Path
+
+from hf_gated_sae.architectures import architectures
+from hf_gated_sae.demo import bundled
+from hf_gated_sae.demo.cards import language_model_card
+from hf_gated_sae.modeling import SAEModel
+from hf_gated_sae.publishing import model_card, read_facts
+
+FOLDER = Path(__file__).parents[1] / "model_cards"
+# An example states a shape and a place; nothing is claimed about an SAE that nobody has trained.
+EXAMPLE = {"d_in": 768, "d_sae": 1024, "site": "resid_post.6", "base_model": "openai-community/gpt2"}
+
+
+def render() -> dict[str, str]:
+    """Return every card by its file name."""
+    cards = {"python_stdlib_llama.md": language_model_card()}
+    for config in sorted(bundled.SAES.rglob("config.json")):
+        subfolder = config.parent.relative_to(bundled.SAES)
+        sae = SAEModel.from_pretrained(bundled.SAES, str(subfolder))
+        cards["_".join(("python_stdlib", *subfolder.parts)) + ".md"] = model_card(sae, read_facts(config.parent))
+    for name, model_class in architectures.items():
+        cards[f"example_{name}.md"] = model_card(model_class(model_class.config_class(**EXAMPLE)))
+    return cards
+
+
+def main() -> None:
+    """Write the cards and remove those of things that are no longer there."""
+    FOLDER.mkdir(exist_ok=True)
+    cards = render()
+    for stale in {path.name for path in FOLDER.glob("*.md")} - set(cards):
+        (FOLDER / stale).unlink()
+    for name, text in cards.items():
+        (FOLDER / name).write_text(text, encoding="utf-8")
+    (bundled.MODEL / "README.md").write_text(cards["python_stdlib_llama.md"], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

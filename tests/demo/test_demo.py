@@ -1,0 +1,121 @@
+"""The demo shows what it claims, on the bundled pair and on any other."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_gated_sae import GatedSAE, GatedSAEConfig, SAEModel
+from hf_gated_sae.demo import bundled
+from hf_gated_sae.demo.effects import SteeringPlan
+from hf_gated_sae.demo.run import DemoPlan, run_demo
+from hf_gated_sae.errors import InputError, MissingFileError, UnknownNameError
+from hf_gated_sae.hooks.dispatch import _dispatchers
+
+SMALL = SteeringPlan(prompts=8, new_tokens=48)
+
+
+def run(**plan):
+    return run_demo(DemoPlan(**{"windows": 24, "steering": SMALL, **plan}), lambda *step: None)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    return run(out=tmp_path_factory.mktemp("published"))
+
+
+def test_the_splice_keeps_most_of_the_loss(report):
+    found = report.fidelity
+    assert found.loss_clean < found.loss_spliced < found.loss_zero_ablated
+    assert found.loss_recovered > 0.9 and found.metrics.l0 < 40
+
+
+def test_ablating_hurts_inside_the_concept_more_than_outside(report):
+    effect = report.ablation
+    inside = effect.inside_ablated - effect.inside_clean
+    outside = effect.outside_ablated - effect.outside_clean
+    assert inside > 5 * abs(outside) and inside > 0
+
+
+def test_steering_raises_the_share_of_the_concept(report):
+    assert report.steering.share_after > report.steering.share_before + 0.2
+    shown = report.steering.typical
+    assert shown.before != shown.after and shown in report.steering.continuations
+
+
+def test_the_sae_is_published_with_its_card_and_comes_back(report):
+    assert report.identical
+    assert {"README.md", "config.json", "model.safetensors", "sae_metrics.json"} <= set(report.files)
+    assert "loss_recovered" in (report.published / "README.md").read_text(encoding="utf-8")
+
+
+def test_nothing_stays_attached(report):
+    assert not _dispatchers
+
+
+def test_another_sae_and_plain_text(tmp_path):
+    """What is not bundled and not Python has no ground truth: the latent's own firing stands in for it."""
+    torch.manual_seed(1)
+    sae = GatedSAE(GatedSAEConfig(d_in=128, d_sae=256, site="resid_post.1"))
+    sae.save_pretrained(tmp_path / "sae")
+    text = tmp_path / "book.txt"
+    text.write_text("It was the best of times, it was the worst of times.\n" * 300, encoding="utf-8")
+    found = run(model=str(bundled.MODEL), sae=str(tmp_path / "sae"), text=text, windows=6, latent=3)
+    assert found.target.latent == 3 and "latent 3 fires" in found.target.name
+    assert found.fidelity.metrics.tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("plan", "error", "phrase"),
+    [
+        ({"model": "nobody/nothing"}, InputError, "without --sae"),
+        ({"model": "nobody/nothing", "sae": "nobody/nothing"}, MissingFileError, "nobody/nothing"),
+        ({"sae": "no/such/folder"}, MissingFileError, "no/such/folder"),
+        ({"subfolder": "resid_post.2/gatd"}, MissingFileError, "resid_post.2/gated"),
+        ({"text": Path("no.txt")}, MissingFileError, "no.txt"),
+        ({"concept": "coment"}, UnknownNameError, "comment"),
+        ({"concept": "comment", "latent": 3}, InputError, "--latent"),
+        ({"latent": 10**6}, IndexError, "d_sae"),
+    ],
+)
+def test_wrong_plans_are_refused_in_a_sentence(plan, error, phrase):
+    with pytest.raises(error, match=phrase):
+        run(**plan)
+
+
+def test_an_empty_text_is_refused(tmp_path):
+    (tmp_path / "empty.txt").write_text("", encoding="utf-8")
+    with pytest.raises(InputError, match="shorter than one window"):
+        run(text=tmp_path / "empty.txt")
+
+
+def test_the_bundled_files_meet_their_bar():
+    """What the cards say of the stored weights, checked against the bar that they were built for."""
+    assert sum(path.stat().st_size for path in bundled.ASSETS.rglob("*.safetensors")) <= 8_000_000
+    facts = json.loads((bundled.MODEL / "training.json").read_text(encoding="utf-8"))
+    assert facts["held_out"]["share_of_unigram"] < 0.6
+    folders = sorted(path.parent for path in bundled.SAES.rglob("config.json"))
+    assert {path.name for path in folders} == {"gated", "standard"}
+    for folder in folders:
+        sae = SAEModel.from_pretrained(folder)
+        metrics = json.loads((folder / "sae_metrics.json").read_text(encoding="utf-8"))["metrics"]
+        assert sae.config.recorded_tokens > 0 and str(folder.parent.name) == sae.config.site
+        if folder.name == "gated":
+            assert 0.98 <= metrics["relative_reconstruction_bias"] <= 1.02
+            assert metrics["dead_fraction"] < 0.1 and metrics["l0"] <= 32
+            assert metrics["loss_recovered"] >= (0.95 if "resid_post" in sae.config.site else 0.85)
+
+
+def test_the_command_runs_and_its_errors_are_one_line(tmp_path):
+    command = [sys.executable, "-c", "from hf_gated_sae.cli import main; main()", "demo"]
+    good = subprocess.run([*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, check=False)
+    assert good.returncode == 0, good.stderr
+    for phrase in ("loss clean", "loss recovered", "Ablate latent", "before:", "after:", "every tensor identical"):
+        assert phrase in good.stdout
+    assert str(tmp_path) in good.stdout.replace("\n", "")
+    bad = subprocess.run([*command, "--concept", "coment"], capture_output=True, text=True, check=False)
+    assert bad.returncode == 1 and bad.stderr.startswith("error: Unknown concept 'coment'. Did you mean 'comment'")
+    assert "Traceback" not in bad.stderr

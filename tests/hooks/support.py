@@ -1,0 +1,126 @@
+"""What the tests of the hooks share: models, SAEs of every architecture, and a reference written by hand."""
+
+import contextlib
+
+import torch
+
+from hf_gated_sae import capture
+from hf_gated_sae.architectures import architectures
+from tests.support.tiny_models import HIDDEN, tiny_model
+
+# Where each family keeps its blocks, written down by hand: the reference does not ask the code that it checks.
+BLOCKS = {
+    "bloom": "transformer.h",
+    "falcon": "transformer.h",
+    "gemma2": "model.layers",
+    "gpt2": "transformer.h",
+    "gpt_neo": "transformer.h",
+    "gpt_neox": "gpt_neox.layers",
+    "gpt_oss": "model.layers",
+    "granite": "model.layers",
+    "llama": "model.layers",
+    "llama4_text": "model.layers",
+    "mamba": "backbone.layers",
+    "mpt": "transformer.blocks",
+    "opt": "model.decoder.layers",
+    "qwen3_moe": "model.layers",
+    "recurrent_gemma": "model.layers",
+}
+FAMILIES = sorted(BLOCKS)
+ARCHITECTURES = sorted(architectures)
+SITE = "resid_post.1"
+D_SAE = 64
+
+# No padding (0), beginning (1) or end (2) among them.
+IDS = torch.tensor([[11, 54, 33, 78, 90, 17], [60, 41, 22, 13, 5, 44]])
+
+
+SHARED = {}
+
+
+def model_of(family, dtype=torch.float32):
+    """A model that tests share: each leaves it as it was."""
+    if (family, dtype) not in SHARED:
+        SHARED[family, dtype] = tiny_model(family).to(dtype)
+    return SHARED[family, dtype]
+
+
+def make_sae(architecture="gated", *, site=SITE, seed=0, d_in=HIDDEN, dtype=torch.float32, recorded=True, **settings):
+    """An SAE whose latents are on for a part of the tokens, with random biases, so that no term can be left out."""
+    cls = architectures[architecture]
+    if "k" in cls.config_class.__dataclass_fields__:
+        settings.setdefault("k", 12)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        sae = cls(cls.config_class(d_in=d_in, d_sae=D_SAE, site=site, **settings)).eval()
+        with torch.no_grad():
+            for name, value in sae.named_parameters():
+                value.copy_(torch.randn_like(value) * (0.3 if value.ndim > 1 else 0.2))
+                if name == "threshold":
+                    value.abs_()
+    sae.requires_grad_(False)
+    if recorded:
+        steps = torch.arange(1, D_SAE + 1) / D_SAE
+        sae.record_statistics(2 * steps, steps, tokens=1000)
+    return sae.to(dtype)
+
+
+def live_latents(model, sae, ids=IDS, count=4):
+    """Latents that are on somewhere: an edit of them does something."""
+    latents = capture(model, sae, input_ids=ids)[sae]
+    order = (latents > 0).float().mean((0, 1)).sub(0.5).abs().argsort()
+    chosen = order[:count].tolist()
+    assert (latents[..., chosen] > 0).any()
+    return chosen
+
+
+def block(model, family, layer=1):
+    return model.get_submodule(f"{BLOCKS[family]}.{layer}")
+
+
+@contextlib.contextmanager
+def hand_made(module, edit):
+    """Replace what a module gives by ``edit(x)``, with a plain torch hook."""
+
+    def hook(_, __, output):
+        return edit(output) if isinstance(output, torch.Tensor) else (edit(output[0]), *output[1:])
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def full_path(sae, edit):
+    """The slow way: encode everything, edit, decode everything, add what the SAE does not explain."""
+
+    def run(x):
+        latents = sae.encode(x)
+        error = x - sae.decode(latents)
+        changed = latents.clone()
+        edit(changed)
+        return sae.decode(changed) + error
+
+    return run
+
+
+@torch.no_grad()
+def logits_of(model, ids=IDS, **inputs):
+    return model(input_ids=ids, **inputs).logits
+
+
+def close(value, expected, relative):
+    scale = expected.abs().max()
+    worst = (value - expected).abs().max() / scale
+    assert worst <= relative, f"differs by {worst:.3g} of the largest value"
+
+
+def hooks_on(model):
+    """How many hooks each module carries, and what shadows the model's methods."""
+    counts = {
+        name: (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks))
+        for name, m in model.named_modules()
+    }
+    shadowed = [name for name in vars(model) if callable(getattr(type(model), name, None))]
+    return {name: count for name, count in counts.items() if any(count)}, shadowed

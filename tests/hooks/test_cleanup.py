@@ -1,0 +1,412 @@
+"""Whatever happens inside the block, the model is afterwards as it was; and what nests does so in any order."""
+
+import copy
+import gc
+import threading
+import tracemalloc
+import weakref
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from hf_gated_sae import Ablate, Clamp, ProjectOut, Splice, Steer, attach, capture
+from hf_gated_sae.errors import AttachError, InputError, SAEError, ShapeError, SiteError
+from hf_gated_sae.interventions import AblateSite, Edit
+from hf_gated_sae.sites import Site
+from tests.hooks.support import IDS, block, close, hooks_on, logits_of, make_sae, model_of
+from tests.support.tiny_models import tiny_model
+
+
+def steer(strength=6.0, site="resid_post.1", **settings):
+    return Steer(make_sae(site=site), 3, strength=strength, unit="raw", **settings)
+
+
+def is_clean(model, clean):
+    return hooks_on(model) == ({}, []) and torch.equal(logits_of(model), clean)
+
+
+class Boom(Exception):
+    pass
+
+
+@dataclass(frozen=True, eq=False)
+class Fails(Edit):
+    """An intervention with a mistake in it."""
+
+    error: BaseException
+
+    @property
+    def place(self):
+        return Site.parse("resid_post.1")
+
+    def delta(self, run):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [Boom(), KeyboardInterrupt(), SystemExit(), GeneratorExit()], ids=repr)
+@pytest.mark.parametrize("where", ["block", "forward", "intervention", "generate"])
+def test_an_exception_leaves_nothing(where, error):
+    model = model_of("llama")
+    clean = logits_of(model)
+
+    def fail(*_):
+        raise error
+
+    handle = block(model, "llama", 2).register_forward_hook(fail) if where == "forward" else None
+    with pytest.raises(type(error)):
+        with attach(model, steer(), *([Fails(error)] if where in ("intervention", "generate") else [])):
+            if where == "generate":
+                model.generate(IDS, max_new_tokens=2)
+            if where != "block":
+                logits_of(model)
+            raise error
+    if handle:
+        handle.remove()
+    assert is_clean(model, clean)
+    with attach(model, steer()) as again:  # and attaching works as ever
+        assert not torch.equal(logits_of(model), clean)
+        assert again.report().interventions[0].calls == 1
+    assert is_clean(model, clean)
+
+
+def test_after_an_exception_inside_the_forward_the_block_goes_on():
+    model = model_of("llama")
+    with attach(model, steer()):
+        expected = logits_of(model)
+        with pytest.raises(SAEError):
+            model(input_ids=IDS[:, :0])
+        with pytest.raises(TypeError):
+            model(*[IDS] * 40)
+        with pytest.raises(IndexError):
+            model(input_ids=IDS + 1000)
+        assert torch.equal(logits_of(model), expected)
+
+
+def test_a_generator_that_is_abandoned_half_way():
+    model = model_of("llama")
+    clean = logits_of(model)
+
+    def stream():
+        with attach(model, steer()):
+            while True:
+                yield logits_of(model)
+
+    running = stream()
+    assert not torch.equal(next(running), clean)
+    del running
+    gc.collect()
+    assert is_clean(model, clean)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        (lambda: Ablate(make_sae(site="resid_post.77"), [1]), SiteError),
+        (lambda: Ablate(make_sae(site="no.such.module.output"), [1]), SiteError),
+        (lambda: Ablate(make_sae(d_in=16), [1]), ShapeError),
+        (lambda: ProjectOut("resid_post.1", torch.ones(31)), ShapeError),
+        (lambda: AblateSite("resid_post.1", torch.ones(31)), ShapeError),
+        (lambda: "not an intervention", InputError),
+    ],
+)
+def test_attaching_fails_as_a_whole(wrong, error):
+    model = model_of("llama")
+    clean = logits_of(model)
+    with pytest.raises(error):
+        attach(model, steer(), wrong())
+    assert is_clean(model, clean)
+
+
+def test_a_model_that_changed_since_attach_is_left_as_it_is():
+    """The second site is gone when the block is entered: the first must not stay hooked."""
+    model = tiny_model("llama")
+    prepared = attach(model, steer(), steer(site="resid_post.2"))
+    model.model.layers = model.model.layers[:2]
+    with pytest.raises(SiteError):
+        prepared.enable()
+    assert hooks_on(model) == ({}, [])
+    assert not prepared.enabled
+
+
+def test_nested_blocks_add_up_and_come_off_one_by_one():
+    model = model_of("gpt2")
+    clean = logits_of(model)
+    outer, inner, other = steer(6.0), steer(-2.0), steer(3.0, site="mlp_out.0")
+    with attach(model, steer(4.0), other):
+        both = logits_of(model)
+    with attach(model, outer):
+        only_outer = logits_of(model)
+        with attach(model, inner):
+            with attach(model, other):
+                close(logits_of(model), both, 1e-5)
+        assert torch.equal(logits_of(model), only_outer)
+    assert is_clean(model, clean)
+
+
+def test_handles_may_be_disabled_in_any_order():
+    model = model_of("gpt2")
+    clean = logits_of(model)
+    first, second = attach(model, steer(6.0)), attach(model, steer(-2.0))
+    with second:
+        only_second = logits_of(model)
+    first.enable()
+    second.enable()
+    first.disable()
+    assert torch.equal(logits_of(model), only_second)
+    assert second.enabled and not first.enabled
+    second.disable()
+    second.disable()  # once more does nothing
+    assert is_clean(model, clean)
+
+
+def test_a_handle_can_be_used_again_but_not_within_itself():
+    model = model_of("gpt2")
+    handle = attach(model, steer())
+    with handle:
+        expected = logits_of(model)
+        with pytest.raises(AttachError, match="attached already"):
+            handle.enable()
+        with pytest.raises(AttachError, match="attached already"), handle:
+            pass
+        assert torch.equal(logits_of(model), expected)
+    with handle:
+        assert torch.equal(logits_of(model), expected)
+    assert handle.report().interventions[0].calls == 3
+
+
+def test_preparing_does_not_touch_the_model():
+    model = model_of("gpt2")
+    clean = logits_of(model)
+    handle = attach(model, steer())
+    assert is_clean(model, clean)
+    assert not handle.enabled
+
+
+def test_two_replacements_of_one_site_exclude_each_other():
+    model = model_of("llama")
+    with pytest.raises(InputError, match=r"Both Splice and AblateSite replace resid_post\.1"):
+        attach(model, Splice(make_sae()), AblateSite("resid_post.1"))
+    with pytest.raises(InputError, match="Both Splice and AblateSite replace"):
+        attach(model, Splice(make_sae()), AblateSite("model.layers.1.output"))
+    with attach(model, Splice(make_sae())):
+        expected = logits_of(model)
+        with pytest.raises(InputError, match="Both Splice and Splice replace"):
+            attach(model, steer(), Splice(make_sae())).enable()
+        assert torch.equal(logits_of(model), expected)
+
+
+def test_users_own_hooks_and_methods_survive():
+    model = tiny_model("llama")
+    seen = []
+    block(model, "llama").register_forward_hook(lambda *_: seen.append("own"))
+    own = model.generate
+    model.generate = lambda *args, **kwargs: (seen.append("generate"), own(*args, **kwargs))[1]
+    mine = model.generate
+    with attach(model, steer(positions="generated")) as handle:
+        model.generate(IDS, max_new_tokens=2, min_new_tokens=2)
+        assert handle.report().interventions[0].positions[0] == [6]
+    assert model.generate is mine
+    assert seen.count("generate") == 1 and seen.count("own") >= 2
+    assert len(block(model, "llama")._forward_hooks) == 1
+
+
+# ------------------------------------------------------------------ sites that are not reached
+
+
+def test_a_site_that_the_forward_does_not_reach_is_reported():
+    model = tiny_model("llama")
+    prepared = attach(model, steer(), steer(site="resid_post.2"))
+    skipped = model.model.layers[2]
+    skipped.forward, forward = lambda hidden_states, **_: hidden_states, skipped.forward
+    with prepared:  # the module still runs: nothing to complain of
+        logits_of(model)
+    skipped.forward = forward
+    model.model.config.num_hidden_layers = 2  # llama runs the first so many layers
+    with pytest.raises(AttachError, match=r"never reached resid_post\.2"):
+        with prepared:
+            logits_of(model)
+    assert hooks_on(model) == ({}, [])
+    with prepared:
+        pass  # the model did not run
+
+
+def test_a_model_of_which_no_site_is_reached_is_reported_too():
+    model = tiny_model("llama")
+    prepared = attach(model, steer(site="resid_post.2"))
+    model.model.config.num_hidden_layers = 2
+    with pytest.raises(AttachError, match=r"The model ran, but never reached resid_post\.2"):
+        with prepared:
+            logits_of(model)
+    with pytest.raises(AttachError, match="never reached"):
+        with prepared:
+            model.generate(IDS, max_new_tokens=2)
+    with pytest.raises(Boom):  # a real error is not hidden by this one
+        with prepared:
+            logits_of(model)
+            raise Boom
+
+
+def test_probing_and_stopped_captures_do_not_count_as_running():
+    model = tiny_model("llama")
+    with attach(model, steer(site="resid_post.2")):
+        capture(model, "resid_post.0", input_ids=IDS)
+        attach(model, steer(site="embed"))
+
+
+def test_a_part_of_the_model_that_is_called_by_itself_is_refused():
+    model = model_of("llama")
+    with pytest.raises(AttachError, match="was not called"), attach(model, steer()), torch.no_grad():
+        model.model(IDS)
+
+
+def test_attaching_to_the_part_that_is_called():
+    model = model_of("llama")
+    with attach(model, steer()):
+        expected = logits_of(model)
+    with attach(model.model, Steer(make_sae(site="layers.1.output"), 3, strength=6.0, unit="raw")):
+        assert torch.equal(logits_of(model), expected)
+    assert hooks_on(model.model) == ({}, [])
+
+
+# ------------------------------------------------------------------ compiled models
+
+
+def test_a_compiled_model_is_refused():
+    model = tiny_model("llama")
+    compiled = torch.compile(model, backend="eager")
+    for function in (lambda: attach(compiled, steer()), lambda: capture(compiled, "resid_post.1", input_ids=IDS)):
+        with pytest.raises(AttachError, match="compiled"):
+            function()
+    model.compile(backend="eager")
+    with pytest.raises(AttachError, match="compiled"):
+        attach(model, steer())
+
+
+def test_a_model_compiled_beside_the_attached_one_is_edited_or_reported():
+    model = tiny_model("llama")
+    clean = logits_of(model)
+    compiled = torch.compile(model, backend="eager")
+    try:
+        with torch.no_grad():
+            with attach(model, steer()):
+                expected = logits_of(model)
+            try:
+                compiled(IDS)  # compiled without hooks
+                with attach(model, steer()):
+                    edited = compiled(IDS).logits
+                assert torch.equal(edited, expected)
+            except AttachError as error:
+                assert "never reached" in str(error)
+            close(compiled(IDS).logits, clean, 1e-5)
+    finally:
+        torch._dynamo.reset()
+
+
+# ------------------------------------------------------------------ memory and threads
+
+
+class Bare(nn.Module):
+    """So little of a model that ten thousand calls of it take a second."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(40, 4)
+        self.head = nn.Linear(4, 40)
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids):
+        return self.head(self.embed(input_ids))
+
+
+def test_ten_thousand_calls_do_not_grow_memory():
+    model, edit = Bare(), Steer(make_sae(site="embed.output", d_in=4), 3, positions=[0, 1])
+    ids = torch.tensor([[5, 6, 7]])
+    with attach(model, edit) as handle, torch.no_grad():
+        for _ in range(5000):
+            model(ids)
+        tracemalloc.start()
+        try:
+            before = tracemalloc.get_traced_memory()[0]
+            for _ in range(5000):
+                model(ids)
+            grown = tracemalloc.get_traced_memory()[0] - before
+        finally:
+            tracemalloc.stop()
+        # What is listed is of the last calls, so the traced ones have taken the places of the untraced.
+        entry = handle.report().interventions[0]
+    assert entry.calls == 10_000 and entry.edited == 20_000
+    assert grown < 8e6
+
+
+def test_large_calls_are_counted_but_not_all_listed():
+    model = Bare()
+    early, late = torch.full((512, 2), 5), torch.full((1, 1024), 5)
+    edit = Steer(make_sae(site="embed.output", d_in=4), 3, positions=range(0, 1024, 2))
+    with attach(model, edit) as handle, torch.no_grad():
+        model(early)
+        for _ in range(1200):
+            model(late)
+        entry = handle.report().interventions[0]
+    assert entry.edited == 512 + 1200 * 512
+    assert list(entry.positions) == [0]  # the first call's rows are forgotten
+
+
+def test_an_enabled_handle_that_is_forgotten_does_not_keep_the_model():
+    model = tiny_model("llama")
+    handle = attach(model, steer()).enable()
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    with pytest.raises(AttachError):
+        copy.copy(handle).enable()
+    handle.disable()
+    with pytest.raises(AttachError, match="no longer exists"):
+        handle.enable()
+
+
+def test_threads_that_attach_at_once_leave_nothing():
+    model = model_of("llama")
+    clean = logits_of(model)
+    failures = []
+
+    def work(strength):
+        try:
+            for _ in range(20):
+                with attach(model, steer(strength)):
+                    assert torch.isfinite(logits_of(model)).all()
+        except BaseException as error:  # a thread's error would be lost
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert is_clean(model, clean)
+
+
+def test_generate_in_a_thread_as_streamers_need_it_is_edited():
+    model, results = model_of("llama"), []
+    settings = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    with attach(model, steer(positions="generated")):
+        expected = model.generate(IDS, **settings)
+        thread = threading.Thread(target=lambda: results.append(model.generate(IDS, **settings)))
+        thread.start()
+        thread.join()
+    assert torch.equal(results[0], expected)
+    assert not torch.equal(model.generate(IDS, **settings), expected)
+
+
+def test_clamping_twice_in_nested_blocks_is_a_sum_of_both_differences():
+    """Both read the clean activation, so that neither order is special."""
+    model, sae = model_of("llama", torch.float64), make_sae(dtype=torch.float64)
+    with attach(model, Clamp(sae, {3: 2.0}), Clamp(sae, {3: 5.0})):
+        expected = logits_of(model)
+    with attach(model, Clamp(sae, {3: 5.0})), attach(model, Clamp(sae, {3: 2.0})):
+        close(logits_of(model), expected, 1e-12)

@@ -1,0 +1,254 @@
+"""The model stays the user's own: copies, checkpoints, gradients, autocast, training, offloading."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from accelerate import dispatch_model
+from transformers import AutoModelForCausalLM
+
+from hf_gated_sae import Ablate, Clamp, ProjectOut, Splice, Steer, attach, capture
+from hf_gated_sae.errors import AttachError
+from tests.hooks.support import IDS, SHARED, block, close, hand_made, live_latents, logits_of, make_sae, model_of
+from tests.support.tiny_models import tiny_model
+
+
+def edits():
+    return [Splice(make_sae()), Steer(make_sae(seed=4), 3, strength=3.0), Ablate(make_sae(site="mlp_out.2"), [1, 2])]
+
+
+def test_parameters_buffers_and_state_are_not_touched():
+    model = tiny_model("llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    names = [name for name, _ in model.named_modules()], [name for name, _ in model.named_parameters()]
+    with attach(model, *edits()):
+        logits_of(model)
+        assert [name for name, _ in model.named_modules()] == names[0]
+        assert [name for name, _ in model.named_parameters()] == names[1]
+        assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert set(vars(model)) == set(vars(tiny_model("llama")))
+
+
+def copies(model, folder):
+    yield copy.deepcopy(model)
+    yield pickle.loads(pickle.dumps(model))
+    saved = io.BytesIO()
+    torch.save(model, saved)
+    saved.seek(0)
+    yield torch.load(saved, weights_only=False)
+    model.save_pretrained(folder)
+    yield AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mamba"])
+def test_a_copy_of_an_attached_model_has_nothing_attached(family, tmp_path):
+    model = tiny_model(family)
+    settings = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    clean, text = logits_of(model), model.generate(IDS, **settings)
+    with attach(model, *(edits() if family == "llama" else edits()[:2])) as handle:
+        edited = logits_of(model)
+        for other in copies(model, tmp_path):
+            calls = handle.report().interventions[0].calls
+            assert torch.equal(logits_of(other), clean)
+            assert torch.equal(other.generate(IDS, **settings), text)
+            assert handle.report().interventions[0].calls == calls
+            with attach(other, Steer(make_sae(), 3, strength=5.0, positions="generated")) as own:  # a model as any
+                other.generate(IDS, **settings)
+                assert own.report().interventions[0].positions == {0: [6, 7], 1: [6, 7]}
+            assert torch.equal(copy.deepcopy(other).generate(IDS, **settings), text)
+        assert torch.equal(logits_of(model), edited)
+    assert torch.equal(logits_of(model), clean)
+
+
+def test_a_copy_outlives_the_model_and_its_block():
+    model = tiny_model("llama")
+    clean = logits_of(model)
+    with attach(model, *edits()):
+        other = copy.deepcopy(model)
+    del model
+    assert torch.equal(logits_of(other), clean)
+
+
+# ------------------------------------------------------------------ precision
+
+
+def test_autocast_leaves_the_sae_in_its_own_dtype():
+    model, sae = model_of("llama"), make_sae()
+    with torch.autocast("cpu", torch.bfloat16):
+        with hand_made(block(model, "llama"), no_autocast(lambda x: sae(x.float()).reconstruction.to(x.dtype))):
+            expected = logits_of(model)
+        with attach(model, Splice(sae)):
+            assert torch.equal(logits_of(model), expected)
+        latents = live_latents(model, sae)
+        with attach(model, Clamp(sae, {latents[0]: 3.0}, when={latents[1]: 0.0})):
+            assert logits_of(model).dtype == expected.dtype
+
+
+def no_autocast(edit):
+    def run(x):
+        with torch.autocast("cpu", enabled=False):
+            return edit(x)
+
+    return run
+
+
+@pytest.mark.parametrize("model_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sae_dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_model_and_sae_may_differ_in_dtype(model_dtype, sae_dtype):
+    model, sae = model_of("llama", model_dtype), make_sae(dtype=sae_dtype)
+    for edit in (Splice(sae), Ablate(sae, [1]), Steer(sae, 3, when={5: 0.0}), ProjectOut("resid_post.1", torch.ones(32))):
+        with attach(model, edit):
+            assert logits_of(model).dtype == model_dtype
+
+
+# ------------------------------------------------------------------ gradients and training
+
+
+def test_gradients_flow_through_a_splice_and_an_edit():
+    model, sae = model_of("llama", torch.float64), make_sae(dtype=torch.float64)
+    embeds = model.get_input_embeddings()(IDS).detach().requires_grad_()
+    with hand_made(block(model, "llama"), lambda x: sae(x).reconstruction + 2.0 * sae.W_dec[3]):
+        (expected,) = torch.autograd.grad(model(inputs_embeds=embeds).logits.logsumexp(-1).sum(), embeds)
+    with attach(model, Splice(sae), Steer(sae, 3, strength=2.0, unit="raw")):
+        (gradient,) = torch.autograd.grad(model(inputs_embeds=embeds).logits.logsumexp(-1).sum(), embeds)
+    close(gradient, expected, 1e-10)
+    assert gradient.abs().max() > 0
+
+
+def test_an_sae_can_be_trained_through_the_model():
+    model, sae = model_of("llama"), make_sae().requires_grad_(True)
+    with attach(model, Splice(sae)):
+        model(IDS, labels=IDS).loss.backward()
+    assert all(value.grad is not None and value.grad.abs().sum() > 0 for value in (sae.W_dec, sae.W_enc_T, sae.b_dec))
+    model.zero_grad()
+
+
+def test_inference_mode_and_what_is_cached_in_it():
+    model, sae = model_of("llama"), make_sae().requires_grad_(True)
+    with attach(model, Splice(sae)) as handle:
+        expected = logits_of(model)
+        with torch.inference_mode():
+            assert torch.equal(model(IDS).logits, expected)
+        model(IDS, labels=IDS).loss.backward()  # what inference mode left behind must not matter
+        assert handle.report().interventions[0].edited == 36
+    model.zero_grad()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("site", ["resid_post.1", "mlp_out.1", "attn_out.0"])
+def test_gradient_checkpointing_trains_as_without(site, reentrant):
+    def gradients(checkpointing, steps=2):
+        model, sae = tiny_model("llama").train(), make_sae(site=site)
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        edit = Clamp(sae, {3: 4.0, 5: 0.0}, positions=[1, -1])
+        with attach(model, edit, Steer(sae, 7, strength=2.0, positions=range(3))) as handle:
+            for step in range(steps):  # one batch has another shape and padding than the other
+                ids = IDS if step else IDS[:1, :5]
+                model(ids, labels=ids, attention_mask=torch.ones_like(ids)).loss.backward()
+            report = handle.report()
+        return {name: value.grad for name, value in model.named_parameters()}, report
+
+    (plain, reported), (checkpointed, again) = gradients(False), gradients(True)
+    for name, value in plain.items():
+        close(checkpointed[name], value, 1e-5)
+    assert again == reported  # what backward() runs again is not counted again
+
+
+def test_checkpointing_two_forwards_before_one_backward_is_refused_inside_blocks():
+    model = tiny_model("llama").train()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    with attach(model, Steer(make_sae(site="attn_out.1"), 3)), pytest.raises(AttachError, match="after 2 forwards"):
+        (model(IDS, labels=IDS).loss + model(IDS[:1], labels=IDS[:1]).loss).backward()
+    with attach(model, Steer(make_sae(), 3)):  # between blocks nothing is run again
+        (model(IDS, labels=IDS).loss + model(IDS[:1], labels=IDS[:1]).loss).backward()
+
+
+def test_training_mode_and_its_random_numbers_are_the_models_own():
+    model = tiny_model("gpt2").train()
+    torch.manual_seed(11)
+    expected = logits_of(model)
+    torch.manual_seed(11)
+    with attach(model, Ablate(make_sae(), [1], positions=[])):
+        assert torch.equal(logits_of(model), expected)
+    assert all(module.training for module in model.modules())
+    torch.manual_seed(11)
+    assert torch.equal(logits_of(model), expected)
+    assert not torch.equal(logits_of(model), expected)  # there is dropout
+
+
+def test_recorded_hidden_states_are_the_edited_ones():
+    """Also when the model has recorded before: its own recorders stay on it for good."""
+    model = tiny_model("llama")
+    logits_of(model, output_hidden_states=True)
+    with attach(model, Steer(make_sae(), 3, strength=5.0)), torch.no_grad():
+        recorded = model(IDS, output_hidden_states=True).hidden_states[2]
+        assert torch.equal(recorded, capture(model, "resid_post.1", input_ids=IDS)["resid_post.1"])
+    assert not torch.equal(recorded, capture(model, "resid_post.1", input_ids=IDS)["resid_post.1"])
+
+
+# ------------------------------------------------------------------ where the weights are
+
+
+@pytest.mark.parametrize("attach_first", [True, False])
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_offloaded_weights_make_no_difference(place, attach_first, tmp_path):
+    model = tiny_model("llama")
+    with attach(model, *edits()):
+        expected = logits_of(model)
+        text = model.generate(IDS, max_new_tokens=3, do_sample=False)
+    clean = logits_of(model)
+    handle = attach(model, *edits())
+    if attach_first:
+        handle.enable()
+    devices = {"model.embed_tokens": "cpu", "model.layers.0": place, "model.layers.1": place}
+    devices |= {"model.layers.2": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    dispatch_model(model, devices, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    if not attach_first:
+        handle.enable()
+    assert torch.equal(logits_of(model), expected)
+    assert torch.equal(model.generate(IDS, max_new_tokens=3, do_sample=False), text)
+    handle.disable()
+    assert torch.equal(logits_of(model), clean)
+    capture(model, "resid_post.0", input_ids=IDS)
+    assert torch.equal(logits_of(model), clean)
+
+
+def test_wrapped_in_data_parallel_for_several_processes():
+    """DDP and its like call the model they hold; the sites are the model's own."""
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args, **kwargs):
+            return self.module(*args, **kwargs)
+
+    model = model_of("llama")
+    with attach(model, *edits()):
+        expected = logits_of(model)
+    with attach(Wrapper(model), *edits()) as handle:
+        assert torch.equal(logits_of(Wrapper(model)), expected)
+        assert torch.equal(logits_of(model), expected)
+        assert handle.report().interventions[0].calls == 2
+
+
+def test_these_tests_share_models_of_every_dtype():
+    """If nothing were shared, the check after every test would check nothing."""
+    model_of("llama")
+    assert ("llama", torch.float32) in SHARED
+
+
+def test_peft():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    clean = logits_of(model)
+    with attach(model, Steer(make_sae(), 3, strength=5.0, positions="generated")) as handle:
+        model.generate(input_ids=IDS, max_new_tokens=3, min_new_tokens=3)
+        assert handle.report().interventions[0].positions[0] == [6, 7]
+    assert torch.equal(logits_of(model), clean)

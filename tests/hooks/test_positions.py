@@ -1,0 +1,144 @@
+"""Which tokens are meant in a plain forward: padding on either side, special tokens, packed rows."""
+
+import inspect
+
+import pytest
+import torch
+
+from hf_gated_sae import Ablate, Clamp, Splice, Steer, attach
+from tests.hooks.support import FAMILIES, block, close, hand_made, live_latents, logits_of, make_sae, model_of
+
+# One row of 6 real tokens, one of 4; 1 begins and 2 ends a text, 0 pads.
+LONG, SHORT = [1, 54, 33, 78, 90, 17], [60, 41, 2, 13]
+LEFT = torch.tensor([[0, *LONG], [0, 0, 0, *SHORT]])
+RIGHT = torch.tensor([[*LONG, 0], [*SHORT, 0, 0, 0]])
+REAL = {"left": (LEFT != 0).long(), "right": (RIGHT != 0).long()}
+IDS = {"left": LEFT, "right": RIGHT}
+START = {"left": [1, 3], "right": [0, 0]}
+
+# What is edited by default: token positions per row, counted over real tokens.
+CHOSEN = {
+    "all": {0: [1, 2, 3, 4, 5], 1: [0, 1, 3]},
+    "prompt": {0: [1, 2, 3, 4, 5], 1: [0, 1, 3]},
+    "generated": {},
+    "last_prompt": {0: [5], 1: [3]},
+    (0, 2, 5): {0: [2, 5], 1: [0]},
+    (-1, -3): {0: [3, 5], 1: [1, 3]},
+    (-5,): {0: [1]},
+    (17, -30): {},
+    (): {},
+}
+
+
+def edit_of(positions, **settings):
+    return Steer(make_sae(), 3, strength=6.0, unit="raw", positions=positions, **settings)
+
+
+@pytest.mark.parametrize("side", IDS)
+@pytest.mark.parametrize("positions", CHOSEN, ids=str)
+def test_the_report_names_the_tokens_that_are_meant(positions, side):
+    model = model_of("llama")
+    with attach(model, edit_of(positions)) as handle:
+        logits_of(model, IDS[side], attention_mask=REAL[side])
+    entry = handle.report().interventions[0]
+    assert entry.positions == CHOSEN[positions]
+    assert entry.edited == sum(map(len, CHOSEN[positions].values()))
+
+
+@pytest.mark.parametrize("side", IDS)
+@pytest.mark.parametrize("positions", CHOSEN, ids=str)
+def test_exactly_those_tokens_are_edited(positions, side):
+    model, sae = model_of("llama"), make_sae()
+    where = torch.zeros(2, 7, dtype=torch.bool)
+    for row, places in CHOSEN[positions].items():
+        for place in places:
+            where[row, START[side][row] + place] = True
+    with hand_made(block(model, "llama"), lambda x: x + where[..., None] * 6.0 * sae.W_dec[3]):
+        expected = logits_of(model, IDS[side], attention_mask=REAL[side])
+    with attach(model, edit_of(positions)):
+        close(logits_of(model, IDS[side], attention_mask=REAL[side]), expected, 1e-5)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "recurrent_gemma"])
+def test_padding_on_the_left_changes_no_real_token(family):
+    """(recurrent_gemma runs its state through padding, with and without edits.)"""
+    model = model_of(family)
+    sae = make_sae()
+    latents = live_latents(model, sae)
+    # As `generate` does: some models take padding for text unless they are told where each token stands.
+    places = {"position_ids": (REAL["left"].cumsum(-1) - 1).clamp(min=0)}
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        places = {}
+    edits = [Clamp(sae, {latents[0]: 4.0}), Splice(sae, positions=[1, -1]), Ablate(sae, latents[1:], positions=[-2])]
+    with attach(model, *edits):
+        padded = logits_of(model, LEFT, attention_mask=REAL["left"], **places)
+        for row, tokens in enumerate([LONG, SHORT]):
+            close(padded[row, START["left"][row] :], logits_of(model, torch.tensor([tokens]))[0], 1e-3)
+
+
+@pytest.mark.parametrize("side", IDS)
+def test_special_tokens_and_padding_are_edited_when_asked_for(side):
+    model, sae = model_of("llama"), make_sae()
+    with hand_made(block(model, "llama"), lambda x: x + 6.0 * sae.W_dec[3]):
+        expected = logits_of(model, IDS[side], attention_mask=REAL[side])
+    with attach(model, edit_of("all", special_tokens=True)) as handle:
+        close(logits_of(model, IDS[side], attention_mask=REAL[side]), expected, 1e-5)
+    assert handle.report().interventions[0].edited == 14
+    with attach(model, edit_of([0, 2], special_tokens=True)) as handle:
+        logits_of(model, IDS[side], attention_mask=REAL[side])
+    assert handle.report().interventions[0].positions == {0: [0, 2], 1: [0, 2]}
+
+
+@pytest.mark.parametrize("side", IDS)
+def test_a_negative_position_before_the_beginning_is_not_padding(side):
+    model = model_of("llama")
+    with attach(model, edit_of([-5, -7], special_tokens=True)) as handle:
+        logits_of(model, IDS[side], attention_mask=REAL[side])
+    assert handle.report().interventions[0].positions == {0: [1]}
+
+
+def test_without_a_mask_every_token_is_real():
+    model = model_of("llama")
+    with attach(model, edit_of([0, 2], special_tokens=True)) as handle:
+        logits_of(model, LEFT)
+    assert handle.report().interventions[0].positions == {0: [0, 2], 1: [0, 2]}
+
+
+def test_padding_is_left_out_of_embeddings_too():
+    model = model_of("llama")
+    with torch.no_grad(), attach(model, edit_of("all")) as handle:
+        model(inputs_embeds=model.get_input_embeddings()(LEFT), attention_mask=REAL["left"])
+    # What the ids would say, begin or end of a text, is not known.
+    assert handle.report().interventions[0].positions == {0: [0, 1, 2, 3, 4, 5], 1: [0, 1, 2, 3]}
+
+
+def test_a_mask_that_is_wider_than_the_call_is_read_where_the_call_stands():
+    """A cached call with embeddings: the mask covers the cache, too."""
+    model = model_of("llama")
+    embeds = model.get_input_embeddings()(LEFT).detach()
+    with torch.no_grad(), attach(model, edit_of("all")) as handle:
+        first = model(inputs_embeds=embeds[:, :4], attention_mask=REAL["left"][:, :4], use_cache=True)
+        model(inputs_embeds=embeds[:, 4:], attention_mask=REAL["left"], past_key_values=first.past_key_values)
+    assert handle.report().interventions[0].positions == {0: [0, 1, 2, 3, 4, 5], 1: [0, 1, 2, 3]}
+
+
+def test_packed_sequences_count_by_their_position_ids():
+    model = model_of("llama")
+    ids, places = torch.tensor([[11, 54, 33, 60, 41, 22]]), torch.tensor([[0, 1, 2, 0, 1, 2]])
+    with attach(model, edit_of([1])) as handle:
+        logits_of(model, ids, position_ids=places)
+    entry = handle.report().interventions[0]
+    assert entry.edited == 2 and entry.positions == {0: [1]}
+
+
+def test_the_models_own_special_tokens_count_not_fixed_numbers():
+    model = model_of("llama")
+    before = model.config.bos_token_id
+    model.config.bos_token_id, generation = 54, model.generation_config.bos_token_id
+    model.generation_config.bos_token_id = 54
+    try:
+        with attach(model, edit_of("all")) as handle:
+            logits_of(model, torch.tensor([[1, 54, 33]]))
+    finally:
+        model.config.bos_token_id, model.generation_config.bos_token_id = before, generation
+    assert handle.report().interventions[0].positions == {0: [0, 2]}

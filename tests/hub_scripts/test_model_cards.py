@@ -1,0 +1,21 @@
+"""model_cards/ says what the code and the bundled files say today."""
+
+import pytest
+from huggingface_hub import ModelCard
+
+from hub_scripts.render_cards import FOLDER, render
+
+CARDS = render()
+
+
+def test_the_folder_holds_exactly_the_rendered_cards():
+    assert {path.name for path in FOLDER.glob("*.md")} == set(CARDS)
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_a_card_is_up_to_date_and_its_metadata_can_be_read(name):
+    stored = (FOLDER / name).read_text(encoding="utf-8")
+    assert stored == CARDS[name], "run: make cards"
+    data = ModelCard(stored).data.to_dict()
+    assert data["license"] == "apache-2.0" or name.startswith("example_")
+    assert data["library_name"] in ("hf-gated-sae", "transformers")
