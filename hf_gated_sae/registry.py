@@ -1,7 +1,7 @@
 """Names to plug-ins. A registry fills itself from the modules of one package and from entry points of other packages.
 
-A variant is one file: its class names itself, and importing the file registers it. The package is named by a string and
-imported on first use, so that a lower floor can look up what a higher floor provides without importing it.
+A variant is one file: its class names itself, and importing the file registers it. The package is named by a string
+and imported on first use, so that a lower floor can look up what a higher floor provides without importing it.
 """
 
 from __future__ import annotations

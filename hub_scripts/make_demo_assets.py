@@ -8,15 +8,22 @@ Stages, each a command that reads what the one before it wrote:
 import json
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from hf_gated_sae.demo import corpus, language_model
+from hf_gated_sae import SAEModel
+from hf_gated_sae.demo import corpus, dictionaries, language_model
+from hf_gated_sae.demo import dictionary_report as report
+from hf_gated_sae.demo.dictionaries import DictionaryRecipe
 from hf_gated_sae.demo.language_model_report import training_facts
+from hf_gated_sae.errors import unknown_name
+from hf_gated_sae.publishing.facts import write_facts
+
+COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 logger = logging.getLogger("make_demo_assets")
@@ -44,8 +51,7 @@ def lm(
     tokenizer = language_model.train_tokenizer(texts, recipe.vocab_size)
     stream = language_model.token_stream(tokenizer, texts)
     model = language_model.build_model(tokenizer, recipe)
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-    with Progress(*columns) as bar:
+    with Progress(*COLUMNS) as bar:
         task = bar.add_task("training", total=recipe.steps)
         language_model.train(
             model,
@@ -65,7 +71,75 @@ def measure(folder: Path, recipe: language_model.LanguageModelRecipe) -> None:
     logger.info("Python-looking lines: %.1f %%", 100 * facts["samples"]["python_line_share"])
 
 
-# The stage `saes` (the demo's SAEs, trained on this language model) goes here: one command like `lm`.
+@app.command()
+def saes(
+    folder: Annotated[
+        Path, typer.Option(help="Where the SAEs go, each into its own subfolder.")
+    ] = dictionaries.ASSETS,
+    only: Annotated[list[str] | None, typer.Option(help="Train only these, such as resid_post.1/gated.")] = None,
+    measure_only: Annotated[bool, typer.Option(help="Train nothing; measure what is stored.")] = False,
+) -> None:
+    """Train the SAEs on the language model's activations, store them, and measure what was stored."""
+    names = [recipe.name for recipe in dictionaries.RECIPES]
+    for name in only or []:
+        if name not in names:
+            raise typer.BadParameter(str(unknown_name("SAE", name, names)))
+    wanted = [recipe for recipe in dictionaries.RECIPES if not only or recipe.name in only]
+    model, tokenizer = language_model.load_language_model()
+    with Progress(*COLUMNS) as bar:
+        if not measure_only:
+            train_saes(bar, model, tokenizer, wanted, folder)
+        measure_saes(bar, model, tokenizer, wanted, folder)
+    compare_saes(folder)
+
+
+def train_saes(bar: Progress, model: Any, tokenizer: Any, recipes: list[DictionaryRecipe], folder: Path) -> None:
+    """Read the activations of all sites at once, then train one SAE after the other."""
+    task = bar.add_task("activations")
+    sites = sorted({recipe.site for recipe in recipes})
+    activations = dictionaries.training_activations(
+        model, tokenizer, sites, lambda done, total: bar.update(task, completed=done, total=total)
+    )
+    for recipe in recipes:
+        task = bar.add_task(recipe.name, total=recipe.steps)
+
+        def show(step: int, logs: dict[str, float], task: TaskID = task, name: str = recipe.name) -> None:
+            text = f"{name}, L0 {logs['l0']:.1f}, FVU {logs['fvu']:.3f}" if "l0" in logs else None
+            bar.update(task, completed=step, description=text)
+
+        sae = dictionaries.train_dictionary(recipe, activations[recipe.site], show)
+        sae.save_pretrained(folder / recipe.name)
+
+
+def measure_saes(bar: Progress, model: Any, tokenizer: Any, recipes: list[DictionaryRecipe], folder: Path) -> None:
+    """Load what was stored and write the measured facts beside it."""
+    context = model.config.max_position_embeddings
+    material = report.held_out_material(tokenizer, context)
+    activations = dictionaries.count_activations(tokenizer, context)
+    for recipe in recipes:
+        task = bar.add_task(f"measuring {recipe.name}", total=material.tokens)
+        sae = SAEModel.from_pretrained(folder / recipe.name)
+
+        def show(done: int, task: TaskID = task) -> None:
+            bar.update(task, completed=done)
+
+        facts = report.dictionary_facts(model, sae, material, recipe, activations=activations, progress=show)
+        report.facts_file(folder / recipe.name).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def compare_saes(folder: Path) -> None:
+    """Write the facts of all stored SAEs for their cards, each beside the others of its site, and log the table."""
+    found = {
+        path.relative_to(folder).as_posix(): json.loads(report.facts_file(path).read_text(encoding="utf-8"))
+        for path in dictionaries.folders(folder)
+    }
+    for name, facts in found.items():
+        site, architecture = name.split("/")
+        others = {other: values for other, values in found.items() if other != name and other.startswith(f"{site}/")}
+        write_facts(report.card_facts(facts, others), folder / name)
+        logger.info("%s", report.summary(name, facts))
+        for complaint in report.is_good_enough(facts) if architecture == "gated" else []:
+            logger.warning("Below the bar: %s", complaint)
 
 
 if __name__ == "__main__":

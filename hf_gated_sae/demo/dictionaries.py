@@ -103,7 +103,7 @@ def training_activations(
     model: PreTrainedModel,
     tokenizer: Any,
     sites: Iterable[str],
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Tensor]:
     """Read the activations of all sites in one pass over the training files.
 
@@ -111,14 +111,24 @@ def training_activations(
         model: the demo's language model.
         tokenizer: its tokenizer.
         sites: where to read.
-        progress: called with the number of activations per site so far.
+        progress: called with the number of activations per site so far, and about how many there will be.
 
     Returns:
         Activations ``[n, d_in]`` float16 by site, those of `<|endoftext|>` left out.
     """
     tokens = training_tokens(tokenizer, model.config.max_position_embeddings)
+
     # float16 halves the memory; its rounding error is a thousandth of what the SAEs leave unexplained.
-    return collect(model, list(sites), tokens.split(32), dtype=torch.float16, progress=progress)
+    def tell(done: int) -> None:
+        if progress is not None:
+            progress(done, tokens.numel())
+
+    return collect(model, list(sites), tokens.split(32), dtype=torch.float16, progress=tell)
+
+
+def count_activations(tokenizer: Any, context: int) -> int:
+    """Return how many activations per site `training_activations` gives."""
+    return int((training_tokens(tokenizer, context) != tokenizer.bos_token_id).sum())
 
 
 def train_dictionary(recipe: DictionaryRecipe, activations: Tensor, progress: Progress | None = None) -> SAEModel:

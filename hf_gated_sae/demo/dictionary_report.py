@@ -13,6 +13,7 @@ import torch
 from ..evaluation import ConceptScores, evaluate
 from ..hooks import capture
 from ..modeling import SAEModel
+from ..publishing import CardFacts, LatentLabel
 from . import corpus
 from .concepts import CONCEPTS
 from .dictionaries import DictionaryRecipe
@@ -22,6 +23,9 @@ ROWS = 16
 """Windows per forward pass."""
 
 LATENTS_PER_CONCEPT = 3
+
+KNOWN_FROM = 0.5
+"""F1 from which a latent is labelled with a concept."""
 
 
 def held_out_material(tokenizer: Any, context: int) -> Material:
@@ -92,7 +96,7 @@ def concept_facts(model: Any, sae: SAEModel, material: Material) -> dict[str, An
         raise ValueError("The text has no labels.")
     scores = ConceptScores(material.names, sae.max_activation)
     for batch, labels in zip(material.batches(ROWS), material.labels.split(ROWS), strict=True):
-        latents = capture(model, sae, **{name: value.to(model.device) for name, value in batch.items()})[sae]
+        latents = capture(model, sae, input_ids=batch["input_ids"].to(model.device))[sae]
         scores.update(latents.flatten(0, 1), labels.flatten(0, 1))
     return {
         name: {
@@ -123,6 +127,73 @@ def is_good_enough(facts: dict[str, Any]) -> list[str]:
         (fidelity["loss_recovered"] >= needed, f"loss recovered {fidelity['loss_recovered']:.4f} is below {needed}"),
     )
     return [f"{site}: {complaint}" for good, complaint in bars if not good]
+
+
+COMMAND = "python hub_scripts/make_demo_assets.py saes --measure-only"
+
+
+def card_facts(facts: dict[str, Any], others: dict[str, dict[str, Any]]) -> CardFacts:
+    """Turn measured facts into what a model card says.
+
+    Args:
+        facts: from `dictionary_facts`.
+        others: the facts of SAEs at the same site to compare with, by the name to give them.
+
+    Returns:
+        The card's facts; every label is the concept of the latent's best score, where that F1 is at least a half.
+    """
+    held_out, training = facts["held_out"], dict(facts["training"])
+    report = facts["fidelity"]
+    return CardFacts(
+        metrics=_numbers_of(facts),
+        comparisons={name: _numbers_of(other) for name, other in others.items()},
+        evaluation={
+            "dataset": "Python standard library",
+            "split": f"{held_out['files']} held-out files",
+            "dataset_sha256": held_out["sha256"],
+            "tokens": report["metrics"]["tokens"],
+            "predicted tokens": report["loss_tokens"],
+            "left out": report["positions_left_out"],
+            "window": held_out["window"],
+            "command": COMMAND,
+        },
+        training={name: value for name, value in training.items() if value is not None},
+        license="apache-2.0",
+        labels=_labels(facts["concepts"]),
+        provenance={"made by": "hub_scripts/make_demo_assets.py saes", "python": training["python"]},
+        description=(
+            "Trained on the activations of a small language model of Python source that ships with `hf-gated-sae`; an "
+            "example to try things on, not a research result."
+        ),
+    )
+
+
+def _numbers_of(facts: dict[str, Any]) -> dict[str, float | None]:
+    """Return the metrics and losses of a report in one flat table."""
+    report = facts["fidelity"]
+    losses = {name: report[name] for name in ("loss_clean", "loss_spliced", "loss_zero_ablated", "loss_recovered")}
+    return {**losses, **report["metrics"]}
+
+
+def _labels(concepts: dict[str, Any]) -> tuple[LatentLabel, ...]:
+    """Return the best-fitting concept of every latent that has one, the best fit first."""
+    scores = [score for found in concepts.values() for score in found["best"] if score["f1"] >= KNOWN_FROM]
+    labels: dict[int, LatentLabel] = {}
+    for score in sorted(scores, key=lambda score: -score["f1"]):
+        text = f"{score['concept']} (on above {score['threshold']:.3g}; base rate {score['prevalence']:.3g})"
+        label = LatentLabel(score["latent"], text, precision=score["precision"], recall=score["recall"])
+        labels.setdefault(score["latent"], label)
+    return tuple(labels.values())
+
+
+def summary(name: str, facts: dict[str, Any]) -> str:
+    """Return the headline numbers of one SAE in one line."""
+    report = facts["fidelity"]
+    metrics = report["metrics"]
+    return (
+        f"{name}: L0 {metrics['l0']:.1f}, loss recovered {report['loss_recovered']:.4f}, FVU {metrics['fvu']:.4f}, "
+        f"gamma {metrics['relative_reconstruction_bias']:.4f}, dead {metrics['dead_fraction']:.2%}"
+    )
 
 
 def facts_file(folder: Path) -> Path:

@@ -149,8 +149,8 @@ def load_model(plan: DemoPlan) -> tuple[Any, Any]:
             model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     except OSError as error:
         raise MissingFileError(
-            f"No causal language model could be loaded from {source!r} ({str(error).splitlines()[0]}); expected a Hub id "
-            "or a folder with config.json, weights and tokenizer."
+            f"No causal language model could be loaded from {source!r} ({str(error).splitlines()[0]}); expected a Hub "
+            "id or a folder with config.json, weights and tokenizer."
         ) from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 

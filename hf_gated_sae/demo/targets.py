@@ -17,7 +17,7 @@ from ..modeling import SAEModel
 from .concepts import concept_share
 from .material import Material
 
-# Concepts that fill a stretch of text, so that steering towards them is visible; the first that the SAE knows is shown.
+# Concepts that fill a stretch of text, so that steering towards them shows; the first that the SAE knows is chosen.
 SHOWN_FIRST = ("comment", "docstring", "string", "import_line", "decorator")
 WELL_KNOWN = 0.5  # F1 from which a latent counts as knowing a concept
 DENSITY = (1e-3, 5e-2)  # a latent without a label should be neither dead nor always on

@@ -21,7 +21,7 @@ from ..errors import AttachError, InputError
 from ..interventions import TokenContext
 from .layout import describe_tokens
 
-_CACHES = ("past_key_values", "cache_params")
+_CACHES = ("past_key_values", "cache_params", "state")
 
 
 @dataclass
@@ -30,13 +30,9 @@ class _Generation:
 
     Attributes:
         prompt: number of its prompt's columns; None until the first forward if the arguments do not tell.
-        last: its last forward call.
-        cached: whether any forward was given a cache, or gave one.
     """
 
     prompt: int | None
-    last: TokenContext | None = None
-    cached: bool = False
 
 
 _generation: ContextVar[_Generation | None] = ContextVar("generation", default=None)
@@ -81,6 +77,10 @@ class GenerateBoundary:
         ids = args[0] if args else kwargs.get("inputs")
         known = (kwargs.get("inputs_embeds"), ids, kwargs.get("input_ids"))
         given = next((each for each in known if each is not None), None)
+        if isinstance(given, Tensor) and given.ndim > 1 and not given.shape[1]:
+            raise InputError(
+                f"generate() was called with an empty prompt, {list(given.shape)}; expected at least one token."
+            )
         outer = _generation.get()
         # A model that drafts for itself generates within a generation, from a prompt that holds what is generated.
         prompt = outer.prompt if outer else given.shape[1] if isinstance(given, Tensor) and given.ndim > 1 else None
@@ -113,8 +113,9 @@ class TokenTracker:
         self._running: ContextVar[tuple[TokenContext | None, ...]] = ContextVar("running", default=())
         self._signature = inspect.signature(type(model).forward)
         self._handles: list[Any] = []
-        # Caches of purely recurrent models do not know how many tokens they hold.
+        # Caches of purely recurrent models do not know how many tokens they hold; some are mere lists of tensors.
         self._held: weakref.WeakKeyDictionary[Any, TokenContext] = weakref.WeakKeyDictionary()
+        self._last: TokenContext | None = None
         self._trained: TokenContext | None = None
         self._trained_calls = 0
         self._replayed = False
@@ -177,12 +178,11 @@ class TokenTracker:
         inner = named.get("kwargs")
         call = {**(inner if isinstance(inner, dict) else {}), **named}
         generation = _generation.get()
-        past, previous = self._history(call, generation)
+        past, previous = self._history(_cache_in(call))
         tokens = describe_tokens(
             model, call, past=past, previous=previous, prompt=generation.prompt if generation else None
         )
         if generation:
-            generation.last = tokens
             generation.prompt = generation.prompt or tokens.end
         if self._replayed:
             self._replayed, self._trained_calls = False, 0
@@ -195,42 +195,25 @@ class TokenTracker:
         if tokens is None or output is None:  # it failed
             return
         self._done()
-        generation = _generation.get()
-        if cache is not None:
-            if _can_be_key(cache):
-                self._held[cache] = tokens
-            if generation:
-                generation.cached = True
+        self._last = tokens
+        if _can_be_key(cache):
+            self._held[cache] = tokens
         if torch.is_grad_enabled():
             self._trained, self._trained_calls = tokens, self._trained_calls + 1
 
     def _done(self) -> None:
         self.completed += 1
 
-    def _history(self, call: Mapping[str, Any], generation: _Generation | None) -> tuple[int, TokenContext | None]:
-        """Return how many columns came before this call, and the call that ended with them if it is known."""
-        cache = _cache_in(call)
-        if cache is not None:
-            if generation:
-                generation.cached = True
-            held = self._held.get(cache) if _can_be_key(cache) else None
-            try:
-                past = int(cache.get_seq_length())
-            except (ValueError, IndexError, TypeError, AttributeError):
-                past = held.end if held else 0
-            return past, held if held and held.end == past else None
-        last = generation.last if generation and not generation.cached else None
-        # Without a cache each call holds all tokens; a model that keeps its state elsewhere is given only new ones.
-        if last is not None and _columns(call) <= last.end:
-            return last.end, last
-        return 0, None
-
-
-def _columns(call: Mapping[str, Any]) -> int:
-    given = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
-    if not isinstance(given, Tensor):
-        raise InputError("The model was called without input_ids or inputs_embeds; expected one of them.")
-    return int(given.shape[1]) if given.ndim > 1 else 0
+    def _history(self, cache: Any) -> tuple[int, TokenContext | None]:
+        """Return how many columns a call's cache holds, and the call that ended with them if it is known."""
+        if cache is None:
+            return 0, None
+        held = self._held.get(cache) if _can_be_key(cache) else self._last
+        try:
+            past = int(cache.get_seq_length())
+        except (ValueError, IndexError, TypeError, AttributeError):
+            past = held.end if held else 0
+        return past, held if held and held.end == past else None
 
 
 def _cache_in(values: Mapping[str, Any]) -> Any:
@@ -239,7 +222,7 @@ def _cache_in(values: Mapping[str, Any]) -> Any:
 
 
 def _can_be_key(cache: Any) -> bool:
-    """Whether something can be the key of a dictionary that does not keep it alive; tuples cannot."""
+    """Whether something can be the key of a dictionary that does not keep it alive; lists and None cannot."""
     try:
         weakref.ref(cache)
         hash(cache)

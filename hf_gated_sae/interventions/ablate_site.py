@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import InputError, ShapeError
 from ..sites import Site
 from .base import Replacement, SiteRun
+from .positions import shorten
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +35,7 @@ class AblateSite(Replacement):
         super().__post_init__()
         if self.value is not None and not (isinstance(self.value, Tensor) and torch.isfinite(self.value).all()):
             raise InputError(
-                f"AblateSite was given the value {self.value!r:.80}; expected a tensor [d], or None for zeros."
+                f"AblateSite was given the value {shorten(self.value)}; expected a tensor [d], or None for zeros."
             )
 
     def require_width(self, width: int) -> None:

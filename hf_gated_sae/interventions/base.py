@@ -15,7 +15,7 @@ from ..errors import InputError, ShapeError
 from ..modeling import SAEModel
 from ..registry import Registry
 from ..sites import Site
-from .positions import Positions, TokenContext, check_positions, integers
+from .positions import Positions, TokenContext, check_positions, integers, shorten
 
 interventions: Registry[type[Intervention]] = Registry("intervention", "hf_gated_sae.interventions")
 
@@ -137,11 +137,12 @@ class LatentEdit(Edit):
         """Check the fields."""
         super().__post_init__()
         require_sae(self, self.sae)
-        self.sae.latent_indices([*self.indices, *self.when])
+        object.__setattr__(self, "when", latent_values(self, self.when))
         if not self.indices:
             raise InputError(
                 f"{type(self).__name__} was given no latents; name at least one, 0 .. {self.sae.config.d_sae - 1}."
             )
+        self.sae.latent_indices([*self.indices, *self.when])
 
     @property
     @abstractmethod
@@ -189,7 +190,7 @@ def require_sae(owner: object, sae: object) -> None:
     """
     if not isinstance(sae, SAEModel):
         raise InputError(
-            f"{type(owner).__name__} was given {type(sae).__name__} {sae!r:.80} as its SAE; expected an SAE, for "
+            f"{type(owner).__name__} was given {type(sae).__name__} {shorten(sae)} as its SAE; expected an SAE, for "
             "example from SAEModel.from_pretrained(...)."
         )
     site_of(sae)
@@ -236,7 +237,7 @@ def latent_list(owner: object, latents: object) -> tuple[int, ...]:
     found = integers(latents)
     if found is None:
         raise InputError(
-            f"{type(owner).__name__} was given {latents!r:.80}; expected indices of latents, such as [3, 7]."
+            f"{type(owner).__name__} was given {shorten(latents)}; expected indices of latents, such as [3, 7]."
         )
     return tuple(dict.fromkeys(found))
 
@@ -250,7 +251,7 @@ def latent_values(owner: object, values: object) -> dict[int, float]:
     latents = integers(values.keys()) if isinstance(values, Mapping) else None
     if not isinstance(values, Mapping) or latents is None:
         raise InputError(
-            f"{type(owner).__name__} was given {values!r:.80}; expected numbers by latent, such as {{3: 1.5}}."
+            f"{type(owner).__name__} was given {shorten(values)}; expected numbers by latent, such as {{3: 1.5}}."
         )
     for latent, value in values.items():
         if not isinstance(value, numbers.Real) or not math.isfinite(value):

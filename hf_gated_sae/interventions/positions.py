@@ -86,6 +86,11 @@ def _several(positions: Positions) -> Sequence[int]:
     return [positions] if isinstance(positions, int) else [int(position) for position in positions]
 
 
+def shorten(value: object) -> str:
+    """Return a value as a message shows it: one line of at most 80 characters."""
+    return " ".join(repr(value).split())[:80]
+
+
 def integers(values: object) -> tuple[int, ...] | None:
     """Return whole numbers, given one or an iterable of them; None if anything else is among them."""
     if isinstance(values, Tensor) and values.dtype == torch.bool:
@@ -110,7 +115,7 @@ def check_positions(positions: Any) -> Positions:
     found = integers(positions)
     if found is None:
         raise InputError(
-            f"positions is {positions!r:.80}; expected one of {', '.join(map(repr, NAMED_POSITIONS))} or token "
+            f"positions is {shorten(positions)}; expected one of {', '.join(map(repr, NAMED_POSITIONS))} or token "
             "positions such as [0, 3, -1]."
         )
     return found
@@ -119,9 +124,9 @@ def check_positions(positions: Any) -> Positions:
 def special_token_ids(model: Any) -> list[int]:
     """Return the BOS, EOS and padding ids that the model's own configurations name."""
     found: set[int] = set()
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if config is not None else None  # of a model that also sees or hears
-    for config in (config, text, getattr(model, "generation_config", None)):
+    own = getattr(model, "config", None)
+    text = own.get_text_config() if own is not None else None  # of a model that also sees or hears
+    for config in (own, text, getattr(model, "generation_config", None)):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(config, name, None)
             found.update(value if isinstance(value, (list, tuple)) else [] if value is None else [int(value)])

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import InputError, ShapeError
 from ..sites import Site
 from .base import Edit, SiteRun
+from .positions import shorten
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +35,7 @@ class ProjectOut(Edit):
             rows = torch.atleast_2d(torch.as_tensor(self.directions).detach().to("cpu", torch.float64))
         except (TypeError, ValueError, RuntimeError):
             raise InputError(
-                f"ProjectOut was given {self.directions!r:.80}; expected a tensor of directions, [d] or [n, d]."
+                f"ProjectOut was given {shorten(self.directions)}; expected a tensor of directions, [d] or [n, d]."
             ) from None
         if rows.ndim != 2 or not rows.numel() or not torch.isfinite(rows).all():
             raise InputError(

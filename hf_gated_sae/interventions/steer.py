@@ -9,6 +9,7 @@ from torch import Tensor
 from ..errors import InputError, unknown_name
 from ..modeling import SAEModel
 from .base import LatentEdit, SiteRun, latent_list, latent_values
+from .positions import shorten
 
 UNITS = ("max", "raw")
 
@@ -31,7 +32,9 @@ class Steer(LatentEdit):
         """Check the fields."""
         found = latent_list(self, self.latent)
         if len(found) != 1:
-            raise InputError(f"Steer was given {self.latent!r:.80}; expected one latent. Attach one Steer for each.")
+            raise InputError(
+                f"Steer was given {shorten(self.latent)}; expected one latent. Attach one Steer for each."
+            )
         object.__setattr__(self, "latent", found[0])
         object.__setattr__(self, "strength", latent_values(self, {self.latent: self.strength})[self.latent])
         super().__post_init__()

@@ -86,8 +86,8 @@ class SAETrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Check what transformers cannot know."""
-        if self.accelerator_config is None:
-            self.accelerator_config = {"dispatch_batches": False}  # else one process would read text for all others
+        # By default one process would read text for all others.
+        self.accelerator_config: Any = self.accelerator_config or {"dispatch_batches": False}
         super().__post_init__()
         for name, value, known in (
             ("activation scale", self.activation_scale, SCALES),

@@ -37,7 +37,7 @@ def training_loss(wrapper: nn.Module, sae: SAEModel, x: Tensor, sparsity_coeffic
             "latents": loss.latents,
         }
 
-    sae.forward = objective  # type: ignore[assignment, method-assign]
+    sae.forward = objective  # type: ignore[method-assign]
     try:
         return TrainingLoss(**wrapper(x))
     finally:

@@ -80,7 +80,8 @@ class SAETrainer(Trainer):
         # On several GPUs without torchrun, transformers would split every batch and copy the SAE at every step.
         self.args._n_gpu = min(self.args.n_gpu, 1)
         self.dead.silent_for = self.dead.silent_for.to(model.device)
-        vars(model.config).pop("use_cache", None)  # set by transformers on every model; means nothing to an SAE
+        if hasattr(model.config, "use_cache"):
+            del model.config.use_cache  # set by transformers on every model; means nothing to an SAE
 
     # ------------------------------------------------------------------ the run
 

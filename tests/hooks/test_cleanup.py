@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import nn
+from transformers import CompileConfig
 
 from hf_gated_sae import Ablate, Clamp, ProjectOut, Splice, Steer, attach, capture
 from hf_gated_sae.errors import AttachError, InputError, SAEError, ShapeError, SiteError
@@ -82,6 +83,25 @@ def test_after_an_exception_inside_the_forward_the_block_goes_on():
         with pytest.raises(IndexError):
             model(input_ids=IDS + 1000)
         assert torch.equal(logits_of(model), expected)
+        with pytest.raises(AttachError, match="was not called"):
+            model.model(IDS)  # the call that failed is over
+
+
+def test_a_model_that_is_called_within_its_own_forward():
+    """Each call keeps its own positions."""
+    model = tiny_model("llama")
+    inner = []
+
+    def call_again(module, args):
+        if not inner:
+            inner.append(None)
+            inner[0] = logits_of(model, IDS[:1, :3])
+
+    with attach(model, steer(positions=[-1])):
+        expected, short = logits_of(model), logits_of(model, IDS[:1, :3])
+        block(model, "llama", 0).register_forward_pre_hook(call_again)
+        assert torch.equal(logits_of(model), expected)
+    assert torch.equal(inner[0], short)
 
 
 def test_a_generator_that_is_abandoned_half_way():
@@ -300,6 +320,29 @@ def test_a_model_compiled_beside_the_attached_one_is_edited_or_reported():
             except AttachError as error:
                 assert "never reached" in str(error)
             close(compiled(IDS).logits, clean, 1e-5)
+    finally:
+        torch._dynamo.reset()
+
+
+def test_a_generation_that_runs_code_compiled_before_is_edited_or_reported():
+    """As transformers does by itself on a GPU with a static cache."""
+    model = tiny_model("llama")
+    config = CompileConfig(backend="eager", fullgraph=False)
+    config._compile_all_devices = True
+    settings = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False, cache_implementation="static")
+    edit = steer(positions="generated")
+    with attach(model, edit):
+        expected = model.generate(IDS, **settings)
+    try:
+        clean = model.generate(IDS, compile_config=config, **settings)
+        try:
+            with attach(model, edit):
+                edited = model.generate(IDS, compile_config=config, **settings)
+            assert torch.equal(edited, expected)
+        except AttachError as error:
+            assert "never reached" in str(error)
+        assert torch.equal(model.generate(IDS, compile_config=config, **settings), clean)
+        assert not torch.equal(clean, expected)
     finally:
         torch._dynamo.reset()
 

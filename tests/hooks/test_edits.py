@@ -4,8 +4,10 @@ import itertools
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_gated_sae import Ablate, Clamp, ProjectOut, Scale, Splice, Steer, attach
+from hf_gated_sae.architectures import architectures
 from hf_gated_sae.interventions import AblateSite
 from tests.hooks.support import (
     ARCHITECTURES,
@@ -79,7 +81,9 @@ def test_edits_equal_the_full_path_in_each_family(family):
     dtype, exact = (torch.float32, 1e-4) if family in ("gpt_oss", "qwen3_moe") else (DOUBLE, EXACT)
     model, sae = model_of(family, dtype), make_sae(dtype=dtype)
     a, b = live_latents(model, sae)[:2]
-    with hand_made(block(model, family), full_path(sae, lambda f: put(f, {a: lambda x: 0 * x, b: lambda x: 0 * x + 2}))):
+    with hand_made(
+        block(model, family), full_path(sae, lambda f: put(f, {a: lambda x: 0 * x, b: lambda x: 0 * x + 2}))
+    ):
         expected = logits_of(model)
     with attach(model, Ablate(sae, [a]), Clamp(sae, {b: 2.0})):
         close(logits_of(model), expected, exact)
@@ -116,26 +120,40 @@ def test_a_float32_sae_computes_in_float32_whatever_the_models_dtype(dtype):
         close(logits_of(model), expected, {torch.float32: 1e-5}.get(dtype, 0.02))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if architectures[name].elementwise])
 def test_an_edit_of_a_few_latents_needs_nothing_of_the_others(architecture):
     """Where latents do not depend on each other, ruining all others must not matter."""
     model = model_of("llama", DOUBLE)
     sae = make_sae(architecture, dtype=DOUBLE)
-    if not sae.elementwise:
-        pytest.skip("a latent depends on all others")
     a, b = live_latents(model, sae)[:2]
-    edits = lambda: (Scale(sae, {a: 3.0}, when={b: 0.0}), Ablate(sae, [b]))  # noqa: E731
-    with attach(model, *edits()):
+    edits = [Scale(sae, {a: 3.0}, when={b: 0.0}), Ablate(sae, [b])]
+    with attach(model, *edits):
         expected = logits_of(model)
     with torch.no_grad():
         for name, value in sae.named_parameters():
             if name != "b_dec":
                 others = torch.tensor([i for i in range(len(value)) if i not in (a, b)])
                 value[others] = torch.nan
-    with attach(model, *edits()):
+    with attach(model, *edits):
         edited = logits_of(model)
     assert torch.isfinite(edited).all()
     close(edited, expected, EXACT)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("architecture", ["gated", "standard", "jumprelu", "batch_topk"])
+def test_an_edit_of_n_latents_costs_n_encoder_and_n_decoder_rows(architecture, count):
+    model, sae = model_of("llama"), make_sae(architecture)
+
+    def operations(*edits):
+        with FlopCounterMode(display=False) as counter, attach(model, *edits):
+            logits_of(model)
+        return counter.get_total_flops()
+
+    plain = operations(Steer(sae, 0, positions=[]))  # adds a row, multiplies nothing
+    row = 2 * IDS.numel() * 32
+    assert operations(Ablate(sae, range(count))) - plain == 2 * count * row
+    assert operations(Clamp(sae, {0: 1.0}, when={5: 0.0})) - plain == 3 * row
 
 
 def test_a_latent_named_twice_is_edited_once():
@@ -209,9 +227,7 @@ def test_two_names_of_one_place_are_one_site():
     a, b = live_latents(model, named)[0], live_latents(model, by_path)[0]
 
     def by_hand(x):
-        return (
-            x - named.encode(x)[..., [a]] * named.W_dec[a] + (7.0 - by_path.encode(x)[..., [b]]) * by_path.W_dec[b]
-        )
+        return x - named.encode(x)[..., [a]] * named.W_dec[a] + (7.0 - by_path.encode(x)[..., [b]]) * by_path.W_dec[b]
 
     with hand_made(block(model, "llama"), by_hand):
         expected = logits_of(model)
@@ -285,12 +301,15 @@ def test_the_sae_may_be_changed_while_it_is_attached():
 
 def test_data_given_to_an_intervention_may_be_changed_afterwards_without_effect():
     model, sae = model_of("llama"), make_sae()
-    latents, values, places = [1, 2], {3: 4.0}, [1]
-    with attach(model, Ablate(sae, latents, positions=places), Clamp(sae, values)):
+    latents, values, factors, places, bounds = [1, 2], {3: 4.0}, {7: 3.0}, [1], {3: -1.0}
+    edits = [Ablate(sae, latents, positions=places), Clamp(sae, values), Scale(sae, factors, when=bounds)]
+    with attach(model, *edits):
         before = logits_of(model)
         latents.append(5)
         values[3] = -9.0
+        factors[8] = 50.0
         places[0] = 2
+        bounds[3] = 1e9
         assert torch.equal(logits_of(model), before)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessor
+from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessor, RwkvConfig, RwkvForCausalLM
 
 from hf_gated_sae import Ablate, Clamp, Splice, Steer, attach
 from hf_gated_sae.errors import AttachError
@@ -81,8 +81,34 @@ def test_generation_edits_exactly_the_tokens_that_are_meant(family, positions):
 def test_with_and_without_cache_are_the_same(family):
     model, sae = model_of(family), make_sae()
     latents = live_latents(model, sae)
-    with attach(model, Clamp(sae, {latents[0]: 4.0}, positions="generated"), Ablate(sae, latents[1:], positions=[1, 7])):
+    with attach(
+        model, Clamp(sae, {latents[0]: 4.0}, positions="generated"), Ablate(sae, latents[1:], positions=[1, 7])
+    ):
         same(generate(model), generate(model, use_cache=False))
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gpt_oss"])
+def test_text_longer_than_the_attention_window(family):
+    """The cache holds fewer tokens than were seen."""
+    model, sae = tiny_model(family, sliding_window=4), make_sae()
+    with attach(model, edit_of(sae, [1, 6, 8, 9]), edit_of(make_sae(seed=5), "generated")) as handle:
+        same(generate(model), generate(model, use_cache=False))
+        same(generate(model, prefill_chunk_size=3), generate(model))
+        places = [entry.positions[0] for entry in handle.report().interventions]
+    assert places == [[1, 6, 8, 9], [6, 7, 8, 9]]
+
+
+@pytest.mark.parametrize("positions", POSITIONS, ids=str)
+def test_a_model_whose_cache_is_a_list_of_tensors(positions):
+    """RWKV hands its state on as a list that knows no positions. (With two rows it mixes up their states.)"""
+    config = RwkvConfig(vocab_size=97, hidden_size=32, num_hidden_layers=3, attention_hidden_size=32)
+    config.eos_token_id = 2
+    torch.manual_seed(0)
+    model, sae = RwkvForCausalLM(config).eval(), make_sae(site="rwkv.blocks.1.output")
+    with attach(model, edit_of(sae, positions)) as handle:
+        same(generate(model, IDS[:1]), generate(model, IDS[:1], use_cache=False))
+    expected = [index for index in range(PROMPT + NEW - 1) if meant(positions, PROMPT, index)]
+    assert handle.report().interventions[0].positions[0] == expected
 
 
 @pytest.mark.parametrize("positions", POSITIONS, ids=str)
@@ -135,7 +161,7 @@ def test_a_static_cache_with_left_padding(family, positions):
 
 
 def test_prompt_lookup_with_accepted_and_rejected_drafts():
-    """A model that repeats what it has seen accepts drafts; the calls then hold prompt and generated tokens at once."""
+    """A model that repeats itself accepts drafts; the calls then hold prompt and generated tokens at once."""
     model, sae = model_of("gpt2"), make_sae()
     ids = torch.tensor([[11, 54, 33, 78, 11, 54, 33, 78, 11, 54, 33]])
     with attach(model, edit_of(sae, "generated")) as handle:
@@ -252,7 +278,9 @@ def test_a_model_that_generates_while_it_generates_keeps_both_prompts():
 
     with attach(model, edit_of(sae)) as handle:
         expected = generate(model)
-        drafted = model.generate(IDS, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, logits_processor=[Drafts()])
+        drafted = model.generate(
+            IDS, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, logits_processor=[Drafts()]
+        )
         assert torch.equal(drafted, expected.sequences)
         assert min(handle.report().interventions[0].positions[0]) == PROMPT
 
@@ -264,7 +292,9 @@ def test_continuous_batching_takes_global_edits_and_refuses_those_that_need_the_
 
     def batch():
         small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=16, block_size=16)
-        results = model.generate_batch(prompts, generation_config=config, continuous_batching_config=small, warmup=False)
+        results = model.generate_batch(
+            prompts, generation_config=config, continuous_batching_config=small, warmup=False
+        )
         return [result.generated_tokens for result in results.values()]
 
     singly = []
@@ -273,12 +303,20 @@ def test_continuous_batching_takes_global_edits_and_refuses_those_that_need_the_
         for prompt in prompts:
             singly.append(model.generate(torch.tensor([prompt]), config)[0, len(prompt) :].tolist())
     assert together == singly
-    with attach(model, edit_of(sae, "generated")), pytest.raises(AttachError, match="packs several sequences"), torch.no_grad():
-        model(input_ids=IDS[:1], position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]), cu_seq_lens_q=torch.tensor([0, 3, 6]))
+    with (
+        attach(model, edit_of(sae, "generated")),
+        pytest.raises(AttachError, match="packs several sequences"),
+        torch.no_grad(),
+    ):
+        model(
+            input_ids=IDS[:1], position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]), cu_seq_lens_q=torch.tensor([0, 3, 6])
+        )
 
 
 @pytest.mark.parametrize("architecture", ["topk", "gated"])
 def test_a_spliced_model_generates_the_same_with_and_without_cache(architecture):
     model, sae = model_of("llama"), make_sae(architecture)
     with attach(model, Splice(sae)):
-        same(generate(model, PADDED, attention_mask=MASK), generate(model, PADDED, attention_mask=MASK, use_cache=False))
+        same(
+            generate(model, PADDED, attention_mask=MASK), generate(model, PADDED, attention_mask=MASK, use_cache=False)
+        )

@@ -43,7 +43,9 @@ def test_idle_interventions_leave_every_bit_of_the_logits(family, dtype):
 def test_idle_interventions_leave_generated_tokens_and_scores(family, dtype):
     model = model_of(family, DTYPES[dtype])
     sae = make_sae()
-    settings = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False, output_scores=True, return_dict_in_generate=True)
+    settings = dict(
+        max_new_tokens=4, min_new_tokens=4, do_sample=False, output_scores=True, return_dict_in_generate=True
+    )
     clean = model.generate(IDS, **settings)
     latents = live_latents(model, sae)
     chosen = [edit for name, edit in idle(sae, latents).items() if not name.startswith("generated")]
@@ -62,7 +64,9 @@ def test_a_call_without_edited_tokens_passes_the_very_same_tensor(family, name):
     after = block(model, family, 2)
     handles = [
         last.register_forward_hook(lambda m, a, out: given.append(out if torch.is_tensor(out) else out[0])),
-        after.register_forward_pre_hook(lambda m, args, kwargs: taken.append((*args, *kwargs.values())), with_kwargs=True),
+        after.register_forward_pre_hook(
+            lambda m, args, kwargs: taken.append((*args, *kwargs.values())), with_kwargs=True
+        ),
     ]
     sae = make_sae()
     edits = idle(sae, [1, 2])

@@ -37,10 +37,18 @@ def generate(*interventions, ids):
 # What is called, the builtin class that a caller would expect, and what the message must say.
 WRONG = {
     # --- what is attached, and to what
-    "no model": (lambda m: attach("gpt2", Splice(SAE)), ValueError, ["attach()", "str", "expected a transformers model"]),
+    "no model": (
+        lambda m: attach("gpt2", Splice(SAE)),
+        ValueError,
+        ["attach()", "str", "expected a transformers model"],
+    ),
     "no interventions": (lambda m: attach(m), ValueError, ["no interventions", "Splice(sae)"]),
     "an SAE instead of an intervention": (lambda m: attach(m, SAE), ValueError, ["GatedSAE", "Splice(sae)"]),
-    "a list of interventions": (lambda m: attach(m, [Splice(SAE)]), ValueError, ["given list", "expected interventions"]),
+    "a list of interventions": (
+        lambda m: attach(m, [Splice(SAE)]),
+        ValueError,
+        ["given list", "expected interventions"],
+    ),
     "two replacements": (
         lambda m: attach(m, Splice(SAE), Splice(SAE, positions=[1])),
         ValueError,
@@ -52,7 +60,7 @@ WRONG = {
         ["d_in = 24", "resid_post.1", "32 wide"],
     ),
     "a transcoder": (
-        lambda m: attach(m, Splice(make_sae(d_out=24))),
+        lambda m: attach(m, Splice(make_sae(d_out=24, apply_b_dec_to_input=False))),
         ValueError,
         ["d_out = 24", "resid_post.1", "32 wide"],
     ),
@@ -67,8 +75,16 @@ WRONG = {
         ["[31]", "resid_post.1 is 32 wide"],
     ),
     # --- sites
-    "mistyped site": (lambda m: attach(m, Splice(with_site("resid_pst.1"))), LookupError, ["resid_pst", "Did you mean", "resid_post"]),
-    "site without a layer": (lambda m: attach(m, ProjectOut("mlp_out", torch.ones(32))), LookupError, ["mlp_out", "layer"]),
+    "mistyped site": (
+        lambda m: attach(m, Splice(with_site("resid_pst.1"))),
+        LookupError,
+        ["resid_pst", "Did you mean", "resid_post"],
+    ),
+    "site without a layer": (
+        lambda m: attach(m, ProjectOut("mlp_out", torch.ones(32))),
+        LookupError,
+        ["mlp_out", "layer"],
+    ),
     "layer that does not exist": (
         lambda m: attach(m, Splice(with_site("resid_post.12"))),
         LookupError,
@@ -83,10 +99,18 @@ WRONG = {
     "site of another type": (lambda m: attach(m, AblateSite(12)), LookupError, ["12", "named by a string"]),
     # --- latents
     "no SAE": (lambda m: Ablate("my-sae", [1]), ValueError, ["Ablate", "str", "my-sae", "from_pretrained"]),
-    "the model instead of the SAE": (lambda m: Splice(m), ValueError, ["Splice", "LlamaForCausalLM", "expected an SAE"]),
+    "the model instead of the SAE": (
+        lambda m: Splice(m),
+        ValueError,
+        ["Splice", "LlamaForCausalLM", "expected an SAE"],
+    ),
     "latent beyond the last": (lambda m: Ablate(SAE, [3, 64]), IndexError, ["Latent 64", "d_sae = 64", "0 .. 63"]),
     "negative latent": (lambda m: Clamp(SAE, {-1: 2.0}), IndexError, ["Latent -1", "0 .. 63"]),
-    "latent beyond the last in a condition": (lambda m: Scale(SAE, {1: 2.0}, when={640: 1.0}), IndexError, ["Latent 640"]),
+    "latent beyond the last in a condition": (
+        lambda m: Scale(SAE, {1: 2.0}, when={640: 1.0}),
+        IndexError,
+        ["Latent 640"],
+    ),
     "latent beyond the last to steer": (lambda m: Steer(SAE, 64), IndexError, ["Latent 64", "0 .. 63"]),
     "no latents": (lambda m: Ablate(SAE, []), ValueError, ["Ablate", "no latents", "0 .. 63"]),
     "no values": (lambda m: Clamp(SAE, {}), ValueError, ["Clamp", "no latents"]),
@@ -106,7 +130,11 @@ WRONG = {
         ["nan", "latent 3", "finite number"],
     ),
     "condition without a bound": (lambda m: Ablate(SAE, [1], when=[3]), ValueError, ["[3]", "numbers by latent"]),
-    "strength not a number": (lambda m: Steer(SAE, 3, strength=None), ValueError, ["None", "latent 3", "finite number"]),
+    "strength not a number": (
+        lambda m: Steer(SAE, 3, strength=None),
+        ValueError,
+        ["None", "latent 3", "finite number"],
+    ),
     # --- settings
     "mistyped mode": (lambda m: Ablate(SAE, [1], mode="mena"), ValueError, ["mena", "Did you mean 'mean'"]),
     "mistyped unit": (lambda m: Steer(SAE, 1, unit="mx"), ValueError, ["mx", "Did you mean 'max'"]),
@@ -129,16 +157,36 @@ WRONG = {
         ["latent 5", "nothing was recorded", "record=True", "unit='raw'"],
     ),
     # --- directions and values
-    "direction zero": (lambda m: ProjectOut("resid_post.1", torch.zeros(32)), ValueError, ["1 directions", "only 0 dimensions"]),
+    "direction zero": (
+        lambda m: ProjectOut("resid_post.1", torch.zeros(32)),
+        ValueError,
+        ["1 directions", "only 0 dimensions"],
+    ),
     "directions that depend on each other": (
         lambda m: ProjectOut("resid_post.1", torch.ones(2, 32)),
         ValueError,
         ["2 directions", "only 1 dimensions", "linearly independent"],
     ),
-    "direction not finite": (lambda m: ProjectOut("resid_post.1", torch.full((32,), torch.inf)), ValueError, ["finite"]),
-    "direction as text": (lambda m: ProjectOut("resid_post.1", "up"), ValueError, ["ProjectOut", "'up'", "[d] or [n, d]"]),
-    "directions of three axes": (lambda m: ProjectOut("resid_post.1", torch.ones(2, 2, 32)), ValueError, ["[2, 2, 32]", "[n, d]"]),
-    "value that is no tensor": (lambda m: AblateSite("resid_post.1", 0.0), ValueError, ["AblateSite", "0.0", "None for zeros"]),
+    "direction not finite": (
+        lambda m: ProjectOut("resid_post.1", torch.full((32,), torch.inf)),
+        ValueError,
+        ["finite"],
+    ),
+    "direction as text": (
+        lambda m: ProjectOut("resid_post.1", "up"),
+        ValueError,
+        ["ProjectOut", "'up'", "[d] or [n, d]"],
+    ),
+    "directions of three axes": (
+        lambda m: ProjectOut("resid_post.1", torch.ones(2, 2, 32)),
+        ValueError,
+        ["[2, 2, 32]", "[n, d]"],
+    ),
+    "value that is no tensor": (
+        lambda m: AblateSite("resid_post.1", 0.0),
+        ValueError,
+        ["AblateSite", "0.0", "None for zeros"],
+    ),
     # --- what the model is called with
     "empty prompt": (run(Splice(SAE), ids=IDS[:, :0]), ValueError, ["empty prompt", "[2, 0]", "at least one token"]),
     "empty prompt of a generation": (
@@ -148,16 +196,28 @@ WRONG = {
     ),
     "ids of one axis": (run(Splice(SAE), ids=IDS[0]), ValueError, ["[6]", "batch axis"]),
     "nothing": (run(Splice(SAE), ids=None), ValueError, ["without input_ids or inputs_embeds"]),
-    "capture of nothing": (lambda m: capture(m, [], input_ids=IDS), ValueError, ["asked for nothing", "at least one site"]),
+    "capture of nothing": (
+        lambda m: capture(m, [], input_ids=IDS),
+        ValueError,
+        ["asked for nothing", "at least one site"],
+    ),
     "capture without a model": (lambda m: capture("gpt2", "embed", input_ids=IDS), ValueError, ["capture()", "str"]),
-    "capture of a mistyped site": (lambda m: capture(m, "resid_pots.1", input_ids=IDS), LookupError, ["Did you mean", "resid_post"]),
+    "capture of a mistyped site": (
+        lambda m: capture(m, "resid_pots.1", input_ids=IDS),
+        LookupError,
+        ["Did you mean", "resid_post"],
+    ),
     "capture with an SAE of another width": (
         lambda m: capture(m, make_sae(d_in=24), input_ids=IDS),
         ValueError,
         ["d_in = 24", "resid_post.1", "32 wide"],
     ),
     "capture without inputs": (lambda m: capture(m, "embed"), ValueError, ["without input_ids or inputs_embeds"]),
-    "capture of a list in a list": (lambda m: capture(m, [["embed"]], input_ids=IDS), ValueError, ["list", "sites or SAEs"]),
+    "capture of a list in a list": (
+        lambda m: capture(m, [["embed"]], input_ids=IDS),
+        ValueError,
+        ["list", "sites or SAEs"],
+    ),
 }
 
 

@@ -99,7 +99,12 @@ def no_autocast(edit):
 @pytest.mark.parametrize("sae_dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_model_and_sae_may_differ_in_dtype(model_dtype, sae_dtype):
     model, sae = model_of("llama", model_dtype), make_sae(dtype=sae_dtype)
-    for edit in (Splice(sae), Ablate(sae, [1]), Steer(sae, 3, when={5: 0.0}), ProjectOut("resid_post.1", torch.ones(32))):
+    for edit in (
+        Splice(sae),
+        Ablate(sae, [1]),
+        Steer(sae, 3, when={5: 0.0}),
+        ProjectOut("resid_post.1", torch.ones(32)),
+    ):
         with attach(model, edit):
             assert logits_of(model).dtype == model_dtype
 
@@ -244,9 +249,40 @@ def test_these_tests_share_models_of_every_dtype():
     assert ("llama", torch.float32) in SHARED
 
 
+class Adapter(torch.nn.Module):
+    """Calls the model that it holds as PEFT does: `generate` goes past the wrapper's own forward."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def get_base_model(self):
+        return self.inner
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+    def generate(self, *args, **kwargs):
+        return self.inner.generate(*args, **kwargs)
+
+
+@pytest.mark.parametrize("given", ["wrapper", "inner"])
+def test_wrappers_that_hand_generate_on(given):
+    model = model_of("llama")
+    wrapper = Adapter(model)
+    target = wrapper if given == "wrapper" else model
+    with attach(target, Steer(make_sae(), 3, strength=5.0, positions="generated")) as handle:
+        for caller in (wrapper, model):
+            caller.generate(input_ids=IDS, max_new_tokens=3, min_new_tokens=3)
+        assert handle.report().interventions[0].positions == {0: [6, 7], 1: [6, 7]}
+        assert handle.report().interventions[0].edited == 8
+
+
 def test_peft():
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    model = peft.get_peft_model(
+        tiny_model("llama"), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    )
     clean = logits_of(model)
     with attach(model, Steer(make_sae(), 3, strength=5.0, positions="generated")) as handle:
         model.generate(input_ids=IDS, max_new_tokens=3, min_new_tokens=3)

@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from transformers import StaticCache
 
 from hf_gated_sae import Ablate, Clamp, Splice, Steer, attach
 from tests.hooks.support import FAMILIES, block, close, hand_made, live_latents, logits_of, make_sae, model_of
@@ -120,6 +121,16 @@ def test_a_mask_that_is_wider_than_the_call_is_read_where_the_call_stands():
         first = model(inputs_embeds=embeds[:, :4], attention_mask=REAL["left"][:, :4], use_cache=True)
         model(inputs_embeds=embeds[:, 4:], attention_mask=REAL["left"], past_key_values=first.past_key_values)
     assert handle.report().interventions[0].positions == {0: [0, 1, 2, 3, 4, 5], 1: [0, 1, 2, 3]}
+
+
+def test_a_mask_as_wide_as_a_static_cache_is_read_where_the_call_stands():
+    model = model_of("llama")
+    mask = torch.cat([REAL["left"], torch.zeros(2, 5, dtype=torch.long)], dim=1)
+    cache = StaticCache(config=model.config, max_cache_len=12)
+    with torch.no_grad(), attach(model, edit_of("all")) as handle:
+        model(LEFT[:, :5], attention_mask=mask, past_key_values=cache, use_cache=True)
+        model(LEFT[:, 5:], attention_mask=mask, past_key_values=cache, use_cache=True)
+    assert handle.report().interventions[0].positions == CHOSEN["all"]
 
 
 def test_packed_sequences_count_by_their_position_ids():

@@ -136,7 +136,8 @@ def _reconstruction_errors(sae: SAEModel, inputs: Tensor, chunk: int = 4096) -> 
 def _fresh_vectors(sae: SAEModel) -> dict[str, Tensor]:
     """Return what a new SAE of this architecture has in its per-latent vectors (a threshold does not start at 0)."""
     config = copy.deepcopy(sae.config)
-    vars(config).update(d_in=1, d_out=1)  # only vectors of length d_sae are wanted, so the matrices may be thin
+    for width in ("d_out", "d_in"):  # only vectors of length d_sae are wanted, so the matrices may be thin
+        object.__setattr__(config, width, 1)  # past the validation, which would see one width changed without the other
     with torch.random.fork_rng(devices=[]):
         new = type(sae)(config)
     device = sae.W_dec.device

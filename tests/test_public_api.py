@@ -1,0 +1,95 @@
+"""The names that users import, and the root that all errors share."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_gated_sae
+from hf_gated_sae import errors
+from hf_gated_sae.architectures import architectures
+from hf_gated_sae.registry import Registry
+
+SOURCE = ast.parse(Path(hf_gated_sae.__file__).read_text(encoding="utf-8"))
+TYPED = {
+    alias.name
+    for node in SOURCE.body
+    if isinstance(node, ast.If)
+    for statement in node.body
+    if isinstance(statement, ast.ImportFrom)
+    for alias in statement.names
+}
+
+
+@pytest.mark.parametrize("name", sorted(TYPED))
+def test_what_editors_see_is_there_at_run_time(name):
+    assert getattr(hf_gated_sae, name).__name__ == name
+
+
+def test_what_is_there_at_run_time_is_seen_by_editors():
+    built_in = {cls.__name__ for model in architectures.values() for cls in (model, model.config_class)}
+    ours = {name for name in built_in if getattr(hf_gated_sae, name).__module__.startswith("hf_gated_sae.")}
+    assert TYPED == set(hf_gated_sae.__all__) | ours
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="GatdSAE"):
+        hf_gated_sae.GatdSAE  # noqa: B018  # reading it is the test
+
+
+ERRORS = [error for _, error in inspect.getmembers(errors, inspect.isclass) if error.__module__ == errors.__name__]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)
+def test_every_error_has_our_root_and_a_builtin_one(error):
+    assert issubclass(error, errors.SAEError)
+    if error is not errors.SAEError:
+        builtin = (ValueError, IndexError, LookupError, RuntimeError, FileNotFoundError)
+        assert issubclass(error, builtin), "callers who know only Python should be able to catch it"
+
+
+def test_close_names_are_suggested_and_others_listed():
+    assert "Did you mean 'gated'?" in str(errors.unknown_name("architecture", "Gatd", ["gated", "topk"]))
+    assert "Known: gated, topk" in str(errors.unknown_name("architecture", "llama", ["gated", "topk"]))
+
+
+def test_a_name_can_be_taken_once():
+    registry: Registry = Registry("thing", "hf_gated_sae.functional")
+    registry.register("a", int)
+    registry.register("a", int)  # a module imported twice is no conflict
+    with pytest.raises(errors.InputError, match="already taken"):
+        registry.register("a", str)
+
+
+def test_an_architecture_of_another_package_is_found(tmp_path):
+    """A third party's architecture is one file and one entry point; nothing of ours is edited."""
+    package = tmp_path / "their_sae"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "from huggingface_hub.dataclasses import strict\n"
+        "from hf_gated_sae.architectures.standard import StandardSAE\n"
+        "from hf_gated_sae.modeling import SAEConfig\n"
+        "@strict\n"
+        "class TheirSAEConfig(SAEConfig):\n"
+        "    model_type = 'their_sae'\n"
+        "class TheirSAE(StandardSAE):\n"
+        "    config_class = TheirSAEConfig\n"
+    )
+    info = tmp_path / "their_sae-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-sae\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[hf_gated_sae.architectures]\ntheir = their_sae\n")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import hf_gated_sae\n"
+        "from transformers import AutoConfig, AutoModel\n"
+        "config = AutoConfig.for_model('their_sae', d_in=4, d_sae=8)\n"
+        "AutoModel.from_config(config).save_pretrained(sys.argv[1] + '/saved')\n"
+        "again = hf_gated_sae.SAEModel.from_pretrained(sys.argv[1] + '/saved')\n"
+        "assert type(again).__name__ == 'TheirSAE' and type(again) is hf_gated_sae.TheirSAE\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
