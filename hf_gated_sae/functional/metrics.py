@@ -76,8 +76,9 @@ class FidelityAccumulator:
         """
         if x.shape != reconstruction.shape or latents.shape != (*x.shape[:-1], self.d_sae):
             raise ShapeError(
-                f"Given x {list(x.shape)}, reconstruction {list(reconstruction.shape)}, latents {list(latents.shape)}; "
-                f"expected [..., {self.b_dec.numel()}] twice and [..., {self.d_sae}], leading axes equal."
+                f"Given x {list(x.shape)}, reconstruction {list(reconstruction.shape)}, "
+                f"latents {list(latents.shape)}; "
+                f"expected [..., {self.b_dec.numel()}] twice and [..., {self.d_sae}]."
             )
         x = x.reshape(-1, x.shape[-1]).double()
         y = reconstruction.reshape(x.shape).double()

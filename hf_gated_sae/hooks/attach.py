@@ -97,8 +97,8 @@ class Attachment:
         if kind is None and idle and tracker is not None and tracker.completed > completed:
             raise AttachError(
                 f"The model ran, but never reached {', '.join(sorted({str(place) for place in idle}))}: what was "
-                "attached there had no effect. Compiled and fused forwards skip hooks: run the model uncompiled (in "
-                "generate() disable_compile=True), or choose another site."
+                "attached there had no effect. Compiled and fused forwards skip hooks: run the model uncompiled, or "
+                "choose another site."
             )
 
     # ------------------------------------------------------------------ for the dispatcher

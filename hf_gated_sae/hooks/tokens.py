@@ -6,6 +6,7 @@ the model's own forward is watched for its arguments, and `generate` for where t
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import weakref
@@ -61,15 +62,17 @@ class _Watch:
 class GenerateBoundary:
     """Stands in for a model's `generate` while something is attached, to remember where the prompt ends.
 
+    It also keeps `generate` from compiling the forward, as it does on a GPU with a static cache: what was compiled
+    earlier would run without the hooks.
+
     Args:
         model: the model whose `generate` is called.
-        done: called after every generation.
     """
 
-    def __init__(self, model: nn.Module, done: Callable[[], None]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         functools.update_wrapper(self, model.generate)  # type: ignore[arg-type]  # pipelines ask for its signature
         self.replaced = model.__dict__.get("generate")
-        self._model, self._done = model, done
+        self._model = model
         self._generate: Callable[..., Any] = model.generate  # type: ignore[assignment]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -84,13 +87,25 @@ class GenerateBoundary:
         outer = _generation.get()
         # A model that drafts for itself generates within a generation, from a prompt that holds what is generated.
         prompt = outer.prompt if outer else given.shape[1] if isinstance(given, Tensor) and given.ndim > 1 else None
+        args, kwargs = self._uncompiled(args, kwargs)
         token = _generation.set(_Generation(prompt))
         try:
-            result = self._generate(*args, **kwargs)
+            return self._generate(*args, **kwargs)
         finally:
             _generation.reset(token)
-        self._done()
-        return result
+
+    def _uncompiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        parameters = list(inspect.signature(self._generate).parameters)
+        if "generation_config" not in parameters:  # not transformers' own
+            return args, kwargs
+        at = parameters.index("generation_config")
+        config = copy.copy(args[at] if len(args) > at else kwargs.get("generation_config"))
+        if config is None:
+            return args, {**kwargs, "disable_compile": True}
+        config.disable_compile = True
+        if len(args) > at:
+            return (*args[:at], config, *args[at + 1 :]), kwargs
+        return args, {**kwargs, "generation_config": config}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Give a copied or unpickled model its own plain `generate`."""
@@ -120,7 +135,7 @@ class TokenTracker:
         self._trained_calls = 0
         self._replayed = False
         self.completed = 0
-        """How many forwards and generations have ended without an error."""
+        """How many forwards have ended without an error."""
 
     def install(self, model: nn.Module) -> None:
         """Watch the model's forward and generate."""
@@ -129,7 +144,7 @@ class TokenTracker:
             model.register_forward_hook(_Watch(self._after), always_call=True),
         ]
         if callable(getattr(model, "generate", None)):
-            model.generate = GenerateBoundary(model, self._done)  # type: ignore[assignment]  # removed below
+            model.generate = GenerateBoundary(model)  # type: ignore[assignment]  # removed below
 
     def remove(self, model: nn.Module) -> None:
         """Stop watching."""
@@ -194,15 +209,12 @@ class TokenTracker:
         tokens = running[-1] if running else None
         if tokens is None or output is None:  # it failed
             return
-        self._done()
+        self.completed += 1
         self._last = tokens
         if _can_be_key(cache):
             self._held[cache] = tokens
         if torch.is_grad_enabled():
             self._trained, self._trained_calls = tokens, self._trained_calls + 1
-
-    def _done(self) -> None:
-        self.completed += 1
 
     def _history(self, cache: Any) -> tuple[int, TokenContext | None]:
         """Return how many columns a call's cache holds, and the call that ended with them if it is known."""

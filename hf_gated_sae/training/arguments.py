@@ -60,7 +60,7 @@ class SAETrainingArguments(TrainingArguments):
     max_steps: int = 300_000
     save_strategy: str = "no"
     logging_steps: float = 100
-    report_to: str | list[str] | None = "none"
+    report_to: None | str | list[str] = "none"
 
     # What transformers would do by default is wrong for a stream of activations.
     per_device_train_batch_size: int = 1  # an item of the stream is a whole batch

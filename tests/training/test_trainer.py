@@ -5,12 +5,12 @@ from itertools import islice
 
 import pytest
 import torch
-from transformers import PrinterCallback, TrainerCallback
+from transformers import HfArgumentParser, PrinterCallback, TrainerCallback
 
 from hf_gated_sae import SAEModel
 from hf_gated_sae.errors import InputError, ShapeError, UnknownNameError
 from hf_gated_sae.functional import FidelityAccumulator
-from hf_gated_sae.training import ModelActivations, SAETrainer
+from hf_gated_sae.training import ModelActivations, SAETrainer, SAETrainingArguments
 from hf_gated_sae.training.streams import TensorActivations
 from tests.support.tiny_models import tiny_model
 
@@ -56,8 +56,6 @@ class Watch(TrainerCallback):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A gated SAE and a 1.5 times wider baseline, trained to about the same L0 on the same activations."""
-    from hf_gated_sae.training import SAETrainingArguments
-
     train, held_out = activations(60_000, seed=0), activations(5_000, seed=1)
     results = {}
     for name, width, coefficient in (("gated", FEATURES, 2.0), ("standard", 3 * FEATURES // 2, 3.0)):
@@ -259,6 +257,14 @@ def test_the_configuration_is_saved_without_foreign_keys(arguments, tmp_path):
     sae.save_pretrained(tmp_path / "sae")
     assert "use_cache" not in (tmp_path / "sae" / "config.json").read_text()
     assert SAEModel.from_pretrained(tmp_path / "sae").config.site == "resid_post.1"
+
+
+def test_every_argument_is_also_a_flag(tmp_path):
+    flags = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--resample_steps", "10", "20", "--lr_dip", "0.5"]
+    (args,) = HfArgumentParser(SAETrainingArguments).parse_args_into_dataclasses(flags)
+    assert args.resample_steps == [10, 20] and args.lr_dip == 0.5
+    assert (args.adam_beta1, args.adam_beta2, args.learning_rate) == (0.0, 0.999, 3e-4)
+    assert (args.max_grad_norm, args.report_to, args.dead_latent_remedy) == (0.0, [], "resample")
 
 
 def test_unusable_settings_are_explained(arguments):

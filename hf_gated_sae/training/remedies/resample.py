@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any, ClassVar
 
@@ -135,11 +134,10 @@ def _reconstruction_errors(sae: SAEModel, inputs: Tensor, chunk: int = 4096) -> 
 
 def _fresh_vectors(sae: SAEModel) -> dict[str, Tensor]:
     """Return what a new SAE of this architecture has in its per-latent vectors (a threshold does not start at 0)."""
-    config = copy.deepcopy(sae.config)
-    for width in ("d_out", "d_in"):  # only vectors of length d_sae are wanted, so the matrices may be thin
-        object.__setattr__(config, width, 1)  # past the validation, which would see one width changed without the other
+    settings = {name: getattr(sae.config, name) for name in sae.config.own_fields()}
+    thin = {**settings, "d_in": 1, "d_out": 1}  # only vectors of length d_sae are wanted, not the matrices
     with torch.random.fork_rng(devices=[]):
-        new = type(sae)(config)
+        new = type(sae)(type(sae.config)(**thin))
     device = sae.W_dec.device
     return {
         name: parameter.detach().to(device)
