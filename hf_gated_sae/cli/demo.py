@@ -32,7 +32,9 @@ def demo(
     latent: Annotated[
         int | None, typer.Option(help="Show this latent instead of one with a measured meaning.")
     ] = None,
-    strength: Annotated[float, typer.Option(help="Steering strength, in units of the latent's maximum.")] = 1.0,
+    strength: Annotated[
+        float | None, typer.Option(help="Steering strength in units of the latent's maximum. Default: chosen.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to publish into. Default: a new temporary one.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw the effect into this PNG (needs matplotlib).")] = None,
 ) -> None:

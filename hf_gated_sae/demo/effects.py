@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from ..hooks import attach
 from ..interventions import Ablate, Steer
 from ..modeling import SAEModel
 from .material import Material
 from .targets import Target
+
+STRENGTHS = (1.0, 2.0)
+"""Steering strengths to choose from, in units of the latent's recorded maximum activation."""
 
 
 @dataclass(frozen=True)
@@ -120,14 +126,14 @@ class SteeringPlan:
     """How continuations are made.
 
     Attributes:
-        strength: in units of the latent's recorded maximum activation.
+        strength: in units of the latent's recorded maximum activation; None to choose it by its effect.
         prompts: number of prompts.
         prompt_tokens, new_tokens: lengths.
         temperature: of sampling; 0 is greedy.
         seed: of sampling, the same before and after.
     """
 
-    strength: float = 1.0
+    strength: float | None = None
     prompts: int = 16
     prompt_tokens: int = 48
     new_tokens: int = 64
@@ -145,17 +151,16 @@ def measure_steering(
         tokenizer: its tokenizer.
         sae: the SAE.
         target: the latent and what it stands for.
-        material: text; prompts are the beginnings of windows spread over it.
+        material: text; prompts are the beginnings of windows that end outside what the latent stands for.
         plan: how.
 
     Returns:
         The continuations and their shares.
     """
-    windows = material.input_ids
-    chosen = torch.linspace(0, len(windows) - 1, min(plan.prompts, len(windows))).long()
-    prompts = windows[chosen, : plan.prompt_tokens]
+    strength = STRENGTHS[0] if plan.strength is None else plan.strength
+    prompts = _prompts(target, material, plan)
     before = _continue(model, tokenizer, prompts, plan)
-    with attach(model, Steer(sae, target.latent, strength=plan.strength, positions="generated")):
+    with attach(model, Steer(sae, target.latent, strength=strength, positions="generated")):
         after = _continue(model, tokenizer, prompts, plan)
     continuations = []
     for prompt, plain, steered in zip(prompts, before, after, strict=True):
@@ -165,7 +170,19 @@ def measure_steering(
             target.share(ids, len(prompt), whole, text) for ids, whole in zip((plain, steered), pair, strict=True)
         ]
         continuations.append(Continuation(text, pair[0][len(text) :], pair[1][len(text) :], shares[0], shares[1]))
-    return SteeringEffect(strength=plan.strength, continuations=continuations)
+    return SteeringEffect(strength=strength, continuations=continuations)
+
+
+def _prompts(target: Target, material: Material, plan: SteeringPlan) -> Tensor:
+    """Return the beginnings of windows spread over the material, ``[N, prompt_tokens]``, none of which ends inside.
+
+    What begins inside a comment goes on inside it, steered or not.
+    """
+    outside = (~target.inside(material)[:, plan.prompt_tokens - 1]).nonzero().squeeze(-1)
+    if not len(outside):
+        raise InputError(f"Every prompt of this text ends inside {target.name}; give another text, or another latent.")
+    spread = torch.linspace(0, len(outside) - 1, min(plan.prompts, len(outside))).round().long()
+    return material.input_ids[outside[spread], : plan.prompt_tokens]
 
 
 def _continue(model: Any, tokenizer: Any, prompts: Tensor, plan: SteeringPlan) -> Tensor:
@@ -181,3 +198,26 @@ def _continue(model: Any, tokenizer: Any, prompts: Tensor, plan: SteeringPlan) -
             temperature=plan.temperature or None,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         ).cpu()
+
+
+def choose_by_effect(
+    model: Any, tokenizer: Any, sae: SAEModel, targets: Sequence[Target], material: Material, plan: SteeringPlan
+) -> tuple[Target, float]:
+    """Return the target whose latent, steered with, raises its own share most, and the strength that does it.
+
+    Args:
+        model: the causal LM.
+        tokenizer: its tokenizer.
+        sae: the SAE.
+        targets: candidates.
+        material: text other than what the choice is shown on.
+        plan: how to steer; a few prompts suffice. A strength that it states is kept.
+    """
+    strengths = STRENGTHS if plan.strength is None else (plan.strength,)
+
+    def effect(choice: tuple[Target, float]) -> float:
+        target, strength = choice
+        found = measure_steering(model, tokenizer, sae, target, material, replace(plan, strength=strength))
+        return found.share_after - found.share_before
+
+    return max(itertools.product(targets, strengths), key=effect)

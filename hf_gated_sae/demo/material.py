@@ -32,6 +32,14 @@ class Material:
         for ids in self.input_ids.split(rows):
             yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
+    def halves(self) -> tuple[Material, Material]:
+        """Return every other window, and the rest: one to choose a latent on, the other to show it on."""
+        pick = [
+            Material(self.input_ids[start::2], None if self.labels is None else self.labels[start::2], self.names)
+            for start in (0, 1)
+        ]
+        return pick[0], pick[1]
+
     @property
     def tokens(self) -> int:
         """Number of tokens."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,16 @@ from ..modeling import SAEModel
 from ..modeling.loading import quiet_transformers
 from ..publishing import CardFacts, read_facts, save
 from . import bundled, corpus
-from .effects import AblationEffect, SteeringEffect, SteeringPlan, measure_ablation, measure_steering
+from .effects import (
+    AblationEffect,
+    SteeringEffect,
+    SteeringPlan,
+    choose_by_effect,
+    measure_ablation,
+    measure_steering,
+)
 from .material import Material, cut
-from .targets import Target, choose_target
+from .targets import ConceptTarget, Target, candidates, concept_scores, firing_target, with_evidence
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of the step, the number of it, and the number of steps."""
@@ -106,11 +113,12 @@ def run_demo(plan: DemoPlan, progress: Progress) -> DemoReport:
     # Steering measures in units of the latents' maxima; an SAE that brings none gets them from this text.
     fidelity = evaluate(model, sae, list(material.batches(8)), record=not sae.config.recorded_tokens)
     tell("find the latent")
-    target = choose_target(model, sae, material, concept=plan.concept, latent=plan.latent)
+    choosing, showing = material.halves()
+    target, strength = choose_target(model, tokenizer, sae, plan, choosing, showing)
     tell("ablate")
-    ablation = measure_ablation(model, sae, target, material)
+    ablation = measure_ablation(model, sae, target, showing)
     tell("steer")
-    steering = measure_steering(model, tokenizer, sae, target, material, plan.steering)
+    steering = measure_steering(model, tokenizer, sae, target, showing, replace(plan.steering, strength=strength))
     tell("publish")
     files: tuple[str, ...] = ()
     identical = False
@@ -127,6 +135,35 @@ def run_demo(plan: DemoPlan, progress: Progress) -> DemoReport:
         files=files,
         identical=identical,
     )
+
+
+def choose_target(
+    model: Any, tokenizer: Any, sae: SAEModel, plan: DemoPlan, choosing: Material, showing: Material
+) -> tuple[Target, float]:
+    """Pick the latent to show, of those that know a concept the one that steers best, and how hard to steer.
+
+    Args:
+        model: the causal LM.
+        tokenizer: its tokenizer.
+        sae: the SAE.
+        plan: which concept or latent is wanted, if any.
+        choosing: text to choose on.
+        showing: text on which the choice will be shown.
+
+    Raises:
+        InputError: for a concept of text that has no ground truth, or if no latent is fit to be shown.
+    """
+    if plan.latent is not None or choosing.labels is None:
+        if plan.concept is not None:
+            raise InputError(f"--concept {plan.concept} needs Python source as text and no --latent; leave one out.")
+        found: list[Target] = [firing_target(model, sae, choosing, plan.latent)]
+    else:
+        found = [*candidates(concept_scores(model, sae, choosing), plan.concept)]
+    few = replace(plan.steering, prompts=12, new_tokens=min(plan.steering.new_tokens, 40))
+    best, strength = choose_by_effect(model, tokenizer, sae, found, choosing, few)
+    if isinstance(best, ConceptTarget):
+        best = with_evidence(best, concept_scores(model, sae, showing))
+    return best, strength
 
 
 def subfolder_of(plan: DemoPlan) -> str:

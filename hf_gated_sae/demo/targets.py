@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,9 +17,9 @@ from ..modeling import SAEModel
 from .concepts import concept_share
 from .material import Material
 
-# Concepts that fill a stretch of text, so that steering towards them shows; the first that the SAE knows is chosen.
-SHOWN_FIRST = ("comment", "docstring", "string", "import_line", "decorator")
-WELL_KNOWN = 0.5  # F1 from which a latent counts as knowing a concept
+WELL_KNOWN = 0.4  # F1 from which a latent counts as knowing a concept
+LIFT = 2.0  # how much more often than chance it has to be right
+CANDIDATES = 8  # latents of which the one that steers best is shown: detecting and causing are not the same
 DENSITY = (1e-3, 5e-2)  # a latent without a label should be neither dead nor always on
 
 
@@ -55,7 +55,13 @@ class Target(ABC):
 
 @dataclass(frozen=True)
 class ConceptTarget(Target):
-    """A concept of Python source, decided by a lexer and not by the SAE."""
+    """A concept of Python source, decided by a lexer and not by the SAE.
+
+    Attributes:
+        threshold: share of its maximum above which the latent counts as on.
+    """
+
+    threshold: float
 
     def inside(self, material: Material) -> Tensor:
         """Return the tokens that have the concept."""
@@ -83,45 +89,52 @@ class FiringTarget(Target):
         return self.firing(ids.unsqueeze(0))[0, prompt:].float().mean().item()
 
 
-def choose_target(model: Any, sae: SAEModel, material: Material, *, concept: str | None, latent: int | None) -> Target:
-    """Pick the latent to show.
-
-    Args:
-        model: the causal LM.
-        sae: the SAE.
-        material: text, labelled if it is Python.
-        concept: the concept to show; by default the first of `SHOWN_FIRST` that a latent knows, else the best known.
-        latent: show this latent instead, standing for the tokens on which it fires.
-
-    Returns:
-        The target.
-
-    Raises:
-        InputError: for a concept that the text has no ground truth for, or if no latent is fit to be shown.
-    """
-    if latent is not None or material.labels is None:
-        if concept is not None:
-            raise InputError(
-                f"--concept {concept} needs Python source as text and no --latent; leave one of them out."
-            )
-        return _firing_target(model, sae, material, latent)
-    if concept is not None and concept not in material.names:
-        raise unknown_name("concept", concept, material.names)
+def concept_scores(model: Any, sae: SAEModel, material: Material) -> ConceptScores:
+    """Return how well every latent tells every concept on labelled text."""
     scores = ConceptScores(material.names, sae.max_activation)
     for labels, latents in _latents(model, sae, material):
         scores.update(latents, labels)
-    best = {name: found[0] for name in ([concept] if concept else material.names) if (found := scores.best(name))}
-    if not best:
+    return scores
+
+
+def candidates(scores: ConceptScores, concept: str | None) -> list[ConceptTarget]:
+    """Return latents that know a concept, best first.
+
+    Args:
+        scores: measured on labelled text.
+        concept: the concept; by default every concept that a latent knows well, else the one that is known best.
+
+    Raises:
+        UnknownNameError: if there is no such concept.
+        InputError: if no latent fires on it.
+    """
+    if concept is not None and concept not in scores.concepts:
+        raise unknown_name("concept", concept, scores.concepts)
+    if concept is not None:
+        found = scores.best(concept, most=CANDIDATES // 2)
+    else:
+        every = [score for name in scores.concepts for score in scores.best(name)]
+        every.sort(key=lambda score: score.f1, reverse=True)
+        known = [s for s in every if s.f1 >= WELL_KNOWN and s.precision >= LIFT * s.prevalence]
+        found = (known or every[:1])[:CANDIDATES]
+    if not found:
         raise InputError(f"No latent of this SAE fires on {concept or 'any concept'} in this text; try --latent.")
-    known = [name for name in SHOWN_FIRST if name in best and best[name].f1 >= WELL_KNOWN]
-    name = concept or (known[0] if known else max(best, key=lambda key: best[key].f1))
-    winner = best[name]
-    return ConceptTarget(
-        latent=winner.latent,
-        name=name,
-        evidence=f"on above {winner.threshold:.3g}: precision {winner.precision:.0%}, recall {winner.recall:.0%} over "
-        f"{winner.tokens:,} tokens, {winner.prevalence:.1%} of which are {name}",
+    return [ConceptTarget(score.latent, score.concept, "", score.share) for score in found]
+
+
+def with_evidence(target: ConceptTarget, scores: ConceptScores) -> ConceptTarget:
+    """Return the target with its precision and recall on text that it was not chosen on.
+
+    Args:
+        target: the latent and its concept.
+        scores: measured on that text.
+    """
+    found = scores.score(target.name, target.latent, scores.shares.index(target.threshold))
+    evidence = (
+        f"on above {found.threshold:.3g}, it has precision {found.precision:.0%} and recall {found.recall:.0%} for "
+        f"{target.name}, which {found.prevalence:.1%} of {found.tokens:,} tokens are"
     )
+    return replace(target, evidence=evidence)
 
 
 def _latents(model: Any, sae: SAEModel, material: Material) -> Iterator[tuple[Tensor, Tensor]]:
@@ -135,8 +148,19 @@ def _on(model: Any, batch: dict[str, Tensor]) -> dict[str, Any]:
     return {name: value.to(model.device) for name, value in batch.items()}
 
 
-def _firing_target(model: Any, sae: SAEModel, material: Material, latent: int | None) -> FiringTarget:
-    """Return the given latent, or the one of moderate density that writes most to the residual stream."""
+def firing_target(model: Any, sae: SAEModel, material: Material, latent: int | None) -> FiringTarget:
+    """Return a latent that stands for the tokens on which it fires, for want of a ground truth.
+
+    Args:
+        model: the causal LM.
+        sae: the SAE.
+        material: text.
+        latent: which one; by default the one of moderate density that writes most to the residual stream.
+
+    Raises:
+        InputError: if no latent fires moderately often.
+        LatentIndexError: if there is no such latent.
+    """
     fired = torch.zeros(sae.config.d_sae, device=sae.device)
     strength = torch.zeros_like(fired)
     for batch in material.batches(8):

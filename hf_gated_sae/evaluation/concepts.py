@@ -26,6 +26,8 @@ class ConceptScore:
         precision: share of the tokens with the latent on that have the concept; NaN if it is never on.
         recall: share of the tokens with the concept that have the latent on; NaN if no token has it.
         f1: harmonic mean of both.
+        correlation: between "the latent is on" and "the token has the concept" (phi, or Matthews): 1 if they are the
+            same, 0 for a latent that knows nothing, however often it is on; NaN if either never varies.
         prevalence: share of all tokens that have the concept: the precision of a latent that knows nothing.
         chance_f1: F1 of a latent that is on equally often, but at random.
         on_tokens: tokens with the latent on.
@@ -40,6 +42,7 @@ class ConceptScore:
     precision: float
     recall: float
     f1: float
+    correlation: float
     prevalence: float
     chance_f1: float
     on_tokens: int
@@ -118,24 +121,37 @@ class ConceptScores:
         return 2 * self._both / (self._on[..., None] + self._concept)
 
     @property
+    def correlation(self) -> Tensor:
+        """``[n_shares, d_sae, n_concepts]`` float64; NaN where either side never varies."""
+        return _correlation(self._both, self._on[..., None], self._concept, self.tokens)
+
+    @property
     def prevalence(self) -> Tensor:
         """Share of tokens with each concept, ``[n_concepts]`` float64."""
         return self._concept / max(self.tokens, 1)
 
     def best(self, concept: str, *, most: int = 1) -> list[ConceptScore]:
-        """Return the latents with the highest F1 for a concept, each at its best threshold, best first.
+        """Return the latents that correlate most with a concept, each at its best threshold, best first.
+
+        Correlation and not F1 ranks, because a latent that is on nearly everywhere has a high F1 for every frequent
+        concept while it tells nothing.
 
         Args:
             concept: one of `concepts`.
             most: at most this many.
 
+        Returns:
+            Scores with a correlation above 0; empty if there are none.
+
         Raises:
             UnknownNameError: if the concept is not among `concepts`.
         """
         column = self._column(concept)
-        f1, share = self.f1[..., column].nan_to_num(-1.0).max(dim=0)
-        order = f1.argsort(descending=True, stable=True)[:most]
-        return [self.score(concept, latent, int(share[latent])) for latent in order.tolist() if f1[latent] > 0]
+        correlation, share = self.correlation[..., column].nan_to_num(-1.0).max(dim=0)
+        order = correlation.argsort(descending=True, stable=True)[:most]
+        return [
+            self.score(concept, latent, int(share[latent])) for latent in order.tolist() if correlation[latent] > 0
+        ]
 
     def score(self, concept: str, latent: int, share_index: int = 0) -> ConceptScore:
         """Return all numbers of one latent for one concept.
@@ -157,6 +173,12 @@ class ConceptScores:
             precision=both / on if on else float("nan"),
             recall=both / having if having else float("nan"),
             f1=2 * both / (on + having) if on + having else float("nan"),
+            correlation=_correlation(
+                self._both[share_index, latent, column],
+                self._on[share_index, latent],
+                self._concept[column],
+                self.tokens,
+            ).item(),
             prevalence=prevalence,
             chance_f1=2 * prevalence * rate / (prevalence + rate) if prevalence + rate else float("nan"),
             on_tokens=int(on),
@@ -168,3 +190,8 @@ class ConceptScores:
         if concept not in self.concepts:
             raise unknown_name("concept", concept, self.concepts)
         return self.concepts.index(concept)
+
+
+def _correlation(both: Tensor, on: Tensor, having: Tensor, tokens: int) -> Tensor:
+    """Return the correlation of two yes-or-no properties from their counts."""
+    return (tokens * both - on * having) / (on * (tokens - on) * having * (tokens - having)).sqrt()

@@ -38,7 +38,10 @@ def test_scores_equal_a_naive_count(seed, cut):
                 both = sum(a and b for a, b in zip(on, truth, strict=True))
                 score = scores.score(name, latent, index)
                 assert (score.on_tokens, score.concept_tokens, score.tokens) == (sum(on), sum(truth), 30)
+                ones = torch.tensor([on, truth], dtype=torch.float64)
+                constant = ones.std(dim=1, correction=0).min() == 0
                 expected = {
+                    "correlation": math.nan if constant else torch.corrcoef(ones)[0, 1].item(),
                     "precision": both / sum(on) if any(on) else math.nan,
                     "recall": both / sum(truth) if any(truth) else math.nan,
                     "f1": 2 * both / (sum(on) + sum(truth)) if any(on) or any(truth) else math.nan,
@@ -74,6 +77,19 @@ def test_a_latent_that_knows_nothing_scores_as_chance_predicts():
     score = scores.score("c", 0)
     assert score.precision == pytest.approx(score.prevalence, abs=0.01)
     assert score.f1 == pytest.approx(score.chance_f1, abs=0.01)
+
+
+def test_a_latent_that_is_on_everywhere_is_not_best_for_a_frequent_concept():
+    labels = (torch.arange(1000) % 5 < 2).unsqueeze(1)
+    latents = torch.ones(1000, 2)
+    latents[:, 1] = labels[:, 0] & (torch.arange(1000) % 10 < 3)  # precise, but misses some
+    latents[0, 0] = 0
+    scores = ConceptScores(["c"], torch.ones(2), [0.0])
+    scores.update(latents, labels)
+    everywhere, precise = scores.score("c", 0), scores.score("c", 1)
+    assert everywhere.f1 == pytest.approx(everywhere.chance_f1, abs=0.01) and everywhere.recall > precise.recall
+    assert abs(everywhere.correlation) < 0.05
+    assert scores.best("c")[0] == precise and precise.precision == 1.0
 
 
 def test_latents_that_never_hit_are_not_best():
