@@ -17,7 +17,7 @@ def test_the_code_runs_and_says_what_its_comments_say(tmp_path, monkeypatch, hub
         code = block.replace("me/my-saes", "alice/my-saes")
         exec(compile(code, "README.md", "exec"), names)
     config = names["sae"].config
-    assert (config.site, config.d_in, config.d_sae) == ("resid_post.2", 128, 1024)
+    assert (config.site, config.d_in, config.d_sae) == ("resid_post.1", 128, 1024)
     assert names["latents"].shape == (*names["x"].shape[:2], 1024)
     assert names["reconstruction"].shape == names["x"].shape
     assert all((names["again"].state_dict()[key] == value).all() for key, value in names["sae"].state_dict().items())

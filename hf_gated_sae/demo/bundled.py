@@ -9,7 +9,7 @@ from ..errors import MissingFileError
 ASSETS = Path(__file__).parent / "assets"
 MODEL = ASSETS / "lm"
 SAES = ASSETS / "saes"
-DEFAULT_SAE = "resid_post.2/gated"
+DEFAULT_SAE = "resid_post.1/gated"
 
 
 def require_bundled() -> None:

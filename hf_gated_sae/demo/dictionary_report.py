@@ -24,8 +24,8 @@ ROWS = 16
 
 LATENTS_PER_CONCEPT = 3
 
-KNOWN_FROM = 0.5
-"""F1 from which a latent is labelled with a concept."""
+KNOWN_FROM = 0.3
+"""Correlation with a concept from which a latent is labelled with it."""
 
 
 def held_out_material(tokenizer: Any, context: int) -> Material:
@@ -140,7 +140,8 @@ def card_facts(facts: dict[str, Any], others: dict[str, dict[str, Any]]) -> Card
         others: the facts of SAEs at the same site to compare with, by the name to give them.
 
     Returns:
-        The card's facts; every label is the concept of the latent's best score, where that F1 is at least a half.
+        The card's facts. A latent is labelled with the concept that it correlates with most, if that is at least
+        `KNOWN_FROM`.
     """
     held_out, training = facts["held_out"], dict(facts["training"])
     report = facts["fidelity"]
@@ -177,9 +178,9 @@ def _numbers_of(facts: dict[str, Any]) -> dict[str, float | None]:
 
 def _labels(concepts: dict[str, Any]) -> tuple[LatentLabel, ...]:
     """Return the best-fitting concept of every latent that has one, the best fit first."""
-    scores = [score for found in concepts.values() for score in found["best"] if score["f1"] >= KNOWN_FROM]
+    scores = [score for found in concepts.values() for score in found["best"] if score["correlation"] >= KNOWN_FROM]
     labels: dict[int, LatentLabel] = {}
-    for score in sorted(scores, key=lambda score: -score["f1"]):
+    for score in sorted(scores, key=lambda score: -score["correlation"]):
         text = f"{score['concept']} (on above {score['threshold']:.3g}; base rate {score['prevalence']:.3g})"
         label = LatentLabel(score["latent"], text, precision=score["precision"], recall=score["recall"])
         labels.setdefault(score["latent"], label)

@@ -35,8 +35,8 @@ class SAETrainingArguments(TrainingArguments):
         activation_scale: what the root mean square norm of the activations is scaled to while training:
             ``"sqrt_d_in"``, ``"unit"`` or ``"none"``. The scale is folded into the weights at the end, so that the SAE
             reads what the model produces.
-        initial_b_dec: what `b_dec` starts from: ``"mean"`` or ``"geometric_median"`` of the activations, or
-            ``"zero"``; ``"keep"`` leaves it alone.
+        initial_b_dec: what the `b_dec` of a new SAE (all zeros) starts from: ``"mean"`` or ``"geometric_median"`` of
+            the activations, or ``"zero"``.
         statistics_activations: sample size for the scale and the centre.
         recorded_activations: sample size for the `max_activation` and `mean_activation` that are stored with the SAE.
         unit_norm_decoder: keep decoder rows at unit norm.
@@ -91,7 +91,7 @@ class SAETrainingArguments(TrainingArguments):
         super().__post_init__()
         for name, value, known in (
             ("activation scale", self.activation_scale, SCALES),
-            ("initial b_dec", self.initial_b_dec, (*CENTRES, "keep")),
+            ("initial b_dec", self.initial_b_dec, CENTRES),
             ("dead-latent remedy", self.dead_latent_remedy, (None, *remedies)),
         ):
             if value not in known:

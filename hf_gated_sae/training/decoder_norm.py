@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..functional import remove_parallel_component, unit_norm_rows
+
+TOLERANCE = 1e-2
+"""How far from 1 a norm may be by rounding alone, in half precision too."""
 
 
 class UnitNormDecoder(TrainerCallback):
@@ -21,8 +25,17 @@ class UnitNormDecoder(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Normalise the rows that training starts from."""
-        unit_norm_rows(kwargs["model"].W_dec)
+        """Normalise the rows that training starts from, and warn if that changes what the SAE computes."""
+        rows = kwargs["model"].W_dec
+        norms = rows.detach().norm(dim=-1)
+        if ((norms - 1).abs() > TOLERANCE).any():
+            warnings.warn(
+                f"The decoder rows have norms of {norms.min():.3g} to {norms.max():.3g} and are brought to 1, which "
+                "changes what this SAE computes; pass unit_norm_decoder=False to train it as it is.",
+                UserWarning,
+                stacklevel=2,
+            )
+        unit_norm_rows(rows)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

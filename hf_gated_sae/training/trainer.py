@@ -114,14 +114,14 @@ class SAETrainer(Trainer):
 
     def _start(self) -> None:
         """Measure the activations, centre the SAE on them and change its unit."""
-        centre = "zero" if self.args.initial_b_dec == "keep" else self.args.initial_b_dec
-        statistics = measure(self.stream.sample(self.args.statistics_activations), centre=centre)
+        sample = self.stream.sample(self.args.statistics_activations)
+        statistics = measure(sample, centre=self.args.initial_b_dec)
         if statistics.centre.shape != self.model.b_dec.shape or self.model.config.d_in != self.model.d_out:
             raise ShapeError(
                 f"The stream gives activations of width {statistics.centre.numel()}; this SAE reads d_in = "
                 f"{self.model.config.d_in} and writes d_out = {self.model.d_out}. Expected three equal widths."
             )
-        if self.args.initial_b_dec != "keep":
+        if not self.model.b_dec.any():  # an SAE that was trained before knows its centre
             self.model.b_dec.data.copy_(statistics.centre)
         self.input_scale = _scale(statistics, self.args.activation_scale, self.model.config.d_in)
         change_unit(self.model, self.input_scale)

@@ -74,7 +74,7 @@ def test_another_sae_and_plain_text(tmp_path):
         ({"model": "nobody/nothing"}, InputError, "without --sae"),
         ({"model": "nobody/nothing", "sae": "nobody/nothing"}, MissingFileError, "nobody/nothing"),
         ({"sae": "no/such/folder"}, MissingFileError, "no/such/folder"),
-        ({"subfolder": "resid_post.2/gatd"}, MissingFileError, "resid_post.2/gated"),
+        ({"subfolder": "resid_post.1/gatd"}, MissingFileError, "resid_post.1/gated"),
         ({"text": Path("no.txt")}, MissingFileError, "no.txt"),
         ({"concept": "coment"}, UnknownNameError, "comment"),
         ({"concept": "comment", "latent": 3}, InputError, "--latent"),

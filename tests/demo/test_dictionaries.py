@@ -70,8 +70,7 @@ def test_the_facts_are_what_the_stored_weights_do(name, model_and_tokenizer, mat
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_labels_beat_the_base_rate_by_far(name):
-    """Every label on the card is a score that was measured, on tokens where the concept is not the rule."""
+def test_labels_are_measured_and_beat_the_base_rate(name):
     facts = facts_of(name)
     labels = read_facts(dictionaries.ASSETS / name).labels
     assert len(labels) >= 5
@@ -79,8 +78,8 @@ def test_labels_beat_the_base_rate_by_far(name):
     for label in labels:
         score = scores[label.latent, label.label.split(" ")[0]]
         assert (label.precision, label.recall) == (score["precision"], score["recall"])
-        assert score["f1"] >= dictionary_report.KNOWN_FROM > score["chance_f1"]
-        assert score["precision"] > 1.5 * score["prevalence"] or score["prevalence"] > 0.3
+        assert score["correlation"] >= dictionary_report.KNOWN_FROM
+        assert score["f1"] > score["chance_f1"] and score["precision"] > 1.5 * score["prevalence"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from itertools import islice
 
 import pytest
@@ -187,9 +188,19 @@ def test_b_dec_starts_from_the_mean(arguments):
     args = arguments(max_steps=1, learning_rate=0.0)
     quiet(SAETrainer(sae, args, x)).train()
     torch.testing.assert_close(sae.b_dec.data, x.mean(0), rtol=1e-4, atol=1e-4)
-    sae.b_dec.data.fill_(3.0)
-    quiet(SAETrainer(sae, arguments(max_steps=1, learning_rate=0.0, initial_b_dec="keep"), x)).train()
+    sae.b_dec.data.fill_(3.0)  # what an earlier training found is not thrown away
+    quiet(SAETrainer(sae, args, x)).train()
     torch.testing.assert_close(sae.b_dec.data, torch.full((D_IN,), 3.0))
+
+
+def test_a_decoder_that_has_to_be_normalised_first_is_warned_of(arguments):
+    sae = build("gated", D_IN)
+    sae.W_dec.data *= 2
+    with pytest.warns(UserWarning, match="norms of 2 to 2 and are brought to 1"):
+        quiet(SAETrainer(sae, arguments(), activations(500, seed=0))).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        quiet(SAETrainer(sae, arguments(), activations(500, seed=0))).train()
 
 
 def test_checkpoints_load_as_the_sae_they_are_and_training_goes_on(arguments, tmp_path):
