@@ -102,13 +102,13 @@ def _ablation(report: DemoReport) -> Table:
 
 
 def _steering(console: Console, report: DemoReport) -> None:
-    """Print one typical pair of continuations side by side, and the shares over all prompts."""
-    effect, target, shown = report.steering, report.target, report.steering.typical
+    """Print the clearest pair of continuations side by side, and the shares over all prompts."""
+    effect, target, shown = report.steering, report.target, report.steering.clearest
     console.print(Panel(escape(shown.prompt), title="prompt", title_align="left", border_style="dim"))
     table = Table(
         title=f"Steer with latent {target.latent}, {effect.strength:g} x its maximum, on generated tokens",
         caption=f"{target.name}: {effect.share_before:.0%} before, {effect.share_after:.0%} after, "
-        f"mean over {len(effect.continuations)} prompts; shown is the one closest to the mean change",
+        f"mean over {len(effect.continuations)} prompts; shown is the one that changed most",
         expand=True,
     )
     table.add_column(f"before: {shown.share_before:.0%} {target.name}", ratio=1)

@@ -90,9 +90,9 @@ class DictionaryRecipe:
 # for about the same L0.
 RECIPES: tuple[DictionaryRecipe, ...] = (
     DictionaryRecipe("resid_post.1", "gated", 1024, sparsity_coefficient=3.0),
-    DictionaryRecipe("resid_post.1", "standard", 1536, sparsity_coefficient=2.15),
+    DictionaryRecipe("resid_post.1", "standard", 1536, sparsity_coefficient=2.4),
     DictionaryRecipe("mlp_out.2", "gated", 1024, sparsity_coefficient=2.8),
-    DictionaryRecipe("mlp_out.2", "standard", 1536, sparsity_coefficient=2.5),
+    DictionaryRecipe("mlp_out.2", "standard", 1536, sparsity_coefficient=2.7),
 )
 
 

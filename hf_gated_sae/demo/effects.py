@@ -78,10 +78,9 @@ class SteeringEffect:
         return sum(c.share_after for c in self.continuations) / len(self.continuations)
 
     @property
-    def typical(self) -> Continuation:
-        """The continuation whose change is closest to the mean change, so that the example is not the best one."""
-        mean = self.share_after - self.share_before
-        return min(self.continuations, key=lambda c: abs(c.share_after - c.share_before - mean))
+    def clearest(self) -> Continuation:
+        """The continuation that changed most: an example of the effect, where the means are its size."""
+        return max(self.continuations, key=lambda c: c.share_after - c.share_before)
 
 
 @torch.no_grad()

@@ -17,9 +17,8 @@ from ..modeling import SAEModel
 from .concepts import concept_share
 from .material import Material
 
-WELL_KNOWN = 0.4  # F1 from which a latent counts as knowing a concept
-LIFT = 2.0  # how much more often than chance it has to be right
-CANDIDATES = 8  # latents of which the one that steers best is shown: detecting and causing are not the same
+KNOWN_F1, KNOWN_PRECISION = 0.3, 0.6  # from which a latent counts as standing for a concept
+CANDIDATES = 10  # latents of which the one that steers best is shown: detecting and causing are not the same
 DENSITY = (1e-3, 5e-2)  # a latent without a label should be neither dead nor always on
 
 
@@ -115,7 +114,7 @@ def candidates(scores: ConceptScores, concept: str | None) -> list[ConceptTarget
     else:
         every = [score for name in scores.concepts for score in scores.best(name)]
         every.sort(key=lambda score: score.f1, reverse=True)
-        known = [s for s in every if s.f1 >= WELL_KNOWN and s.precision >= LIFT * s.prevalence]
+        known = [s for s in every if s.f1 >= KNOWN_F1 and s.precision >= KNOWN_PRECISION]
         found = (known or every[:1])[:CANDIDATES]
     if not found:
         raise InputError(f"No latent of this SAE fires on {concept or 'any concept'} in this text; try --latent.")

@@ -42,7 +42,7 @@ def test_ablating_hurts_inside_the_concept_more_than_outside(report):
 
 def test_steering_raises_the_share_of_the_concept(report):
     assert report.steering.share_after > report.steering.share_before + 0.2
-    shown = report.steering.typical
+    shown = report.steering.clearest
     assert shown.before != shown.after and shown in report.steering.continuations
 
 
