@@ -163,8 +163,9 @@ def card_facts(facts: dict[str, Any], others: dict[str, dict[str, Any]]) -> Card
         labels=_labels(facts["concepts"]),
         provenance={"made by": "hub_scripts/make_demo_assets.py saes", "python": training["python"]},
         description=(
-            "Trained on the activations of a small language model of Python source that ships with `hf-gated-sae`; an "
-            "example to try things on, not a research result."
+            "Trained on the activations of a small language model of Python source; an example to try things on, not "
+            "a research result. Until that model is on the Hub under the id above, load it from the package, where it "
+            "is `hf_gated_sae.demo.bundled.MODEL`."
         ),
     )
 
