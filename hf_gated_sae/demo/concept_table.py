@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from keyword import iskeyword
 from typing import TypeAlias
 
-from hf_gated_sae.demo.lexer import Kind, LogicalLine, Source, Token
+from .lexer import Kind, LogicalLine, Source, Token
 
 Span: TypeAlias = tuple[int, int]
 """Offsets of the first character and after the last one."""

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from hf_gated_sae.demo.concept_table import CONCEPTS, Concept, Span, concept
-from hf_gated_sae.demo.lexer import lex
-from hf_gated_sae.errors import InputError, unknown_name
+from ..errors import InputError, unknown_name
+from .concept_table import CONCEPTS, Concept, Span, concept
+from .lexer import lex
 
 __all__ = ["CONCEPTS", "Concept", "Concepts", "Span", "concept", "concept_share", "token_labels"]
 

@@ -19,7 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from hf_gated_sae.errors import InputError, unknown_name
+from ..errors import InputError, unknown_name
 
 Split = Literal["training", "held_out"]
 

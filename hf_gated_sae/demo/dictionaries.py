@@ -18,10 +18,10 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Tra
 from ..architectures import architectures
 from ..modeling import SAEModel
 from ..training import SAETrainer, SAETrainingArguments, collect
-from . import corpus
+from . import bundled, corpus
 from .language_model import pack, token_stream
 
-ASSETS = Path(__file__).parent / "assets" / "saes"
+ASSETS = bundled.SAES
 BASE_MODEL = "hf-gated-sae/python-stdlib-llama-demo"
 
 Progress = Callable[[int, dict[str, float]], None]

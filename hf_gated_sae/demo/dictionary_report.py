@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from ..evaluation import ConceptScores, evaluate
-from ..hooks import capture
+from ..evaluation import evaluate
 from ..modeling import SAEModel
 from ..publishing import CardFacts, LatentLabel
 from . import corpus
 from .concepts import CONCEPTS
 from .dictionaries import DictionaryRecipe
 from .material import Material, cut
+from .targets import concept_scores
 
 ROWS = 16
 """Windows per forward pass."""
@@ -92,12 +92,7 @@ def concept_facts(model: Any, sae: SAEModel, material: Material) -> dict[str, An
     Returns:
         By concept: its description and the scores of its best latents, best first.
     """
-    if material.labels is None:
-        raise ValueError("The text has no labels.")
-    scores = ConceptScores(material.names, sae.max_activation)
-    for batch, labels in zip(material.batches(ROWS), material.labels.split(ROWS), strict=True):
-        latents = capture(model, sae, input_ids=batch["input_ids"].to(model.device))[sae]
-        scores.update(latents.flatten(0, 1), labels.flatten(0, 1))
+    scores = concept_scores(model, sae, material)
     return {
         name: {
             "description": CONCEPTS[name].description,

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_gated_sae.errors import InputError
+from ..errors import InputError
+from . import bundled
 
 END_OF_TEXT = "<|endoftext|>"
-ASSETS = Path(__file__).parent / "assets" / "lm"
+ASSETS = bundled.MODEL
 
 # One pre-token never mixes what the concepts tell apart: a line break with the indentation after it, a quote, a hash,
 # a word, a number, a run of operators. So almost every token has one clear label.
