@@ -70,11 +70,12 @@ def demo(
 def _fidelity(report: DemoReport) -> Table:
     """Return the table of losses and metrics of the splice."""
     found, metrics = report.fidelity, report.fidelity.metrics
-    table = Table(title=f"Splice: the site replaced by its reconstruction ({found.tokens:,} held-out tokens)")
-    for name in ("clean", "spliced", "zero-ablated"):
-        table.add_column(f"loss {name}", justify="right")
-    for name in ("loss recovered", "L0", "FVU", "gamma", "dead"):
-        table.add_column(name, justify="right")
+    table = Table(
+        title="Splice: the site replaced by its reconstruction",
+        caption=f"losses in nats per token, over {found.tokens:,} tokens",
+    )
+    for name in ("clean", "spliced", "zero-ablated", "recovered", "L0", "FVU", "gamma", "dead"):
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_row(
         *(f"{loss:.3f}" for loss in (found.loss_clean, found.loss_spliced, found.loss_zero_ablated)),
         f"{found.loss_recovered:.1%}",

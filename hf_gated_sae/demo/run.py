@@ -105,8 +105,9 @@ def run_demo(plan: DemoPlan, progress: Progress) -> DemoReport:
         progress(step, steps.index(step) + 1, len(steps))
 
     tell("load model and SAE")
+    sae = load_sae(plan)
     model, tokenizer = load_model(plan)
-    sae = load_sae(plan).to(model.device)
+    sae = sae.to(model.device)
     tell("read text")
     material = read_material(plan, model, tokenizer)
     tell("splice")

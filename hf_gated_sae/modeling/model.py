@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -316,6 +317,8 @@ class SAEModel(PreTrainedModel):
         publish = {key: kwargs.pop(key) for key in _PUBLISH_ARGUMENTS if key in kwargs}
         with replaced_together(Path(save_directory)) as staging, quiet_transformers():
             super().save_pretrained(staging, **kwargs)
+            for weights in staging.glob("*.safetensors"):  # safetensors makes them readable by their owner only
+                shutil.copymode(staging / "config.json", weights)
         if push_to_hub:
             self.push_to_hub(publish.pop("repo_id", Path(save_directory).name), **publish)
 
