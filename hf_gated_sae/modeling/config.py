@@ -8,6 +8,7 @@ import typing
 from dataclasses import MISSING, fields
 from typing import Any, ClassVar
 
+import torch
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import PreTrainedConfig
@@ -59,6 +60,9 @@ class SAEConfig(PreTrainedConfig):
                 "Remove it, or install the version of hf-gated-sae that wrote this configuration."
             )
         self._check_types()
+        for dtype in (self.dtype, kwargs.get("torch_dtype")):  # transformers looks the name up in torch, whatever it is
+            if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
+                raise InputError(f"dtype is {dtype!r}, expected one of torch's, such as 'float32' or 'bfloat16'.")
         if self.d_out is None:
             self.d_out = self.d_in
         super().__post_init__(**kwargs)

@@ -132,6 +132,7 @@ CORRUPTIONS: dict[str, tuple[Corruption, type[SAEError], str]] = {
     "number for a flag": (put(apply_b_dec_to_input=1), CheckpointError, "apply_b_dec_to_input is 1 .*expected bool"),
     "null for a number": (put(d_in=None), CheckpointError, r"d_in is None \(NoneType\), expected int"),
     "negative width": (put(d_sae=-16), CheckpointError, "d_sae is -16, expected a positive number"),
+    "unknown dtype": (put(dtype=" float32"), CheckpointError, "dtype is ' float32', expected one of torch"),
     "wrong d_in": (put(d_in=7, d_out=7), CheckpointError, r"W_enc_T with shape \[16, 6\] where.*\[16, 7\]"),
     "wrong d_sae": (put(d_sae=15), CheckpointError, r"W_dec with shape \[16, 6\] where.*\[15, 6\]"),
     "enormous d_sae": (put(d_sae=2**31 - 1), CheckpointError, "W_dec with shape"),
