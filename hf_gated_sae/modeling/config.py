@@ -60,7 +60,7 @@ class SAEConfig(PreTrainedConfig):
                 "Remove it, or install the version of hf-gated-sae that wrote this configuration."
             )
         self._check_types()
-        for dtype in (self.dtype, kwargs.get("torch_dtype")):  # transformers looks the name up in torch, whatever it is
+        for dtype in (self.dtype, kwargs.get("torch_dtype")):  # transformers looks the name up in torch
             if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
                 raise InputError(f"dtype is {dtype!r}, expected one of torch's, such as 'float32' or 'bfloat16'.")
         if self.d_out is None:
