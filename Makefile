@@ -26,7 +26,9 @@ benchmark: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -s -m benchmark tests/benchmarks
 
 assets: $(VENV)/.installed-test
-	$(BIN)/python hub_scripts/make_demo_assets.py
+	$(BIN)/python hub_scripts/make_demo_assets.py lm
+	$(BIN)/python hub_scripts/make_demo_assets.py saes
+	$(BIN)/python hub_scripts/render_cards.py
 
 cards: $(VENV)/.installed-test
 	$(BIN)/python hub_scripts/render_cards.py

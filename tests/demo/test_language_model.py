@@ -37,7 +37,7 @@ def test_the_assets_are_small_and_name_no_machine():
     files = [path for path in language_model.ASSETS.iterdir() if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 2.5e6
     for path in files:
-        # A path like /root/..., /home/... or C:\Users would have come from the machine that built the assets.
+        # An absolute path would have come from the machine that built the assets.
         assert not re.search(rb"(/root|/home|/usr|/tmp|/work|C:\\)", path.read_bytes()), path.name
 
 
