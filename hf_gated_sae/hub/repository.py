@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
 from ..errors import InputError, MissingFileError
 from .location import Location
 
-TransportError: type[Exception] = hub_errors.HTTPError  # type: ignore[attr-defined]
+TransportError: type[Exception] = hub_errors.HTTPError  # type: ignore[attr-defined]  # not in its __all__
 """Root of the errors of the HTTP library (httpx or httpx2) that the client is built on."""
 
 

@@ -37,11 +37,11 @@ def training_loss(wrapper: nn.Module, sae: SAEModel, x: Tensor, sparsity_coeffic
             "latents": loss.latents,
         }
 
-    sae.forward = objective  # type: ignore[method-assign]
+    sae.forward = objective  # type: ignore[method-assign]  # undone below
     try:
         return TrainingLoss(**wrapper(x))
     finally:
         if own is None:
             del sae.forward
         else:
-            sae.forward = own  # type: ignore[method-assign]
+            sae.forward = own  # type: ignore[method-assign]  # as it was
