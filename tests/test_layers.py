@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "hf_gated_sae"
 FLOORS = [
     {"errors", "registry", "auto"},
-    {"functional"},
+    {"functional", "storage"},
     {"modeling"},
     {"architectures"},
     {"formats", "hub"},

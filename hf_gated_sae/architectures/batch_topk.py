@@ -53,7 +53,7 @@ class BatchTopKSAE(SAEModel):
     def __init__(self, config: BatchTopKSAEConfig) -> None:
         """Allocate the parameters."""
         super().__init__(config)
-        self.b_enc = nn.Parameter(torch.empty(config.d_sae))
+        self.b_enc = nn.Parameter(torch.empty(config.rows))
         self.register_buffer("threshold", torch.empty((), dtype=torch.float32))
         self.post_init()
 
@@ -75,6 +75,6 @@ class BatchTopKSAE(SAEModel):
             kept = latents[latents > 0]
             if len(kept):
                 self.threshold.lerp_(kept.min().to(self.threshold.dtype), 1 - self.config.threshold_momentum)
-        reconstruction = self.decode(latents)
+        reconstruction = self.decode(latents, x)
         terms = {"reconstruction": (x - reconstruction).square().sum(-1).mean()}
         return TrainingLoss.of(terms, reconstruction, latents)

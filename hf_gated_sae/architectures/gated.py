@@ -44,9 +44,9 @@ class GatedSAE(SAEModel):
     def __init__(self, config: GatedSAEConfig) -> None:
         """Allocate the parameters."""
         super().__init__(config)
-        self.b_gate = nn.Parameter(torch.empty(config.d_sae))
-        self.b_mag = nn.Parameter(torch.empty(config.d_sae))
-        self.r_mag = nn.Parameter(torch.empty(config.d_sae))
+        self.b_gate = nn.Parameter(torch.empty(config.rows))
+        self.b_mag = nn.Parameter(torch.empty(config.rows))
+        self.r_mag = nn.Parameter(torch.empty(config.rows))
         self.post_init()
 
     def _gate_and_latents(self, x: Tensor, latents: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -67,7 +67,7 @@ class GatedSAE(SAEModel):
         hold the gate open. The decoder's rows are expected to have unit norm.
         """
         gate, latents = self._gate_and_latents(x, None)
-        reconstruction = self.decode(latents)
+        reconstruction = self.decode(latents, x)
         open_gate = torch.relu(gate)
         auxiliary = open_gate @ self.W_dec.detach() + self.b_dec.detach()
         terms = {

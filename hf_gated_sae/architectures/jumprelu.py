@@ -43,8 +43,8 @@ class JumpReLUSAE(SAEModel):
     def __init__(self, config: JumpReLUSAEConfig) -> None:
         """Allocate the parameters."""
         super().__init__(config)
-        self.b_enc = nn.Parameter(torch.empty(config.d_sae))
-        self.threshold = nn.Parameter(torch.empty(config.d_sae, dtype=torch.float32))
+        self.b_enc = nn.Parameter(torch.empty(config.rows))
+        self.threshold = nn.Parameter(torch.empty(config.rows, dtype=torch.float32))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -60,7 +60,7 @@ class JumpReLUSAE(SAEModel):
         """``|x - x^|^2 + lambda L0``, the threshold learning by straight-through gradients."""
         pre_latents = self._project(x, None) + self.b_enc
         latents = jumprelu(pre_latents, self.threshold, bandwidth=self.config.bandwidth)
-        reconstruction = self.decode(latents)
+        reconstruction = self.decode(latents, x)
         l0 = l0_surrogate(pre_latents, self.threshold, bandwidth=self.config.bandwidth)
         terms = {
             "reconstruction": (x - reconstruction).square().sum(-1).mean(),

@@ -31,7 +31,7 @@ class StandardSAE(SAEModel):
     def __init__(self, config: StandardSAEConfig) -> None:
         """Allocate the parameters."""
         super().__init__(config)
-        self.b_enc = nn.Parameter(torch.empty(config.d_sae))
+        self.b_enc = nn.Parameter(torch.empty(config.rows))
         self.post_init()
 
     def _encode(self, x: Tensor, latents: Tensor | None) -> Tensor:
@@ -40,7 +40,7 @@ class StandardSAE(SAEModel):
     def training_loss(self, x: Tensor, *, sparsity_coefficient: float) -> TrainingLoss:
         """``|x - x^|^2 + lambda |latents|_1``; the decoder's rows are expected to have unit norm."""
         latents = self._encode(x, None)
-        reconstruction = self.decode(latents)
+        reconstruction = self.decode(latents, x)
         terms = {
             "reconstruction": (x - reconstruction).square().sum(-1).mean(),
             "sparsity": sparsity_coefficient * latents.sum(-1).mean(),

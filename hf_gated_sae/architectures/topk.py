@@ -47,7 +47,7 @@ class TopKSAE(SAEModel):
     def __init__(self, config: TopKSAEConfig) -> None:
         """Allocate the parameters."""
         super().__init__(config)
-        self.b_enc = nn.Parameter(torch.empty(config.d_sae))
+        self.b_enc = nn.Parameter(torch.empty(config.rows))
         self.post_init()
 
     def _encode(self, x: Tensor, latents: Tensor | None) -> Tensor:
@@ -57,6 +57,6 @@ class TopKSAE(SAEModel):
     def training_loss(self, x: Tensor, *, sparsity_coefficient: float = 0.0) -> TrainingLoss:
         """``|x - x^|^2``; sparsity is exact by construction and `sparsity_coefficient` has no effect."""
         latents = self._encode(x, None)
-        reconstruction = self.decode(latents)
+        reconstruction = self.decode(latents, x)
         terms = {"reconstruction": (x - reconstruction).square().sum(-1).mean()}
         return TrainingLoss.of(terms, reconstruction, latents)

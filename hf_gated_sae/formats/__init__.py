@@ -4,6 +4,6 @@ To add one, copy `native.py`: a subclass of `CheckpointFormat` with a ``name`` r
 be edited. Loading never guesses: exactly one format must claim a folder.
 """
 
-from .base import CheckpointFormat, formats
+from .base import CheckpointFormat, Example, formats
 
-__all__ = ["CheckpointFormat", "formats"]
+__all__ = ["CheckpointFormat", "Example", "formats"]

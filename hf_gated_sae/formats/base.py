@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
+from ..errors import CheckpointError
 from ..hub.location import Location
 from ..modeling.loading import Checkpoint
 from ..registry import Registry
+from ..storage import StoredTensor
 
 formats: Registry[CheckpointFormat] = Registry("format", "hf_gated_sae.formats")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A small checkpoint that looks like a real one.
+
+    Attributes:
+        repo: repository id; the files lie in the folder of that name.
+        address: folder or file of the SAE inside it.
+    """
+
+    repo: str
+    address: str = ""
 
 
 class CheckpointFormat(ABC):
@@ -29,26 +47,65 @@ class CheckpointFormat(ABC):
             formats.register(cls.name, cls())
 
     @abstractmethod
-    def folders(self, files: Sequence[str]) -> list[str]:
-        """Return the folders that hold an SAE of this layout as far as file names tell; ``""`` is the root.
+    def addresses(self, location: Location) -> list[str]:
+        """Return where SAEs of this layout lie below a folder, as far as file names (and small files) tell.
 
-        Args:
-            files: paths of all files, relative to the root.
+        Returns:
+            Folders, or files of folders that hold several SAEs, relative to `location`; ``""`` is the folder itself.
         """
 
     @abstractmethod
     def claims(self, location: Location) -> bool:
-        """Whether the folder holds an SAE of this layout, judged by the listing and small files alone."""
+        """Whether the folder (or file) holds one SAE of this layout, by the listing, small files and headers alone."""
 
     @abstractmethod
     def open(self, location: Location, *, variant: str | None = None) -> Checkpoint:
-        """Fetch what is needed and describe the SAE; its tensors are not read.
+        """Describe the SAE by its headers; weights are not read.
 
         Args:
-            location: a folder that this format claims.
+            location: a folder or file that this format claims.
             variant: which of several sets of weights, where a layout has such.
+        """
+
+    @abstractmethod
+    def examples(self, root: Path) -> list[Example]:
+        """Write small checkpoints of this layout, one of every kind that it has, below ``root/<repo>``.
+
+        They have the file names, tensor names, shapes and dtypes of real ones, random values, and widths of a few.
         """
 
     def near_miss(self, location: Location) -> str | None:
         """Return why a folder that looks like this layout is not claimed, as a sentence; None if it does not."""
         return None
+
+
+def the_file(location: Location, pattern: re.Pattern[str]) -> str | None:
+    """Return the one file that is meant, in a layout with one SAE per file.
+
+    Args:
+        location: a file, or a folder.
+        pattern: what the file's name has to match in full.
+
+    Returns:
+        The file at `location`, or the only one of that name directly in the folder; None if there is not exactly one.
+    """
+    if location.file is not None:
+        return location.file if pattern.fullmatch(location.file) else None
+    found = [name for name in location.files if pattern.fullmatch(name)]
+    return found[0] if len(found) == 1 else None
+
+
+def widths(stored: Mapping[str, StoredTensor]) -> tuple[int, int, int]:
+    """Return ``d_sae``, ``d_in`` and ``d_out`` by the shapes of `W_enc_T` and `W_dec`.
+
+    Raises:
+        CheckpointError: if one is missing, is no matrix, or they disagree about ``d_sae``.
+    """
+    shapes = [stored[name].shape if name in stored else () for name in ("W_enc_T", "W_dec")]
+    if any(len(shape) != 2 for shape in shapes) or shapes[0][0] != shapes[1][0]:
+        held = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in stored.items())
+        raise CheckpointError(
+            f"Encoder and decoder have shapes {list(shapes[0])} and {list(shapes[1])}; expected one row per latent in "
+            f"both, and as many. The file holds {held}: fetch it again."
+        )
+    return shapes[0][0], shapes[0][1], shapes[1][1]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
-from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING
 
 from ..auto import model_type_of
@@ -14,7 +14,8 @@ from ..errors import CheckpointError, MissingFileError, SAEError, did_you_mean
 from ..hub.location import Location
 from ..modeling import architectures
 from ..modeling.loading import Checkpoint
-from .base import CheckpointFormat
+from ..storage import StoredTensor
+from .base import CheckpointFormat, Example
 
 CONFIG = "config.json"
 FACTS = "sae_metrics.json"
@@ -28,16 +29,13 @@ class NativeFormat(CheckpointFormat):
 
     name: ClassVar[str] = "native"
 
-    def folders(self, files: Sequence[str]) -> list[str]:
+    def addresses(self, location: Location) -> list[str]:
         """Return the folders with a ``config.json`` and a ``model*.safetensors``."""
-        paths = [PurePosixPath(file) for file in files]
-        described = {path.parent for path in paths if path.name == CONFIG}
-        weighted = {path.parent for path in paths if path.match("model*.safetensors")}
-        return sorted("" if str(folder) == "." else str(folder) for folder in described & weighted)
+        return native_folders(location.files)
 
     def claims(self, location: Location) -> bool:
         """Whether ``config.json`` names one of our model types."""
-        return CONFIG in location and _architecture(location) in architectures
+        return location.file is None and CONFIG in location and _architecture(location) in architectures
 
     def near_miss(self, location: Location) -> str | None:
         """Explain a ``config.json`` of another kind of model."""
@@ -64,18 +62,30 @@ class NativeFormat(CheckpointFormat):
             config = model_class.config_class.from_dict(location.read_json(CONFIG))
         except SAEError as error:
             raise CheckpointError(f"The {CONFIG} of {location} cannot be used: {error}") from error
-        facts = [FACTS] if FACTS in location else []
         weights = _weights(location, variant)
-        folder = location.fetch([CONFIG, *weights, *facts])
-        return Checkpoint(
-            model_class,
-            repo=location.repo,
-            subfolder=location.subfolder,
-            revision=location.revision,
-            folder=folder,
-            config=config,
-            tensors=_headers(location, folder, weights),
+        stored = _tensors(location, weights)
+        facts = [FACTS] if FACTS in location else []
+        origin = replace(
+            location.origin(self.name, [CONFIG, *weights, *facts]), folder=location.fetch([CONFIG, *facts])
         )
+        return Checkpoint(model_class, config, origin, stored, shared=model_class.shared_names(config))
+
+    def examples(self, root: Path) -> list[Example]:
+        """Write one SAE of every architecture."""
+        written = []
+        for name, model_class in architectures.items():
+            folder = root / "acme" / "native-saes" / name
+            model_class(model_class.config_class(d_in=6, d_sae=16, site="resid_post.1")).save_pretrained(folder)
+            written.append(Example("acme/native-saes", name))
+        return written
+
+
+def native_folders(files: Iterable[str]) -> list[str]:
+    """Return the folders, of files in a listing, that have a ``config.json`` and a ``model*.safetensors``."""
+    paths = [PurePosixPath(file) for file in files]
+    described = {path.parent for path in paths if path.name == CONFIG}
+    weighted = {path.parent for path in paths if path.match("model*.safetensors")}
+    return sorted("" if str(folder) == "." else str(folder) for folder in described & weighted)
 
 
 def _architecture(location: Location) -> str:
@@ -108,27 +118,20 @@ def _weights(location: Location, variant: str | None) -> list[str]:
     return [index, *sorted(set(shards.values()))]
 
 
-def _headers(location: Location, folder: Path, weights: list[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return dtype and shape of every stored tensor.
+def _tensors(location: Location, weights: list[str]) -> dict[str, StoredTensor]:
+    """Return every stored tensor.
 
     Raises:
         CheckpointError: if a file is broken, or the index and the files disagree.
     """
-    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    found: dict[str, StoredTensor] = {}
     for name in weights:
         if name.endswith(".json"):
             continue
-        try:
-            with safe_open(folder / name, framework="pt") as stored:
-                for key in stored.keys():  # noqa: SIM118  # not a mapping
-                    if key in found:
-                        raise CheckpointError(f"{location} holds {key} in two files: save the SAE again.")
-                    part = stored.get_slice(key)
-                    found[key] = (part.get_dtype(), tuple(part.get_shape()))
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{name} of {location} cannot be read ({error}): expected a complete safetensors file. Fetch it again."
-            ) from error
+        tensors = location.tensors(name)
+        if twice := sorted(set(tensors) & set(found)):
+            raise CheckpointError(f"{location} holds {twice[0]} in two files: save the SAE again.")
+        found |= tensors
     if weights[0].endswith(".json"):
         listed = set(location.read_json(weights[0])["weight_map"])
         if wrong := sorted(listed ^ set(found)):

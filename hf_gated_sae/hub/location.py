@@ -8,10 +8,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import yaml
+
 from ..errors import CheckpointError, InputError, MissingFileError, did_you_mean
+from ..modeling.loading import Origin
+from ..storage import ByteSource, Content, LocalBytes, StoredTensor, flat, read_content
 
 SHOWN_FILES = 12
-JSON_LIMIT = 64 * 1024 * 1024
+JSON_LIMIT = 16 * 1024 * 1024
+YAML_LIMIT = 256 * 1024  # it is read slowly
 
 
 def clean_subfolder(subfolder: str) -> str:
@@ -38,13 +43,33 @@ class Location(ABC):
         repo: repository id or folder, as the user wrote it.
         subfolder: folder inside it, empty for the root.
         revision: the commit; None for a local folder.
+        file: the one file of the folder that is meant, for layouts with several SAEs in a folder; else None.
     """
 
-    def __init__(self, repo: str, subfolder: str, revision: str | None, all_files: Sequence[str]) -> None:
+    def __init__(
+        self,
+        repo: str,
+        subfolder: str,
+        revision: str | None,
+        all_files: Sequence[str],
+        file: str | None = None,
+    ) -> None:
         self.repo = repo
         self.subfolder = subfolder
         self.revision = revision
+        self.file = file
         self._all_files = all_files
+        self._contents: dict[str, Content] = {}
+
+    @property
+    def address(self) -> str:
+        """Path from the root: of the file that is meant, else of the folder."""
+        return "/".join(part for part in (self.subfolder, self.file) if part)
+
+    @property
+    def repo_id(self) -> str:
+        """``owner/name`` of the repository; of a local folder the one that its path ends with, as a best guess."""
+        return self.repo
 
     @property
     def files(self) -> list[str]:
@@ -64,12 +89,16 @@ class Location(ABC):
 
     def __str__(self) -> str:
         """Return the name to use in messages."""
-        place = f"{self.repo}/{self.subfolder}" if self.subfolder else self.repo
+        place = f"{self.repo}/{self.address}" if self.address else self.repo
         return f"{place}@{self.revision[:12]}" if self.revision else place
 
-    def at(self, subfolder: str) -> Location:
-        """Return the folder `subfolder`, counted from the root of the same repository at the same commit."""
-        return self._copy(clean_subfolder(subfolder))
+    def at(self, address: str) -> Location:
+        """Return a folder, or one file of a folder, counted from the root; same repository, same commit."""
+        path = clean_subfolder(address)
+        if path in self._all_files:
+            folder, _, file = path.rpartition("/")
+            return self._copy(folder, file)
+        return self._copy(path, None)
 
     def fetch(self, names: Iterable[str]) -> Path:
         """Make files available on this machine.
@@ -84,13 +113,55 @@ class Location(ABC):
             MissingFileError: if one is not in the listing, or cannot be downloaded.
         """
         names = list(names)
+        self._require(names)
+        return self._fetch(names)
+
+    def _require(self, names: list[str]) -> None:
+        """Raise for a name that is not in the listing."""
         for name in names:
             if name not in self:
                 raise MissingFileError(
                     f"There is no {name} in {self}.{did_you_mean(name, self.files)} It holds {self.listing()}: "
                     "the checkpoint is incomplete, upload or fetch it again."
                 )
-        return self._fetch(names)
+
+    def origin(self, layout: str, files: Iterable[str]) -> Origin:
+        """Return the record of where an SAE lies.
+
+        Args:
+            layout: name of the format.
+            files: the files that hold it, relative to this folder.
+        """
+        return Origin(self.repo, self.address, self.revision, layout, tuple(files))
+
+    def source(self, name: str) -> ByteSource:
+        """Return a file to be read in part: a local one, or on the Hub by ranges until it is needed whole.
+
+        Raises:
+            MissingFileError: if it is not in the listing.
+        """
+        self._require([name])
+        return self._source(name)
+
+    def content(self, name: str) -> Content:
+        """Return what a tensor file holds, its tensors by their headers alone; read once.
+
+        Raises:
+            CheckpointError: if it is broken.
+            MissingFileError: if it is not in the listing, or cannot be had.
+        """
+        if name not in self._contents:
+            self._contents[name] = read_content(self.source(name), name)
+        return self._contents[name]
+
+    def tensors(self, name: str) -> dict[str, StoredTensor]:
+        """Return the tensors of a file that holds nothing else.
+
+        Raises:
+            CheckpointError: if it is broken, or holds something else.
+            MissingFileError: if it is not in the listing, or cannot be had.
+        """
+        return flat(self.content(name), f"{name} of {self}")
 
     def read_bytes(self, name: str) -> bytes:
         """Return the content of one (small) file."""
@@ -102,12 +173,8 @@ class Location(ABC):
         Raises:
             CheckpointError: if the file is not a JSON object, or too large to be a description.
         """
-        path = self.fetch([name]) / name
-        size = path.stat().st_size
-        if size > JSON_LIMIT:
-            raise CheckpointError(f"{name} of {self} has {size} bytes; expected a small JSON file.")
         try:
-            content = json.loads(path.read_bytes())
+            content = json.loads(self._description(name, JSON_LIMIT))
         except (ValueError, RecursionError) as error:
             raise CheckpointError(
                 f"{name} of {self} is not valid JSON ({error}): fetch or convert it again."
@@ -122,9 +189,37 @@ class Location(ABC):
         shown = ", ".join(files[:SHOWN_FILES]) or "no files"
         return f"{shown}, ... ({len(files)} files)" if len(files) > SHOWN_FILES else shown
 
+    def read_yaml(self, name: str) -> dict[str, Any]:
+        """Return the mapping that a YAML file holds.
+
+        Raises:
+            CheckpointError: if the file is not a YAML mapping, or too large to be a description.
+        """
+        try:
+            content = yaml.safe_load(self._description(name, YAML_LIMIT))
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise CheckpointError(
+                f"{name} of {self} is not valid YAML ({str(error)[:200]}): fetch it again."
+            ) from error
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{name} of {self} holds a YAML {type(content).__name__}; expected a mapping.")
+        return content
+
+    def _description(self, name: str, limit: int) -> bytes:
+        """Return the content of a file that describes something, refused if it is too large for that."""
+        path = self.fetch([name]) / name
+        size = path.stat().st_size
+        if size > limit:
+            raise CheckpointError(f"{name} of {self} has {size} bytes; expected a small description.")
+        return path.read_bytes()
+
     @abstractmethod
-    def _copy(self, subfolder: str) -> Location:
-        """Return the same place with another subfolder."""
+    def _copy(self, subfolder: str, file: str | None) -> Location:
+        """Return the same place with another subfolder, and the file in it that is meant."""
+
+    @abstractmethod
+    def _source(self, name: str) -> ByteSource:
+        """Return a file that is in the listing."""
 
     @abstractmethod
     def _fetch(self, names: list[str]) -> Path:
@@ -134,7 +229,9 @@ class Location(ABC):
 class LocalFolder(Location):
     """A folder on this machine."""
 
-    def __init__(self, repo: str, subfolder: str = "", all_files: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, repo: str, subfolder: str = "", all_files: Sequence[str] | None = None, file: str | None = None
+    ) -> None:
         self.root = Path(repo).expanduser()
         if all_files is None:
             all_files = [
@@ -142,10 +239,22 @@ class LocalFolder(Location):
                 for path in self.root.rglob("*")
                 if path.is_file() and not any(part.startswith(".") for part in path.relative_to(self.root).parts[:-1])
             ]
-        super().__init__(repo, subfolder, None, all_files)
+        super().__init__(repo, subfolder, None, all_files, file)
 
-    def _copy(self, subfolder: str) -> LocalFolder:
-        return LocalFolder(self.repo, subfolder, self._all_files)
+    def _copy(self, subfolder: str, file: str | None) -> LocalFolder:
+        return LocalFolder(self.repo, subfolder, self._all_files, file)
+
+    @property
+    def repo_id(self) -> str:
+        """The owner and name that the path ends with, or that the Hub cache has made part of it."""
+        path = self.root.absolute()
+        for folder in (path, *path.parents):
+            if folder.name.startswith("models--"):
+                return folder.name.removeprefix("models--").replace("--", "/")
+        return "/".join(path.parts[-2:])
+
+    def _source(self, name: str) -> ByteSource:
+        return LocalBytes(self.root / self.subfolder / name, f"{name} of {self}")
 
     def _fetch(self, names: list[str]) -> Path:
         return self.root / self.subfolder

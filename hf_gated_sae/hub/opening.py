@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 from ..errors import CheckpointError, MissingFileError, did_you_mean
@@ -67,11 +68,17 @@ def open_checkpoint(
     return formats[claims[0]].open(location, variant=variant)
 
 
-def sae_folders(location: Location) -> list[str]:
-    """Return the folders at or below `location`, relative to the root, that hold an SAE as far as names tell."""
+def sae_addresses(location: Location) -> list[str]:
+    """Return the folders and files at or below `location`, counted from the root, that hold an SAE by their names."""
     prefix = f"{location.subfolder}/" if location.subfolder else ""
-    found = {folder for layout in formats.values() for folder in layout.folders(location.files)}
-    return sorted((prefix + folder).rstrip("/") for folder in found)
+    found = {address for layout in formats.values() for address in layout.addresses(location)}
+    return sorted(((prefix + address).rstrip("/") for address in found), key=natural_order)
+
+
+def natural_order(address: str) -> list[tuple[bool, int, str]]:
+    """Return a key that sorts ``layer_2`` before ``layer_10``."""
+    parts = re.findall(r"\d+|\D+", address)
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
 
 
 def _shown(folders: list[str]) -> str:
@@ -85,7 +92,7 @@ def _no_such_folder(root: Location, location: Location) -> MissingFileError:
     """Explain a folder without files."""
     if not location.subfolder:
         return MissingFileError(f"{location} is empty; expected config.json and model.safetensors.")
-    known = [folder for folder in sae_folders(root) if folder] or root.folders
+    known = [folder for folder in sae_addresses(root) if folder] or root.folders
     return MissingFileError(
         f"{root} has no folder {location.subfolder!r}.{did_you_mean(location.subfolder, known)} "
         f"Pass subfolder= one of: {_shown(known) or 'there is none, the SAE is in the root'}."
@@ -94,10 +101,10 @@ def _no_such_folder(root: Location, location: Location) -> MissingFileError:
 
 def _nothing_found(root: Location, location: Location) -> CheckpointError | MissingFileError:
     """Explain a folder that no format claims."""
-    below = [folder for folder in sae_folders(location) if folder != location.subfolder]
+    below = [address for address in sae_addresses(location) if address != location.address]
     if below:
         return MissingFileError(
-            f"{location} itself holds no SAE, but folders in it do: pass subfolder= one of {_shown(below)}."
+            f"{location} itself holds no SAE, but what is in it does: pass subfolder= one of {_shown(below)}."
         )
     reasons = [reason for layout in formats.values() if (reason := layout.near_miss(location))]
     explained = " ".join(reasons) or f"It holds {location.listing()}; known formats: {', '.join(formats)}."

@@ -1,32 +1,23 @@
-"""A Hub repository at one commit, and the sentences for everything that can go wrong on the way to it."""
+"""A Hub repository at one commit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download, is_offline_mode, snapshot_download
-from huggingface_hub import errors as hub_errors
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    RevisionResolutionError,
-)
+from huggingface_hub import HfApi, hf_hub_download, is_offline_mode, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
 
-from ..errors import InputError, MissingFileError
+from ..errors import CheckpointError, InputError, MissingFileError
+from ..storage import ByteSource, LocalBytes
+from .integrity import is_intact
 from .location import Location
+from .remote import RemoteBytes
+from .trouble import TransportError, explained
 
-TransportError: type[Exception] = hub_errors.HTTPError  # type: ignore[attr-defined]  # not in its __all__
-"""Root of the errors of the HTTP library (httpx or httpx2) that the client is built on."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,8 +40,16 @@ class Access:
 class HubRepository(Location):
     """A folder of a Hub repository at one commit."""
 
-    def __init__(self, repo: str, subfolder: str, revision: str, all_files: Sequence[str], access: Access) -> None:
-        super().__init__(repo, subfolder, revision, all_files)
+    def __init__(
+        self,
+        repo: str,
+        subfolder: str,
+        revision: str,
+        all_files: Sequence[str],
+        access: Access,
+        file: str | None = None,
+    ) -> None:
+        super().__init__(repo, subfolder, revision, all_files, file)
         self.access = access
         self._fetched: dict[str, Path] = {}
 
@@ -84,31 +83,58 @@ class HubRepository(Location):
                     access = replace(access, offline=True)
             return cls(repo, "", commit, _cached(repo, commit, cache_dir), access)
 
-    def _copy(self, subfolder: str) -> HubRepository:
-        copy = HubRepository(self.repo, subfolder, self.revision or "", self._all_files, self.access)
+    def _copy(self, subfolder: str, file: str | None) -> HubRepository:
+        copy = HubRepository(self.repo, subfolder, self.revision or "", self._all_files, self.access, file)
         copy._fetched = self._fetched
         return copy
 
     def _fetch(self, names: list[str]) -> Path:
         prefix = f"{self.subfolder}/" if self.subfolder else ""
-        found = [self._fetch_one(prefix + name) for name in names]
+        found = [self.download(prefix + name) for name in names]
         return found[0].parents[names[0].count("/")] if found else Path()
 
-    def _fetch_one(self, path: str) -> Path:
-        """Return the local copy of one file, asked for once: its commit does not change."""
+    def _source(self, name: str) -> ByteSource:
+        path = f"{self.subfolder}/{name}" if self.subfolder else name
+        cached = try_to_load_from_cache(self.repo, path, cache_dir=self.access.cache_dir, revision=self.revision)
+        if self.access.offline or (isinstance(cached, str) and not self.access.force_download):
+            return LocalBytes(self.download(path), f"{self.repo}/{path}@{(self.revision or '')[:12]}")
+        return RemoteBytes(self, path)
+
+    def download(self, path: str) -> Path:
+        """Return the local copy of one file, counted from the root; asked for once, since a commit does not change.
+
+        Raises:
+            CheckpointError: if what arrives is not what the Hub announces, twice.
+            MissingFileError: if it cannot be had.
+        """
         if path not in self._fetched:
-            with explained(self.repo, self.revision, path):
-                local = hf_hub_download(
+            local = self._download(path, self.access.force_download)
+            if not is_intact(local):
+                if not self.access.offline:
+                    _log.warning("The cached %s of %s is corrupt; it is removed and fetched again.", path, self)
+                    local.resolve().unlink(missing_ok=True)
+                    local = self._download(path, force_download=True)
+                if not is_intact(local):
+                    raise CheckpointError(
+                        f"The content of {path} of {self} is not the one that the Hub announces, so it is corrupt and "
+                        "nothing was loaded. Fetch it again with force_download=True while online."
+                    )
+            self._fetched[path] = local
+        return self._fetched[path]
+
+    def _download(self, path: str, force_download: bool) -> Path:
+        with explained(self.repo, self.revision, path):
+            return Path(
+                hf_hub_download(
                     self.repo,
                     path,
                     revision=self.revision,
                     token=self.access.token,
                     cache_dir=self.access.cache_dir,
                     local_files_only=self.access.offline,
-                    force_download=self.access.force_download,
+                    force_download=force_download,
                 )
-            self._fetched[path] = Path(local)
-        return self._fetched[path]
+            )
 
 
 def _split(repo: str, revision: str | None) -> tuple[str, str | None]:
@@ -136,65 +162,3 @@ def _cached(repo: str, commit: str, cache_dir: str | None) -> list[str]:
         snapshot_download(repo, revision=commit, cache_dir=cache_dir, local_files_only=True, allow_patterns=[])
     )
     return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-
-
-@contextmanager
-def explained(repo: str, revision: str | None, file: str | None = None) -> Iterator[None]:
-    """Turn the client's errors into one sentence that says what was asked for and what to do.
-
-    Args:
-        repo: repository id.
-        revision: what the user asked for, or the commit.
-        file: the file that is being fetched; None while the repository is being looked up.
-    """
-    place = f"{repo}@{revision}" if revision else repo
-    what = f"{file} of {place}" if file else place
-    try:
-        yield
-    except HFValidationError as error:
-        raise InputError(
-            f"There is no folder {repo!r}, and it cannot be a Hub repository, whose name has the form 'owner/name'."
-        ) from error
-    except GatedRepoError as error:
-        raise MissingFileError(
-            f"The repository {repo} is gated: accept its conditions at {_page(repo)} while logged in, then pass "
-            "token= or run `hf auth login`."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise _no_such_repository(repo) from error
-    except RevisionNotFoundError as error:
-        raise MissingFileError(
-            f"The repository {repo} has no revision {revision!r}; expected a branch, a tag, 'refs/pr/N' or a commit. "
-            f"See {_page(repo)}/tree/main for what there is."
-        ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionError) as error:
-        raise MissingFileError(
-            f"{what} is not in the Hub cache, and the Hub could not be asked ({_reason(error)}). Load it once while "
-            "online (HF_HUB_OFFLINE unset, local_files_only=False), or pass a local folder."
-        ) from error
-    except EntryNotFoundError as error:
-        raise MissingFileError(f"There is no {what} on the Hub; upload it, or check the name.") from error
-    except (TransportError, OSError) as error:
-        if file is None and isinstance(error, HfHubHTTPError) and error.response.status_code == 404:
-            raise _no_such_repository(repo) from error
-        raise MissingFileError(
-            f"{what} could not be fetched from the Hub ({_reason(error)}). Nothing was loaded; try again."
-        ) from error
-
-
-def _no_such_repository(repo: str) -> MissingFileError:
-    return MissingFileError(
-        f"There is neither a folder {repo!r} nor a model repository of that name on the Hub that you may see. "
-        "Check the spelling; if it is private, pass token= or run `hf auth login`."
-    )
-
-
-def _page(repo: str) -> str:
-    """Return the address of a repository's page."""
-    return f"{HfApi().endpoint}/{repo}"
-
-
-def _reason(error: Any) -> str:
-    """Return the first line of an error, and of what it came from."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".:")

@@ -46,5 +46,5 @@ class Ablate(LatentEdit):
         """Return zeros or means, ``[B, S, n]``."""
         if self.mode == "zero":
             return latents.new_zeros(())
-        mean = self.sae.mean_activation[list(self.latents)]
+        mean = self.sae.mean_activation[self.sae.latent_indices(self.latents)]
         return mean.to(device=latents.device, dtype=latents.dtype).expand_as(latents)

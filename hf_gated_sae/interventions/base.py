@@ -39,12 +39,18 @@ class SiteRun:
         """Return the SAE on the activation's device."""
         return self._placed.get(id(sae), sae)
 
-    def latents(self, sae: SAEModel, indices: Tensor) -> Tensor:
+    def latents(self, sae: SAEModel, latents: list[int]) -> Tensor:
         """Return some latents of the clean activation, ``[B, S, n]``, from their encoder rows alone if possible."""
         placed = self.sae(sae)
         if placed.elementwise and id(sae) not in self._encoded:
-            return placed.encode(self.x.to(placed.dtype), indices)
-        return self.all_latents(sae)[..., indices]
+            return placed.encode(self.x.to(placed.dtype), latents)
+        return self.all_latents(sae)[..., placed.latent_indices(latents)]
+
+    def written(self, sae: SAEModel, written: Tensor) -> Tensor:
+        """Bring what an SAE's decoder writes to the units of the activation, ``[B, S, d]``."""
+        placed = self.sae(sae)
+        scale = placed.written_scale(self.x.to(placed.dtype))
+        return written if scale is None else written * scale
 
     def all_latents(self, sae: SAEModel) -> Tensor:
         """Return all latents of the clean activation, ``[B, S, d_sae]``; encoded once however many ask."""
@@ -166,17 +172,15 @@ class LatentEdit(Edit):
     def delta(self, run: SiteRun) -> Tensor:
         """Return the difference that the changed latents make, ``[B, S, d]``."""
         sae = run.sae(self.sae)
-        indices = sae.latent_indices(self.indices)
-        latents = run.latents(self.sae, indices)
-        return (self.change(latents) - latents) @ sae.W_dec[indices]
+        latents = run.latents(self.sae, self.indices)
+        return run.written(self.sae, (self.change(latents) - latents) @ sae.W_dec[sae.latent_indices(self.indices)])
 
     def mask(self, run: SiteRun) -> Tensor | bool:
         """Return which tokens to act on, the condition included."""
         mask = super().mask(run)
         if mask is False or not self.when:
             return mask
-        sae = run.sae(self.sae)
-        gates = run.latents(self.sae, sae.latent_indices(list(self.when)))
+        gates = run.latents(self.sae, list(self.when))
         bounds = torch.tensor(list(self.when.values()), dtype=gates.dtype, device=gates.device)
         met = (gates > bounds).all(-1)
         return met if mask is True else mask & met

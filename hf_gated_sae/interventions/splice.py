@@ -40,4 +40,5 @@ class Splice(Replacement):
 
     def replacement(self, run: SiteRun) -> Tensor:
         """Return the reconstruction, ``[B, S, d]``."""
-        return run.sae(self.sae).decode(run.all_latents(self.sae))
+        sae = run.sae(self.sae)
+        return sae.decode(run.all_latents(self.sae), run.x.to(sae.dtype))

@@ -40,7 +40,7 @@ class Steer(LatentEdit):
         super().__post_init__()
         if self.unit not in UNITS:
             raise unknown_name("steering unit", self.unit, UNITS)
-        if self.unit == "max" and not self.sae.max_activation[self.latent] > 0:
+        if self.unit == "max" and not self._maximum(self.sae) > 0:
             why = "it never fired on the recorded text" if self.sae.config.recorded_tokens else "nothing was recorded"
             raise InputError(
                 f"Steer measures strength in units of the latent's maximum activation, and latent {self.latent} has "
@@ -57,10 +57,13 @@ class Steer(LatentEdit):
         return latents + self._added(self.sae).to(latents)
 
     def _added(self, sae: SAEModel) -> Tensor:
-        unit = sae.max_activation[self.latent] if self.unit == "max" else sae.max_activation.new_ones(())
-        return self.strength * unit
+        return self.strength * (self._maximum(sae) if self.unit == "max" else sae.max_activation.new_ones(()))
+
+    def _maximum(self, sae: SAEModel) -> Tensor:
+        """Return the latent's recorded maximum."""
+        return sae.max_activation[sae.latent_indices([self.latent])[0]]
 
     def delta(self, run: SiteRun) -> Tensor:
-        """Return the direction times the strength, ``[d]``: the same at every token."""
+        """Return the direction times the strength, ``[d]``; per token where the SAE normalises each token."""
         sae = run.sae(self.sae)
-        return self._added(sae) * sae.W_dec[self.latent]
+        return run.written(self.sae, self._added(sae) * sae.W_dec[sae.latent_indices([self.latent])[0]])

@@ -13,7 +13,8 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import PreTrainedConfig
 
-from ..errors import InputError, did_you_mean
+from ..errors import InputError, did_you_mean, unknown_name
+from ..functional.frames import FRAMES
 
 # Keys that transformers itself writes to config.json or passes through while loading.
 _TRANSFORMERS_KEYS = frozenset(
@@ -32,9 +33,17 @@ class SAEConfig(PreTrainedConfig):
         d_sae: number of latents.
         d_out: width of what the decoder writes; `d_in` unless the SAE is a transcoder.
         site: where in the base model the SAE belongs, such as ``"resid_post.12"`` or ``"model.layers.12.output"``.
+        site_out: for a transcoder, where its output belongs; None for an SAE, which writes where it reads.
         base_model: repository id (or folder) of the model whose activations it was trained on.
         base_model_revision: commit of that model.
         apply_b_dec_to_input: whether the decoder bias is subtracted from the input before encoding.
+        skip_connection: whether a transcoder also adds ``x @ W_skip.T``.
+        normalization: what is done to each token before encoding: ``"none"``, ``"center"``, ``"layer_norm"``,
+            ``"unit_norm"`` or ``"rms_norm"``, see `functional.frames`. An SAE undoes it after decoding; a transcoder,
+            whose output lies elsewhere, does not.
+        normalization_eps: added to the mean square in ``"rms_norm"``.
+        trained_on_bos: whether the beginning-of-sequence token was among the training activations; None if unknown.
+        kept_latents: the latents that are held, by their number in the full SAE; None for all of them.
         recorded_tokens: number of tokens on which `max_activation` and `mean_activation` were measured; 0 if never.
     """
 
@@ -45,9 +54,15 @@ class SAEConfig(PreTrainedConfig):
     d_sae: int
     d_out: int | None = None
     site: str | None = None
+    site_out: str | None = None
     base_model: str | None = None
     base_model_revision: str | None = None
     apply_b_dec_to_input: bool = True
+    skip_connection: bool = False
+    normalization: str = "none"
+    normalization_eps: float = 1e-6
+    trained_on_bos: bool | None = None
+    kept_latents: list[int] | None = None
     recorded_tokens: int = 0
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -123,6 +138,32 @@ class SAEConfig(PreTrainedConfig):
     def architecture(self) -> str:
         """Short name of the architecture, such as ``"gated"``."""
         return str(self.model_type).removesuffix("_sae")
+
+    @property
+    def rows(self) -> int:
+        """Number of latents that are held: rows of every per-latent tensor."""
+        return self.d_sae if self.kept_latents is None else len(self.kept_latents)
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether the output belongs to another site than the input."""
+        return self.site_out is not None and self.site_out != self.site
+
+    def validate_normalization(self) -> None:
+        """Check that the normalisation is known."""
+        if self.normalization != "none" and self.normalization not in FRAMES:
+            raise unknown_name("normalization", self.normalization, ["none", *FRAMES], error=InputError)
+
+    def validate_kept_latents(self) -> None:
+        """Check that the held latents exist, each once."""
+        if self.kept_latents is None:
+            return
+        whole = all(type(latent) is int and 0 <= latent < self.d_sae for latent in self.kept_latents)
+        if not whole or len(set(self.kept_latents)) != len(self.kept_latents):
+            raise InputError(
+                f"kept_latents is {str(self.kept_latents)[:80]}; expected different numbers, each "
+                f"from 0 to {self.d_sae - 1}."
+            )
 
     def validate_widths(self) -> None:
         """Check that the widths are positive and fit together (run by huggingface_hub's strict dataclasses)."""

@@ -3,22 +3,59 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
+from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from ..errors import CheckpointError, InputError, did_you_mean
+from ..errors import CheckpointError, InputError, LatentIndexError, did_you_mean
 from ..registry import LateBound
+from ..storage import StoredTensor
 
 if TYPE_CHECKING:
     from .config import SAEConfig
     from .model import SAEModel
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an SAE came from.
+
+    Attributes:
+        repo: repository id or folder.
+        subfolder: the SAE's folder or file inside it, empty for the root.
+        revision: commit that `repo` was pinned to; None for a local folder.
+        format: name of the layout.
+        files: the files that hold it, relative to its folder.
+        folder: where the files lie on this machine, as far as they were fetched whole; None if they were not.
+        bytes_read: bytes read to load it: of mapped tensors their size, whether or not all of it was touched.
+    """
+
+    repo: str
+    subfolder: str = ""
+    revision: str | None = None
+    format: str = "native"
+    files: tuple[str, ...] = ()
+    folder: Path | None = None
+    bytes_read: int = field(default=0, compare=False)
+
+    def __str__(self) -> str:
+        """Return the name to use in messages."""
+        place = f"{self.repo}/{self.subfolder}" if self.subfolder else self.repo
+        return f"{place}@{self.revision[:12]}" if self.revision else place
+
+
+Tensors = dict[str, Tensor]
+
+
+def as_stored(tensors: Tensors) -> Tensors:
+    """Return the tensors unchanged: the layout has our names, shapes and conventions."""
+    return tensors
 
 
 @dataclass(frozen=True)
@@ -27,32 +64,79 @@ class Checkpoint:
 
     Attributes:
         model_class: the architecture's class.
-        config: its complete configuration; None where `SAEModel.from_pretrained` was given one.
-        tensors: dtype (as safetensors names it) and shape of every stored tensor, where that is known without loading.
-        repo: repository id or folder.
-        subfolder: folder inside it, empty for the root.
-        revision: commit that `repo` was pinned to; None for a local folder.
-        folder: where ``config.json`` and the weights lie on this machine; None if `arguments` hold them.
-        arguments: what `transformers.PreTrainedModel.from_pretrained` has to be called with to load it.
+        config: its complete configuration.
+        origin: where it lies.
+        stored: its tensors, known by their headers; one row per latent (transposed lazily where the file has columns).
+        shared: names among them of tensors that are not one row per latent.
+        finish: turns the tensors read into those of the architecture. It must be row-wise in the latents, may write
+            into its input, and must work on the meta device, where shapes are tried before anything is read.
     """
 
     model_class: type[SAEModel]
-    repo: str
-    subfolder: str = ""
-    revision: str | None = None
-    folder: Path | None = None
-    config: SAEConfig | None = None
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    config: SAEConfig
+    origin: Origin
+    stored: Mapping[str, StoredTensor] = field(default_factory=dict)
+    shared: frozenset[str] = frozenset({"b_dec", "W_skip"})
+    finish: Callable[[Tensors], Tensors] = as_stored
 
     def __str__(self) -> str:
         """Return the name to use in messages."""
-        place = f"{self.repo}/{self.subfolder}" if self.subfolder else self.repo
-        return f"{place}@{self.revision[:12]}" if self.revision else place
+        return str(self.origin)
+
+    def shapes(self, config: SAEConfig) -> Tensors:
+        """Return the finished tensors on the meta device, for an SAE that holds the latents `config` says.
+
+        Raises:
+            CheckpointError: if the stored shapes do not fit each other.
+        """
+        empty = {}
+        for name, tensor in self.stored.items():
+            shape = tensor.shape
+            if self._per_latent(name) and config.kept_latents != self.config.kept_latents:
+                shape = (config.rows, *shape[1:])
+            empty[name] = torch.empty(shape, dtype=tensor.dtype, device="meta")
+        try:
+            return self.finish(empty)
+        except (RuntimeError, IndexError, KeyError, ValueError) as error:
+            shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in self.stored.items())
+            raise CheckpointError(
+                f"The tensors of {self} do not fit each other ({str(error).splitlines()[0]}): it holds {shapes}. "
+                "Fetch or convert it again."
+            ) from error
+
+    def read(self, config: SAEConfig) -> Tensors:
+        """Return the finished tensors; of an SAE that holds only some latents, only their rows are read."""
+        rows = self._rows(config)
+        read = {}
+        for name, tensor in self.stored.items():
+            read[name] = tensor.read() if rows is None or not self._per_latent(name) else tensor.rows(rows)
+        return self.finish(read)
+
+    def bytes_read(self) -> int:
+        """Return how many bytes have been read of its files."""
+        sources = {id(tensor.source): tensor.source for tensor in self.stored.values()}
+        return sum(source.bytes_read for source in sources.values())
+
+    def _per_latent(self, name: str) -> bool:
+        return name not in self.shared and self.stored[name].ndim > 0
+
+    def _rows(self, config: SAEConfig) -> list[int] | None:
+        """Return which stored rows are wanted; None for all."""
+        wanted, held = config.kept_latents, self.config.kept_latents
+        if wanted is None or wanted == held:
+            return None
+        if held is None:
+            return wanted
+        place = {latent: row for row, latent in enumerate(held)}
+        if missing := [latent for latent in wanted if latent not in place]:
+            raise LatentIndexError(
+                f"{self} holds {len(held)} of {config.d_sae} latents, and latent {missing[0]} is not among them."
+            )
+        return [place[latent] for latent in wanted]
 
 
 # Say where a checkpoint is: used up once its files are on this machine.
-PLACE_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
+PLACE_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "variant")
 
 open_checkpoint = LateBound("hf_gated_sae.hub.opening", "open_checkpoint")
 
@@ -87,6 +171,14 @@ def effective_config(
     """
     config_class = checkpoint.model_class.config_class
     settings = {name: value for name, value in arguments.items() if name not in PLACE_ARGUMENTS}
+    latents = settings.pop("latents", None)
+    if latents is not None:
+        if not checkpoint.model_class.sliceable:
+            raise InputError(
+                f"{checkpoint} is a {checkpoint.model_class.__name__}, whose latents cannot be held alone: load it "
+                "without latents=."
+            )
+        settings["kept_latents"] = [int(latent) for latent in latents]
     given = {name: settings.pop(name) for name in config_class.own_fields() if name in settings}
     chosen = checkpoint.config if config is None else config
     if not isinstance(chosen, config_class):
@@ -107,15 +199,10 @@ def explained(checkpoint: Checkpoint) -> Iterator[None]:
         if unexpected is None:
             raise
         fields = list(checkpoint.model_class.config_class.own_fields())
-        known = [*PLACE_ARGUMENTS, *fields, "subfolder", "config", "dtype", "device_map", "variant"]
+        known = [*PLACE_ARGUMENTS, *fields, "subfolder", "latents", "config", "dtype", "device_map"]
         raise InputError(
             f"from_pretrained has no argument {unexpected[1]!r}.{did_you_mean(unexpected[1], known)} It takes those "
             f"of transformers, and the configuration's keys {', '.join(fields)}."
-        ) from error
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"The weights of {checkpoint} cannot be read ({error}): expected complete safetensors files. Fetch them "
-            "again."
         ) from error
 
 
@@ -147,32 +234,50 @@ def require_complete(where: str, info: Mapping[str, Any], expected: list[str]) -
 
 
 def require_headers(checkpoint: Checkpoint, config: SAEConfig) -> None:
-    """Raise unless the stored tensors are those of the architecture; before anything of their size is allocated.
+    """Raise unless the stored tensors are those of the architecture; before anything of their size is read.
 
     Raises:
         CheckpointError: naming every tensor at fault.
     """
-    if not checkpoint.tensors:
-        return
+    for name, tensor in checkpoint.stored.items():
+        if not tensor.dtype.is_floating_point:
+            raise CheckpointError(
+                f"The checkpoint {checkpoint} holds {name} as {tensor.dtype}; expected floating-point numbers: fetch "
+                "or convert it again."
+            )
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in checkpoint.model_class(config).state_dict().items()}
-    stored = checkpoint.tensors
+    stored = {name: tuple(tensor.shape) for name, tensor in checkpoint.shapes(config).items()}
     faults = {
-        "missing_keys": set(expected) - set(stored),
+        "missing_keys": set(expected) - set(stored) - set(_unrecorded(checkpoint, config)),
         "unexpected_keys": set(stored) - set(expected),
         "mismatched_keys": [
-            (name, stored[name][1], expected[name])
+            (name, stored[name], expected[name])
             for name in set(stored) & set(expected)
-            if stored[name][1] != expected[name]
+            if stored[name] != expected[name]
         ],
     }
     require_complete(str(checkpoint), faults, list(expected))
-    for name, (dtype, _) in stored.items():
-        if not dtype.startswith(("F", "BF")):
-            raise CheckpointError(
-                f"The checkpoint {checkpoint} holds {name} as {dtype}; expected floating-point numbers: fetch or "
-                "convert it again."
-            )
+
+
+def _unrecorded(checkpoint: Checkpoint, config: SAEConfig) -> Tensors:
+    """Return zeros for the statistics that only our own layout has; nothing was recorded, and the config says so."""
+    if checkpoint.origin.format == "native":
+        return {}
+    return {name: torch.zeros(config.rows) for name in ("max_activation", "mean_activation")}
+
+
+def read_tensors(checkpoint: Checkpoint, config: SAEConfig) -> Tensors:
+    """Return every tensor of the architecture, read from the checkpoint.
+
+    Raises:
+        CheckpointError: if the tensors are not those of the architecture.
+    """
+    require_headers(checkpoint, config)
+    tensors = {**_unrecorded(checkpoint, config), **checkpoint.read(config)}
+    if config.dtype is None:
+        config.dtype = tensors["W_dec"].dtype
+    return tensors
 
 
 def require_finite(where: str, model: SAEModel) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,17 +15,18 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from ..errors import CheckpointError, InputError, LatentIndexError, ShapeError
+from ..functional.frames import FRAMES, Frame
 from ..registry import LateBound, Registry
 from .config import SAEConfig
 from .loading import (
-    Checkpoint,
+    Origin,
     effective_config,
     explained,
     open_checkpoint,
     quiet_transformers,
+    read_tensors,
     require_complete,
     require_finite,
-    require_headers,
 )
 from .output import SAEOutput, TrainingLoss
 from .saving import replaced_together
@@ -46,6 +48,7 @@ class SAEModel(PreTrainedModel):
         W_enc_T: encoder ``[d_sae, d_in]``.
         W_dec: decoder ``[d_sae, d_out]``.
         b_dec: decoder bias ``[d_out]``.
+        W_skip: ``[d_out, d_in]``; only of a transcoder with ``config.skip_connection``.
         max_activation: largest value of each latent on the recorded text, ``[d_sae]`` float32.
         mean_activation: mean value of each latent on the recorded text, zeros included, ``[d_sae]`` float32.
             Both mean something only if ``config.recorded_tokens`` is not 0; `record_statistics` fills them.
@@ -59,6 +62,9 @@ class SAEModel(PreTrainedModel):
 
     elementwise: ClassVar[bool] = True
     """Whether a latent depends on its own pre-latent only, so that a few latents cost a few encoder rows."""
+
+    sliceable: ClassVar[bool] = True
+    """Whether a few latents can be held alone: whether every tensor is one row per latent, or shared by all."""
 
     W_enc_T: nn.Parameter
     W_dec: nn.Parameter
@@ -83,11 +89,13 @@ class SAEModel(PreTrainedModel):
                 "SAEModel is the common base class; build an architecture, such as GatedSAE(GatedSAEConfig(...)), "
                 f"or load one with SAEModel.from_pretrained(...). Architectures: {', '.join(architectures)}."
             )
-        self.W_enc_T = nn.Parameter(torch.empty(config.d_sae, config.d_in))
-        self.W_dec = nn.Parameter(torch.empty(config.d_sae, self.d_out))
+        self.W_enc_T = nn.Parameter(torch.empty(config.rows, config.d_in))
+        self.W_dec = nn.Parameter(torch.empty(config.rows, self.d_out))
         self.b_dec = nn.Parameter(torch.empty(self.d_out))
-        self.register_buffer("max_activation", torch.empty(config.d_sae, dtype=torch.float32))
-        self.register_buffer("mean_activation", torch.empty(config.d_sae, dtype=torch.float32))
+        if config.skip_connection:
+            self.W_skip = nn.Parameter(torch.empty(self.d_out, config.d_in))
+        self.register_buffer("max_activation", torch.empty(config.rows, dtype=torch.float32))
+        self.register_buffer("mean_activation", torch.empty(config.rows, dtype=torch.float32))
 
     # ------------------------------------------------------------------ the equations
 
@@ -125,23 +133,77 @@ class SAEModel(PreTrainedModel):
                 f"[..., {self.config.d_in}]. Check that site {self.config.site!r} of {self.config.base_model!r} is "
                 "meant."
             )
+        if not self.elementwise and self.config.kept_latents is not None:
+            raise LatentIndexError(
+                f"Whether a latent of a {type(self).__name__} is on depends on all of them, and only "
+                f"{self.config.rows} of {self.config.d_sae} were loaded: load it without latents=."
+            )
+        frame = self.frame(x)
+        if frame is not None:
+            x = frame.enter(x)
         return self._encode(x, None if latents is None else self.latent_indices(latents))
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, x: Tensor | None = None) -> Tensor:
         """Turn latents into a reconstruction, ``latents @ W_dec + b_dec``.
 
         Args:
             latents: ``[..., d_sae]``.
+            x: the activations ``[..., d_in]`` that were encoded; needed only where the SAE normalises each token or
+                has a skip connection, and ignored elsewhere.
 
         Returns:
-            Reconstruction ``[..., d_out]``.
+            Reconstruction ``[..., d_out]``, in the units of `x`.
 
         Raises:
             ShapeError: if the last axis is not `d_sae` wide.
+            InputError: if `x` is needed and not given.
+            LatentIndexError: if only some latents were loaded.
         """
+        if self.config.kept_latents is not None:
+            raise LatentIndexError(
+                f"Only {self.config.rows} of {self.config.d_sae} latents were loaded, which do not make up a "
+                "reconstruction: load the SAE without latents=."
+            )
         if latents.shape[-1:] != (self.config.d_sae,):
             raise ShapeError(f"Given latents {list(latents.shape)}, expected [..., d_sae = {self.config.d_sae}].")
+        written = self._decode(latents)
+        if self.config.skip_connection:
+            written = written + nn.functional.linear(self._needed(x), self.W_skip)
+        frame = self._frame_out(x)
+        return written if frame is None else frame.leave(written)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Decode in the SAE's own frame."""
         return latents @ self.W_dec + self.b_dec
+
+    def frame(self, x: Tensor) -> Frame | None:
+        """Return shift and scale of the normalisation of every token of ``x [..., d_in]``; None if there is none."""
+        name = self.config.normalization
+        return None if name == "none" else FRAMES[name](x, self.config.normalization_eps)
+
+    def written_scale(self, x: Tensor) -> Tensor | None:
+        """Return what one unit that the decoder writes is worth at each token of `x`, ``[..., 1]``; None for 1."""
+        frame = self._frame_out(x)
+        return None if frame is None else frame.scale
+
+    def _frame_out(self, x: Tensor | None) -> Frame | None:
+        """Return the frame in which the decoder writes: that of the input, unless the output lies elsewhere."""
+        if self.config.normalization == "none" or self.config.is_transcoder:
+            return None
+        return self.frame(self._needed(x))
+
+    def _needed(self, x: Tensor | None) -> Tensor:
+        """Return the input that decoding needs.
+
+        Raises:
+            InputError: if there is none.
+        """
+        if x is None:
+            raise InputError(
+                f"This SAE (normalization {self.config.normalization!r}, skip_connection "
+                f"{self.config.skip_connection}) needs the activations to decode: call decode(latents, x) or sae(x)."
+            )
+        return x
 
     def forward(self, x: Tensor) -> SAEOutput:
         """Encode and decode.
@@ -153,7 +215,7 @@ class SAEModel(PreTrainedModel):
             Reconstruction ``[..., d_out]`` and latents ``[..., d_sae]``.
         """
         latents = self.encode(x)
-        return SAEOutput(reconstruction=self.decode(latents), latents=latents)
+        return SAEOutput(reconstruction=self.decode(latents, x), latents=latents)
 
     def _project(self, x: Tensor, latents: Tensor | None) -> Tensor:
         """Return ``(x - b_dec) @ W_enc`` (``x @ W_enc`` without `apply_b_dec_to_input`) for the selected latents."""
@@ -178,17 +240,22 @@ class SAEModel(PreTrainedModel):
         """Width of the reconstruction."""
         return self.config.d_out or self.config.d_in
 
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of what is encoded for one token, ``(d_in,)``; with an axis of sites where several are read."""
+        return (self.config.d_in,)
+
     def latent_indices(self, latents: Sequence[int] | Tensor) -> Tensor:
-        """Check latent indices and bring them to the SAE's device.
+        """Return the rows of the per-latent tensors that belong to latents, on the SAE's device.
 
         Args:
             latents: indices, each in ``0 .. d_sae - 1``.
 
         Returns:
-            Indices ``[n]``, int64.
+            Rows ``[n]``, int64: the indices themselves, unless only some latents were loaded.
 
         Raises:
-            LatentIndexError: naming the first index that is out of range.
+            LatentIndexError: naming the first index that is out of range or was not loaded.
         """
         indices = torch.as_tensor(latents, dtype=torch.int64, device=self.W_dec.device).reshape(-1)
         outside = indices[(indices < 0) | (indices >= self.config.d_sae)]
@@ -197,7 +264,16 @@ class SAEModel(PreTrainedModel):
                 f"Latent {int(outside[0])} does not exist: this SAE has d_sae = {self.config.d_sae} latents, "
                 f"0 .. {self.config.d_sae - 1}."
             )
-        return indices
+        held = self.config.kept_latents
+        if held is None:
+            return indices
+        row_of = {latent: row for row, latent in enumerate(held)}
+        if missing := [latent for latent in indices.tolist() if latent not in row_of]:
+            raise LatentIndexError(
+                f"Latent {missing[0]} was not loaded: this SAE holds {len(held)} of its {self.config.d_sae} latents. "
+                f"Load it with latents=[..., {missing[0]}]."
+            )
+        return torch.tensor([row_of[latent] for latent in indices.tolist()], device=indices.device, dtype=torch.int64)
 
     @torch.no_grad()
     def record_statistics(self, max_activation: Tensor, mean_activation: Tensor, tokens: int) -> None:
@@ -233,6 +309,14 @@ class SAEModel(PreTrainedModel):
     def get_input_embeddings(self) -> None:  # quantisers ask every model; an SAE has none
         """Return None: an SAE has no embeddings."""
 
+    @classmethod
+    def shared_names(cls, config: SAEConfig) -> frozenset[str]:
+        """Return the names of the tensors that are not one row per latent: those that stay when no latent is held."""
+        none_held = type(config).from_dict({**config.to_dict(), "kept_latents": []})
+        with torch.device("meta"):
+            full, bare = cls(config).state_dict(), cls(none_held).state_dict()
+        return frozenset(name for name, tensor in full.items() if tensor.shape == bare[name].shape)
+
     # ------------------------------------------------------------------ disk and Hub
 
     @classmethod
@@ -241,6 +325,7 @@ class SAEModel(PreTrainedModel):
         pretrained_model_name_or_path: str | os.PathLike[str] | None,
         subfolder: str = "",
         *,
+        latents: Sequence[int] | None = None,
         config: SAEConfig | None = None,
         output_loading_info: bool = False,
         **kwargs: Any,
@@ -249,7 +334,9 @@ class SAEModel(PreTrainedModel):
 
         Args:
             pretrained_model_name_or_path: repository id or folder; None together with `config` and ``state_dict=``.
-            subfolder: folder of the SAE inside the repository.
+            subfolder: folder (or file) of the SAE inside the repository.
+            latents: read only these latents, a few rows of every tensor, from disk or over HTTP range requests. The
+                SAE keeps their numbers and acts in interventions on them exactly as the full one does.
             config: use this configuration instead of the stored one.
             output_loading_info: also return transformers' loading info.
             **kwargs: as for any transformers model: ``revision``, ``token``, ``cache_dir``, ``local_files_only``,
@@ -269,38 +356,56 @@ class SAEModel(PreTrainedModel):
                     "Given neither a checkpoint nor config=; pass a repository id, a folder, or both "
                     "config= and state_dict=."
                 )
-            checkpoint = Checkpoint(architectures[config.architecture], repo="the given state_dict")
-        else:
-            checkpoint = open_checkpoint(os.fspath(pretrained_model_name_or_path), subfolder, **kwargs)
-        if not issubclass(checkpoint.model_class, cls):
-            raise CheckpointError(
-                f"The checkpoint {checkpoint} is a {checkpoint.model_class.__name__}, not a {cls.__name__}: load it "
-                f"with {checkpoint.model_class.__name__}.from_pretrained or SAEModel.from_pretrained."
+            return cls._from_tensors(config, output_loading_info, kwargs)
+        checkpoint = open_checkpoint(os.fspath(pretrained_model_name_or_path), subfolder, **kwargs)
+        cls._require_class(checkpoint.model_class, f"checkpoint {checkpoint}")
+        config, settings = effective_config(checkpoint, config, {**kwargs, "latents": latents})
+        with explained(checkpoint):
+            tensors = read_tensors(checkpoint, config)
+            model, info = checkpoint.model_class._load_strictly(
+                str(checkpoint), {**settings, "config": config, "state_dict": tensors}
             )
-        config, settings = effective_config(checkpoint, config, kwargs)
-        require_headers(checkpoint, config)
-        arguments = {**settings, **checkpoint.arguments, "config": config}
-        model, info = checkpoint.model_class._load_strictly(checkpoint, arguments)
-        model._checkpoint = checkpoint
-        model.name_or_path = model.config.name_or_path = checkpoint.repo
+        model._checkpoint = replace(checkpoint.origin, bytes_read=checkpoint.bytes_read())
+        model.name_or_path = model.config.name_or_path = checkpoint.origin.repo
         return (model, info) if output_loading_info else model
 
     @classmethod
-    def _load_strictly(cls, checkpoint: Checkpoint, arguments: dict[str, Any]) -> tuple[SAEModel, dict[str, Any]]:
-        """Let transformers load, then raise for everything that it would only have warned of."""
-        with quiet_transformers(), explained(checkpoint):
+    def _from_tensors(cls, config: SAEConfig, output_loading_info: bool, arguments: dict[str, Any]) -> Any:
+        """Build an SAE from a configuration and ``state_dict=``."""
+        model_class = architectures[config.architecture]
+        cls._require_class(model_class, "given configuration")
+        model, info = model_class._load_strictly("given as state_dict", {**arguments, "config": config})
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _require_class(cls, found: type[SAEModel], what: str) -> None:
+        """Raise unless what was found is of the class that was asked for.
+
+        Raises:
+            CheckpointError: naming both.
+        """
+        if not issubclass(found, cls):
+            raise CheckpointError(
+                f"The {what} is a {found.__name__}, not a {cls.__name__}: load it with {found.__name__}."
+                "from_pretrained or SAEModel.from_pretrained."
+            )
+
+    @classmethod
+    def _load_strictly(cls, where: str, arguments: dict[str, Any]) -> tuple[SAEModel, dict[str, Any]]:
+        """Let transformers build it around the tensors, then raise for all that it would only have warned of."""
+        with quiet_transformers():
             loaded: Any = super().from_pretrained(
-                checkpoint.folder, output_loading_info=True, **{**arguments, "ignore_mismatched_sizes": True}
+                None, output_loading_info=True, **{**arguments, "ignore_mismatched_sizes": True}
             )
         model, info = loaded
-        require_complete(str(checkpoint), info, list(model.state_dict()))
-        require_finite(str(checkpoint), model)
+        require_complete(where, info, list(model.state_dict()))
+        require_finite(where, model)
         return model, info
 
-    _checkpoint: Checkpoint | None = None
+    _checkpoint: Origin | None = None
 
     @property
-    def checkpoint(self) -> Checkpoint | None:
+    def checkpoint(self) -> Origin | None:
         """Where this SAE was loaded from, with the commit; None for one that was built or trained here."""
         return self._checkpoint
 

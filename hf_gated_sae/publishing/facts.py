@@ -17,7 +17,7 @@ from safetensors import safe_open
 from ..errors import CheckpointError, InputError, did_you_mean
 from ..evaluation import FidelityReport
 from ..modeling import SAEModel
-from ..modeling.loading import Checkpoint
+from ..modeling.loading import Origin
 
 FACTS_FILE = "sae_metrics.json"
 SCHEMA = 1
@@ -132,7 +132,7 @@ def _numbers(values: Mapping[str, float | None]) -> dict[str, float | None]:
     return {name: None if value is None or not math.isfinite(value) else value for name, value in values.items()}
 
 
-def read_facts(source: str | os.PathLike[str] | Checkpoint | SAEModel) -> CardFacts:
+def read_facts(source: str | os.PathLike[str] | Origin | SAEModel) -> CardFacts:
     """Return what is known about an SAE.
 
     Args:
@@ -147,7 +147,7 @@ def read_facts(source: str | os.PathLike[str] | Checkpoint | SAEModel) -> CardFa
     """
     if isinstance(source, SAEModel):
         return _facts_of(source)
-    if isinstance(source, Checkpoint):
+    if isinstance(source, Origin):
         return CardFacts() if source.folder is None else read_facts(source.folder)
     path = Path(source) / FACTS_FILE
     if not path.is_file():
@@ -176,14 +176,15 @@ def _facts_of(sae: SAEModel) -> CardFacts:
 def _has_weights_of(sae: SAEModel, folder: Path) -> bool:
     """Whether the SAE's tensors are those stored in a folder, up to the dtype that it was loaded in."""
     tensors = sae.state_dict()
-    for file in folder.glob("model*.safetensors"):
+    files = sorted(folder.glob("model*.safetensors"))
+    for file in files:
         with safe_open(file, framework="pt") as stored:
             for name in stored.keys():  # noqa: SIM118  # not a mapping
                 if name not in tensors or not torch.equal(
                     stored.get_tensor(name).to(tensors[name].dtype), tensors[name].cpu()
                 ):
                     return False
-    return True
+    return bool(files)
 
 
 def write_facts(facts: CardFacts, folder: str | os.PathLike[str]) -> Path:

@@ -14,9 +14,9 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
 from ..errors import InputError, PublishError
-from ..formats import formats
+from ..formats.native import native_folders
 from ..hub.location import clean_subfolder
-from ..hub.repository import TransportError
+from ..hub.trouble import TransportError
 from ..modeling import SAEModel
 from ..modeling.saving import WEIGHT_FILES
 from .facts import FACTS_FILE, CardFacts, read_facts, write_facts
@@ -172,7 +172,7 @@ def _write_index(target: _Target, sae: SAEModel, facts: CardFacts, folder: Path,
         places = {name: config.get(name) for name in ("base_model", "site", "d_in", "d_sae")}
         return {"architecture": architecture, **places, "metrics": metrics}
 
-    folders = [found for found in formats["native"].folders(sorted(target.files)) if found]
+    folders = [found for found in native_folders(target.files) if found]
     entries = updated_index(read_index(target.read(INDEX_FILE)), folders, subfolder, entry(sae, facts), describe)
     card = merge(
         target.read(CARD_FILE),

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from hf_gated_sae import SAEModel
 from hf_gated_sae.errors import CheckpointError, MissingFileError
-from hf_gated_sae.formats import CheckpointFormat, formats
+from hf_gated_sae.formats import CheckpointFormat, Example, formats
 from hf_gated_sae.hub import Location, locate
-from hf_gated_sae.hub.opening import sae_folders
+from hf_gated_sae.hub.opening import sae_addresses
 from hf_gated_sae.modeling.loading import Checkpoint
 from tests.support.example_saes import example
 
@@ -26,7 +26,11 @@ def second_format() -> Iterator[str]:
 
         name = "greedy"
 
-        def folders(self, files: Sequence[str]) -> list[str]:
+        def addresses(self, location: Location) -> list[str]:
+            """Return nothing."""
+            return []
+
+        def examples(self, root: Path) -> list[Example]:
             """Return nothing."""
             return []
 
@@ -70,10 +74,10 @@ def test_folders_with_an_sae_are_found_by_names_alone(tmp_path: Path) -> None:
     example().save_pretrained(tmp_path / "c")
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "config.json").write_text("not read")
-    assert sae_folders(locate(str(tmp_path))) == ["a/b", "c"]
-    assert sae_folders(locate(str(tmp_path)).at("a")) == ["a/b"]
+    assert sae_addresses(locate(str(tmp_path))) == ["a/b", "c"]
+    assert sae_addresses(locate(str(tmp_path)).at("a")) == ["a/b"]
     example().save_pretrained(tmp_path)
-    assert sae_folders(locate(str(tmp_path))) == ["", "a/b", "c"]
+    assert sae_addresses(locate(str(tmp_path))) == ["", "a/b", "c"]
 
 
 def test_variant(tmp_path: Path) -> None:

@@ -164,10 +164,12 @@ CORRUPTIONS: dict[str, tuple[Corruption, type[SAEError], str]] = {
     "NaN": (_not_finite(float("nan")), CheckpointError, "1 NaN or infinite values in W_dec"),
     "infinity": (_not_finite(float("inf")), CheckpointError, "1 NaN or infinite values in W_dec"),
     "complex numbers": (
-        tensors(lambda t: t.update(W_dec=t["W_dec"].to(torch.complex64))), CheckpointError, "W_dec as C64; expected"
+        tensors(lambda t: t.update(W_dec=t["W_dec"].to(torch.complex64))),
+        CheckpointError, "W_dec.*C64.*not a tensor of a type known",
     ),
     "whole numbers": (
-        tensors(lambda t: t.update(W_dec=t["W_dec"].to(torch.int8))), CheckpointError, "W_dec as I8; expected floating"
+        tensors(lambda t: t.update(W_dec=t["W_dec"].to(torch.int8))),
+        CheckpointError, "W_dec as torch.int8; expected floating",
     ),
     # the index of the shards
     "index is broken": (

@@ -1,0 +1,55 @@
+"""Short names of base models, as other libraries write them, and their repositories on the Hub."""
+
+from __future__ import annotations
+
+REPOSITORIES = {
+    "gpt2": "openai-community/gpt2",
+    "gpt2-small": "openai-community/gpt2",
+    "gpt2-medium": "openai-community/gpt2-medium",
+    "gpt2-large": "openai-community/gpt2-large",
+    "gpt2-xl": "openai-community/gpt2-xl",
+    "gemma-2b": "google/gemma-2b",
+    "gemma-2b-it": "google/gemma-2b-it",
+    "mistral-7b": "mistralai/Mistral-7B-v0.1",
+    "tiny-stories-1L-21M": "roneneldan/TinyStories-1Layer-21M",
+    "tiny-stories-1M": "roneneldan/TinyStories-1M",
+    "llama-3-8b": "meta-llama/Meta-Llama-3-8B",
+    "llama-3-8b-instruct": "meta-llama/Meta-Llama-3-8B-Instruct",
+}
+OWNERS = {
+    "gemma-2-": "google/gemma-2-",
+    "gemma-3-": "google/gemma-3-",
+    "pythia-": "EleutherAI/pythia-",
+    "qwen3-": "Qwen/Qwen3-",
+    "qwen2.5-": "Qwen/Qwen2.5-",
+    "qwen2-": "Qwen/Qwen2-",
+}
+"""Owners of families whose short names differ from the repository's only in what comes first."""
+
+
+def repository_of(name: str | None) -> str | None:
+    """Return the repository id of a base model.
+
+    Args:
+        name: a short name such as ``"gemma-2-2b"``, or a repository id, which is returned unchanged.
+
+    >>> repository_of("pythia-70m-deduped")
+    'EleutherAI/pythia-70m-deduped'
+    >>> repository_of("qwen3-1.7b")
+    'Qwen/Qwen3-1.7B'
+    """
+    if not name or "/" in name:
+        return name or None
+    if name in REPOSITORIES:
+        return REPOSITORIES[name]
+    for prefix, repository in OWNERS.items():
+        if name.lower().startswith(prefix):
+            rest = name[len(prefix) :]
+            return repository + (_sized(rest) if repository.startswith("Qwen/") else rest)
+    return name
+
+
+def _sized(rest: str) -> str:
+    """Write a size with a capital B, as Qwen does."""
+    size, dash, more = rest.partition("-")
+    return (size[:-1] + "B" if size.endswith("b") else size) + dash + more

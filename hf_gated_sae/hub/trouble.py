@@ -1,0 +1,88 @@
+"""The sentences for everything that can go wrong on the way to a repository."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from huggingface_hub import HfApi
+from huggingface_hub import errors as hub_errors
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    RevisionResolutionError,
+)
+
+from ..errors import InputError, MissingFileError
+
+TransportError: type[Exception] = hub_errors.HTTPError  # type: ignore[attr-defined]  # not in its __all__
+"""Root of the errors of the HTTP library (httpx or httpx2) that the client is built on."""
+
+
+@contextmanager
+def explained(repo: str, revision: str | None, file: str | None = None) -> Iterator[None]:
+    """Turn the client's errors into one sentence that says what was asked for and what to do.
+
+    Args:
+        repo: repository id.
+        revision: what the user asked for, or the commit.
+        file: the file that is being fetched; None while the repository is being looked up.
+    """
+    place = f"{repo}@{revision}" if revision else repo
+    what = f"{file} of {place}" if file else place
+    try:
+        yield
+    except HFValidationError as error:
+        raise InputError(
+            f"There is no folder {repo!r}, and it cannot be a Hub repository, whose name has the form 'owner/name'."
+        ) from error
+    except GatedRepoError as error:
+        raise MissingFileError(
+            f"The repository {repo} is gated: accept its conditions at {_page(repo)} while logged in, then pass "
+            "token= or run `hf auth login`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise _no_such_repository(repo) from error
+    except RevisionNotFoundError as error:
+        raise MissingFileError(
+            f"The repository {repo} has no revision {revision!r}; expected a branch, a tag, 'refs/pr/N' or a commit. "
+            f"See {_page(repo)}/tree/main for what there is."
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionError) as error:
+        raise MissingFileError(
+            f"{what} is not in the Hub cache, and the Hub could not be asked ({_reason(error)}). Load it once while "
+            "online (HF_HUB_OFFLINE unset, local_files_only=False), or pass a local folder."
+        ) from error
+    except EntryNotFoundError as error:
+        raise MissingFileError(f"There is no {what} on the Hub; upload it, or check the name.") from error
+    except (TransportError, OSError) as error:
+        if file is None and isinstance(error, HfHubHTTPError) and error.response.status_code == 404:
+            raise _no_such_repository(repo) from error
+        raise MissingFileError(
+            f"{what} could not be fetched from the Hub ({_reason(error)}). Nothing was loaded; try again."
+        ) from error
+
+
+def _no_such_repository(repo: str) -> MissingFileError:
+    return MissingFileError(
+        f"There is neither a folder {repo!r} nor a model repository of that name on the Hub that you may see. "
+        "Check the spelling; if it is private, pass token= or run `hf auth login`."
+    )
+
+
+def _page(repo: str) -> str:
+    """Return the address of a repository's page."""
+    return f"{HfApi().endpoint}/{repo}"
+
+
+def _reason(error: Any) -> str:
+    """Return the first line of an error, and of what it came from."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".:")

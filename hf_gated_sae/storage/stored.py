@@ -1,0 +1,148 @@
+"""A tensor that is known by its header and read when asked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from .bytes import ByteSource, Range
+
+LARGEST_GAP = 4096
+"""Rows that lie closer together than this many bytes are read as one range."""
+
+
+@dataclass(frozen=True, eq=False)
+class StoredTensor:
+    """Where the values of one tensor lie in a file, row after row.
+
+    Attributes:
+        source: the file.
+        name: the tensor's name in the file.
+        dtype: type of the stored values.
+        stored_shape: shape in the file.
+        offset: position of the first byte.
+        transposed: whether this is the transpose (of a matrix) of what is stored.
+    """
+
+    source: ByteSource
+    name: str
+    dtype: torch.dtype
+    stored_shape: tuple[int, ...]
+    offset: int
+    transposed: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what the file is too short for.
+
+        Raises:
+            CheckpointError: naming the tensor.
+        """
+        if any(side < 0 for side in self.stored_shape):
+            raise CheckpointError(f"{self} has shape {list(self.stored_shape)}; expected no negative side.")
+        self.source.require(self.offset, self.nbytes)
+
+    def __str__(self) -> str:
+        """Return the name for messages."""
+        return f"{self.name} of {self.source.name}"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of what is read."""
+        return self.stored_shape[::-1] if self.transposed else self.stored_shape
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.stored_shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Length in bytes."""
+        return math.prod(self.stored_shape) * self.dtype.itemsize
+
+    @property
+    def T(self) -> StoredTensor:
+        """The transposed matrix; nothing is moved.
+
+        Raises:
+            CheckpointError: if this is no matrix.
+        """
+        if self.ndim != 2:
+            raise CheckpointError(f"{self} has shape {list(self.shape)}; expected a matrix.")
+        return replace(self, transposed=not self.transposed)
+
+    def read(self) -> Tensor:
+        """Return the values: a view of the mapped file, private to this process, or fetched first.
+
+        Returns:
+            A tensor of `shape` that may be written to; the file never changes. A transposed one is a strided view.
+        """
+        return self._oriented(self._mapped())
+
+    def small(self) -> Tensor:
+        """Return a copy of the values without fetching the whole file; for scalars and short vectors."""
+        [content] = self.source.read([(self.offset, self.nbytes)])
+        return self._oriented(_tensor(bytearray(content), self.dtype, self.stored_shape))
+
+    def rows(self, indices: Sequence[int]) -> Tensor:
+        """Return some rows of the first axis, reading those alone where they are contiguous in the file.
+
+        Args:
+            indices: row numbers, in range.
+
+        Returns:
+            ``[len(indices), ...]``, a copy.
+        """
+        wanted = list(indices)
+        if self.transposed:
+            columns = self._mapped()[:, wanted]
+            self.source.bytes_read += columns.nbytes - self.nbytes  # of the mapped file only these are touched
+            return columns.T.contiguous()
+        stride = math.prod(self.stored_shape[1:]) * self.dtype.itemsize
+        runs = _runs(sorted(set(wanted)), stride)
+        contents = self.source.read([(self.offset + first * stride, count * stride) for first, count in runs])
+        where = {}
+        for (first, count), content in zip(runs, contents, strict=True):
+            for row in range(count):
+                where[first + row] = content[row * stride : (row + 1) * stride]
+        joined = bytearray(b"".join(where[index] for index in wanted))
+        return _tensor(joined, self.dtype, (len(wanted), *self.stored_shape[1:]))
+
+    def _mapped(self) -> Tensor:
+        """Return the stored values as they lie in the mapped file."""
+        if not self.nbytes:
+            return torch.empty(self.stored_shape, dtype=self.dtype)
+        self.source.bytes_read += self.nbytes
+        return _tensor(self.source.map(), self.dtype, self.stored_shape, self.offset)
+
+    def _oriented(self, tensor: Tensor) -> Tensor:
+        return tensor.T if self.transposed else tensor
+
+
+def _tensor(buffer: object, dtype: torch.dtype, shape: tuple[int, ...], offset: int = 0) -> Tensor:
+    """Return a tensor over a writable buffer; the tensor keeps the buffer alive."""
+    count = math.prod(shape)
+    if not count:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset).reshape(shape)
+
+
+def _runs(rows: list[int], stride: int) -> list[Range]:
+    """Join rows that lie close together to runs of (first, count).
+
+    >>> _runs([1, 2, 5, 100], stride=1000)
+    [(1, 5), (100, 1)]
+    """
+    runs: list[Range] = []
+    for row in rows:
+        if runs and (row - sum(runs[-1])) * stride <= LARGEST_GAP:
+            first = runs[-1][0]
+            runs[-1] = (first, row - first + 1)
+        else:
+            runs.append((row, 1))
+    return runs

@@ -1,0 +1,8 @@
+"""The authors' equations of every layout, written down a second time from the raw files.
+
+One module per format, of the same name, with
+
+* ``EXPECTED``: for every example, as ``repo/address``, the fields that its configuration must have;
+* ``reference(folder, x)``: latents and output for ``x [tokens, d_in]`` as the model gives it at the site,
+  computed in float64 from the files in `folder` with numpy or torch alone.
+"""
