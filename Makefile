@@ -1,11 +1,14 @@
 # make demo   installs into .venv and runs the demo
 # make test   installs the test tools too, then lint, types, doctests and the whole suite
+# make fuzz   many more damaged checkpoints of every format than make test tries
+# make test-peers   compares with the libraries that write other layouts, which get an environment of their own
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PEERS := .venv-peers
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint types suite benchmark assets cards clean
+.PHONY: demo test lint types suite fuzz test-peers benchmark assets cards clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hf-gated-sae demo
@@ -21,6 +24,16 @@ types: $(VENV)/.installed-test
 
 suite: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -m "not benchmark"
+
+test-peers: $(VENV)/.installed-test $(PEERS)/.installed
+	rm -rf build/peers
+	for owner in saelens dictionary_learning sparsify; do \
+		$(PEERS)/bin/python tests/peers/owners/write_$$owner.py build/peers/$$owner || exit 1; \
+	done
+	SAE_PEERS=build/peers $(BIN)/python -m pytest -q tests/peers
+
+fuzz: $(VENV)/.installed-test
+	HF_GATED_SAE_FUZZ_CASES=1500 $(BIN)/python -m pytest -q -s tests/formats/test_fuzz.py
 
 benchmark: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -s -m benchmark tests/benchmarks
@@ -42,5 +55,14 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) --editable ".[test]"
 	touch $@
 
+# torchvision comes along, in a build that may not fit this torch; then importing transformers fails with it.
+$(PEERS)/.installed: tests/peers/requirements.txt constraints.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement tests/peers/requirements.txt \
+		$$(grep '^torch==' constraints.txt)
+	$(PEERS)/bin/python -m pip uninstall --quiet --yes torchvision
+	touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

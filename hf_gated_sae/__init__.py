@@ -14,19 +14,34 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     # For editors and type checkers; at run time `__getattr__` finds the names.
+    from .architectures.abs_topk import AbsTopKSAE as AbsTopKSAE
+    from .architectures.abs_topk import AbsTopKSAEConfig as AbsTopKSAEConfig
     from .architectures.batch_topk import BatchTopKSAE as BatchTopKSAE
     from .architectures.batch_topk import BatchTopKSAEConfig as BatchTopKSAEConfig
+    from .architectures.cross_layer import CrossLayerSAE as CrossLayerSAE
+    from .architectures.cross_layer import CrossLayerSAEConfig as CrossLayerSAEConfig
     from .architectures.gated import GatedSAE as GatedSAE
     from .architectures.gated import GatedSAEConfig as GatedSAEConfig
+    from .architectures.glu import GLUSAE as GLUSAE
+    from .architectures.glu import GLUSAEConfig as GLUSAEConfig
+    from .architectures.group_max import GroupMaxSAE as GroupMaxSAE
+    from .architectures.group_max import GroupMaxSAEConfig as GroupMaxSAEConfig
     from .architectures.jumprelu import JumpReLUSAE as JumpReLUSAE
     from .architectures.jumprelu import JumpReLUSAEConfig as JumpReLUSAEConfig
+    from .architectures.matching_pursuit import MatchingPursuitSAE as MatchingPursuitSAE
+    from .architectures.matching_pursuit import MatchingPursuitSAEConfig as MatchingPursuitSAEConfig
     from .architectures.standard import StandardSAE as StandardSAE
     from .architectures.standard import StandardSAEConfig as StandardSAEConfig
+    from .architectures.tanh_relu import TanhReLUSAE as TanhReLUSAE
+    from .architectures.tanh_relu import TanhReLUSAEConfig as TanhReLUSAEConfig
+    from .architectures.temporal import TemporalSAE as TemporalSAE
+    from .architectures.temporal import TemporalSAEConfig as TemporalSAEConfig
     from .architectures.topk import TopKSAE as TopKSAE
     from .architectures.topk import TopKSAEConfig as TopKSAEConfig
     from .evaluation import evaluate as evaluate
     from .hooks import attach as attach
     from .hooks import capture as capture
+    from .hub.search import search as search
     from .interventions import Ablate as Ablate
     from .interventions import Clamp as Clamp
     from .interventions import ProjectOut as ProjectOut
@@ -36,14 +51,16 @@ if TYPE_CHECKING:
     from .modeling import SAEConfig as SAEConfig
     from .modeling import SAEModel as SAEModel
     from .modeling import SAEOutput as SAEOutput
+    from .modeling import SAESet as SAESet
     from .sites import Site as Site
     from .sites import resolve as resolve
 
 _HOMES = {
     "evaluation": ("evaluate",),
     "hooks": ("attach", "capture"),
+    "hub.search": ("search",),
     "interventions": ("Ablate", "Clamp", "ProjectOut", "Scale", "Splice", "Steer"),
-    "modeling": ("SAEConfig", "SAEModel", "SAEOutput"),
+    "modeling": ("SAEConfig", "SAEModel", "SAEOutput", "SAESet"),
     "sites": ("Site", "resolve"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

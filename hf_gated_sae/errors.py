@@ -6,18 +6,27 @@ A message says what was given, what was expected and what to do; names get close
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+
+LONGEST_MESSAGE = 2000
 
 
 class SAEError(Exception):
     """Root of the package's errors."""
+
+    def __str__(self) -> str:
+        """Return the message; of one that repeats what a file or a caller has made very long, start and end."""
+        message = Exception.__str__(self)  # as it was given: a KeyError's would show it in quotes
+        half = LONGEST_MESSAGE // 2
+        return message if len(message) <= LONGEST_MESSAGE else f"{message[:half]} [...] {message[-half:]}"
 
 
 class InputError(SAEError, ValueError):
     """An argument has a value that cannot be used."""
 
 
-class UnknownNameError(InputError):
+class UnknownNameError(InputError, KeyError):
     """A name is not among the known ones."""
 
 
@@ -79,3 +88,24 @@ def unknown_name(
     names = sorted(str(name) for name in known)
     shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     return error(f"Unknown {kind} {given!r}.{did_you_mean(given, names)} Known: {shown or 'none'}.")
+
+
+_short = reprlib.Repr()
+_short.maxlevel = 2
+_short.maxstring = _short.maxother = 300
+
+
+def shown(value: object, most: int = 80) -> str:
+    """Return a foreign value as a message shows it: short, however large the value, and however often it holds itself.
+
+    Args:
+        value: what a file held.
+        most: at most this many characters.
+
+    >>> shown([[[["deep"]]]])
+    '[[[...]]]'
+    """
+    try:
+        return _short.repr(value)[:most]
+    except ValueError:  # a number of too many digits
+        return f"a {type(value).__name__} too large to show"

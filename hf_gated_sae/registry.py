@@ -78,7 +78,7 @@ class Registry(Mapping[str, Plugin], Generic[Plugin]):
 class LateBound:
     """A function that a higher floor provides to a lower one, imported when first called.
 
-    Only for the two verbs that users look for on the model itself although their work is done far above it:
+    Only for the verbs that users look for on the model, or on a set of models, although their work is done far above:
     ``from_pretrained`` (formats, hub) and ``push_to_hub`` (publishing).
 
     Args:

@@ -116,7 +116,14 @@ def _shared_settings(config: SAEConfig) -> dict[str, Any]:
 
 def _converted(target: SAE, source: SAEModel, **tensors: Tensor) -> SAE:
     """Fill `target` with the given tensors and those that both have under the same meaning."""
-    shared = {name: getattr(source, name) for name in ("W_dec", "b_dec", "max_activation", "mean_activation")}
+    names = (
+        "W_dec",
+        "b_dec",
+        "max_activation",
+        "mean_activation",
+        *(("W_skip",) if source.config.skip_connection else ()),
+    )
+    shared = {name: getattr(source, name) for name in names}
     nn.Module.to(target, device=source.W_dec.device, dtype=source.W_dec.dtype)
     target.load_state_dict({**shared, **tensors})
     return target.train(source.training)

@@ -19,11 +19,16 @@ class TopKSAEConfig(SAEConfig):
 
     Attributes:
         k: number of latents kept per token.
+        rectified: whether a ReLU precedes the selection; without one negative latents are kept where fewer than `k`
+            pre-latents are positive.
+        rank_by_decoder_norm: whether the latents that are kept are those with the largest ``value * |W_dec[i]|``.
     """
 
     model_type = "topk_sae"
 
     k: int = 32
+    rectified: bool = True
+    rank_by_decoder_norm: bool = False
 
     def validate_k(self) -> None:
         """Check that `k` latents exist."""
@@ -33,6 +38,9 @@ class TopKSAEConfig(SAEConfig):
 
 class TopKSAE(SAEModel):
     """``latents = topk(relu((x - b_dec) @ W_enc + b_enc), k)``.
+
+    Without ``config.rectified`` there is no ReLU; with ``config.rank_by_decoder_norm`` the `k` latents are chosen by
+    what they would write, ``value * |W_dec[i]|``, and keep their value.
 
     Attributes:
         b_enc: encoder bias ``[d_sae]``.
@@ -47,11 +55,14 @@ class TopKSAE(SAEModel):
     def __init__(self, config: TopKSAEConfig) -> None:
         """Allocate the parameters."""
         super().__init__(config)
+        self.signed = not config.rectified  # type: ignore[misc]  # of this class it is a matter of the configuration
         self.b_enc = nn.Parameter(torch.empty(config.rows))
         self.post_init()
 
     def _encode(self, x: Tensor, latents: Tensor | None) -> Tensor:
-        kept = topk(self._project(x, None) + self.b_enc, self.config.k)
+        weights = self.W_dec.detach().norm(dim=-1) if self.config.rank_by_decoder_norm else None
+        pre_latents = self._project(x, None) + self.b_enc
+        kept = topk(pre_latents, self.config.k, rectified=self.config.rectified, weights=weights)
         return kept if latents is None else kept[..., latents]
 
     def training_loss(self, x: Tensor, *, sparsity_coefficient: float = 0.0) -> TrainingLoss:

@@ -52,11 +52,7 @@ def evaluate(
         InputError: if the SAE names no site, writes another site than it reads, or the text has no countable token.
         SiteError: if the model does not have the site.
     """
-    if sae.d_out != sae.config.d_in:
-        raise InputError(
-            f"This SAE reads d_in = {sae.config.d_in} and writes d_out = {sae.d_out}; fidelity to a single site needs "
-            "them equal."
-        )
+    _require_reconstructing(sae)
     splice = Splice(sae)
     site = str(splice.place)
     arms: dict[str, Intervention | None] = {"clean": None, "spliced": splice, "zero": AblateSite(site)}
@@ -91,6 +87,31 @@ def evaluate(
     return report
 
 
+def _require_reconstructing(sae: SAEModel) -> None:
+    """Raise unless the SAE writes the place that it reads, with all of its latents.
+
+    Raises:
+        InputError: saying what it does instead.
+    """
+    config = sae.config
+    if config.is_transcoder or sae.d_out != config.d_in:
+        raise InputError(
+            f"This {type(sae).__name__} is a transcoder: it reads {', '.join(config.sites_read)} (d_in = "
+            f"{config.d_in}) and writes {', '.join(config.sites_written)} (d_out = {sae.d_out}). Fidelity is measured "
+            "for SAEs, which write the site that they read."
+        )
+    if len(config.sites_read) > 1 or not sae.per_token:
+        raise InputError(
+            f"This {type(sae).__name__} reads several sites, or several tokens, at once; fidelity is measured for "
+            "SAEs that encode each activation of one site by itself."
+        )
+    if config.kept_latents is not None:
+        raise InputError(
+            f"This {type(sae).__name__} holds only {config.rows} of its {config.d_sae} latents and cannot "
+            "reconstruct: load it without latents=."
+        )
+
+
 def next_token_targets(input_ids: Tensor, counted: Tensor) -> Tensor:
     """Return what every position has to predict; -100 unless both it and the predicted token count.
 
@@ -122,8 +143,9 @@ def summed_loss(logits: Tensor, targets: Tensor) -> float:
 def _add_activations(accumulator: FidelityAccumulator, sae: SAEModel, activations: Tensor, counted: Tensor) -> None:
     """Add the counted activations of one batch ``[B, S, d_in]``."""
     for x in activations[counted.to(activations.device)].to(sae.W_dec).split(CHUNK):
-        output = sae(x)
-        accumulator.update(x, output.reconstruction, output.latents)
+        output, frame = sae(x), sae.frame(x)
+        constant = None if frame is None else frame.leave(sae.b_dec)  # what it writes when no latent is on
+        accumulator.update(x, output.reconstruction, output.latents, constant=constant)
 
 
 def _report(

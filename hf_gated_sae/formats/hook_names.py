@@ -55,8 +55,8 @@ def place_of(name: str, layer: int | None = None) -> tuple[str, str]:
     block, suffix = (match[1], match[2]) if match else (layer, name)
     if block is None or suffix not in IN_BLOCK:
         raise CheckpointError(
-            f"The checkpoint names the place {name!r}, which is unknown.{did_you_mean(suffix, IN_BLOCK)} Pass site=, "
-            "such as site='resid_post.12', to say where the SAE belongs."
+            f"The checkpoint names the place {name!r}, which is unknown.{did_you_mean(suffix, IN_BLOCK)} Expected a "
+            "place in a block, such as blocks.12.hook_resid_post."
         )
     kind, normalization = IN_BLOCK[suffix]
     return f"{kind}.{block}", normalization

@@ -23,6 +23,9 @@ OWNERS = {
     "qwen3-": "Qwen/Qwen3-",
     "qwen2.5-": "Qwen/Qwen2.5-",
     "qwen2-": "Qwen/Qwen2-",
+    "llama-3.": "meta-llama/Llama-3.",
+    "deepseek-r1-": "deepseek-ai/DeepSeek-R1-",
+    "gpt-oss-": "openai/gpt-oss-",
 }
 """Owners of families whose short names differ from the repository's only in what comes first."""
 

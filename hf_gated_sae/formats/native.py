@@ -10,15 +10,15 @@ from typing import ClassVar
 from transformers import CONFIG_MAPPING
 
 from ..auto import model_type_of
-from ..errors import CheckpointError, MissingFileError, SAEError, did_you_mean
+from ..errors import CheckpointError, MissingFileError, SAEError, did_you_mean, shown
 from ..hub.location import Location
 from ..modeling import architectures
 from ..modeling.loading import Checkpoint
+from ..modeling.saving import FACTS_FILE as FACTS
 from ..storage import StoredTensor
 from .base import CheckpointFormat, Example
 
 CONFIG = "config.json"
-FACTS = "sae_metrics.json"
 
 
 class NativeFormat(CheckpointFormat):
@@ -45,6 +45,8 @@ class NativeFormat(CheckpointFormat):
         known = [model_type_of(name) for name in architectures]
         if model_type is None:
             return f"Its {CONFIG} has no model_type; expected one of {', '.join(known)}."
+        if not isinstance(model_type, str):
+            return f"Its {CONFIG} says model_type {shown(model_type)}, which is unknown. Known: {', '.join(known)}."
         close = did_you_mean(model_type, known, most=1)
         if not close and model_type in CONFIG_MAPPING:
             return f"Its {CONFIG} says model_type {model_type!r}: that is a model of another kind, not an SAE."
@@ -75,7 +77,8 @@ class NativeFormat(CheckpointFormat):
         written = []
         for name, model_class in architectures.items():
             folder = root / "acme" / "native-saes" / name
-            model_class(model_class.config_class(d_in=6, d_sae=16, site="resid_post.1")).save_pretrained(folder)
+            few = {"k": 3} if "k" in model_class.config_class.own_fields() else {}
+            model_class(model_class.config_class(d_in=6, d_sae=16, site="resid_post.1", **few)).save_pretrained(folder)
             written.append(Example("acme/native-saes", name))
         return written
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shown
 
 Default = TypeVar("Default")
 
@@ -69,4 +69,4 @@ def _value(config: Mapping[str, Any], key: str, where: object, default: Any, exp
             return value
     except (TypeError, OverflowError):
         pass
-    raise CheckpointError(f"{where} says {key} = {str(value)[:80]!r}; expected {expected}.")
+    raise CheckpointError(f"{where} says {key} = {shown(value)}; expected {expected}.")

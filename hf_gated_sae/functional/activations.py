@@ -90,15 +90,17 @@ def l0_surrogate(pre_latents: Tensor, threshold: Tensor, *, bandwidth: float = 1
     return result
 
 
-def topk(pre_latents: Tensor, k: int) -> Tensor:
+def topk(pre_latents: Tensor, k: int, *, rectified: bool = True, weights: Tensor | None = None) -> Tensor:
     """Keep the `k` largest pre-latents of each token, after a ReLU.
 
     Args:
         pre_latents: ``[..., d_sae]``.
         k: how many to keep, ``1 <= k <= d_sae``.
+        rectified: whether there is a ReLU; without one negative values are kept where fewer than `k` are positive.
+        weights: ``[d_sae]``; if given, the latents with the largest ``value * weight`` are kept, at their own value.
 
     Returns:
-        Latents ``[..., d_sae]``; fewer than `k` are non-zero where fewer are positive.
+        Latents ``[..., d_sae]``; with the ReLU fewer than `k` are non-zero where fewer are positive.
 
     Raises:
         InputError: if `k` is out of range.
@@ -110,8 +112,10 @@ def topk(pre_latents: Tensor, k: int) -> Tensor:
     """
     if not 1 <= k <= pre_latents.shape[-1]:
         raise InputError(f"k is {k}, expected 1 .. d_sae = {pre_latents.shape[-1]}.")
-    values, indices = torch.relu(pre_latents).topk(k, dim=-1, sorted=False)
-    return torch.zeros_like(pre_latents).scatter(-1, indices, values)
+    values = torch.relu(pre_latents) if rectified else pre_latents
+    ranked = values if weights is None else values * weights
+    indices = ranked.topk(k, dim=-1, sorted=False).indices
+    return torch.zeros_like(values).scatter(-1, indices, values.gather(-1, indices))
 
 
 def batch_topk(pre_latents: Tensor, k: int) -> Tensor:

@@ -1,7 +1,8 @@
 """Per-token normalisations that SAEs were trained behind, and how they are undone.
 
-Each is an affine change of frame, ``normalised = (x - shift) / scale``, with a shift and a scale that depend on the
-token; what the decoder writes is brought back as ``written * scale + shift``.
+Each is an affine change of frame, ``normalised = (x - shift) / divisor``, with a shift and a divisor that depend on the
+token; what the decoder writes is brought back as ``written * scale + shift``. Scale and divisor are the same up to the
+small number that keeps a division finite.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ LAYER_NORM_EPS = 1e-5
 
 
 class Frame(NamedTuple):
-    """Shift and scale of every token, both ``[..., 1]``."""
+    """Shift, divisor and scale of every token, each ``[..., 1]``."""
 
     shift: Tensor
+    divisor: Tensor
     scale: Tensor
 
     def enter(self, x: Tensor) -> Tensor:
-        """Return ``(x - shift) / scale``."""
-        return (x - self.shift) / self.scale
+        """Return ``(x - shift) / divisor``."""
+        return (x - self.shift) / self.divisor
 
     def leave(self, written: Tensor) -> Tensor:
         """Return ``written * scale + shift``."""
@@ -33,28 +35,45 @@ class Frame(NamedTuple):
 def center(x: Tensor, eps: float) -> Frame:
     """Subtract each token's mean: the residual stream of a TransformerLens model with centred writing weights."""
     mean = x.mean(-1, keepdim=True)
-    return Frame(mean, torch.ones_like(mean))
+    one = torch.ones_like(mean)
+    return Frame(mean, one, one)
 
 
 def layer_norm(x: Tensor, eps: float) -> Frame:
-    """Subtract the mean, divide by the unbiased standard deviation plus 1e-5 (OpenAI's and SAELens's layer norm)."""
+    """Subtract the mean, divide by the unbiased standard deviation plus 1e-5; undone without the 1e-5.
+
+    Source: OpenAI's sparse_autoencoder, and SAELens.
+    """
     mean = x.mean(-1, keepdim=True)
-    return Frame(mean, (x - mean).std(-1, keepdim=True) + LAYER_NORM_EPS)
+    deviation = (x - mean).std(-1, keepdim=True)
+    return Frame(mean, deviation + LAYER_NORM_EPS, deviation)
 
 
 def unit_norm(x: Tensor, eps: float) -> Frame:
     """Bring each token to the norm ``sqrt(d_in)`` (SAELens's ``constant_norm_rescale``)."""
     scale = x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
-    return Frame(torch.zeros_like(scale), scale)
+    return Frame(torch.zeros_like(scale), scale, scale)
 
 
 def rms_norm(x: Tensor, eps: float) -> Frame:
     """Divide by the root mean square: what a model's RMS norm gives before its gain."""
-    scale = (x.float().square().mean(-1, keepdim=True) + eps).sqrt().to(x.dtype)
-    return Frame(torch.zeros_like(scale), scale)
+    scale = (_wide(x).square().mean(-1, keepdim=True) + eps).sqrt().to(x.dtype)
+    return Frame(torch.zeros_like(scale), scale, scale)
+
+
+def standardize(x: Tensor, eps: float) -> Frame:
+    """Subtract the mean, divide by the biased standard deviation: a model's layer norm before gain and bias."""
+    mean = _wide(x).mean(-1, keepdim=True)
+    scale = ((_wide(x) - mean).square().mean(-1, keepdim=True) + eps).sqrt().to(x.dtype)
+    return Frame(mean.to(x.dtype), scale, scale)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return the activations in float32 at least, as models compute their norms."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 FRAMES: Mapping[str, Callable[[Tensor, float], Frame]] = {
-    frame.__name__: frame for frame in (center, layer_norm, unit_norm, rms_norm)
+    frame.__name__: frame for frame in (center, layer_norm, unit_norm, rms_norm, standardize)
 }
 """Normalisations by name; ``"none"`` is not among them."""

@@ -20,8 +20,8 @@ class FidelityMetrics:
         fvu: fraction of variance unexplained, ``sum |x - x^|^2 / sum |x - mean x|^2``.
         mse: mean of ``|x - x^|^2`` per token (a sum over the width, not a mean).
         relative_reconstruction_bias: gamma of the paper; 1 is unbiased, below 1 is shrinkage.
-        relative_reconstruction_bias_centred: the same on ``x - b_dec`` and ``x^ - b_dec``, where the constant part
-            cannot hide shrinkage.
+        relative_reconstruction_bias_centred: the same on ``x - b_dec`` and ``x^ - b_dec`` (or on what is left of
+            another constant part), where the constant part cannot hide shrinkage.
         cosine: mean cosine between activation and reconstruction.
         norm_ratio: mean of ``|x^| / |x|``.
         dead_fraction: share of latents that never fired on these tokens.
@@ -63,13 +63,14 @@ class FidelityAccumulator:
         self._sums = torch.zeros(9, dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def update(self, x: Tensor, reconstruction: Tensor, latents: Tensor) -> None:
+    def update(self, x: Tensor, reconstruction: Tensor, latents: Tensor, *, constant: Tensor | None = None) -> None:
         """Add a batch.
 
         Args:
             x: activations ``[..., d_out]``.
             reconstruction: ``[..., d_out]``.
             latents: ``[..., d_sae]``.
+            constant: what the SAE writes at each token when no latent is on, ``[..., d_out]``; `b_dec` by default.
 
         Raises:
             ShapeError: if the three do not belong together.
@@ -83,9 +84,10 @@ class FidelityAccumulator:
         x = x.reshape(-1, x.shape[-1]).double()
         y = reconstruction.reshape(x.shape).double()
         latents = latents.reshape(-1, self.d_sae)
-        live = latents > 0
+        live = latents != 0
         dot, x_sq, y_sq = (x * y).sum(-1), x.square().sum(-1), y.square().sum(-1)
-        y_centred = y - self.b_dec
+        offset = self.b_dec if constant is None else constant.reshape(x.shape).double()
+        y_centred = y - offset
         tiny = torch.finfo(torch.float64).tiny
         self.tokens += x.shape[0]
         self.fired += live.sum(0)
@@ -100,7 +102,7 @@ class FidelityAccumulator:
                 dot.sum(),
                 (x - y).square().sum(),
                 y_centred.square().sum(),
-                (y_centred * (x - self.b_dec)).sum(),
+                (y_centred * (x - offset)).sum(),
                 (dot / (x_sq * y_sq).sqrt().clamp_min(tiny)).sum(),
                 (y_sq.sqrt() / x_sq.sqrt().clamp_min(tiny)).sum(),
                 live.sum().double(),

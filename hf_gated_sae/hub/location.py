@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,8 +15,21 @@ from ..modeling.loading import Origin
 from ..storage import ByteSource, Content, LocalBytes, StoredTensor, flat, read_content
 
 SHOWN_FILES = 12
-JSON_LIMIT = 16 * 1024 * 1024
+JSON_LIMIT = 4 * 1024 * 1024
 YAML_LIMIT = 256 * 1024  # it is read slowly
+
+
+_YAML_ERRORS = (RecursionError, LookupError, TypeError, AttributeError, ArithmeticError, MemoryError)
+"""What yaml raises, beside its own errors, on tags whose text does not fit them."""
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Refuses merge keys, which multiply aliases of aliases in memory."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Refuse merge keys."""
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            raise yaml.constructor.ConstructorError(None, None, "merge keys are not read here", node.start_mark)
 
 
 def clean_subfolder(subfolder: str) -> str:
@@ -177,7 +190,7 @@ class Location(ABC):
             content = json.loads(self._description(name, JSON_LIMIT))
         except (ValueError, RecursionError) as error:
             raise CheckpointError(
-                f"{name} of {self} is not valid JSON ({error}): fetch or convert it again."
+                f"{name} of {self} is not valid JSON ({str(error)[:200]}): fetch or convert it again."
             ) from error
         if not isinstance(content, dict):
             raise CheckpointError(f"{name} of {self} holds a JSON {type(content).__name__}; expected an object.")
@@ -196,8 +209,8 @@ class Location(ABC):
             CheckpointError: if the file is not a YAML mapping, or too large to be a description.
         """
         try:
-            content = yaml.safe_load(self._description(name, YAML_LIMIT))
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            content = yaml.load(self._description(name, YAML_LIMIT), _PlainLoader)
+        except (yaml.YAMLError, ValueError, *_YAML_ERRORS) as error:
             raise CheckpointError(
                 f"{name} of {self} is not valid YAML ({str(error)[:200]}): fetch it again."
             ) from error
@@ -212,6 +225,18 @@ class Location(ABC):
         if size > limit:
             raise CheckpointError(f"{name} of {self} has {size} bytes; expected a small description.")
         return path.read_bytes()
+
+    @abstractmethod
+    def sibling(self, repo: str, revision: str | None = None) -> Location:
+        """Return the root of another repository, which this one points to, pinned and reached in the same way.
+
+        Args:
+            repo: ``owner/name``.
+            revision: branch, tag or commit of it.
+
+        Raises:
+            MissingFileError: if it cannot be reached.
+        """
 
     @abstractmethod
     def _copy(self, subfolder: str, file: str | None) -> Location:
@@ -230,9 +255,21 @@ class LocalFolder(Location):
     """A folder on this machine."""
 
     def __init__(
-        self, repo: str, subfolder: str = "", all_files: Sequence[str] | None = None, file: str | None = None
+        self,
+        repo: str,
+        subfolder: str = "",
+        all_files: Sequence[str] | None = None,
+        file: str | None = None,
+        reach: Mapping[str, Any] | None = None,
     ) -> None:
         self.root = Path(repo).expanduser()
+        self._reach = {
+            "token": None,
+            "cache_dir": None,
+            "local_files_only": False,
+            "force_download": False,
+            **(reach or {}),
+        }
         if all_files is None:
             all_files = [
                 path.relative_to(self.root).as_posix()
@@ -242,7 +279,19 @@ class LocalFolder(Location):
         super().__init__(repo, subfolder, None, all_files, file)
 
     def _copy(self, subfolder: str, file: str | None) -> LocalFolder:
-        return LocalFolder(self.repo, subfolder, self._all_files, file)
+        return LocalFolder(self.repo, subfolder, self._all_files, file, self._reach)
+
+    def sibling(self, repo: str, revision: str | None = None) -> Location:
+        """Return another repository: the folder ``../../owner/name``, if there is one, else the one on the Hub.
+
+        A folder holds no revisions, so that one that is asked for by revision is always looked for on the Hub.
+        """
+        beside = self.root.absolute().parent.parent / repo
+        if revision is None and beside.is_dir():
+            return LocalFolder(str(beside), reach=self._reach)
+        from .repository import HubRepository  # huggingface_hub's client
+
+        return HubRepository.resolve(repo, revision=revision, **self._reach)
 
     @property
     def repo_id(self) -> str:
@@ -287,17 +336,16 @@ def locate(
         MissingFileError: if there is no such folder, repository or revision, or it cannot be reached.
     """
     path = Path(repo).expanduser()
+    reach: dict[str, Any] = {
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+        "force_download": force_download,
+    }
     if path.is_dir():
-        return LocalFolder(repo)
+        return LocalFolder(repo, reach=reach)
     if path.is_file():
         raise InputError(f"{repo} is a file; expected the folder that holds it: pass {str(path.parent)!r}.")
     from .repository import HubRepository  # huggingface_hub's client, which a local folder does not need
 
-    return HubRepository.resolve(
-        repo,
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-        force_download=force_download,
-    )
+    return HubRepository.resolve(repo, revision=revision, **reach)

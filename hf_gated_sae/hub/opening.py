@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, MissingFileError, did_you_mean
 from ..formats import formats
 from ..modeling.loading import Checkpoint
+from .index import releases, resolve_alias
 from .location import Location, clean_subfolder, locate
 
 SHOWN_FOLDERS = 20
@@ -46,17 +48,83 @@ def open_checkpoint(
         CheckpointError: if no format, or more than one, claims the folder.
         MissingFileError: if there is no such folder, repository, revision or file.
     """
-    root = locate(
+    location = place(
         repo,
+        subfolder,
         revision=revision,
         token=token,
-        cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+        cache_dir=cache_dir,
         local_files_only=local_files_only,
         force_download=force_download,
     )
-    location = root.at(clean_subfolder(subfolder or ""))
-    if not location.files:
-        raise _no_such_folder(root, location)
+    return open_at(location, variant=variant)
+
+
+def place(
+    repo: str,
+    subfolder: str = "",
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+) -> Location:
+    """Pin a repository and list it; the arguments are those of `open_checkpoint`.
+
+    `repo` may also name a release of the index, such as ``"gemma-scope-2b-pt-res-canonical"``, and `subfolder` an id
+    that the index knows; a local folder of that name, and a folder or file of the repository, win.
+
+    Returns:
+        The folder (or file) `subfolder`.
+
+    Raises:
+        MissingFileError: if there is no such folder, repository or revision.
+    """
+    repo, subfolder = _repository(os.fspath(repo), clean_subfolder(subfolder or ""))
+    try:
+        root = locate(
+            repo,
+            revision=revision,
+            token=token,
+            cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+    except MissingFileError as error:
+        if "/" not in repo and (close := did_you_mean(repo, releases())):
+            raise MissingFileError(f"{error}{close}") from error
+        raise
+    location = root.at(subfolder)
+    if not _is_there(location):
+        known = root.at(resolve_alias(root.repo_id, subfolder)[1])
+        if not _is_there(known):
+            raise _no_such_folder(root, location)
+        location = known
+    return location
+
+
+def _is_there(location: Location) -> bool:
+    """Whether there are files, or a small file above gives this name to what lies elsewhere."""
+    return bool(location.files) or any(layout.claims(location) for layout in formats.values())
+
+
+def _repository(repo: str, subfolder: str) -> tuple[str, str]:
+    """Return the repository and address that a release, at a revision or not, and an id stand for."""
+    name, at, revision = repo.partition("@")
+    if name not in releases() or Path(repo).expanduser().exists():
+        return repo, subfolder
+    found, address = resolve_alias(name, subfolder)
+    return f"{found}{at}{revision}", address
+
+
+def open_at(location: Location, *, variant: str | None = None) -> Checkpoint:
+    """Let the one format that claims a folder (or file) open it.
+
+    Raises:
+        CheckpointError: if no format, or more than one, claims it.
+        MissingFileError: if the SAEs are in folders below.
+    """
     claims = [name for name, layout in formats.items() if layout.claims(location)]
     if len(claims) > 1:
         raise CheckpointError(
@@ -64,7 +132,7 @@ def open_checkpoint(
             "Expected the files of one SAE; remove or move the others."
         )
     if not claims:
-        raise _nothing_found(root, location)
+        raise _nothing_found(location)
     return formats[claims[0]].open(location, variant=variant)
 
 
@@ -99,7 +167,7 @@ def _no_such_folder(root: Location, location: Location) -> MissingFileError:
     )
 
 
-def _nothing_found(root: Location, location: Location) -> CheckpointError | MissingFileError:
+def _nothing_found(location: Location) -> CheckpointError | MissingFileError:
     """Explain a folder that no format claims."""
     below = [address for address in sae_addresses(location) if address != location.address]
     if below:

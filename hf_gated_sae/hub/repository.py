@@ -88,6 +88,17 @@ class HubRepository(Location):
         copy._fetched = self._fetched
         return copy
 
+    def sibling(self, repo: str, revision: str | None = None) -> HubRepository:
+        """Return another repository, reached in the same way."""
+        return HubRepository.resolve(
+            repo,
+            revision=revision,
+            token=self.access.token,
+            cache_dir=self.access.cache_dir,
+            local_files_only=self.access.offline,
+            force_download=self.access.force_download,
+        )
+
     def _fetch(self, names: list[str]) -> Path:
         prefix = f"{self.subfolder}/" if self.subfolder else ""
         found = [self.download(prefix + name) for name in names]

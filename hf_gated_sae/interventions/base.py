@@ -197,6 +197,21 @@ def require_sae(owner: object, sae: object) -> None:
             f"{type(owner).__name__} was given {type(sae).__name__} {shorten(sae)} as its SAE; expected an SAE, for "
             "example from SAEModel.from_pretrained(...)."
         )
+    if not sae.one_site:
+        raise InputError(
+            f"{type(owner).__name__} was given a {type(sae).__name__}, which reads {len(sae.config.sites_read)} sites "
+            "together; interventions act at one. Stack what capture(...) returns and use its encode and decode."
+        )
+    if not sae.per_token:
+        raise InputError(
+            f"{type(owner).__name__} was given a {type(sae).__name__}, whose latents depend on the tokens before: with a "
+            "KV cache it would see one token alone. Use capture(...) on whole sequences and its encode and decode."
+        )
+    if sae.config.is_transcoder:
+        raise InputError(
+            f"{type(owner).__name__} was given a transcoder, which reads {sae.config.site} and writes "
+            f"{sae.config.site_out}; interventions act where they read. Use capture(...) and its encode and decode."
+        )
     site_of(sae)
 
 

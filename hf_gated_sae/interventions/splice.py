@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..errors import LatentIndexError
 from ..modeling import SAEModel
 from ..sites import Site
 from .base import Replacement, SiteRun, require_sae, site_of
@@ -27,6 +28,12 @@ class Splice(Replacement):
         """Check the fields."""
         super().__post_init__()
         require_sae(self, self.sae)
+        config = self.sae.config
+        if config.kept_latents is not None:
+            raise LatentIndexError(
+                f"Splice was given an SAE of which {config.rows} of {config.d_sae} latents were loaded, which do not "
+                "make up a reconstruction: load the SAE without latents=."
+            )
 
     @property
     def place(self) -> Site:

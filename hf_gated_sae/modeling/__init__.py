@@ -3,5 +3,6 @@
 from .config import SAEConfig
 from .model import SAEModel, architectures
 from .output import SAEOutput, TrainingLoss
+from .sae_set import SAESet
 
-__all__ = ["SAEConfig", "SAEModel", "SAEOutput", "TrainingLoss", "architectures"]
+__all__ = ["SAEConfig", "SAEModel", "SAEOutput", "SAESet", "TrainingLoss", "architectures"]

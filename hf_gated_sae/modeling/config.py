@@ -13,7 +13,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import PreTrainedConfig
 
-from ..errors import InputError, did_you_mean, unknown_name
+from ..errors import InputError, SAEError, did_you_mean, shown, unknown_name
 from ..functional.frames import FRAMES
 
 # Keys that transformers itself writes to config.json or passes through while loading.
@@ -21,7 +21,17 @@ _TRANSFORMERS_KEYS = frozenset(
     {"model_type", "name_or_path", "torch_dtype", "attn_implementation", "experts_implementation", "_commit_hash"}
     | {"_name_or_path", "output_attentions"}  # in a configuration's to_dict()
 )
+_TRANSFORMERS_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("transformers_version", "name_or_path", "_name_or_path", "_commit_hash", "problem_type"), (str,)),
+    **dict.fromkeys(("output_hidden_states", "output_attentions", "return_dict", "is_encoder_decoder"), (bool,)),
+    **dict.fromkeys(("id2label", "label2id"), (dict,)),
+    **dict.fromkeys(("dtype", "torch_dtype"), (str, torch.dtype)),
+    "architectures": (list,),
+    "chunk_size_feed_forward": (int,),
+}
+"""What transformers writes under its own keys; it would fail on other values in its own way, or much later."""
 LARGEST_WIDTH = 2**31 - 1
+LARGEST_MATRIX = 2**50  # what lies above is a mistake, and torch could not even name its length
 
 
 @strict
@@ -39,9 +49,9 @@ class SAEConfig(PreTrainedConfig):
         apply_b_dec_to_input: whether the decoder bias is subtracted from the input before encoding.
         skip_connection: whether a transcoder also adds ``x @ W_skip.T``.
         normalization: what is done to each token before encoding: ``"none"``, ``"center"``, ``"layer_norm"``,
-            ``"unit_norm"`` or ``"rms_norm"``, see `functional.frames`. An SAE undoes it after decoding; a transcoder,
+            ``"unit_norm"``, ``"rms_norm"`` or ``"standardize"``, see `functional.frames`. An SAE undoes it after decoding; a transcoder,
             whose output lies elsewhere, does not.
-        normalization_eps: added to the mean square in ``"rms_norm"``.
+        normalization_eps: added to the mean square in ``"rms_norm"`` and ``"standardize"``.
         trained_on_bos: whether the beginning-of-sequence token was among the training activations; None if unknown.
         kept_latents: the latents that are held, by their number in the full SAE; None for all of them.
         recorded_tokens: number of tokens on which `max_activation` and `mean_activation` were measured; 0 if never.
@@ -112,7 +122,22 @@ class SAEConfig(PreTrainedConfig):
             raise InputError(
                 f"{cls.__name__} lacks {', '.join(missing)}; expected at least {', '.join(_required_fields(cls))}."
             )
-        return super().from_dict(config_dict, **kwargs)
+        for key in ("attn_implementation", "experts_implementation"):  # a repository's name here is code to be run
+            if config_dict.get(key) not in (None, "eager"):
+                raise InputError(
+                    f"{key} is {shown(config_dict[key])}, expected none: an SAE has nothing to run it on."
+                )
+        for key, kinds in _TRANSFORMERS_TYPES.items():
+            value = config_dict.get(key)
+            several = value if isinstance(value, list) else []
+            if not isinstance(value, (*kinds, types.NoneType)) or not all(isinstance(name, str) for name in several):
+                raise InputError(f"{key} is {shown(value)}, which is nothing that transformers writes; remove it.")
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except (TypeError, AttributeError, LookupError, ArithmeticError, ValueError) as error:
+            if isinstance(error, SAEError):
+                raise
+            raise InputError(f"transformers cannot use the configuration: {shown(str(error), 200)}.") from error
 
     @classmethod
     def own_fields(cls) -> dict[str, tuple[type, ...]]:
@@ -149,6 +174,18 @@ class SAEConfig(PreTrainedConfig):
         """Whether the output belongs to another site than the input."""
         return self.site_out is not None and self.site_out != self.site
 
+    @property
+    def sites_read(self) -> list[str]:
+        """Places that are read: `site`, or all of an architecture that reads several; none if it is not known."""
+        several = getattr(self, "sites", None)
+        return list(several or ([self.site] if self.site else []))
+
+    @property
+    def sites_written(self) -> list[str]:
+        """Places that are written: those that are read, unless the SAE is a transcoder."""
+        several = getattr(self, "sites_out", None)
+        return list(several or ([self.site_out] if self.site_out else self.sites_read))
+
     def validate_normalization(self) -> None:
         """Check that the normalisation is known."""
         if self.normalization != "none" and self.normalization not in FRAMES:
@@ -170,7 +207,15 @@ class SAEConfig(PreTrainedConfig):
         for name in ("d_in", "d_sae", "d_out"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= LARGEST_WIDTH:
-                raise InputError(f"{name} is {value}, expected a positive number up to {LARGEST_WIDTH}.")
+                raise InputError(f"{name} is {shown(value)}, expected a positive number up to {LARGEST_WIDTH}.")
+        if (
+            max(self.d_in, self.d_out or 0) * self.d_sae > LARGEST_MATRIX
+            or self.d_in * (self.d_out or 0) > LARGEST_MATRIX
+        ):
+            raise InputError(
+                f"d_in is {self.d_in}, d_out {self.d_out} and d_sae {self.d_sae}; expected matrices of at most "
+                f"{LARGEST_MATRIX} values."
+            )
         if self.apply_b_dec_to_input and self.d_out not in (None, self.d_in):
             raise InputError(
                 f"d_out is {self.d_out} and d_in is {self.d_in}: a decoder bias of another width cannot be "

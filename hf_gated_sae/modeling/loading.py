@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from ..errors import CheckpointError, InputError, LatentIndexError, did_you_mean
+from ..errors import CheckpointError, InputError, LatentIndexError, did_you_mean, shown
 from ..registry import LateBound
 from ..storage import StoredTensor
 
@@ -51,6 +52,8 @@ class Origin:
 
 
 Tensors = dict[str, Tensor]
+COMPUTED = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+"""Types of weights that can be computed with; numbers of 8 bits are for storage alone."""
 
 
 def as_stored(tensors: Tensors) -> Tensors:
@@ -107,9 +110,11 @@ class Checkpoint:
     def read(self, config: SAEConfig) -> Tensors:
         """Return the finished tensors; of an SAE that holds only some latents, only their rows are read."""
         rows = self._rows(config)
+        if rows is None:
+            return self.finish({name: tensor.read() for name, tensor in self.stored.items()})
         read = {}
         for name, tensor in self.stored.items():
-            read[name] = tensor.read() if rows is None or not self._per_latent(name) else tensor.rows(rows)
+            read[name] = tensor.rows(rows) if self._per_latent(name) else tensor.small()
         return self.finish(read)
 
     def bytes_read(self) -> int:
@@ -178,7 +183,7 @@ def effective_config(
                 f"{checkpoint} is a {checkpoint.model_class.__name__}, whose latents cannot be held alone: load it "
                 "without latents=."
             )
-        settings["kept_latents"] = [int(latent) for latent in latents]
+        settings["kept_latents"] = _whole_numbers(latents)
     given = {name: settings.pop(name) for name in config_class.own_fields() if name in settings}
     chosen = checkpoint.config if config is None else config
     if not isinstance(chosen, config_class):
@@ -187,6 +192,21 @@ def effective_config(
             f"a {config_class.__name__}."
         )
     return (config_class.from_dict({**chosen.to_dict(), **given}) if given else chosen), settings
+
+
+def _whole_numbers(latents: Any) -> list[int]:
+    """Return latent indices as they were given.
+
+    Raises:
+        InputError: if they are anything else than whole numbers.
+    """
+    try:
+        several = latents.tolist() if isinstance(latents, Tensor) else list(latents)
+        if not any(isinstance(latent, (bool, str)) for latent in several):
+            return [operator.index(latent) for latent in several]
+    except TypeError:
+        pass
+    raise InputError(f"latents is {shown(latents)}; expected numbers of latents, such as [3, 7].")
 
 
 @contextmanager
@@ -240,10 +260,10 @@ def require_headers(checkpoint: Checkpoint, config: SAEConfig) -> None:
         CheckpointError: naming every tensor at fault.
     """
     for name, tensor in checkpoint.stored.items():
-        if not tensor.dtype.is_floating_point:
+        if tensor.dtype not in COMPUTED:
             raise CheckpointError(
-                f"The checkpoint {checkpoint} holds {name} as {tensor.dtype}; expected floating-point numbers: fetch "
-                "or convert it again."
+                f"The checkpoint {checkpoint} holds {name} as {tensor.dtype}; expected floating-point numbers of "
+                "16, 32 or 64 bits: fetch or convert it again."
             )
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in checkpoint.model_class(config).state_dict().items()}
@@ -276,7 +296,7 @@ def read_tensors(checkpoint: Checkpoint, config: SAEConfig) -> Tensors:
     require_headers(checkpoint, config)
     tensors = {**_unrecorded(checkpoint, config), **checkpoint.read(config)}
     if config.dtype is None:
-        config.dtype = tensors["W_dec"].dtype
+        config.dtype = max(tensors.values(), key=lambda tensor: tensor.numel()).dtype  # the matrices' one
     return tensors
 
 
@@ -287,8 +307,9 @@ def require_finite(where: str, model: SAEModel) -> None:
         CheckpointError: naming the tensor.
     """
     for name, tensor in model.state_dict().items():
-        # A sum is one pass without a temporary; only a suspicious one is looked at element by element.
-        if tensor.is_meta or torch.isfinite(tensor.sum(dtype=torch.float32)):
+        # A sum in its own dtype is one pass without a temporary; only a suspicious one, which may merely have
+        # overflowed, is looked at element by element.
+        if tensor.is_meta or torch.isfinite(tensor.sum()):
             continue
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:
@@ -296,3 +317,29 @@ def require_finite(where: str, model: SAEModel) -> None:
                 f"The checkpoint {where} holds {bad} NaN or infinite values in {name}; expected finite weights: "
                 "fetch it again, or publish a run that did not diverge."
             )
+
+
+def load(checkpoint: Checkpoint, config: SAEConfig | None, arguments: Mapping[str, Any]) -> tuple[SAEModel, Any]:
+    """Read a checkpoint and build its SAE.
+
+    Args:
+        checkpoint: what was found.
+        config: the configuration that the user gave, if any.
+        arguments: what else `from_pretrained` was given.
+
+    Returns:
+        The SAE, and transformers' loading info.
+
+    Raises:
+        CheckpointError: if its tensors are not those of the architecture, or not finite.
+        InputError: if an argument cannot be used.
+    """
+    config, settings = effective_config(checkpoint, config, arguments)
+    with explained(checkpoint):
+        tensors = read_tensors(checkpoint, config)
+        model, info = checkpoint.model_class._load_strictly(
+            str(checkpoint), {**settings, "config": config, "state_dict": tensors}
+        )
+    model._checkpoint = replace(checkpoint.origin, bytes_read=checkpoint.bytes_read())
+    model.name_or_path = model.config.name_or_path = checkpoint.origin.repo
+    return model, info

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import transformers.initialization as init
@@ -20,22 +19,21 @@ from ..registry import LateBound, Registry
 from .config import SAEConfig
 from .loading import (
     Origin,
-    effective_config,
-    explained,
+    load,
     open_checkpoint,
     quiet_transformers,
-    read_tensors,
     require_complete,
     require_finite,
 )
 from .output import SAEOutput, TrainingLoss
 from .saving import replaced_together
+from .traits import Traits
 
 architectures: Registry[type[SAEModel]] = Registry("architecture", "hf_gated_sae.architectures")
 _push_to_hub = LateBound("hf_gated_sae.publishing.push", "push_to_hub")
 
 
-class SAEModel(PreTrainedModel):
+class SAEModel(Traits, PreTrainedModel):
     """An SAE: ``latents = encode(x)``, ``reconstruction = latents @ W_dec + b_dec``.
 
     A new architecture is one file in `architectures/`: a configuration class, and a subclass of this one that names
@@ -45,7 +43,7 @@ class SAEModel(PreTrainedModel):
     byte ranges of every tensor; `W_enc` is the usual orientation of the same memory.
 
     Attributes:
-        W_enc_T: encoder ``[d_sae, d_in]``.
+        W_enc_T: encoder ``[d_sae, d_in]``; not of a `tied` architecture.
         W_dec: decoder ``[d_sae, d_out]``.
         b_dec: decoder bias ``[d_out]``.
         W_skip: ``[d_out, d_in]``; only of a transcoder with ``config.skip_connection``.
@@ -59,12 +57,6 @@ class SAEModel(PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "x"
     _keep_in_fp32_modules_strict = ["max_activation", "mean_activation"]
-
-    elementwise: ClassVar[bool] = True
-    """Whether a latent depends on its own pre-latent only, so that a few latents cost a few encoder rows."""
-
-    sliceable: ClassVar[bool] = True
-    """Whether a few latents can be held alone: whether every tensor is one row per latent, or shared by all."""
 
     W_enc_T: nn.Parameter
     W_dec: nn.Parameter
@@ -89,7 +81,8 @@ class SAEModel(PreTrainedModel):
                 "SAEModel is the common base class; build an architecture, such as GatedSAE(GatedSAEConfig(...)), "
                 f"or load one with SAEModel.from_pretrained(...). Architectures: {', '.join(architectures)}."
             )
-        self.W_enc_T = nn.Parameter(torch.empty(config.rows, config.d_in))
+        if not self.tied:
+            self.W_enc_T = nn.Parameter(torch.empty(config.rows, config.d_in))
         self.W_dec = nn.Parameter(torch.empty(config.rows, self.d_out))
         self.b_dec = nn.Parameter(torch.empty(self.d_out))
         if config.skip_connection:
@@ -127,21 +120,23 @@ class SAEModel(PreTrainedModel):
             ShapeError: if the last axis of `x` is not `d_in` wide.
             LatentIndexError: if an index is outside ``0 .. d_sae - 1``.
         """
+        if not self.elementwise and self.config.kept_latents is not None:
+            raise LatentIndexError(
+                f"Whether a latent of a {type(self).__name__} is on depends on all of them, and only "
+                f"{self.config.rows} of {self.config.d_sae} were loaded: load it without latents=."
+            )
+        return self._encode(self._framed(x), None if latents is None else self.latent_indices(latents))
+
+    def _framed(self, x: Tensor) -> Tensor:
+        """Return `x` in the SAE's own frame, after checking its width."""
         if x.shape[-1:] != (self.config.d_in,):
             raise ShapeError(
                 f"Given activations {list(x.shape)}, but this SAE reads d_in = {self.config.d_in}: expected "
                 f"[..., {self.config.d_in}]. Check that site {self.config.site!r} of {self.config.base_model!r} is "
                 "meant."
             )
-        if not self.elementwise and self.config.kept_latents is not None:
-            raise LatentIndexError(
-                f"Whether a latent of a {type(self).__name__} is on depends on all of them, and only "
-                f"{self.config.rows} of {self.config.d_sae} were loaded: load it without latents=."
-            )
         frame = self.frame(x)
-        if frame is not None:
-            x = frame.enter(x)
-        return self._encode(x, None if latents is None else self.latent_indices(latents))
+        return x if frame is None else frame.enter(x)
 
     def decode(self, latents: Tensor, x: Tensor | None = None) -> Tensor:
         """Turn latents into a reconstruction, ``latents @ W_dec + b_dec``.
@@ -168,7 +163,7 @@ class SAEModel(PreTrainedModel):
             raise ShapeError(f"Given latents {list(latents.shape)}, expected [..., d_sae = {self.config.d_sae}].")
         written = self._decode(latents)
         if self.config.skip_connection:
-            written = written + nn.functional.linear(self._needed(x), self.W_skip)
+            written = written + nn.functional.linear(self._framed(self._needed(x)), self.W_skip)
         frame = self._frame_out(x)
         return written if frame is None else frame.leave(written)
 
@@ -232,8 +227,8 @@ class SAEModel(PreTrainedModel):
 
     @property
     def W_enc(self) -> Tensor:
-        """Encoder ``[d_in, d_sae]``: a view of `W_enc_T`."""
-        return self.W_enc_T.T
+        """Encoder ``[d_in, d_sae]``: a view of `W_enc_T`, or of `W_dec` where the two are tied."""
+        return self.W_dec.T if self.tied else self.W_enc_T.T
 
     @property
     def d_out(self) -> int:
@@ -257,7 +252,7 @@ class SAEModel(PreTrainedModel):
         Raises:
             LatentIndexError: naming the first index that is out of range or was not loaded.
         """
-        indices = torch.as_tensor(latents, dtype=torch.int64, device=self.W_dec.device).reshape(-1)
+        indices = torch.as_tensor(latents, dtype=torch.int64, device=self.b_dec.device).reshape(-1)
         outside = indices[(indices < 0) | (indices >= self.config.d_sae)]
         if len(outside):
             raise LatentIndexError(
@@ -297,9 +292,10 @@ class SAEModel(PreTrainedModel):
         if module is not self:
             return
         init.copy_(self.W_dec, nn.functional.normalize(torch.randn_like(self.W_dec), dim=-1))
-        same_width = self.W_enc_T.shape == self.W_dec.shape
-        rows = self.W_dec.detach() if same_width else nn.functional.normalize(torch.randn_like(self.W_enc_T), dim=-1)
-        init.copy_(self.W_enc_T, rows)
+        if not self.tied:
+            same = self.W_enc_T.shape == self.W_dec.shape
+            rows = self.W_dec.detach() if same else nn.functional.normalize(torch.randn_like(self.W_enc_T), dim=-1)
+            init.copy_(self.W_enc_T, rows)
         init.zeros_(self.max_activation)
         init.zeros_(self.mean_activation)
         for parameter in self.parameters(recurse=False):
@@ -359,14 +355,7 @@ class SAEModel(PreTrainedModel):
             return cls._from_tensors(config, output_loading_info, kwargs)
         checkpoint = open_checkpoint(os.fspath(pretrained_model_name_or_path), subfolder, **kwargs)
         cls._require_class(checkpoint.model_class, f"checkpoint {checkpoint}")
-        config, settings = effective_config(checkpoint, config, {**kwargs, "latents": latents})
-        with explained(checkpoint):
-            tensors = read_tensors(checkpoint, config)
-            model, info = checkpoint.model_class._load_strictly(
-                str(checkpoint), {**settings, "config": config, "state_dict": tensors}
-            )
-        model._checkpoint = replace(checkpoint.origin, bytes_read=checkpoint.bytes_read())
-        model.name_or_path = model.config.name_or_path = checkpoint.origin.repo
+        model, info = load(checkpoint, config, {**kwargs, "latents": latents})
         return (model, info) if output_loading_info else model
 
     @classmethod

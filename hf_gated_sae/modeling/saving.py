@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import filecmp
+import logging
 import re
 import shutil
 import tempfile
@@ -13,13 +15,18 @@ from ..errors import InputError
 
 # Exactly what save_pretrained writes, whole or in shards: nobody else's files are ever removed as stale.
 WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+FACTS_FILE = "sae_metrics.json"
+"""What was measured on the weights beside it."""
+
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
 def replaced_together(target: Path) -> Iterator[Path]:
     """Give an empty folder to write into; if all goes well its files replace those in `target`, else nothing changes.
 
-    Weights of an earlier save that were not written again are removed.
+    Weights of an earlier save that were not written again are removed, and so are facts that were measured on other
+    weights than those that lie there now.
 
     Args:
         target: folder, created if need be.
@@ -29,17 +36,40 @@ def replaced_together(target: Path) -> Iterator[Path]:
     """
     if target.is_file():
         raise InputError(f"{target} is a file; expected a folder to save into.")
+    is_new = not target.exists()
     target.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
     try:
         yield staging
         written = sorted(staging.iterdir())
+        names = {file.name for file in written}
+        has_weights = any(WEIGHT_FILES.fullmatch(name) for name in names)
+        stale = _stale_facts(staging, target) if has_weights and FACTS_FILE not in names else None
         for file in written:
             file.replace(target / file.name)
-        names = {file.name for file in written}
-        if any(WEIGHT_FILES.fullmatch(name) for name in names):
+        if has_weights:
             for file in list(target.iterdir()):
                 if WEIGHT_FILES.fullmatch(file.name) and file.name not in names:
                     file.unlink()
+        if stale is not None:
+            stale.unlink()
+            _log.warning(
+                "%s was measured on the weights that were in %s before, and is removed. A card there still speaks of "
+                "them: write a new one with hf_gated_sae.publishing.save.",
+                FACTS_FILE,
+                target,
+            )
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        if is_new and not any(target.iterdir()):
+            target.rmdir()
+
+
+def _stale_facts(staging: Path, target: Path) -> Path | None:
+    """Return the facts in `target` if its weights are not those in `staging`."""
+    facts = target / FACTS_FILE
+    if not facts.is_file():
+        return None
+    weights = [file.name for file in staging.iterdir() if WEIGHT_FILES.fullmatch(file.name)]
+    same = all((target / name).is_file() and filecmp.cmp(staging / name, target / name, False) for name in weights)
+    return None if same else facts

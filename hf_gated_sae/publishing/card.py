@@ -14,7 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not in its __all__
 from jinja2 import Environment, StrictUndefined
 
-from ..modeling import SAEModel
+from ..modeling import SAEConfig, SAEModel
 from .facts import CardFacts
 from .markdown import cell, marked, number, with_front_matter
 
@@ -59,15 +59,18 @@ def model_card(
         title=card_title(sae, facts, repo_id, subfolder),
         kind=type(sae).__name__,
         dtype=str(sae.dtype).removeprefix("torch."),
+        reads=_places(sae.config.sites_read),
+        writes=_places(sae.config.sites_written),
         base_model_link=_base_model_link(sae),
         measured=[(name, value, MEANINGS.get(name, "")) for name, value in facts.metrics.items()],
         missing=[name for name in HEADLINE if name not in facts.metrics],
         equations=equations(type(sae)),
+        conventions=conventions(sae.config),
         labels=facts.labels[:SHOWN_LABELS],
         hidden_labels=max(len(facts.labels) - SHOWN_LABELS, 0),
         source=repo_id or "path/to/this/folder",
         subfolder=subfolder if repo_id else "",
-        can_splice=bool(sae.config.site and is_repo_id(sae.config.base_model)),
+        can_splice=bool(sae.config.site and is_repo_id(sae.config.base_model) and not sae.config.is_transcoder),
     )
     return with_front_matter(card_data(sae, facts, repo_id, subfolder).to_dict(), marked("card", body))
 
@@ -85,6 +88,7 @@ def card_data(sae: SAEModel, facts: CardFacts, repo_id: str | None = None, subfo
         pipeline_tag="feature-extraction",
         tags=[
             "sparse-autoencoder",
+            *(["transcoder"] if config.is_transcoder else []),
             f"{config.architecture.replace('_', '-')}-sae",
             "interpretability",
             *([config.site] if config.site else []),
@@ -118,6 +122,26 @@ def equations(model_class: type[SAEModel]) -> str:
     joined = f"{description}\n\n{source[0]}" if source else description
     linked = re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[arXiv \1](https://arxiv.org/abs/\1)", joined)
     return linked.replace("``", "`")
+
+
+def conventions(config: SAEConfig) -> list[str]:
+    """Return, as Markdown, in what an SAE differs from the equations of its architecture.
+
+    >>> from hf_gated_sae import StandardSAEConfig
+    >>> conventions(StandardSAEConfig(d_in=4, d_sae=8, apply_b_dec_to_input=False))
+    ['`b_dec` is not subtracted from the input: read `x` for `x - b_dec`.']
+    """
+    found = []
+    if not config.apply_b_dec_to_input:
+        found.append("`b_dec` is not subtracted from the input: read `x` for `x - b_dec`.")
+    if config.normalization != "none":
+        after = "" if config.is_transcoder else ", and what is decoded is brought back to the units of `x`"
+        found.append(f"Each token of `x` is brought to `{config.normalization}` before encoding{after}.")
+    if config.skip_connection:
+        found.append("`x @ W_skip.T` is added to what is decoded.")
+    if config.kept_latents is not None:
+        found.append(f"Only {config.rows} of the {config.d_sae} latents are held; it cannot reconstruct.")
+    return found
 
 
 def _eval_results(facts: CardFacts) -> list[EvalResult]:
@@ -161,6 +185,11 @@ def _base_model_link(sae: SAEModel) -> str:
     if name is None:
         return "a model that its configuration does not name"
     return f"[{name}](https://huggingface.co/{name})" if is_repo_id(name) else "a local model"
+
+
+def _places(sites: list[str]) -> str:
+    """Return places for a sentence."""
+    return ", ".join(f"`{cell(site)}`" for site in sites)
 
 
 def _rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:

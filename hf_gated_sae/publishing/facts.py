@@ -18,8 +18,8 @@ from ..errors import CheckpointError, InputError, did_you_mean
 from ..evaluation import FidelityReport
 from ..modeling import SAEModel
 from ..modeling.loading import Origin
+from ..modeling.saving import FACTS_FILE
 
-FACTS_FILE = "sae_metrics.json"
 SCHEMA = 1
 
 logger = logging.getLogger(__name__)

@@ -17,11 +17,23 @@ SECTION = "index"
 COLUMNS = ("l0", "fvu", "loss_recovered")
 
 
+def conversion_of(provenance: object) -> dict[str, str]:
+    """Return what an SAE was converted from: ``converted from``, ``address`` and ``dtype`` of its provenance.
+
+    >>> conversion_of({"converted from": "acme/saes@c0ffee", "address": "layer_1", "trained in": "2024"})
+    {'converted from': 'acme/saes@c0ffee', 'address': 'layer_1'}
+    """
+    known = provenance if isinstance(provenance, dict) and "converted from" in provenance else {}
+    return {name: str(known[name]) for name in ("converted from", "address", "dtype") if name in known}
+
+
 def entry(sae: SAEModel, facts: CardFacts) -> dict[str, Any]:
     """Return what the index says about one SAE."""
     config = sae.config
     described = {name: getattr(config, name) for name in ("architecture", "base_model", "site", "d_in", "d_sae")}
-    return {**described, "metrics": {name: facts.metrics[name] for name in COLUMNS if name in facts.metrics}}
+    metrics = {name: facts.metrics[name] for name in COLUMNS if name in facts.metrics}
+    conversion = conversion_of(facts.provenance)
+    return {**described, "metrics": metrics, **({"conversion": conversion} if conversion else {})}
 
 
 def read_index(text: str | None) -> dict[str, dict[str, Any]]:

@@ -18,9 +18,9 @@ from ..formats.native import native_folders
 from ..hub.location import clean_subfolder
 from ..hub.trouble import TransportError
 from ..modeling import SAEModel
-from ..modeling.saving import WEIGHT_FILES
-from .facts import FACTS_FILE, CardFacts, read_facts, write_facts
-from .index import INDEX_FILE, SECTION, entry, index_card, index_json, read_index, updated_index
+from ..modeling.saving import FACTS_FILE, WEIGHT_FILES
+from .facts import CardFacts, read_facts, write_facts
+from .index import INDEX_FILE, SECTION, conversion_of, entry, index_card, index_json, read_index, updated_index
 from .markdown import merge
 from .saving import CARD_FILE, write_extras
 
@@ -167,10 +167,12 @@ def _write_index(target: _Target, sae: SAEModel, facts: CardFacts, folder: Path,
     def describe(other: str) -> dict[str, Any]:
         """Return the entry of an SAE that was published without an index."""
         config = _json(target.read(f"{other}/config.json"))
-        metrics = _json(target.read(f"{other}/{FACTS_FILE}")).get("metrics") or {}
+        known = _json(target.read(f"{other}/{FACTS_FILE}"))
+        conversion = conversion_of(known.get("provenance"))
         architecture = str(config.get("model_type")).removesuffix("_sae")
         places = {name: config.get(name) for name in ("base_model", "site", "d_in", "d_sae")}
-        return {"architecture": architecture, **places, "metrics": metrics}
+        found = {"architecture": architecture, **places, "metrics": known.get("metrics") or {}}
+        return {**found, **({"conversion": conversion} if conversion else {})}
 
     folders = [found for found in native_folders(target.files) if found]
     entries = updated_index(read_index(target.read(INDEX_FILE)), folders, subfolder, entry(sae, facts), describe)

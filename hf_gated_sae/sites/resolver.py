@@ -78,6 +78,9 @@ class SiteMap:
     def __getitem__(self, name: str | Site) -> Slot:
         """Return the slot of a site.
 
+        Module paths are those in the model, ``model.layers.3.mlp.output``; one inside its ``base_model``, without the
+        first name, is understood, too.
+
         Raises:
             SiteError: if the name is no site, the layer or module does not exist, or the site could not be proven.
         """
@@ -102,6 +105,8 @@ class SiteMap:
             raise SiteError("The model whose sites these are no longer exists.")
         assert site.port is not None
         found = self._paths.get((site.name, site.port))
+        if found is None:  # perhaps a path inside the base model, as some checkpoints write it
+            found = self._paths.get((f"{_base_path(root)}.{site.name}", site.port))
         if found is None:
             known = [path for path, _ in root.named_modules() if path]
             if site.name in known:
@@ -150,6 +155,12 @@ def resolve(model: nn.Module, *, inputs: Mapping[str, Any] | None = None) -> Sit
             found = _probe(subject)
         _CACHE[root] = (key, found)
     return found
+
+
+def _base_path(root: nn.Module) -> str:
+    """Return the path of what transformers calls a model's base model, empty if that is the model itself."""
+    base = getattr(root, "base_model", root)
+    return next((path for path, module in root.named_modules() if module is base), "")
 
 
 def _probe(subject: Subject) -> SiteMap:

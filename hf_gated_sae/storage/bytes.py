@@ -40,6 +40,22 @@ class ByteSource(ABC):
     def map(self) -> Any:
         """Return the whole file as a writable buffer that never reaches the disk, fetched first if need be."""
 
+    def fetch(self) -> None:  # noqa: B027  # most sources have nothing to do
+        """Get the whole file, because all of it is about to be read piece by piece."""
+
+    def turned(self, place: Range, rows: int, itemsize: int, name: str) -> ByteSource | None:
+        """Return a local source that holds the transpose of a matrix of this file, from its first byte on.
+
+        Columns of a file that is far away are not within reach; of a local one they are, and the answer is None.
+
+        Args:
+            place: where the matrix lies.
+            rows: its number of rows as it is stored.
+            itemsize: bytes of one value.
+            name: what messages call it.
+        """
+        return None
+
     def read(self, ranges: Sequence[Range]) -> list[bytes]:
         """Return the bytes of every range, asked for together.
 
@@ -92,6 +108,9 @@ class LocalBytes(ByteSource):
             for offset, length in ranges:
                 file.seek(offset)
                 parts.append(file.read(length))
+        for (offset, length), part in zip(ranges, parts, strict=True):
+            if len(part) != length:  # it has shrunk since
+                raise CheckpointError(f"{self.name} ends before byte {offset + length}; fetch it again.")
         return parts
 
     def map(self) -> mmap.mmap:

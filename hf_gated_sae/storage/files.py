@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shown
 from .bytes import ByteSource
 from .numpy_zip import read_npz
 from .safetensors_file import read_safetensors
@@ -54,5 +54,5 @@ def flat(content: Mapping[str, Any], where: str) -> dict[str, StoredTensor]:
     """
     for name, value in content.items():
         if not isinstance(value, StoredTensor):
-            raise CheckpointError(f"{where} holds {name} = {str(value)[:60]!r}; expected named tensors only.")
+            raise CheckpointError(f"{where} holds {shown(name)} = {shown(value, 60)}; expected named tensors only.")
     return dict(content)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import tokenize
 import zipfile
 from typing import Any
 
@@ -11,10 +12,10 @@ import numpy as np
 import torch
 from numpy.lib import format as npy
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shown
 from .bytes import ByteSource, MemoryBytes
-from .stored import StoredTensor
-from .zipped import archive, stored_offset, unpacked
+from .stored import MOST_AXES, StoredTensor
+from .zipped import archive, stored_offsets, unpacked
 
 HEADER = 4096
 DTYPES = {
@@ -29,6 +30,12 @@ DTYPES = {
     "|b1": torch.bool,
 }
 
+_NOT_AN_ARRAY = (
+    *(ValueError, KeyError, SyntaxError, TypeError, EOFError, RecursionError, MemoryError, OverflowError),
+    *(IndexError, AttributeError, tokenize.TokenError),
+)
+"""What numpy raises on headers that it did not write."""
+
 
 def read_npz(source: ByteSource) -> dict[str, Any]:
     """Return the arrays of an npz file; those stored uncompressed are read in place, others are unpacked here.
@@ -38,35 +45,50 @@ def read_npz(source: ByteSource) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     with archive(source) as opened:
-        for entry in opened.infolist():
+        entries = opened.infolist()
+        starts = stored_offsets(source, entries)
+        if None in starts:
+            source.fetch()
+        places = [(start, min(HEADER, entry.file_size)) for entry, start in zip(entries, starts, strict=True)]
+        heads = iter(source.read([(start, length) for start, length in places if start is not None]))
+        for entry, start in zip(entries, starts, strict=True):
             name = entry.filename.removesuffix(".npy")
             if name in found:
-                raise CheckpointError(f"{source.name} holds {name} twice; expected each array once.")
-            found[name] = _array(source, opened, entry, name)
+                raise CheckpointError(f"{source.name} holds {name[:80]} twice; expected each array once.")
+            if start is not None:
+                found[name] = _array(source, entry, name, start, next(heads))
+                continue
+            content = unpacked(source, opened, entry)
+            held = MemoryBytes(content, f"{name[:80]} of {source.name}")
+            found[name] = _array(held, entry, name, 0, content[:HEADER])
     return found
 
 
-def _array(source: ByteSource, opened: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str) -> StoredTensor:
-    """Read the header of one array."""
-    start = stored_offset(source, entry)
-    holder = source
-    if start is None:
-        holder, start = MemoryBytes(unpacked(source, opened, entry), f"{name} of {source.name}"), 0
-    [content] = holder.read([(start, min(HEADER, entry.file_size))])
+def _array(holder: ByteSource, entry: zipfile.ZipInfo, name: str, start: int, content: bytes) -> StoredTensor:
+    """Read the header of one array.
+
+    Args:
+        holder: what holds its bytes.
+        entry: the archive's entry.
+        name: name of the array.
+        start: where its bytes begin.
+        content: the first of them.
+    """
     stream = io.BytesIO(content)
     try:
         version = npy.read_magic(stream)
         read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[version]
         shape, fortran, dtype = read(stream)
         kind = DTYPES[np.dtype(dtype).str]
-    except (ValueError, KeyError, SyntaxError, TypeError, EOFError, RecursionError, MemoryError) as error:
+    except _NOT_AN_ARRAY as error:
         raise CheckpointError(
-            f"{name} of {source.name} is no array of numbers ({str(error)[:120]}); expected float32 weights."
+            f"{name[:80]} of {holder.name} is no array of numbers ({str(error)[:120]}); expected float32 weights."
         ) from error
-    if stream.tell() + math.prod(shape) * kind.itemsize != entry.file_size or min(shape, default=0) < 0:
+    possible = len(shape) <= MOST_AXES and min(shape, default=0) >= 0
+    if not possible or stream.tell() + math.prod(shape) * kind.itemsize != entry.file_size:
         raise CheckpointError(
-            f"{name} of {source.name} claims shape {list(shape)}, which does not fit its {entry.file_size} bytes: the "
-            "file is truncated or broken. Fetch it again."
+            f"{name[:80]} of {holder.name} claims shape {shown(list(shape))}, which does not fit its "
+            f"{entry.file_size} bytes: the file is truncated or broken. Fetch it again."
         )
     stored = StoredTensor(holder, name, kind, shape[::-1] if fortran else shape, start + stream.tell())
     return stored.T if fortran and len(shape) == 2 else stored

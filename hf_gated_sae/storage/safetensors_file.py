@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shown
 from .bytes import ByteSource
-from .stored import StoredTensor
+from .stored import MOST_AXES, StoredTensor
 
-LARGEST_HEADER = 100_000_000  # as the format's owner limits it
+LARGEST_HEADER = 16 * 1024 * 1024  # names, shapes and places of a hundred thousand tensors
 FIRST_READ = 32_768  # the header of one SAE, in one go
 DTYPES = {
     "F64": torch.float64,
@@ -44,9 +44,9 @@ def read_safetensors(source: ByteSource) -> dict[str, Any]:
     if len(start) < 8 + length:
         start += source.read([(len(start), 8 + length - len(start))])[0]
     try:
-        header = json.loads(start[8 : 8 + length])
+        header = json.loads(start[8 : 8 + length], object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as error:
-        raise _broken(source, f"its header is no JSON ({error})") from error
+        raise _broken(source, f"its header is no JSON ({str(error)[:200]})") from error
     if not isinstance(header, dict):
         raise _broken(source, f"its header is a JSON {type(header).__name__}, not an object")
     header.pop("__metadata__", None)
@@ -61,17 +61,25 @@ def read_safetensors(source: ByteSource) -> dict[str, Any]:
     return found
 
 
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build an object of the header; of a tensor that is named twice, readers would disagree which is meant."""
+    built = dict(pairs)
+    if len(built) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return built
+
+
 def _entry(source: ByteSource, name: str, entry: Any, start: int) -> StoredTensor:
     """Read one entry of the header."""
     try:
         dtype, shape, (first, last) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        sides = tuple(side for side in shape if type(side) is int and side >= 0)
+        sides = tuple(side for side in shape[:MOST_AXES] if type(side) is int and side >= 0)
         consistent = len(sides) == len(shape) and last - first == math.prod(sides) * dtype.itemsize and first >= 0
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        why = f"the entry of {name!r} is {str(entry)[:120]}, not a tensor of a type known here"
+        why = f"the entry of {shown(name)} is {shown(entry, 120)}, not a tensor of a type known here"
         raise _broken(source, why) from error
     if not consistent or type(first) is not int:
-        raise _broken(source, f"shape and place of {name!r} do not fit together ({str(entry)[:120]})")
+        raise _broken(source, f"shape and place of {shown(name)} do not fit together ({shown(entry, 120)})")
     return StoredTensor(source, name, dtype, sides, start + first)
 
 

@@ -9,11 +9,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shown
 from .bytes import ByteSource, Range
 
 LARGEST_GAP = 4096
 """Rows that lie closer together than this many bytes are read as one range."""
+
+
+MOST_AXES = 8
+MOST_VALUES = 2**60
+"""More than any file holds; sides beside a side of 0 are bounded by this alone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,13 +47,16 @@ class StoredTensor:
         Raises:
             CheckpointError: naming the tensor.
         """
-        if any(side < 0 for side in self.stored_shape):
-            raise CheckpointError(f"{self} has shape {list(self.stored_shape)}; expected no negative side.")
+        sides = self.stored_shape
+        if len(sides) > MOST_AXES or any(side < 0 for side in sides):
+            raise CheckpointError(f"{self} has shape {shown(list(sides))}; expected no negative side and few axes.")
+        if math.prod(max(side, 1) for side in sides) > MOST_VALUES:
+            raise CheckpointError(f"{self} has shape {shown(list(sides))}; expected one that a file can hold.")
         self.source.require(self.offset, self.nbytes)
 
     def __str__(self) -> str:
         """Return the name for messages."""
-        return f"{self.name} of {self.source.name}"
+        return f"{self.name[:80]} of {self.source.name}"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -100,6 +108,13 @@ class StoredTensor:
         """
         wanted = list(indices)
         if self.transposed:
+            place, (stored_rows, stored_columns) = (self.offset, self.nbytes), self.stored_shape
+            turned = self.source.turned(place, stored_rows, self.dtype.itemsize, str(self))
+            if turned is not None:
+                shape = (stored_columns, stored_rows)
+                rows = StoredTensor(turned, self.name, self.dtype, shape, 0).rows(wanted)
+                self.source.bytes_read += turned.bytes_read
+                return rows
             columns = self._mapped()[:, wanted]
             self.source.bytes_read += columns.nbytes - self.nbytes  # of the mapped file only these are touched
             return columns.T.contiguous()
@@ -117,6 +132,7 @@ class StoredTensor:
         """Return the stored values as they lie in the mapped file."""
         if not self.nbytes:
             return torch.empty(self.stored_shape, dtype=self.dtype)
+        self.source.require(self.offset, self.nbytes)  # again: the file may have shrunk since its header was read
         self.source.bytes_read += self.nbytes
         return _tensor(self.source.map(), self.dtype, self.stored_shape, self.offset)
 

@@ -2,7 +2,8 @@
 
 A torch file is a zip archive: ``data.pkl``, a pickle that describes nested containers of tensors, and one uncompressed
 entry per storage. The pickle is read by an unpickler that knows tensors, containers and plain values and nothing else:
-no name in it is ever imported, so no code of it can run.
+no name in it is ever imported, so no code of it can run. It works in Python because C's cannot be told to refuse
+what costs more than it looks: keys that are tuples of tuples of tuples, or an object whose state is replaced.
 """
 
 from __future__ import annotations
@@ -11,19 +12,19 @@ import collections
 import io
 import math
 import pickle
-import pickletools
 import zipfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shown
 from .bytes import ByteSource
-from .stored import StoredTensor
-from .zipped import archive, stored_offset
+from .stored import MOST_AXES, StoredTensor
+from .zipped import archive, stored_offsets, unpacked
 
-LARGEST_PICKLE = 64 * 1024 * 1024
+LARGEST_PICKLE = 4 * 1024 * 1024
 STORAGES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -36,6 +37,9 @@ STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
+
+KEYS = frozenset({str, int, float, bool, bytes, type(None)})
+"""Types of a dictionary's keys: a tuple's hash can take forever, or more stack than there is."""
 
 
 @dataclass(frozen=True)
@@ -62,21 +66,22 @@ def read_torch(source: ByteSource) -> dict[str, Any]:
                 "torch.save writes."
             )
         folder = pickles[0].removesuffix("data.pkl")
-        if entries[pickles[0]].file_size > LARGEST_PICKLE or stored_offset(source, entries[pickles[0]]) is None:
+        offsets = dict(zip(entries, stored_offsets(source, list(entries.values())), strict=True))
+        if entries[pickles[0]].file_size > LARGEST_PICKLE or offsets[pickles[0]] is None:
             raise CheckpointError(f"The description in {source.name} is too large or compressed; expected tensors.")
         byteorder = entries.get(f"{folder}byteorder")
-        if byteorder is not None and opened.read(byteorder) != b"little":
+        if byteorder is not None and unpacked(source, opened, byteorder) != b"little":
             raise CheckpointError(f"{source.name} was written on a big-endian machine; save it again on another.")
-        pickled = opened.read(pickles[0])
+        pickled = unpacked(source, opened, entries[pickles[0]])
         try:
-            _require_harmless(pickled)
-            content = _Reader(pickled, source, entries, folder).load()
+            content = _Reader(pickled, source, offsets, entries, folder).load()
         except CheckpointError:
             raise
         except Exception as error:  # a broken pickle may fail in any way
+            why = shown(str(error) or type(error).__name__, 160)
             raise CheckpointError(
-                f"{source.name} cannot be read without running code from it ({str(error)[:160] or error!r}); expected "
-                "tensors in dictionaries, as torch.save(sae.state_dict()) writes."
+                f"{source.name} cannot be read without running code from it ({why}); expected tensors in "
+                "dictionaries, as torch.save(sae.state_dict()) writes."
             ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{source.name} holds a {type(content).__name__}; expected a dictionary of tensors.")
@@ -95,21 +100,66 @@ def _named(content: dict[str, Any], depth: int = 2) -> dict[str, Any]:
     return named
 
 
-def _require_harmless(pickled: bytes) -> None:
-    """Refuse memo numbers that would make the unpickler allocate a table of any size."""
-    for code, argument, _ in pickletools.genops(pickled):
-        if "PUT" in code.name and argument is not None and int(argument) > len(pickled):
-            raise pickle.UnpicklingError(f"{code.name} {argument} in {len(pickled)} bytes")
+class _Instructions(dict[int, Callable[[Any], None]]):
+    """The pickle instructions that are carried out."""
+
+    def __missing__(self, code: int) -> Callable[[Any], None]:
+        raise pickle.UnpicklingError(f"it uses the instruction {chr(code)!r}")
 
 
-class _Reader(pickle.Unpickler):
-    """Reads containers, plain values and tensors; any other name is an error."""
+class _Reader(pickle._Unpickler):
+    """Reads containers, plain values and tensors; any other name or instruction is an error."""
 
-    def __init__(self, content: bytes, source: ByteSource, entries: dict[str, zipfile.ZipInfo], folder: str) -> None:
+    dispatch = _Instructions(
+        (code[0], pickle._Unpickler.dispatch[code[0]])
+        for code in (
+            *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.BINPERSID, pickle.REDUCE),
+            *(pickle.GLOBAL, pickle.STACK_GLOBAL),
+            *(pickle.BINGET, pickle.LONG_BINGET, pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE),
+            *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BINFLOAT, pickle.BINUNICODE),
+            *(pickle.SHORT_BINUNICODE, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1),
+            *(pickle.EMPTY_TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.TUPLE),
+            *(pickle.EMPTY_LIST, pickle.APPEND, pickle.APPENDS, pickle.EMPTY_DICT),
+        )
+    )
+
+    def __init__(
+        self,
+        content: bytes,
+        source: ByteSource,
+        offsets: Mapping[str, int | None],
+        entries: Mapping[str, zipfile.ZipInfo],
+        folder: str,
+    ) -> None:
         super().__init__(io.BytesIO(content))
         self._source = source
+        self._offsets = offsets
         self._entries = entries
         self._folder = folder
+
+    def _set_items(self, flat: list[Any]) -> None:
+        """Fill the dictionary on top of the stack with keys and values in turn."""
+        target = self.stack[-1]  # type: ignore[attr-defined]
+        if not isinstance(target, dict) or len(flat) % 2 or not all(type(key) in KEYS for key in flat[::2]):
+            raise pickle.UnpicklingError("it has a dictionary whose keys are no plain values")
+        target.update(zip(flat[::2], flat[1::2], strict=True))
+
+    def _load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()  # type: ignore[attr-defined]
+        self._set_items([key, value])
+
+    def _load_setitems(self) -> None:
+        self._set_items(self.pop_mark())  # type: ignore[attr-defined]
+
+    def _load_build(self) -> None:
+        """Ignore the attributes of an ordered dictionary: the versions of modules that a state_dict carries."""
+        self.stack.pop()  # type: ignore[attr-defined]
+        if type(self.stack[-1]) is not collections.OrderedDict:  # type: ignore[attr-defined]
+            raise pickle.UnpicklingError("it sets the state of an object")
+
+    dispatch[pickle.SETITEM[0]] = _load_setitem
+    dispatch[pickle.SETITEMS[0]] = _load_setitems
+    dispatch[pickle.BUILD[0]] = _load_build
 
     def find_class(self, module: str, name: str) -> Any:
         """Return the stand-in for a name; nothing is imported."""
@@ -118,11 +168,11 @@ class _Reader(pickle.Unpickler):
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return lambda data, *_: data
         if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
+            return lambda: collections.OrderedDict()
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
         if (module, name) == ("torch", "device"):
-            return str
+            return _device
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return str(name)
         raise pickle.UnpicklingError(f"it names {module}.{name}")
@@ -130,10 +180,11 @@ class _Reader(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> _Storage:
         """Find the entry of a storage."""
         kind, dtype, key, _, count = pid
-        entry = self._entries.get(f"{self._folder}data/{key}")
+        name = f"{self._folder}data/{key}" if type(key) is str else ""
+        entry = self._entries.get(name)
         if kind != "storage" or not isinstance(dtype, torch.dtype) or entry is None or type(count) is not int:
-            raise pickle.UnpicklingError(f"it refers to an unknown storage {str(pid)[:80]}")
-        offset = stored_offset(self._source, entry)
+            raise pickle.UnpicklingError(f"it refers to an unknown storage {shown(pid)}")
+        offset = self._offsets[name]
         if offset is None or count * dtype.itemsize != entry.file_size:
             raise CheckpointError(
                 f"A storage of {self._source.name} has {entry.file_size} bytes where {count} values of {dtype} are "
@@ -143,9 +194,9 @@ class _Reader(pickle.Unpickler):
 
     def _tensor(self, storage: _Storage, offset: int, shape: Any, strides: Any, *_: Any) -> StoredTensor:
         """Describe one tensor."""
-        sides, steps = tuple(shape), tuple(strides)
+        sides, steps = tuple(shape)[:MOST_AXES], tuple(strides)[:MOST_AXES]
         whole = all(type(number) is int and number >= 0 for number in (offset, *sides, *steps))
-        if not whole or len(sides) != len(steps) or offset + math.prod(sides) > storage.length:
+        if not whole or not len(shape) == len(sides) == len(steps) or offset + math.prod(sides) > storage.length:
             raise CheckpointError(f"A tensor of {self._source.name} lies outside its storage: the file is broken.")
         start = storage.offset + offset * storage.dtype.itemsize
         if _is_dense(sides, steps):
@@ -153,9 +204,16 @@ class _Reader(pickle.Unpickler):
         if len(sides) == 2 and _is_dense(sides[::-1], steps[::-1]):
             return StoredTensor(self._source, "a tensor", storage.dtype, sides[::-1], start, transposed=True)
         raise CheckpointError(
-            f"{self._source.name} holds a tensor of shape {list(sides)} with strides {list(steps)}; expected one "
-            "whose values lie side by side: save it again with .contiguous()."
+            f"{self._source.name} holds a tensor of shape {shown(list(sides))} with strides {shown(list(steps))}; "
+            "expected one whose values lie side by side: save it again with .contiguous()."
         )
+
+
+def _device(name: str, index: int = 0) -> str:
+    """Stand in for a device."""
+    if type(name) is not str or type(index) is not int:
+        raise pickle.UnpicklingError("it names a device that is none")
+    return name
 
 
 def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:

@@ -27,7 +27,7 @@ def record_activations(sae: SAEModel, pieces: Iterable[Tensor]) -> None:
     total = torch.zeros_like(largest, dtype=torch.float64)
     for piece in pieces:
         for x in piece.split(4096):
-            latents = sae.encode(x.to(sae.W_enc_T))
+            latents = sae.encode(x.to(sae.W_dec))
             largest = torch.maximum(largest, latents.amax(0).to(largest.dtype))
             total += latents.sum(0, dtype=torch.float64)
             tokens += len(x)

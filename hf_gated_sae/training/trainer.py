@@ -47,6 +47,9 @@ class SAETrainer(Trainer):
         train_dataset: where activations come from; a tensor ``[n, d_in]`` is read as `TensorActivations`.
         callbacks: further callbacks, called after our own.
 
+    Raises:
+        InputError: if the SAE is a transcoder, normalises its input, or holds only some of its latents.
+
     Source: Rajamanoharan et al. 2024 (arXiv 2404.16014), appendix D.
     """
 
@@ -60,6 +63,12 @@ class SAETrainer(Trainer):
         train_dataset: ActivationStream | Tensor,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
+        _require_trainable(model)
+        if not model.homogeneous and args.activation_scale != "none":
+            raise InputError(
+                f"A {type(model).__name__} computes another function of scaled activations, and activation_scale is "
+                f"{args.activation_scale!r}: pass activation_scale='none'."
+            )
         stream = (
             TensorActivations(train_dataset, seed=args.seed) if isinstance(train_dataset, Tensor) else train_dataset
         )
@@ -169,7 +178,7 @@ class SAETrainer(Trainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return the operations of a forward and backward pass: 6 per activation and weight."""
-        weights = self.model.W_enc_T.numel() + self.model.W_dec.numel()
+        weights = self.model.W_enc.numel() + self.model.W_dec.numel()
         return 6 * len(inputs["x"]) * weights
 
     # ------------------------------------------------------------------ data and schedule
@@ -243,6 +252,29 @@ class _Batches(IterableDataset[dict[str, Tensor]]):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for x in self.stream.batches(self.args.activation_batch_size):
             yield {"x": x}
+
+
+def _require_trainable(sae: SAEModel) -> None:
+    """Raise for an SAE whose objective would not be what it computes afterwards.
+
+    Raises:
+        InputError: saying why.
+    """
+    config = sae.config
+    why = ""
+    if config.kept_latents is not None:
+        why = f"holds only {config.rows} of its {config.d_sae} latents: load it without latents="
+    elif config.is_transcoder or config.skip_connection:
+        why = "is a transcoder, which learns pairs of activations, and the stream gives single ones"
+    elif len(config.sites_read) > 1 or not sae.per_token:
+        why = "reads several sites, or several tokens, at once, and the stream gives single activations"
+    elif config.normalization != "none":
+        why = (
+            f"normalises each token ({config.normalization}), and is therefore no homogeneous function of its input, "
+            "as the training in another unit needs: train one with normalization='none', scaled by activation_scale="
+        )
+    if why:
+        raise InputError(f"This {type(sae).__name__} cannot be trained here; it {why}.")
 
 
 def _scale(statistics: ActivationStatistics, kind: str, d_in: int) -> float:

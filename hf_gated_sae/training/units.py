@@ -1,7 +1,7 @@
 """The unit that activations are measured in, and how an SAE's weights follow when it changes.
 
 Training is easier on activations of a known size, but a published SAE has to read what the model really produces.
-Every architecture is a positively homogeneous function of its input together with its biases and thresholds, so a
+Most architectures are a positively homogeneous function of its input together with its biases and thresholds, so a
 change of unit touches only those vectors: matrices keep their values, decoder rows their unit norm, and latents are
 measured in the activations' own unit.
 """
@@ -52,12 +52,16 @@ def change_unit(sae: SAEModel, factor: float) -> None:
     """Change the unit in place: afterwards ``sae(factor * x) == factor * sae_before(x)``, for latents as well.
 
     Args:
-        sae: any architecture.
+        sae: any architecture that is homogeneous.
         factor: how many new units make an old one; positive.
 
     Raises:
-        InputError: if `factor` is not positive, or a tensor's unit is not known.
+        InputError: if `factor` is not positive, a tensor's unit is not known, or the architecture is not homogeneous.
     """
+    if not sae.homogeneous and factor != 1:
+        raise InputError(
+            f"A {type(sae).__name__} computes another function in another unit; train it with activation_scale='none'."
+        )
     if not 0 < factor < float("inf"):
         raise InputError(f"The factor between two units is {factor}; expected a positive number.")
     for tensor in unit_tensors(sae).values():

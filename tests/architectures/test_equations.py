@@ -49,7 +49,42 @@ def topk(x: Array, p: dict[str, Array], k: int) -> Array:
     return latents
 
 
-REFERENCES = {"gated": gated, "standard": standard, "jumprelu": jumprelu, "topk": topk, "batch_topk": jumprelu}
+def abs_topk(x: Array, p: dict[str, Array], k: int) -> Array:
+    z = x @ p["W_enc_T"].T + p["b_enc"]
+    smallest = np.sort(np.abs(z), axis=-1)[:, -k, None]
+    return np.where(np.abs(z) >= smallest, z, 0.0)
+
+
+def tanh_relu(x: Array, p: dict[str, Array], k: int) -> Array:
+    return np.tanh(standard(x, p, k))
+
+
+def matching_pursuit(x: Array, p: dict[str, Array], k: int, *, threshold: float = 1e-2, steps: int = 0) -> Array:
+    """One token after the other: take the best matching decoder row out of what is left, until a rule says stop."""
+    latents = np.zeros((len(x), len(p["W_dec"])))
+    for token, left in enumerate(x.copy()):
+        for _ in range(steps or x.shape[-1]):
+            matches = p["W_dec"] @ left
+            best = int(np.argmax(matches))
+            support = set(np.flatnonzero(latents[token]))
+            if matches[best] > 0:
+                latents[token, best] += matches[best]
+                left = left - matches[best] * p["W_dec"][best]
+            if set(np.flatnonzero(latents[token])) == support or np.linalg.norm(left) < threshold:
+                break
+    return latents
+
+
+REFERENCES = {
+    "gated": gated,
+    "standard": standard,
+    "jumprelu": jumprelu,
+    "topk": topk,
+    "batch_topk": jumprelu,
+    "abs_topk": abs_topk,
+    "tanh_relu": tanh_relu,
+    "matching_pursuit": matching_pursuit,
+}
 
 
 def numpy_parameters(sae: SAEModel) -> dict[str, Array]:
@@ -78,6 +113,8 @@ def test_encode_and_decode_are_the_equations(architecture: str, case: dict[str, 
     tokens, seed, scale = case.pop("tokens"), case.pop("seed"), case.pop("scale")
     if case["d_out"] not in (None, case["d_in"]):
         case["apply_b_dec_to_input"] = False  # a transcoder's decoder bias has another width
+        if architectures[architecture].tied:
+            case["d_out"] = None
     sae = randomised(build(architecture, **case), seed).double()
     x = scale * np.random.default_rng(seed).normal(size=(tokens, case["d_in"]))
     parameters = numpy_parameters(sae)
@@ -133,6 +170,77 @@ def test_batch_topk_trains_on_the_largest_of_the_batch() -> None:
     np.testing.assert_allclose(latents, np.where(z >= kept[-1], z, 0.0), **TIGHT)
     momentum = sae.config.threshold_momentum
     assert sae.threshold.item() == pytest.approx(momentum * before + (1 - momentum) * kept[-1])
+
+
+def softmax(values: Array) -> Array:
+    powers = np.exp(values - values.max())
+    return powers / powers.sum()
+
+
+def temporal(x: Array, p: dict[str, Array], *, heads: int, k: int | None, c: float) -> tuple[Array, Array]:
+    """Section 3 of arXiv 2511.01836 for one sequence, position by position and head by head."""
+    d, dec, enc = x.shape[-1], p["W_dec"], p["W_enc_T"].T
+    left, predicted = c * x - p["b_dec"], np.zeros((len(x), len(dec)))
+    for layer in range(sum(name.endswith("query.weight") for name in p)):
+        w = {name.split(".", 2)[2]: value for name, value in p.items() if name.startswith(f"attention.{layer}.")}
+        codes = relu(left @ enc / (4 * d))
+        earlier = np.vstack([np.zeros_like(codes[:1]), codes[:-1]])
+        q, key, v = (
+            part @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+            for name, part in (("query", codes), ("key", earlier), ("value", earlier))
+        )
+        width, value_width = q.shape[1] // heads, v.shape[1] // heads
+        for token in range(len(x)):
+            mixed = []
+            for head in range(heads):
+                mine = slice(head * width, (head + 1) * width)
+                weights = softmax(key[: token + 1, mine] @ q[token, mine] / np.sqrt(width))
+                mixed.append(weights @ v[: token + 1, head * value_width : (head + 1) * value_width])
+            code = relu(np.concatenate(mixed) @ w["output.weight"].T + w["output.bias"])
+            written = code @ dec
+            share = written @ left[token] / (np.linalg.norm(written) + 1e-6) ** 2
+            predicted[token] += share * code
+            left[token] = left[token] - share * written
+    novel = relu(left @ enc / (4 * d))
+    for row in novel:
+        row[np.argsort(-row, kind="stable")[k or len(row) :]] = 0
+    return novel, ((novel + predicted) @ dec + p["b_dec"]) / c
+
+
+@pytest.mark.parametrize("settings_", [{"k": 2}, {"k": None, "heads": 2, "bottleneck": 3, "attention_layers": 2}])
+@pytest.mark.parametrize("c", [1.0, 0.03])
+def test_temporal_is_the_equations(settings_: dict[str, Any], c: float) -> None:
+    sae = randomised(build("temporal", d_in=5, d_sae=12, scaling_factor=c, **settings_)).double()
+    x = 3 / c * np.random.default_rng(0).normal(size=(2, 7, 5))
+    with torch.no_grad():
+        output = sae(torch.from_numpy(x))
+    for row in range(2):
+        parameters = numpy_parameters(sae)
+        novel, reconstruction = temporal(x[row], parameters, heads=sae.config.heads, k=settings_["k"], c=c)
+        np.testing.assert_allclose(output.latents[row].numpy(), novel, **TIGHT)
+        np.testing.assert_allclose(output.reconstruction[row].numpy(), reconstruction, rtol=1e-9)
+    one = torch.zeros_like(output.latents)
+    one[..., 4] = 1.0
+    moved = sae.decode(output.latents + one, torch.from_numpy(x)) - output.reconstruction
+    torch.testing.assert_close(moved, (sae.W_dec[4] * sae.written_scale(torch.from_numpy(x))).detach())
+
+
+@pytest.mark.parametrize("rule", ["threshold", "steps", "support"])
+def test_matching_pursuit_stops(rule: str) -> None:
+    """Each rule on its own, on orthonormal rows where the pursuit can be followed by hand."""
+    off = {"residual_threshold": 0.0, "stop_on_duplicate_support": False}
+    on = {
+        "threshold": {"residual_threshold": 1.2},  # what is left after 5, 2 and 1 has norm 1
+        "steps": {"max_iterations": 2},
+        "support": {"stop_on_duplicate_support": True},
+    }[rule]
+    sae = build("matching_pursuit", d_in=4, d_sae=4, **{**off, **on}).double()
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.eye(4))
+        sae.b_dec.zero_()
+    latents = sae.encode(torch.tensor([[5.0, 2.0, 1.0, 1.0]], dtype=torch.float64))
+    wanted = {"threshold": [5.0, 2.0, 1.0, 0.0], "steps": [5.0, 2.0, 0.0, 0.0], "support": [5.0, 2.0, 1.0, 1.0]}[rule]
+    assert latents.tolist() == [wanted]
 
 
 # ---------------------------------------------------------------- conversions

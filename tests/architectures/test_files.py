@@ -14,11 +14,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
-from hf_gated_sae.architectures import architectures
 from hf_gated_sae.modeling import SAEModel
-from tests.support.example_saes import D_IN, D_SAE, assert_same, build, example, randomised, settings_of
+from tests.support.example_saes import D_IN, D_SAE, ONE_SITE, assert_same, build, example, randomised, settings_of
 
-every_architecture = pytest.mark.parametrize("architecture", list(architectures))
+every_architecture = pytest.mark.parametrize("architecture", ONE_SITE)
 
 
 def activations(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -39,7 +38,8 @@ def test_copies_are_equal_and_independent(architecture: str) -> None:
 def test_every_tensor_is_contiguous(architecture: str) -> None:
     sae = example(architecture)
     assert all(tensor.is_contiguous() for tensor in sae.state_dict().values())
-    assert sae.W_enc.data_ptr() == sae.state_dict()["W_enc_T"].data_ptr()  # the other orientation costs no memory
+    rows = sae.state_dict()["W_dec" if sae.tied else "W_enc_T"]
+    assert sae.W_enc.data_ptr() == rows.data_ptr()  # the other orientation costs no memory
 
 
 @every_architecture
@@ -66,7 +66,7 @@ def test_half_precision_keeps_what_needs_float32(architecture: str, tmp_path: Pa
         assert half.state_dict()["threshold"].dtype == torch.float32
     x = activations(64)
     latents = half.encode(x.bfloat16())
-    assert latents.dtype == torch.bfloat16 and half.decode(latents).dtype == torch.bfloat16
+    assert latents.dtype == torch.bfloat16 and half.decode(latents, x.bfloat16()).dtype == torch.bfloat16
     both = (latents != 0) & (sae.encode(x) != 0)  # near its threshold a latent may fall on either side
     torch.testing.assert_close(latents.float()[both], sae.encode(x)[both], rtol=0.05, atol=0.05)
 
@@ -121,18 +121,18 @@ def test_auto_classes(architecture: str, tmp_path: Path) -> None:
 def loaded_in_a_fresh_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What AutoModel makes of every architecture in a process that has only imported the package."""
     folder = tmp_path_factory.mktemp("all")
-    for name in architectures:
+    for name in ONE_SITE:
         example(name).save_pretrained(folder / name)
     code = (
         "import json, sys, torch\n"
         "import hf_gated_sae\n"
         "from transformers import AutoConfig, AutoModel\n"
         "found = {}\n"
-        f"for name in {list(architectures)!r}:\n"
+        f"for name in {ONE_SITE!r}:\n"
         f"    folder = {str(folder)!r} + '/' + name\n"
         "    config = type(AutoConfig.from_pretrained(folder)).__name__\n"
         "    sae = AutoModel.from_pretrained(folder, dtype=torch.bfloat16, device_map='cpu')\n"
-        "    latents = sae.encode(torch.zeros(6).bfloat16()).tolist()\n"
+        "    latents = sae.encode(torch.zeros(1, 6).bfloat16())[0].tolist()\n"
         "    found[name] = [config, type(sae).__name__, str(sae.dtype), latents]\n"
         "print(json.dumps(found))\n"
     )

@@ -85,7 +85,7 @@ def test_the_configuration_is_complete(name: str, example: Example, repo: Path) 
         assert found == value if value is not ... else found, f"{field} is {found!r}"
     assert sae.config.recorded_tokens == 0
     assert sae.checkpoint is not None and sae.checkpoint.format == name
-    assert all((repo / sae.checkpoint.subfolder).exists() for _ in sae.checkpoint.files)
+    assert sae.checkpoint.subfolder == example.address and sae.checkpoint.files
 
 
 @every_example
@@ -121,11 +121,12 @@ def test_it_is_found_by_names_and_claimed_by_one_format(name: str, example: Exam
 
 @every_example
 def test_the_hub_gives_what_the_folder_gives(
-    name: str, example: Example, repo: Path, hub: MiniHub, cache_dir: str
+    name: str, example: Example, repo: Path, examples_root: Path, hub: MiniHub, cache_dir: str
 ) -> None:
-    files = {path.relative_to(repo).as_posix(): path.read_bytes() for path in repo.rglob("*") if path.is_file()}
-    if example.repo not in {known for _, known in hub.repos}:
-        hub.seed(example.repo, files)
+    for folder in (examples_root / name).glob("*/*"):  # with those that this one may point to
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+        hub.seed(folder.relative_to(examples_root / name).as_posix(), files)
     remote = SAEModel.from_pretrained(example.repo, example.address, cache_dir=cache_dir)
     assert_same(remote, SAEModel.from_pretrained(repo, example.address))
     assert remote.checkpoint.revision == hub.repo(example.repo).at("main").id

@@ -27,7 +27,7 @@ BLOCKS = {
     "recurrent_gemma": "model.layers",
 }
 FAMILIES = sorted(BLOCKS)
-ARCHITECTURES = sorted(architectures)
+ARCHITECTURES = sorted(name for name in architectures if architectures[name].one_site)
 SITE = "resid_post.1"
 D_SAE = 64
 

@@ -121,7 +121,7 @@ CORRUPTIONS: dict[str, tuple[Corruption, type[SAEError], str]] = {
     "configuration is too deep": (raw("config.json", lambda data: b"[" * 10**6), CheckpointError, "not valid JSON"),
     "mistyped architecture": (put(model_type="gatd_sae"), CheckpointError, "'gatd_sae'.*Did you mean 'gated_sae'"),
     "another kind of model": (put(model_type="llama"), CheckpointError, "'llama'.*another kind, not an SAE"),
-    "unknown architecture": (put(model_type="zzz"), CheckpointError, "'zzz'.*Known: batch_topk_sae, gated_sae"),
+    "unknown architecture": (put(model_type="zzz"), CheckpointError, "'zzz'.*Known: .*batch_topk_sae, .*gated_sae"),
     "no architecture": (drop("model_type"), CheckpointError, "no model_type; expected one of.*gated_sae"),
     "architecture is a number": (put(model_type=3), CheckpointError, "model_type 3, which is unknown"),
     "architecture is a list": (put(model_type=["gated_sae"]), CheckpointError, "which is unknown"),
@@ -133,6 +133,10 @@ CORRUPTIONS: dict[str, tuple[Corruption, type[SAEError], str]] = {
     "null for a number": (put(d_in=None), CheckpointError, r"d_in is None \(NoneType\), expected int"),
     "negative width": (put(d_sae=-16), CheckpointError, "d_sae is -16, expected a positive number"),
     "unknown dtype": (put(dtype=" float32"), CheckpointError, "dtype is ' float32', expected one of torch"),
+    "a kernel to be downloaded": (put(attn_implementation="owner/kernel"), CheckpointError, "attn_implementation is"),
+    "dtype that is a list": (put(dtype=["float32"]), CheckpointError, "dtype is .*nothing that transformers writes"),
+    "labels that are none": (put(id2label="x"), CheckpointError, "id2label is 'x'"),
+    "impossible matrix": (put(d_in=2**31 - 1, d_out=2**31 - 1, d_sae=2**31 - 1), CheckpointError, "matrices of at"),
     "wrong d_in": (put(d_in=7, d_out=7), CheckpointError, r"W_enc_T with shape \[16, 6\] where.*\[16, 7\]"),
     "wrong d_sae": (put(d_sae=15), CheckpointError, r"W_dec with shape \[16, 6\] where.*\[15, 6\]"),
     "enormous d_sae": (put(d_sae=2**31 - 1), CheckpointError, "W_dec with shape"),
@@ -170,6 +174,10 @@ CORRUPTIONS: dict[str, tuple[Corruption, type[SAEError], str]] = {
     "whole numbers": (
         tensors(lambda t: t.update(W_dec=t["W_dec"].to(torch.int8))),
         CheckpointError, "W_dec as torch.int8; expected floating",
+    ),
+    "numbers of 8 bits": (
+        tensors(lambda t: t.update(W_dec=t["W_dec"].to(torch.float8_e4m3fn))),
+        CheckpointError, "W_dec as torch.float8_e4m3fn; expected floating-point numbers of 16",
     ),
     # the index of the shards
     "index is broken": (

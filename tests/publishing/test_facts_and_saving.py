@@ -131,3 +131,20 @@ def test_a_save_that_fails_changes_nothing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be written as JSON"):
         save(example("standard"), tmp_path, CardFacts(training={"optimiser": object()}))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_facts_of_other_weights_do_not_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Saving over a published folder: what was measured there holds for the weights that were there."""
+    published = example()
+    save(published, tmp_path, CardFacts(metrics={"l0": 3.5}))
+    published.save_pretrained(tmp_path)
+    assert read_facts(tmp_path).metrics == {"l0": 3.5}, "the same weights"
+    example("standard").save_pretrained(tmp_path)
+    assert read_facts(tmp_path) == CardFacts() == read_facts(SAEModel.from_pretrained(tmp_path))
+    assert "is removed" in caplog.text
+
+
+def test_a_folder_that_was_not_there_is_not_left_behind(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be written as JSON"):
+        save(example(), tmp_path / "new", CardFacts(training={"optimiser": object()}))
+    assert not (tmp_path / "new").exists()

@@ -11,6 +11,7 @@ from hf_gated_sae.modeling import SAEModel
 
 D_IN = 6
 D_SAE = 16
+ONE_SITE = [name for name in architectures if architectures[name].one_site]
 
 
 def build(architecture: str, *, d_in: int = D_IN, d_sae: int = D_SAE, **settings: Any) -> SAEModel:
@@ -19,6 +20,8 @@ def build(architecture: str, *, d_in: int = D_IN, d_sae: int = D_SAE, **settings
     known = {name: value for name, value in settings.items() if name in config_class.__dataclass_fields__}
     if "k" in config_class.__dataclass_fields__:
         known.setdefault("k", 3)
+    if "sites" in config_class.__dataclass_fields__ and "site" not in known:
+        known.setdefault("sites", ["resid_post.1", "resid_post.2"])
     return architectures[architecture](config_class(d_in=d_in, d_sae=d_sae, **known))
 
 

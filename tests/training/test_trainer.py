@@ -124,7 +124,8 @@ def test_every_term_and_metric_is_logged(trained):
 def test_decoder_rows_have_unit_norm_after_every_step(architecture, arguments):
     watch = Watch()
     sae = build(architecture, D_IN)
-    quiet(SAETrainer(sae, arguments(max_steps=25), activations(2000, seed=0), callbacks=[watch])).train()
+    unit = {} if sae.homogeneous else {"activation_scale": "none"}
+    quiet(SAETrainer(sae, arguments(max_steps=25, **unit), activations(2000, seed=0), callbacks=[watch])).train()
     assert len(watch.norm_errors) == 25
     assert max(watch.norm_errors) < 1e-6
     assert max(watch.parallel) < 1e-5

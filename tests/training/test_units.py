@@ -15,6 +15,10 @@ def test_a_folded_scale_computes_the_same_function(architecture, factor, centred
     sae = build(architecture, randomise=True, apply_b_dec_to_input=centred).double()
     x = torch.randn(200, 8, dtype=torch.float64)
     before = sae(factor * x)
+    if not sae.homogeneous:
+        with pytest.raises(InputError, match="activation_scale='none'"):
+            change_unit(sae, 1 / factor)
+        return
     change_unit(sae, 1 / factor)
     after = sae(x)
     assert (before.latents > 0).any()
@@ -26,6 +30,8 @@ def test_a_folded_scale_computes_the_same_function(architecture, factor, centred
 def test_a_folded_scale_leaves_directions_alone(architecture):
     sae = build(architecture, randomise=True)
     kept = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    if not sae.homogeneous:
+        pytest.skip("it has no other unit")
     change_unit(sae, 4.0)
     for name, tensor in sae.state_dict().items():
         expected = kept[name] if name.startswith(("W_", "r_")) else 4 * kept[name]

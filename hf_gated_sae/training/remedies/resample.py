@@ -97,7 +97,7 @@ def resample(
     chosen = torch.multinomial((weights / weights.max()).double().cpu(), drawn, generator=generator)
     rows = nn.functional.normalize(directions[chosen.to(directions.device)], dim=-1).to(sae.W_dec.dtype)
 
-    norms = sae.W_enc_T.norm(dim=-1)
+    norms = sae.W_enc.norm(dim=0)
     loudness = encoder_scale * (norms[alive] if alive.any() else norms).mean()
     fresh = _fresh_vectors(sae)
     for name, parameter in sae.named_parameters():
@@ -133,7 +133,10 @@ def _reconstruction_errors(sae: SAEModel, inputs: Tensor, chunk: int = 4096) -> 
 
 
 def _fresh_vectors(sae: SAEModel) -> dict[str, Tensor]:
-    """Return what a new SAE of this architecture has in its per-latent vectors (a threshold does not start at 0)."""
+    """Return what a new SAE of this architecture has in its per-latent vectors (a threshold does not start at 0).
+
+    Further matrices, such as the second encoder of a GLU, start with rows of one value, of which there is one here.
+    """
     settings = {name: getattr(sae.config, name) for name in sae.config.own_fields()}
     thin = {**settings, "d_in": 1, "d_out": 1}  # only vectors of length d_sae are wanted, not the matrices
     with torch.random.fork_rng(devices=[]):
@@ -142,5 +145,5 @@ def _fresh_vectors(sae: SAEModel) -> dict[str, Tensor]:
     return {
         name: parameter.detach().to(device)
         for name, parameter in new.named_parameters()
-        if parameter.shape == (sae.config.d_sae,)
+        if parameter.shape in ((sae.config.d_sae,), (sae.config.d_sae, 1))
     }

@@ -1,0 +1,275 @@
+"""Cross-layer transcoders (Ameisen et al. 2025) and weakly causal crosscoders (Lindsey et al. 2024)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import transformers.initialization as init
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import InputError, ShapeError, shown, unknown_name
+from ..functional import jumprelu
+from ..modeling import SAEConfig, SAEModel, TrainingLoss
+from .jumprelu import INITIAL_THRESHOLD
+
+ACTIVATIONS = ("relu", "jumprelu")
+
+
+@strict
+class CrossLayerSAEConfig(SAEConfig):
+    """Configuration of a `CrossLayerSAE`.
+
+    `site` and `site_out`, which name one place, are filled only if nothing but them was given; `sites` and
+    `sites_out` always hold. Interventions act at one site and refuse a cross-layer SAE.
+
+    Attributes:
+        sites: the places that are read, in the order in which the base model computes them; by default `site` alone.
+        sites_out: the places that are written, in that order; `sites` by default.
+        latents_per_site: number of latents that read each site, ``d_sae`` in total; equally many by default.
+        activation: ``"jumprelu"`` or ``"relu"``.
+        bandwidth: width of the straight-through estimator's kernel, in units of the pre-latents.
+    """
+
+    model_type = "cross_layer_sae"
+
+    apply_b_dec_to_input: bool = False
+    sites: list[str] | None = None
+    sites_out: list[str] | None = None
+    latents_per_site: list[int] | None = None
+    activation: str = "jumprelu"
+    bandwidth: float = 1e-3
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Fill what follows from the rest."""
+        self._check_types()
+        if self.sites is None:
+            if self.site is None:
+                raise InputError("sites is missing; expected the places that are read, such as ['resid_mid.0', ...].")
+            self.sites = [self.site]
+            self.sites_out = self.sites_out or [self.site_out or self.site]
+        if self.sites_out is None:
+            self.sites_out = list(self.sites)
+        if self.latents_per_site is None and self.sites:
+            self.latents_per_site = [self.d_sae // len(self.sites)] * len(self.sites)
+        super().__post_init__(**kwargs)
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether the output belongs to other sites than the input."""
+        return self.sites != self.sites_out
+
+    def validate_sites(self) -> None:
+        """Check that every site that is read has places to write to, and its share of the latents."""
+        sites, sites_out, latents = self.sites or [], self.sites_out or [], self.latents_per_site or []
+        if not all(isinstance(site, str) for site in (*sites, *sites_out)) or not 1 <= len(sites) <= len(sites_out):
+            raise InputError(
+                f"sites is {shown(sites)} and sites_out {shown(sites_out)}; expected names of places, at least "
+                "one, and no fewer written than read."
+            )
+        whole = all(type(number) is int and number >= 1 for number in latents)
+        if not whole or len(latents) != len(sites) or sum(latents) != self.d_sae:
+            raise InputError(
+                f"latents_per_site is {shown(latents)}; expected {len(sites)} positive numbers that add up to "
+                f"d_sae = {self.d_sae}."
+            )
+        paired = {"skip_connection": self.skip_connection, "apply_b_dec_to_input": self.apply_b_dec_to_input}
+        for name, wanted in paired.items():
+            if wanted and len(sites) != len(sites_out):
+                raise InputError(
+                    f"{name} is true with {len(sites)} sites read and {len(sites_out)} written; expected as many."
+                )
+
+    def validate_activation(self) -> None:
+        """Check that the activation is known."""
+        if self.activation not in ACTIVATIONS:
+            raise unknown_name("activation", self.activation, ACTIVATIONS, error=InputError)
+
+    def validate_all_held(self) -> None:
+        """Check that all latents are held."""
+        if self.kept_latents is not None:
+            raise InputError("kept_latents is given; a cross-layer SAE holds all of its latents: load it without.")
+
+
+class CrossLayerSAE(SAEModel):
+    r"""Every site has latents of its own, which write to that site's output and to all later ones.
+
+    With ``x [..., n_sites, d_in]`` and source sites ``l``, of which site ``l`` writes to the outputs ``m >= l``:
+
+    ``latents_l = activation(x_l @ W_enc_l + b_enc_l)``;
+    ``y_m = sum_{l <= m} latents_l @ W_dec_{l,m} + b_dec_m (+ x_m @ W_skip_m.T)``.
+
+    A cross-layer transcoder reads the MLPs' inputs and writes their outputs; a weakly causal crosscoder writes where
+    it reads. One layer of a transcoder alone is an SAE with one source site and several outputs. The latents of all
+    sites are concatenated, ``[..., d_sae]``; the output is ``[..., n_sites_out, d_out]``.
+
+    The matrices of each site are parameters of their own, so that only pairs ``l <= m`` are stored, and a checkpoint
+    with one file per layer is used as it lies on disk; there is no `W_enc` and no `W_dec`.
+
+    Attributes:
+        encoders: of each source site ``[latents_per_site[l], d_in]``.
+        decoders: of each source site ``[latents_per_site[l], n_sites_out - l, d_out]``, own output first.
+        b_enc: encoder bias ``[d_sae]``.
+        b_dec: decoder bias ``[n_sites_out, d_out]``.
+        threshold: ``[d_sae]`` in float32; only of a JumpReLU.
+        skips: of each site ``W_skip [d_out, d_in]``; only with ``config.skip_connection``.
+
+    Source: transformer-circuits.pub, "Circuit Tracing" (2025), section 3, and "Sparse Crosscoders" (2024).
+    """
+
+    config: CrossLayerSAEConfig
+    config_class = CrossLayerSAEConfig
+    _keep_in_fp32_modules_strict = [*SAEModel._keep_in_fp32_modules_strict, "threshold"]
+    one_site: ClassVar[bool] = False
+    sliceable: ClassVar[bool] = False  # its decoder rows are of different lengths
+
+    def __init__(self, config: CrossLayerSAEConfig) -> None:
+        """Allocate the parameters."""
+        PreTrainedModel.__init__(self, config)  # the base class's would allocate matrices of a single site
+        n_out, parts = len(self.sites_out), self.latents_per_site
+        self.encoders = nn.ParameterList(torch.empty(n, config.d_in) for n in parts)
+        self.decoders = nn.ParameterList(torch.empty(n, n_out - at, self.d_out) for at, n in enumerate(parts))
+        self.b_enc = nn.Parameter(torch.empty(config.d_sae))
+        self.b_dec = nn.Parameter(torch.empty(n_out, self.d_out))
+        if config.activation == "jumprelu":
+            self.threshold = nn.Parameter(torch.empty(config.d_sae, dtype=torch.float32))
+        if config.skip_connection:
+            self.skips = nn.ParameterList(torch.empty(self.d_out, config.d_in) for _ in parts)
+        self.register_buffer("max_activation", torch.empty(config.d_sae, dtype=torch.float32))
+        self.register_buffer("mean_activation", torch.empty(config.d_sae, dtype=torch.float32))
+        self.post_init()
+
+    @property
+    def sites(self) -> list[str]:
+        """The places that are read."""
+        return self.config.sites or []
+
+    @property
+    def sites_out(self) -> list[str]:
+        """The places that are written."""
+        return self.config.sites_out or []
+
+    @property
+    def latents_per_site(self) -> list[int]:
+        """Number of latents that read each site."""
+        return self.config.latents_per_site or []
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of what is encoded for one token, ``(n_sites, d_in)``."""
+        return (len(self.sites), self.config.d_in)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Unit-norm decoder vectors for every output, encoders that read their own, everything else zero."""
+        if module is not self:
+            return
+        for encoder, decoder in zip(self.encoders, self.decoders, strict=True):
+            init.copy_(decoder, nn.functional.normalize(torch.randn_like(decoder), dim=-1))
+            same_width = encoder.shape[-1] == decoder.shape[-1]
+            rows = decoder[:, 0] if same_width else nn.functional.normalize(torch.randn_like(encoder), dim=-1)
+            init.copy_(encoder, rows)
+        zero = [self.b_enc, self.b_dec, self.max_activation, self.mean_activation]
+        for tensor in [*zero, *(self.skips if self.config.skip_connection else [])]:
+            init.zeros_(tensor)
+        if self.config.activation == "jumprelu":
+            init.constant_(self.threshold, INITIAL_THRESHOLD)
+
+    # ------------------------------------------------------------------ the equations
+
+    def _framed(self, x: Tensor) -> Tensor:
+        """Return `x` in the SAE's own frame, after checking that it has the activations of every source site."""
+        if x.shape[-2:] != self.input_shape:
+            raise ShapeError(
+                f"Given activations {list(x.shape)}, but this SAE reads {len(self.sites)} sites with d_in = "
+                f"{self.config.d_in}: expected [..., {len(self.sites)}, {self.config.d_in}], the activations of "
+                f"{', '.join(self.sites[:4])}{', ...' if len(self.sites) > 4 else ''} of {self.config.base_model!r}, "
+                "stacked in this order."
+            )
+        frame = self.frame(x)
+        return x if frame is None else frame.enter(x)
+
+    def _encode(self, x: Tensor, latents: Tensor | None) -> Tensor:
+        pre_latents = self._pre_latents(x, latents)
+        if self.config.activation == "relu":
+            return torch.relu(pre_latents)
+        return jumprelu(pre_latents, self._take(self.threshold, latents), bandwidth=self.config.bandwidth)
+
+    def _pre_latents(self, x: Tensor, latents: Tensor | None) -> Tensor:
+        """Return ``x_l @ W_enc_l + b_enc_l`` of all sites, concatenated, or of the selected latents."""
+        if self.config.apply_b_dec_to_input:
+            x = x - self.b_dec
+        read = zip(x.unbind(-2), self.encoders, strict=True)
+        if latents is None:
+            return torch.cat([nn.functional.linear(here, encoder) for here, encoder in read], -1) + self.b_enc
+        parts, places, first = [], [], 0
+        for here, encoder in read:
+            [place] = torch.where((latents >= first) & (latents < first + len(encoder)))
+            parts.append(nn.functional.linear(here, encoder[latents[place] - first]))
+            places.append(place)
+            first += len(encoder)
+        return torch.cat(parts, -1)[..., torch.cat(places).argsort()] + self.b_enc[latents]
+
+    def decode(self, latents: Tensor, x: Tensor | None = None) -> Tensor:
+        """Turn latents into what is written at every output.
+
+        Args:
+            latents: ``[..., d_sae]``.
+            x: the activations ``[..., n_sites, d_in]`` that were encoded; needed only with a skip connection, or where
+                tokens are normalised.
+
+        Returns:
+            ``[..., n_sites_out, d_out]``.
+
+        Raises:
+            ShapeError: if the last axis is not `d_sae` wide.
+            InputError: if `x` is needed and not given.
+        """
+        if latents.shape[-1:] != (self.config.d_sae,):
+            raise ShapeError(f"Given latents {list(latents.shape)}, expected [..., d_sae = {self.config.d_sae}].")
+        written = self._decode(latents)
+        if self.config.skip_connection:
+            read = zip(self._framed(self._needed(x)).unbind(-2), self.skips, strict=True)
+            written = written + torch.stack([nn.functional.linear(here, skip) for here, skip in read], -2)
+        frame = self._frame_out(x)
+        return written if frame is None else frame.leave(written)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Add up what every site writes to every output; one product per pair, which needs no copy of a decoder."""
+        written = list(self.b_dec.expand(*latents.shape[:-1], *self.b_dec.shape).unbind(-2))
+        for at, (own, decoder) in enumerate(zip(latents.split(self.latents_per_site, -1), self.decoders, strict=True)):
+            for later in range(decoder.shape[1]):
+                written[at + later] = written[at + later] + own @ decoder[:, later]
+        return torch.stack(written, -2)
+
+    def training_loss(self, x: Tensor, *, sparsity_coefficient: float) -> TrainingLoss:
+        """``sum_m |x_m - y_m|^2 + lambda sum_i latents_i sum_m |W_dec_{i,m}|``, for a crosscoder.
+
+        Args:
+            x: activations ``[..., n_sites, d_in]``.
+            sparsity_coefficient: weight of the sparsity term.
+
+        Raises:
+            InputError: for a transcoder, whose target is not its input.
+        """
+        if self.config.is_transcoder:
+            raise InputError(
+                "This SAE writes elsewhere than it reads; training a cross-layer transcoder is not supported yet. "
+                "Train a crosscoder (sites_out equal to sites), or load a trained transcoder."
+            )
+        latents = self.encode(x)
+        reconstruction = self.decode(latents, x)
+        norms = torch.cat([decoder.norm(dim=-1).sum(-1) for decoder in self.decoders])
+        terms = {
+            "reconstruction": (x - reconstruction).square().sum((-2, -1)).mean(),
+            "sparsity": sparsity_coefficient * (latents * norms).sum(-1).mean(),
+        }
+        return TrainingLoss.of(terms, reconstruction, latents)
+
+    @classmethod
+    def shared_names(cls, config: SAEConfig) -> frozenset[str]:
+        """Return the names of all tensors: none is read in part."""
+        with torch.device("meta"):
+            return frozenset(cls(config).state_dict())

@@ -1,0 +1,83 @@
+"""The GLU-encoder SAE of OpenMOSS's llamascopium."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import transformers.initialization as init
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+
+from ..functional import jumprelu, l0_surrogate
+from ..modeling import SAEConfig, SAEModel, TrainingLoss
+
+
+@strict
+class GLUSAEConfig(SAEConfig):
+    """Configuration of a `GLUSAE`.
+
+    Attributes:
+        bandwidth: width of the straight-through estimator's kernel, in units of the pre-latents.
+    """
+
+    model_type = "glu_sae"
+
+    bandwidth: float = 1e-3
+
+
+class GLUSAE(SAEModel):
+    """A second encoder scales every pre-latent between 0 and 1 before the activation function.
+
+    ``c = x - b_dec``; ``z = (c @ W_enc + b_enc) * sigmoid(c @ W_glu + b_glu)``;
+    ``latents = relu(z) * [z > threshold]``, which with a threshold of zero is a ReLU.
+
+    Attributes:
+        b_enc: encoder bias ``[d_sae]``.
+        W_glu_T: second encoder ``[d_sae, d_in]``.
+        b_glu: its bias ``[d_sae]``.
+        threshold: ``[d_sae]``, not negative, kept in float32.
+
+    Source: OpenMOSS/Language-Model-SAEs, ``use_glu_encoder``.
+    """
+
+    config: GLUSAEConfig
+    config_class = GLUSAEConfig
+    homogeneous: ClassVar[bool] = False  # the second encoder's sigmoid
+    _keep_in_fp32_modules_strict = [*SAEModel._keep_in_fp32_modules_strict, "threshold"]
+
+    def __init__(self, config: GLUSAEConfig) -> None:
+        """Allocate the parameters."""
+        super().__init__(config)
+        self.b_enc = nn.Parameter(torch.empty(config.rows))
+        self.W_glu_T = nn.Parameter(torch.empty(config.rows, config.d_in))
+        self.b_glu = nn.Parameter(torch.empty(config.rows))
+        self.threshold = nn.Parameter(torch.empty(config.rows, dtype=torch.float32))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:
+            init.zeros_(self.W_glu_T)  # every latent at half strength, whatever the input
+
+    def _pre_latents(self, x: Tensor, latents: Tensor | None) -> Tensor:
+        """Return the gated pre-latents ``z``."""
+        centred = x - self.b_dec if self.config.apply_b_dec_to_input else x
+        gate = nn.functional.linear(centred, self._take(self.W_glu_T, latents), self._take(self.b_glu, latents))
+        return (self._project(x, latents) + self._take(self.b_enc, latents)) * torch.sigmoid(gate)
+
+    def _encode(self, x: Tensor, latents: Tensor | None) -> Tensor:
+        pre_latents = self._pre_latents(x, latents)
+        return jumprelu(pre_latents, self._take(self.threshold, latents), bandwidth=self.config.bandwidth)
+
+    def training_loss(self, x: Tensor, *, sparsity_coefficient: float) -> TrainingLoss:
+        """``|x - x^|^2 + lambda L0``, the threshold learning by straight-through gradients."""
+        pre_latents = self._pre_latents(x, None)
+        latents = jumprelu(pre_latents, self.threshold, bandwidth=self.config.bandwidth)
+        reconstruction = self.decode(latents, x)
+        l0 = l0_surrogate(pre_latents, self.threshold, bandwidth=self.config.bandwidth)
+        terms = {
+            "reconstruction": (x - reconstruction).square().sum(-1).mean(),
+            "sparsity": sparsity_coefficient * l0.mean(),
+        }
+        return TrainingLoss.of(terms, reconstruction, latents)

@@ -1,0 +1,65 @@
+"""The GroupMax SAE of EleutherAI's sparsify: the largest latent of every group."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..modeling import SAEConfig, SAEModel, TrainingLoss
+
+
+@strict
+class GroupMaxSAEConfig(SAEConfig):
+    """Configuration of a `GroupMaxSAE`.
+
+    Attributes:
+        groups: number of groups of equal size; at most one latent of each is on, so this is the largest L0.
+    """
+
+    model_type = "group_max_sae"
+
+    groups: int = 8
+
+    def validate_groups(self) -> None:
+        """Check that the latents can be divided."""
+        if self.groups < 1 or self.d_sae % self.groups:
+            raise InputError(f"groups is {self.groups}, expected a divisor of d_sae = {self.d_sae}.")
+
+
+class GroupMaxSAE(SAEModel):
+    """``z = (x - b_dec) @ W_enc + b_enc``; ``latents = relu(z) * [z is the largest of its group]``.
+
+    Group ``g`` is the ``d_sae / groups`` neighbouring latents from ``g * d_sae / groups`` on.
+
+    Attributes:
+        b_enc: encoder bias ``[d_sae]``.
+
+    Source: EleutherAI/sparsify, activation ``groupmax``.
+    """
+
+    config: GroupMaxSAEConfig
+    config_class = GroupMaxSAEConfig
+    elementwise: ClassVar[bool] = False  # whether a latent is on depends on its whole group
+
+    def __init__(self, config: GroupMaxSAEConfig) -> None:
+        """Allocate the parameters."""
+        super().__init__(config)
+        self.b_enc = nn.Parameter(torch.empty(config.rows))
+        self.post_init()
+
+    def _encode(self, x: Tensor, latents: Tensor | None) -> Tensor:
+        rectified = torch.relu(self._project(x, None) + self.b_enc).unflatten(-1, (self.config.groups, -1))
+        largest, place = rectified.max(-1, keepdim=True)
+        kept = torch.zeros_like(rectified).scatter(-1, place, largest).flatten(-2)
+        return kept if latents is None else kept[..., latents]
+
+    def training_loss(self, x: Tensor, *, sparsity_coefficient: float = 0.0) -> TrainingLoss:
+        """``|x - x^|^2``; sparsity is exact by construction and `sparsity_coefficient` has no effect."""
+        latents = self._encode(x, None)
+        reconstruction = self.decode(latents, x)
+        terms = {"reconstruction": (x - reconstruction).square().sum(-1).mean()}
+        return TrainingLoss.of(terms, reconstruction, latents)

@@ -1,0 +1,53 @@
+"""`hf-gated-sae convert`: somebody else's checkpoint in our own layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from ..errors import InputError
+from .app import app
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Hub id, id@revision, or folder.")],
+    address: Annotated[
+        str, typer.Argument(metavar="[SUBFOLDER]", help="Folder (or file) of the SAE in the source.")
+    ] = "",
+    out: Annotated[Path | None, typer.Option(help="Folder to write into.")] = None,
+    push: Annotated[str | None, typer.Option(help="Repository to publish to, such as me/my-sae.")] = None,
+    subfolder: Annotated[str, typer.Option(help="Folder inside the repository of --push.")] = "",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the source.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Such as bfloat16. Default: as it is stored.")] = None,
+    license: Annotated[str | None, typer.Option(help="Licence, for a source that states none.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Publish to a private repository.")] = False,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+) -> None:
+    """Convert a checkpoint of any known layout, with a card that says whose it is; no numbers are claimed."""
+    from ..publishing import convert as find  # here, so that --help does not wait for torch
+
+    if (out is None) == (push is None):
+        given = "neither" if out is None else "both"
+        raise InputError(f"Given {given} of --out and --push; expected one: where is the converted SAE to go?")
+    if push is None and (subfolder or private or create_pr):
+        raise InputError("--subfolder, --private and --create-pr say how to publish; pass them with --push.")
+    console = Console(soft_wrap=True)
+    conversion = find(source, address, revision=revision, dtype=dtype, license=license)
+    checkpoint = conversion.checkpoint
+    console.print(
+        f"[bold]from[/]    {escape(str(checkpoint))}, layout {checkpoint.origin.format}\n"
+        f"[bold]SAE[/]     {checkpoint.model_class.__name__} at {escape(', '.join(checkpoint.config.sites_read))}, "
+        f"{checkpoint.config.d_in} to {checkpoint.config.d_sae:,}\n"
+        f"[bold]licence[/] {escape(conversion.licence.name or 'unknown')} ({escape(conversion.licence.evidence)})",
+        highlight=False,
+    )
+    if out is not None:
+        console.print(f"[bold]written[/] {escape(str(conversion.save(out)))}", highlight=False)
+    elif push is not None:
+        commit = conversion.push(push, subfolder=subfolder, private=private or None, create_pr=create_pr)
+        console.print(f"[bold]pushed[/]  {escape(commit.pr_url or commit.commit_url)}", highlight=False)

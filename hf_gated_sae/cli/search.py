@@ -1,0 +1,102 @@
+"""`hf-gated-sae search`: pretrained SAEs, and the code that loads each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .app import app
+
+if TYPE_CHECKING:
+    from ..hub.search import SearchResult
+
+SHOWN_REPOSITORIES = 4
+
+
+@app.command()
+def search(
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Base model: Hub id, or such as gpt2.")] = None,
+    site: Annotated[str | None, typer.Option(help="Where it reads, such as resid_post or resid_post.12.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Block that it reads at.")] = None,
+    width: Annotated[str | None, typer.Option(help="Number of latents, such as 16384 or 16k.")] = None,
+    architecture: Annotated[str | None, typer.Option(help="Such as gated or jumprelu.")] = None,
+    l0: Annotated[float | None, typer.Option(help="Only the SAEs whose L0 is nearest to this.")] = None,
+    limit: Annotated[int, typer.Option(min=0, help="Rows to show; 0 for all.")] = 20,
+    live: Annotated[bool, typer.Option("--live/--no-live", help="Ask the Hub, beside the index.")] = True,
+) -> None:
+    """Find pretrained SAEs, and print the line of code that loads each."""
+    from ..hub.search import search as find  # here, so that --help does not wait for torch
+
+    console = Console()
+    found = find(model, site=site, layer=layer, width=width, architecture=architecture, near_l0=l0, live=live)
+    if not found:
+        console.print(f"No SAE is known that fits.{_instead(model, layer, live)}")
+        raise typer.Exit(1)
+    rows = found[:limit] if limit else found
+    console.print(table(rows, with_model=model is None))
+    console.print("from hf_gated_sae import SAEModel", style="bold", highlight=False)
+    for number, result in enumerate(rows, 1):
+        console.print(code(result, number, console.width), highlight=False, soft_wrap=True)
+    if len(found) > len(rows):
+        console.print(f"\n{_left_out(found[len(rows) :])}", highlight=False)
+
+
+def table(rows: list[SearchResult], *, with_model: bool) -> Table:
+    """Return what is known of the SAEs, numbered; repository and address are in the code of the same number."""
+    made = Table(box=SIMPLE_HEAD)
+    made.add_column("#", justify="right", no_wrap=True)
+    if with_model:
+        made.add_column("base model", overflow="fold")
+    made.add_column("site", overflow="fold")
+    made.add_column("latents", justify="right", no_wrap=True)
+    made.add_column("kind", no_wrap=True)
+    made.add_column("L0", justify="right", no_wrap=True)
+    made.add_column("by", overflow="fold")
+    for number, result in enumerate(rows, 1):
+        site = f"{result.site} > {result.site_out}" if result.site_out else result.site
+        cells = [site, result.d_sae and f"{result.d_sae:,}", result.architecture]
+        cells += [None if result.l0 is None else f"{result.l0:g}", result.repo.split("/")[0]]
+        first = [result.base_model] if with_model else []
+        made.add_row(str(number), *(escape(str(cell or "?")) for cell in [*first, *cells]))
+    return made
+
+
+def code(result: SearchResult, number: int | None, width: int) -> str:
+    """Return the code that loads a result, its arguments below each other where the line would be too long."""
+    lead, line = "" if number is None else f"{number:>3}  ", result.code
+    if len(lead) + len(line) > width:
+        opening = line[: line.index("(") + 1]
+        between = ",\n" + " " * (len(lead) + len(opening))
+        line = f"{opening}{between.join(result.arguments)})"
+    return f"[dim]{lead}[/]{escape(line)}" if lead else escape(line)
+
+
+def _left_out(rest: list[SearchResult]) -> str:
+    """Return what is not shown, by repository."""
+    by_repository = Counter(result.repo for result in rest).most_common()
+    named = ", ".join(f"{repo} ({number})" for repo, number in by_repository[:SHOWN_REPOSITORIES])
+    more = f" and {len(by_repository) - SHOWN_REPOSITORIES} more" if len(by_repository) > SHOWN_REPOSITORIES else ""
+    narrower = "Narrow with --site, --layer, --width or --l0, or --limit 0 for all."
+    return f"{len(rest):,} more: {escape(named)}{more}. {narrower}"
+
+
+def _instead(model: str | None, layer: int | None, live: bool) -> str:
+    """Return what there is of a base model, for a search that found nothing."""
+    from ..hub.search import search as find
+
+    if model is None:
+        return " Leave an option out."
+    there = find(model, live=live)
+    layers = sorted({result.layer for result in there if result.layer is not None})
+    if layer is not None and layer not in layers:
+        return f" Of {escape(model)} there are layers {', '.join(map(str, layers))}."
+    at = [result for result in there if layer is None or result.layer == layer]
+    widths = sorted({result.d_sae for result in at if result.d_sae})
+    sites = sorted({(result.site or "").split(".")[0] for result in at if result.site})
+    return f" There are the sites {', '.join(sites)} and the widths {', '.join(map(str, widths))}."

@@ -1,0 +1,136 @@
+"""Cross-layer transcoders in the layout of circuit-tracer, two files per layer."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from ..hub.location import Location
+from ..modeling.loading import Checkpoint
+from .base import CheckpointFormat, Example
+from .circuit_tracer import CONFIG, named_layer, places
+from .gemma_scope_2_cross_layer import layer_files
+from .layered import Layer, cross_layer_checkpoint
+from .model_names import repository_of
+from .reading import text
+from .renaming import renamed
+
+_ENCODER = re.compile(r"W_enc_(\d{1,4})\.safetensors")
+_DECODER = re.compile(r"W_dec_(\d{1,4})\.safetensors")
+
+
+class CircuitTracerCLTFormat(CheckpointFormat):
+    """``W_enc_L.safetensors`` with ``W_enc_L [d_sae, d_in]``; ``W_dec_L.safetensors`` with ``[d_sae, layers - L, d]``.
+
+    The decoder's second axis starts at the layer's own output. The encoder's file also has ``b_enc_L``, the bias of
+    the layer's output ``b_dec_L`` and perhaps ``threshold_L``; ``config.yaml`` names base model and places. The folder
+    is the whole transcoder. The file ``W_enc_L.safetensors`` is the address of one layer's latents, for which
+    ``layer_L`` is taken, too: an SAE that reads one site and writes its own share of all outputs from L on, and
+    ``b_dec_L``, so that the layers add up to the whole.
+
+    Source: safety-research/circuit-tracer; mntss/clt-* on the Hub.
+    """
+
+    name: ClassVar[str] = "circuit_tracer_clt"
+
+    def addresses(self, location: Location) -> list[str]:
+        """Return the folders of cross-layer transcoders, and the encoders' files of all layers."""
+        files = [name for name in location.files if _ENCODER.fullmatch(name.rpartition("/")[2])]
+        return sorted({name.rpartition("/")[0] for name in files}) + files
+
+    def claims(self, location: Location) -> bool:
+        """Whether there are encoders' and decoders' files of layers, and the configuration."""
+        folder, layer = _folder_and_layer(location)
+        if location.file is not None and layer is None:
+            return False
+        needed = [CONFIG, *(f"W_{part}_{layer or 0}.safetensors" for part in ("enc", "dec"))]
+        return all(name in folder for name in needed)
+
+    def open(self, location: Location, *, variant: str | None = None) -> Checkpoint:
+        """Read shapes from the headers, base model and sites from the configuration.
+
+        Raises:
+            CheckpointError: if files or configuration do not fit each other.
+            MissingFileError: if a layer between others, or a decoder, is missing.
+        """
+        folder, layer = _folder_and_layer(location)
+        everything = range(len(layer_files(folder, _ENCODER)))
+        layer_files(folder, _DECODER)
+        wanted = everything if layer is None else range(layer, layer + 1)
+        config, where = folder.read_yaml(CONFIG), f"{CONFIG} of {folder}"
+        hooks = text(config, "feature_input_hook", where), text(config, "feature_output_hook", where)
+        found = [places(*hooks, block) for block in everything]
+        files = [f"W_{part}_{block}.safetensors" for block in wanted for part in ("enc", "dec")]
+        return cross_layer_checkpoint(
+            [_layer(folder, block) for block in wanted],
+            location.origin(self.name, [CONFIG, *files]),
+            [place["site_out"] for place in found[wanted[0] :]],
+            absolute=False,
+            sites=[found[block]["site"] for block in wanted],
+            normalization=found[0]["normalization"],
+            base_model=repository_of(text(config, "model_name", where)),
+        )
+
+    def examples(self, root: Path) -> list[Example]:
+        """Write transcoders with ReLU and JumpReLU, and name one layer alone."""
+        raw = {"feature_input_hook": "hook_resid_mid", "feature_output_hook": "hook_mlp_out"}
+        made = [
+            ("mntss/clt-gemma-2-2b-2.5M", "google/gemma-2-2b", False),
+            ("mntss/clt-llama-3.2-1b-524k", "meta-llama/Llama-3.2-1B", True),
+        ]
+        generator = torch.Generator().manual_seed(5)
+        for repo, model, has_threshold in made:
+            folder = root / repo
+            folder.mkdir(parents=True, exist_ok=True)
+            config = {"model_name": model, "model_kind": "cross_layer_transcoder", **raw}
+            (folder / CONFIG).write_text(yaml.safe_dump(config))
+            _write_layers(folder, 3, has_threshold, generator)
+        return [
+            *(Example(repo) for repo, _, _ in made),
+            *(Example(repo, "W_enc_1.safetensors") for repo, _, _ in made),
+            Example(made[0][0], "W_enc_2.safetensors"),
+        ]
+
+
+def _folder_and_layer(location: Location) -> tuple[Location, int | None]:
+    """Return the transcoder's folder, and the layer that is meant; None for all."""
+    if location.file is not None and (match := _ENCODER.fullmatch(location.file)):
+        return location.at(location.subfolder), int(match[1])
+    return named_layer(location) or (location, None)
+
+
+def _layer(location: Location, layer: int) -> Layer:
+    """Return the tensors of one layer, by our names."""
+    parts: list[tuple[str, dict[str, str]]] = [
+        (f"W_enc_{layer}.safetensors", {"encoder": "W_enc", "b_enc": "b_enc", "b_dec": "b_dec"}),
+        (f"W_dec_{layer}.safetensors", {"decoder": "W_dec"}),
+    ]
+    tensors: dict[str, Any] = {}
+    for file, names in parts:
+        held = location.tensors(file)
+        if f"threshold_{layer}" in held:
+            names = {**names, "threshold": "threshold"}
+        numbered = {ours: f"{theirs}_{layer}" for ours, theirs in names.items()}
+        tensors |= renamed(held, numbered, f"{file} of {location}")
+    return tensors
+
+
+def _write_layers(folder: Path, layers: int, has_threshold: bool, generator: torch.Generator) -> None:
+    """Write the files of all layers, in bfloat16 as the real ones."""
+    d = 8
+    for layer in range(layers):
+        s = 10 + layer
+
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator).bfloat16()
+
+        encoder = {f"W_enc_{layer}": random(s, d), f"b_enc_{layer}": random(s), f"b_dec_{layer}": random(d)}
+        if has_threshold:
+            encoder[f"threshold_{layer}"] = (0.1 + torch.rand(s, generator=generator)).bfloat16()
+        save_file(encoder, folder / f"W_enc_{layer}.safetensors")
+        save_file({f"W_dec_{layer}": random(s, layers - layer, d)}, folder / f"W_dec_{layer}.safetensors")

@@ -1,0 +1,108 @@
+"""Attention SAEs of GPT-2 small by Kissane and Krzyzanowski (2024)."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from ..architectures.standard import StandardSAE, StandardSAEConfig
+from ..errors import CheckpointError
+from ..hub import index
+from ..hub.location import Location
+from ..modeling.loading import Checkpoint
+from .base import CheckpointFormat, Example, the_file, widths
+from .hook_names import place_of
+from .model_names import repository_of
+from .reading import integer, text
+from .renaming import renamed
+
+TENSORS = {"W_enc_T": "W_enc.T", "W_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec"}
+_FILE = re.compile(r"[^/]*\.pt")
+_STEM = re.compile(r"(?P<model>[\w-]+?)_L\d+_.*")
+
+
+class ConnorRobFormat(CheckpointFormat):
+    """``<name>.pt`` and ``<name>_cfg.json`` side by side, one pair per layer: ReLU SAEs with ``W_enc [d_in, d_sae]``.
+
+    They read the concatenated heads before the output projection. Only the activations' width and place are in the
+    configuration; the base model begins the name. Whether the training library had folded the value biases of GPT-2
+    away is not recorded; the activations are taken as Hugging Face's model gives them.
+
+    Source: ckkissane/attn-saes-gpt2-small-all-layers.
+    """
+
+    name: ClassVar[str] = "connor_rob"
+
+    def addresses(self, location: Location) -> list[str]:
+        """Return the ``.pt`` files that have a configuration beside them."""
+        return [file for file in location.files if file.endswith(".pt") and _described_by(file) in location]
+
+    def claims(self, location: Location) -> bool:
+        """Whether there is one ``.pt`` file with a configuration beside it, and it holds exactly these tensors."""
+        file = self._file(location)
+        return file is not None and set(location.content(file)) == {
+            name.removesuffix(".T") for name in TENSORS.values()
+        }
+
+    def open(self, location: Location, *, variant: str | None = None) -> Checkpoint:
+        """Read shapes from the header, the place from the configuration, and the base model from the name."""
+        file = self._file(location)
+        if file is None:
+            raise CheckpointError(f"{location} is no .pt file with its _cfg.json beside it.")
+        cfg, where = location.read_json(_described_by(file)), f"{_described_by(file)} of {location}"
+        stored = renamed(location.content(file), TENSORS, f"{file} of {location}")
+        d_sae, d_in, d_out = widths(stored)
+        for key, width in (("act_size", d_in), ("dict_size", d_sae)):
+            if integer(cfg, key, where, width) != width:
+                raise CheckpointError(f"{where} says {key} = {cfg[key]}, and the tensors beside it have {width}.")
+        facts = index.known_facts(location.repo_id, location.at(_below(location, file)).address)
+        stem = _STEM.fullmatch(file)
+        site, normalization = place_of(text(cfg, "act_name", where))
+        config = StandardSAEConfig(
+            d_in=d_in,
+            d_sae=d_sae,
+            d_out=d_out,
+            site=site,
+            normalization=normalization,
+            base_model=repository_of(text(cfg, "model_name", where, None) or (stem["model"] if stem else None))
+            or facts.get("base_model"),
+        )
+        return Checkpoint(StandardSAE, config, location.origin(self.name, [file, _described_by(file)]), stored)
+
+    def examples(self, root: Path) -> list[Example]:
+        """Write two layers of one repository."""
+        repo, d, s = "ckkissane/attn-saes-gpt2-small-all-layers", 12, 16
+        names = [
+            "gpt2-small_L0_Hcat_z_lr1.20e-03_l11.80e+00_ds24576_bs4096_dc1.00e-06_rsanthropic_rie25000_nr4_v9",
+            "gpt2-small_L5_Hcat_z_lr1.20e-03_l11.00e+00_ds24576_bs4096_dc1.00e-06_rsanthropic_rie25000_nr4_v9",
+        ]
+        (root / repo).mkdir(parents=True, exist_ok=True)
+        for layer, name in zip((0, 5), names, strict=True):
+            generator = torch.Generator().manual_seed(layer)
+            shapes = {"W_enc": (d, s), "W_dec": (s, d), "b_enc": (s,), "b_dec": (d,)}
+            weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+            torch.save(weights, root / repo / f"{name}.pt")
+            cfg = {"seed": 49, "lr": 0.0012, "act_size": d, "dict_size": s, "device": "cuda:0", "dict_mult": 32}
+            cfg |= {"act_name": f"blocks.{layer}.attn.hook_z", "site": "z", "layer": layer, "enc_dtype": "fp32"}
+            (root / repo / f"{name}_cfg.json").write_text(json.dumps(cfg))
+        return [Example(repo, f"{name}.pt") for name in names]
+
+    @staticmethod
+    def _file(location: Location) -> str | None:
+        """Return the file that is meant, if it has a configuration."""
+        file = the_file(location, _FILE)
+        return file if file is not None and _described_by(file) in location else None
+
+
+def _described_by(file: str) -> str:
+    """Return the name of a file's configuration."""
+    return f"{file.removesuffix('.pt')}_cfg.json"
+
+
+def _below(location: Location, file: str) -> str:
+    """Return a file's path from the root."""
+    return f"{location.subfolder}/{file}" if location.subfolder else file

@@ -1,0 +1,264 @@
+"""The ``ae.pt`` of dictionary_learning (Marks, Karvonen and Mueller), which SAEBench and others train with."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..architectures.batch_topk import BatchTopKSAE
+from ..architectures.gated import GatedSAE
+from ..architectures.jumprelu import JumpReLUSAE
+from ..architectures.standard import StandardSAE
+from ..architectures.topk import TopKSAE
+from ..errors import CheckpointError, shown
+from ..hub.index import known_facts
+from ..hub.location import Location
+from ..modeling import SAEModel
+from ..modeling.loading import Checkpoint, as_stored
+from ..storage import StoredTensor
+from . import dictionary_learning_sites as sites
+from .base import CheckpointFormat, Example, the_file, widths
+from .dictionary_learning_examples import write_examples
+from .folding import PER_LATENT_SCALED, decoder_norms, fold_decoder_norms
+from .model_names import repository_of
+from .reading import mapping, number, text
+from .renaming import renamed
+
+CONFIG = "config.json"
+FILE = "ae.pt"
+_FILE = re.compile(r"ae(_\d+)?\.pt")
+_CHECKPOINTS = "checkpoints"
+BACKUP = "ae"
+
+Finish = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+_LINEAR = {"W_enc_T": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight.T"}
+_PARAMETERS = {"W_enc_T": "W_enc.T", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How one of the library's classes is read.
+
+    Attributes:
+        model_class: our architecture.
+        names: for each of our tensors the name in the file.
+        subtracts_bias: whether the decoder bias is taken from the input.
+        besides: tensors that are no weights: settings, or thresholds that encoding does not use.
+        unit_decoder: whether the library's loader gives the decoder unit norm.
+    """
+
+    model_class: type[SAEModel]
+    names: Mapping[str, str]
+    subtracts_bias: bool = True
+    besides: tuple[str, ...] = ()
+    unit_decoder: bool = False
+
+
+KINDS = {
+    "AutoEncoder": _Kind(StandardSAE, {**_LINEAR, "b_dec": "bias"}, unit_decoder=True),
+    "AutoEncoderNew": _Kind(StandardSAE, {**_LINEAR, "b_dec": "decoder.bias"}, subtracts_bias=False),
+    "GatedAutoEncoder": _Kind(
+        GatedSAE,
+        {
+            "W_enc_T": "encoder.weight",
+            "W_dec": "decoder.weight.T",
+            "b_dec": "decoder_bias",
+            "b_gate": "gate_bias",
+            "b_mag": "mag_bias",
+            "r_mag": "r_mag",
+        },
+    ),
+    "AutoEncoderTopK": _Kind(TopKSAE, {**_LINEAR, "b_dec": "b_dec"}, besides=("k", "threshold")),
+    "BatchTopKSAE": _Kind(BatchTopKSAE, {**_LINEAR, "b_dec": "b_dec", "threshold": "threshold"}, besides=("k",)),
+    "MatryoshkaBatchTopKSAE": _Kind(
+        BatchTopKSAE, {**_PARAMETERS, "threshold": "threshold"}, besides=("k", "group_sizes")
+    ),
+    "JumpReluAutoEncoder": _Kind(JumpReLUSAE, {**_PARAMETERS, "threshold": "threshold"}, subtracts_bias=False),
+}
+"""The library's classes, as ``trainer.dict_class`` names them."""
+
+
+class DictionaryLearningFormat(CheckpointFormat):
+    """``trainer_i/ae.pt`` with a ``config.json`` whose ``trainer`` names the class; ``checkpoints/ae_step.pt`` below.
+
+    Latents are those that the library's own loader gives. For `AutoEncoder` that loader gives every decoder row unit
+    norm (``normalize_decoder=True``), so they are ``|W_dec_i|`` times what the stored weights compute as they stand;
+    for all other classes they are what the stored weights compute. `AutoEncoderTopK` ignores its threshold and keeps
+    the k largest; `BatchTopKSAE` and `MatryoshkaBatchTopKSAE` use theirs (which is -1, so that any positive value is
+    kept, as long as training has not set it), the latter with all groups. Training's constant input scale is folded
+    into the biases of whatever is saved, except in the backups for resuming, where it is done here. An ``ae.pt`` may
+    be such a backup.
+
+    Source: saprmarks/dictionary_learning, ``dictionary.py``, ``training.py``, ``utils.load_dictionary``.
+    """
+
+    name: ClassVar[str] = "dictionary_learning"
+
+    def addresses(self, location: Location) -> list[str]:
+        """Return the folders with ``ae.pt`` and ``config.json``, and the ``ae_step.pt`` files below such folders."""
+        found = []
+        for path in location.files:
+            folder, _, file = path.rpartition("/")
+            if _FILE.fullmatch(file) and _joined(_configured(folder), CONFIG) in location:
+                found.append(folder if file == FILE else path)
+        return found
+
+    def claims(self, location: Location) -> bool:
+        """Whether there is an ``ae.pt`` (or the address is one of a training step), and the configuration fits."""
+        if the_file(location, _FILE) is None:
+            return False
+        home = _home(location)
+        if CONFIG not in home:
+            return False
+        trainer = home.read_json(CONFIG).get("trainer")
+        return isinstance(trainer, dict) and "dict_class" in trainer
+
+    def near_miss(self, location: Location) -> str | None:
+        """Explain an ``ae.pt`` without a configuration that names its class."""
+        if FILE not in location:
+            return None
+        return (
+            f"Its {FILE} looks like dictionary_learning's, but there is no {CONFIG} beside it whose trainer names a "
+            "dict_class: add the one that the training wrote."
+        )
+
+    def open(self, location: Location, *, variant: str | None = None) -> Checkpoint:
+        """Read the class from the configuration, and names and shapes from the header.
+
+        Raises:
+            CheckpointError: if the class is unknown, or the file does not hold its tensors.
+        """
+        file = the_file(location, _FILE)
+        assert file is not None  # it is claimed
+        home = _home(location)
+        where = f"{CONFIG} of {home}"
+        config = home.read_json(CONFIG)
+        trainer = mapping(config, "trainer", where)
+        name = text(trainer, "dict_class", where)
+        if name not in KINDS:
+            raise CheckpointError(f"{where} says dict_class {name!r}; expected one of {', '.join(KINDS)}.")
+        kind = KINDS[name]
+        held, scale = _weights(location.content(file), f"{file} of {location}")
+        stored = _tensors(kind, held, f"{file} of {location}")
+        d_sae, d_in, d_out = widths(stored)
+        place = sites.place_of(
+            trainer, mapping(config, "buffer", where, {}), f"{location.repo_id}/{location.address}", where
+        )
+        settings = {"k": _k(held, trainer, where)} if "k" in kind.besides else {}
+        made = kind.model_class.config_class(
+            d_in=d_in,
+            d_sae=d_sae,
+            d_out=d_out,
+            apply_b_dec_to_input=kind.subtracts_bias,
+            base_model=repository_of(text(trainer, "lm_name", where, None)) or _known_model(location),
+            **place,
+            **settings,
+        )
+        finish = partial(_finished, scale=scale, unit_decoder=kind.unit_decoder)
+        needs_work = kind.unit_decoder or scale != 1.0
+        return Checkpoint(
+            kind.model_class,
+            made,
+            location.origin(self.name, [file]),
+            stored,
+            finish=finish if needs_work else as_stored,
+        )
+
+    def examples(self, root: Path) -> list[Example]:
+        """Write one SAE of every class, a backup, and two steps of one training."""
+        return write_examples(root)
+
+
+def _home(location: Location) -> Location:
+    """Return the folder that has the configuration: that of the file, or the one above ``checkpoints``."""
+    return location.at(_configured(location.subfolder))
+
+
+def _known_model(location: Location) -> str | None:
+    return known_facts(location.repo_id, location.address).get("base_model")
+
+
+def _configured(folder: str) -> str:
+    above, _, own = folder.rpartition("/")
+    return above if own == _CHECKPOINTS else folder
+
+
+def _joined(folder: str, file: str) -> str:
+    return f"{folder}/{file}" if folder else file
+
+
+def _weights(content: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], float]:
+    """Return the named tensors of a file, and the factor by which its biases are still to be multiplied.
+
+    A backup holds them as ``ae``, in training's frame, where activations are divided by ``norm_factor``.
+    """
+    if isinstance(content.get(BACKUP), dict):
+        scale = number(content, "norm_factor", where, 1.0)
+        if scale <= 0:
+            raise CheckpointError(f"{where} says norm_factor = {scale}; expected a positive number.")
+        return content[BACKUP], float(scale)
+    return content, 1.0
+
+
+def _tensors(kind: _Kind, held: Mapping[str, Any], where: str) -> dict[str, StoredTensor]:
+    """Return the tensors by our names.
+
+    Raises:
+        CheckpointError: naming what is missing or unknown.
+    """
+    if kind.model_class is BatchTopKSAE and "threshold" not in held:
+        raise CheckpointError(
+            f"{where} holds a BatchTopK SAE without a threshold, as versions before December 2024 saved it: its "
+            "latents are only defined for a whole batch. Measure the smallest latent that the batch's k * tokens "
+            "largest have in the mean, and add it to the file as the scalar 'threshold'."
+        )
+    return renamed(held, kind.names, where, besides=kind.besides)
+
+
+def _k(held: Mapping[str, Any], trainer: Mapping[str, Any], where: str) -> int:
+    """Return how many latents are kept: as the file says, or (in old ones) the configuration.
+
+    Raises:
+        CheckpointError: if neither says, they disagree, or it is no whole number.
+    """
+    said = [value for value in (held.get("k"), trainer.get("k")) if value is not None]
+    counts = set()
+    for value in said:
+        if isinstance(value, StoredTensor) and math.prod(value.shape) == 1 and not value.dtype.is_floating_point:
+            value = int(value.small())
+        if type(value) is not int:
+            raise CheckpointError(f"{where}, or the file beside it, says k = {shown(value, 60)}; expected a number.")
+        counts.add(value)
+    if len(counts) != 1:
+        raise CheckpointError(
+            f"{where} and the file beside it say k = {', '.join(map(str, sorted(counts))) or 'nothing'}; expected "
+            "one number: fetch both again."
+        )
+    return counts.pop()
+
+
+def _finished(tensors: dict[str, Tensor], *, scale: float, unit_decoder: bool) -> dict[str, Tensor]:
+    """Fold training's input scale into the biases, and the decoder's norms into the encoder.
+
+    An SAE that reads ``x / scale`` and one that reads `x` with biases and thresholds times `scale` have the same
+    function, the latter's latents being `scale` times larger: that is how the library saves a finished training.
+    """
+    if scale != 1.0:
+        for name in ("b_dec", *PER_LATENT_SCALED):
+            if name in tensors:
+                value = tensors[name]
+                # A scalar threshold of -1, which stands for none, stays.
+                tensors[name] = torch.where(value < 0, value, value * scale) if value.ndim == 0 else value * scale
+    if unit_decoder:
+        norms = decoder_norms(tensors["W_dec"])
+        fold_decoder_norms(tensors, torch.where(norms == 0, torch.ones_like(norms), norms))
+    return tensors

@@ -1,0 +1,60 @@
+"""Module paths of Gemma 2 and 3, as Gemma Scope 2 names places, as our sites."""
+
+from __future__ import annotations
+
+import re
+
+from ..errors import CheckpointError
+
+IN_BLOCK = {
+    "input": "resid_pre",
+    "output": "resid_post",
+    "input_layernorm.input": "resid_pre",
+    "input_layernorm.output": "attn_in",
+    "self_attn.o_proj.input": "attn_z",
+    "post_attention_layernorm.output": "attn_out",
+    "pre_feedforward_layernorm.input": "resid_mid",
+    "pre_feedforward_layernorm.output": "mlp_in",
+    "mlp.input": "mlp_in",
+    "mlp.down_proj.input": "mlp_neurons",
+    "post_feedforward_layernorm.output": "mlp_out",
+}
+"""Sites inside a block. What attention and MLP add to the stream has passed the norm behind them, so that the
+output of ``mlp`` itself is no site of ours and keeps its path."""
+
+_BLOCK = re.compile(r"(?:\w+\.)*?layers\.(\d{1,4})\.(.+)")
+_PATH = re.compile(r"\w+(\.\w+)*\.(input|output)")
+_EMBEDDING = re.compile(r"(?:\w+\.)*embed_tokens\.output")
+
+
+def site_of_path(path: str) -> str:
+    """Return the site at one side of a module of Gemma.
+
+    What comes before the list of blocks does not matter: it differs between the models that read text alone and those
+    that read images, too.
+
+    Args:
+        path: such as ``"model.layers.12.output"`` or ``"model.language_model.layers.3.mlp.input"``.
+
+    Returns:
+        A semantic name where there is one, else the path.
+
+    Raises:
+        CheckpointError: if it is no module path with a side.
+
+    >>> site_of_path("model.language_model.layers.12.post_feedforward_layernorm.output")
+    'mlp_out.12'
+    >>> site_of_path("model.layers.3.mlp.output")
+    'model.layers.3.mlp.output'
+    """
+    if _PATH.fullmatch(path) is None:
+        raise CheckpointError(
+            f"The checkpoint names the place {path[:120]!r}; expected a module path that ends in '.input' or "
+            "'.output', such as 'model.layers.12.output'."
+        )
+    if _EMBEDDING.fullmatch(path):
+        return "embed"
+    block = _BLOCK.fullmatch(path)
+    if block is None or block[2] not in IN_BLOCK:
+        return path
+    return f"{IN_BLOCK[block[2]]}.{int(block[1])}"

@@ -1,0 +1,250 @@
+"""SAELens, version 6 and later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..architectures.abs_topk import AbsTopKSAE
+from ..architectures.gated import GatedSAE
+from ..architectures.jumprelu import JumpReLUSAE
+from ..architectures.matching_pursuit import MatchingPursuitSAE
+from ..architectures.standard import StandardSAE
+from ..architectures.temporal import TemporalSAE
+from ..architectures.topk import TopKSAE
+from ..errors import CheckpointError, shown
+from ..hub import index
+from ..hub.location import Location
+from ..modeling import SAEModel
+from ..modeling.loading import Checkpoint, Tensors
+from ..storage import StoredTensor
+from .base import CheckpointFormat, Example, widths
+from .folders import again, folders_with
+from .folding import fold_decoder_norms, fold_input_scale
+from .reading import flag, integer, mapping, number, one_of
+from .renaming import renamed
+from .saelens_place import SCALER, normalized, places
+from .temporal import attention_names, attention_settings, matrix_shape
+
+CONFIG = "cfg.json"
+WEIGHTS = "sae_weights.safetensors"
+
+Step = Callable[[Tensors], Tensors]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What an architecture of SAELens is here.
+
+    Attributes:
+        model_class: our class.
+        vectors: its tensors of one number per latent, the same in the file.
+        transcoder: whether its output belongs elsewhere.
+        skip: whether it has a skip connection.
+        k: whether it keeps a given number of latents.
+        batch_threshold: whether training selects by batch, and the file holds one threshold for all latents.
+    """
+
+    model_class: type[SAEModel]
+    vectors: tuple[str, ...] = ("b_enc",)
+    transcoder: bool = False
+    skip: bool = False
+    k: bool = False
+    batch_threshold: bool = False
+
+
+KINDS = {
+    "standard": Kind(StandardSAE),
+    "gated": Kind(GatedSAE, ("b_gate", "b_mag", "r_mag")),
+    "jumprelu": Kind(JumpReLUSAE, ("b_enc", "threshold")),
+    "topk": Kind(TopKSAE, k=True),
+    "abstopk": Kind(AbsTopKSAE, k=True),
+    "matching_pursuit": Kind(MatchingPursuitSAE, ()),
+    "temporal": Kind(TemporalSAE, ()),
+    "transcoder": Kind(StandardSAE, transcoder=True),
+    "skip_transcoder": Kind(StandardSAE, transcoder=True, skip=True),
+    "jumprelu_transcoder": Kind(JumpReLUSAE, ("b_enc", "threshold"), transcoder=True),
+    "jumprelu_skip_transcoder": Kind(JumpReLUSAE, ("b_enc", "threshold"), transcoder=True, skip=True),
+    "batchtopk": Kind(JumpReLUSAE, batch_threshold=True),
+    "matryoshka_batchtopk": Kind(JumpReLUSAE, batch_threshold=True),
+}
+"""By the name in ``cfg.json``. What is trained as BatchTopK is used, and by its owner published, as JumpReLU."""
+
+
+class SAELensFormat(CheckpointFormat):
+    """``cfg.json`` with an object ``metadata``, and ``sae_weights.safetensors``, as SAELens 6 saves.
+
+    ``W_enc [d_in, d_sae]``, ``W_dec [d_sae, d_out]``, and vectors by the architecture; ``sparsity.safetensors`` and
+    ``runner_cfg.json`` beside them are left alone. Folders of checkpoints from the middle of training are read, too.
+
+    What is trained on scaled activations needs the scale, which the file does not hold: it is read from
+    ``activation_scaler.json`` of such a checkpoint, or known from the index, else loading stops. Where TopK ranks
+    latents times the norm of their decoder rows, the norms are folded into the weights.
+
+    Source: decoderesearch/SAELens, version 6.
+    """
+
+    name: ClassVar[str] = "saelens"
+
+    def addresses(self, location: Location) -> list[str]:
+        """Return the folders with both files; which version wrote them is not looked at."""
+        return folders_with(location, CONFIG, WEIGHTS)
+
+    def claims(self, location: Location) -> bool:
+        """Whether the folder has both files, and the configuration has ``metadata``."""
+        if location.file is not None or CONFIG not in location or WEIGHTS not in location:
+            return False
+        return isinstance(location.read_json(CONFIG).get("metadata"), dict)
+
+    def open(self, location: Location, *, variant: str | None = None) -> Checkpoint:
+        """Read shapes from the header, and all else from ``cfg.json`` and, for a running training, the scale."""
+        cfg, where = location.read_json(CONFIG), f"{CONFIG} of {location}"
+        kind = KINDS[one_of(cfg, "architecture", where, tuple(KINDS))]
+        return described(location, self.name, kind, cfg, mapping(cfg, "metadata", where))
+
+    def examples(self, root: Path) -> list[Example]:
+        """Write an SAE of every architecture, normalisation, and kind of folder name."""
+        from .saelens_examples import write_current  # what only tests need
+
+        return write_current(root)
+
+
+def described(
+    location: Location,
+    layout: str,
+    kind: Kind,
+    cfg: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    *,
+    besides: Sequence[str] = (),
+    steps: Sequence[Step] = (),
+) -> Checkpoint:
+    """Describe an SAE of SAELens by its headers.
+
+    Args:
+        location: its folder.
+        layout: name of the format.
+        kind: what its architecture is.
+        cfg: its configuration, under the names of version 6.
+        metadata: what it says of training.
+        besides: tensors of the file to be read that the architecture does not have, for `steps`.
+        steps: arithmetic before all other.
+
+    Raises:
+        CheckpointError: if something is missing, unknown or contradictory.
+    """
+    where = f"{CONFIG} of {location}"
+    facts = index.known_facts(location.repo_id, location.address)
+    place = places(metadata, facts, where, transcoder=kind.transcoder)
+    implied = place.pop("normalization")
+    normalization, scale = normalized(cfg, implied, facts, location, where)
+    if kind.skip and normalization != implied:
+        raise CheckpointError(
+            f"{where} says normalize_activations = {shown(cfg.get('normalize_activations'))} of a transcoder whose "
+            "skip connection reads the plain input: such a one cannot be expressed here."
+        )
+    settings: dict[str, Any] = {"normalization": normalization, **place}
+    # A transcoder's bias has another width than its input; SAELens refuses to build one that subtracts it.
+    settings["apply_b_dec_to_input"] = flag(cfg, "apply_b_dec_to_input", where, not kind.transcoder)
+    settings |= {"skip_connection": True} if kind.skip else {}
+    settings |= {"k": integer(cfg, "k", where)} if kind.k else {}
+    own = _own_settings(kind, cfg, where, scale)
+    names = {"W_dec": "W_dec", "b_dec": "b_dec", **{name: name for name in (*kind.vectors, *besides)}}
+    if not kind.model_class.tied and not _is_tied(kind, cfg, where):
+        names["W_enc_T"] = "W_enc.T"
+    names |= {"W_skip": "W_skip"} if kind.skip else {}
+    names |= {"topk_threshold": "topk_threshold"} if kind.batch_threshold else {}
+    names |= attention_names(own.get("attention_layers", 0))
+    stored = renamed(location.tensors(WEIGHTS), names, f"{WEIGHTS} of {location}")
+    if _is_tied(kind, cfg, where):
+        stored["W_enc_T"] = again(stored["W_dec"], location, WEIGHTS)
+    settings |= _agreed(stored, cfg, where)
+    config = kind.model_class.config_class(**settings, **own)
+    arithmetic = [*steps, *_arithmetic(kind, cfg, where, scale, settings["apply_b_dec_to_input"])]
+    read = [CONFIG, WEIGHTS, *([SCALER] if SCALER in location else [])]
+    shared = frozenset({"b_dec", "W_skip"})
+    return Checkpoint(
+        kind.model_class, config, location.origin(layout, read), stored, shared, partial(_in_turn, steps=arithmetic)
+    )
+
+
+def _own_settings(kind: Kind, cfg: Mapping[str, Any], where: str, scale: float) -> dict[str, Any]:
+    """Return the fields that only one architecture has."""
+    if kind.model_class is TemporalSAE:
+        return {**attention_settings(cfg, where), "scaling_factor": scale}
+    if kind.model_class is MatchingPursuitSAE:
+        return {
+            # Measured in units of what is pursued, which is here the plain activation.
+            "residual_threshold": float(number(cfg, "residual_threshold", where)) / scale,
+            "max_iterations": integer(cfg, "max_iterations", where, None),
+            "stop_on_duplicate_support": flag(cfg, "stop_on_duplicate_support", where, True),
+        }
+    return {}
+
+
+def _is_tied(kind: Kind, cfg: Mapping[str, Any], where: str) -> bool:
+    return kind.model_class is TemporalSAE and flag(cfg, "tied_weights", where)
+
+
+def _arithmetic(kind: Kind, cfg: Mapping[str, Any], where: str, scale: float, centred: bool) -> list[Step]:
+    """Return what makes the stored tensors ours, in turn."""
+    if kind.model_class is TemporalSAE:
+        # SAELens's tied one leaves the bias out of the output, too, where it does not subtract it.
+        return [] if centred or not _is_tied(kind, cfg, where) else [_without_bias]
+    if kind.model_class is MatchingPursuitSAE:
+        return [partial(_pursuit_bias, scale=scale) if centred else _without_bias]
+    steps: list[Step] = [partial(fold_input_scale, scale=scale)] if scale != 1 else []
+    if flag(cfg, "rescale_acts_by_decoder_norm", where, False) and (kind.k or kind.batch_threshold):
+        # On the trained decoder: its rows' norms, by which latents are ranked, are in units of the scaled output.
+        steps.insert(0, fold_decoder_norms)
+    return [*steps, _threshold_for_all] if kind.batch_threshold else steps
+
+
+def _in_turn(tensors: Tensors, steps: Sequence[Step]) -> Tensors:
+    for step in steps:
+        tensors = step(tensors)
+    return tensors
+
+
+def _threshold_for_all(tensors: Tensors) -> Tensors:
+    """Give every latent the one threshold, which was averaged in float64."""
+    threshold = tensors.pop("topk_threshold").float()
+    tensors["threshold"] = threshold.expand(len(tensors["W_dec"])).clone()
+    return tensors
+
+
+def _without_bias(tensors: Tensors) -> Tensors:
+    """Leave a bias out that the owner neither subtracts nor adds."""
+    tensors["b_dec"] = tensors["b_dec"] * 0
+    return tensors
+
+
+def _pursuit_bias(tensors: Tensors, scale: float) -> Tensors:
+    """Bring the bias to the units of the activations; rows and latents, being tied, change theirs by themselves."""
+    tensors["b_dec"] = tensors["b_dec"] / scale
+    return tensors
+
+
+def _agreed(stored: Mapping[str, StoredTensor], cfg: Mapping[str, Any], where: str) -> dict[str, int]:
+    """Return the widths, in which the tensors and the configuration agree as far as it says them.
+
+    Raises:
+        CheckpointError: if they do not.
+    """
+    if "W_enc_T" in stored:
+        d_sae, d_in, d_out = widths(stored)
+    else:
+        d_sae, d_in = matrix_shape(stored["W_dec"].shape, where)
+        d_out = d_in
+    found = {"d_in": d_in, "d_sae": d_sae, "d_out": d_out}
+    for name, width in found.items():
+        said = integer(cfg, name, where, width)
+        if said != width:
+            raise CheckpointError(
+                f"{where} says {name} = {said}, and the tensors beside it have {width}: these files do not belong "
+                "together. Fetch or save both again."
+            )
+    return found

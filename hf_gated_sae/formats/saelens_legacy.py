@@ -1,0 +1,141 @@
+"""SAELens, versions 2 to 5, and why older checkpoints are not read."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar
+
+from ..architectures.tanh_relu import TanhReLUSAE
+from ..errors import CheckpointError
+from ..hub.location import Location
+from ..modeling.loading import Checkpoint, Tensors
+from .base import CheckpointFormat, Example
+from .folders import folders_with
+from .reading import flag, integer, mapping, one_of
+from .saelens import CONFIG, KINDS, WEIGHTS, Kind, described
+from .saelens_place import EXPECTED_AVERAGE
+
+PICKLES = ("final_sparse_autoencoder_*.pt", "*.pkl.gz")
+ARCHITECTURES = ("standard", "gated", "jumprelu", "topk")
+ACTIVATIONS = ("relu", "tanh-relu", "topk")
+RENAMED = {
+    "hook_point": "hook_name",
+    "hook_point_layer": "hook_layer",
+    "hook_point_head_index": "hook_head_index",
+    "activation_fn_str": "activation_fn",
+}
+TANH_RELU = Kind(TanhReLUSAE)
+FINETUNED = "scaling_factor"
+
+
+class SAELensLegacyFormat(CheckpointFormat):
+    """``cfg.json``, flat, and ``sae_weights.safetensors``, as SAELens 2 to 5 saved.
+
+    Version 2 wrote the whole configuration of the training run, with ``hook_point``; versions 3 to 5 the SAE's own,
+    with ``hook_name``. A tensor ``scaling_factor [d_sae]``, from fine-tuning, multiplies the latents when they are
+    decoded; here the decoder's rows.
+
+    Source: jbloomAus/SAELens, versions 2 to 5.
+    """
+
+    name: ClassVar[str] = "saelens_legacy"
+
+    def addresses(self, location: Location) -> list[str]:
+        """Return the folders with both files; which version wrote them is not looked at."""
+        return folders_with(location, CONFIG, WEIGHTS)
+
+    def claims(self, location: Location) -> bool:
+        """Whether the folder has both files, and the configuration has no ``metadata``."""
+        if location.file is not None or CONFIG not in location or WEIGHTS not in location:
+            return False
+        return not isinstance(location.read_json(CONFIG).get("metadata"), dict)
+
+    def near_miss(self, location: Location) -> str | None:
+        """Explain pickles of version 1 and before."""
+        names = [location.file] if location.file else location.files
+        for name in names:
+            if any(fnmatch.fnmatch(PurePosixPath(name).name, pattern) for pattern in PICKLES):
+                return (
+                    f"{name} is a checkpoint of SAELens 1 or older, a pickle of its own classes, which is not opened: "
+                    "it could run any code. Look for a copy in safetensors (GPT2-Small-SAEs has one, "
+                    "jbloom/GPT2-Small-SAEs-Reformatted), or convert it with SAELens 2 on a machine where you trust "
+                    f"the file, and load the folder with {CONFIG} and {WEIGHTS}."
+                )
+        return None
+
+    def open(self, location: Location, *, variant: str | None = None) -> Checkpoint:
+        """Read shapes from the header, and all else from ``cfg.json``."""
+        where = f"{CONFIG} of {location}"
+        cfg = {RENAMED.get(name, name): value for name, value in location.read_json(CONFIG).items()}
+        cfg = {**cfg, **_activation(cfg, where)}
+        kind = cfg.pop("kind")
+        if isinstance(cfg.get("normalize_activations"), bool):  # version 3
+            cfg["normalize_activations"] = EXPECTED_AVERAGE if cfg["normalize_activations"] else "none"
+        finetuned = _is_finetuned(location, cfg, where)
+        return described(
+            location,
+            self.name,
+            kind,
+            cfg,
+            cfg,
+            besides=[FINETUNED] if finetuned is not None else [],
+            steps=[_finetuned] if finetuned else [_not_finetuned],
+        )
+
+    def examples(self, root: Path) -> list[Example]:
+        """Write SAEs of every version, architecture and normalisation."""
+        from .saelens_examples import write_legacy  # what only tests need
+
+        return write_legacy(root)
+
+
+def _activation(cfg: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the architecture as a `Kind`, and `k`.
+
+    Raises:
+        CheckpointError: if architecture and activation do not go together.
+    """
+    architecture = one_of(cfg, "architecture", where, ARCHITECTURES, "standard")
+    activation = one_of(cfg, "activation_fn", where, ACTIVATIONS, "topk" if architecture == "topk" else "relu")
+    if activation == "topk" and architecture in ("standard", "topk"):
+        return {"kind": KINDS["topk"], "k": integer(mapping(cfg, "activation_fn_kwargs", where, {}), "k", where)}
+    if activation == "tanh-relu" and architecture == "standard":
+        return {"kind": TANH_RELU}
+    if activation != "relu":
+        raise CheckpointError(
+            f"{where} says architecture = {architecture!r} with the activation {activation!r}; expected 'relu' there, "
+            "as nothing else is known of such an SAE."
+        )
+    return {"kind": KINDS[architecture]}
+
+
+def _is_finetuned(location: Location, cfg: Mapping[str, Any], where: str) -> bool | None:
+    """Return whether the file's factors of fine-tuning are used; None if it has none.
+
+    Raises:
+        CheckpointError: if there are such that the configuration denies.
+    """
+    factors = location.tensors(WEIGHTS).get(FINETUNED)
+    if factors is None:
+        return None
+    said = flag(cfg, "finetuning_scaling_factor", where, False)
+    if not said and bool((factors.small() != 1).any()):
+        raise CheckpointError(
+            f"{WEIGHTS} of {location} holds factors of fine-tuning ({FINETUNED}) that {CONFIG} denies "
+            "(finetuning_scaling_factor is not true): say there whether they are to be used."
+        )
+    return said
+
+
+def _finetuned(tensors: Tensors) -> Tensors:
+    """Multiply the decoder's rows by the factors of fine-tuning."""
+    factors = tensors.pop(FINETUNED)
+    tensors["W_dec"].mul_(factors[:, None].to(tensors["W_dec"].dtype))
+    return tensors
+
+
+def _not_finetuned(tensors: Tensors) -> Tensors:
+    tensors.pop(FINETUNED, None)
+    return tensors

@@ -1,0 +1,198 @@
+"""EleutherAI's sparsify: TopK SAEs and transcoders, one folder per module of the base model."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import save_file
+
+from ..architectures.abs_topk import AbsTopKSAE
+from ..architectures.group_max import GroupMaxSAE
+from ..architectures.topk import TopKSAE
+from ..errors import CheckpointError
+from ..hub.index import known_facts
+from ..hub.location import Location
+from ..modeling import SAEModel
+from ..modeling.loading import Checkpoint
+from .base import CheckpointFormat, Example, widths
+from .model_names import repository_of
+from .reading import flag, integer, one_of, text
+from .renaming import renamed
+
+CONFIG = "cfg.json"
+FILE = "sae.safetensors"
+RUN_CONFIG = "config.json"
+NAMES = {"W_enc_T": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "W_dec", "b_dec": "b_dec"}
+SKIP = "W_skip"
+DEFAULT_K = 32
+
+_SEED = re.compile(r"seed\d+")
+_BLOCK = re.compile(r"(?:(?:model|decoder|language_model|text_model)\.)*(?:layers|h|blocks)\.(\d+)")
+_EMBEDDING = re.compile(r"(?:\w+\.)*(?:embed_tokens|embed_in|wte)")
+
+
+class SparsifyFormat(CheckpointFormat):
+    """``<hookpoint>/sae.safetensors`` with ``cfg.json``, or ``<hookpoint>/seed<n>/`` where several were trained.
+
+    The hookpoint is the path of a module inside the base model. An SAE reads what the module gives; a transcoder
+    (``transcode``) reads what it takes and writes what it gives, and does not subtract ``b_dec``. A block's sides are
+    the residual stream; any other module is named by its path, since what an ``mlp`` gives is not in every family
+    what is added to the stream. ``config.json`` at the root of the run, where it is there, says the base model.
+
+    Transcoders of before February 2025 say ``transcode`` in that file only, and do subtract ``b_dec``. ``signed``, of
+    mid-2024, means that the k largest by magnitude are kept with their sign. ``multi_topk`` and ``normalize_decoder``
+    are about training. Missing keys have the library's defaults.
+
+    Source: EleutherAI/sparsify, ``sparse_coder.py``, ``fused_encoder.py``, ``config.py``, ``trainer.py``.
+    """
+
+    name: ClassVar[str] = "sparsify"
+
+    def addresses(self, location: Location) -> list[str]:
+        """Return the folders with ``sae.safetensors`` and ``cfg.json``."""
+        folders = (file.rpartition("/")[0] for file in location.files if file.rpartition("/")[2] == FILE)
+        return [folder for folder in folders if (f"{folder}/{CONFIG}" if folder else CONFIG) in location]
+
+    def claims(self, location: Location) -> bool:
+        """Whether there are both files."""
+        return location.file is None and FILE in location and CONFIG in location
+
+    def open(self, location: Location, *, variant: str | None = None) -> Checkpoint:
+        """Read the configuration and the run's, and names and shapes from the header.
+
+        Raises:
+            CheckpointError: if the configuration cannot be used, or is not that of the tensors.
+        """
+        where = f"{CONFIG} of {location}"
+        config = location.read_json(CONFIG)
+        skips = flag(config, "skip_connection", where, False)
+        names = {**NAMES, SKIP: SKIP} if skips else NAMES
+        stored = renamed(location.tensors(FILE), names, f"{FILE} of {location}")
+        d_sae, d_in, d_out = widths(stored)
+        _require_widths(config, d_in, d_sae, where)
+        subtracts = not flag(config, "transcode", where, False)
+        model_class, settings = _architecture(config, where)
+        made = model_class.config_class(
+            d_in=d_in,
+            d_sae=d_sae,
+            d_out=d_out,
+            apply_b_dec_to_input=subtracts,
+            skip_connection=skips,
+            **_place(location, transcodes=not subtracts),
+            **settings,
+        )
+        return Checkpoint(model_class, made, location.origin(self.name, [CONFIG, FILE]), stored)
+
+    def examples(self, root: Path) -> list[Example]:
+        """Write SAEs and transcoders of every activation, of old and new versions."""
+        now = {
+            "activation": "topk", "expansion_factor": 3, "normalize_decoder": True, "num_latents": 0, "k": 3,
+            "multi_topk": False, "skip_connection": False, "transcode": False,
+        }  # fmt: skip
+        llama = {"model": "meta-llama/Meta-Llama-3-8B", "sae": {}, "hookpoints": ["layers.10"]}
+        pythia = {"model": "EleutherAI/pythia-70m", "sae": {}, "revision": "step3000", "hookpoints": []}
+        runs: dict[str, dict[str, Any]] = {
+            "EleutherAI/sae-llama-3-8b-32x": llama,
+            "EleutherAI/sae-pythia-70m-32k": pythia,
+            "EleutherAI/skip-transcoder-pythia-70m": {**pythia, "transcode": True},
+        }
+        plan: list[tuple[str, str, dict[str, Any]]] = [
+            ("EleutherAI/sae-llama-3-8b-32x", "layers.10", {"expansion_factor": 3, "k": 3, "signed": False}),
+            ("EleutherAI/sae-llama-3-8b-32x", "layers.10.mlp", {"k": 2, "signed": True, "normalize_decoder": False}),
+            ("EleutherAI/sae-llama-3-8b-32x", "embed_tokens", {**now, "multi_topk": True, "num_latents": 18}),
+            ("EleutherAI/sae-llama-3-8b-32x", "best/layers.10/layers.10", now),
+            ("EleutherAI/sae-pythia-70m-32k", "layers.3/seed1", {**now, "activation": "groupmax"}),
+            ("EleutherAI/sae-pythia-70m-32k", "layers.3.attention/seed12", now),
+            ("EleutherAI/sae-pythia-70m-32k", "layers.4.mlp", {**now, "transcode": True}),
+            ("EleutherAI/sae-pythia-70m-32k", "layers.4", {**now, "transcode": True, "skip_connection": True}),
+            ("EleutherAI/skip-transcoder-pythia-70m", "layers.5.mlp", {"k": 3, "skip_connection": True}),
+        ]
+        generator = torch.Generator().manual_seed(0)
+        for repo, folder, config in plan:
+            d, s = 6, 18
+            shapes = {"encoder.weight": (s, d), "encoder.bias": (s,), "W_dec": (s, d), "b_dec": (d,)}
+            shapes |= {SKIP: (d, d)} if config.get("skip_connection") else {}
+            path = root / repo / folder
+            path.mkdir(parents=True, exist_ok=True)
+            save_file({name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}, path / FILE)
+            (path / CONFIG).write_text(json.dumps({**config, "d_in": d}))
+        for repo, run in runs.items():
+            (root / repo / RUN_CONFIG).write_text(json.dumps(run))
+        return [Example(repo, folder) for repo, folder, _ in plan]
+
+
+def _require_widths(config: Mapping[str, Any], d_in: int, d_sae: int, where: str) -> None:
+    """Raise unless the tensors have the widths that the configuration says."""
+    said = {"d_in": (integer(config, "d_in", where, d_in), d_in)}
+    said["num_latents"] = (integer(config, "num_latents", where, 0) or d_sae, d_sae)
+    for name, (value, found) in said.items():
+        if value != found:
+            raise CheckpointError(f"{where} says {name} = {value}, but the tensors have {found}: fetch both again.")
+
+
+def _architecture(config: Mapping[str, Any], where: str) -> tuple[type[SAEModel], dict[str, Any]]:
+    """Return the architecture and its own settings."""
+    k = integer(config, "k", where, DEFAULT_K)
+    activation = one_of(config, "activation", where, ("topk", "groupmax"), "topk")
+    if flag(config, "signed", where, False):
+        return AbsTopKSAE, {"k": k}
+    return (GroupMaxSAE, {"groups": k}) if activation == "groupmax" else (TopKSAE, {"k": k})
+
+
+def _place(location: Location, *, transcodes: bool) -> dict[str, Any]:
+    """Return sites and base model, as far as folder names and the run's configuration say.
+
+    Args:
+        location: the folder.
+        transcodes: what the SAE's own configuration says; an old run's may say it instead.
+    """
+    folders = _unseeded(location.subfolder.split("/") if location.subfolder else [])
+    run, where = _run(location, folders)
+    model = repository_of(text(run, "model", where, None))
+    if model is None:
+        model = known_facts(location.repo_id, location.address).get("base_model")
+    place: dict[str, Any] = {"base_model": model}
+    if model is not None:
+        place["base_model_revision"] = text(run, "revision", where, None)
+    hookpoint = (folders or _unseeded(location.repo_id.split("/")) or [""])[-1]  # a local folder may itself be one
+    if not _is_module(hookpoint, run):
+        return place
+    block = _BLOCK.fullmatch(hookpoint)
+    before, after = f"{hookpoint}.input", f"{hookpoint}.output"
+    if block is not None:
+        before, after = f"resid_pre.{block[1]}", f"resid_post.{block[1]}"
+    if transcodes or flag(run, "transcode", where, False):
+        return {**place, "site": before, "site_out": after}
+    return {**place, "site": after}
+
+
+def _unseeded(folders: list[str]) -> list[str]:
+    """Return the folders of a path without that of a seed at its end."""
+    return folders[:-1] if folders and _SEED.fullmatch(folders[-1]) else folders
+
+
+def _run(location: Location, folders: list[str]) -> tuple[Mapping[str, Any], str]:
+    """Return the configuration of the training, from the nearest folder above that has one; empty if none has."""
+    for depth in range(len(folders), -1, -1):
+        above = location.at("/".join(folders[:depth]))
+        if RUN_CONFIG in above:
+            config = above.read_json(RUN_CONFIG)
+            if isinstance(config.get("sae"), dict):
+                return config, f"{RUN_CONFIG} of {above}"
+    return {}, RUN_CONFIG
+
+
+def _is_module(name: str, run: Mapping[str, Any]) -> bool:
+    """Whether a folder is named for a module: one that the training lists, or one of a block, or the embedding."""
+    listed = run.get("hookpoints")
+    if isinstance(listed, list) and name in listed:
+        return True
+    part_of_block = _BLOCK.match(name)
+    return _EMBEDDING.fullmatch(name) is not None or (
+        part_of_block is not None and re.fullmatch(r"(\.\w+)*", name[part_of_block.end() :]) is not None
+    )

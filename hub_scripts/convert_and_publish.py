@@ -1,0 +1,34 @@
+"""Convert one SAE of any layout and publish it: python hub_scripts/convert_and_publish.py SOURCE ADDRESS REPOSITORY.
+
+python hub_scripts/convert_and_publish.py google/gemma-scope-2b-pt-res layer_12/width_16k/average_l0_82 me/my-sae
+"""
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from hf_gated_sae import SAEModel
+from hf_gated_sae.publishing import convert
+
+
+def main(
+    source: Annotated[str, typer.Argument(help="Repository of the original.")],
+    address: Annotated[str, typer.Argument(help="Folder or file of the SAE in it; '' for its root.")],
+    repository: Annotated[str, typer.Argument(help="Where to publish it, such as me/my-sae.")],
+    subfolder: Annotated[str, typer.Option(help="Folder inside the repository.")] = "",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the source.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Such as bfloat16. Default: as it is stored.")] = None,
+    license: Annotated[str | None, typer.Option(help="Licence, for a source that states none.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Publish to a private repository.")] = False,
+) -> None:
+    """Convert, publish in one commit, and load what was published."""
+    console = Console(soft_wrap=True)
+    conversion = convert(source, address, revision=revision, dtype=dtype, license=license)
+    commit = conversion.push(repository, subfolder=subfolder, private=private or None)
+    sae = SAEModel.from_pretrained(repository, subfolder, revision=commit.oid)
+    console.print(f"{conversion.origin} is now {sae.checkpoint}", highlight=False, markup=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)

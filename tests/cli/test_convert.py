@@ -1,0 +1,88 @@
+"""`hf-gated-sae convert`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_gated_sae import SAEModel
+from hf_gated_sae.cli import main
+from tests.support.example_saes import assert_same
+from tests.support.foreign import example_files, seed_gemma_scope
+from tests.support.hub_state import files
+from tests.support.mini_hub import MiniHub
+
+ADDRESS = "layer_0/width_16k/average_l0_71"
+
+
+@pytest.fixture
+def theirs(hub: MiniHub, repo_id: str, tmp_path: Path) -> str:
+    name = repo_id.replace("alice/", "google-cli-") + "/gemma-scope-2b-pt-res"
+    seed_gemma_scope(hub, name, tmp_path / "theirs")
+    return name
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """Run the command as a shell would and return its exit status."""
+    monkeypatch.setattr(sys, "argv", ["hf-gated-sae", "convert", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0)
+
+
+def test_into_a_folder(theirs: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    assert run(monkeypatch, theirs, ADDRESS, "--out", str(tmp_path / "ours"), "--dtype", "bfloat16") == 0
+    said = capsys.readouterr().out
+    assert "JumpReLUSAE at resid_post.0" in said and "cc-by-4.0" in said and "gemma_scope" in said
+    assert SAEModel.from_pretrained(tmp_path / "ours").checkpoint.format == "native"
+
+
+def test_the_printed_command_runs(theirs: str, tmp_path: Path, monkeypatch) -> None:
+    run(monkeypatch, theirs, ADDRESS, "--out", str(tmp_path / "ours"))
+    card = (tmp_path / "ours" / "README.md").read_text()
+    command = next(line for line in card.splitlines() if line.startswith("hf-gated-sae convert")).split()
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, *command[2:]) == 0
+    for name in ("model.safetensors", "README.md", "config.json"):
+        assert (tmp_path / "converted" / name).read_bytes() == (tmp_path / "ours" / name).read_bytes()
+
+
+def test_to_the_hub(hub: MiniHub, theirs: str, repo_id: str, monkeypatch, cache_dir: str) -> None:
+    assert run(monkeypatch, theirs, ADDRESS, "--push", repo_id, "--subfolder", "layer_0") == 0
+    pushed = SAEModel.from_pretrained(repo_id, "layer_0", cache_dir=cache_dir)
+    assert_same(pushed, SAEModel.from_pretrained(theirs, ADDRESS, cache_dir=cache_dir))
+    assert run(monkeypatch, theirs, ADDRESS, "--push", repo_id, "--create-pr") == 0
+    assert len(hub.repo(repo_id).discussions) == 1 and "config.json" not in files(hub, repo_id)
+    assert run(monkeypatch, theirs, ADDRESS, "--push", repo_id + "-2", "--private") == 0
+    assert hub.repo(repo_id + "-2").private
+
+
+@pytest.mark.parametrize(
+    "words, phrase",
+    [
+        ((), "neither of --out and --push"),
+        (("--out", "x", "--push", "alice/x"), "both of --out and --push"),
+        (("--out", "x", "--private"), "pass them with --push"),
+        (("--out", "x", "--dtype", "int8"), "dtype is 'int8'"),
+        (("--out", "x", "--revision", "v9"), "no revision 'v9'"),
+        (("--out", "x", "--license", "mit"), "published under 'cc-by-4.0'"),
+        (("--push", "no such name!"), "expected 'owner/name'"),
+    ],
+)
+def test_wrong_inputs_are_one_line(theirs: str, monkeypatch, capsys, tmp_path, words, phrase: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, theirs, ADDRESS, *words) == 1
+    said = capsys.readouterr().err
+    assert phrase in said and "Traceback" not in said and said.count("\n") == 1
+    assert not (tmp_path / "x").exists()
+
+
+def test_nothing_to_convert(tmp_path: Path, monkeypatch, capsys) -> None:
+    example_files("gemma_scope", tmp_path)
+    folder = tmp_path / "google" / "gemma-scope-2b-pt-res"
+    assert run(monkeypatch, str(folder), "--out", str(tmp_path / "x")) == 1
+    assert "what is in it does" in capsys.readouterr().err
+    assert run(monkeypatch, str(folder), "layer_1", "--push", "alice/x") == 1
+    assert "what is in it does" in capsys.readouterr().err

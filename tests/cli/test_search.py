@@ -1,0 +1,70 @@
+"""`hf-gated-sae search` at 80 columns."""
+
+from __future__ import annotations
+
+import ast
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+from hf_gated_sae.cli import search as _command  # noqa: F401  # adds itself to the app
+from hf_gated_sae.cli.app import app
+from hf_gated_sae.errors import UnknownNameError
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["search", *arguments, "--no-live"], env={"COLUMNS": "80", "NO_COLOR": "1"})
+
+
+def calls(output):
+    """The lines of code, put together again and parsed."""
+    code = output.split("from hf_gated_sae import SAEModel\n")[1].split("\n\n")[0]
+    parts = re.split(r"^ *\d+  ", code, flags=re.MULTILINE)[1:]
+    return [[argument.value for argument in ast.parse(part.strip()).body[0].value.args] for part in parts]
+
+
+def test_a_table_and_the_code_that_loads_each_row():
+    done = run(
+        "--model", "google/gemma-2-2b", "--layer", "12", "--site", "resid_post", "--width", "16k", "--limit", "5"
+    )
+    assert done.exit_code == 0
+    assert calls(done.output) == [
+        ["google/gemma-scope-2b-pt-res", f"layer_12/width_16k/average_l0_{l0}"] for l0 in (22, 41, 82, 176, 445)
+    ]
+    assert max(map(len, done.output.splitlines())) <= 80
+    rows = [line.split() for line in done.output.splitlines() if "resid_post.12" in line]
+    assert rows[0] == ["1", "resid_post.12", "16,384", "jumprelu", "22", "google"]
+
+
+def test_more_than_the_limit_is_said():
+    done = run("--model", "google/gemma-2-2b", "--layer", "12", "--limit", "3")
+    assert len(calls(done.output)) == 3
+    assert "284 more:" in done.output and "--limit 0 for all" in done.output
+    every = run("--model", "google/gemma-2-2b", "--layer", "12", "--limit", "0", "--l0", "80")
+    assert len(calls(every.output)) == 12 and "more:" not in every.output
+
+
+def test_without_a_model_it_is_shown():
+    done = run("--architecture", "gated", "--limit", "2")
+    assert "pythia-70m" in done.output and "gated" in done.output
+    assert max(len(line) for line in done.output.splitlines() if "SAEModel" not in line and '"' not in line) <= 80
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "gpt2", "--layer", "44"], "there are layers 0, 1, 2"),
+        (["--model", "gpt2", "--site", "mlp_in"], "There are the sites attn_out, attn_z, mlp_out"),
+        (["--site", "attn_pattern.7", "--layer", "8"], ""),
+    ],
+)
+def test_nothing_found_says_what_there_is(arguments, said):
+    done = run(*arguments)
+    assert done.exit_code == 1
+    if said:
+        assert said in " ".join(done.output.split())
+
+
+def test_an_unknown_model_is_our_error():
+    assert isinstance(run("--model", "google/gemma-2-2").exception, UnknownNameError)

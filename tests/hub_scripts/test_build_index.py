@@ -1,0 +1,103 @@
+"""The index is built from facts, and from listings on the loopback Hub."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import pytest
+from huggingface_hub import HfApi
+
+from hf_gated_sae.errors import InputError
+from hf_gated_sae.hub.index import FILE
+from tests.support.mini_hub import MiniHub
+
+SCRIPT = Path(__file__).parents[2] / "hub_scripts" / "build_index.py"
+spec = importlib.util.spec_from_file_location("build_index", SCRIPT)
+build_index = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(build_index)
+
+PATH = "layer_{}/width_16k/average_l0_{}"
+HOOK = "blocks.{}.hook_resid_pre"
+
+
+def facts(repo="google/gemma-scope-2b-pt-res"):
+    ajt = {"repo_id": "neuronpedia/gpt2-small__res_sce-ajt", "model": "gpt2-small", "conversion_func": None}
+    scope = {"repo_id": repo, "model": "gemma-2-2b", "conversion_func": "gemma_2"}
+    copy = [{"id": HOOK.format(layer), "path": f"{layer}-res_sce-ajt"} for layer in (2, 6)]
+    return {
+        "source": "a test",
+        "releases": {"ajt": ajt, "scope": scope},
+        "saes": [
+            *({"release": "scope", "id": PATH.format(layer, 70), "path": PATH.format(layer, 70)} for layer in (1, 2)),
+            {"release": "ajt", **copy[0]},
+            {"release": "ajt", **copy[1], **ajt, "saes": copy},
+        ],
+    }
+
+
+def test_a_release_inside_an_entry_is_its_copy():
+    assert [sae["id"] for sae in build_index.flattened(facts()["saes"])][2:] == [HOOK.format(2), HOOK.format(6)]
+    wrong = facts()
+    wrong["saes"][-1]["saes"][0]["path"] = "another"
+    with pytest.raises(InputError, match="disagree"):
+        build_index.flattened(wrong["saes"])
+
+
+def test_what_only_the_copy_has_is_kept():
+    more = facts()
+    more["saes"][-1]["saes"].append({"id": HOOK.format(10), "path": "10-res_sce-ajt"})
+    assert len(build_index.flattened(more["saes"])) == 5
+
+
+def test_an_unknown_form_is_an_error():
+    wrong = facts()
+    wrong["saes"][0]["path"] = "somewhere/else"
+    with pytest.raises(InputError, match="somewhere/else"):
+        build_index.from_facts(wrong)
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bytes])
+def test_a_file_is_written(tmp_path, pack):
+    source, out = tmp_path / "facts", tmp_path / "index.json"
+    source.write_bytes(pack(json.dumps(facts()).encode()))
+    build_index.main(source, out, live=False)
+    releases = json.loads(out.read_text())["releases"]
+    assert releases["scope"] == {
+        "repo": "google/gemma-scope-2b-pt-res",
+        "base_model": "google/gemma-2-2b",
+        "groups": [
+            {
+                "d_sae": "16k",
+                "l0": 70,
+                "site": "resid_post.{layer}",
+                "id": "layer_{layer}/width_16k/average_l0_70",
+                "architecture": "jumprelu",
+                "axes": ["layer"],
+                "values": "1,2",
+            }
+        ],
+    }
+    assert releases["EleutherAI/sae-llama-3-8b-32x"]["groups"] == []
+
+
+def test_listings_add_what_the_facts_lack(hub: MiniHub, repo_id: str):
+    repo = f"{repo_id}-res"
+    api = HfApi()
+    api.create_repo(repo)
+    for name in (PATH.format(1, 70), PATH.format(7, 33), "elsewhere"):
+        api.upload_file(path_or_fileobj=b"-", path_in_repo=f"{name}/params.npz", repo_id=repo)
+    [added] = build_index.from_hub(facts(repo)).values()
+    assert added["repo"] == repo and added["base_model"] == "google/gemma-2-2b"
+    assert [(group["id"], group["site"], group["l0"]) for group in added["groups"]] == [
+        (PATH.format(7, 33), "resid_post.7", 33)
+    ]
+
+
+@pytest.mark.skipif("HF_GATED_SAE_FACTS" not in os.environ, reason="needs HF_GATED_SAE_FACTS, a file of facts")
+def test_the_committed_index_is_what_is_built(tmp_path):
+    build_index.main(Path(os.environ["HF_GATED_SAE_FACTS"]), tmp_path / "index.json", live=False)
+    assert (tmp_path / "index.json").read_text() == FILE.read_text()
