@@ -34,8 +34,10 @@ class NativeFormat(CheckpointFormat):
         return native_folders(location.files)
 
     def claims(self, location: Location) -> bool:
-        """Whether ``config.json`` names one of our model types."""
-        return location.file is None and CONFIG in location and _architecture(location) in architectures
+        """Whether ``config.json`` names one of our model types, and a width: others have a ``topk_sae``, too."""
+        if location.file is not None or CONFIG not in location or _architecture(location) not in architectures:
+            return False
+        return bool({"d_in", "d_sae"} & set(location.read_json(CONFIG)))
 
     def near_miss(self, location: Location) -> str | None:
         """Explain a ``config.json`` of another kind of model."""

@@ -1,8 +1,8 @@
 """Per-token normalisations that SAEs were trained behind, and how they are undone.
 
-Each is an affine change of frame, ``normalised = (x - shift) / divisor``, with a shift and a divisor that depend on the
-token; what the decoder writes is brought back as ``written * scale + shift``. Scale and divisor are the same up to the
-small number that keeps a division finite.
+Each is an affine change of frame, ``normalised = (x - shift) / divisor``, with a shift and a divisor that depend on
+the token; what the decoder writes is brought back as ``written * scale + shift``. Scale and divisor are the same up to
+the small number that keeps a division finite.
 """
 
 from __future__ import annotations

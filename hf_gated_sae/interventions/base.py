@@ -204,8 +204,8 @@ def require_sae(owner: object, sae: object) -> None:
         )
     if not sae.per_token:
         raise InputError(
-            f"{type(owner).__name__} was given a {type(sae).__name__}, whose latents depend on the tokens before: with a "
-            "KV cache it would see one token alone. Use capture(...) on whole sequences and its encode and decode."
+            f"{type(owner).__name__} was given a {type(sae).__name__}, whose latents depend on the tokens before: "
+            "with a KV cache it would see one token alone. Use capture(...) on whole sequences, encode and decode."
         )
     if sae.config.is_transcoder:
         raise InputError(

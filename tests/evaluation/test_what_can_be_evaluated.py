@@ -38,7 +38,7 @@ def test_a_normalised_sae_is_measured_in_the_units_of_the_model(normalization: s
     handle.remove()
     x = seen[0][0].double()
     frame = FRAMES[normalization](x, sae.config.normalization_eps)
-    normalised = (x - frame.shift) / frame.scale
+    normalised = (x - frame.shift) / frame.divisor
     written = plain.decode(plain.encode(normalised)) * frame.scale + frame.shift
     constant = plain.b_dec * frame.scale + frame.shift
     report = evaluate(model, sae, [IDS])

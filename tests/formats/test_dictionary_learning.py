@@ -41,7 +41,7 @@ def test_the_sound_one_loads(tmp_path: Path) -> None:
     "trainer, message",
     [
         ({"dict_class": "IdentityDict"}, "dict_class 'IdentityDict'; expected one of AutoEncoder, "),
-        ({"dict_class": 7}, "dict_class = '7'; expected a text"),
+        ({"dict_class": 7}, "dict_class = 7; expected a text"),
         ({"dict_class": "AutoEncoder"}, "lacks bias and has an unknown b_dec, k, threshold"),
         ({"layer": "three"}, "layer = 'three'; expected a whole number"),
         ({"layer": 4}, "layer = 4, but the activations' name is 'resid_post_layer_3'"),

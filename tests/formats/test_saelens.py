@@ -147,6 +147,13 @@ def test_bos(saelens: Change, metadata: dict[str, Any], wanted: bool | None) -> 
     )
 
 
+def test_an_unknown_place_is_no_reason_not_to_load(saelens: Change, caplog: pytest.LogCaptureFixture) -> None:
+    folder = saelens("blocks.3.hook_resid_post", metadata={"hook_name": "blocks.2.attn.hook_nonsense"})
+    sae = SAEModel.from_pretrained(folder)
+    assert sae.config.site is None
+    assert "'blocks.2.attn.hook_nonsense', which is unknown" in caplog.text
+
+
 # ---------------------------------------------------------------- refused in a sentence
 
 
@@ -154,7 +161,6 @@ def test_bos(saelens: Change, metadata: dict[str, Any], wanted: bool | None) -> 
     "address, changes, message",
     [
         ("gated/layer_2", {"metadata": {"hook_head_index": 3}}, "one head of 'blocks.2.hook_resid_pre'"),
-        ("gated/layer_2", {"metadata": {"hook_name": "blocks.2.hook_nonsense"}}, "which is unknown"),
         ("gated/layer_2", {"architecture": "gatd"}, "expected one of standard, gated"),
         ("gated/layer_2", {"architecture": ["gated"]}, "expected one of"),
         ("gated/layer_2", {"normalize_activations": "covariance_whitening"}, "fold the whitening"),

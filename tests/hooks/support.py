@@ -27,7 +27,9 @@ BLOCKS = {
     "recurrent_gemma": "model.layers",
 }
 FAMILIES = sorted(BLOCKS)
-ARCHITECTURES = sorted(name for name in architectures if architectures[name].one_site)
+ARCHITECTURES = sorted(
+    name for name in architectures if architectures[name].one_site and architectures[name].per_token
+)
 SITE = "resid_post.1"
 D_SAE = 64
 

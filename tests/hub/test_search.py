@@ -195,6 +195,7 @@ def gemma_scope(hub: MiniHub, tmp_path):
     """A repository of the index, on the loopback Hub, with two of its SAEs."""
     hub.add_user("google", "hf_google")
     repo, api = "google/gemma-scope-2b-pt-res", HfApi(token="hf_google")
+    hub.repos.pop(("models", repo), None)  # another test may have made one of this name
     written = GemmaScopeFormat().examples(tmp_path)[0]
     params = tmp_path / written.repo / written.address / "params.npz"
     api.create_repo(repo)
