@@ -296,8 +296,26 @@ def read_tensors(checkpoint: Checkpoint, config: SAEConfig) -> Tensors:
     require_headers(checkpoint, config)
     tensors = {**_unrecorded(checkpoint, config), **checkpoint.read(config)}
     if config.dtype is None:
-        config.dtype = max(tensors.values(), key=lambda tensor: tensor.numel()).dtype  # the matrices' one
+        config.dtype = largest(tensors).dtype
     return tensors
+
+
+def largest(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return the tensor with the most values, whose dtype is that of the SAE: small ones may be kept more exactly."""
+    return max(tensors.values(), key=lambda tensor: tensor.numel())
+
+
+def chosen_dtype(given: Mapping[str, Any], stored: torch.dtype) -> torch.dtype:
+    """Return the dtype to load in: the one that `from_pretrained` was given as ``dtype`` or ``torch_dtype``, if any.
+
+    Raises:
+        InputError: if it is none.
+    """
+    wanted = next((dtype for dtype in given.values() if dtype not in (None, "auto")), stored)
+    found = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise InputError(f"dtype is {wanted!r}; expected a floating-point dtype of torch, such as torch.bfloat16.")
+    return found
 
 
 def require_finite(where: str, model: SAEModel) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from ..errors import CheckpointError, InputError, LatentIndexError, ShapeError
 from ..functional.frames import FRAMES, Frame
+from ..functional.linear import linear
 from ..registry import LateBound, Registry
 from .config import SAEConfig
 from .loading import (
     Origin,
+    chosen_dtype,
+    largest,
     load,
     open_checkpoint,
     quiet_transformers,
@@ -169,7 +173,7 @@ class SAEModel(Traits, PreTrainedModel):
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Decode in the SAE's own frame."""
-        return latents @ self.W_dec + self.b_dec
+        return linear(latents, self.W_dec.T) + self.b_dec
 
     def frame(self, x: Tensor) -> Frame | None:
         """Return shift and scale of the normalisation of every token of ``x [..., d_in]``; None if there is none."""
@@ -216,7 +220,7 @@ class SAEModel(Traits, PreTrainedModel):
         """Return ``(x - b_dec) @ W_enc`` (``x @ W_enc`` without `apply_b_dec_to_input`) for the selected latents."""
         if self.config.apply_b_dec_to_input:
             x = x - self.b_dec
-        return nn.functional.linear(x, self._take(self.W_enc_T, latents))
+        return linear(x, self._take(self.W_enc_T, latents))
 
     @staticmethod
     def _take(parameter: Tensor, latents: Tensor | None) -> Tensor:
@@ -381,15 +385,50 @@ class SAEModel(Traits, PreTrainedModel):
 
     @classmethod
     def _load_strictly(cls, where: str, arguments: dict[str, Any]) -> tuple[SAEModel, dict[str, Any]]:
-        """Let transformers build it around the tensors, then raise for all that it would only have warned of."""
-        with quiet_transformers():
-            loaded: Any = super().from_pretrained(
-                None, output_loading_info=True, **{**arguments, "ignore_mismatched_sizes": True}
-            )
-        model, info = loaded
-        require_complete(where, info, list(model.state_dict()))
+        """Build it around the tensors, and raise for all that transformers would only have warned of.
+
+        transformers itself is asked for what it alone can do, such as quantising or dispatching; it first prepares for
+        the checkpoints of every model that it knows.
+        """
+        if set(arguments) <= {"config", "state_dict", "dtype", "torch_dtype"}:
+            model, info = cls._assembled(where, **arguments)
+        else:
+            with quiet_transformers():
+                loaded: Any = super().from_pretrained(
+                    None, output_loading_info=True, **{**arguments, "ignore_mismatched_sizes": True}
+                )
+            model, info = loaded
+            require_complete(where, info, list(model.state_dict()))
         require_finite(where, model)
         return model, info
+
+    @classmethod
+    def _assembled(
+        cls, where: str, config: SAEConfig, state_dict: Mapping[str, Tensor], **dtypes: Any
+    ) -> tuple[SAEModel, dict[str, Any]]:
+        """Build it around the tensors as they are, cast where another dtype is asked for."""
+        config = copy.deepcopy(config)
+        with torch.device("meta"):
+            model = cls(config)
+        expected = model.state_dict()
+        shared = set(expected) & set(state_dict)
+        info = {
+            "missing_keys": set(expected) - shared,
+            "unexpected_keys": set(state_dict) - shared,
+            "mismatched_keys": {
+                (name, tuple(state_dict[name].shape), tuple(expected[name].shape))
+                for name in shared
+                if state_dict[name].shape != expected[name].shape
+            },
+        }
+        require_complete(where, info, list(expected))
+        config.dtype = chosen_dtype(dtypes, config.dtype or largest(state_dict).dtype)
+        exact = cls._keep_in_fp32_modules_strict
+        tensors = {
+            name: tensor.to(torch.float32 if name in exact else config.dtype) for name, tensor in state_dict.items()
+        }
+        model.load_state_dict(tensors, assign=True)
+        return model.eval(), info
 
     _checkpoint: Origin | None = None
 
