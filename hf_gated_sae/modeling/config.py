@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import types
 import typing
@@ -140,6 +141,7 @@ class SAEConfig(PreTrainedConfig):
             raise InputError(f"transformers cannot use the configuration: {shown(str(error), 200)}.") from error
 
     @classmethod
+    @functools.cache
     def own_fields(cls) -> dict[str, tuple[type, ...]]:
         """Return the fields that an SAE adds to those of transformers, with the types that each may have.
 

@@ -312,7 +312,8 @@ class SAEModel(Traits, PreTrainedModel):
     @classmethod
     def shared_names(cls, config: SAEConfig) -> frozenset[str]:
         """Return the names of the tensors that are not one row per latent: those that stay when no latent is held."""
-        none_held = type(config).from_dict({**config.to_dict(), "kept_latents": []})
+        none_held = copy.deepcopy(config)
+        none_held.kept_latents = []
         with torch.device("meta"):
             full, bare = cls(config).state_dict(), cls(none_held).state_dict()
         return frozenset(name for name, tensor in full.items() if tensor.shape == bare[name].shape)

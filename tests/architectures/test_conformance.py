@@ -242,7 +242,7 @@ def test_a_few_steps_lower_the_loss(architecture: str) -> None:
 
 @every_architecture
 def test_encoding_can_be_compiled_in_one_graph(architecture: str) -> None:
-    sae, x = example(architecture), activations(3)
+    sae, x = example(architecture).double(), activations(3, dtype=torch.float64)
     torch._dynamo.reset()
     with torch.no_grad():
         compiled = torch.compile(sae.encode, backend="eager", fullgraph=True)
