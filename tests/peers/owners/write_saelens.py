@@ -88,10 +88,11 @@ def main(root: Path) -> None:
         if class_name == "MatchingPursuitSAE":  # it converges for unit rows only
             sae.W_dec /= sae.W_dec.norm(dim=-1, keepdim=True)
         sae.save_model(root / name / "repository" / HOOK)
-        # A transcoder's input is the normalised stream: one whose root mean square is one is left as it is.
+        # A transcoder's input is the normalised stream; what the base model's layer norm leaves as it is stands for it.
         x = inputs()
         if is_transcoder:
-            x = x / x.square().mean(-1, keepdim=True).sqrt()
+            x = x - x.mean(-1, keepdim=True)
+            x = x / x.square().mean(-1, keepdim=True).sqrt() * (1 - 1e-5) ** 0.5
         expected = {"site": "resid_mid.3", "site_out": "mlp_out.3", "d_out": D_OUT} if is_transcoder else PLACE
         write(root, name, HOOK, x, **expected)
     for name, (class_name, settings) in TRAINED.items():
