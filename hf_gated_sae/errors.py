@@ -86,7 +86,7 @@ def unknown_name(
         The error, to be raised by the caller.
     """
     names = sorted(str(name) for name in known)
-    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
     return error(f"Unknown {kind} {given!r}.{did_you_mean(given, names)} Known: {shown or 'none'}.")
 
 

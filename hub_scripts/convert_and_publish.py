@@ -3,12 +3,14 @@
 python hub_scripts/convert_and_publish.py google/gemma-scope-2b-pt-res layer_12/width_16k/average_l0_82 me/my-sae
 """
 
+import sys
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from hf_gated_sae import SAEModel
+from hf_gated_sae.errors import SAEError
 from hf_gated_sae.publishing import convert
 
 
@@ -31,4 +33,8 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except SAEError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"error: {error}")
+        sys.exit(1)

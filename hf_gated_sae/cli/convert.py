@@ -39,9 +39,10 @@ def convert(
     console = Console(soft_wrap=True)
     conversion = find(source, address, revision=revision, dtype=dtype, license=license)
     checkpoint = conversion.checkpoint
+    sites = ", ".join(checkpoint.config.sites_read) or "a site that is not stated"
     console.print(
         f"[bold]from[/]    {escape(str(checkpoint))}, layout {checkpoint.origin.format}\n"
-        f"[bold]SAE[/]     {checkpoint.model_class.__name__} at {escape(', '.join(checkpoint.config.sites_read))}, "
+        f"[bold]SAE[/]     {checkpoint.model_class.__name__} at {escape(sites)}, "
         f"{checkpoint.config.d_in} to {checkpoint.config.d_sae:,}\n"
         f"[bold]licence[/] {escape(conversion.licence.name or 'unknown')} ({escape(conversion.licence.evidence)})",
         highlight=False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..errors import SAEError
 from .app import app
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 SHOWN_ROWS = 16
 SHOWN_ADDRESSES = 6
+OPENED = 24
+"""Up to so many unknown SAEs are asked for their headers, a few small requests each."""
 MISSED = ("base model", "site", "trained on BOS")
 """What a reader looks for, so that its absence is said."""
 _NUMBER = re.compile(r"(?<![a-z]l)(?<!_l)\d+(?!\d*[km])")
@@ -64,8 +68,8 @@ def _show_one(console: Console, checkpoint: Checkpoint, location: Location) -> N
         "layout": origin.format,
         "architecture": f"{config.architecture} ({checkpoint.model_class.__name__})",
         "base model": base if config.base_model else None,
-        "site": config.site,
-        "writes to": config.site_out if config.is_transcoder else None,
+        "site": ", ".join(config.sites_read),
+        "writes to": ", ".join(config.sites_written) if config.sites_written != config.sites_read else None,
         "normalisation": config.normalization,
         "trained on BOS": {True: "yes", False: "no", None: None}[config.trained_on_bos],
         "latents": f"{config.d_sae:,}",
@@ -105,6 +109,7 @@ def summary(location: Location, addresses: list[str]) -> Counter[tuple[str, str,
     """Return how many SAEs there are of each kind: pattern of the address, site and width as far as they are known."""
     from ..hub.index import known_at
     from ..hub.live import CONTENTS, contents_of
+    from ..hub.opening import open_at
 
     root = location.at("")
     ours = contents_of(root) if CONTENTS in root else {}
@@ -112,6 +117,10 @@ def summary(location: Location, addresses: list[str]) -> Counter[tuple[str, str,
     for address in addresses:
         known = known_at(location.repo_id, address)
         told = ours.get(address, {})
+        if not known and not told and len(addresses) <= OPENED:
+            with suppress(SAEError):  # a broken one is still counted
+                config = open_at(root.at(address)).config
+                told = {"site": config.site, "d_sae": config.d_sae}
         site = known.site if known else told.get("site")
         d_sae = known.d_sae if known else told.get("d_sae")
         masked = re.sub(r"\.\d+", ".*", site) if site else "?"

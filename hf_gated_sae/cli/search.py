@@ -93,10 +93,12 @@ def _instead(model: str | None, layer: int | None, live: bool) -> str:
     if model is None:
         return " Leave an option out."
     there = find(model, live=live)
+    if not there:
+        return f" There is none of {escape(model)}."
     layers = sorted({result.layer for result in there if result.layer is not None})
-    if layer is not None and layer not in layers:
+    if layer is not None and layers and layer not in layers:
         return f" Of {escape(model)} there are layers {', '.join(map(str, layers))}."
     at = [result for result in there if layer is None or result.layer == layer]
     widths = sorted({result.d_sae for result in at if result.d_sae})
     sites = sorted({(result.site or "").split(".")[0] for result in at if result.site})
-    return f" There are the sites {', '.join(sites)} and the widths {', '.join(map(str, widths))}."
+    return f" There are the sites {', '.join(sites) or '?'} and the widths {', '.join(map(str, widths)) or '?'}."

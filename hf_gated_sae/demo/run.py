@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ..errors import InputError, MissingFileError
 from ..evaluation import FidelityReport, evaluate
 from ..modeling import SAEModel
-from ..modeling.loading import quiet_transformers
+from ..modeling.quiet import quiet_transformers
 from ..publishing import CardFacts, read_facts, save
 from . import bundled, corpus
 from .effects import (

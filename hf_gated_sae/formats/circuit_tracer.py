@@ -24,6 +24,7 @@ from .base import CheckpointFormat, Example, the_file
 from .hook_names import place_of
 from .layered import require_not_negative
 from .model_names import repository_of
+from .norms import normalization_of
 from .reading import integer, one_of, text
 from .renaming import renamed
 
@@ -140,34 +141,33 @@ def _place(location: Location, config: dict[str, Any], layer: int) -> dict[str, 
     Raises:
         CheckpointError: if there is no configuration and the repository's name does not tell either.
     """
-    qwen = _QWEN.fullmatch(location.repo_id)
+    qwen, where = _QWEN.fullmatch(location.repo_id), f"{CONFIG} of {location}"
     if not config and qwen is None:
         raise CheckpointError(
             f"{location} has no {CONFIG}, which names the base model and the places that are read and written: add "
             "it, with model_name, feature_input_hook and feature_output_hook."
         )
     if not config and qwen is not None:
-        return {"base_model": repository_of(qwen[1]), **places(*QWEN_HOOKS, layer)}
-    where = f"{CONFIG} of {location}"
-    return {
-        "base_model": repository_of(text(config, "model_name", where)),
-        **places(text(config, "feature_input_hook", where), text(config, "feature_output_hook", where), layer),
-    }
+        base_model, hooks = repository_of(qwen[1]), QWEN_HOOKS
+    else:
+        base_model = repository_of(text(config, "model_name", where))
+        hooks = text(config, "feature_input_hook", where), text(config, "feature_output_hook", where)
+    return {"base_model": base_model, **places(*hooks, layer, base_model, where)}
 
 
-def places(read: str, written: str, layer: int) -> dict[str, Any]:
+def places(read: str, written: str, layer: int, base_model: str | None, where: str) -> dict[str, Any]:
     """Return the fields of a configuration that two names of places give.
 
     Raises:
-        CheckpointError: if a name is unknown, or what is written is normalised.
+        CheckpointError: if a name is unknown, what is written is normalised, or what is read is, by an unknown norm.
     """
-    site, normalization = place_of(read, layer)
-    site_out, normalised = place_of(written, layer)
+    site, normalization = place_of(read, layer, base_model)
+    site_out, normalised = place_of(written, layer, base_model)
     if normalised != "none":
         raise CheckpointError(
             f"The checkpoint writes {written!r}, which is not added to anything; expected 'hook_mlp_out'."
         )
-    return {"site": site, "site_out": site_out, "normalization": normalization}
+    return {"site": site, "site_out": site_out, **normalization_of(normalization, base_model, read, where)}
 
 
 def _architecture(

@@ -64,7 +64,9 @@ class CircuitTracerCLTFormat(CheckpointFormat):
         wanted = everything if layer is None else range(layer, layer + 1)
         config, where = folder.read_yaml(CONFIG), f"{CONFIG} of {folder}"
         hooks = text(config, "feature_input_hook", where), text(config, "feature_output_hook", where)
-        found = [places(*hooks, block) for block in everything]
+        base_model = repository_of(text(config, "model_name", where))
+        found = [places(*hooks, block, base_model, where) for block in everything]
+        read_as = {key: value for key, value in found[0].items() if key.startswith("normalization")}
         files = [f"W_{part}_{block}.safetensors" for block in wanted for part in ("enc", "dec")]
         return cross_layer_checkpoint(
             [_layer(folder, block) for block in wanted],
@@ -72,8 +74,8 @@ class CircuitTracerCLTFormat(CheckpointFormat):
             [place["site_out"] for place in found[wanted[0] :]],
             absolute=False,
             sites=[found[block]["site"] for block in wanted],
-            normalization=found[0]["normalization"],
-            base_model=repository_of(text(config, "model_name", where)),
+            base_model=base_model,
+            **read_as,
         )
 
     def examples(self, root: Path) -> list[Example]:

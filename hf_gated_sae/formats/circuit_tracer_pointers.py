@@ -24,6 +24,7 @@ from .gemma_scope_2 import write_tensors
 from .gemma_scope_2_cross_layer import write_layers
 from .hook_names import place_of
 from .model_names import repository_of
+from .norms import normalization_of
 from .reading import one_of, text
 
 KINDS = ("transcoder_set", "cross_layer_transcoder")
@@ -187,21 +188,24 @@ def _facts(folder: Location, config: dict[str, Any], layer: int | None, pointed:
     facts: dict[str, Any] = {}
     if (model := text(config, "model_name", where, None)) is not None:
         facts["base_model"] = repository_of(model)
+    base_model = facts.get("base_model", pointed.config.base_model)
     hooks = [text(config, key, where, None) for key in HOOKS]
     if layer is not None:
         read, written = hooks
         # Other keys than these describe places for nnsight; then what is pointed to says where it belongs.
-        return facts if read is None or written is None else {**facts, **places(read, written, layer)}
+        return (
+            facts if read is None or written is None else {**facts, **places(read, written, layer, base_model, where)}
+        )
     stored: Any = pointed.config
     for key, hook, name in zip(HOOKS, hooks, ("sites", "sites_out"), strict=True):
         sites = getattr(stored, name, None)
         if sites is None:
             raise CheckpointError(f"{where} says {KINDS[1]}, but points to {pointed}, which is none.")
         if hook is not None:
-            named = [place_of(hook, block) for block in range(len(sites))]
+            named = [place_of(hook, block, base_model) for block in range(len(sites))]
             facts[name] = [site for site, _ in named]
             if key == HOOKS[0]:
-                facts["normalization"] = named[0][1]
+                facts |= normalization_of(named[0][1], base_model, hook, where)
     return facts
 
 

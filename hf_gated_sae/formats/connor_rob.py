@@ -17,6 +17,7 @@ from ..modeling.loading import Checkpoint
 from .base import CheckpointFormat, Example, the_file, widths
 from .hook_names import place_of
 from .model_names import repository_of
+from .norms import normalization_of
 from .reading import integer, text
 from .renaming import renamed
 
@@ -61,15 +62,17 @@ class ConnorRobFormat(CheckpointFormat):
                 raise CheckpointError(f"{where} says {key} = {cfg[key]}, and the tensors beside it have {width}.")
         facts = index.known_facts(location.repo_id, location.at(_below(location, file)).address)
         stem = _STEM.fullmatch(file)
-        site, normalization = place_of(text(cfg, "act_name", where))
+        named = repository_of(text(cfg, "model_name", where, None) or (stem["model"] if stem else None))
+        base_model = named or facts.get("base_model")
+        name = text(cfg, "act_name", where)
+        site, normalization = place_of(name)
         config = StandardSAEConfig(
             d_in=d_in,
             d_sae=d_sae,
             d_out=d_out,
             site=site,
-            normalization=normalization,
-            base_model=repository_of(text(cfg, "model_name", where, None) or (stem["model"] if stem else None))
-            or facts.get("base_model"),
+            base_model=base_model,
+            **normalization_of(normalization, base_model, name, where),
         )
         return Checkpoint(StandardSAE, config, location.origin(self.name, [file, _described_by(file)]), stored)
 

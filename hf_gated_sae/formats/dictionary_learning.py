@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,8 +37,6 @@ FILE = "ae.pt"
 _FILE = re.compile(r"ae(_\d+)?\.pt")
 _CHECKPOINTS = "checkpoints"
 BACKUP = "ae"
-
-Finish = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 _LINEAR = {"W_enc_T": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight.T"}
 _PARAMETERS = {"W_enc_T": "W_enc.T", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}

@@ -20,12 +20,11 @@ K = 3
 NORM_FACTOR = 2.5
 
 
-def write_examples(root: Path) -> list[Example]:
-    """Write one SAE of every class, and every place where a file of weights may lie, below ``root/<repo>``."""
-    generator = torch.Generator().manual_seed(0)
+def _plan() -> list[tuple[str, str, str, dict[str, Any], dict[str, Any]]]:
+    """Return repository, file, class, what ``trainer`` says, and scalars beside the weights."""
     pythia = {"lm_name": "EleutherAI/pythia-70m-deduped"}
     gemma = {"lm_name": "google/gemma-2-2b"}
-    plan: list[tuple[str, str, str, dict[str, Any], dict[str, Any]]] = [
+    return [
         (_SAEBENCH, "gemma-2-2b_standard_new/resid_post_layer_12/trainer_0/ae.pt", "AutoEncoder",
          {**gemma, "layer": 12, "submodule_name": "resid_post_layer_12"}, {}),
         (_PYTHIA, f"{_RUN}/resid_pre_layer_4/trainer_1/ae.pt", "AutoEncoderNew", {**pythia, "layer": 4}, {}),
@@ -60,8 +59,13 @@ def write_examples(root: Path) -> list[Example]:
         (_PYTHIA, "inputs/trainer_0/ae.pt", "AutoEncoder", {**pythia, "layer": 2, "io": "in",
          "submodule_name": "resid_post_layer_2"}, {}),
     ]  # fmt: skip
+
+
+def write_examples(root: Path) -> list[Example]:
+    """Write one SAE of every class, and every place where a file of weights may lie, below ``root/<repo>``."""
+    generator = torch.Generator().manual_seed(0)
     made = []
-    for number, (repo, path, kind, trainer, scalars) in enumerate(plan):
+    for number, (repo, path, kind, trainer, scalars) in enumerate(_plan()):
         file = root / repo / path
         dict_class, _, special = kind.partition(" ")
         content: dict[str, Any] = _state(dict_class, 5 + number % 4, generator, **scalars)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import CheckpointError
+from .norms import is_normed_again
 from .reading import integer, text
 
 BLOCK = ("resid_post", "resid_out", "residual", "resid", "res")
@@ -15,8 +16,6 @@ MLP = ("mlp_out", "mlp")
 EMBEDDING = ("embed", "embedding", "embeddings")
 
 _NAME = re.compile(rf"(?<![a-z])({'|'.join((*BLOCK, 'resid_pre', *ATTENTION, *MLP))})_layer_?(\d+)(?!\d)")
-_NORMED_AGAIN = re.compile(r"gemma-?[234]|olmo-?[23]|exaone-?4|glm-?4", re.IGNORECASE)
-"""Families that put a norm between a sublayer's output and the residual stream."""
 
 SITES = {
     "block": {"in": "resid_pre.{}", "out": "resid_post.{}"},
@@ -56,7 +55,7 @@ def place_of(trainer: Mapping[str, Any], buffer: Mapping[str, Any], address: str
     kind = _kind(found[1])
     model = text(trainer, "lm_name", where, None)
     sites = dict(SITES[kind])
-    if kind in RAW and model is not None and _NORMED_AGAIN.search(model):
+    if kind in RAW and is_normed_again(model):
         sites["out"] = RAW[kind]
     if side == "in_and_out":
         return {"site": sites["in"].format(found[2]), "site_out": sites["out"].format(found[2])}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from functools import partial
 from pathlib import Path
@@ -13,15 +14,17 @@ from ..architectures.jumprelu import JumpReLUSAE, JumpReLUSAEConfig
 from ..hub.location import Location
 from ..modeling.loading import Checkpoint, as_stored
 from .base import CheckpointFormat, Example, widths
+from .folders import folders_with
 from .folding import fold_input_scale
+from .norms import normalization_of
 
 FILE = "params.npz"
 TENSORS = {"W_enc", "W_dec", "b_enc", "b_dec", "threshold"}
 _ADDRESS = re.compile(r"(?:layer_(?P<layer>\d+)|(?P<embedding>embedding))/width_\w+/average_l0_\d+")
 _REPO = re.compile(r"gemma-scope-(?P<size>\d+b)-(?P<kind>pt|it)-(?P<site>res|mlp|att|transcoders)")
 EMBEDDING_SITE = "embed"
+_log = logging.getLogger(__name__)
 SITES = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_z"}
-RMS_EPS = 1e-6  # of Gemma 2's norms
 
 
 class GemmaScopeFormat(CheckpointFormat):
@@ -38,7 +41,7 @@ class GemmaScopeFormat(CheckpointFormat):
 
     def addresses(self, location: Location) -> list[str]:
         """Return the folders of ``params.npz``."""
-        return [file.removesuffix(f"/{FILE}") for file in location.files if file.endswith(f"/{FILE}")]
+        return folders_with(location, FILE)
 
     def claims(self, location: Location) -> bool:
         """Whether there is a ``params.npz`` with Gemma Scope's tensors."""
@@ -84,11 +87,18 @@ def _place(location: Location) -> dict[str, Any]:
     layer = _ADDRESS.search(location.address)
     repo = _REPO.search(location.repo_id)
     if layer is None or repo is None:
+        if layer and layer["embedding"]:
+            return {"site": EMBEDDING_SITE}
+        _log.warning(
+            "%s lies in no folder or repository of Gemma Scope's names, which alone say what it is: site and base "
+            "model are unknown, and it is read as an SAE of the stream, not as a transcoder.",
+            location,
+        )
         return {}
     model = f"google/gemma-2-{repo['size']}" + ("-it" if repo["kind"] == "it" else "")
     if layer["embedding"]:
         return {"base_model": model, "site": EMBEDDING_SITE}
     if repo["site"] == "transcoders":
         place = {"site": f"resid_mid.{layer['layer']}", "site_out": f"mlp_out.{layer['layer']}"}
-        return {"base_model": model, "normalization": "rms_norm", "normalization_eps": RMS_EPS, **place}
+        return {"base_model": model, **place, **normalization_of("rms_norm", model, repo["site"], location)}
     return {"base_model": model, "site": f"{SITES[repo['site']]}.{layer['layer']}"}

@@ -15,6 +15,7 @@ from ..errors import CheckpointError
 from ..hub.location import Location
 from ..modeling.loading import Checkpoint
 from .base import CheckpointFormat, Example, widths
+from .folders import folders_with
 from .model_names import repository_of
 from .module_paths import site_of_path
 from .reading import text
@@ -55,7 +56,7 @@ class GemmaScope2Format(CheckpointFormat):
 
     def addresses(self, location: Location) -> list[str]:
         """Return the folders of ``params.safetensors``."""
-        return [file.removesuffix(FILE).rstrip("/") for file in location.files if f"/{file}".endswith(f"/{FILE}")]
+        return folders_with(location, FILE)
 
     def claims(self, location: Location) -> bool:
         """Whether there is a ``params.safetensors`` with Gemma Scope 2's tensors."""

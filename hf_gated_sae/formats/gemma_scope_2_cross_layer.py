@@ -14,6 +14,7 @@ from ..errors import CheckpointError, MissingFileError
 from ..hub.location import Location
 from ..modeling.loading import Checkpoint
 from .base import CheckpointFormat, Example
+from .folders import folders_with
 from .gemma_scope_2 import AFFINE, ARCHITECTURE, CONFIG, TENSORS, base_model_of, model_of
 from .layered import Layer, cross_layer_checkpoint
 from .module_paths import site_of_path
@@ -22,6 +23,7 @@ from .renaming import renamed
 
 NAMES = {"encoder": "w_enc.T", "decoder": "w_dec", "b_enc": "b_enc", "b_dec": "b_dec", "threshold": "threshold"}
 
+FIRST = "params_layer_0.safetensors"
 _FILE = re.compile(r"params_layer_(\d{1,4})\.safetensors")
 _CROSSCODER = re.compile(r"crosscoder[^/]*/layer_(\d+(?:_\d+)*)_width_")
 _TRANSCODER = re.compile(r"clt[^/]*/width_")
@@ -42,13 +44,11 @@ class GemmaScope2CrossLayerFormat(CheckpointFormat):
 
     def addresses(self, location: Location) -> list[str]:
         """Return the folders with a ``params_layer_0.safetensors``."""
-        first = "params_layer_0.safetensors"
-        return [file.removesuffix(first).rstrip("/") for file in location.files if f"/{file}".endswith(f"/{first}")]
+        return folders_with(location, FIRST)
 
     def claims(self, location: Location) -> bool:
-        """Whether there are files of layers with Gemma Scope 2's tensors."""
-        files = layer_files(location, _FILE)
-        return location.file is None and bool(files) and set(location.content(files[0])) - {AFFINE} == TENSORS
+        """Whether there is a first layer's file with Gemma Scope 2's tensors."""
+        return location.file is None and FIRST in location and set(location.content(FIRST)) - {AFFINE} == TENSORS
 
     def open(self, location: Location, *, variant: str | None = None) -> Checkpoint:
         """Read shapes from the headers, sites from the names of folder and files.

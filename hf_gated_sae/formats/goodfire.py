@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..architectures.standard import StandardSAE
 from ..architectures.topk import TopKSAE
+from ..errors import CheckpointError
 from ..hub.location import Location
 from ..modeling.loading import Checkpoint, as_stored
 from .base import CheckpointFormat, Example, the_file, widths
@@ -54,11 +55,20 @@ class GoodfireFormat(CheckpointFormat):
         return ENCODER in held and (DECODER in held or TOPK_DECODER in held)
 
     def open(self, location: Location, *, variant: str | None = None) -> Checkpoint:
-        """Read shapes from the header, layer and base model from the names."""
+        """Read shapes from the header, layer and base model from the names.
+
+        Raises:
+            CheckpointError: if the file's name does not say the `k` of a TopK, or says one of an SAE that has none.
+        """
         file = the_file(location, FILE) or ""
         held, match = location.tensors(file), FILE.fullmatch(file)
         layer, k = (match["layer"] or match["topk_layer"], match["k"]) if match else (None, None)
-        names = RELU_NAMES if DECODER in held else _topk_names(held)
+        if (k is None) != (DECODER in held):
+            raise CheckpointError(
+                f"{file} of {location} holds {', '.join(sorted(held))}; expected {DECODER} of an SAE with a ReLU, and "
+                f"{TOPK_DECODER} of a TopK, whose file's name says k: topk_sae_l15_exp16_k32.pt."
+            )
+        names = RELU_NAMES if k is None else _topk_names(held)
         stored = renamed(held, names, f"{file} of {location}")
         d_sae, d_in, d_out = widths(stored)
         place = {"site": f"resid_post.{layer}" if layer else None, "base_model": _base_model(location, file)}

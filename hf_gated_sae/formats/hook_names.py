@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from ..errors import CheckpointError, did_you_mean
+from .norms import is_normed_again
 
 IN_BLOCK = {
     "hook_resid_pre": ("resid_pre", "none"),
@@ -26,17 +27,18 @@ IN_BLOCK = {
 ``ln2.hook_normalized`` is the norm's output before its gain, which no module of transformers emits: it is the stream
 before the norm, divided by its root mean square. ``hook_mlp_in`` is a copy of the stream, before the norm.
 """
-GLOBAL = {"hook_embed": "embed", "ln_final.hook_normalized": "final_norm"}
+GLOBAL = {"hook_embed": "embed"}
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
-def place_of(name: str, layer: int | None = None) -> tuple[str, str]:
+def place_of(name: str, layer: int | None = None, base_model: str | None = None) -> tuple[str, str]:
     """Return the site and the normalisation that a TransformerLens name means.
 
     Args:
         name: such as ``"blocks.12.hook_resid_post"``; or without the block if `layer` is given.
         layer: the block, where the name does not say.
+        base_model: the model; in some what the MLP gives is not yet what it adds to the stream.
 
     Returns:
         The site, such as ``"resid_post.12"``, and one of the normalisations of `SAEConfig`.
@@ -58,5 +60,7 @@ def place_of(name: str, layer: int | None = None) -> tuple[str, str]:
             f"The checkpoint names the place {name!r}, which is unknown.{did_you_mean(suffix, IN_BLOCK)} Expected a "
             "place in a block, such as blocks.12.hook_resid_post."
         )
+    if suffix == "mlp.hook_out" and is_normed_again(base_model):
+        return f"layers.{block}.mlp.output", "none"
     kind, normalization = IN_BLOCK[suffix]
     return f"{kind}.{block}", normalization

@@ -15,6 +15,7 @@ from ..errors import CheckpointError
 from ..hub.location import Location
 from ..modeling.loading import Checkpoint
 from .base import CheckpointFormat, Example
+from .folders import folders_with
 from .openmoss import AVERAGE, base_model_of, trained
 from .reading import flag, text
 from .renaming import renamed
@@ -39,7 +40,7 @@ class LlamaScopeR1Format(CheckpointFormat):
 
     def addresses(self, location: Location) -> list[str]:
         """Return the folders that have both files."""
-        return trained_folders(location)
+        return folders_with(location, CONFIG, WEIGHTS)
 
     def claims(self, location: Location) -> bool:
         """Whether both files are there, and the weights are linear layers."""
@@ -105,12 +106,6 @@ class LlamaScopeR1Format(CheckpointFormat):
             }
             (folder / CONFIG).write_text(json.dumps(config, indent=4))
         return made
-
-
-def trained_folders(location: Location) -> list[str]:
-    """Return the folders with the two files that the authors' library writes."""
-    folders = [file.removesuffix(WEIGHTS) for file in location.files if file.split("/")[-1] == WEIGHTS]
-    return [folder.rstrip("/") for folder in folders if f"{folder}{CONFIG}" in location]
 
 
 def is_trained_folder(location: Location) -> bool:

@@ -14,7 +14,8 @@ from ..errors import CheckpointError
 from ..hub.location import Location
 from ..modeling.loading import Checkpoint
 from .base import CheckpointFormat, Example
-from .llama_scope_r1 import CONFIG, WEIGHTS, is_trained_folder, trained_folders
+from .folders import folders_with
+from .llama_scope_r1 import CONFIG, WEIGHTS, is_trained_folder
 from .openmoss import AVERAGE, base_model_of, trained
 from .reading import flag, text
 from .renaming import renamed
@@ -45,7 +46,7 @@ class LlamascopiumFormat(CheckpointFormat):
 
     def addresses(self, location: Location) -> list[str]:
         """Return the folders that have both files."""
-        return trained_folders(location)
+        return folders_with(location, CONFIG, WEIGHTS)
 
     def claims(self, location: Location) -> bool:
         """Whether both files are there and the configuration has a ``sae_type``; not only for those that can be read.

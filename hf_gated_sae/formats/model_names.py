@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 REPOSITORIES = {
     "gpt2": "openai-community/gpt2",
     "gpt2-small": "openai-community/gpt2",
@@ -29,6 +31,8 @@ OWNERS = {
 }
 """Owners of families whose short names differ from the repository's only in what comes first."""
 
+_SIZE = re.compile(r"a?[\d.]+b", re.IGNORECASE)
+
 
 def repository_of(name: str | None) -> str | None:
     """Return the repository id of a base model.
@@ -40,6 +44,8 @@ def repository_of(name: str | None) -> str | None:
     'EleutherAI/pythia-70m-deduped'
     >>> repository_of("qwen3-1.7b")
     'Qwen/Qwen3-1.7B'
+    >>> repository_of("qwen2.5-7b-instruct")
+    'Qwen/Qwen2.5-7B-Instruct'
     """
     if not name or "/" in name:
         return name or None
@@ -53,6 +59,5 @@ def repository_of(name: str | None) -> str | None:
 
 
 def _sized(rest: str) -> str:
-    """Write a size with a capital B, as Qwen does."""
-    size, dash, more = rest.partition("-")
-    return (size[:-1] + "B" if size.endswith("b") else size) + dash + more
+    """Write sizes, and the words behind them, with the capitals that Qwen gives them."""
+    return "-".join(part.upper() if _SIZE.fullmatch(part) else part[:1].upper() + part[1:] for part in rest.split("-"))

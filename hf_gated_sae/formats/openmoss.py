@@ -23,12 +23,11 @@ from ..storage import StoredTensor
 from .base import widths
 from .folding import decoder_norms, fold, gate_by_decoder_norms
 from .hook_names import place_of
+from .norms import normalization_of
 from .reading import flag, integer, one_of, text
 
 AVERAGE = "dataset_average_activation_norm."
 TOPK = ("topk", "batchtopk")
-RMS_EPS = {"llama": 1e-5, "mistral": 1e-5, "qwen": 1e-6, "gemma": 1e-6}
-"""Epsilon of the RMS norms of model families, found in the name of the base model."""
 
 
 def base_model_of(location: Location, otherwise: str | None = None) -> str | None:
@@ -44,19 +43,10 @@ def place(config: Mapping[str, Any], base_model: str | None, where: str) -> dict
     """
     hook_in = text(config, "hook_point_in", where)
     hook_out = text(config, "hook_point_out", where, hook_in)
-    site, normalization = place_of(hook_in)
-    found: dict[str, Any] = {"base_model": base_model, "site": site, "normalization": normalization}
-    if normalization == "rms_norm":
-        family = next((family for family in RMS_EPS if family in (base_model or "").lower()), None)
-        if family is None:
-            raise CheckpointError(
-                f"{where} says hook_point_in = {hook_in!r}, the output of a norm, and the base model "
-                f"({base_model or 'unknown'}) is not known to have an RMS norm there; expected one of the families "
-                f"{', '.join(RMS_EPS)}."
-            )
-        found["normalization_eps"] = RMS_EPS[family]
+    site, normalization = place_of(hook_in, base_model=base_model)
+    found = {"base_model": base_model, "site": site, **normalization_of(normalization, base_model, hook_in, where)}
     if hook_out != hook_in:
-        found["site_out"], written = place_of(hook_out)
+        found["site_out"], written = place_of(hook_out, base_model=base_model)
         if written != "none":
             raise CheckpointError(f"{where} says hook_point_out = {hook_out!r}; expected a place that a block writes.")
     return found

@@ -29,11 +29,14 @@ SCALED = {"normalize_activations": "expected_average_only_in"}
 ATTENTION = {"n_heads": 2, "n_attn_layers": 2, "bottleneck_factor": 2, "sae_diff_type": "topk", "kval_topk": 4}
 
 
-def write_current(root: Path) -> list[Example]:
-    """Write one SAE of every architecture, normalisation and kind of folder name, as version 6 saves them."""
+def _current() -> list[tuple[str, str, dict[str, Any], dict[str, Any], dict[str, Any]]]:
+    """Return address, architecture, more of ``cfg.json``, its metadata, and how the tensors are written."""
     scaler = {"activation_scaler.json": {"scaling_factor": 0.37, "has_whitening": False}}
     half = torch.bfloat16
-    made: list[tuple[str, str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
+    tied = {**ATTENTION, "tied_weights": True, "apply_b_dec_to_input": False}
+    untied = {**ATTENTION, "tied_weights": False, "normalize_activations": "constant_scalar_rescale"}
+    untied["activation_normalization_factor"] = 0.21
+    return [
         ("acme/root-sae", "standard", {"normalize_activations": "layer_norm"}, LLAMA, {}),
         (f"{MINE}/gated/layer_2", "gated", {"apply_b_dec_to_input": False}, GPT2, {"dtype": half}),
         (f"{MINE}/blocks.3.hook_resid_post", "jumprelu", {}, GEMMA, {}),
@@ -49,25 +52,8 @@ def write_current(root: Path) -> list[Example]:
         (f"{MINE}/abstopk.rescaled.pt", "abstopk", {"k": 5, "rescale_acts_by_decoder_norm": True}, GPT2, {}),
         (f"{MINE}/pursuit", "matching_pursuit", {**_pursuit(1.5, 4), **SCALED}, GEMMA, {"files": scaler}),
         (f"{MINE}/pursuit/plain", "matching_pursuit", {**_pursuit(0, None), "apply_b_dec_to_input": False}, GEMMA, {}),
-        (
-            f"{MINE}/temporal/tied",
-            "temporal",
-            {**ATTENTION, "tied_weights": True, "apply_b_dec_to_input": False},
-            GEMMA,
-            {},
-        ),
-        (
-            f"{MINE}/temporal/untied",
-            "temporal",
-            {
-                **ATTENTION,
-                "tied_weights": False,
-                "normalize_activations": "constant_scalar_rescale",
-                "activation_normalization_factor": 0.21,
-            },
-            GEMMA,
-            {},
-        ),
+        (f"{MINE}/temporal/tied", "temporal", tied, GEMMA, {}),
+        (f"{MINE}/temporal/untied", "temporal", untied, GEMMA, {}),
         (f"{MINE}/tc/relu", "transcoder", {"d_out": 5}, MLP, {}),
         (f"{MINE}/tc/skip", "skip_transcoder", {"d_out": 5}, {**MLP, "hook_name": "blocks.3.mlp.hook_in"}, {}),
         (
@@ -93,8 +79,12 @@ def write_current(root: Path) -> list[Example]:
             {"files": scaler},
         ),
     ]
+
+
+def write_current(root: Path) -> list[Example]:
+    """Write one SAE of every architecture, normalisation and kind of folder name, as version 6 saves them."""
     examples = []
-    for seed, (path, architecture, extra, metadata, how) in enumerate(made):
+    for seed, (path, architecture, extra, metadata, how) in enumerate(_current()):
         example, d = _example(path), 6 + 2 * (seed % 3)
         transcoder = "transcoder" in architecture
         cfg = {"d_in": d, "d_sae": D_SAE, "dtype": "float32", "device": "cuda", **extra}

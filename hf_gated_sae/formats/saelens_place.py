@@ -12,6 +12,7 @@ from ..errors import CheckpointError, shown
 from ..hub.location import Location
 from .hook_names import place_of
 from .model_names import repository_of
+from .norms import has_rms_norm, normalization_of
 from .reading import flag, mapping, number, one_of, text
 
 SCALER = "activation_scaler.json"
@@ -22,8 +23,6 @@ KNOWN_NORMALIZATIONS = (*NORMALIZATIONS, EXPECTED_AVERAGE, "constant_scalar_resc
 _MODULE = re.compile(r"\w+(\.\w+)*")
 _WRITTEN = re.compile(r"(resid_\w+|attn_out|mlp_out)\.\d+|embed")
 _log = logging.getLogger(__name__)
-_RMS_NORM = re.compile(r"gemma|llama|mistral|mixtral|qwen|phi-?3|(^|/)yi-", re.IGNORECASE)
-"""Base models whose norms do not subtract a mean, so that TransformerLens leaves their writing weights alone."""
 
 
 def places(metadata: Mapping[str, Any], facts: Mapping[str, Any], where: str, *, transcoder: bool) -> dict[str, Any]:
@@ -48,25 +47,23 @@ def places(metadata: Mapping[str, Any], facts: Mapping[str, Any], where: str, *,
             f"{shown(metadata.get('hook_name'))}, and a site here is all heads side by side. SAEs of single "
             "heads cannot be loaded."
         )
-    site, normalization = _site(metadata, "hook_name", where)
+    base_model = repository_of(text(metadata, "model_name", where, None)) or facts.get("base_model")
+    site, normalization = _site(metadata, "hook_name", base_model, where)
     found: dict[str, Any] = {
-        "base_model": repository_of(text(metadata, "model_name", where, None)) or facts.get("base_model"),
+        "base_model": base_model,
         "site": site,
         "trained_on_bos": _trained_on_bos(metadata),
     }
     if transcoder:
-        found["site_out"], written = _site(metadata, "hook_name_out", where)
+        found["site_out"], written = _site(metadata, "hook_name_out", base_model, where)
         if found["site_out"] is None or written != "none":
             raise CheckpointError(
                 f"{where} describes a transcoder and says hook_name_out = {shown(metadata.get('hook_name_out'))}; "
                 "expected the place that it writes to, such as 'blocks.5.hook_mlp_out': complete the file."
             )
-    if _is_centred(metadata, found["base_model"], site, where):
+    if _is_centred(metadata, base_model, site, where):
         normalization = "center" if normalization == "none" else normalization
-    if normalization == "rms_norm" and _RMS_NORM.search(found["base_model"] or "") is None:
-        # The base model has layer norms; GPT-2's and Pythia's add 1e-5.
-        return {**found, "normalization": "standardize", "normalization_eps": 1e-5}
-    return {**found, "normalization": normalization}
+    return {**found, **normalization_of(normalization, base_model, metadata.get("hook_name"), where)}
 
 
 def normalized(
@@ -139,7 +136,7 @@ def _expected_average(facts: Mapping[str, Any], location: Location, where: str) 
     )
 
 
-def _site(metadata: Mapping[str, Any], key: str, where: str) -> tuple[str | None, str]:
+def _site(metadata: Mapping[str, Any], key: str, base_model: str | None, where: str) -> tuple[str | None, str]:
     """Return the site that a name means, and the normalisation that it implies."""
     name = text(metadata, key, where, None)
     if not name:
@@ -152,7 +149,7 @@ def _site(metadata: Mapping[str, Any], key: str, where: str) -> tuple[str | None
         return f"{name}.output", "none"
     layer = metadata.get("hook_layer")
     try:
-        return place_of(name.replace("{layer}", str(layer)) if type(layer) is int else name)
+        return place_of(name.replace("{layer}", str(layer)) if type(layer) is int else name, base_model=base_model)
     except CheckpointError as error:  # the SAE is sound all the same
         _log.warning("%s: the configuration has no %s, so that it cannot be attached. %s", where, key, error)
         return None, "none"
@@ -163,7 +160,8 @@ def _is_centred(metadata: Mapping[str, Any], base_model: str | None, site: str |
     loading: Mapping[str, Any] = mapping(metadata, "model_from_pretrained_kwargs", where, {})
     asked = flag(loading, "center_writing_weights", where, False)
     written = site is not None and _WRITTEN.fullmatch(site) is not None
-    return asked and written and _RMS_NORM.search(base_model or "") is None
+    # TransformerLens leaves the weights of models alone whose norms do not subtract the mean.
+    return asked and written and not has_rms_norm(base_model)
 
 
 def _trained_on_bos(metadata: Mapping[str, Any]) -> bool | None:

@@ -20,6 +20,7 @@ from ..hub.location import Location
 from ..modeling import SAEModel
 from ..modeling.loading import Checkpoint
 from .base import CheckpointFormat, Example, widths
+from .folders import folders_with
 from .model_names import repository_of
 from .reading import flag, integer, one_of, text
 from .renaming import renamed
@@ -55,8 +56,7 @@ class SparsifyFormat(CheckpointFormat):
 
     def addresses(self, location: Location) -> list[str]:
         """Return the folders with ``sae.safetensors`` and ``cfg.json``."""
-        folders = (file.rpartition("/")[0] for file in location.files if file.rpartition("/")[2] == FILE)
-        return [folder for folder in folders if (f"{folder}/{CONFIG}" if folder else CONFIG) in location]
+        return folders_with(location, FILE, CONFIG)
 
     def claims(self, location: Location) -> bool:
         """Whether there are both files."""

@@ -52,6 +52,7 @@ def layer_norm(x: Tensor, eps: float) -> Frame:
 def unit_norm(x: Tensor, eps: float) -> Frame:
     """Bring each token to the norm ``sqrt(d_in)`` (SAELens's ``constant_norm_rescale``)."""
     scale = x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
+    scale = scale.clamp_min(torch.finfo(x.dtype).tiny)  # a token of zeros stays one
     return Frame(torch.zeros_like(scale), scale, scale)
 
 

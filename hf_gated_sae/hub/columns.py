@@ -10,12 +10,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
+from ..errors import MissingFileError
 from ..storage import ByteSource, LocalBytes
 
 _log = logging.getLogger(__name__)
@@ -90,8 +92,18 @@ class _Temporary(LocalBytes):
 
 
 def _write(path: Path, place: tuple[int, int], rows: int, itemsize: int, fetch: Fetch) -> None:
-    """Write the transpose, a few of the matrix's rows at a time; only those are in memory."""
+    """Write the transpose, a few of the matrix's rows at a time; only those are in memory.
+
+    Raises:
+        MissingFileError: if there is no room for it.
+    """
     offset, length = place
+    free = shutil.disk_usage(path.parent).free
+    if free < length:  # a mapped file that finds no room ends the process
+        raise MissingFileError(
+            f"{path.parent} has room for {free / 1e6:.1f} MB, and {length / 1e6:.1f} MB are needed to keep the "
+            "encoder in rows: make room, pass cache_dir=, or load the SAE without latents=."
+        )
     row_bytes = length // rows
     several = max(1, max(SMALLEST_CHUNK, length // PASSES) // row_bytes)
     values = np.memmap(path, np.dtype(f"V{itemsize}"), "w+", shape=(row_bytes // itemsize, rows))

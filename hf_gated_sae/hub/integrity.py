@@ -27,7 +27,10 @@ def is_intact(cached: Path) -> bool:
     if not _HASH.fullmatch(blob.name):
         return True
     marker = blob.parent.parent / MARKERS / blob.name
-    state = blob.stat()
+    try:
+        state = blob.stat()
+    except FileNotFoundError:  # removed meanwhile, as corrupt, by somebody else
+        return False
     seen = f"{state.st_size} {state.st_mtime_ns}"
     try:
         if marker.read_text() == seen:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -84,7 +85,7 @@ class Location(ABC):
         """``owner/name`` of the repository; of a local folder the one that its path ends with, as a best guess."""
         return self.repo
 
-    @property
+    @cached_property
     def files(self) -> list[str]:
         """Paths of the files below this folder, relative to it, sorted."""
         prefix = f"{self.subfolder}/" if self.subfolder else ""
@@ -335,6 +336,8 @@ def locate(
         InputError: if `repo` is neither an existing folder nor a possible repository id.
         MissingFileError: if there is no such folder, repository or revision, or it cannot be reached.
     """
+    if not repo.strip():
+        raise InputError(f"Given {repo!r} as the repository; expected 'owner/name' or a folder ('.' for this one).")
     path = Path(repo).expanduser()
     reach: dict[str, Any] = {
         "token": token,

@@ -169,7 +169,11 @@ def _no_such_folder(root: Location, location: Location) -> MissingFileError:
 
 def _nothing_found(location: Location) -> CheckpointError | MissingFileError:
     """Explain a folder that no format claims."""
-    below = [address for address in sae_addresses(location) if address != location.address]
+    addresses = sae_addresses(location)
+    if location.file is not None and location.subfolder in addresses:
+        advice = f"pass subfolder={location.subfolder!r}" if location.subfolder else "leave subfolder= away"
+        return MissingFileError(f"{location} is one file of the SAE in its folder: {advice}.")
+    below = [address for address in addresses if address != location.address]
     if below:
         return MissingFileError(
             f"{location} itself holds no SAE, but what is in it does: pass subfolder= one of {_shown(below)}."

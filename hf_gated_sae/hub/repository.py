@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,9 @@ from .remote import RemoteBytes
 from .trouble import TransportError, explained
 
 _log = logging.getLogger(__name__)
+
+_repairing = threading.Lock()
+"""Held while a corrupt file is replaced, so that a thread does not remove what another one has just fetched."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,11 @@ class HubRepository(Location):
             force_download=self.access.force_download,
         )
 
+    def listing(self) -> str:
+        """Return the first files for a message, and that offline they are not all that there may be."""
+        cached = "; that is what the Hub cache has of it, and the Hub was not asked" if self.access.offline else ""
+        return f"{super().listing()}{cached}"
+
     def _fetch(self, names: list[str]) -> Path:
         prefix = f"{self.subfolder}/" if self.subfolder else ""
         found = [self.download(prefix + name) for name in names]
@@ -120,18 +129,22 @@ class HubRepository(Location):
         """
         if path not in self._fetched:
             local = self._download(path, self.access.force_download)
-            if not is_intact(local):
-                if not self.access.offline:
-                    _log.warning("The cached %s of %s is corrupt; it is removed and fetched again.", path, self)
-                    local.resolve().unlink(missing_ok=True)
-                    local = self._download(path, force_download=True)
-                if not is_intact(local):
-                    raise CheckpointError(
-                        f"The content of {path} of {self} is not the one that the Hub announces, so it is corrupt and "
-                        "nothing was loaded. Fetch it again with force_download=True while online."
-                    )
-            self._fetched[path] = local
+            self._fetched[path] = local if is_intact(local) else self._repaired(path, local)
         return self._fetched[path]
+
+    def _repaired(self, path: str, local: Path) -> Path:
+        """Fetch a corrupt file again, once."""
+        with _repairing:
+            if not self.access.offline and not is_intact(local):
+                _log.warning("The cached %s of %s is corrupt; it is removed and fetched again.", path, self)
+                local.resolve().unlink(missing_ok=True)
+                local = self._download(path, force_download=True)
+            if not is_intact(local):
+                raise CheckpointError(
+                    f"The content of {path} of {self} is not the one that the Hub announces, so it is corrupt and "
+                    "nothing was loaded. Fetch it again with force_download=True while online."
+                )
+        return local
 
     def _download(self, path: str, force_download: bool) -> Path:
         with explained(self.repo, self.revision, path):

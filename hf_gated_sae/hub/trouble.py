@@ -63,8 +63,14 @@ def explained(repo: str, revision: str | None, file: str | None = None) -> Itera
     except EntryNotFoundError as error:
         raise MissingFileError(f"There is no {what} on the Hub; upload it, or check the name.") from error
     except (TransportError, OSError) as error:
-        if file is None and isinstance(error, HfHubHTTPError) and error.response.status_code == 404:
+        status = error.response.status_code if file is None and isinstance(error, HfHubHTTPError) else None
+        if status == 404:
             raise _no_such_repository(repo) from error
+        if status in (401, 403):
+            raise MissingFileError(
+                f"The Hub refuses {what} to this token ({_reason(error)}): it may be mistyped, expired or without the "
+                "right to read. Pass another token=, token=False for none, or run `hf auth login`."
+            ) from error
         raise MissingFileError(
             f"{what} could not be fetched from the Hub ({_reason(error)}). Nothing was loaded; try again."
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from ..errors import CheckpointError, InputError, LatentIndexError, did_you_mean, shown
 from ..registry import LateBound
@@ -107,14 +107,23 @@ class Checkpoint:
                 "Fetch or convert it again."
             ) from error
 
-    def read(self, config: SAEConfig) -> Tensors:
-        """Return the finished tensors; of an SAE that holds only some latents, only their rows are read."""
+    def read(self, config: SAEConfig, dtype: torch.dtype | None = None) -> Tensors:
+        """Return the finished tensors; of an SAE that holds only some latents, only their rows are read.
+
+        Args:
+            config: says which latents are held.
+            dtype: the one that is wanted. A wider one than the stored is taken before the layout's arithmetic, which
+                would otherwise be rounded to the stored one.
+        """
         rows = self._rows(config)
-        if rows is None:
-            return self.finish({name: tensor.read() for name, tensor in self.stored.items()})
         read = {}
         for name, tensor in self.stored.items():
-            read[name] = tensor.rows(rows) if self._per_latent(name) else tensor.small()
+            if rows is None:
+                read[name] = tensor.read()
+            else:
+                read[name] = tensor.rows(rows) if self._per_latent(name) else tensor.small()
+            if dtype is not None and torch.promote_types(read[name].dtype, dtype) == dtype:
+                read[name] = read[name].to(dtype)
         return self.finish(read)
 
     def bytes_read(self) -> int:
@@ -146,21 +155,6 @@ PLACE_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_
 open_checkpoint = LateBound("hf_gated_sae.hub.opening", "open_checkpoint")
 
 
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' progress bar and load report: what they would say is raised instead."""
-    verbosity = transformers_logging.get_verbosity()
-    bar = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bar:
-            transformers_logging.enable_progress_bar()
-
-
 def effective_config(
     checkpoint: Checkpoint, config: SAEConfig | None, arguments: Mapping[str, Any]
 ) -> tuple[SAEConfig, dict[str, Any]]:
@@ -183,7 +177,7 @@ def effective_config(
                 f"{checkpoint} is a {checkpoint.model_class.__name__}, whose latents cannot be held alone: load it "
                 "without latents=."
             )
-        settings["kept_latents"] = _whole_numbers(latents)
+        settings["kept_latents"] = _existing(latents, checkpoint)
     given = {name: settings.pop(name) for name in config_class.own_fields() if name in settings}
     chosen = checkpoint.config if config is None else config
     if not isinstance(chosen, config_class):
@@ -191,7 +185,26 @@ def effective_config(
             f"config= is a {type(chosen).__name__}, but {checkpoint} is a {checkpoint.model_class.__name__}: expected "
             f"a {config_class.__name__}."
         )
-    return (config_class.from_dict({**chosen.to_dict(), **given}) if given else chosen), settings
+    # A copy in any case: the dtype is written into it, and the user's own stays as it is.
+    return (config_class.from_dict({**chosen.to_dict(), **given}) if given else copy.copy(chosen)), settings
+
+
+def _existing(latents: Any, checkpoint: Checkpoint) -> list[int]:
+    """Return latent indices, each of which the SAE has.
+
+    Raises:
+        InputError: if one is given twice, or is no whole number.
+        LatentIndexError: naming the first one that is out of range.
+    """
+    wanted, d_sae = _whole_numbers(latents), checkpoint.config.d_sae
+    if outside := [latent for latent in wanted if not 0 <= latent < d_sae]:
+        raise LatentIndexError(
+            f"Latent {outside[0]} does not exist: {checkpoint} has d_sae = {d_sae} latents, 0 .. {d_sae - 1}."
+        )
+    if len(set(wanted)) < len(wanted):
+        twice = next(latent for latent in wanted if wanted.count(latent) > 1)
+        raise InputError(f"latents= names latent {twice} more than once; expected each once.")
+    return wanted
 
 
 def _whole_numbers(latents: Any) -> list[int]:
@@ -287,14 +300,21 @@ def _unrecorded(checkpoint: Checkpoint, config: SAEConfig) -> Tensors:
     return {name: torch.zeros(config.rows) for name in ("max_activation", "mean_activation")}
 
 
-def read_tensors(checkpoint: Checkpoint, config: SAEConfig) -> Tensors:
+def read_tensors(checkpoint: Checkpoint, config: SAEConfig, dtypes: Mapping[str, Any]) -> Tensors:
     """Return every tensor of the architecture, read from the checkpoint.
+
+    Args:
+        checkpoint: what was found.
+        config: says which latents are held.
+        dtypes: what `from_pretrained` was given as ``dtype`` or ``torch_dtype``, if anything.
 
     Raises:
         CheckpointError: if the tensors are not those of the architecture.
     """
     require_headers(checkpoint, config)
-    tensors = {**_unrecorded(checkpoint, config), **checkpoint.read(config)}
+    wanted = [dtype for dtype in dtypes.values() if dtype not in (None, "auto")]
+    dtype = chosen_dtype(dtypes, torch.float32) if wanted else None
+    tensors = {**_unrecorded(checkpoint, config), **checkpoint.read(config, dtype)}
     if config.dtype is None:
         config.dtype = largest(tensors).dtype
     return tensors
@@ -316,6 +336,49 @@ def chosen_dtype(given: Mapping[str, Any], stored: torch.dtype) -> torch.dtype:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise InputError(f"dtype is {wanted!r}; expected a floating-point dtype of torch, such as torch.bfloat16.")
     return found
+
+
+def assembled(
+    model_class: type[SAEModel], where: str, config: SAEConfig, state_dict: Mapping[str, Tensor], **dtypes: Any
+) -> tuple[SAEModel, dict[str, Any]]:
+    """Build an SAE around the tensors as they are, cast where another dtype is asked for.
+
+    Args:
+        model_class: the architecture's class.
+        where: the checkpoint's name for messages.
+        config: its configuration, which stays as it is.
+        state_dict: its tensors.
+        **dtypes: ``dtype`` or ``torch_dtype``, as `from_pretrained` was given them.
+
+    Returns:
+        The SAE, and loading info as transformers gives it.
+
+    Raises:
+        CheckpointError: if the tensors are not those of the architecture.
+        InputError: if the dtype is none.
+    """
+    config = copy.deepcopy(config)
+    with torch.device("meta"):
+        model = model_class(config)
+    expected = model.state_dict()
+    shared = set(expected) & set(state_dict)
+    info = {
+        "missing_keys": set(expected) - shared,
+        "unexpected_keys": set(state_dict) - shared,
+        "mismatched_keys": {
+            (name, tuple(state_dict[name].shape), tuple(expected[name].shape))
+            for name in shared
+            if state_dict[name].shape != expected[name].shape
+        },
+    }
+    require_complete(where, info, list(expected))
+    config.dtype = chosen_dtype(dtypes, config.dtype or largest(state_dict).dtype)
+    exact = model_class._keep_in_fp32_modules_strict
+    tensors = {
+        name: tensor.to(torch.float32 if name in exact else config.dtype) for name, tensor in state_dict.items()
+    }
+    model.load_state_dict(tensors, assign=True)
+    return model.eval(), info
 
 
 def require_finite(where: str, model: SAEModel) -> None:
@@ -354,7 +417,8 @@ def load(checkpoint: Checkpoint, config: SAEConfig | None, arguments: Mapping[st
     """
     config, settings = effective_config(checkpoint, config, arguments)
     with explained(checkpoint):
-        tensors = read_tensors(checkpoint, config)
+        dtypes: dict[str, Any] = {name: settings[name] for name in ("dtype", "torch_dtype") if name in settings}
+        tensors = read_tensors(checkpoint, config, dtypes)
         model, info = checkpoint.model_class._load_strictly(
             str(checkpoint), {**settings, "config": config, "state_dict": tensors}
         )

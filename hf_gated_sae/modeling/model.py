@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,14 @@ from ..registry import LateBound, Registry
 from .config import SAEConfig
 from .loading import (
     Origin,
-    chosen_dtype,
-    largest,
+    assembled,
     load,
     open_checkpoint,
-    quiet_transformers,
     require_complete,
     require_finite,
 )
 from .output import SAEOutput, TrainingLoss
+from .quiet import quiet_transformers
 from .saving import replaced_together
 from .traits import Traits
 
@@ -349,6 +348,7 @@ class SAEModel(Traits, PreTrainedModel):
         Raises:
             CheckpointError: if the checkpoint is of another class, truncated, or has tensors that are missing, extra,
                 of the wrong shape or not finite.
+            LatentIndexError: if one of `latents` does not exist.
             MissingFileError: if there is no such folder, repository, revision or file.
         """
         if pretrained_model_name_or_path is None:
@@ -392,7 +392,7 @@ class SAEModel(Traits, PreTrainedModel):
         the checkpoints of every model that it knows.
         """
         if set(arguments) <= {"config", "state_dict", "dtype", "torch_dtype"}:
-            model, info = cls._assembled(where, **arguments)
+            model, info = assembled(cls, where, **arguments)
         else:
             with quiet_transformers():
                 loaded: Any = super().from_pretrained(
@@ -402,34 +402,6 @@ class SAEModel(Traits, PreTrainedModel):
             require_complete(where, info, list(model.state_dict()))
         require_finite(where, model)
         return model, info
-
-    @classmethod
-    def _assembled(
-        cls, where: str, config: SAEConfig, state_dict: Mapping[str, Tensor], **dtypes: Any
-    ) -> tuple[SAEModel, dict[str, Any]]:
-        """Build it around the tensors as they are, cast where another dtype is asked for."""
-        config = copy.deepcopy(config)
-        with torch.device("meta"):
-            model = cls(config)
-        expected = model.state_dict()
-        shared = set(expected) & set(state_dict)
-        info = {
-            "missing_keys": set(expected) - shared,
-            "unexpected_keys": set(state_dict) - shared,
-            "mismatched_keys": {
-                (name, tuple(state_dict[name].shape), tuple(expected[name].shape))
-                for name in shared
-                if state_dict[name].shape != expected[name].shape
-            },
-        }
-        require_complete(where, info, list(expected))
-        config.dtype = chosen_dtype(dtypes, config.dtype or largest(state_dict).dtype)
-        exact = cls._keep_in_fp32_modules_strict
-        tensors = {
-            name: tensor.to(torch.float32 if name in exact else config.dtype) for name, tensor in state_dict.items()
-        }
-        model.load_state_dict(tensors, assign=True)
-        return model.eval(), info
 
     _checkpoint: Origin | None = None
 

@@ -109,14 +109,19 @@ class SAESet(Mapping[str, SAEModel]):
             wanted = _matching("address", addresses, found)
             found = [address for address in found if address in wanted]
         whole = cls(location, found, options, variant)
-        if sites is None:
-            return whole
-        sites_of = whole._sites_of()
-        wanted = _matching("site", sites, whole.sites)
-        chosen = cls(
-            location, [address for address in found if wanted.intersection(sites_of[address])], options, variant
-        )
-        chosen._described = {address: whole._described[address] for address in chosen._addresses}
+        return whole if sites is None else whole._at(sites)
+
+    def _at(self, sites: str | Sequence[str]) -> SAESet:
+        """Return the SAEs that read one of the sites.
+
+        Raises:
+            UnknownNameError: if nothing is at one of them.
+        """
+        sites_of = self._sites_of()
+        wanted = _matching("site", sites, self.sites)
+        addresses = [address for address in self._addresses if wanted.intersection(sites_of[address])]
+        chosen = type(self)(self.location, addresses, self._options, self._variant)
+        chosen._described = {address: self._described[address] for address in addresses}
         return chosen
 
     # ------------------------------------------------------------------ what there is

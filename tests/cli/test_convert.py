@@ -86,3 +86,10 @@ def test_nothing_to_convert(tmp_path: Path, monkeypatch, capsys) -> None:
     assert "what is in it does" in capsys.readouterr().err
     assert run(monkeypatch, str(folder), "layer_1", "--push", "alice/x") == 1
     assert "what is in it does" in capsys.readouterr().err
+
+
+def test_a_site_that_is_not_stated(hub: MiniHub, repo_id: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    name = repo_id.replace("alice/", "alice-cli-") + "/renamed"
+    seed_gemma_scope(hub, name, tmp_path / "theirs")
+    assert run(monkeypatch, name, ADDRESS, "--out", str(tmp_path / "ours")) == 0
+    assert "JumpReLUSAE at a site that is not stated" in capsys.readouterr().out

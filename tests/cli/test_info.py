@@ -107,3 +107,8 @@ def test_an_unknown_repository_is_our_error(hub: MiniHub):
 )
 def test_sizes(size, text):
     assert command.size_text(size) == text
+
+
+def test_an_sae_of_several_sites(hub: MiniHub, repo_id: str):
+    push_to_hub(example("cross_layer"), repo_id, facts=CardFacts(license="mit"))
+    assert facts(run(repo_id).output)["site"] == "resid_post.1, resid_post.2"

@@ -81,6 +81,8 @@ def test_the_set_says_where_its_transcoders_belong(written: Callable[[str], Path
     change(folder / "config.yaml", feature_input_hook="mlp.hook_in", model_name="gemma-2-2b-it")
     config = SAEModel.from_pretrained(folder, "layer_0").config
     assert (config.site, config.normalization, config.base_model) == ("mlp_in.0", "none", "google/gemma-2-2b-it")
+    change(folder / "config.yaml", feature_output_hook="mlp.hook_out")  # before Gemma's norm behind the MLP
+    assert SAEModel.from_pretrained(folder, "layer_0").config.site_out == "layers.0.mlp.output"
     change(folder / "config.yaml", feature_input_hook=None)  # a configuration for another tool, without this key
     assert SAEModel.from_pretrained(folder, "layer_0").config.site == "resid_mid.0"
 
@@ -217,6 +219,7 @@ def test_gemma_scope_2_is_told_by_its_folder(written: Callable[[str], Path]) -> 
         ("acme/gemma-transcoders", {"feature_output_hook": "ln2.hook_normalized"}, "is not added to anything"),
         ("acme/gemma-transcoders", {"feature_output_hook": None}, "has no feature_output_hook"),
         ("acme/gemma-transcoders", {"model_name": 3}, "model_name = 3; expected a text"),
+        ("acme/gemma-transcoders", {"model_name": "acme/own"}, "not known to have an RMS norm"),
     ],
 )
 def test_configurations_that_do_not_say_enough(

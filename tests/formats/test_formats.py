@@ -11,6 +11,7 @@ import pytest
 from hf_gated_sae import SAEModel
 from hf_gated_sae.errors import CheckpointError, MissingFileError
 from hf_gated_sae.formats import CheckpointFormat, Example, formats
+from hf_gated_sae.formats.norms import normalization_of
 from hf_gated_sae.hub import Location, locate
 from hf_gated_sae.hub.opening import sae_addresses
 from hf_gated_sae.modeling.loading import Checkpoint
@@ -114,3 +115,45 @@ def test_names_cannot_leave_the_folder(name: str, tmp_path: Path) -> None:
     (tmp_path / "a" / "x.json").write_text("{}")
     with pytest.raises(MissingFileError):
         locate(str(tmp_path)).at("a").read_json(name)
+
+
+# ---------------------------------------------------------------- what layouts share
+
+
+def test_the_norm_of_the_base_model_is_known_or_loading_stops() -> None:
+    assert normalization_of("center", None, "hook_resid_post", "cfg.json") == {"normalization": "center"}
+    for model, wanted in (
+        ("google/gemma-2-2b", ("rms_norm", 1e-6)),
+        ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", ("rms_norm", 1e-5)),
+        ("EleutherAI/pythia-70m", ("standardize", 1e-5)),
+    ):
+        found = normalization_of("rms_norm", model, "ln2.hook_normalized", "cfg.json")
+        assert (found["normalization"], found["normalization_eps"]) == wanted
+    with pytest.raises(CheckpointError, match=r"acme/own\) is not known to have an RMS norm or a layer norm"):
+        normalization_of("rms_norm", "acme/own", "ln2.hook_normalized", "cfg.json")
+
+
+def test_a_file_of_layers_alone_is_not_claimed(tmp_path: Path) -> None:
+    [*_, crosscoder] = formats["gemma_scope_2_cross_layer"].examples(tmp_path)
+    folder = tmp_path / crosscoder.repo / crosscoder.address
+    (folder / "params_layer_0.safetensors").unlink()
+    location = locate(str(tmp_path / crosscoder.repo)).at(crosscoder.address)
+    assert [name for name, layout in formats.items() if layout.claims(location)] == []
+
+
+def test_an_embedding_sae_is_told_by_its_folder_alone(tmp_path: Path) -> None:
+    formats["gemma_scope"].examples(tmp_path)
+    address = "embedding/width_4k/average_l0_6"
+    there = SAEModel.from_pretrained(tmp_path / "google/gemma-scope-2b-pt-res", address)
+    (tmp_path / "google/gemma-scope-2b-pt-res").rename(tmp_path / "mine")
+    here = SAEModel.from_pretrained(tmp_path / "mine", address)
+    assert (here.config.site, here.config.base_model) == ("embed", None)
+    assert (here.W_enc_T == there.W_enc_T).all() and (here.b_dec == there.b_dec).all()
+
+
+def test_goodfire_s_file_name_says_which_kind_it_is(tmp_path: Path) -> None:
+    *_, with_k, _ = formats["goodfire"].examples(tmp_path)
+    [file] = (tmp_path / with_k.repo).glob("*.pt")
+    file.rename(file.with_name("gpt-oss-20b-SAE-l7.pt"))
+    with pytest.raises(CheckpointError, match="expected decoder_linear.weight of an SAE with a ReLU"):
+        SAEModel.from_pretrained(tmp_path / with_k.repo)

@@ -104,6 +104,8 @@ def test_a_normalisation_of_the_index_replaces_that_of_the_file(
             ("transformer.h.3.mlp.output", "none"),
         ),
         ({"hook_name": None}, (None, "none")),
+        ({"model_name": "gpt2", "hook_name": "blocks.3.ln2.hook_normalized"}, ("resid_mid.3", "standardize")),
+        ({"model_name": "gpt2", "hook_name": "ln_final.hook_normalized"}, (None, "none")),
         (
             {"model_name": "gpt2", "model_from_pretrained_kwargs": {"center_writing_weights": True}},
             ("resid_post.3", "center"),

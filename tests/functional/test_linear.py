@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.autograd import forward_ad
 
 from hf_gated_sae.functional.linear import linear
 
@@ -69,3 +70,25 @@ def test_weights_at_any_byte_of_a_mapped_file() -> None:
         x = torch.randn(9, 64)
         torch.testing.assert_close(linear(x, weight), x @ weight.clone().T, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(linear(x[:, :5], weight.T), x[:, :5] @ weight.clone(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_forward_derivatives_are_not_lost(wrapped: bool) -> None:
+    x, weight, along = torch.randn(3, 6), torch.randn(5, 6), torch.randn(3, 6)
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        return torch.func.vmap(lambda row: linear(row[None], weight)[0])(x) if wrapped else linear(x, weight)
+
+    torch.testing.assert_close(torch.func.jvp(product, (x,), (along,))[1], along @ weight.T)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(product(forward_ad.make_dual(x, along))).tangent
+    torch.testing.assert_close(tangent, along @ weight.T)
+    of_weight = torch.func.jvp(lambda weight: linear(x, weight), (weight,), (torch.ones_like(weight),))[1]
+    torch.testing.assert_close(of_weight, x @ torch.ones_like(weight).T)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_can_be_traced() -> None:
+    weight, x = torch.randn(5, 6), torch.randn(3, 6)
+    torch.testing.assert_close(torch.jit.trace(lambda x: linear(x, weight), x)(x), x @ weight.T)

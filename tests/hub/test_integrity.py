@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,17 @@ def test_corrupt_content_is_fetched_again_once(
     hub.requests.clear()
     assert_same(SAEModel.from_pretrained(repo_id, cache_dir=cache_dir), example())
     assert not caplog.records and not [path for _, path, _, _, _ in hub.requests if "/cdn/" in path]
+
+
+def test_threads_replace_corrupt_content_once(
+    hub: MiniHub, blob: Path, repo_id: str, cache_dir: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    damage(blob)
+    hub.requests.clear()
+    with caplog.at_level(logging.WARNING), ThreadPoolExecutor(6) as pool:
+        for sae in pool.map(lambda _: SAEModel.from_pretrained(repo_id, cache_dir=cache_dir), range(6)):
+            assert_same(sae, example())
+    assert sum("corrupt" in record.getMessage() for record in caplog.records) == 1
 
 
 def test_offline_it_is_an_error(hub: MiniHub, blob: Path, repo_id: str, cache_dir: str) -> None:

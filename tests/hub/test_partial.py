@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from hf_gated_sae import SAEModel
+from hf_gated_sae.errors import MissingFileError
 from hf_gated_sae.hub import integrity
 from hf_gated_sae.hub.columns import SUFFIX
 from tests.support.example_saes import example
@@ -175,6 +177,16 @@ def test_a_broken_cache_of_columns_is_written_again(
     kept.write_bytes(bytes(kept.stat().st_size))
     forced = SAEModel.from_pretrained(repo, ADDRESS, cache_dir=cache_dir, latents=LATENTS, force_download=True)
     assert_columns(forced, arrays, LATENTS)
+
+
+def test_no_room_for_columns(
+    hub: MiniHub, cache_dir: str, arrays: dict[str, Any], tmp_path: Path, monkeypatch
+) -> None:
+    repo = scope(hub, "no-room", arrays, tmp_path / "npz")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(MissingFileError, match="has room for 0.0 MB, and .* MB are needed"):
+        SAEModel.from_pretrained(repo, ADDRESS, cache_dir=cache_dir, latents=LATENTS)
+    assert not list(Path(cache_dir).rglob(f"*{SUFFIX}*"))
 
 
 @pytest.mark.parametrize(

@@ -162,3 +162,16 @@ def test_what_cannot_be_saved_leaves_no_repository(hub: MiniHub, repo_id: str) -
     with pytest.raises(InputError, match="JSON"):
         example().push_to_hub(repo_id, facts=CardFacts(training={"optimiser": object()}))
     assert not HfApi().repo_exists(repo_id)
+
+
+def test_a_token_that_is_not_accepted(hub: MiniHub, repo_id: str) -> None:
+    example().push_to_hub(repo_id)
+    with pytest.raises(MissingFileError, match="The Hub refuses .* to this token .*hf auth login"):
+        SAEModel.from_pretrained(repo_id, token="hf_expired")
+
+
+def test_offline_after_a_few_latents(hub: MiniHub, repo_id: str, cache_dir: str) -> None:
+    example().push_to_hub(repo_id)
+    SAEModel.from_pretrained(repo_id, latents=[1], cache_dir=cache_dir)
+    with pytest.raises(MissingFileError, match="; that is what the Hub cache has of it"):
+        SAEModel.from_pretrained(repo_id, cache_dir=cache_dir, local_files_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 import time
@@ -174,3 +175,14 @@ def test_one_sae_by_the_other_script(hub: MiniHub, theirs: str, repo_id: str) ->
     code, said = run(convert_and_publish, theirs, address, repo_id, "--dtype", "bfloat16")
     assert code == 0, said
     assert f"is now {repo_id}@{hub.repo(repo_id).at('main').id[:12]}" in said
+
+
+@pytest.mark.parametrize(
+    "script, more", [("convert_and_publish.py", ["layer_0", "alice/target"]), ("mirror_set.py", ["alice/target"])]
+)
+def test_a_mistake_is_one_sentence(script: str, more: list[str], monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", [script, "alice/there-is-none", *more])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPTS / script), run_name="__main__")
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.startswith("error: There is neither a folder 'alice/there-is-none'")

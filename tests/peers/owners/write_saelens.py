@@ -88,7 +88,7 @@ def main(root: Path) -> None:
         if class_name == "MatchingPursuitSAE":  # it converges for unit rows only
             sae.W_dec /= sae.W_dec.norm(dim=-1, keepdim=True)
         sae.save_model(root / name / "repository" / HOOK)
-        # A transcoder's input is the normalised stream; what the base model's layer norm leaves as it is stands for it.
+        # A transcoder reads the normalised stream; what the base model's layer norm leaves alone stands for it.
         x = inputs()
         if is_transcoder:
             x = x - x.mean(-1, keepdim=True)
