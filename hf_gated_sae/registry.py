@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import threading
 from collections.abc import Iterator, Mapping
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
@@ -30,7 +31,9 @@ class Registry(Mapping[str, Plugin], Generic[Plugin]):
         self.kind = kind
         self.package = package
         self._entries: dict[str, Plugin] = {}
-        self._loaded = False
+        self._lock = threading.RLock()
+        self._loading = False
+        self._complete = False
 
     def register(self, name: str, plugin: Plugin) -> None:
         """Add one plug-in.
@@ -46,17 +49,20 @@ class Registry(Mapping[str, Plugin], Generic[Plugin]):
         self._entries[name] = plugin
 
     def _load(self) -> dict[str, Plugin]:
-        if not self._loaded:
-            self._loaded = True  # first: the modules imported below may ask the registry themselves
-            try:
-                package = importlib.import_module(self.package)
-                for module in pkgutil.iter_modules(package.__path__, prefix=f"{self.package}."):
-                    importlib.import_module(module.name)
-                for entry in entry_points(group=self.package):
-                    entry.load()
-            except BaseException:
-                self._loaded = False  # half a registry would answer "unknown" for what failed to import
-                raise
+        if self._complete:
+            return self._entries
+        with self._lock:  # other threads wait for the whole registry
+            if not self._loading and not self._complete:
+                self._loading = True  # the modules imported below may ask the registry themselves
+                try:
+                    package = importlib.import_module(self.package)
+                    for module in pkgutil.iter_modules(package.__path__, prefix=f"{self.package}."):
+                        importlib.import_module(module.name)
+                    for entry in entry_points(group=self.package):
+                        entry.load()
+                    self._complete = True  # if not, the next one tries again: half a registry would say "unknown"
+                finally:
+                    self._loading = False
         return self._entries
 
     def __getitem__(self, name: str) -> Plugin:

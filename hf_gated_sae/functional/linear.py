@@ -6,6 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+SMALLEST = 1 << 22
+"""Multiplications below which it does not matter who does them."""
+
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """Return ``x @ weight.T``.
@@ -27,28 +30,34 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return nn.functional.linear(x, weight)
 
 
-def _onednn_serves(x: Tensor, weight: Tensor) -> bool:
-    """Whether the product may go through oneDNN."""
-    plain = x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"
-    if not plain or not _AVAILABLE or not x.numel() or not weight.numel():
-        return False
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether these are ordinary tensors on a CPU from which nothing but values is wanted.
+
+    An operation without derivatives may serve them: no gradient, tangent, transformation or trace would be lost.
+    """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
-    if type(x) not in (Tensor, nn.Parameter) or type(weight) not in (Tensor, nn.Parameter):
+    wants_graph = torch.is_grad_enabled()
+    for tensor in tensors:
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu":
+            return False
+        if wants_graph and tensor.requires_grad:
+            return False
+        if (
+            torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+            or forward_ad.unpack_dual(tensor).tangent is not None
+        ):
+            return False
+    return True
+
+
+def _onednn_serves(x: Tensor, weight: Tensor) -> bool:
+    """Whether the product may go through oneDNN."""
+    if x.numel() * weight.shape[0] < SMALLEST or not _AVAILABLE or not x.dtype == weight.dtype == torch.float32:
         return False
-    if _is_transformed(x) or _is_transformed(weight):
-        return False  # the operation has no forward derivative, and would drop tangents without a word
     if x.numel() == x.shape[-1] and weight.stride(0) == 1:
         return False  # one token, latents side by side: BLAS reads the matrix once, on one core, and that is enough
-    needs_graph = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return not needs_graph and not torch.is_autocast_enabled("cpu") and bool(torch.backends.mkldnn.enabled)
-
-
-def _is_transformed(tensor: Tensor) -> bool:
-    """Whether a transformation of `torch.func` sees the tensor, or it carries a tangent."""
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return True
-    return forward_ad.unpack_dual(tensor).tangent is not None
+    return is_plain(x, weight) and not torch.is_autocast_enabled("cpu") and bool(torch.backends.mkldnn.enabled)
 
 
 def _available() -> bool:
@@ -58,7 +67,7 @@ def _available() -> bool:
     x, weight = torch.arange(6.0).reshape(2, 3), torch.arange(12.0).reshape(4, 3)
     try:
         found = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-        _is_transformed(x)
+        is_plain(x, weight)
     except (AttributeError, RuntimeError, TypeError):  # another version of torch
         return False
     return torch.equal(found, x @ weight.T)

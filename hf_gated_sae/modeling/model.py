@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from ..errors import CheckpointError, InputError, LatentIndexError, ShapeError
 from ..functional.frames import FRAMES, Frame
 from ..functional.linear import linear
+from ..functional.sparse import decode
 from ..registry import LateBound, Registry
 from .config import SAEConfig
 from .loading import (
@@ -172,7 +173,7 @@ class SAEModel(Traits, PreTrainedModel):
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Decode in the SAE's own frame."""
-        return linear(latents, self.W_dec.T) + self.b_dec
+        return decode(latents, self.W_dec) + self.b_dec
 
     def frame(self, x: Tensor) -> Frame | None:
         """Return shift and scale of the normalisation of every token of ``x [..., d_in]``; None if there is none."""

@@ -1,4 +1,4 @@
-"""Loading without transformers' own remarks, in several threads at once."""
+"""Using transformers' own loading and saving: without its remarks, and by one thread at a time."""
 
 from __future__ import annotations
 
@@ -8,41 +8,24 @@ from contextlib import contextmanager
 
 from transformers.utils import logging as transformers_logging
 
-
-class _Quiet:
-    """Settings of the process, which the first of several threads changes and the last one puts back."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._before = (0, False)
-
-    def enter(self) -> None:
-        with self._lock:
-            if not self._inside:
-                self._before = (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled())
-                transformers_logging.set_verbosity_error()
-                transformers_logging.disable_progress_bar()
-            self._inside += 1
-
-    def leave(self) -> None:
-        with self._lock:
-            self._inside -= 1
-            if not self._inside:
-                verbosity, bar = self._before
-                transformers_logging.set_verbosity(verbosity)
-                if bar:
-                    transformers_logging.enable_progress_bar()
-
-
-_quiet = _Quiet()
+_one_at_a_time = threading.RLock()
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' progress bar and load report: what they would say is raised instead."""
-    _quiet.enter()
-    try:
-        yield
-    finally:
-        _quiet.leave()
+    """Silence transformers' progress bar and load report: what they would say is raised instead.
+
+    These are settings of the process, and `from_pretrained` of transformers changes more of them (two at once leave
+    torch building every later model on the meta device), so that other threads of ours wait.
+    """
+    with _one_at_a_time:
+        verbosity = transformers_logging.get_verbosity()
+        bar = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+            if bar:
+                transformers_logging.enable_progress_bar()

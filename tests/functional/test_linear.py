@@ -9,9 +9,15 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.autograd import forward_ad
 
+from hf_gated_sae.functional import linear as module
 from hf_gated_sae.functional.linear import linear
 
 sides = st.integers(1, 40)
+
+
+@pytest.fixture(autouse=True)
+def _however_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SMALLEST", 1)
 
 
 @settings(deadline=None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -56,6 +58,25 @@ def test_threads_leave_the_verbosity_of_transformers_as_it_was(folder: Path) -> 
         for _ in pool.map(lambda _: SAEModel.from_pretrained(folder, device_map="cpu"), range(30)):
             pass
     assert (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()) == before
+
+
+@pytest.mark.parametrize("options", ["", ", device_map='cpu'"])
+def test_threads_from_a_cold_start_leave_nothing_behind(folder: Path, options: str) -> None:
+    """The registries fill once, and what transformers builds afterwards has its weights."""
+    code = (
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "import torch\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "from hf_gated_sae import SAEModel\n"
+        "from hf_gated_sae.demo import bundled\n"
+        "with ThreadPoolExecutor(6) as pool:\n"
+        f"    list(pool.map(lambda _: SAEModel.from_pretrained({str(folder)!r}{options}), range(30)))\n"
+        "first, second = (AutoModelForCausalLM.from_pretrained(bundled.MODEL).state_dict() for _ in range(2))\n"
+        "assert not any(tensor.is_meta for tensor in first.values())\n"
+        "assert all(torch.equal(first[name], second[name]) for name in first)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_training_changes_neither_the_file_nor_its_twin(folder: Path) -> None:
