@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 MARKERS = ".hf_gated_sae"
@@ -16,17 +17,19 @@ _HASH = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
 CHUNK = 1 << 22
 
 
-def is_intact(cached: Path) -> bool:
-    """Whether a file of the Hub cache has the content that its name promises.
+def is_intact(cached: Path, announced: Callable[[], str | None] = lambda: None) -> bool:
+    """Whether a file of the Hub cache has the content that the Hub announces.
 
     Args:
-        cached: the file, or the link to it. Where the cache does not name it by its hash there is nothing to compare
-            with, and the answer is yes.
+        cached: the file, or the link to it.
+        announced: asks the Hub for the hash; called only where the cache does not name the file by it, as in caches
+            without links, and only the first time. If it answers None there is nothing to compare with.
     """
     blob = cached.resolve()
-    if not _HASH.fullmatch(blob.name):
-        return True
-    marker = blob.parent.parent / MARKERS / blob.name
+    by_name = _HASH.fullmatch(blob.name) is not None
+    home = next((folder for folder in cached.parents if folder.name.startswith("models--")), blob.parent)
+    place = hashlib.sha256(str(cached).encode()).hexdigest()[:32]
+    marker = home / MARKERS / (blob.name if by_name else f"unlinked-{place}")
     try:
         state = blob.stat()
     except FileNotFoundError:  # removed meanwhile, as corrupt, by somebody else
@@ -37,7 +40,10 @@ def is_intact(cached: Path) -> bool:
             return True
     except OSError:
         pass
-    if _hash(blob) != blob.name:
+    expected = blob.name if by_name else announced()
+    if expected is None or not _HASH.fullmatch(expected):
+        return True
+    if _hash(blob, expected) != expected:
         return False
     try:
         marker.parent.mkdir(exist_ok=True)
@@ -49,10 +55,10 @@ def is_intact(cached: Path) -> bool:
     return True
 
 
-def _hash(blob: Path) -> str:
-    """Return the hash of a content, of the kind that its name has."""
+def _hash(blob: Path, expected: str) -> str:
+    """Return the hash of a content, of the kind that is expected."""
     digest = hashlib.sha256()
-    if len(blob.name) == 40:
+    if len(expected) == 40:
         digest = hashlib.sha1(b"blob %d\0" % blob.stat().st_size, usedforsecurity=False)
     with blob.open("rb") as file:
         while chunk := file.read(CHUNK):

@@ -8,7 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_download, is_offline_mode, snapshot_download, try_to_load_from_cache
+from huggingface_hub import (
+    HfApi,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    is_offline_mode,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..errors import CheckpointError, InputError, MissingFileError
@@ -129,22 +137,31 @@ class HubRepository(Location):
         """
         if path not in self._fetched:
             local = self._download(path, self.access.force_download)
-            self._fetched[path] = local if is_intact(local) else self._repaired(path, local)
+            intact = is_intact(local, lambda: self._announced(path))
+            self._fetched[path] = local if intact else self._repaired(path, local)
         return self._fetched[path]
 
     def _repaired(self, path: str, local: Path) -> Path:
         """Fetch a corrupt file again, once."""
         with _repairing:
-            if not self.access.offline and not is_intact(local):
+            if not self.access.offline and not is_intact(local, lambda: self._announced(path)):
                 _log.warning("The cached %s of %s is corrupt; it is removed and fetched again.", path, self)
                 local.resolve().unlink(missing_ok=True)
                 local = self._download(path, force_download=True)
-            if not is_intact(local):
+            if not is_intact(local, lambda: self._announced(path)):
                 raise CheckpointError(
                     f"The content of {path} of {self} is not the one that the Hub announces, so it is corrupt and "
                     "nothing was loaded. Fetch it again with force_download=True while online."
                 )
         return local
+
+    def _announced(self, path: str) -> str | None:
+        """Ask the Hub for the hash of a file; None while it cannot be asked."""
+        if self.access.offline:
+            return None
+        with explained(self.repo, self.revision, path):
+            url = hf_hub_url(self.repo, path, revision=self.revision)
+            return get_hf_file_metadata(url, token=self.access.token).etag
 
     def _download(self, path: str, force_download: bool) -> Path:
         with explained(self.repo, self.revision, path):

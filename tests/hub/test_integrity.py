@@ -53,6 +53,27 @@ def test_corrupt_content_is_fetched_again_once(
     assert not caplog.records and not [path for _, path, _, _, _ in hub.requests if "/cdn/" in path]
 
 
+def test_a_cache_without_links_is_checked_against_the_hub(
+    hub: MiniHub, blob: Path, repo_id: str, cache_dir: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on machines that have no links, or where somebody has put another file in a link's place."""
+    [link] = Path(cache_dir).rglob("snapshots/*/model.safetensors")
+    content = link.read_bytes()
+    link.unlink()
+    link.write_bytes(content)
+    hub.requests.clear()
+    assert_same(SAEModel.from_pretrained(repo_id, cache_dir=cache_dir), example())
+    asked = [path for method, path, _, _, _ in hub.requests if method == "HEAD" and "model.safetensors" in path]
+    assert len(asked) == 1 and not caplog.records
+    hub.requests.clear()
+    assert_same(SAEModel.from_pretrained(repo_id, cache_dir=cache_dir), example())
+    assert not [path for method, path, _, _, _ in hub.requests if method == "HEAD" and "model.safetensors" in path]
+    damage(link)
+    with caplog.at_level(logging.WARNING):
+        assert_same(SAEModel.from_pretrained(repo_id, cache_dir=cache_dir), example())
+    assert "is corrupt; it is removed and fetched again" in caplog.text
+
+
 def test_threads_replace_corrupt_content_once(
     hub: MiniHub, blob: Path, repo_id: str, cache_dir: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -87,7 +108,7 @@ def test_content_is_hashed_once(blob: Path, repo_id: str, cache_dir: str, monkey
     assert marker(blob).read_text() == f"{blob.stat().st_size} {blob.stat().st_mtime_ns}"
     hashed: list[str] = []
     hash_of = integrity._hash
-    monkeypatch.setattr(integrity, "_hash", lambda path: hashed.append(path.name) or hash_of(path))
+    monkeypatch.setattr(integrity, "_hash", lambda path, wanted: hashed.append(path.name) or hash_of(path, wanted))
     SAEModel.from_pretrained(repo_id, cache_dir=cache_dir)
     assert not hashed
     os.utime(blob, ns=(1, 1))
