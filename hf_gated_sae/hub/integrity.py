@@ -43,7 +43,10 @@ def is_intact(cached: Path, announced: Callable[[], str | None] = lambda: None) 
     expected = blob.name if by_name else announced()
     if expected is None or not _HASH.fullmatch(expected):
         return True
-    if _hash(blob, expected) != expected:
+    try:
+        if _hash(blob, expected) != expected:
+            return False
+    except FileNotFoundError:
         return False
     try:
         marker.parent.mkdir(exist_ok=True)
