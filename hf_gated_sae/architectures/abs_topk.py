@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..modeling import SAEConfig, SAEModel, TrainingLoss
+from ..modeling.output import reconstruction_loss
 
 
 @strict
@@ -60,7 +61,4 @@ class AbsTopKSAE(SAEModel):
 
     def training_loss(self, x: Tensor, *, sparsity_coefficient: float = 0.0) -> TrainingLoss:
         """``|x - x^|^2``; sparsity is exact by construction and `sparsity_coefficient` has no effect."""
-        latents = self._encode(x, None)
-        reconstruction = self.decode(latents, x)
-        terms = {"reconstruction": (x - reconstruction).square().sum(-1).mean()}
-        return TrainingLoss.of(terms, reconstruction, latents)
+        return reconstruction_loss(self, x)

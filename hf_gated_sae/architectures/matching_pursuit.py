@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..modeling import SAEConfig, SAEModel, TrainingLoss
+from ..modeling.output import reconstruction_loss
 
 
 @strict
@@ -95,7 +96,4 @@ class MatchingPursuitSAE(SAEModel):
 
     def training_loss(self, x: Tensor, *, sparsity_coefficient: float = 0.0) -> TrainingLoss:
         """``|x - x^|^2``; sparsity comes from when the pursuit stops, and `sparsity_coefficient` has no effect."""
-        latents = self._encode(x, None)
-        reconstruction = self.decode(latents, x)
-        terms = {"reconstruction": (x - reconstruction).square().sum(-1).mean()}
-        return TrainingLoss.of(terms, reconstruction, latents)
+        return reconstruction_loss(self, x)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..functional import topk
 from ..modeling import SAEConfig, SAEModel, TrainingLoss
+from ..modeling.output import reconstruction_loss
 
 
 @strict
@@ -67,7 +68,4 @@ class TopKSAE(SAEModel):
 
     def training_loss(self, x: Tensor, *, sparsity_coefficient: float = 0.0) -> TrainingLoss:
         """``|x - x^|^2``; sparsity is exact by construction and `sparsity_coefficient` has no effect."""
-        latents = self._encode(x, None)
-        reconstruction = self.decode(latents, x)
-        terms = {"reconstruction": (x - reconstruction).square().sum(-1).mean()}
-        return TrainingLoss.of(terms, reconstruction, latents)
+        return reconstruction_loss(self, x)

@@ -187,7 +187,7 @@ def _tensors(architecture: str, d: int, d_out: int, seed: int, tied: bool = Fals
     if architecture == "gated":
         shapes |= {"b_gate": (s,), "b_mag": (s,), "r_mag": (s,)}
     elif architecture == "temporal":
-        for layer in range(ATTENTION["n_attn_layers"]):  # type: ignore[call-overload]
+        for layer in range(ATTENTION["n_attn_layers"]):  # type: ignore[call-overload]  # a number, among values of other types
             for name, width in (("q_target", s // 2), ("k_ctx", s // 2), ("v_ctx", s), ("c_proj", s)):
                 shapes[f"attn_layers.{layer}.{name}.weight"] = (width, s)
                 shapes[f"attn_layers.{layer}.{name}.bias"] = (width,)

@@ -35,7 +35,7 @@ def is_plain(*tensors: Tensor) -> bool:
 
     An operation without derivatives may serve them: no gradient, tangent, transformation or trace would be lost.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]  # not in its __all__
         return False
     wants_graph = torch.is_grad_enabled()
     for tensor in tensors:

@@ -16,48 +16,27 @@ from .location import Location, clean_subfolder, locate
 SHOWN_FOLDERS = 20
 
 
-def open_checkpoint(
-    repo: str,
-    subfolder: str = "",
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-    force_download: bool = False,
-    variant: str | None = None,
-    **_loading: Any,
-) -> Checkpoint:
+PLACE = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+
+
+def open_checkpoint(repo: str, subfolder: str = "", *, variant: str | None = None, **arguments: Any) -> Checkpoint:
     """Pin, list, let the one format that claims the folder open it.
 
     Args:
         repo: folder, repository id, or ``repository@revision``; a local folder wins.
-        subfolder: folder of the SAE inside it.
-        revision: branch, tag, ``refs/pr/1`` or commit.
-        token: access token; None uses the stored one, False none.
-        cache_dir: folder of the Hub cache.
-        local_files_only: use only what is cached; also implied by ``HF_HUB_OFFLINE=1``.
-        force_download: download even what is cached.
+        subfolder: folder (or file) of the SAE inside it.
         variant: which of several sets of weights.
-        **_loading: what else `from_pretrained` was given; it says nothing about where the checkpoint is.
+        **arguments: those of `place`; what else `from_pretrained` was given says nothing about where it is.
 
     Returns:
-        The checkpoint, with its files on this machine.
+        The checkpoint, described by its headers.
 
     Raises:
         CheckpointError: if no format, or more than one, claims the folder.
         MissingFileError: if there is no such folder, repository, revision or file.
     """
-    location = place(
-        repo,
-        subfolder,
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-        force_download=force_download,
-    )
-    return open_at(location, variant=variant)
+    where = {name: arguments[name] for name in PLACE if name in arguments}
+    return open_at(place(repo, subfolder, **where), variant=variant)
 
 
 def place(
@@ -70,10 +49,19 @@ def place(
     local_files_only: bool = False,
     force_download: bool = False,
 ) -> Location:
-    """Pin a repository and list it; the arguments are those of `open_checkpoint`.
+    """Pin a repository and list it.
 
     `repo` may also name a release of the index, such as ``"gemma-scope-2b-pt-res-canonical"``, and `subfolder` an id
     that the index knows; a local folder of that name, and a folder or file of the repository, win.
+
+    Args:
+        repo: folder, repository id, or ``repository@revision``.
+        subfolder: folder (or file) inside it.
+        revision: branch, tag, ``refs/pr/1`` or commit.
+        token: access token; None uses the stored one, False none.
+        cache_dir: folder of the Hub cache.
+        local_files_only: use only what is cached; also implied by ``HF_HUB_OFFLINE=1``.
+        force_download: download even what is cached.
 
     Returns:
         The folder (or file) `subfolder`.

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from transformers.utils import ModelOutput
+
+if TYPE_CHECKING:
+    from .model import SAEModel
 
 
 @dataclass
@@ -45,3 +49,16 @@ class TrainingLoss:
         """Sum the terms."""
         total = sum(terms.values(), start=reconstruction.new_zeros(()))
         return cls(total=total, terms=terms, reconstruction=reconstruction, latents=latents)
+
+
+def reconstruction_loss(sae: SAEModel, x: Tensor) -> TrainingLoss:
+    """Return ``|x - x^|^2`` alone: the objective of architectures that are sparse by construction.
+
+    Args:
+        sae: the SAE.
+        x: activations ``[..., d_in]``.
+    """
+    latents = sae._encode(x, None)
+    reconstruction = sae.decode(latents, x)
+    terms = {"reconstruction": (x - reconstruction).square().sum(-1).mean()}
+    return TrainingLoss.of(terms, reconstruction, latents)

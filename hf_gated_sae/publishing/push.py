@@ -66,11 +66,7 @@ def push_to_hub(
         InputError: if the arguments contradict each other.
         PublishError: if the repository may not be written, or changed meanwhile.
     """
-    if create_pr and revision not in (None, "main"):
-        raise InputError(
-            f"Given create_pr=True and revision={revision!r}, but a pull request always goes to the main branch: pass "
-            "one of them; to add to an open pull request, pass revision='refs/pr/N' alone."
-        )
+    _require_one_target(create_pr, revision)
     subfolder = clean_subfolder(subfolder)
     facts = read_facts(sae) if facts is None else facts
     saving: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
@@ -89,6 +85,19 @@ def push_to_hub(
             revision=revision,
             create_pr=create_pr,
             parent_commit=target.commit,  # nobody's work is overwritten unseen
+        )
+
+
+def _require_one_target(create_pr: bool, revision: str | None) -> None:
+    """Raise if a pull request is asked for, and a branch, too.
+
+    Raises:
+        InputError: saying which to pass.
+    """
+    if create_pr and revision not in (None, "main"):
+        raise InputError(
+            f"Given create_pr=True and revision={revision!r}, but a pull request always goes to the main branch: pass "
+            "one of them; to add to an open pull request, pass revision='refs/pr/N' alone."
         )
 
 

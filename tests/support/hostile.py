@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import struct
+import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
-CANARY = Path("/tmp") / "hf_gated_sae_canary"
+CANARY = Path(tempfile.gettempdir()) / "hf_gated_sae_canary"
 """What hostile code would write."""
 
 MANY = 300_000

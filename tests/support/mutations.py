@@ -433,7 +433,7 @@ def _zip(content: bytes, dice: random.Random) -> tuple[bytes, str]:
         case "twice":
             entries.insert(dice.randrange(len(entries) + 1), (name, value[::-1]))
         case "traversal":
-            entries[at] = (dice.choice(["../../../x", "/tmp/x", "..\\x", "x/" * 50, "\0", "", name + "/"]), value)
+            entries[at] = (dice.choice(["../../../x", "/absolute/x", "..\\x", "x/" * 50, "\0", "", name + "/"]), value)
         case "removed":
             del entries[at]
         case "bytes":
