@@ -1,14 +1,16 @@
 # make demo   installs into .venv and runs the demo
 # make test   installs the test tools too, then lint, types, doctests and the whole suite
 # make fuzz   many more damaged checkpoints of every format than make test tries
+# make test-torchao the tests with models that torchao quantised; installed, it would slow down every other start
 # make test-peers   compares with the libraries that write other layouts, which get an environment of their own
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
+TORCHAO := .venv-torchao
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint types suite fuzz test-peers benchmark assets cards clean
+.PHONY: demo test lint types suite fuzz test-torchao test-peers benchmark assets cards clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hf-gated-sae demo
@@ -31,6 +33,9 @@ test-peers: $(VENV)/.installed-test $(PEERS)/.installed
 		$(PEERS)/bin/python tests/peers/owners/write_$$owner.py build/peers/$$owner || exit 1; \
 	done
 	SAE_PEERS=build/peers $(BIN)/python -m pytest -q tests/peers
+
+test-torchao: $(TORCHAO)/.installed
+	$(TORCHAO)/bin/python -m pytest -q tests/hooks/test_quantised.py
 
 fuzz: $(VENV)/.installed-test
 	HF_GATED_SAE_FUZZ_CASES=1500 $(BIN)/python -m pytest -q -s tests/formats/test_fuzz.py
@@ -55,6 +60,12 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) --editable ".[test]"
 	touch $@
 
+$(TORCHAO)/.installed: pyproject.toml constraints.txt
+	test -x $(TORCHAO)/bin/python || $(PYTHON) -m venv $(TORCHAO)
+	$(TORCHAO)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable ".[test]" torchao
+	touch $@
+
 # torchvision comes along, in a build that may not fit this torch; then importing transformers fails with it.
 $(PEERS)/.installed: tests/peers/requirements.txt constraints.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
@@ -65,4 +76,4 @@ $(PEERS)/.installed: tests/peers/requirements.txt constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) $(TORCHAO) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

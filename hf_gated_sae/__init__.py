@@ -39,15 +39,25 @@ if TYPE_CHECKING:
     from .architectures.topk import TopKSAE as TopKSAE
     from .architectures.topk import TopKSAEConfig as TopKSAEConfig
     from .evaluation import evaluate as evaluate
+    from .hooks import ActivationShards as ActivationShards
     from .hooks import attach as attach
+    from .hooks import attribute as attribute
     from .hooks import capture as capture
+    from .hooks import harvest as harvest
+    from .hooks import save_activations as save_activations
     from .hub.search import search as search
     from .interventions import Ablate as Ablate
+    from .interventions import AblateSite as AblateSite
+    from .interventions import Cap as Cap
     from .interventions import Clamp as Clamp
+    from .interventions import Floor as Floor
+    from .interventions import InterventionPlan as InterventionPlan
+    from .interventions import Patch as Patch
     from .interventions import ProjectOut as ProjectOut
     from .interventions import Scale as Scale
     from .interventions import Splice as Splice
     from .interventions import Steer as Steer
+    from .interventions import TokenIds as TokenIds
     from .modeling import SAEConfig as SAEConfig
     from .modeling import SAEModel as SAEModel
     from .modeling import SAEOutput as SAEOutput
@@ -57,9 +67,12 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "evaluation": ("evaluate",),
-    "hooks": ("attach", "capture"),
+    "hooks": ("ActivationShards", "attach", "attribute", "capture", "harvest", "save_activations"),
     "hub.search": ("search",),
-    "interventions": ("Ablate", "Clamp", "ProjectOut", "Scale", "Splice", "Steer"),
+    "interventions": (
+        *("Ablate", "AblateSite", "Cap", "Clamp", "Floor", "InterventionPlan", "Patch"),
+        *("ProjectOut", "Scale", "Splice", "Steer", "TokenIds"),
+    ),
     "modeling": ("SAEConfig", "SAEModel", "SAEOutput", "SAESet"),
     "sites": ("Site", "resolve"),
 }

@@ -9,6 +9,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..functional.activations import scattered
 from ..modeling import SAEConfig, SAEModel, TrainingLoss
 from ..modeling.output import reconstruction_loss
 
@@ -54,10 +55,13 @@ class AbsTopKSAE(SAEModel):
         self.post_init()
 
     def _encode(self, x: Tensor, latents: Tensor | None) -> Tensor:
-        pre_latents = self._project(x, None) + self.b_enc
-        places = pre_latents.abs().topk(self.config.k, dim=-1, sorted=False).indices
-        kept = torch.zeros_like(pre_latents).scatter(-1, places, pre_latents.gather(-1, places))
+        kept = scattered(*self._kept(x), self.config.d_sae)
         return kept if latents is None else kept[..., latents]
+
+    def _kept(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        pre_latents = self._project(x, None) + self.b_enc
+        indices = pre_latents.abs().topk(self.config.k, dim=-1, sorted=False).indices
+        return indices, pre_latents.gather(-1, indices)
 
     def training_loss(self, x: Tensor, *, sparsity_coefficient: float = 0.0) -> TrainingLoss:
         """``|x - x^|^2``; sparsity is exact by construction and `sparsity_coefficient` has no effect."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..functional import batch_topk, jumprelu
+from ..functional.search import lowest_projection
 from ..modeling import SAEConfig, SAEModel, TrainingLoss
 
 
@@ -62,8 +63,11 @@ class BatchTopKSAE(SAEModel):
         if module is self:
             init.zeros_(self.threshold)
 
-    def _encode(self, x: Tensor, latents: Tensor | None) -> Tensor:
-        return jumprelu(self._project(x, latents) + self._take(self.b_enc, latents), self.threshold)
+    def _activate(self, projection: Tensor, latents: Tensor | None) -> Tensor:
+        return jumprelu(projection + self._take(self.b_enc, latents), self.threshold)
+
+    def _cut(self) -> Tensor:
+        return lowest_projection(torch.relu(self.threshold), self.b_enc)
 
     def training_loss(self, x: Tensor, *, sparsity_coefficient: float = 0.0) -> TrainingLoss:
         """``|x - x^|^2`` on the batch's largest latents; also moves the running threshold.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..errors import InputError, ShapeError, shown, unknown_name
 from ..functional import jumprelu
+from ..functional.live import LiveLatents
 from ..modeling import SAEConfig, SAEModel, TrainingLoss
 from .jumprelu import INITIAL_THRESHOLD
 
@@ -23,7 +25,7 @@ class CrossLayerSAEConfig(SAEConfig):
     """Configuration of a `CrossLayerSAE`.
 
     `site` and `site_out`, which name one place, are filled only if nothing but them was given; `sites` and
-    `sites_out` always hold. Interventions act at one site and refuse a cross-layer SAE.
+    `sites_out` always hold.
 
     Attributes:
         sites: the places that are read, in the order in which the base model computes them; by default `site` alone.
@@ -192,31 +194,77 @@ class CrossLayerSAE(SAEModel):
         return x if frame is None else frame.enter(x)
 
     def _encode(self, x: Tensor, latents: Tensor | None) -> Tensor:
-        pre_latents = self._pre_latents(x, latents)
+        each = x.unbind(-2)
+        if latents is None:
+            return torch.cat([self._encode_at(here, source) for source, here in enumerate(each)], -1)
+        sources = torch.tensor(self.sources_of(latents), device=latents.device)
+        places = [torch.where(sources == source)[0] for source in range(len(each))]
+        parts = [self._encode_at(here, source, latents[places[source]]) for source, here in enumerate(each)]
+        return torch.cat(parts, -1)[..., torch.cat(places).argsort()]
+
+    def _encode_at(self, x: Tensor, source: int, rows: Tensor | None = None) -> Tensor:
+        """Return a source's latents, all or some, given its activation in the SAE's frame."""
+        first = sum(self.latents_per_site[:source])
+        encoder = self.encoders[source]
+        if rows is None:
+            rows = torch.arange(first, first + len(encoder), device=self.b_enc.device)
+        else:
+            encoder = encoder[self.rows_in_source(rows, source)]
+        read = x - self.b_dec[source] if self.config.apply_b_dec_to_input else x
+        pre_latents = nn.functional.linear(read, encoder) + self.b_enc[rows]
         if self.config.activation == "relu":
             return torch.relu(pre_latents)
-        return jumprelu(pre_latents, self._take(self.threshold, latents), bandwidth=self.config.bandwidth)
+        return jumprelu(pre_latents, self.threshold[rows], bandwidth=self.config.bandwidth)
 
-    def _pre_latents(self, x: Tensor, latents: Tensor | None) -> Tensor:
-        """Return ``x_l @ W_enc_l + b_enc_l`` of all sites, concatenated, or of the selected latents."""
-        if self.config.apply_b_dec_to_input:
-            x = x - self.b_dec
-        read = zip(x.unbind(-2), self.encoders, strict=True)
-        if latents is None:
-            return torch.cat([nn.functional.linear(here, encoder) for here, encoder in read], -1) + self.b_enc
-        parts, places, first = [], [], 0
-        for here, encoder in read:
-            [place] = torch.where((latents >= first) & (latents < first + len(encoder)))
-            parts.append(nn.functional.linear(here, encoder[latents[place] - first]))
-            places.append(place)
-            first += len(encoder)
-        return torch.cat(parts, -1)[..., torch.cat(places).argsort()] + self.b_enc[latents]
+    def _written_at(self, latents: Sequence[Tensor], output: int) -> Tensor:
+        """Add up what the sources up to an output write there; one product each, which needs no copy of a decoder."""
+        written = self.b_dec[output]
+        for source, own in enumerate(latents):
+            written = written + own @ self.decoders[source][:, output - source]
+        return written
 
-    def decode(self, latents: Tensor, x: Tensor | None = None) -> Tensor:
+    # ------------------------------------------------------------------ site by site, as a model runs
+
+    def sources_of(self, rows: Tensor) -> list[int]:
+        """Return which source each latent reads, given the latents' rows ``[n]``."""
+        ends = torch.tensor(self.latents_per_site).cumsum(0)
+        return [int(source) for source in torch.searchsorted(ends, rows.cpu(), right=True)]
+
+    def rows_in_source(self, rows: Tensor, source: int) -> Tensor:
+        """Return the places of rows ``[n]``, all of one source, among the latents of that source."""
+        return rows - sum(self.latents_per_site[:source])
+
+    def encode_source(self, x: Tensor, source: int, rows: Tensor | None = None) -> Tensor:
+        """Turn one source's activation ``[..., d_in]`` into its latents, ``[..., n]``."""
+        frame = self.frame(x)
+        return self._encode_at(x if frame is None else frame.enter(x), source, rows)
+
+    def rows_at(self, rows: Tensor, output: int) -> Tensor:
+        """Return what a unit of each latent writes at an output, ``[n, d_out]``; zeros where it does not write."""
+        found = self.b_dec.new_zeros(len(rows), self.d_out)
+        sources = torch.tensor(self.sources_of(rows), device=rows.device)
+        for source in range(min(output + 1, len(self.decoders))):
+            [places] = torch.where(sources == source)
+            if len(places):
+                decoder = self.decoders[source][:, output - source]
+                found[places] = decoder[self.rows_in_source(rows[places], source)]
+        return found
+
+    def decode_at(self, latents: Sequence[Tensor], output: int, x: Tensor) -> Tensor:
+        """Return what is written at one output, given the latents of the sources up to it."""
+        written = self._written_at(latents, output)
+        frame = self.frame(x)
+        if self.config.skip_connection:
+            written = written + nn.functional.linear(x if frame is None else frame.enter(x), self.skips[output])
+        return written if frame is None or self.config.is_transcoder else frame.leave(written)
+
+    # ------------------------------------------------------------------ all sites together
+
+    def decode(self, latents: Tensor | LiveLatents, x: Tensor | None = None) -> Tensor:
         """Turn latents into what is written at every output.
 
         Args:
-            latents: ``[..., d_sae]``.
+            latents: ``[..., d_sae]``, or those that are on.
             x: the activations ``[..., n_sites, d_in]`` that were encoded; needed only with a skip connection, or where
                 tokens are normalised.
 
@@ -236,13 +284,12 @@ class CrossLayerSAE(SAEModel):
         frame = self._frame_out(x)
         return written if frame is None else frame.leave(written)
 
-    def _decode(self, latents: Tensor) -> Tensor:
-        """Add up what every site writes to every output; one product per pair, which needs no copy of a decoder."""
-        written = list(self.b_dec.expand(*latents.shape[:-1], *self.b_dec.shape).unbind(-2))
-        for at, (own, decoder) in enumerate(zip(latents.split(self.latents_per_site, -1), self.decoders, strict=True)):
-            for later in range(decoder.shape[1]):
-                written[at + later] = written[at + later] + own @ decoder[:, later]
-        return torch.stack(written, -2)
+    def _decode(self, latents: Tensor | LiveLatents) -> Tensor:
+        """Return what every site writes to every output."""
+        if isinstance(latents, LiveLatents):
+            latents = latents.dense()
+        parts = latents.split(self.latents_per_site, -1)
+        return torch.stack([self._written_at(parts[: at + 1], at) for at in range(len(self.sites_out))], -2)
 
     def training_loss(self, x: Tensor, *, sparsity_coefficient: float) -> TrainingLoss:
         """``sum_m |x_m - y_m|^2 + lambda sum_i latents_i sum_m |W_dec_{i,m}|``, for a crosscoder.

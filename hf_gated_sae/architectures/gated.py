@@ -8,6 +8,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
+from ..functional.search import lowest_projection
 from ..modeling import SAEConfig, SAEModel, TrainingLoss
 from .jumprelu import JumpReLUSAE, JumpReLUSAEConfig
 
@@ -49,16 +50,20 @@ class GatedSAE(SAEModel):
         self.r_mag = nn.Parameter(torch.empty(config.rows))
         self.post_init()
 
-    def _gate_and_latents(self, x: Tensor, latents: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _gate_and_latents(self, projection: Tensor, latents: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the gate's pre-activation and the latents; one matrix product serves both halves."""
-        projection = self._project(x, latents)
         gate = projection + self._take(self.b_gate, latents)
         scale = self._take(self.r_mag, latents).exp()
         magnitude = torch.relu(projection * scale + self._take(self.b_mag, latents))
         return gate, magnitude * (gate > 0)
 
-    def _encode(self, x: Tensor, latents: Tensor | None) -> Tensor:
-        return self._gate_and_latents(x, latents)[1]
+    def _activate(self, projection: Tensor, latents: Tensor | None) -> Tensor:
+        return self._gate_and_latents(projection, latents)[1]
+
+    def _cut(self) -> Tensor:
+        # Rounding moves the scaled projection by a share of itself, so that the magnitude's own cut needs a margin.
+        magnitude = lowest_projection(torch.zeros_like(self.b_mag), self.b_mag / self.r_mag.exp())
+        return torch.maximum(-self.b_gate, magnitude)
 
     def training_loss(self, x: Tensor, *, sparsity_coefficient: float) -> TrainingLoss:
         """``|x - x^|^2 + lambda |relu(gate)|_1 + |x - decode_frozen(relu(gate))|^2``.
@@ -66,7 +71,7 @@ class GatedSAE(SAEModel):
         The auxiliary term sees copies of `W_dec` and `b_dec` that receive no gradient; without the term nothing would
         hold the gate open. The decoder's rows are expected to have unit norm.
         """
-        gate, latents = self._gate_and_latents(x, None)
+        gate, latents = self._gate_and_latents(self._project(x, None), None)
         reconstruction = self.decode(latents, x)
         open_gate = torch.relu(gate)
         auxiliary = open_gate @ self.W_dec.detach() + self.b_dec.detach()

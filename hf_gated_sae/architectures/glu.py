@@ -62,7 +62,7 @@ class GLUSAE(SAEModel):
 
     def _pre_latents(self, x: Tensor, latents: Tensor | None) -> Tensor:
         """Return the gated pre-latents ``z``."""
-        centred = x - self.b_dec if self.config.apply_b_dec_to_input else x
+        centred = self._centred(x)
         gate = nn.functional.linear(centred, self._take(self.W_glu_T, latents), self._take(self.b_glu, latents))
         return (self._project(x, latents) + self._take(self.b_enc, latents)) * torch.sigmoid(gate)
 

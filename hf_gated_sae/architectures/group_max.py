@@ -9,6 +9,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..functional.activations import scattered
 from ..modeling import SAEConfig, SAEModel, TrainingLoss
 from ..modeling.output import reconstruction_loss
 
@@ -53,10 +54,14 @@ class GroupMaxSAE(SAEModel):
         self.post_init()
 
     def _encode(self, x: Tensor, latents: Tensor | None) -> Tensor:
-        rectified = torch.relu(self._project(x, None) + self.b_enc).unflatten(-1, (self.config.groups, -1))
-        largest, place = rectified.max(-1, keepdim=True)
-        kept = torch.zeros_like(rectified).scatter(-1, place, largest).flatten(-2)
+        kept = scattered(*self._kept(x), self.config.d_sae)
         return kept if latents is None else kept[..., latents]
+
+    def _kept(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        rectified = torch.relu(self._project(x, None) + self.b_enc).unflatten(-1, (self.config.groups, -1))
+        largest, place = rectified.max(-1)
+        firsts = torch.arange(0, self.config.d_sae, rectified.shape[-1], device=place.device)
+        return place + firsts, largest
 
     def training_loss(self, x: Tensor, *, sparsity_coefficient: float = 0.0) -> TrainingLoss:
         """``|x - x^|^2``; sparsity is exact by construction and `sparsity_coefficient` has no effect."""

@@ -8,6 +8,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
 from ..functional import jumprelu, l0_surrogate
+from ..functional.search import lowest_projection
 from ..modeling import SAEConfig, SAEModel, TrainingLoss
 
 INITIAL_THRESHOLD = 1e-3
@@ -52,9 +53,12 @@ class JumpReLUSAE(SAEModel):
         if module is self:
             init.constant_(self.threshold, INITIAL_THRESHOLD)
 
-    def _encode(self, x: Tensor, latents: Tensor | None) -> Tensor:
-        pre_latents = self._project(x, latents) + self._take(self.b_enc, latents)
+    def _activate(self, projection: Tensor, latents: Tensor | None) -> Tensor:
+        pre_latents = projection + self._take(self.b_enc, latents)
         return jumprelu(pre_latents, self._take(self.threshold, latents), bandwidth=self.config.bandwidth)
+
+    def _cut(self) -> Tensor:
+        return lowest_projection(torch.relu(self.threshold), self.b_enc)
 
     def training_loss(self, x: Tensor, *, sparsity_coefficient: float) -> TrainingLoss:
         """``|x - x^|^2 + lambda L0``, the threshold learning by straight-through gradients."""

@@ -67,7 +67,7 @@ class MatchingPursuitSAE(SAEModel):
         self.post_init()
 
     def _encode(self, x: Tensor, latents: Tensor | None) -> Tensor:
-        centred = x - self.b_dec if self.config.apply_b_dec_to_input else x
+        centred = self._centred(x)
         found = self._pursue(centred.reshape(-1, self.config.d_in))
         found = found.reshape(*x.shape[:-1], self.config.d_sae)
         return found if latents is None else found[..., latents]

@@ -37,8 +37,11 @@ class TanhReLUSAE(SAEModel):
         self.b_enc = nn.Parameter(torch.empty(config.rows))
         self.post_init()
 
-    def _encode(self, x: Tensor, latents: Tensor | None) -> Tensor:
-        return torch.relu(self._project(x, latents) + self._take(self.b_enc, latents)).tanh()
+    def _activate(self, projection: Tensor, latents: Tensor | None) -> Tensor:
+        return torch.relu(projection + self._take(self.b_enc, latents)).tanh()
+
+    def _cut(self) -> Tensor:
+        return -self.b_enc
 
     def training_loss(self, x: Tensor, *, sparsity_coefficient: float) -> TrainingLoss:
         """``|x - x^|^2 + lambda |latents|_1``."""

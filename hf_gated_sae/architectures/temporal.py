@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import InputError, ShapeError
 from ..functional import topk
 from ..functional.frames import Frame
+from ..functional.live import LiveLatents
 from ..modeling import SAEConfig, SAEModel, SAEOutput, TrainingLoss
 
 NORM_EPS = 1e-6
@@ -175,11 +176,11 @@ class TemporalSAE(SAEModel):
         scores = self._scores(residual)
         return torch.relu(scores) if self.config.k is None else topk(scores, self.config.k)
 
-    def decode(self, latents: Tensor, x: Tensor | None = None) -> Tensor:
+    def decode(self, latents: Tensor | LiveLatents, x: Tensor | None = None) -> Tensor:
         """Turn latents and what context predicts into a reconstruction.
 
         Args:
-            latents: ``[..., seq, d_sae]``.
+            latents: ``[..., seq, d_sae]``, or those that are on.
             x: the activations ``[..., seq, d_in]`` that were encoded; always needed.
 
         Returns:
@@ -189,6 +190,8 @@ class TemporalSAE(SAEModel):
             ShapeError: if the last axis is not `d_sae` wide.
             InputError: if `x` is not given.
         """
+        if isinstance(latents, LiveLatents):
+            latents = latents.dense()
         if latents.shape[-1:] == (self.config.d_sae,):  # else the base class says what is wrong
             latents = latents + self.codes(self._needed(x))[1]
         return super().decode(latents, x)

@@ -9,7 +9,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..functional import topk
+from ..functional.activations import scattered, topk_places
 from ..modeling import SAEConfig, SAEModel, TrainingLoss
 from ..modeling.output import reconstruction_loss
 
@@ -61,10 +61,13 @@ class TopKSAE(SAEModel):
         self.post_init()
 
     def _encode(self, x: Tensor, latents: Tensor | None) -> Tensor:
+        kept = scattered(*self._kept(x), self.config.d_sae)
+        return kept if latents is None else kept[..., latents]
+
+    def _kept(self, x: Tensor) -> tuple[Tensor, Tensor]:
         weights = self.W_dec.detach().norm(dim=-1) if self.config.rank_by_decoder_norm else None
         pre_latents = self._project(x, None) + self.b_enc
-        kept = topk(pre_latents, self.config.k, rectified=self.config.rectified, weights=weights)
-        return kept if latents is None else kept[..., latents]
+        return topk_places(pre_latents, self.config.k, rectified=self.config.rectified, weights=weights)
 
     def training_loss(self, x: Tensor, *, sparsity_coefficient: float = 0.0) -> TrainingLoss:
         """``|x - x^|^2``; sparsity is exact by construction and `sparsity_coefficient` has no effect."""

@@ -1,4 +1,4 @@
-"""`hf-gated-sae info`: what an SAE, or a repository of them, is, without its weights."""
+"""`hf-gated-sae info`: what an SAE, or a repository of them, is, without its weights; or what sites a model has."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..errors import SAEError
+from ..errors import InputError, SAEError
 from .app import app
 
 if TYPE_CHECKING:
@@ -33,14 +33,32 @@ UNITS = ("B", "kB", "MB", "GB", "TB")
 
 @app.command()
 def info(
-    repo: Annotated[str, typer.Argument(help="Hub id, folder, or a release of the index.")],
+    repo: Annotated[str | None, typer.Argument(help="Hub id, folder, or a release of the index.")] = None,
     subfolder: Annotated[str, typer.Argument(help="Folder or file of the SAE inside it.")] = "",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Load this causal LM instead, and prove its sites.")
+    ] = None,
 ) -> None:
-    """Describe an SAE, or a repository of many, without downloading weights."""
-    from ..hub.opening import open_at, place, sae_addresses  # here, so that --help does not wait for torch
+    """Describe an SAE, or a repository of many, without downloading weights; or a model's sites, by loading it.
 
+    Raises:
+        InputError: unless exactly one of REPO and --model is given.
+    """
+    from ..hub.opening import open_at, place, sae_addresses  # here, so that --help does not wait for torch
+    from .model_sites import show_sites
+
+    if (repo is None) == (model is None):
+        given = "neither" if repo is None else f"both, {repo} and --model {model}"
+        raise InputError(
+            "info describes the SAEs of one repository, 'hf-gated-sae info REPO', or the sites of one model, "
+            f"'hf-gated-sae info --model MODEL'; it was given {given}."
+        )
     console = Console()
+    if repo is None:
+        assert model is not None
+        show_sites(console, model, revision)
+        return
     location = place(repo, subfolder, revision=revision)
     addresses = sae_addresses(location)
     if location.address in addresses or len(addresses) < 2:

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from ..errors import InputError
 from ..functional import FidelityAccumulator, loss_recovered
 from ..hooks import attach, capture
+from ..hooks.token_batches import TokenBatches, counted_positions, model_inputs
 from ..interventions import AblateSite, Intervention, Splice
 from ..modeling import SAEModel
-from ..training.token_batches import TokenBatches, counted_positions, model_inputs
 from .report import LEFT_OUT, FidelityReport
 
 CHUNK = 4096
@@ -42,7 +42,8 @@ def evaluate(
         model: the causal LM that the SAE belongs to.
         sae: the SAE; its configuration names the site.
         batches: token ids ``[B, S]``, or mappings with ``input_ids`` and ``attention_mask``.
-        record: also store the measured `max_activation` and `mean_activation` in the SAE.
+        record: also store in the SAE what was measured: `max_activation` and `mean_activation`, and, in its
+            configuration, FVU, L0 and norm, with which `attach` compares what it finds.
         progress: called after each batch with the number of activations measured so far.
 
     Returns:
@@ -68,7 +69,7 @@ def evaluate(
             _add_activations(accumulator, sae, capture(model, [site], **inputs)[site], counted)
             targets = next_token_targets(inputs["input_ids"], counted)
             for name, intervention in arms.items():
-                with nullcontext() if intervention is None else attach(model, intervention):
+                with nullcontext() if intervention is None else attach(model, intervention, check=False):
                     sums[name] += summed_loss(model(**inputs).logits, targets)
             loss_tokens += int((targets >= 0).sum())
             left_out += int((~counted).sum())
@@ -83,7 +84,8 @@ def evaluate(
     losses = {name: total / loss_tokens for name, total in sums.items()}
     report = _report(sae, accumulator, losses, loss_tokens, left_out)
     if record:
-        sae.record_statistics(accumulator.max_activation, accumulator.mean_activation, accumulator.tokens)
+        latents = (accumulator.max_activation, accumulator.mean_activation)
+        sae.record_statistics(*latents, accumulator.tokens, metrics=report.metrics)
     return report
 
 

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -160,12 +161,9 @@ def _place(location: Location, *, transcodes: bool) -> dict[str, Any]:
     if model is not None:
         place["base_model_revision"] = text(run, "revision", where, None)
     hookpoint = (folders or _unseeded(location.repo_id.split("/")) or [""])[-1]  # a local folder may itself be one
-    if not _is_module(hookpoint, run):
+    if not is_module(hookpoint, run):
         return place
-    block = _BLOCK.fullmatch(hookpoint)
-    before, after = f"{hookpoint}.input", f"{hookpoint}.output"
-    if block is not None:
-        before, after = f"resid_pre.{block[1]}", f"resid_post.{block[1]}"
+    before, after = sites_of(hookpoint)
     if transcodes or flag(run, "transcode", where, False):
         return {**place, "site": before, "site_out": after}
     return {**place, "site": after}
@@ -187,7 +185,19 @@ def _run(location: Location, folders: list[str]) -> tuple[Mapping[str, Any], str
     return {}, RUN_CONFIG
 
 
-def _is_module(name: str, run: Mapping[str, Any]) -> bool:
+def sites_of(hookpoint: str) -> tuple[str, str]:
+    """Return the sites of what a module takes and of what it gives.
+
+    >>> sites_of("layers.10"), sites_of("layers.10.mlp")[1]
+    (('resid_pre.10', 'resid_post.10'), 'layers.10.mlp.output')
+    """
+    block = _BLOCK.fullmatch(hookpoint)
+    if block is None:
+        return f"{hookpoint}.input", f"{hookpoint}.output"
+    return f"resid_pre.{block[1]}", f"resid_post.{block[1]}"
+
+
+def is_module(name: str, run: Mapping[str, Any] = MappingProxyType({})) -> bool:
     """Whether a folder is named for a module: one that the training lists, or one of a block, or the embedding."""
     listed = run.get("hookpoints")
     if isinstance(listed, list) and name in listed:

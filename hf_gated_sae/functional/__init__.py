@@ -6,11 +6,13 @@ Shape legend: ``d_in``/``d_out`` activation widths, ``d_sae`` number of latents,
 
 from .activations import batch_topk, jumprelu, l0_surrogate, topk
 from .geometry import remove_parallel_component, unit_norm_rows
+from .live import LiveLatents
 from .metrics import FidelityAccumulator, FidelityMetrics, loss_recovered
 
 __all__ = [
     "FidelityAccumulator",
     "FidelityMetrics",
+    "LiveLatents",
     "batch_topk",
     "jumprelu",
     "l0_surrogate",

@@ -110,12 +110,24 @@ def topk(pre_latents: Tensor, k: int, *, rectified: bool = True, weights: Tensor
     >>> topk(torch.tensor([[3.0, -1.0, 2.0, 1.0]]), 2)
     tensor([[3., 0., 2., 0.]])
     """
+    return scattered(*topk_places(pre_latents, k, rectified=rectified, weights=weights), pre_latents.shape[-1])
+
+
+def topk_places(
+    pre_latents: Tensor, k: int, *, rectified: bool = True, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return which latents `topk` keeps, and their values, ``[..., k]`` each; arguments as for `topk`."""
     if not 1 <= k <= pre_latents.shape[-1]:
         raise InputError(f"k is {k}, expected 1 .. d_sae = {pre_latents.shape[-1]}.")
     values = torch.relu(pre_latents) if rectified else pre_latents
     ranked = values if weights is None else values * weights
     indices = ranked.topk(k, dim=-1, sorted=False).indices
-    return torch.zeros_like(values).scatter(-1, indices, values.gather(-1, indices))
+    return indices, values.gather(-1, indices)
+
+
+def scattered(indices: Tensor, values: Tensor, d_sae: int) -> Tensor:
+    """Return latents ``[..., d_sae]`` that have given values ``[..., k]`` at given indices, and are 0 elsewhere."""
+    return values.new_zeros(*values.shape[:-1], d_sae).scatter(-1, indices, values)
 
 
 def batch_topk(pre_latents: Tensor, k: int) -> Tensor:

@@ -31,7 +31,12 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def is_plain(*tensors: Tensor) -> bool:
-    """Whether these are ordinary tensors on a CPU from which nothing but values is wanted.
+    """Whether these are ordinary tensors on a CPU from which nothing but values is wanted; see `only_values`."""
+    return all(tensor.device.type == "cpu" for tensor in tensors) and only_values(*tensors)
+
+
+def only_values(*tensors: Tensor) -> bool:
+    """Whether these are ordinary tensors from which nothing but values is wanted.
 
     An operation without derivatives may serve them: no gradient, tangent, transformation or trace would be lost.
     """
@@ -39,7 +44,7 @@ def is_plain(*tensors: Tensor) -> bool:
         return False
     wants_graph = torch.is_grad_enabled()
     for tensor in tensors:
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu":
+        if type(tensor) not in (Tensor, nn.Parameter):
             return False
         if wants_graph and tensor.requires_grad:
             return False

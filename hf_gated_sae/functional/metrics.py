@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,20 @@ class FidelityMetrics:
     norm_ratio: float
     dead_fraction: float
     dense_fraction: float
+
+    @property
+    def centred_norm(self) -> float:
+        """Root mean square of ``|x - mean x|``; NaN where it does not follow, as nothing was left unexplained."""
+        return centred_norm(self.mse, self.fvu)
+
+
+def centred_norm(mse: float, fvu: float) -> float:
+    """Return the root mean square of ``|x - mean x|``: an error of `mse` is the share `fvu` of its square.
+
+    >>> centred_norm(mse=4.0, fvu=0.25)
+    4.0
+    """
+    return math.sqrt(mse / fvu) if fvu > 0 else math.nan
 
 
 class FidelityAccumulator:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .linear import is_plain, linear
+from .live import LiveLatents
 
 DENSEST = 1 / 16
 """Share of latents that are on up to which summing their rows takes less time than the dense product."""
@@ -13,16 +14,15 @@ DENSEST = 1 / 16
 SMALLEST = 1 << 16
 """Number of latent values below which looking for those that are on does not pay."""
 
+TOKENS_AT_ONCE = 256
+"""Tokens whose latents are made dense at once, where many are on."""
 
-EXACT = (torch.float32, torch.float64)
-"""Dtypes in which rows are summed as exactly as the product sums them; halves would be rounded at every step."""
 
-
-def decode(latents: Tensor, W_dec: Tensor) -> Tensor:
+def decode(latents: Tensor | LiveLatents, W_dec: Tensor) -> Tensor:
     """Return ``latents @ W_dec``, reading only decoder rows of latents that are on where they are few.
 
     Equal to the dense product up to the order of the sum. Where gradients or a compiler need the product, and away
-    from a CPU, the dense product is computed.
+    from a CPU, dense latents take the dense product.
 
     Args:
         latents: ``[..., d_sae]``.
@@ -31,20 +31,67 @@ def decode(latents: Tensor, W_dec: Tensor) -> Tensor:
     Returns:
         ``[..., d_out]``.
     """
+    if isinstance(latents, LiveLatents):
+        return _decode_live(latents, W_dec)
     if not _few_may_be_on(latents, W_dec):
         return linear(latents, W_dec.T)
     flat = latents.reshape(-1, latents.shape[-1])
     if int(torch.count_nonzero(flat)) > DENSEST * flat.numel():
         return linear(latents, W_dec.T)
-    tokens, live = flat.nonzero(as_tuple=True)
-    counts = torch.bincount(tokens, minlength=len(flat))
-    starts = counts.cumsum(0) - counts
-    written = nn.functional.embedding_bag(live, W_dec, starts, mode="sum", per_sample_weights=flat[tokens, live])
+    written = _sum_rows(LiveLatents.from_dense(flat), W_dec)
     return written.reshape(*latents.shape[:-1], W_dec.shape[1])
+
+
+def sums_rows(W_dec: Tensor) -> bool:
+    """Whether rows of this matrix can be summed as exactly as a product sums them."""
+    if W_dec.dtype in (torch.float32, torch.float64):
+        return W_dec.is_contiguous()
+    return W_dec.dtype in _SUMMED_IN_FLOAT32 and W_dec.device.type == "cpu" and W_dec.is_contiguous()
+
+
+def _decode_live(latents: LiveLatents, W_dec: Tensor) -> Tensor:
+    """Sum rows, or multiply a few tokens at a time where many latents are on."""
+    tokens = len(latents.offsets) - 1
+    if sums_rows(W_dec) and len(latents.indices) <= DENSEST * tokens * latents.d_sae:
+        written = _sum_rows(latents, W_dec)
+    else:
+        starts = range(0, max(tokens, 1), TOKENS_AT_ONCE)
+        parts = [latents.rows(first, min(first + TOKENS_AT_ONCE, tokens)).dense() for first in starts]
+        written = torch.cat([linear(part, W_dec.T) for part in parts])
+    return written.reshape(*latents.shape[:-1], W_dec.shape[1])
+
+
+def _sum_rows(latents: LiveLatents, W_dec: Tensor) -> Tensor:
+    """Return the weighted sums of decoder rows, ``[tokens, d_out]``."""
+    return nn.functional.embedding_bag(
+        latents.indices,
+        W_dec,
+        latents.offsets,
+        mode="sum",
+        per_sample_weights=latents.values,
+        include_last_offset=True,
+    )
 
 
 def _few_may_be_on(latents: Tensor, W_dec: Tensor) -> bool:
     """Whether it is worth looking, and rows can be summed."""
-    if latents.numel() < SMALLEST or latents.dtype != W_dec.dtype or latents.dtype not in EXACT:
+    if latents.numel() < SMALLEST or latents.dtype != W_dec.dtype or not sums_rows(W_dec):
         return False
-    return W_dec.is_contiguous() and is_plain(latents, W_dec)
+    return is_plain(latents, W_dec)
+
+
+def _summed_in_float32() -> frozenset[torch.dtype]:
+    """Return the halves of which this build of torch adds up rows in float32; others it rounds at every step."""
+    ones, bag = torch.arange(2000) % 7, torch.tensor([0])
+    return frozenset(
+        dtype
+        for dtype in (torch.bfloat16, torch.float16)
+        if nn.functional.embedding_bag(
+            ones, torch.ones(7, 64, dtype=dtype), bag, mode="sum", per_sample_weights=torch.ones(2000, dtype=dtype)
+        )
+        .eq(torch.tensor(2000, dtype=dtype))
+        .all()
+    )
+
+
+_SUMMED_IN_FLOAT32 = _summed_in_float32()

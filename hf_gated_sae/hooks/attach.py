@@ -4,76 +4,94 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import AttachError, InputError
-from ..interventions import Edit, Intervention, Replacement
+from ..interventions import Edit, Intervention, Replacement, Splice
 from ..modeling import SAEModel
-from ..sites import Slot
+from ..sites import Site, Slot
 from ..sites.probe import unwrap
+from ..sites.sharding import absent, tensor_ranks
 from ..sites.slots import Place
-from .dispatch import enter, leave, prove
+from ..sites.transforms import Transform
+from .check import AttachCheck, Check, check_saes
+from .dispatch import Session, enter, leave, prove
 from .report import AttachReport, Record
-from .tokens import TokenTracker
 
 
-class Attachment:
+class Attachment(Session):
     """Interventions that act on a model between `enable` and `disable`, or inside a ``with`` block.
 
     Args:
         model: the causal LM; only a weak reference is kept.
         interventions: what to do.
-        slots: the proven place of each intervention's site, by name.
+        slots: the proven place of each site that they write or read, by name.
+        all_threads: whether calls from all threads are edited.
+        checks: what was found of each SAE.
     """
 
-    def __init__(self, model: nn.Module, interventions: tuple[Intervention, ...], slots: Mapping[str, Slot]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        interventions: tuple[Intervention, ...],
+        slots: Mapping[str, Slot],
+        *,
+        all_threads: bool = False,
+        checks: tuple[AttachCheck, ...] = (),
+    ) -> None:
+        super().__init__(all_threads=all_threads)
         self.interventions = interventions
+        self.checks = checks
         self._model = weakref.ref(unwrap(model)[0])
-        self._records = [Record(intervention) for intervention in interventions]
-        self._slots = {slot.place: slot for slot in slots.values()}
+        self._slots = {slot.place.bare: slot.bare for slot in slots.values()}
+        self._records: list[Record] = []
         self._at: dict[Place, list[Record]] = {place: [] for place in self._slots}
-        for record in self._records:
-            self._at[slots[str(record.intervention.place)].place].append(record)
-        self._saes: dict[torch.device, dict[int, SAEModel]] = {}
-        self._tracker: TokenTracker | None = None
+        self._read: dict[Place, list[tuple[Site, tuple[Transform, ...]]]] = {place: [] for place in self._slots}
+        for intervention in interventions:
+            for output, site in enumerate(intervention.places):
+                place = slots[str(site)].place
+                self._records.append(Record(intervention, output, place.transforms))
+                self._at[place.bare].append(self._records[-1])
+            for site in intervention.reads:
+                place = slots[str(site)].place
+                self._read[place.bare].append((site, place.transforms))
+        self._saes: dict[tuple[int, torch.device], SAEModel] = {}
         self._before: tuple[int, list[int]] = (0, [])
 
     # ------------------------------------------------------------------ for users
 
     def enable(self) -> Attachment:
-        """Attach; every forward and generate of the model is now edited.
+        """Attach; every forward and generate of the model from this thread is now edited.
 
         Raises:
             AttachError: if it is attached already, or the model is gone.
             InputError: if something else that is attached replaces the same site.
         """
-        if self.enabled:
-            raise AttachError(
-                "These interventions are attached already; disable() them first, or attach() them again."
-            )
         model = self._model()
-        if model is None:
+        if model is None and not self.enabled:
             raise AttachError("The model that was given to attach() no longer exists; attach() to another one.")
-        self._tracker = enter(model, self, self._slots.values())
-        self._before = (self._tracker.completed, [record.calls for record in self._records])
+        enter(model, self, self._slots.values())  # type: ignore[arg-type]  # if enabled it only says so
+        self.passed_by = False
+        self._before = (self.completed, [record.calls for record in self._records])
         return self
 
     def disable(self) -> None:
         """Detach; nothing stays behind. Does nothing if not attached."""
-        model, self._tracker = self._model() if self.enabled else None, None
+        model = self._model() if self.enabled else None
         if model is not None:
             leave(model, self, self._slots.values())
+        self.active = False
         self._saes.clear()
 
     @property
     def enabled(self) -> bool:
         """Whether the interventions act on the model now."""
-        return self._tracker is not None
+        return self.active
 
     def report(self) -> AttachReport:
         """Return which sites were reached, and which tokens of which rows were edited, since `attach`."""
@@ -89,61 +107,108 @@ class Attachment:
         """Detach, whatever happened.
 
         Raises:
-            AttachError: if the model ran but a site was never reached, so that an intervention had no effect.
+            AttachError: if the model ran but a site was never reached, so that an intervention had no effect, if
+                positions were named that no token stood at, or if NaN or infinite numbers were put in.
         """
-        tracker, (completed, calls) = self._tracker, self._before
+        completed, calls = self._before
+        model = self._model()
         self.disable()
-        idle = [r.intervention.place for r, before in zip(self._records, calls, strict=True) if r.calls == before]
-        if kind is None and idle and tracker is not None and tracker.completed > completed:
+        if kind is not None:
+            return
+        if model is not None and self.completed > completed:
+            self._require_on_all_ranks(model)
+        for record in self._records:
+            record.require_sound()
+        idle = {record.site for record, before in zip(self._records, calls, strict=True) if record.calls == before}
+        if idle and self.completed > completed:
             raise AttachError(
-                f"The model ran, but never reached {', '.join(sorted({str(place) for place in idle}))}: what was "
+                f"The model ran, but never reached {', '.join(sorted(map(str, idle)))}: what was "
                 "attached there had no effect. Compiled and fused forwards skip hooks: run the model uncompiled, or "
                 "choose another site."
             )
+        if idle and self.passed_by:
+            raise AttachError(
+                "The model was called, but from another thread or task than the one that attached, where nothing is "
+                "edited: call it from the same one, or use attach(..., all_threads=True), as streamers need it."
+            )
 
-    # ------------------------------------------------------------------ for the dispatcher
+    def _require_on_all_ranks(self, model: nn.Module) -> None:
+        """Raise if ranks that hold parts of the same model ran it without these interventions."""
+        ranks = tensor_ranks(model)
+        missing = absent(ranks, f"attach/{sorted(map(str, self._slots))}")
+        if missing:
+            raise AttachError(
+                f"Ranks {missing} of {list(ranks)} ran without these interventions, so that the ranks computed with "
+                "different activations: attach on every rank alike."
+            )
+
+    # ------------------------------------------------------------------ for the back-ends
+
+    @property
+    def slots(self) -> list[Slot]:
+        """The places that are written or read, each once, in the order in which the model runs through them."""
+        return sorted(self._slots.values(), key=lambda slot: slot.order)
 
     def records(self, place: Place) -> list[Record]:
         """Return the interventions at a place."""
         return self._at.get(place, [])
 
-    def on_device(self, device: torch.device) -> dict[int, SAEModel]:
-        """Return the SAEs on a device, moved there once per attachment."""
-        if device not in self._saes:
-            saes = {id(i.sae_used): i.sae_used for i in self.interventions if i.sae_used is not None}
+    def reads(self, place: Place) -> list[tuple[Site, tuple[Transform, ...]]]:
+        """Return the names under which interventions elsewhere need what passes a place, and how they see it."""
+        return self._read.get(place, [])
+
+    def placed(self, sae: SAEModel, device: torch.device) -> SAEModel:
+        """Return an SAE on a device, moved there once per attachment."""
+        if sae.b_dec.device == device:
+            return sae
+        key = (id(sae), device)
+        if key not in self._saes:
             with torch.inference_mode(False):  # the copies serve later calls, which may need gradients
-                self._saes[device] = {
-                    key: sae if sae.W_dec.device == device else copy.deepcopy(sae).to(device)
-                    for key, sae in saes.items()
-                }
-        return self._saes[device]
-
-    def observe(self, place: Place, value: Tensor) -> None:
-        """Ignore the outcome; only captures look at it."""
+                self._saes[key] = copy.deepcopy(sae).to(device)
+        return self._saes[key]
 
 
-def attach(model: Any, *interventions: Intervention) -> Attachment:
+def attach(model: Any, *interventions: Intervention, all_threads: bool = False, check: Check = True) -> Attachment:
     """Prepare interventions for a model; they act inside ``with attach(...)``, or between `enable` and `disable`.
 
-    Several interventions on one site all read the clean activation, and what they add is summed. The model's
-    parameters, its configuration and other hooks are not touched, and the SAEs do not become part of it. A
-    copy, a pickle or a checkpoint of an attached model has nothing attached. With gradient checkpointing, call
-    ``backward()`` inside the block: it runs the layers again.
+    They act on calls from the thread, or asyncio task, that attached, and on tasks begun there. Several interventions
+    on one site all read the clean activation, and what they add is summed. The model's parameters, its configuration
+    and other hooks are not touched, and the SAEs do not become part of it. A copy, a pickle or a checkpoint of an
+    attached model has nothing attached. With gradient checkpointing, call ``backward()`` inside the block: it runs the
+    layers again. Where several ranks hold parts of the model, attach on every rank alike.
 
     Args:
         model: any Hugging Face causal LM, as the user calls it.
         interventions: what to do, such as ``Splice(sae)`` or ``Ablate(sae, [123])``.
+        all_threads: act on calls from every thread, as `generate` with a streamer needs it.
+        check: try each SAE on a short text, and compare FVU, L0 and norm with what was measured when it was
+            published. The text is ours, if the model's own tokenizer is on this machine, or a batch given here: ids
+            ``[B, S]``, or what a tokenizer returns. What was found is in the attachment's `checks`; on our text an SAE
+            is tried once per model. False leaves it out.
 
     Returns:
         A context manager, which also reports what was edited.
 
     Raises:
         InputError: if nothing, or something that is not an intervention, is given, or two replace the same site.
-        SiteError: if a site does not exist in this model or could not be proven.
+        SiteError: if a site does not exist in this model or could not be proven, or an SAE does not fit its site but
+            another one, which is named.
         ShapeError: if an SAE, direction or value is not as wide as the site.
         AttachError: if the model is compiled.
     """
     require_model("attach()", model)
+    slots = prove(model, sites_of(interventions))
+    require_fit(interventions, slots)
+    checks = check_saes(model, interventions, check)
+    return Attachment(model, interventions, slots, all_threads=all_threads, checks=checks)
+
+
+def sites_of(interventions: Sequence[Intervention]) -> list[str]:
+    """Return the names of all sites that interventions write or read.
+
+    Raises:
+        InputError: if there are none, or something else is among them.
+    """
     if not interventions:
         raise InputError("attach() was given no interventions; pass at least one, such as Splice(sae).")
     for intervention in interventions:
@@ -152,19 +217,69 @@ def attach(model: Any, *interventions: Intervention) -> Attachment:
                 f"attach() was given {type(intervention).__name__}; expected interventions such as Splice(sae) or "
                 "Ablate(sae, [123])."
             )
-    slots = prove(model, [str(intervention.place) for intervention in interventions])
+    written = [str(site) for intervention in interventions for site in intervention.places]
+    return [*written, *(str(site) for intervention in interventions for site in intervention.reads)]
+
+
+def require_fit(interventions: Sequence[Intervention], slots: Mapping[str, Slot]) -> None:
+    """Raise unless interventions fit their sites and each other.
+
+    Raises:
+        InputError: if two replace the same site, or a site is needed before the model comes to it.
+        ShapeError: if an SAE, direction or value is not as wide as the site.
+    """
     replaced: dict[Place, Intervention] = {}
     for intervention in interventions:
-        slot = slots[str(intervention.place)]
-        intervention.require_width(slot.width)
-        if isinstance(intervention, Replacement):
-            other = replaced.setdefault(slot.place, intervention)
-            if other is not intervention:
-                raise InputError(
-                    f"Both {type(other).__name__} and {type(intervention).__name__} replace {intervention.place}; "
-                    "attach only one of them."
-                )
-    return Attachment(model, interventions, slots)
+        _require_order(intervention, slots)
+        for site in intervention.places:
+            slot = slots[str(site)]
+            intervention.require_width(slot.width)
+            if intervention.replaces:
+                other = replaced.setdefault(slot.place.bare, intervention)
+                if other is not intervention:
+                    raise InputError(
+                        f"Both {type(other).__name__} and {type(intervention).__name__} replace {site}; "
+                        "attach only one of them."
+                    )
+    _require_splice_of_crosscoders(interventions)
+
+
+def _require_order(intervention: Intervention, slots: Mapping[str, Slot]) -> None:
+    """Raise unless everything that is read is read before it is needed.
+
+    Raises:
+        ShapeError: if a site that is read has another width.
+        InputError: if the model computes a site only after the one where it is needed.
+    """
+    for number, site in enumerate(intervention.reads):
+        slot = slots[str(site)]
+        intervention.require_read_width(slot.width)
+        needed = slots[str(intervention.places[min(number, len(intervention.places) - 1)])]
+        if slot.order > needed.order:
+            raise InputError(
+                f"{type(intervention).__name__} reads {site} to write {needed.site}, but this model computes "
+                f"{needed.site} first: the SAE (base model {intervention.sae_used.config.base_model!r}) does not fit."  # type: ignore[union-attr]  # only SAEs read elsewhere
+            )
+
+
+def _require_splice_of_crosscoders(interventions: Sequence[Intervention]) -> None:
+    """Raise if latents of a crosscoder are edited alone.
+
+    What is added at one site of a residual stream reaches the next one by itself; only where the reconstruction
+    replaces each site is there no doubt what a latent is to add there.
+
+    Raises:
+        InputError: saying what to attach, too.
+    """
+    spliced = {id(each.sae_used) for each in interventions if isinstance(each, Splice) and not each.error}
+    for each in interventions:
+        sae = each.sae_used
+        crosses = sae is not None and len(each.places) > 1 and not sae.config.is_transcoder
+        if crosses and isinstance(each, Edit) and id(sae) not in spliced:
+            raise InputError(
+                f"{type(each).__name__} was given a crosscoder, whose latents write several sites of one stream: what "
+                "is added at one would be counted again at the next. Attach Splice of the same SAE with it."
+            )
 
 
 def require_model(caller: str, model: Any) -> None:

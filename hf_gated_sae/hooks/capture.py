@@ -2,60 +2,176 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from contextlib import nullcontext
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import AttachError, InputError
-from ..interventions.base import require_fit, site_of
+from ..interventions.base import require_read_width, sites_read, sites_written
 from ..modeling import SAEModel
-from ..sites import Site
+from ..sites import Site, Slot
+from ..sites.sharding import must_finish
 from ..sites.slots import Place
+from ..sites.transforms import view
 from .attach import require_model
-from .dispatch import enter, exact_dtype, leave, prove
-from .report import Record
+from .carry import exact_dtype
+from .dispatch import Session, enter, leave, prove
+from .tokens import cache_in
+
+Wanted = Site | str | SAEModel
+"""What can be read: a site, or an SAE's latents of the sites that its configuration names."""
 
 
 class _Reached(Exception):
     """Ends the forward once everything wanted was seen."""
 
 
-class _Capture:
-    """A session that edits nothing and keeps what it sees."""
+class Observation(Session):
+    """A session that changes no value and keeps what it sees.
 
-    def __init__(self, places: set[Place], *, stop: bool, grad: bool) -> None:
-        self.wanted = places
-        self.stop = stop
+    Args:
+        places: where to look.
+        grad: at which of them the model is to go on with what was kept, so that gradients with respect to it exist;
+            where nothing before requires any, what was kept is a leaf that does.
+        stop: end the forward once all places were seen.
+    """
+
+    def __init__(self, places: Iterable[Place], *, grad: Collection[Place] = (), stop: bool = False) -> None:
+        super().__init__()
+        self.places = set(places)
         self.grad = grad
+        self.stop = stop
         self.seen: dict[Place, Tensor] = {}
 
-    def records(self, place: Place) -> list[Record]:
-        return []
+    def observe(self, place: Place, value: Tensor) -> Tensor | None:
+        """Keep the activation."""
+        if place not in self.places or place in self.seen:  # the latter where gradient checkpointing runs it again
+            return None
+        if place in self.grad:
+            self.seen[place] = self.kept(value)
+            return self.going_on(place, self.seen[place])
+        # The model may go on to write into the tensor. And a caller in inference mode may want to use what it gets.
+        with torch.inference_mode(False):
+            self.seen[place] = value.detach().clone()
+        if self.stop and len(self.seen) == len(self.places):
+            raise _Reached
+        return None
 
-    def on_device(self, device: torch.device) -> dict[int, Any]:
-        return {}
+    def kept(self, value: Tensor) -> Tensor:
+        """Return what to keep of an activation, a part of the graph."""
+        return value.clone() if value.requires_grad else value.detach().clone().requires_grad_()
 
-    def observe(self, place: Place, value: Tensor) -> None:
-        if place in self.wanted:
-            # The model may go on to write into the tensor; with gradients, autograd would notice.
-            self.seen[place] = value if self.grad else value.detach().clone()
-            if self.stop and len(self.seen) == len(self.wanted):
-                raise _Reached
+    def going_on(self, place: Place, kept: Tensor) -> Tensor:
+        """Return what the model goes on with, of the same value; not the object itself, which it may write into."""
+        return kept.clone()
+
+    def run(self, model: nn.Module, slots: Mapping[str, Slot], inputs: Mapping[str, Any]) -> Any:
+        """Call the model, and return its output; None if it was stopped.
+
+        Raises:
+            AttachError: if the forward did not reach a site.
+        """
+        held = list({slot.place.bare: slot.bare for slot in slots.values()}.values())
+        output = None
+        try:
+            enter(model, self, held)
+            output = model(**{"use_cache": False, **inputs})
+        except _Reached:
+            pass
+        finally:
+            if self.active:
+                leave(model, self, held)
+        missed = sorted(site for site, slot in slots.items() if slot.place.bare not in self.seen)
+        if missed:
+            raise AttachError(f"The forward ended without reaching {', '.join(missed)}; nothing was captured there.")
+        return output
+
+
+class _Anchor:
+    """An SAE's latents as a part of the graph: what the model computes after them depends on them.
+
+    In the place of ``x`` stands ``x + (decode(latents) - decode(f))`` with ``latents`` a copy of ``f = encode(x)``:
+    bitwise `x`, the error term stays, and gradients with respect to `x` are what they were.
+    """
+
+    def __init__(self, sae: SAEModel, slots: Mapping[str, Slot]) -> None:
+        self.sae = sae
+        [self.read] = [slots[str(site)].place for site in sites_read(sae)]
+        self.written = [slots[str(site)].place for site in sites_written(sae)]
+        self.source: Tensor | None = None
+        self.encoded: Tensor | None = None
+        self.copy: Tensor | None = None
+
+    @property
+    def latents(self) -> Tensor:
+        """The latents ``[B, S, d_sae]``, once the site that is read was reached."""
+        assert self.copy is not None  # or the observation has raised
+        return self.copy
+
+    @staticmethod
+    def fits(sae: SAEModel) -> bool:
+        """Whether all latents of an SAE are known before the first of them is written, and what each writes is."""
+        config = sae.config
+        several = len(config.sites_written) > 1 and not config.is_transcoder
+        return sae.per_token and config.kept_latents is None and len(config.sites_read) == 1 and not several
+
+    def at(self, place: Place, x: Tensor) -> Tensor:
+        """Return what stands for the activation at a place.
+
+        Raises:
+            InputError: if the model computes what is written before what is read.
+        """
+        with exact_dtype(x.device), exact_dtype(self.sae.b_dec.device):
+            if self.read.bare == place:
+                self.source = on_device_of(self.sae, view(x, self.read.transforms).value)
+                self.encoded = self.sae.encode_source(self.source, 0)
+                self.copy = self.encoded.clone()
+            for output, written in enumerate(self.written):
+                if written.bare == place:
+                    if self.copy is None or self.encoded is None or self.source is None:
+                        raise InputError(
+                            f"This model computes {written} before {self.read}, which the SAE (base model "
+                            f"{self.sae.config.base_model!r}) reads to write it: the SAE does not belong there."
+                        )
+                    decoded = self.sae.decode_at([self.copy], output, self.source)
+                    nothing = decoded - self.sae.decode_at([self.encoded], output, self.source)
+                    x = x + (nothing.to(x.device) * view(x.detach(), written.transforms).factor).to(x.dtype)
+        return x
+
+
+class _Differentiable(Observation):
+    """An observation with gradients everywhere, with respect to latents, too."""
+
+    def __init__(self, places: Collection[Place], anchors: Sequence[_Anchor]) -> None:
+        super().__init__(places, grad=places)
+        self.anchors = anchors
+
+    def going_on(self, place: Place, kept: Tensor) -> Tensor:
+        standing = super().going_on(place, kept)
+        for anchor in self.anchors:
+            standing = anchor.at(place, standing)
+        return standing
 
 
 def capture(
     model: Any,
-    what: Sequence[Site | str | SAEModel] | Site | str | SAEModel,
+    what: Sequence[Wanted] | Wanted,
     *,
     grad: bool = False,
     **inputs: Any,
 ) -> dict[Any, Tensor]:
     """Run the model as far as needed and return activations and latents.
 
-    Where interventions are attached, the activation is the edited one that the model goes on with.
+    Where interventions are attached, the activation is the edited one that the model goes on with. The forward ends
+    at the last site needed; it runs to its end if a cache is given, whose later layers would lack these tokens, and
+    where accelerate or FSDP put weights away after each module.
+
+    With ``grad=True`` everything captured is part of one graph, in which what comes later depends on what comes
+    before, and on the latents: ``torch.autograd.grad(f(found["final_norm"]), found[sae])``. The SAE's error term
+    stays, and no value changes. What comes later does not depend on latents that read several sites, or of which only
+    some were loaded; see `attribute` for them.
 
     Args:
         model: any Hugging Face causal LM.
@@ -64,52 +180,99 @@ def capture(
         **inputs: the model's inputs, such as ``input_ids`` and ``attention_mask``.
 
     Returns:
-        What was asked for: ``{site: activations [B, S, d], sae: latents [B, S, d_sae]}``.
+        What was asked for: ``{site: activations [B, S, d], sae: latents [B, S, d_sae]}``. They are ordinary tensors
+        even if the caller is in inference mode.
 
     Raises:
-        InputError: if nothing is asked for.
+        InputError: if nothing is asked for, or gradients are, in inference mode.
         SiteError: if a site does not exist in this model or could not be proven.
         ShapeError: if an SAE is not as wide as its site.
         AttachError: if the forward did not reach a site, or the model is compiled.
     """
     require_model("capture()", model)
+    sites = sites_needed("capture()", what)
+    anchored = [key for key in sites if grad and isinstance(key, SAEModel) and _Anchor.fits(key)]
+    written = [str(site) for sae in anchored for site in sites_written(sae)]
+    slots = prove(model, [*(site for several in sites.values() for site in several), *written])
+    require_fitting(sites, slots)
+    places = {slot.place.bare for slot in slots.values()}
+    if grad:
+        require_autograd("capture(..., grad=True)")
+        anchors = {sae: _Anchor(sae, slots) for sae in anchored}
+        with torch.enable_grad():
+            observation: Observation = _Differentiable(places, list(anchors.values()))
+            observation.run(model, slots, inputs)
+            return {
+                key: anchors[key].latents if key in anchors else _read(key, sites[key], slots, observation)
+                for key in sites
+            }
+    stop = not must_finish(model) and cache_in(inputs) is None
+    observation = Observation(places, stop=stop)
+    with torch.no_grad():
+        observation.run(model, slots, inputs)
+    with torch.inference_mode(False), torch.no_grad():
+        return {key: _read(key, sites[key], slots, observation) for key in sites}
+
+
+def sites_needed(caller: str, what: Any) -> dict[Any, list[str]]:
+    """Return the names of the sites that are needed for each thing that is wanted.
+
+    Raises:
+        InputError: if nothing is, or something that is neither a site nor an SAE.
+        SiteError: for a name that is none.
+    """
     keys: list[Any] = [what] if isinstance(what, (str, Site, SAEModel)) else list(what)
     if not keys:
-        raise InputError("capture() was asked for nothing; name at least one site or SAE.")
-    sites = {
-        key: str(site_of(key) if isinstance(key, SAEModel) else Site.parse(key)) for key in keys if _hashable(key)
+        raise InputError(f"{caller} was asked for nothing; name at least one site or SAE.")
+    for key in keys:
+        if not isinstance(key, Hashable):
+            raise InputError(f"{caller} was asked for {type(key).__name__}; expected sites or SAEs.")
+    return {
+        key: [str(site) for site in sites_read(key)] if isinstance(key, SAEModel) else [str(Site.parse(key))]
+        for key in keys
     }
-    slots = prove(model, sites.values())  # before anything is attached
-    for key, site in sites.items():
-        if isinstance(key, SAEModel):
-            require_fit(key, site, slots[site].width, writes=False)
-    # Offloaded weights are put back by hooks that run when a module returns: let every module return.
-    offloaded = {"cpu", "disk"} & {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
-    session = _Capture({slot.place for slot in slots.values()}, stop=not grad and not offloaded, grad=grad)
-    held = list({slot.place: slot for slot in slots.values()}.values())
-    with nullcontext() if grad else torch.no_grad():
-        enter(model, session, held)
-        try:
-            model(**{"use_cache": False, **inputs})
-        except _Reached:
-            pass
-        finally:
-            leave(model, session, held)
-        missed = sorted(site for site, slot in slots.items() if slot.place not in session.seen)
-        if missed:
-            raise AttachError(f"The forward ended without reaching {', '.join(missed)}; nothing was captured there.")
-        return {key: _read(key, session.seen[slots[site].place]) for key, site in sites.items()}
 
 
-def _hashable(key: Any) -> bool:
-    if not isinstance(key, Hashable):
-        raise InputError(f"capture() was asked for {type(key).__name__}; expected sites or SAEs.")
-    return True
+def require_fitting(sites: Mapping[Any, Iterable[str]], slots: Mapping[str, Slot]) -> None:
+    """Raise unless the SAEs among the keys read activations as wide as their sites.
+
+    Raises:
+        ShapeError: with both widths.
+    """
+    for key, several in sites.items():
+        for site in several if isinstance(key, SAEModel) else ():
+            require_read_width(key, site, slots[site].width)
 
 
-def _read(key: Any, activation: Tensor) -> Tensor:
+def require_autograd(caller: str) -> None:
+    """Raise in inference mode.
+
+    Raises:
+        InputError: saying what to do.
+    """
+    if torch.is_inference_mode_enabled():
+        raise InputError(
+            f"{caller} was called inside torch.inference_mode(), where no gradients exist: call it outside; "
+            "torch.no_grad() around it does no harm."
+        )
+
+
+def on_device_of(sae: SAEModel, x: Tensor) -> Tensor:
+    """Return an activation on an SAE's device, in its dtype."""
+    return x.to(device=sae.b_dec.device, dtype=sae.dtype)
+
+
+def sae_input(sae: SAEModel, activations: Sequence[Tensor]) -> Tensor:
+    """Return what an SAE encodes, given the activations ``[..., d_in]`` of the sites that it reads."""
+    x = [on_device_of(sae, activation) for activation in activations]
+    return x[0] if sae.one_site else torch.stack(x, -2)
+
+
+def _read(key: Any, sites: Iterable[str], slots: Mapping[str, Slot], observation: Observation) -> Tensor:
     """Return the activation, or an SAE's latents of it."""
+    places = [slots[site].place for site in sites]
+    seen = [view(observation.seen[place.bare], place.transforms).value for place in places]
     if not isinstance(key, SAEModel):
-        return activation
-    with exact_dtype(key.W_dec.device):
-        return key.encode(activation.to(device=key.W_dec.device, dtype=key.dtype))
+        return seen[0]
+    with exact_dtype(key.b_dec.device):
+        return key.encode(sae_input(key, seen))

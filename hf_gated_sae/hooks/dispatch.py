@@ -1,39 +1,61 @@
-"""One hook per place and model, however many interventions, names of the place and nested contexts use it.
-
-All of them read the clean activation; what they add is summed, so that their order does not matter.
-"""
+"""One hook per place and model, however many interventions, names of the place, threads and nested blocks use it."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any, Protocol
+from contextlib import contextmanager
+from contextvars import ContextVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
-from ..interventions import Edit, Replacement, SiteRun
-from ..sites import Slot, resolve
+from ..errors import AttachError, InputError
+from ..modeling import SAEModel
+from ..sites import Site, Slot, resolve
 from ..sites.probe import unwrap
 from ..sites.slots import Place
+from ..sites.transforms import Transform, view
+from .carry import carry_out
 from .report import Record
 from .tokens import TokenTracker
 
 
-class Session(Protocol):
-    """Something attached: interventions to carry out at places, and observers of what comes out."""
+class Session:
+    """Something attached to one model: interventions to carry out, and an observer of what comes out.
+
+    Args:
+        all_threads: whether it acts on calls of the model from every thread and task, not only from where it began.
+    """
+
+    def __init__(self, *, all_threads: bool = False) -> None:
+        self.all_threads = all_threads
+        self.active = False
+        self.completed = 0
+        """How many forwards have ended without an error while it was active."""
+        self.passed_by = False
+        """Whether the model was called from a thread or task in which it does not act."""
 
     def records(self, place: Place) -> Sequence[Record]:
-        """Interventions at a place."""
+        """Return the interventions at a place."""
+        return ()
 
-    def on_device(self, device: torch.device) -> dict[int, Any]:
-        """SAEs by id, on a device."""
+    def reads(self, place: Place) -> Sequence[tuple[Site, tuple[Transform, ...]]]:
+        """Return the names under which interventions elsewhere need what passes a place, and how they see it."""
+        return ()
 
-    def observe(self, place: Place, value: Tensor) -> None:
-        """See the activation that the model goes on with."""
+    def placed(self, sae: SAEModel, device: torch.device) -> SAEModel:
+        """Return an SAE on a device."""
+        return sae
+
+    def observe(self, place: Place, value: Tensor) -> Tensor | None:
+        """See the activation that the model goes on with, and give what is to stand for it; None for itself."""
+
+
+# What is attached acts on calls from the thread, or asyncio task, in which it was attached, and on tasks begun there.
+_ACTIVE: ContextVar[tuple[Session, ...]] = ContextVar("active", default=())
+_PAUSED: ContextVar[bool] = ContextVar("paused", default=False)
 
 
 class Dispatcher:
@@ -44,10 +66,20 @@ class Dispatcher:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.tracker = TokenTracker(model)
+        self.tracker = TokenTracker(model, self.acting)
         self.sessions: list[Session] = []
-        self._handles: dict[Place, Any] = {}
+        self._handles: dict[Place, object] = {}
         self._users: dict[Place, int] = {}
+
+    def acting(self) -> tuple[Session, ...]:
+        """Return the sessions that act on a call from here."""
+        if _PAUSED.get():
+            return ()
+        here = _ACTIVE.get()
+        acting = tuple(session for session in self.sessions if session.all_threads or session in here)
+        for session in self.sessions if len(acting) < len(self.sessions) else ():
+            session.passed_by = session.passed_by or session not in acting
+        return acting
 
     def enter(self, model: nn.Module, session: Session, slots: Collection[Slot]) -> None:
         """Begin a session; if anything fails, everything is as before."""
@@ -55,6 +87,8 @@ class Dispatcher:
         if not self.sessions:
             self.tracker.install(model)
         self.sessions.append(session)
+        session.active = True
+        _ACTIVE.set((*(other for other in _ACTIVE.get() if other.active and other is not session), session))
         try:
             for slot in slots:
                 self._refuse_second_replacement(slot)
@@ -66,11 +100,13 @@ class Dispatcher:
 
     def leave(self, model: nn.Module, session: Session, slots: Collection[Slot]) -> None:
         """End a session and remove the hooks that nobody else uses."""
+        session.active = False
+        _ACTIVE.set(tuple(other for other in _ACTIVE.get() if other is not session))
         for slot in slots:
             self._users[slot.place] -= 1
             if not self._users[slot.place]:
                 del self._users[slot.place]
-                self._handles.pop(slot.place).remove()
+                self._handles.pop(slot.place).remove()  # type: ignore[attr-defined]  # a torch handle
         self.sessions = [other for other in self.sessions if other is not session]
         if not self.sessions:
             self.tracker.remove(model)
@@ -78,99 +114,71 @@ class Dispatcher:
 
     def _hold(self, slot: Slot) -> None:
         if slot.place not in self._handles:
-            self._handles[slot.place] = slot.register(
-                self._hook(slot.place), tokens=lambda: self.tracker.current.shape
-            )
+            shape = lambda: self.tracker.current.tokens.shape  # noqa: E731
+            self._handles[slot.place] = slot.register(self._hook(slot.place), tokens=shape)
         self._users[slot.place] = self._users.get(slot.place, 0) + 1
 
     def _refuse_second_replacement(self, slot: Slot) -> None:
-        found = [record.intervention for session in self.sessions for record in session.records(slot.place)]
-        replacing = [type(intervention).__name__ for intervention in found if isinstance(intervention, Replacement)]
+        found = [record.intervention for session in self.acting() for record in session.records(slot.place)]
+        replacing = [type(intervention).__name__ for intervention in found if intervention.replaces]
         if len(replacing) > 1:
             raise InputError(f"Both {replacing[0]} and {replacing[1]} replace {slot.site}; attach only one of them.")
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Let calls of the model pass unedited, unreported and uncounted."""
-        sessions, self.sessions = self.sessions, []
-        completed = self.tracker.completed
-        try:
-            yield
-        finally:
-            self.sessions, self.tracker.completed = sessions, completed
-
     def _hook(self, place: Place) -> Callable[[Tensor], Tensor | None]:
         def hook(x: Tensor) -> Tensor | None:
-            result = self._carry_out(place, x)
-            for session in list(self.sessions):
-                session.observe(place, x if result is None else result)
+            sessions = self.tracker.sessions
+            if not sessions:  # a call from another thread, or one that nothing is to act on
+                return None
+            result = self._carry_out(place, x, sessions)
+            for session in sessions:
+                standing = session.observe(place, x if result is None else result)
+                result = result if standing is None else standing
             return result
 
         return hook
 
-    def _carry_out(self, place: Place, x: Tensor) -> Tensor | None:
+    def _carry_out(self, place: Place, x: Tensor, sessions: Sequence[Session]) -> Tensor | None:
         """Apply every intervention at a place; None if none of them means any token of this call."""
-        records = [(session, record) for session in self.sessions for record in session.records(place)]
-        if not records:
+        records = [(session, record) for session in sessions for record in session.records(place)]
+        reads = dict(pair for session in sessions for pair in session.reads(place))
+        if not records and not reads:
             return None
-        tokens = self.tracker.current
-        saes: dict[int, Any] = {}
-        for session in {id(session): session for session, _ in records}.values():
-            saes.update(session.on_device(x.device))
-        run = SiteRun(x, tokens, saes)
-        base, deltas = x, []
-        with exact_dtype(x.device):
-            for _, record in records:
-                mask = record.intervention.mask(run)
-                if not self.tracker.replaying:
-                    record.add(tokens, mask)
-                if mask is False:
-                    continue
-                if isinstance(record.intervention, Replacement):
-                    base = _where(mask, record.intervention.replacement(run), base)
-                elif isinstance(record.intervention, Edit):
-                    deltas.append((mask, record.intervention.delta(run)))
-            return _add(base, deltas, x)
+        call = self.tracker.current
+        for site, transforms in reads.items():
+            call.see(site, view(x, transforms).value)
+        owners = {id(record.intervention.sae_used): session for session, record in records}
 
+        def placed(sae: SAEModel, device: torch.device) -> SAEModel:
+            return owners[id(sae)].placed(sae, device)
 
-def exact_dtype(device: torch.device) -> Any:
-    """Return a context in which an SAE computes in its own dtype; autocast would make a float32 one bfloat16."""
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
-
-
-def _where(mask: Tensor | bool, new: Tensor, old: Tensor) -> Tensor:
-    """Take `new` at the meant tokens, broadcast to the shape of `old`."""
-    new = new.to(old.dtype).expand_as(old)
-    return new if mask is True else torch.where(torch.as_tensor(mask).to(old.device).unsqueeze(-1), new, old)
-
-
-def _add(base: Tensor, deltas: Sequence[tuple[Tensor | bool, Tensor]], x: Tensor) -> Tensor | None:
-    """Add the masked deltas in the widest dtype involved and round once; None if nothing is to be changed."""
-    if not deltas:
-        return None if base is x else base
-    total: Tensor | None = None
-    for mask, delta in deltas:
-        if mask is not True:
-            delta = torch.where(torch.as_tensor(mask).to(delta.device).unsqueeze(-1), delta, delta.new_zeros(()))
-        total = delta if total is None else total + delta
-    assert total is not None
-    wide = torch.promote_types(base.dtype, total.dtype)
-    return (base.to(wide) + total.to(wide)).to(x.dtype)
+        replaying = self.tracker.replaying
+        if replaying:
+            call.forget()  # what the first run computed is of another graph
+        return carry_out(x, call, [record for _, record in records], placed, replaying=replaying)
 
 
 def prove(model: nn.Module, sites: Iterable[str]) -> dict[str, Slot]:
     """Prove sites, with everything that is attached standing aside while the model is probed.
 
     Returns:
-        The place of each site.
+        The slot of each site.
 
     Raises:
         SiteError: for a site that does not exist or could not be proven.
     """
-    dispatcher = _dispatchers.get(unwrap(model)[0])
-    with dispatcher.paused() if dispatcher else nullcontext():
+    with paused():
         resolved = resolve(model)
         return {site: resolved[site] for site in sites}
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Let calls of models from here pass unedited, unreported and uncounted."""
+    token = _PAUSED.set(True)
+    try:
+        yield
+    finally:
+        _PAUSED.reset(token)
 
 
 # Two threads may attach to one model: each holds its own session, and counting them must not race.
@@ -178,19 +186,19 @@ _LOCK = threading.RLock()
 _dispatchers: WeakKeyDictionary[nn.Module, Dispatcher] = WeakKeyDictionary()
 
 
-def enter(model: nn.Module, session: Session, slots: Collection[Slot]) -> TokenTracker:
+def enter(model: nn.Module, session: Session, slots: Collection[Slot]) -> None:
     """Begin a session on a model, wrapped or not; all or nothing.
 
-    Returns:
-        What watches the model's calls.
+    Raises:
+        AttachError: if it has begun already.
     """
+    if session.active:
+        raise AttachError("These interventions are attached already; disable() them first, or attach() them again.")
     root, _ = unwrap(model)
     with _LOCK:
         if root not in _dispatchers:
             _dispatchers[root] = Dispatcher(root)
-        dispatcher = _dispatchers[root]
-        dispatcher.enter(root, session, slots)
-        return dispatcher.tracker
+        _dispatchers[root].enter(root, session, slots)
 
 
 def leave(model: nn.Module, session: Session, slots: Collection[Slot]) -> None:
@@ -199,3 +207,8 @@ def leave(model: nn.Module, session: Session, slots: Collection[Slot]) -> None:
     with _LOCK:
         if root in _dispatchers:
             _dispatchers[root].leave(root, session, slots)
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Whether anything is attached to a model, wrapped or not, from any thread."""
+    return unwrap(model)[0] in _dispatchers

@@ -16,7 +16,15 @@ _PACKED = ("cu_seq_lens_q", "cu_seqlens", "read_index")
 
 
 def describe_tokens(
-    model: nn.Module, call: Mapping[str, Any], *, past: int, previous: TokenContext | None, prompt: int | None
+    model: nn.Module,
+    call: Mapping[str, Any],
+    *,
+    past: int,
+    previous: TokenContext | None,
+    prompt: int | None,
+    batch: int | None = None,
+    special_ids: Tensor | None = None,
+    beams: bool = False,
 ) -> TokenContext:
     """Work out the positions of a call's tokens from its arguments.
 
@@ -26,6 +34,9 @@ def describe_tokens(
         past: number of columns before this call.
         previous: the call that ended with those columns, if it is known.
         prompt: number of columns of the prompt in `generate`; None elsewhere, where the first call is the prompt.
+        batch: number of rows that `generate` was given; None elsewhere.
+        special_ids: the model's special tokens ``[n]``, where they are known already.
+        beams: whether `generate` reorders rows between calls.
 
     Returns:
         The context of the call.
@@ -44,7 +55,7 @@ def describe_tokens(
         )
     end = past + inputs.shape[1]
     boundary = prompt if prompt is not None else (past or end)
-    index, absent, padded = _index(call, inputs, past, previous, boundary, generating=prompt is not None)
+    index, absent, padded = number_tokens(call, inputs, past, previous, boundary, generating=prompt is not None)
     if any(call.get(name) is not None for name in _PACKED):
         phase = "packed"
     else:
@@ -52,13 +63,17 @@ def describe_tokens(
     return TokenContext(
         index=index,
         prompt_length=boundary - absent,
-        special=special_token_mask(model, input_ids, index >= 0 if padded else None),
+        special=special_token_mask(model, input_ids, index >= 0 if padded else None, ids=special_ids),
         phase=phase,
         end=end,
+        ids=input_ids,
+        batch=batch,
+        beams=beams,
+        prompt_columns=boundary,
     )
 
 
-def _index(
+def number_tokens(
     call: Mapping[str, Any], inputs: Tensor, past: int, previous: TokenContext | None, prompt: int, *, generating: bool
 ) -> tuple[Tensor, Tensor, bool]:
     """Return positions among each row's real tokens (-1 at padding), the prompt's padding, if there may be any."""

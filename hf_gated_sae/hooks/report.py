@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,7 +10,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..errors import AttachError
 from ..interventions import Intervention, TokenContext
+from ..interventions.positions import unreached
+from ..sites import Site
+from ..sites.transforms import Transform
 
 # What is remembered token by token; beyond it the oldest calls are counted, not listed, so that memory stays bounded.
 CALLS_REMEMBERED = 4096
@@ -56,14 +61,33 @@ class Record:
     """Collects what one intervention does; nothing is read from the device before the report is asked for."""
 
     intervention: Intervention
+    output: int = 0
+    """Which of the intervention's sites this is about."""
+    transforms: tuple[Transform, ...] = ()
+    """What is done to the activation there before the intervention sees it."""
     calls: int = 0
     forgotten: Tensor | int = 0
     masks: deque[tuple[Tensor, Tensor | bool]] = field(default_factory=deque)
     remembered: int = 0
+    columns: int = 0
+    """How many columns the model has been through."""
+    lengths: Tensor | None = None
+    """How many tokens the longest row and the longest prompt had, ``[2]``; only where positions are numbers."""
+    taint: Tensor | None = None
+    """Zero, or NaN once something was put in that is not finite."""
+
+    @property
+    def site(self) -> Site:
+        """The site that this is about."""
+        return self.intervention.places[self.output]
 
     def add(self, tokens: TokenContext, mask: Tensor | bool) -> None:
         """Remember one call."""
         self.calls += 1
+        self.columns = max(self.columns, tokens.end)
+        if isinstance(self.intervention.positions, (int, tuple, slice)):
+            now = torch.stack([tokens.index.max() + 1, tokens.prompt_length.max()])
+            self.lengths = now if self.lengths is None else torch.maximum(self.lengths, now)
         if mask is not False:
             self.masks.append((tokens.index, mask))
             self.remembered += tokens.index.numel()
@@ -72,8 +96,62 @@ class Record:
             self.remembered -= index.numel()
             self.forgotten = self.forgotten + (old.sum() if isinstance(old, Tensor) else index.numel())
 
+    def watch(self, value: Tensor, mask: Tensor | bool) -> None:
+        """Take note of what is put in at meant tokens: a sum, which NaN and infinite numbers spoil.
+
+        Args:
+            value: what is added or put in place, ``[B, S, d]`` or broadcastable to it.
+            mask: at which tokens.
+
+        Raises:
+            AttachError: if it is not finite; on another device than the CPU only `require_sound` says so, since asking
+                would hold up the model.
+        """
+        value = value.detach()
+        rows = value.sum(-1, dtype=torch.promote_types(value.dtype, torch.float32))
+        if isinstance(mask, Tensor):
+            rows = torch.where(mask.to(rows.device), rows, 0.0)
+        now = rows.sum() * 0.0
+        self.taint = now if self.taint is None else self.taint + now
+        if now.device.type == "cpu":
+            self._require_finite()
+
+    def _require_finite(self) -> None:
+        """Raise if something was put in that is not finite."""
+        if self.taint is not None and not math.isfinite(self.taint):
+            self.taint = None  # said once
+            raise AttachError(
+                f"{type(self.intervention).__name__} put NaN or infinite numbers in at {self.site}: the activations "
+                "there, or the SAE's latents of them, are not finite."
+            )
+
+    def require_sound(self) -> None:
+        """Raise unless everything put in was finite, and there was a token at every position that was named.
+
+        Raises:
+            AttachError: saying what was not.
+        """
+        self._require_finite()
+        if self.calls and self.intervention.columns > self.columns:
+            raise AttachError(
+                f"{type(self.intervention).__name__} at {self.site} was given {self.intervention.columns} columns, "
+                f"and the model went through {self.columns}: expected no more than the batch has."
+            )
+        if self.lengths is not None:
+            tokens, prompt = map(int, self.lengths)
+            if missed := unreached(self.intervention.positions, tokens, prompt):
+                raise AttachError(
+                    f"positions {missed} of {type(self.intervention).__name__} at {self.site} were never reached: the "
+                    f"longest row had {tokens} tokens, the longest prompt {prompt}."
+                )
+
     def report(self) -> InterventionReport:
-        """Return what was collected."""
+        """Return what was collected.
+
+        Raises:
+            AttachError: if something was put in that is not finite.
+        """
+        self._require_finite()
         positions: dict[int, set[int]] = {}
         edited = int(self.forgotten)
         for index, mask in self.masks:
@@ -83,7 +161,7 @@ class Record:
                 positions.setdefault(row, set()).add(int(index[row, column]))
         return InterventionReport(
             verb=type(self.intervention).__name__,
-            site=str(self.intervention.place),
+            site=str(self.site),
             calls=self.calls,
             edited=edited,
             positions={row: sorted(places) for row, places in sorted(positions.items())},

@@ -6,10 +6,15 @@ latents), `Edit` (adds to the activation) or `Replacement` (takes its place) in 
 
 from .ablate import Ablate
 from .ablate_site import AblateSite
-from .base import Edit, Intervention, LatentEdit, Replacement, SiteRun, interventions
+from .base import Conditional, Edit, Intervention, LatentEdit, Replacement, Targeted, interventions
+from .cap import Cap
 from .clamp import Clamp
-from .positions import Positions, TokenContext, special_token_ids, special_token_mask
+from .floor import Floor
+from .patch import Patch
+from .plan import InterventionPlan
+from .positions import Positions, TokenContext, TokenIds, special_token_ids, special_token_mask
 from .project_out import ProjectOut
+from .run import Call, SiteRun
 from .scale import Scale
 from .splice import Splice
 from .steer import Steer
@@ -17,10 +22,16 @@ from .steer import Steer
 __all__ = [
     "Ablate",
     "AblateSite",
+    "Call",
+    "Cap",
     "Clamp",
+    "Conditional",
     "Edit",
+    "Floor",
     "Intervention",
+    "InterventionPlan",
     "LatentEdit",
+    "Patch",
     "Positions",
     "ProjectOut",
     "Replacement",
@@ -28,7 +39,9 @@ __all__ = [
     "SiteRun",
     "Splice",
     "Steer",
+    "Targeted",
     "TokenContext",
+    "TokenIds",
     "interventions",
     "special_token_ids",
     "special_token_mask",

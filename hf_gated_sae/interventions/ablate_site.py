@@ -9,13 +9,14 @@ from torch import Tensor
 
 from ..errors import InputError, ShapeError
 from ..sites import Site
-from .base import Replacement, SiteRun
+from .base import Replacement, Targeted
 from .positions import shorten
+from .run import SiteRun
 
 
 @dataclass(frozen=True, eq=False)
-class AblateSite(Replacement):
-    """Replace the activation by zeros, or by a constant vector such as its mean.
+class AblateSite(Targeted, Replacement):
+    """Replace the activation by zeros, or by a constant vector such as its mean: ``x' = 0`` or ``x' = value``.
 
     Attributes:
         site: where.
@@ -26,9 +27,9 @@ class AblateSite(Replacement):
     value: Tensor | None = None
 
     @property
-    def place(self) -> Site:
+    def aim(self) -> Site | str:
         """The site."""
-        return Site.parse(self.site)
+        return self.site
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -37,6 +38,8 @@ class AblateSite(Replacement):
             raise InputError(
                 f"AblateSite was given the value {shorten(self.value)}; expected a tensor [d], or None for zeros."
             )
+        if self.value is not None:
+            object.__setattr__(self, "value", self.value.detach().clone())
 
     def require_width(self, width: int) -> None:
         """Raise unless the value is as wide as the site."""

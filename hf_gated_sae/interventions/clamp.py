@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .base import LatentEdit, latent_values
+from .arguments import latent_values
+from .base import LatentEdit
+from .run import SiteRun
 
 
 @dataclass(frozen=True, eq=False)
 class Clamp(LatentEdit):
-    """Set latents to given values, whatever they were.
+    """Set latents to given values, whatever they were: ``x + (values - latents) @ W_dec``.
 
     Attributes:
         values: new value of each latent, in the units of ``sae.encode``.
@@ -30,6 +32,6 @@ class Clamp(LatentEdit):
         """The latents to hold."""
         return list(self.values)
 
-    def change(self, latents: Tensor) -> Tensor:
+    def change(self, latents: Tensor, run: SiteRun) -> Tensor:
         """Return the given values, ``[n]``."""
         return latents.new_tensor(list(self.values.values()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,14 +13,43 @@ from torch import Tensor
 
 from ..errors import AttachError, InputError, unknown_name
 
-Positions: TypeAlias = "str | int | Sequence[int]"
-"""``"all"``, ``"prompt"``, ``"generated"``, ``"last_prompt"``, or token positions (negative: from the prompt's end).
+
+@dataclass(frozen=True)
+class TokenIds:
+    """Positions: wherever one of these tokens stands.
+
+    Attributes:
+        ids: token ids, such as ``TokenIds([13, 198])``. BOS, EOS and padding are left out even if they are named here,
+            unless the intervention says ``special_tokens=True``.
+    """
+
+    ids: Sequence[int]
+
+    def __post_init__(self) -> None:
+        """Check the ids."""
+        found = integers(self.ids)
+        if not found or min(found) < 0:
+            raise InputError(f"TokenIds was given {shorten(self.ids)}; expected token ids, such as [13, 198].")
+        object.__setattr__(self, "ids", tuple(dict.fromkeys(found)))
+
+
+Positions: TypeAlias = "str | int | Sequence[int] | slice | TokenIds | Tensor"
+"""Which tokens: a name, token positions, a span of them, token ids, or a mask.
+
+* ``"all"``, ``"prompt"``, ``"generated"``, ``"last_prompt"``.
+* ``3`` or ``[0, 3, -1]``: token positions; negative ones count from the prompt's end.
+* ``slice(2, 8)``, ``slice(-4, None)``: from one position up to, not including, another; negative ones count from the
+  prompt's end, and an open end has no bound: ``slice(-4, None)`` means the prompt's last four tokens and all that are
+  generated, ``range(-4, 0)`` the four alone.
+* ``TokenIds([13, 198])``: wherever these tokens stand.
+* a bool tensor ``[S]`` or ``[B, S]`` over the columns of the batch, padding included; what lies beyond is not meant.
 
 Positions count a row's real tokens from 0, padding left out. The prompt is what `generate` is given; in a decoding
 loop of one's own it is the first call, the one with an empty cache.
 """
 
 NAMED_POSITIONS = ("all", "prompt", "generated", "last_prompt")
+_KINDS = "token positions such as [0, 3, -1], a slice, TokenIds([13]), or a bool tensor [S] or [B, S]"
 
 
 @dataclass(frozen=True)
@@ -33,6 +63,10 @@ class TokenContext:
         phase: ``"prompt"`` or ``"generated"`` if the whole call is one or the other, ``"mixed"`` if it holds both,
             ``"packed"`` if a row holds several sequences.
         end: number of columns after this call, those in the cache included.
+        ids: token ids ``[B, S]``; None where the model is fed embeddings.
+        batch: number of rows that the caller gave; `generate` may run several of each, next to each other.
+        beams: whether `generate` may reorder the rows between this call and the next.
+        prompt_columns: number of columns of the prompt, padding included; None if it is not known.
     """
 
     index: Tensor
@@ -40,50 +74,180 @@ class TokenContext:
     special: Tensor | None
     phase: str
     end: int
+    ids: Tensor | None = None
+    batch: int | None = None
+    beams: bool = False
+    prompt_columns: int | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns of the call."""
         return self.index.shape[0], self.index.shape[1]
 
-    def select(self, positions: Positions, *, special_tokens: bool) -> Tensor | bool:
+    def select(
+        self, positions: Positions, *, special_tokens: bool, rows: Sequence[int] | None = None
+    ) -> Tensor | bool:
         """Return which tokens are meant.
 
         Args:
             positions: as an intervention states them.
             special_tokens: whether padding and special tokens count.
+            rows: rows of the caller's batch; None for all.
 
         Returns:
             A mask ``[B, S]``, or True for all tokens, or False for none (known without looking at a tensor).
         """
         chosen = self._chosen(positions)
-        if chosen is False or special_tokens or self.special is None:
-            return chosen
-        return ~self.special if chosen is True else chosen & ~self.special
+        if chosen is False:
+            return False
+        parts = [chosen] if isinstance(chosen, Tensor) else []
+        if rows is not None:
+            parts.append(self.in_rows(rows))
+        if not special_tokens and self.special is not None:
+            parts.append(~self.special)
+        if not parts:
+            return True
+        mask = functools.reduce(torch.logical_and, parts)
+        return mask if mask.shape == self.shape else mask.expand(self.shape)
+
+    def in_rows(self, rows: Sequence[int]) -> Tensor:
+        """Return which rows of this call belong to rows of the caller's batch, ``[B, 1]``.
+
+        Raises:
+            InputError: if there are no such rows.
+            AttachError: if the call packs several sequences into one row.
+        """
+        if self.phase == "packed":
+            raise AttachError(
+                f"rows={list(rows)} cannot be told apart: this call packs several sequences into one row (continuous "
+                "batching, padding-free training). Leave rows out to act on all of them."
+            )
+        batch = self.batch_rows
+        if max(rows) >= batch:
+            raise InputError(f"rows={list(rows)} names row {max(rows)}, but the batch has {batch}, 0 .. {batch - 1}.")
+        owners = self.owners
+        return torch.isin(owners, owners.new_tensor(list(rows))).unsqueeze(-1)
+
+    @property
+    def batch_rows(self) -> int:
+        """Number of rows that the caller gave."""
+        running = self.shape[0]
+        return self.batch if self.batch and running % self.batch == 0 else running
+
+    @property
+    def owners(self) -> Tensor:
+        """Which row of the caller's batch each row of this call belongs to, ``[B]`` int64."""
+        running = self.shape[0]
+        return torch.arange(running, device=self.index.device) // (running // self.batch_rows)
+
+    def columns_of(self, values: Tensor, what: str, fill: Any = 0) -> Tensor:
+        """Return what belongs to this call's tokens of something that is given column by column.
+
+        Args:
+            values: of the batch's columns from the first one on, ``[S]`` or ``[B, S]``, and more axes if need be after
+                ``[B, S]``.
+            what: its name for messages.
+            fill: stands where `values` has no column.
+
+        Returns:
+            ``[B, S]`` and the further axes, for this call's rows and columns.
+
+        Raises:
+            InputError: if it has another number of rows than the batch.
+            AttachError: if the call packs several sequences into one row.
+        """
+        rows, columns = self.shape
+        if self.phase == "packed":
+            raise AttachError(
+                f"{what} is given by columns, and this call packs several sequences into one row (continuous "
+                "batching, padding-free training): use positions that do not depend on the batch's layout."
+            )
+        if values.ndim > 1 and values.shape[0] != self.batch_rows:
+            raise InputError(
+                f"{what} has {values.shape[0]} rows {list(values.shape)}, but the batch has {self.batch_rows}; "
+                "expected as many."
+            )
+        now = slice(self.end - columns, self.end)
+        found = values[now].expand(rows, -1) if values.ndim == 1 else values[:, now][self.owners.to(values.device)]
+        found = found.to(self.index.device)
+        if found.shape[1] == columns:
+            return found
+        missing = found.new_full((rows, columns - found.shape[1], *found.shape[2:]), fill)
+        return torch.cat([found, missing], 1)
 
     def _chosen(self, positions: Positions) -> Tensor | bool:
+        if isinstance(positions, Tensor):
+            return self.columns_of(positions, "The mask given as positions=", fill=False)
+        if isinstance(positions, TokenIds):
+            if self.ids is None:
+                raise AttachError(f"positions={positions} needs token ids, and the model was called with embeddings.")
+            return torch.isin(self.ids, self.ids.new_tensor(list(positions.ids)))
         if positions == "all":
             return True
-        if self.phase == "packed" and (isinstance(positions, str) or min(_several(positions), default=0) < 0):
+        if self.phase == "packed" and (isinstance(positions, str) or lowest(positions) < 0):
             raise AttachError(
                 f"positions={positions!r} needs to know where each prompt ends, and this call packs several sequences "
                 "into one row (continuous batching, padding-free training); use 'all' or positions from 0 on."
             )
-        if positions in ("prompt", "generated"):
-            if self.phase != "mixed":
-                return self.phase == positions
-            in_prompt = self.index < self.prompt_length
-            return in_prompt if positions == "prompt" else ~in_prompt
+        if isinstance(positions, str):
+            return self._named(positions)
+        return self._span(positions) if isinstance(positions, slice) else self._numbered(positions)
+
+    def _named(self, positions: str) -> Tensor | bool:
         if positions == "last_prompt":
             return False if self.phase == "generated" else self.index == self.prompt_length - 1
+        if self.phase != "mixed":
+            return self.phase == positions
+        in_prompt = self.index < self.prompt_length
+        return in_prompt if positions == "prompt" else ~in_prompt
+
+    def _span(self, positions: slice) -> Tensor:
+        mask = self.index >= 0
+        if positions.start is not None:
+            mask = mask & (self.index >= self._bound(positions.start))
+        return mask if positions.stop is None else mask & (self.index < self._bound(positions.stop))
+
+    def _bound(self, bound: int) -> Tensor | int:
+        return bound if bound >= 0 else self.prompt_length + bound
+
+    def _numbered(self, positions: int | Sequence[int]) -> Tensor:
+        if self.prompt_columns is not None and -lowest(positions) > self.prompt_columns and self.phase != "generated":
+            raise InputError(
+                f"positions={shorten(positions)} lies before the prompt's beginning: the longest row has at most "
+                f"{self.prompt_columns} tokens."
+            )
         wanted = self.index.new_tensor(_several(positions))
         from_start, from_end = wanted[wanted >= 0], wanted[wanted < 0]
-        mask = torch.isin(self.index, from_start) | torch.isin(self.index - self.prompt_length, from_end)
+        mask = torch.isin(self.index, from_start)
+        if len(from_end):
+            mask = mask | torch.isin(self.index - self.prompt_length, from_end)
         return mask & (self.index >= 0)
 
 
-def _several(positions: Positions) -> Sequence[int]:
+def _several(positions: int | Sequence[int]) -> Sequence[int]:
     return [positions] if isinstance(positions, int) else [int(position) for position in positions]
+
+
+def lowest(positions: Positions) -> int:
+    """Return the lowest position that is given as a number, 0 if there is none."""
+    if isinstance(positions, slice):
+        return min(positions.start or 0, positions.stop or 0)
+    return 0 if isinstance(positions, (str, TokenIds, Tensor)) else min(_several(positions), default=0)
+
+
+def unreached(positions: Positions, tokens: int, prompt: int) -> list[int]:
+    """Return the positions that no token stands at.
+
+    Args:
+        positions: as an intervention states them.
+        tokens: number of tokens of the longest row.
+        prompt: number of tokens of the longest prompt.
+    """
+    if isinstance(positions, slice):
+        return [positions.start] if (positions.start or 0) >= max(tokens, 1) else []
+    if isinstance(positions, (str, TokenIds, Tensor)):
+        return []
+    return [place for place in _several(positions) if place >= tokens or -place > prompt]
 
 
 def shorten(value: object) -> str:
@@ -112,13 +276,50 @@ def check_positions(positions: Any) -> Positions:
         if positions not in NAMED_POSITIONS:
             raise unknown_name("position selector", positions, NAMED_POSITIONS)
         return positions
+    if isinstance(positions, TokenIds):
+        return positions
+    if isinstance(positions, slice):
+        return _checked_span(positions)
+    if isinstance(positions, Tensor) and positions.dtype == torch.bool:
+        if positions.ndim not in (1, 2) or not positions.numel():
+            raise InputError(f"positions is a mask {list(positions.shape)}; expected a bool tensor [S] or [B, S].")
+        return positions.detach().clone()
     found = integers(positions)
     if found is None:
         raise InputError(
-            f"positions is {shorten(positions)}; expected one of {', '.join(map(repr, NAMED_POSITIONS))} or token "
-            "positions such as [0, 3, -1]."
+            f"positions is {shorten(positions)}; expected one of {', '.join(map(repr, NAMED_POSITIONS))}, {_KINDS}."
         )
     return found
+
+
+def _checked_span(positions: slice) -> slice:
+    """Return a span of positions with plain numbers.
+
+    Raises:
+        InputError: if its ends are no whole numbers, it has steps, or it can only be empty.
+    """
+    found = integers([end for end in (positions.start, positions.stop) if end is not None])
+    if found is None or positions.step not in (None, 1):
+        raise InputError(f"positions is {shorten(positions)}; expected a slice of whole numbers, without a step.")
+    start = None if positions.start is None else operator.index(positions.start)
+    stop = None if positions.stop is None else operator.index(positions.stop)
+    if start is not None and stop is not None and (start < 0) == (stop < 0) and start >= stop:
+        raise InputError(f"positions is {positions}, which holds no token; expected an end after its beginning.")
+    return slice(start, stop)
+
+
+def check_rows(rows: Any) -> tuple[int, ...] | None:
+    """Return rows as `TokenContext.select` understands them.
+
+    Raises:
+        InputError: if they are not numbers from 0 on.
+    """
+    if rows is None:
+        return None
+    found = integers(rows)
+    if not found or min(found) < 0:
+        raise InputError(f"rows is {shorten(rows)}; expected rows of the batch, such as 0 or [0, 2], or None for all.")
+    return tuple(dict.fromkeys(found))
 
 
 def special_token_ids(model: Any) -> list[int]:
@@ -133,13 +334,16 @@ def special_token_ids(model: Any) -> list[int]:
     return sorted(found)
 
 
-def special_token_mask(model: Any, input_ids: Tensor | None, attention_mask: Tensor | None = None) -> Tensor | None:
+def special_token_mask(
+    model: Any, input_ids: Tensor | None, attention_mask: Tensor | None = None, *, ids: Tensor | None = None
+) -> Tensor | None:
     """Return which tokens are padding or special, and so are left out of edits and statistics by default.
 
     Args:
         model: the causal LM, asked for its special token ids.
         input_ids: ``[B, S]``; None where the model is fed embeddings.
         attention_mask: ``[B, T]`` with ``T >= S``, 0 at padding; its last `S` columns belong to `input_ids`.
+        ids: the special token ids ``[n]``, where they are known already.
 
     Returns:
         Mask ``[B, S]``, True at tokens to leave out; None if nothing is known to be special.
@@ -147,9 +351,10 @@ def special_token_mask(model: Any, input_ids: Tensor | None, attention_mask: Ten
     masks = []
     if attention_mask is not None and attention_mask.ndim == 2:
         masks.append(attention_mask == 0)
-    ids = special_token_ids(model)
-    if input_ids is not None and ids:
-        masks.append(torch.isin(input_ids, torch.tensor(ids, device=input_ids.device)))
+    if input_ids is not None:
+        ids = torch.tensor(special_token_ids(model), dtype=input_ids.dtype) if ids is None else ids
+        if len(ids):
+            masks.append(torch.isin(input_ids, ids.to(input_ids.device)))
     if len(masks) == 2:
         return masks[0][:, -masks[1].shape[1] :].to(masks[1].device) | masks[1]
     return masks[0] if masks else None

@@ -2,38 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError, ShapeError
+from ..modeling import SAEModel
 from ..sites import Site
-from .base import Edit, SiteRun
+from .arguments import latent_list
+from .base import Edit, Targeted, require_target
 from .positions import shorten
+from .run import SiteRun
 
 
 @dataclass(frozen=True, eq=False)
-class ProjectOut(Edit):
-    """Remove what the activation has along given directions; no SAE is needed.
+class ProjectOut(Targeted, Edit):
+    """Remove what the activation has along given directions; nothing is encoded.
 
     ``x - Q Q^T x``, with `Q` an orthonormal basis of the directions.
 
     Attributes:
-        site: where.
-        directions: one direction ``[d]`` or several ``[n, d]`` (linearly independent), of any length.
+        site: where; or an SAE, at whose output the directions are then those of its decoder.
+        directions: one direction ``[d]`` or several ``[n, d]`` (linearly independent), of any length; or latents of
+            the SAE.
     """
 
-    site: Site | str
-    directions: Tensor
-    _basis: Tensor = field(init=False, repr=False)
+    site: SAEModel | Site | str
+    directions: Tensor | Sequence[int] | int
+    _bases: tuple[Tensor, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check the fields and orthonormalise the directions."""
         super().__post_init__()
+        if isinstance(self.site, SAEModel):
+            require_target(self, self.site)
+            object.__setattr__(self, "directions", latent_list(self, self.directions))
+            object.__setattr__(self, "_bases", self._of_decoder(self.site))
+        else:
+            rows = self._given()
+            object.__setattr__(self, "directions", rows)
+            object.__setattr__(self, "_bases", (_basis(rows),))
+
+    def _given(self) -> Tensor:
         try:
-            rows = torch.atleast_2d(torch.as_tensor(self.directions).detach().to("cpu", torch.float64))
-        except (TypeError, ValueError, RuntimeError):
+            rows = torch.atleast_2d(torch.as_tensor(self.directions).detach().to("cpu", torch.float64, copy=True))
+        except (TypeError, ValueError, RuntimeError, OverflowError):
             raise InputError(
                 f"ProjectOut was given {shorten(self.directions)}; expected a tensor of directions, [d] or [n, d]."
             ) from None
@@ -41,30 +56,66 @@ class ProjectOut(Edit):
             raise InputError(
                 f"ProjectOut was given directions {list(rows.shape)}; expected [d] or [n, d] with finite values."
             )
-        # Only the directions' directions count: without this the rank would depend on their lengths.
-        rows = torch.nn.functional.normalize(rows / rows.abs().amax(-1, keepdim=True).clamp(min=1e-300), dim=-1)
-        rank = int(torch.linalg.matrix_rank(rows))
-        if rank < rows.shape[0]:
-            raise InputError(
-                f"ProjectOut was given {rows.shape[0]} directions that span only {rank} dimensions; expected "
-                "directions that are not zero and linearly independent."
-            )
-        object.__setattr__(self, "_basis", torch.linalg.qr(rows.T).Q.T.contiguous())
+        return rows
+
+    def _of_decoder(self, sae: SAEModel) -> tuple[Tensor, ...]:
+        """Return a basis of what the latents write at each output."""
+        if not self.directions:
+            raise InputError(f"ProjectOut was given no latents; name at least one, 0 .. {sae.config.d_sae - 1}.")
+        rows, sources = sae.latent_indices(self.directions), []  # type: ignore[arg-type]  # made a list of latents above
+        sources = sae.sources_of(rows)
+        bases = []
+        for output in range(len(self.places)):
+            here = [place for place, source in enumerate(sources) if source <= output or len(self.places) == 1]
+            written = sae.rows_at(rows[here], output).detach().to("cpu", torch.float64)
+            bases.append(_basis(written) if len(written) else written.new_zeros(0, sae.d_out))
+        return tuple(bases)
 
     @property
-    def place(self) -> Site:
-        """The site."""
-        return Site.parse(self.site)
+    def aim(self) -> SAEModel | Site | str:
+        """The SAE or the site."""
+        return self.site
+
+    @property
+    def sae_used(self) -> None:
+        """None: no SAE is run."""
+
+    @property
+    def reads(self) -> tuple[Site, ...]:
+        """None."""
+        return ()
+
+    @property
+    def latents_needed(self) -> tuple[int, ...] | None:
+        """The latents whose directions are removed; None if a site is named."""
+        return None if isinstance(self.directions, Tensor) else tuple(self.directions)  # type: ignore[arg-type]  # a tuple
 
     def require_width(self, width: int) -> None:
         """Raise unless the directions are as wide as the site."""
-        if self._basis.shape[1] != width:
+        if self._bases[0].shape[1] != width:
             raise ShapeError(
-                f"ProjectOut was given directions {self._basis.shape[1]} wide, but {self.site} is {width} wide."
+                f"ProjectOut was given directions {self._bases[0].shape[1]} wide, but {self.place} is {width} wide."
             )
 
     def delta(self, run: SiteRun) -> Tensor:
         """Return minus the component along the directions, ``[B, S, d]``, computed in float32 or wider."""
         x = run.x.to(torch.promote_types(run.x.dtype, torch.float32))
-        basis = self._basis.to(x)
+        basis = self._bases[run.output].to(x)
         return -(x @ basis.T) @ basis
+
+
+def _basis(rows: Tensor) -> Tensor:
+    """Return orthonormal vectors ``[n, d]`` that span the same space as vectors in float64.
+
+    Raises:
+        InputError: if they are not linearly independent.
+    """
+    # Only the directions' directions count: without this the rank would depend on their lengths.
+    rows = torch.nn.functional.normalize(rows / rows.abs().amax(-1, keepdim=True).clamp(min=1e-300), dim=-1)
+    rank = int(torch.linalg.matrix_rank(rows))
+    if rank < rows.shape[0]:
+        raise InputError(
+            f"ProjectOut was given {rows.shape[0]} directions that span only {rank} dimensions; expected "
+            "directions that are not zero and linearly independent."
+        )
+    return torch.linalg.qr(rows.T).Q.T.contiguous()

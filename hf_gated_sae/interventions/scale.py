@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .base import LatentEdit, latent_values
+from .arguments import latent_values
+from .base import LatentEdit
+from .run import SiteRun
 
 
 @dataclass(frozen=True, eq=False)
 class Scale(LatentEdit):
-    """Multiply latents by given factors; a latent that is off stays off.
+    """Multiply latents by given factors: ``x + (factors - 1) * latents @ W_dec``; a latent that is off stays off.
 
     Attributes:
         factors: factor of each latent; 1 changes nothing, 0 ablates.
@@ -30,6 +32,6 @@ class Scale(LatentEdit):
         """The latents to multiply."""
         return list(self.factors)
 
-    def change(self, latents: Tensor) -> Tensor:
+    def change(self, latents: Tensor, run: SiteRun) -> Tensor:
         """Return the products, ``[B, S, n]``."""
         return latents * latents.new_tensor(list(self.factors.values()))

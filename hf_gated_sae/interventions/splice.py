@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..errors import LatentIndexError
+from ..errors import InputError, LatentIndexError
 from ..modeling import SAEModel
-from ..sites import Site
-from .base import Replacement, SiteRun, require_sae, site_of
+from .base import Replacement, Targeted, require_sae
+from .positions import shorten
+from .run import SiteRun
 
 
 @dataclass(frozen=True, eq=False)
-class Splice(Replacement):
+class Splice(Targeted, Replacement):
     """Replace the activation by ``sae.decode(sae.encode(x))``; what the SAE cannot explain is lost.
 
-    Edits of latents attached at the same site act on the reconstruction.
+    With ``error=True`` it is kept, as a constant: ``reconstruction + (x - reconstruction).detach()``. The value is `x`
+    to the bit, and nothing is computed unless a gradient is wanted; gradients flow through the reconstruction, and so
+    to its latents, but not past it.
+
+    Edits of latents attached at the same site act on the reconstruction, or on that sum. Either way the site's
+    gradient has one way to go, so that two splices at one site exclude each other.
 
     Attributes:
         sae: the SAE; its configuration names the site.
+        error: whether what the SAE cannot explain stays.
     """
 
     sae: SAEModel
+    error: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         """Check the fields."""
         super().__post_init__()
         require_sae(self, self.sae)
+        if not isinstance(self.error, bool):
+            raise InputError(f"Splice was given error={shorten(self.error)}; expected True or False.")
         config = self.sae.config
         if config.kept_latents is not None:
             raise LatentIndexError(
@@ -36,16 +48,30 @@ class Splice(Replacement):
             )
 
     @property
-    def place(self) -> Site:
-        """The SAE's site."""
-        return site_of(self.sae)
-
-    @property
-    def sae_used(self) -> SAEModel:
+    def aim(self) -> SAEModel:
         """The SAE."""
         return self.sae
 
-    def replacement(self, run: SiteRun) -> Tensor:
-        """Return the reconstruction, ``[B, S, d]``."""
-        sae = run.sae(self.sae)
-        return sae.decode(run.all_latents(self.sae), run.x.to(sae.dtype))
+    def replacement(self, run: SiteRun) -> Tensor | None:
+        """Return the reconstruction ``[B, S, d]``, with the error if asked; None to leave the activation as it is."""
+        if not self.error:
+            return run.reconstruction(self.sae)
+        if not torch.is_grad_enabled() or not (
+            run.x.requires_grad or any(w.requires_grad for w in self.sae.parameters())
+        ):
+            return None
+        kept: Tensor = _ValueOfOne.apply(run.x, run.reconstruction(self.sae))
+        return kept
+
+
+class _ValueOfOne(torch.autograd.Function):
+    """The value of one tensor, to the bit, with the gradient of another one of its shape."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, other: Tensor) -> Tensor:
+        ctx.dtype = other.dtype
+        return value.detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[None, Tensor]:
+        return None, gradients[0].to(ctx.dtype)

@@ -1,69 +1,129 @@
-"""Push activations along a latent's decoder direction."""
+"""Push activations along a direction."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from ..errors import InputError, unknown_name
+from ..errors import InputError, ShapeError, unknown_name
 from ..modeling import SAEModel
-from .base import LatentEdit, SiteRun, latent_list, latent_values
+from ..sites import Site
+from .arguments import finite_number, latent_list, latent_values, tensor_of
+from .base import Conditional, require_target
 from .positions import shorten
+from .run import SiteRun
 
-UNITS = ("max", "raw")
+UNITS = ("max", "raw", "norm")
 
 
 @dataclass(frozen=True, eq=False)
-class Steer(LatentEdit):
-    """Add ``strength * unit * W_dec[latent]``; nothing is encoded.
+class Steer(Conditional):
+    """Add a latent's decoder direction, or a vector: ``x + strength * unit * direction``; nothing is encoded.
+
+    * ``"max"``: ``strength * max_activation[latent] * W_dec[latent]``.
+    * ``"raw"``: ``strength * W_dec[latent]``, or ``strength * vector``.
+    * ``"norm"``: ``strength * |x| * direction / |direction|``, with the norm of the activation at each token.
 
     Attributes:
-        latent: which latent.
+        target: an SAE, or a site.
+        direction: a latent of the SAE, or a vector ``[d]`` for a site.
         strength: how much to add, in units of `unit`; negative pushes away.
-        unit: ``"max"``, the latent's recorded maximum activation, or ``"raw"``, 1.
+        unit: ``"max"``, ``"raw"`` or ``"norm"``. By default ``"max"`` for a latent, and for a vector, which has no
+            maximum, ``"raw"``: it is added as it is.
     """
 
-    latent: int
+    target: SAEModel | Site | str
+    direction: int | Tensor | Sequence[float]
     strength: float = field(default=1.0, kw_only=True)
-    unit: str = field(default="max", kw_only=True)
+    unit: str = field(default="", kw_only=True)
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        found = latent_list(self, self.latent)
-        if len(found) != 1:
-            raise InputError(
-                f"Steer was given {shorten(self.latent)}; expected one latent. Attach one Steer for each."
-            )
-        object.__setattr__(self, "latent", found[0])
-        object.__setattr__(self, "strength", latent_values(self, {self.latent: self.strength})[self.latent])
+        require_target(self, self.target)
+        if isinstance(self.target, SAEModel):
+            self._check_latent(self.target)
+        else:
+            self._check_vector()
         super().__post_init__()
         if self.unit not in UNITS:
             raise unknown_name("steering unit", self.unit, UNITS)
-        if self.unit == "max" and not self._maximum(self.sae) > 0:
-            why = "it never fired on the recorded text" if self.sae.config.recorded_tokens else "nothing was recorded"
+        if isinstance(self.target, SAEModel) and self.unit == "max":
+            self._check_maximum(self.target)
+
+    def _check_latent(self, sae: SAEModel) -> None:
+        if isinstance(self.direction, Tensor) and self.direction.ndim:
             raise InputError(
-                f"Steer measures strength in units of the latent's maximum activation, and latent {self.latent} has "
-                f"none ({why}): run hf_gated_sae.evaluate(model, sae, batches, record=True), or pass unit='raw'."
+                f"Steer was given an SAE and a vector {list(self.direction.shape)}; expected one latent with an SAE, "
+                f"or a site with a vector: Steer({sae.config.sites_written[0]!r}, vector)."
+            )
+        found = latent_list(self, self.direction)
+        if len(found) != 1:
+            raise InputError(
+                f"Steer was given {shorten(self.direction)}; expected one latent. Attach one Steer for each."
+            )
+        object.__setattr__(self, "direction", found[0])
+        object.__setattr__(self, "strength", latent_values(self, {found[0]: self.strength})[found[0]])
+        object.__setattr__(self, "unit", self.unit or "max")
+
+    def _check_vector(self) -> None:
+        vector = tensor_of(self, self.direction, "a vector [d] with a site", [1])
+        object.__setattr__(self, "direction", vector)
+        object.__setattr__(self, "strength", finite_number(self, "strength", self.strength))
+        object.__setattr__(self, "unit", self.unit or "raw")
+        if self.unit == "max":
+            raise InputError(
+                "Steer was given a vector and unit='max', the recorded maximum of a latent, which a vector does not "
+                "have: use 'raw' to add the vector as it is, or 'norm' to measure it by the activation's norm."
+            )
+        if self.unit == "norm" and not vector.any():
+            raise InputError("Steer was given a vector of zeros, which has no direction.")
+
+    def _check_maximum(self, sae: SAEModel) -> None:
+        if not self._maximum(sae) > 0:
+            why = "it never fired on the recorded text" if sae.config.recorded_tokens else "nothing was recorded"
+            raise InputError(
+                f"Steer measures strength in units of the latent's maximum activation, and latent {self.direction} "
+                f"has none ({why}): run hf_gated_sae.evaluate(model, sae, batches, record=True), or pass unit='raw'."
             )
 
     @property
+    def aim(self) -> SAEModel | Site | str:
+        """The SAE or the site."""
+        return self.target
+
+    @property
     def indices(self) -> list[int]:
-        """The latent."""
-        return [self.latent]
+        """The latent; none where a site is named."""
+        return [self.direction] if isinstance(self.direction, int) else []
 
-    def change(self, latents: Tensor) -> Tensor:
-        """Return the latent plus what is added to it."""
-        return latents + self._added(self.sae).to(latents)
-
-    def _added(self, sae: SAEModel) -> Tensor:
-        return self.strength * (self._maximum(sae) if self.unit == "max" else sae.max_activation.new_ones(()))
+    def require_width(self, width: int) -> None:
+        """Raise unless the SAE, or the vector, is as wide as the site."""
+        super().require_width(width)
+        if isinstance(self.direction, Tensor) and self.direction.shape != (width,):
+            raise ShapeError(
+                f"Steer was given a vector {list(self.direction.shape)}, but {self.place} is {width} wide."
+            )
 
     def _maximum(self, sae: SAEModel) -> Tensor:
         """Return the latent's recorded maximum."""
-        return sae.max_activation[sae.latent_indices([self.latent])[0]]
+        return sae.max_activation[sae.latent_indices(self.indices)[0]]
 
     def delta(self, run: SiteRun) -> Tensor:
-        """Return the direction times the strength, ``[d]``; per token where the SAE normalises each token."""
-        sae = run.sae(self.sae)
-        return run.written(self.sae, self._added(sae) * sae.W_dec[sae.latent_indices([self.latent])[0]])
+        """Return what is added, ``[d]``; per token where it is measured by, or normalised at, each token."""
+        if isinstance(self.target, SAEModel):
+            sae = run.sae(self.target)
+            units = self._maximum(sae) if self.unit == "max" else sae.max_activation.new_ones(())
+            amount = units if self.unit == "norm" else self.strength * units
+            added = run.written(self.target, self.indices, amount.reshape(1))
+        else:
+            assert isinstance(self.direction, Tensor)  # or it would have been refused
+            vector = self.direction.to(run.x.device, torch.promote_types(self.direction.dtype, run.x.dtype))
+            added = vector if self.unit == "norm" else self.strength * vector
+        if self.unit != "norm":
+            return added
+        wide = torch.promote_types(run.x.dtype, torch.float32)
+        length = run.x.to(wide).norm(dim=-1, keepdim=True)
+        return self.strength * length * torch.nn.functional.normalize(added.to(wide), dim=-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import sys
 import types
 import typing
@@ -16,6 +17,7 @@ from transformers import PreTrainedConfig
 
 from ..errors import InputError, SAEError, did_you_mean, shown, unknown_name
 from ..functional.frames import FRAMES
+from ..functional.metrics import FidelityMetrics
 
 # Keys that transformers itself writes to config.json or passes through while loading.
 _TRANSFORMERS_KEYS = frozenset(
@@ -56,6 +58,9 @@ class SAEConfig(PreTrainedConfig):
         trained_on_bos: whether the beginning-of-sequence token was among the training activations; None if unknown.
         kept_latents: the latents that are held, by their number in the full SAE; None for all of them.
         recorded_tokens: number of tokens on which `max_activation` and `mean_activation` were measured; 0 if never.
+        recorded_fvu: fraction of variance unexplained there; None if it was not measured.
+        recorded_l0: mean number of non-zero latents per token there; None if it was not measured.
+        recorded_norm: root mean square of ``|x - mean x|`` of the activations there; None if it was not measured.
     """
 
     # transformers would otherwise build a default instance, and a width has no default.
@@ -75,6 +80,9 @@ class SAEConfig(PreTrainedConfig):
     trained_on_bos: bool | None = None
     kept_latents: list[int] | None = None
     recorded_tokens: int = 0
+    recorded_fvu: float | None = None
+    recorded_l0: float | None = None
+    recorded_norm: float | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill derived values and reject keys that no field has."""
@@ -187,6 +195,18 @@ class SAEConfig(PreTrainedConfig):
         """Places that are written: those that are read, unless the SAE is a transcoder."""
         several = getattr(self, "sites_out", None)
         return list(several or ([self.site_out] if self.site_out else self.sites_read))
+
+    def record(self, tokens: int, metrics: FidelityMetrics | None) -> None:
+        """Remember what was measured.
+
+        Args:
+            tokens: on how many tokens.
+            metrics: the numbers; None if only the latents' statistics are known.
+        """
+        self.recorded_tokens = tokens
+        numbers = [math.nan] * 3 if metrics is None else [metrics.fvu, metrics.l0, metrics.centred_norm]
+        known = [number if math.isfinite(number) else None for number in numbers]  # JSON has no NaN
+        self.recorded_fvu, self.recorded_l0, self.recorded_norm = known
 
     def validate_normalization(self) -> None:
         """Check that the normalisation is known."""

@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from ..errors import CheckpointError, InputError, LatentIndexError, ShapeError
 from ..functional.frames import FRAMES, Frame
-from ..functional.linear import linear
+from ..functional.live import LiveLatents
+from ..functional.metrics import FidelityMetrics
 from ..functional.sparse import decode
 from ..registry import LateBound, Registry
 from .config import SAEConfig
@@ -31,17 +32,20 @@ from .loading import (
 from .output import SAEOutput, TrainingLoss
 from .quiet import quiet_transformers
 from .saving import replaced_together
+from .sparse import Sparse
 from .traits import Traits
+from .wiring import Wiring
 
 architectures: Registry[type[SAEModel]] = Registry("architecture", "hf_gated_sae.architectures")
 _push_to_hub = LateBound("hf_gated_sae.publishing.push", "push_to_hub")
 
 
-class SAEModel(Traits, PreTrainedModel):
+class SAEModel(Traits, Wiring, Sparse, PreTrainedModel):
     """An SAE: ``latents = encode(x)``, ``reconstruction = latents @ W_dec + b_dec``.
 
     A new architecture is one file in `architectures/`: a configuration class, and a subclass of this one that names
-    the configuration as its ``config_class``, adds its parameters, and defines `_encode` and `training_loss`.
+    the configuration as its ``config_class``, adds its parameters, and defines `training_loss` and `_encode`, or
+    `_activate` and `_cut` where each latent is a function of its own projection.
 
     In memory and on disk the encoder is one row per latent (`W_enc_T`), so that a few latents are a few contiguous
     byte ranges of every tensor; `W_enc` is the usual orientation of the same memory.
@@ -96,10 +100,6 @@ class SAEModel(Traits, PreTrainedModel):
 
     # ------------------------------------------------------------------ the equations
 
-    def _encode(self, x: Tensor, latents: Tensor | None) -> Tensor:
-        """Encode; each architecture defines it. `latents` selects latents, None means all."""
-        raise NotImplementedError(f"{type(self).__name__} must define _encode.")
-
     def training_loss(self, x: Tensor, *, sparsity_coefficient: float) -> TrainingLoss:
         """Return the objective that the architecture is trained with; each architecture defines it.
 
@@ -124,12 +124,20 @@ class SAEModel(Traits, PreTrainedModel):
             ShapeError: if the last axis of `x` is not `d_in` wide.
             LatentIndexError: if an index is outside ``0 .. d_sae - 1``.
         """
+        self.require_encodable()
+        return self._encode(self._framed(x), None if latents is None else self.latent_indices(latents))
+
+    def require_encodable(self) -> None:
+        """Raise unless everything is held that encoding needs.
+
+        Raises:
+            LatentIndexError: if only some latents were loaded, and whether they are on depends on the others.
+        """
         if not self.elementwise and self.config.kept_latents is not None:
             raise LatentIndexError(
                 f"Whether a latent of a {type(self).__name__} is on depends on all of them, and only "
                 f"{self.config.rows} of {self.config.d_sae} were loaded: load it without latents=."
             )
-        return self._encode(self._framed(x), None if latents is None else self.latent_indices(latents))
 
     def _framed(self, x: Tensor) -> Tensor:
         """Return `x` in the SAE's own frame, after checking its width."""
@@ -142,11 +150,11 @@ class SAEModel(Traits, PreTrainedModel):
         frame = self.frame(x)
         return x if frame is None else frame.enter(x)
 
-    def decode(self, latents: Tensor, x: Tensor | None = None) -> Tensor:
+    def decode(self, latents: Tensor | LiveLatents, x: Tensor | None = None) -> Tensor:
         """Turn latents into a reconstruction, ``latents @ W_dec + b_dec``.
 
         Args:
-            latents: ``[..., d_sae]``.
+            latents: ``[..., d_sae]``, or those that are on.
             x: the activations ``[..., d_in]`` that were encoded; needed only where the SAE normalises each token or
                 has a skip connection, and ignored elsewhere.
 
@@ -171,7 +179,7 @@ class SAEModel(Traits, PreTrainedModel):
         frame = self._frame_out(x)
         return written if frame is None else frame.leave(written)
 
-    def _decode(self, latents: Tensor) -> Tensor:
+    def _decode(self, latents: Tensor | LiveLatents) -> Tensor:
         """Decode in the SAE's own frame."""
         return decode(latents, self.W_dec) + self.b_dec
 
@@ -216,17 +224,6 @@ class SAEModel(Traits, PreTrainedModel):
         latents = self.encode(x)
         return SAEOutput(reconstruction=self.decode(latents, x), latents=latents)
 
-    def _project(self, x: Tensor, latents: Tensor | None) -> Tensor:
-        """Return ``(x - b_dec) @ W_enc`` (``x @ W_enc`` without `apply_b_dec_to_input`) for the selected latents."""
-        if self.config.apply_b_dec_to_input:
-            x = x - self.b_dec
-        return linear(x, self._take(self.W_enc_T, latents))
-
-    @staticmethod
-    def _take(parameter: Tensor, latents: Tensor | None) -> Tensor:
-        """Select rows of a per-latent parameter."""
-        return parameter if latents is None else parameter[latents]
-
     # ------------------------------------------------------------------ what it is made of
 
     @property
@@ -256,36 +253,40 @@ class SAEModel(Traits, PreTrainedModel):
         Raises:
             LatentIndexError: naming the first index that is out of range or was not loaded.
         """
-        indices = torch.as_tensor(latents, dtype=torch.int64, device=self.b_dec.device).reshape(-1)
-        outside = indices[(indices < 0) | (indices >= self.config.d_sae)]
-        if len(outside):
+        device, d_sae = self.b_dec.device, self.config.d_sae
+        indices = torch.as_tensor(latents, dtype=torch.int64).reshape(-1)  # a list is checked without a device
+        lowest, highest = indices.aminmax() if indices.numel() else (0, 0)
+        if lowest < 0 or highest >= d_sae:
+            outside = indices[(indices < 0) | (indices >= d_sae)]
             raise LatentIndexError(
-                f"Latent {int(outside[0])} does not exist: this SAE has d_sae = {self.config.d_sae} latents, "
-                f"0 .. {self.config.d_sae - 1}."
+                f"Latent {int(outside[0])} does not exist: this SAE has d_sae = {d_sae} latents, 0 .. {d_sae - 1}."
             )
         held = self.config.kept_latents
         if held is None:
-            return indices
+            return indices.to(device, non_blocking=True)
         row_of = {latent: row for row, latent in enumerate(held)}
         if missing := [latent for latent in indices.tolist() if latent not in row_of]:
             raise LatentIndexError(
                 f"Latent {missing[0]} was not loaded: this SAE holds {len(held)} of its {self.config.d_sae} latents. "
                 f"Load it with latents=[..., {missing[0]}]."
             )
-        return torch.tensor([row_of[latent] for latent in indices.tolist()], device=indices.device, dtype=torch.int64)
+        return torch.tensor([row_of[latent] for latent in indices.tolist()], device=device, dtype=torch.int64)
 
     @torch.no_grad()
-    def record_statistics(self, max_activation: Tensor, mean_activation: Tensor, tokens: int) -> None:
+    def record_statistics(
+        self, max_activation: Tensor, mean_activation: Tensor, tokens: int, *, metrics: FidelityMetrics | None = None
+    ) -> None:
         """Remember how strongly each latent fires; steering and mean ablation measure in these units.
 
         Args:
             max_activation: largest value of each latent, ``[d_sae]``.
             mean_activation: mean value of each latent, zeros included, ``[d_sae]``.
             tokens: number of tokens they were measured on.
+            metrics: what else was measured there, with which `attach` compares; forgotten if None.
         """
         self.max_activation.copy_(max_activation)
         self.mean_activation.copy_(mean_activation)
-        self.config.recorded_tokens = tokens
+        self.config.record(tokens, metrics)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -18,13 +19,19 @@ class Chain:
         paths: module paths, first to last.
         entries: what each block takes of the residual stream.
         exits: what each block gives; bitwise the next block's entry.
+        layers: the number of each block; blocks that text alone does not run leave gaps.
         evidence: which proposal was accepted.
+        refusal: why what the blocks pass on cannot be an activation, empty if it can.
+        idle: the number of each block that did not run.
     """
 
     paths: tuple[str, ...]
     entries: tuple[Seen, ...]
     exits: tuple[Seen, ...]
+    layers: tuple[int, ...]
     evidence: str
+    refusal: str = ""
+    idle: tuple[int, ...] = ()
 
 
 def find_chain(root: nn.Module, trace: Trace) -> Chain | str:
@@ -36,6 +43,7 @@ def find_chain(root: nn.Module, trace: Trace) -> Chain | str:
     """
     tried: set[tuple[str, ...]] = set()
     reasons: list[str] = []
+    odd: list[Chain] = []
     for proposal in proposals():
         for paths in proposal.propose(root):
             if tuple(paths) in tried:
@@ -43,11 +51,15 @@ def find_chain(root: nn.Module, trace: Trace) -> Chain | str:
             tried.add(tuple(paths))
             proven = prove_chain(trace, paths, proposal.name)
             if isinstance(proven, Chain):
-                return proven
-            if any(
+                if not proven.refusal:
+                    return proven
+                odd.append(proven)
+            elif any(
                 trace.calls.get(path) for path in paths
             ):  # lists that never ran, such as a vision tower, say nothing
                 reasons.append(proven)
+    if odd:
+        return odd[0]
     return reasons[0] if reasons else "no list of modules in the model ran in the probe"
 
 
@@ -62,10 +74,14 @@ def prove_chain(trace: Trace, paths: list[str], evidence: str) -> Chain | str:
     Returns:
         The chain, or the reason why it does not hold.
     """
-    name = f"{paths[0]} .. {paths[-1]}"
     for path in paths:
-        if trace.calls.get(path, 0) != 1:
-            return f"the block {path} ran {trace.calls.get(path, 0)} times in one forward"
+        if trace.calls.get(path, 0) > 1:
+            return f"the block {path} ran {trace.calls[path]} times in one forward"
+    ran = [layer for layer, path in enumerate(paths) if trace.calls.get(path)]
+    if 2 * len(ran) < len(paths):
+        return f"the block {next(path for path in paths if not trace.calls.get(path))} ran 0 times in one forward"
+    idle = tuple(layer for layer in range(len(paths)) if layer not in ran)
+    paths = [paths[layer] for layer in ran]
     links = [_link(trace, here, there) for here, there in zip(paths, paths[1:], strict=False)]
     for here, link in zip(paths, links, strict=False):
         if link is None:
@@ -78,25 +94,45 @@ def prove_chain(trace: Trace, paths: list[str], evidence: str) -> Chain | str:
         first = next((seen for seen in trace.one(paths[0], "input") if seen.is_tokens), None)
         last = next((seen for seen in trace.one(paths[0], "output") if seen.is_tokens), None)
     if first is None or last is None:
-        return f"the first or last block of {name} is called in another way than the others"
+        return f"the first or last block of {paths[0]} .. {paths[-1]} is called in another way than the others"
     entries = (first, *(entry for _, entry in known))
     exits = (*(leave for leave, _ in known), last)
-    if not all(seen.is_tokens for seen in (*entries, *exits)):
-        rank = next(seen.place.rank for seen in (*entries, *exits) if not seen.is_tokens)
-        return f"the blocks {name} pass on more than one residual stream (a tensor of rank {rank})"
-    if len({seen.place.width for seen in (*entries, *exits)}) != 1:
+    name = f"{paths[0]} .. {paths[-1]}"
+    refusal = _refusal(trace, name, (*entries, *exits))
+    for here, there in zip(paths, paths[1:], strict=False):
+        alike = [given for given, _ in _links(trace, here, there) if given.place.width == first.place.width]
+        if not refusal and sum(seen.is_tokens for seen in alike) > 1:  # as reversible blocks do
+            refusal = f"the blocks {name} pass on {len(alike)} tensors with a row for each token, not one stream"
+    return Chain(tuple(paths), entries, exits, tuple(ran), evidence, refusal, idle)
+
+
+def _refusal(trace: Trace, name: str, stream: tuple[Seen, ...]) -> str:
+    """Return why what blocks pass on is not one residual stream with one row per token, empty if it is."""
+    batch, sequence = trace.tokens
+    for seen in stream:
+        shape = list(trace.values[seen.value].shape)
+        if len(shape) > 3:
+            return (
+                f"the blocks {name} pass on {shape}, more than one residual stream, for [{batch}, {sequence}] tokens"
+            )
+        if not seen.is_tokens:
+            return f"the blocks {name} pass on {shape}, not one row for each of the [{batch}, {sequence}] tokens"
+    if len({seen.place.width for seen in stream}) != 1:
         return f"the blocks {name} change the width of the residual stream"
-    return Chain(tuple(paths), entries, exits, evidence)
+    return ""
 
 
 def _link(trace: Trace, here: str, there: str) -> tuple[Seen, Seen] | None:
     """Return what one block gives and the next takes unchanged; what merely passes through a block does not count."""
+    return next(_links(trace, here, there), None)
+
+
+def _links(trace: Trace, here: str, there: str) -> Iterator[tuple[Seen, Seen]]:
     untouched = {seen.value for seen in trace.one(here, "input")}
     taken = {seen.value: seen for seen in reversed(trace.one(there, "input"))}
     for seen in trace.one(here, "output"):
         if seen.value in taken and seen.value not in untouched and trace.values[seen.value].is_floating_point():
-            return seen, taken[seen.value]
-    return None
+            yield seen, taken.pop(seen.value)
 
 
 def _at(items: list[Seen], like: Seen) -> Seen | None:

@@ -1,40 +1,43 @@
 """What each block adds to the residual stream, found by additive decomposition: exit = entry + sum of scale * term.
 
-A decomposition is accepted when summing in some order gives the block's output bit for bit. Where the terms are scaled
-by a number that is not in the configuration, the scales are fitted by least squares; that is accepted when the sum is
-within `TOLERANCE` rounding steps, far below what the block adds, and no other choice of terms comes near.
+Most blocks are one such sum. Where none holds, the block is taken as two sums, one after the other, with what happens
+to the stream itself between them: it may be scaled, or go on as what a norm made of it, as in models whose norms come
+after the addition.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .blocks import Chain
-from .probe import Seen, Trace, number_of
-from .sums import TOLERANCE, Decomposition, rms, trees
+from .interior import largest_rank
+from .probe import Seen, Trace
+from .search import MOST_TERMS, Step, find_kept_sum, find_sum
+from .sums import Decomposition, Sums
 
-MOST_TERMS = 3
 MOST_CANDIDATES = 40
-_SAMPLED = 256  # elements on which combinations are compared before they are summed in full
-_TRIED = 32  # combinations that are summed, best first
-_NEAR = 0.2  # a number of the configuration this close to a fitted scale is tried in its place
-_APART = 4.0  # a fitted sum must be so many times better than the next choice of terms
 
-Choice = tuple[float, tuple[int, ...], tuple[float, ...]]
-"""Root mean square error, which candidates, and their scales."""
+
+@dataclass(frozen=True, slots=True)
+class _Norm:
+    """A module that makes one activation of another, channel by channel up to statistics of the token."""
+
+    taken: Seen
+    given: Seen
 
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """One block's entry, exit and candidates, with their values at the sampled elements in their own types."""
+    """One block's entry and exit, and the tensors that its modules give."""
 
     trace: Trace
+    root: nn.Module
     path: str
     entry: Seen
     leave: Seen
@@ -45,134 +48,177 @@ class _Block:
         """The candidates' places relative to the block."""
         return tuple(str(seen.place)[len(self.path) :] for seen in self.candidates)
 
-    def sample(self, seen: Seen) -> Tensor:
-        """Return a tensor's values at the sampled elements ``[m]``."""
-        flat = self.trace.values[seen.value].reshape(-1)
-        return flat[torch.randperm(flat.numel(), generator=torch.Generator().manual_seed(0))[:_SAMPLED]]
+    def step(
+        self,
+        start: Seen,
+        goal: Seen,
+        after: int = -1,
+        before: float = float("inf"),
+        other: Collection[str] = (),
+    ) -> Step:
+        """Return a step within the block, with what is given between two times as candidates, less other values."""
+        known = {start.value, goal.value, *other}
+        usable = [c for c in self.candidates if c.value not in known and after < c.place.order < before]
+        return Step(self.trace, start, goal, usable)
 
-    def reproduces(self, sums: Decomposition) -> bool:
-        """Whether a decomposition gives the block's output bit for bit; most wrong ones fail on the sample."""
-        goal = self.trace.values[self.leave.value]
-        total = sums.total(self.sample(self.entry), [self.sample(term) for term in sums.terms])
-        if not torch.equal(total.to(goal.dtype), self.sample(self.leave)):
-            return False
-        terms = [self.trace.values[term.value].reshape(goal.shape) for term in sums.terms]
-        total = sums.total(self.trace.values[self.entry.value].reshape(goal.shape), terms)
-        return number_of(total.to(goal.dtype)) == self.leave.value
+    def norms(self) -> list[_Norm]:
+        """Return the modules in the block that may be norms of the stream, with the last place of what they give."""
+        found = []
+        last = {seen.value: seen for seen in self.candidates}  # a module around the norm may pass it on
+        for given in self.trace.within(self.path, "output"):
+            taken = self.trace.one(given.place.path, "input")
+            alike = len(taken) == 1 and all(_of_stream(seen, self.entry) for seen in (given, taken[0]))
+            if alike and taken[0].value != given.value:
+                module = self.root.get_submodule(given.place.path)
+                found += [_Norm(taken[0], last.get(given.value, given))] if largest_rank(module) < 2 else []
+        return found
+
+    def vectors(self) -> list[Tensor]:
+        """Return the block's own parameters of one number per channel."""
+        module = self.root.get_submodule(self.path)
+        width = self.entry.place.width
+        own = [p.detach() for p in module.parameters(recurse=False) if p.device.type != "meta" and p.numel() == width]
+        return [vector.to("cpu").reshape(width) for vector in own]
 
 
-def decompose(chain: Chain, trace: Trace, config: Mapping[str, Any]) -> list[Decomposition | str]:
+def decompose(chain: Chain, trace: Trace, root: nn.Module, config: Mapping[str, Any]) -> list[Sums | str]:
     """Decompose every block's output.
 
     Args:
         chain: the blocks.
         trace: one recorded forward.
+        root: the model without wrappers.
         config: the model's configuration, whose numbers are tried as scales.
 
     Returns:
         One decomposition per block, or the reason why there is none.
     """
     numbers = sorted({1.0, *_numbers(config)})
-    found: list[Decomposition | str] = []
-    hints: list[tuple[str, Decomposition]] = []
+    found: list[Sums | str] = []
+    hints: list[tuple[_Block, Sums]] = []
     hopeless: set[tuple[str, ...]] = set()
     for path, entry, leave in zip(chain.paths, chain.entries, chain.exits, strict=True):
-        block = _Block(trace, path, entry, leave, _candidates(trace, path, entry, leave))
+        block = _Block(trace, root, path, entry, leave, _candidates(trace, path, entry, leave))
         known = (_transfer(block, *hint) for hint in hints)
         result = next((item for item in known if item is not None), None)
         if result is None and block.names not in hopeless:
-            result = _search(block, numbers)
+            result = _explain(block, numbers)
             if result is not None:
-                hints.append((path, result))
+                hints.append((block, result))
             else:
                 hopeless.add(block.names)
         found.append(result or f"the output of {path} is not its input plus outputs of modules in it")
     return found
 
 
+def _of_stream(seen: Seen, entry: Seen) -> bool:
+    return seen.is_tokens and seen.place.width == entry.place.width
+
+
 def _candidates(trace: Trace, path: str, entry: Seen, leave: Seen) -> list[Seen]:
     """Return one place per distinct tensor that a module in the block gives: the one closest to the addition."""
     last: dict[str, Seen] = {}
     for seen in trace.within(path, "output"):
-        usable = seen.is_tokens and seen.place.width == entry.place.width
-        if not usable or seen.value in (entry.value, leave.value) or not trace.values[seen.value].any():
+        if not _of_stream(seen, entry) or seen.value in (entry.value, leave.value):
+            continue
+        if not trace.values[seen.value].any():
             continue
         if seen.value not in last or seen.place.order > last[seen.value].place.order:
             last[seen.value] = seen
     return sorted(last.values(), key=lambda seen: seen.place.order)[-MOST_CANDIDATES:]
 
 
-def _transfer(block: _Block, origin: str, known: Decomposition) -> Decomposition | None:
+def _transfer(block: _Block, origin: _Block, known: Sums) -> Sums | None:
     """Try an earlier block's decomposition on the modules of the same names."""
-    by_path = {seen.place.path: seen for seen in block.candidates}
-    terms = [by_path.get(block.path + term.place.path[len(origin) :]) for term in known.terms]
-    present = tuple(term for term in terms if term is not None)
-    if len(present) != len(terms) or not known.exact:
-        return None
-    moved = Decomposition(present, known.scales, known.tree, known.upcast, exact=True)
-    return moved if block.reproduces(moved) else None
+
+    def moved(seen: Seen | None) -> Seen | None:
+        if seen is None or seen.value == origin.entry.value:
+            return seen and block.entry
+        if seen.value == origin.leave.value:
+            return block.leave
+        path = block.path + seen.place.path[len(origin.path) :]
+        items = block.trace.one(path, seen.place.port)
+        return next((s for s in items if s.place.keys == seen.place.keys and _of_stream(s, block.entry)), None)
+
+    stages = []
+    for stage in known.stages:
+        start, goal, read = moved(stage.start), moved(stage.goal), moved(stage.read)
+        terms = tuple(term for term in map(moved, stage.terms) if term is not None)
+        whole = start is not None and goal is not None and len(terms) == len(stage.terms)
+        if not whole or not stage.exact or isinstance(stage.keep, Tensor) or (read is None) != (stage.read is None):
+            return None
+        assert start is not None and goal is not None
+        stages.append(dataclasses.replace(stage, start=start, goal=goal, terms=terms, read=read))
+    result = Sums(tuple(stages), moved(known.closing))
+    linked = all(
+        (after.read or after.start).value == before for before, after in _links(result.stages, block.entry.value)
+    )
+    exact = all(Step(block.trace, stage.start, stage.goal, []).reproduces(stage) for stage in stages)
+    closed = (result.closing or stages[-1].goal).value == block.leave.value
+    return result if linked and exact and closed else None
 
 
-def _search(block: _Block, numbers: Sequence[float]) -> Decomposition | None:
-    """Look for at most three candidates that explain what the block adds: as they are, then scaled."""
+def _links(stages: Sequence[Decomposition], entry: str) -> Iterator[tuple[str, Decomposition]]:
+    """Yield each stage with the value that it must go on from."""
+    for stage in stages:
+        yield entry, stage
+        entry = stage.goal.value
+
+
+def _explain(block: _Block, numbers: Sequence[float]) -> Sums | None:
+    """Explain a block as one plain sum, else in stages; bit for bit if it can be, else within rounding."""
     if not block.candidates:
         return None
-    counts = range(1, min(MOST_TERMS, len(block.candidates)) + 1)
-    before, after = block.sample(block.entry).double(), block.sample(block.leave).double()
-    columns = torch.stack([block.sample(seen).double() for seen in block.candidates])
-    step = max(torch.finfo(block.sample(seen).dtype).eps for seen in (block.entry, block.leave, *block.candidates))
-    slack = TOLERANCE * step * max(rms(before), rms(after), *(rms(column) for column in columns))
-    for scaled in (False, True):
-        for count in counts:
-            for error, chosen, scales in _ranked(columns, after - before, count, scaled)[:_TRIED]:
-                terms = tuple(block.candidates[index] for index in chosen)
-                exact = _exact(block, terms, scales, numbers if scaled else ()) if error <= slack else None
-                if exact is not None:
-                    return exact
-    for count in counts:
-        best, *others = _ranked(columns, after - before, count, scaled=True)[:2]
-        clear = best[0] <= slack <= rms(after - before) / _APART**2
-        if clear and all(other[0] >= _APART * best[0] for other in others):
-            terms = tuple(block.candidates[index] for index in best[1])
-            return Decomposition(terms, best[2], next(trees(tuple(range(count + 1)))), upcast=False, exact=False)
+    for exactly in (True, False):
+        whole = find_sum(block.step(block.entry, block.leave), numbers, exactly)
+        found = Sums((whole,)) if whole is not None else _in_stages(block, numbers, exactly)
+        if found is not None:
+            return found
     return None
 
 
-def _ranked(columns: Tensor, wanted: Tensor, count: int, scaled: bool) -> list[Choice]:
-    """Return the choices of `count` rows of `columns` ``[n, m]``, by how well their sum gives `wanted` ``[m]``."""
-    picks = torch.combinations(torch.arange(len(columns)), count)
-    rows = columns[picks]
-    scales = torch.ones(len(picks), count, dtype=columns.dtype)
-    if scaled:
-        sizes = rows.norm(dim=-1, keepdim=True).clamp_min(1e-30)
-        unit = rows / sizes
-        solved, _ = torch.linalg.solve_ex(unit @ unit.mT, (unit @ wanted).unsqueeze(-1))
-        scales = (solved / sizes).squeeze(-1)
-    errors = ((rows * scales.unsqueeze(-1)).sum(dim=1) - wanted).square().mean(dim=-1).sqrt()
-    errors = torch.where((scales.abs() > 1e-4).all(dim=-1), errors, torch.inf).nan_to_num(torch.inf)
-    best = torch.argsort(errors)[: _TRIED + 1]
-    listed = zip(errors[best].tolist(), picks[best].tolist(), scales[best].tolist(), strict=True)
-    return [(error, tuple(chosen), tuple(factors)) for error, chosen, factors in listed]
+def _in_stages(block: _Block, numbers: Sequence[float], exactly: bool) -> Sums | None:
+    """Explain a block by one sum or two, with norms or factors on the stream itself."""
+    norms, vectors = block.norms(), block.vectors()
 
+    def summed(before: Seen, goal: Seen, after: int = -1, until: float = float("inf")) -> Decomposition | None:
+        """Go on from a value, or from what a norm gives of it, which is nothing that is added."""
+        given = {norm.given.value: norm for norm in norms if norm.taken.value == before.value}
+        starts = [(before, None), *((norm.given, norm.taken) for norm in given.values())]
+        for exact, count in product((True,) if exactly else (True, False), range(1, MOST_TERMS)):
+            for start, read in starts:
+                step = block.step(start, goal, after, until, other=given)
+                found = find_sum(step, numbers, exact, [count])
+                found = found or find_kept_sum(step, numbers, vectors, exact, [count])
+                if found is not None:
+                    return dataclasses.replace(found, read=read)
+        return None
 
-def _exact(
-    block: _Block, terms: tuple[Seen, ...], scales: tuple[float, ...], numbers: Sequence[float]
-) -> Decomposition | None:
-    """Find the order of summation, and the scales' true values, that reproduce the output bit for bit."""
-    orders = list(trees(tuple(range(len(terms) + 1))))
-    for factors in product(*(_options(scale, numbers) for scale in scales)):
-        for upcast in (False, True):
-            for tree in orders:
-                sums = Decomposition(terms, factors, tree, upcast, exact=True)
-                if block.reproduces(sums):
-                    return sums
+    goals: list[tuple[Seen, Seen | None]] = [(block.leave, None)]
+    goals += [(norm.taken, norm.given) for norm in norms if norm.given.value == block.leave.value]
+    for middle in _middles(block, {goal.value for goal, _ in goals}):
+        first = summed(block.entry, middle, until=middle.place.order)
+        if first is None:
+            continue
+        for goal, closing in goals:
+            second = summed(middle, goal, after=middle.place.order)
+            if second is not None:
+                return Sums((first, second), closing)
+    for goal, closing in goals:
+        whole = summed(block.entry, goal)
+        if whole is not None:
+            return Sums((whole,), closing)
     return None
 
 
-def _options(scale: float, numbers: Sequence[float]) -> list[float]:
-    """Return the numbers of the configuration that a fitted scale may stand for, closest first, then the scale."""
-    near = (number for number in numbers if abs(number - scale) <= _NEAR * abs(scale))
-    return [*sorted(near, key=lambda number: abs(number - scale))[:MOST_TERMS], scale]
+def _middles(block: _Block, ends: set[str]) -> list[Seen]:
+    """Return what modules of the block read and none of them gave, first readers first."""
+    given = {seen.value for seen in block.trace.within(block.path, "output")} | {block.entry.value} | ends
+    first: dict[str, Seen] = {}
+    for seen in sorted(block.trace.within(block.path, "input"), key=lambda seen: seen.place.order):
+        if _of_stream(seen, block.entry) and seen.value not in given:
+            first.setdefault(seen.value, seen)
+    return list(first.values())
 
 
 def _numbers(config: Mapping[str, Any]) -> Iterator[float]:

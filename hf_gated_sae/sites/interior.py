@@ -10,13 +10,13 @@ from .blocks import Chain
 from .probe import Seen, Trace, embedding_of, number_of
 from .roles import Roles
 from .slots import Place
-from .sums import Decomposition
+from .sums import Sums
 
 _STEPS = 3  # norms and dropouts between a projection and the residual stream
 
 
 def block_places(
-    root: nn.Module, trace: Trace, chain: Chain, layer: int, sums: Decomposition | str, roles: Roles | None
+    root: nn.Module, trace: Trace, chain: Chain, layer: int, sums: Sums | str, roles: Roles | None
 ) -> dict[str, Place | str]:
     """Return, for every semantic name of one block, its place or the reason why there is none."""
     places: dict[str, Place | str] = {
@@ -29,7 +29,7 @@ def block_places(
     if roles is None:
         return places | dict.fromkeys(inner, "a contribution does not react to the block's input")
     path = chain.paths[layer]
-    places["resid_mid"] = _resid_mid(trace, chain, layer, sums, roles)
+    places["resid_mid"] = _resid_mid(trace, path, sums, roles)
     for kind, numbers, what, last in (
         ("attn", roles.mixers, "mixes positions", "attn_z"),
         ("mlp", roles.feeders, "acts on each token alone", "mlp_neurons"),
@@ -48,7 +48,26 @@ def block_places(
     return places
 
 
-def _resid_mid(trace: Trace, chain: Chain, layer: int, sums: Decomposition, roles: Roles) -> Place | str:
+def middle_of(trace: Trace, sums: Sums, roles: Roles) -> str:
+    """Return the number of the value that the stream has between mixers and feed-forwards, empty if there is none.
+
+    Where the stream is normed in between, it is what the block's ends are: sums if the block norms the stream that it
+    is given, as the next sum does with this one, else what the norms after the sums give.
+    """
+    first, *second = sums.stages
+    if second:
+        apart = len(first.terms) == len(roles.mixers) == max(roles.mixers, default=0)
+        between = second[0].start if first.read is None else first.goal
+        return between.value if apart else ""
+    node = first.node_of({0, *roles.mixers})
+    if node is None:
+        return ""
+    goal = trace.values[first.goal.value]
+    terms = [trace.values[term.value].reshape(goal.shape) for term in first.terms]
+    return number_of(first.total(trace.values[first.start.value].reshape(goal.shape), terms, node).to(goal.dtype))
+
+
+def _resid_mid(trace: Trace, path: str, sums: Sums, roles: Roles) -> Place | str:
     """Find the stream between the mixer and the feed-forward.
 
     Where a module gives it, that output is the place. Else it is the input of the first module that reads it; the
@@ -56,23 +75,14 @@ def _resid_mid(trace: Trace, chain: Chain, layer: int, sums: Decomposition, role
     """
     if not roles.mixers or not roles.feeders:
         return "the block has only one kind of contribution"
-    node = sums.node_of({0, *roles.mixers})
-    if node is None:
+    number = middle_of(trace, sums, roles)
+    if not number:
         return "attention and feed-forward are added together, in parallel"
-    entry, leave = chain.entries[layer], chain.exits[layer]
-    shape = trace.values[leave.value].shape
-    middle = sums.total(
-        trace.values[entry.value].reshape(shape),
-        [trace.values[term.value].reshape(shape) for term in sums.terms],
-        node,
-    )
-    number = number_of(middle.to(trace.values[leave.value].dtype))
-    path = chain.paths[layer]
     given = [seen for seen in trace.within(path, "output") if seen.value == number and seen.is_tokens]
     if given:
         return max(given, key=lambda seen: seen.place.order).place
     taken = [seen for seen in trace.within(path, "input") if seen.value == number and seen.is_tokens]
-    if not taken and not sums.exact:
+    if not taken and not all(stage.exact for stage in sums.stages):
         return "the scales of the contributions are known only within rounding"
     if not taken:
         return "no module reads it: the feed-forward runs in parallel to attention"
@@ -92,7 +102,7 @@ def find_projection(root: nn.Module, trace: Trace, block: str, term: Seen) -> Se
         inputs = {seen.value: seen for seen in trace.one(path, "input") if seen.is_tokens}
         if _is_linear(module):
             return next(iter(inputs.values())) if len(inputs) == 1 else f"{path} does not read one tensor"
-        if _largest_rank(module) >= 2:
+        if largest_rank(module) >= 2:
             return f"it is computed inside {path}, not by a linear module of its own"
         value = next(iter(inputs), "")
     return f"no linear module gives the output of {term.place.path}"
@@ -111,10 +121,11 @@ def _outermost(trace: Trace, block: str, path: str, value: str) -> str:
 
 def _is_linear(module: nn.Module) -> bool:
     # An adapted linear module keeps the original one as `base_layer`; that is how PEFT marks all its tuners.
-    return "base_layer" in module._modules or (not module._modules and _largest_rank(module) == 2)
+    return "base_layer" in module._modules or (not module._modules and largest_rank(module) == 2)
 
 
-def _largest_rank(module: nn.Module) -> int:
+def largest_rank(module: nn.Module) -> int:
+    """Return the rank of a module's largest parameter or buffer, 0 without any."""
     # Quantised weights can be buffers; experts hold theirs as one tensor of rank 3.
     return max((tensor.ndim for tensors in (module.parameters(), module.buffers()) for tensor in tensors), default=0)
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import SiteError
+from .sharding import is_spread, mesh_within
 from .slots import Key, Place, pack_input, tensors_in
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 BATCH, SEQUENCE = 2, 7
 
@@ -98,7 +103,10 @@ def _made_up_ids(root: nn.Module) -> Tensor:
     """Return distinct ordinary ids ``[2, 7]``, on the embedding's device."""
     weight = getattr(embedding_of(root), "weight", None)
     config = getattr(root, "config", None)
-    size = int(weight.shape[0]) if isinstance(weight, Tensor) else int(getattr(config, "vocab_size", 0))
+    if isinstance(weight, Tensor) and weight.ndim == 2:
+        size = int(weight.shape[0])
+    else:  # between forwards the older FSDP flattens weights and splits them
+        size = int(getattr(config, "vocab_size", 0))
     special = set(_special_ids(config.to_dict())) if config is not None else set()
     ordinary = [token for token in range(min(size, 4096)) if token not in special]
     wanted = BATCH * SEQUENCE
@@ -167,14 +175,17 @@ class Trace:
         self.seen: dict[tuple[str, str], list[Seen]] = defaultdict(list)
         self.values: dict[str, Tensor] = {}
         self.output: Tensor | None = None
+        self.mesh: DeviceMesh | None = None
+        """The ranks of tensor parallelism."""
         self._clock = 0
-        self._alive: dict[tuple[int, int], tuple[Tensor, str]] = {}
+        self._known: dict[tuple[int, int], tuple[weakref.ref[Tensor], str]] = {}
 
     def hooks(self, path: str) -> tuple[Callable[..., None], Callable[..., None]]:
         """Return the hooks that record one module's input and output."""
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.calls[path] += 1
+            self.mesh = self.mesh or mesh_within(module)
             self._record(path, "input", pack_input(args, kwargs))
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -187,7 +198,8 @@ class Trace:
         if self.calls[path] > 1:
             return
         for keys, tensor in tensors_in(packed):
-            self.seen[path, port].append(self._look(path, port, keys, tensor))
+            if not is_spread(tensor):
+                self.seen[path, port].append(self._look(path, port, keys, tensor))
 
     def _look(self, path: str, port: str, keys: tuple[Key, ...], tensor: Tensor) -> Seen:
         batch, sequence = self.tokens
@@ -201,12 +213,13 @@ class Trace:
     def _number(self, tensor: Tensor) -> str:
         """Keep a copy of the content, once, and return its number; later in-place changes do not reach the copy."""
         key = (id(tensor), 0 if tensor.is_inference() else tensor._version)
-        if key not in self._alive:
+        owner, number = self._known.get(key, (None, ""))
+        if owner is None or owner() is not tensor:  # an id is used again once its tensor is gone
             content = tensor.detach().to("cpu", copy=True).contiguous()
             number = number_of(content)
             self.values.setdefault(number, content)
-            self._alive[key] = (tensor, number)  # holding the tensor keeps its id from being used again
-        return self._alive[key][1]
+            self._known[key] = (weakref.ref(tensor), number)
+        return number
 
     def one(self, path: str, port: str) -> list[Seen]:
         """Return what was seen at one side of a module, or nothing where the module did not run exactly once."""
@@ -219,9 +232,12 @@ class Trace:
             if side == port and name.startswith(prefix) and self.calls[name] == 1:
                 yield from items
 
-    def finish(self) -> None:
-        """Let go of the model's own tensors."""
-        self._alive.clear()
+    def forget_but(self, width: int) -> None:
+        """Keep the contents only of what is as wide as the residual stream; of the rest, shapes and types."""
+        elements = self.tokens[0] * self.tokens[1] * width
+        for number, content in self.values.items():
+            if content.numel() != elements or content.shape[-1] != width:
+                self.values[number] = content.to("meta")
 
 
 def number_of(content: Tensor) -> str:
@@ -275,5 +291,4 @@ def trace(subject: Subject, only: Collection[str] | None = None) -> Trace:
     finally:
         for handle in handles:
             handle.remove()
-        record.finish()
     return record

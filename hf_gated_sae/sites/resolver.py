@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import weakref
 from collections.abc import Mapping
@@ -12,10 +13,12 @@ from torch import nn
 from .blocks import Chain, find_chain
 from .contributions import decompose
 from .interior import block_places, end_places
-from .probe import Subject, Trace, make_subject, number_of, quiet, trace, unwrap
+from .norms import Norms
+from .probe import Seen, Subject, Trace, make_subject, number_of, quiet, trace, unwrap
 from .roles import assign_roles
+from .sharding import Ranks, declared_width, meet, refuse_stages
 from .site import LAYERED, Site
-from .site_map import SiteMap
+from .site_map import PathKey, SiteMap
 from .slots import Place, Slot
 from .writing import Proven, failing_writes
 
@@ -38,15 +41,18 @@ def resolve(model: nn.Module, *, inputs: Mapping[str, Any] | None = None) -> Sit
         The sites.
 
     Raises:
-        SiteError: if a forward of the model raises.
+        SiteError: if a forward of the model raises, or the ranks of a model on several do not run the same tokens
+            through the same layers.
     """
     root, _ = unwrap(model)
+    refuse_stages(root)
     key = tuple((path, id(module)) for path, module in root.named_modules())
     with _LOCK:
         cached = _CACHE.get(root)
         if cached is not None and cached[0] == key and inputs is None:
             return cached[1]
         subject = make_subject(model, inputs)
+        meet(root)
         with quiet(root):
             found = _probe(subject)
         _CACHE[root] = (key, found)
@@ -56,40 +62,89 @@ def resolve(model: nn.Module, *, inputs: Mapping[str, Any] | None = None) -> Sit
 def _probe(subject: Subject) -> SiteMap:
     root = subject.root
     seen = trace(subject)
-    paths = _path_places(seen)
+    ranks = _ranks(subject, seen)
+    paths = {key: _over(ranks, root, place) for key, place in _path_places(seen).items()}
     chain = find_chain(root, seen)
+    if ranks is not None:  # each of the forwards to come takes all ranks, so that all have to go on alike
+        ranks.require_same(_stream(chain), "a residual stream")
     if isinstance(chain, str):
-        return SiteMap(root, {}, {}, paths, 0, _text_path(subject, seen, None), chain)
+        return SiteMap(root, {}, {}, paths, 0, _text_path(subject, seen, None), chain, Norms(subject, seen))
     config = getattr(root, "config", None)
-    sums = decompose(chain, seen, config.to_dict() if config is not None else {})
+    count = len(chain.layers) + len(chain.idle)
+    if chain.refusal:
+        none = {Site(name, layer): chain.refusal for name in LAYERED for layer in range(count)}
+        text_path = _text_path(subject, seen, chain)
+        return SiteMap(root, {}, none, paths, count, text_path, chain.refusal, Norms(subject, seen))
+    seen.forget_but(chain.entries[0].place.width)
+    sums = decompose(chain, seen, root, config.to_dict() if config is not None else {})
     roles = assign_roles(subject, chain, sums, seen)
     found: dict[Site, Place | str] = {Site(name): place for name, place in end_places(root, seen, chain).items()}
-    for layer, (parts, role) in enumerate(zip(sums, roles, strict=True)):
-        places = block_places(root, seen, chain, layer, parts, role)
-        found |= {Site(name, layer): places[name] for name in LAYERED}
+    for index, (parts, role) in enumerate(zip(sums, roles, strict=True)):
+        places = block_places(root, seen, chain, index, parts, role)
+        found |= {Site(name, chain.layers[index]): places[name] for name in LAYERED}
+    idle = "the block does not run on text alone"
+    found |= {Site(name, layer): idle for name in LAYERED for layer in chain.idle}
+    found = {site: _over(ranks, root, place) for site, place in found.items()}
     slots = {site: Slot(site, place, root) for site, place in found.items() if isinstance(place, Place)}
     refused = {site: reason for site, reason in found.items() if isinstance(reason, str)}
     failing = failing_writes(Proven(subject, seen, chain, sums, roles), slots)
     slots = {site: slot for site, slot in slots.items() if site not in failing}
-    return SiteMap(
-        root, slots, refused | failing, paths, len(chain.paths), _text_path(subject, seen, chain), chain.evidence
-    )
+    text_path = _text_path(subject, seen, chain)
+    norms = Norms(subject, seen)
+    return SiteMap(root, slots, refused | failing, paths, count, text_path, chain.evidence, norms)
 
 
-def _path_places(seen: Trace) -> dict[tuple[str, str], Place | str]:
-    """Choose, for each side of each module that ran, its activation: the first tensor with one row per token."""
-    places: dict[tuple[str, str], Place | str] = {}
+def _ranks(subject: Subject, seen: Trace) -> Ranks | None:
+    """Compare what the ranks of tensor parallelism saw; None for a model that is not split so."""
+    if seen.mesh is None:
+        return None
+    mine = {
+        (path, port, item.place.keys): (item.value, tuple(seen.values[item.value].shape))
+        for (path, port), items in seen.seen.items()
+        for item in items
+    }
+    ranks = Ranks.compare(seen.mesh, mine)
+    ranks.refuse_split_sequence(*subject.tokens())
+    return ranks
+
+
+def _stream(chain: Chain | str) -> list[str] | str:
+    """Return all that a chain holds, or why there is none, in a form that ranks can exchange."""
+    if isinstance(chain, str):
+        return chain
+    return [f"{seen.place}: {seen.value}" for seen in (*chain.entries, *chain.exits)]
+
+
+def _over(ranks: Ranks | None, root: nn.Module, place: Place | str) -> Place | str:
+    """Complete a place by how its tensor is split over ranks, or return the reason why that cannot be told."""
+    if ranks is None or isinstance(place, str):
+        return place
+    declared = declared_width(root.get_submodule(place.path), place.port)
+    shards = ranks.split((place.path, place.port, place.keys), declared)
+    if shards is None or isinstance(shards, str):
+        return place if shards is None else shards
+    return dataclasses.replace(place, width=shards.width, shards=shards)
+
+
+def _path_places(seen: Trace) -> dict[PathKey, Place | str]:
+    """Find, for each side of each module that ran, its tensors, and its activation: the first with a row per token."""
+    places: dict[PathKey, Place | str] = {}
     for path, count in seen.calls.items():
         for port in ("input", "output"):
-            items = seen.seen.get((path, port), [])
-            usable = [s for s in items if s.place.rank in (2, 3) and seen.values[s.value].is_floating_point()]
-            usable.sort(key=lambda item: not item.is_tokens)
             if count != 1:
-                places[path, port] = f"the module ran {count} times in one forward"
-            elif usable:
-                places[path, port] = usable[0].place
-            else:
-                places[path, port] = f"the module's {port} has no floating-point tensor of rank 2 or 3"
+                places[path, port, None] = f"the module ran {count} times in one forward"
+                continue
+            usable: list[Seen] = []
+            for index, item in enumerate(seen.seen.get((path, port), [])):
+                dtype = seen.values[item.value].dtype
+                if item.place.rank in (2, 3) and dtype.is_floating_point:
+                    usable.append(item)
+                    places[path, port, index] = item.place
+                else:
+                    places[path, port, index] = f"that tensor is of {dtype} and rank {item.place.rank}"
+            first = min(usable, key=lambda item: not item.is_tokens, default=None)
+            nothing = f"the module's {port} has no floating-point tensor of rank 2 or 3"
+            places[path, port, None] = nothing if first is None else first.place
     return places
 
 

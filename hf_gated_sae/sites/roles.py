@@ -1,8 +1,10 @@
 """Which contributions of a block mix positions (attention and its kin), and which act on each token alone (MLPs).
 
 The order of execution does not tell: some blocks hold only one of the two, and some compute both from the same input.
-So one forward gives every block its recorded input with only the first position changed, and looks where each
-contribution changes. Contributions are put back to their recorded values, so that no block sees another's change.
+Where all contributions mix positions, those that reach only a few positions back, by a short convolution or a shift of
+one token, are the feed-forwards. So one forward gives every block its recorded input with only the first position
+changed, and looks where each contribution changes. Contributions are put back to their recorded values, so that no
+block sees another's change.
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ from .blocks import Chain
 from .probe import Seen, Subject, Trace, run
 from .site import Site
 from .slots import Edit, Slot
-from .sums import Decomposition
+from .sums import Sums
 
-_REACH = 0.01  # a change at other positions counts from this share of the change at the changed position
+_SHARE = 0.01  # a change at other positions counts from this share of the change at the changed position
+_TRACE = 1e-4  # and from this share when it is asked how far a contribution reaches
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +31,7 @@ class Roles:
 
     Args:
         mixers: terms at which one position sees another.
-        feeders: terms that act on each position alone.
+        feeders: terms that act on each position alone, or see less far than the mixers.
     """
 
     mixers: tuple[int, ...]
@@ -74,9 +77,7 @@ def noise(value: Tensor, seed: int) -> Tensor:
     return (drawn * spread).to(value)
 
 
-def assign_roles(
-    subject: Subject, chain: Chain, sums: Sequence[Decomposition | str], trace: Trace
-) -> list[Roles | None]:
+def assign_roles(subject: Subject, chain: Chain, sums: Sequence[Sums | str], trace: Trace) -> list[Roles | None]:
     """Tell mixers from feed-forwards in every decomposed block, by one forward.
 
     Returns:
@@ -101,17 +102,20 @@ def assign_roles(
     ]
 
 
-def _roles(
-    slots: list[Slot], sums: Decomposition, raw: Mapping[Slot, Tensor], clean: Callable[[Seen], Tensor]
-) -> Roles | None:
-    mixers: list[int] = []
-    feeders: list[int] = []
+def _roles(slots: list[Slot], sums: Sums, raw: Mapping[Slot, Tensor], clean: Callable[[Seen], Tensor]) -> Roles | None:
+    reaches: dict[int, int] = {}
+    mixing: set[int] = set()
     for number, (slot, term) in enumerate(zip(slots, sums.terms, strict=True), start=1):
         if slot not in raw:
             return None
-        change = (raw[slot].float() - clean(term).reshape(raw[slot].shape).float()).abs()
-        here, elsewhere = float(change[:, 0].max()), float(change[:, 1:].max())
+        change = (raw[slot].float() - clean(term).reshape(raw[slot].shape).float()).abs().amax(dim=(0, 2))
+        here = float(change[0])
         if not here > 0:
             return None
-        (mixers if elsewhere > _REACH * here else feeders).append(number)
-    return Roles(tuple(mixers), tuple(feeders))
+        reaches[number] = int((change > _TRACE * here).nonzero().max())
+        if float(change[1:].max()) > _SHARE * here:
+            mixing.add(number)
+    if len(mixing) == len(reaches):
+        furthest = max(reaches.values())
+        mixing = {number for number in mixing if reaches[number] == furthest}
+    return Roles(tuple(sorted(mixing)), tuple(number for number in reaches if number not in mixing))

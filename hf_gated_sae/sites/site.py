@@ -1,11 +1,13 @@
-"""The grammar of site names: a semantic name, ``resid_post.12``, or a module path, ``model.norm.output``."""
+"""The grammar of site names: ``resid_post.12``, or a module path ``model.norm.output``; then ``|transform``."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
 
 from ..errors import SiteError, did_you_mean
+from .transforms import Transform
 
 LAYERED = (
     "resid_pre",
@@ -27,7 +29,7 @@ PORTS = ("input", "output")
 """The two sides of a module."""
 
 _INTEGER = re.compile(r"[0-9]+")
-_MODULE_PATH = re.compile(r"[^\s.]+(\.[^\s.]+)*")
+_MODULE_PATH = re.compile(r"[^\s.|#]+(\.[^\s.|#]+)*")
 _HELP = (
     "A site is 'embed', 'final_norm', one of "
     + ", ".join(f"'{name}.L'" for name in LAYERED)
@@ -44,29 +46,43 @@ class Site:
         name: a semantic name, or a dotted module path.
         layer: layer number; only for the layered semantic names.
         port: ``"input"`` or ``"output"``; only for module paths.
+        index: which of the tensors of that side, counted from 0; None for the one that is its activation.
+        transforms: what is done to what is read, the first one first; undone in what is written.
     """
 
     name: str
     layer: int | None = None
     port: str | None = None
+    index: int | None = None
+    transforms: tuple[Transform, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what the grammar does not have."""
         if self.port is not None:
             valid = self.port in PORTS and self.layer is None and _MODULE_PATH.fullmatch(self.name) is not None
+            valid = valid and (self.index is None or (isinstance(self.index, int) and self.index >= 0))
         elif self.name in GLOBAL:
-            valid = self.layer is None
+            valid = self.layer is None and self.index is None
         else:
-            valid = self.name in LAYERED and isinstance(self.layer, int) and self.layer >= 0
+            valid = self.name in LAYERED and isinstance(self.layer, int) and self.layer >= 0 and self.index is None
         if not valid:
-            raise SiteError(f"Not a site: name={self.name!r}, layer={self.layer!r}, port={self.port!r}. {_HELP}")
+            raise SiteError(
+                f"Not a site: name={self.name!r}, layer={self.layer!r}, port={self.port!r}, index={self.index!r}. "
+                f"{_HELP}"
+            )
+        if not isinstance(self.transforms, tuple) or not all(isinstance(t, Transform) for t in self.transforms):
+            raise SiteError(f"Not a site: transforms={self.transforms!r}; expected a tuple of Transform.")
 
     @classmethod
     def parse(cls, text: str | Site) -> Site:
         """Read a site from its name.
 
+        Other libraries' names are not understood here, as some of them mean another place by the same name: see
+        `sites.names.read`.
+
         Args:
-            text: the name, such as ``"resid_post.12"``; a `Site` is returned unchanged.
+            text: the name, such as ``"resid_post.12"``, ``"model.layers.3.mlp.output#1"`` for the second tensor that
+                a module gives, or ``"resid_post.12|center"``; a `Site` is returned unchanged.
 
         Returns:
             The site, whose `str` is the name.
@@ -78,37 +94,60 @@ class Site:
             return text
         if not isinstance(text, str):
             raise SiteError(f"A site is named by a string, not by {text!r}. {_HELP}")
-        head, dot, last = text.rpartition(".")
-        if text in GLOBAL:
-            return cls(text)
-        if dot and last in PORTS and _MODULE_PATH.fullmatch(head):
-            return cls(head, port=last)
-        if head in LAYERED and _INTEGER.fullmatch(last):
-            return cls(head, layer=int(last))
-        raise SiteError(_complaint(text, head, last))
+        bare, *rest = text.split("|")
+        head, dot, last = bare.rpartition(".")
+        port, hash_, number = last.partition("#")
+        if bare in GLOBAL:
+            site = cls(bare)
+        elif dot and port in PORTS and _MODULE_PATH.fullmatch(head) and not hash_:
+            site = cls(head, port=port)
+        elif dot and port in PORTS and _MODULE_PATH.fullmatch(head) and _INTEGER.fullmatch(number):
+            site = cls(head, port=port, index=int(number))
+        elif head in LAYERED and _INTEGER.fullmatch(last):
+            site = cls(head, layer=int(last))
+        else:
+            raise SiteError(_complaint(bare, head, last))
+        return site.transformed(*map(Transform.parse, rest))
 
     @property
     def is_path(self) -> bool:
         """Whether this is a module path rather than a semantic name."""
         return self.port is not None
 
+    @property
+    def bare(self) -> Site:
+        """The site without transforms."""
+        return dataclasses.replace(self, transforms=()) if self.transforms else self
+
+    def transformed(self, *more: Transform) -> Site:
+        """Return the site with further transforms behind its own."""
+        return dataclasses.replace(self, transforms=(*self.transforms, *more)) if more else self
+
     def __str__(self) -> str:
         """Return the name that `parse` reads."""
         if self.port is not None:
-            return f"{self.name}.{self.port}"
-        return self.name if self.layer is None else f"{self.name}.{self.layer}"
+            place = f"{self.name}.{self.port}" + ("" if self.index is None else f"#{self.index}")
+        else:
+            place = self.name if self.layer is None else f"{self.name}.{self.layer}"
+        return "|".join((place, *map(str, self.transforms)))
 
 
 def _complaint(text: str, head: str, last: str) -> str:
     """Say what is wrong with a name that no rule of the grammar accepts."""
+    from .names import explain  # here, because those readers make sites
+
     if text in LAYERED:
         return f"The site {text!r} needs a layer number, such as '{text}.0'."
     if head in GLOBAL:
         return f"The site {head!r} takes no layer, so {text!r} is not a site; write {head!r}."
     if head in LAYERED:
         return f"{last!r} in the site {text!r} is not a layer number; write a count from zero, such as '{head}.0'."
+    if last.partition("#")[0] in PORTS and "#" in last:
+        return f"{last!r} in the site {text!r} does not say which tensor; write a count from zero, such as 'output#1'."
+    port = did_you_mean(last, PORTS) if head else ""
+    foreign = "" if port else explain(text)
+    if foreign:
+        return f"{text!r} is not a site: it is {foreign}; sites.read_name() reads other libraries' names. {_HELP}"
     stem = head if head and _INTEGER.fullmatch(last) else text
-    close = did_you_mean(stem, (*LAYERED, *GLOBAL))
-    if not close and head:
-        close = did_you_mean(last, PORTS)
+    close = did_you_mean(stem, (*LAYERED, *GLOBAL)) or port
     return f"{text!r} is not a site.{close} {_HELP}"

@@ -2,14 +2,47 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import nn
 
 from ..errors import SiteError, did_you_mean
-from .site import Site
+from .norms import Norms
+from .site import GLOBAL, LAYERED, Site
 from .slots import Place, Slot
+from .transforms import NORM_NO_GAIN, Transform
+
+PathKey = tuple[str, str, int | None]
+"""Path and side of a module, and which of its tensors; None for its activation."""
+
+LAYER = "L"
+
+
+@dataclass(frozen=True, slots=True)
+class SiteRow:
+    """Sites of one kind that have the same place in several blocks, or are refused for the same reason.
+
+    Args:
+        name: the semantic name.
+        layers: the blocks; empty for names that take no layer.
+        place: module path and side with ``L`` for the layer; empty if refused.
+        width: last dimension; 0 if refused.
+        reason: why the sites are refused; empty if they are proven.
+    """
+
+    name: str
+    layers: tuple[int, ...]
+    place: str
+    width: int
+    reason: str
+
+    @property
+    def proven(self) -> bool:
+        """Whether the sites can be used."""
+        return not self.reason
 
 
 class SiteMap:
@@ -19,10 +52,11 @@ class SiteMap:
         root: the model without wrappers; only a weak reference is kept.
         slots: the proven semantic sites.
         refused: the other semantic sites, each with the reason.
-        paths: for each side of each module, the place of its activation, or why it has none.
+        paths: for each tensor of each side of each module, its place, or why it has none.
         layers: number of blocks.
         text_path: path of the module that sees the ids and holds the blocks.
         evidence: how the blocks were found, or why they were not.
+        norms: what the norms that read the sites do.
     """
 
     def __init__(
@@ -30,10 +64,11 @@ class SiteMap:
         root: nn.Module,
         slots: Mapping[Site, Slot],
         refused: Mapping[Site, str],
-        paths: Mapping[tuple[str, str], Place | str],
+        paths: Mapping[PathKey, Place | str],
         layers: int,
         text_path: str,
         evidence: str,
+        norms: Norms,
     ) -> None:
         self.n_layers = layers
         self.refused = dict(refused)
@@ -42,18 +77,32 @@ class SiteMap:
         self._slots = dict(slots)
         self._paths = dict(paths)
         self._text_path = text_path
+        self._norms = norms
 
     @property
     def text_model(self) -> nn.Module:
         """The module that sees the ids and holds the blocks."""
-        root = self._root()
-        if root is None:
-            raise SiteError("The model whose sites these are no longer exists.")
-        return root.get_submodule(self._text_path)
+        return self._model().get_submodule(self._text_path)
 
     def names(self) -> list[str]:
         """Return every proven semantic name in execution order."""
         return [str(site) for site in sorted(self._slots, key=lambda site: self._slots[site].order)]
+
+    def rows(self) -> list[SiteRow]:
+        """Return all semantic sites, proven and refused, with the blocks that are alike in one row."""
+        groups: dict[tuple[str, str, int, str], list[int]] = {}
+        by_name = {name: number for number, name in enumerate((GLOBAL[0], *LAYERED, GLOBAL[1]))}
+        known = sorted({*self._slots, *self.refused}, key=lambda site: (by_name[site.name], site.layer or 0))
+        for site in known:
+            slot = self._slots.get(site)
+            place = "" if slot is None else _pattern(slot.place, site.layer)
+            width, reason = (slot.width, "") if slot is not None else (0, self.refused[site])
+            blocks = groups.setdefault((site.name, place, width, _masked(reason, site.layer)), [])
+            blocks += [] if site.layer is None else [site.layer]
+        return [
+            SiteRow(name, tuple(layers), place, width, reason)
+            for (name, place, width, reason), layers in groups.items()
+        ]
 
     def __contains__(self, name: object) -> bool:
         """Whether the name is a site that can be used."""
@@ -70,9 +119,18 @@ class SiteMap:
         first name, is understood, too.
 
         Raises:
-            SiteError: if the name is no site, the layer or module does not exist, or the site could not be proven.
+            SiteError: if the name is no site, the layer or module does not exist, the site could not be proven, or
+                what it reads cannot be transformed as it says.
         """
         site = Site.parse(name)
+        slot = self._bare(site.bare)
+        if not site.transforms:
+            return slot
+        transforms = tuple(self._plain(site, number, slot.place) for number in range(len(site.transforms)))
+        return Slot(site, dataclasses.replace(slot.place, transforms=transforms), self._model())
+
+    def _bare(self, site: Site) -> Slot:
+        """Return the slot of a site without transforms."""
         if site in self._slots:
             return self._slots[site]
         if site.is_path:
@@ -87,22 +145,44 @@ class SiteMap:
             "A module path such as 'model.layers.0.output' names a place directly."
         )
 
+    def _plain(self, site: Site, number: int, place: Place) -> Transform:
+        """Return one transform of a site as one that does not depend on the model."""
+        transform = site.transforms[number]
+        if transform.name != NORM_NO_GAIN:
+            return transform
+        if number:
+            raise SiteError(
+                f"'{site}' is not offered: '{NORM_NO_GAIN}' is what the model's own norm makes of the site itself, so "
+                f"that it must be the first transform, as in '{site.bare}|{NORM_NO_GAIN}'."
+            )
+        return self._norms.reading(site.bare, place)
+
     def _at_path(self, site: Site) -> Slot:
-        root = self._root()
-        if root is None:
-            raise SiteError("The model whose sites these are no longer exists.")
+        root = self._model()
         assert site.port is not None
-        found = self._paths.get((site.name, site.port))
-        if found is None:  # perhaps a path inside the base model, as some checkpoints write it
-            found = self._paths.get((f"{_base_path(root)}.{site.name}", site.port))
-        if found is None:
+        path = site.name
+        if (path, site.port, None) not in self._paths:  # perhaps inside the base model, as some checkpoints write it
+            path = f"{_base_path(root)}.{site.name}"
+        activation = self._paths.get((path, site.port, None))
+        if activation is None:
             known = [path for path, _ in root.named_modules() if path]
             if site.name in known:
                 raise SiteError(f"The module {site.name!r} did not run in the probe, so '{site}' has no activation.")
             raise SiteError(f"The model has no module {site.name!r}.{did_you_mean(site.name, known)}")
+        found = self._paths.get((path, site.port, site.index))
+        if found is None and isinstance(activation, Place):
+            there = sum(key[:2] == (path, site.port) and key[2] is not None for key in self._paths)
+            raise SiteError(f"There is no '{site}': that side of the module has {there} tensors, counted from 0.")
+        found = activation if found is None else found
         if isinstance(found, str):
             raise SiteError(f"'{site}' cannot be used as a site: {found}.")
         return Slot(site, found, root)
+
+    def _model(self) -> nn.Module:
+        root = self._root()
+        if root is None:
+            raise SiteError("The model whose sites these are no longer exists.")
+        return root
 
     def _summary(self) -> str:
         """Name what is proven, without one entry per layer."""
@@ -120,3 +200,14 @@ def _base_path(root: nn.Module) -> str:
     """Return the path of what transformers calls a model's base model, empty if that is the model itself."""
     base = getattr(root, "base_model", root)
     return next((path for path, module in root.named_modules() if module is base), "")
+
+
+def _pattern(place: Place, layer: int | None) -> str:
+    """Return a place with the layer masked, and with what makes it more than a tensor of a module."""
+    factor = "" if place.scale == 1.0 else f" * {place.scale:.6g}"
+    return f"{_masked(str(place), layer)}{factor}"
+
+
+def _masked(text: str, layer: int | None) -> str:
+    """Replace a layer's number between dots, as module paths have it."""
+    return text if layer is None else text.replace(f".{layer}.", f".{LAYER}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import SiteError
+from .sharding import Shards
 from .site import Site
+from .transforms import Transform, view
 
 Key = int | str
 Tokens = Callable[[], tuple[int, int]]
@@ -60,7 +63,7 @@ def put_tensor(value: Any, keys: tuple[Key, ...], new: Tensor) -> Any:
         items = [inner if index == key else item for index, item in enumerate(value)]
         make = getattr(type(value), "_make", None)  # a namedtuple takes its fields one by one
         return make(items) if make else type(value)(items)
-    changed = copy.copy(value)
+    changed = value.copy()
     changed[key] = inner
     return changed
 
@@ -74,10 +77,12 @@ class Place:
         port: ``"input"`` or ``"output"``.
         keys: the way to the tensor in the packed input or in the output.
         rank: 3 for ``[B, S, width]``, 2 for ``[B * S, width]``.
-        width: last dimension.
+        width: last dimension; of the whole tensor where ranks hold parts of it.
         order: rank in the execution of one forward.
-        scale: what is read is `scale` times the tensor.
+        scale: what the model adds to its stream is `scale` times the tensor, and so is what is read.
+        transforms: what is done to that before it is read, the first one first; none that depends on the model.
         in_place: write into the tensor itself, because others than the module hold the same object.
+        shards: how the last dimension is split over ranks; None where each has the whole tensor.
     """
 
     path: str
@@ -88,6 +93,23 @@ class Place:
     order: int
     scale: float = 1.0
     in_place: bool = False
+    transforms: tuple[Transform, ...] = ()
+    shards: Shards | None = None
+
+    @property
+    def steps(self) -> tuple[Transform, ...]:
+        """All that lies between the tensor and what is read, the scale first; empty if that is the tensor itself."""
+        return self.transforms if self.scale == 1.0 else (Transform("scale", self.scale), *self.transforms)
+
+    @property
+    def bare(self) -> Place:
+        """The place without transforms; what several sites with different ones have in common."""
+        return dataclasses.replace(self, transforms=()) if self.transforms else self
+
+    @property
+    def held_width(self) -> int:
+        """Last dimension of the tensor that this process holds."""
+        return self.width if self.shards is None else self.shards.part_width
 
     def __str__(self) -> str:
         """Return the module path with the port."""
@@ -119,6 +141,15 @@ class Slot:
         return self.place.order
 
     @property
+    def bare(self) -> Slot:
+        """The slot of the tensor itself, without transforms."""
+        if not self.place.transforms:
+            return self
+        slot = copy.copy(self)
+        slot.place = self.place.bare
+        return slot
+
+    @property
     def module(self) -> nn.Module:
         """The module on which hooks are put.
 
@@ -148,10 +179,19 @@ class Slot:
         Raises:
             SiteError: if the module is no longer in the model; and, from the hook, if a call has another structure.
         """
+        hook = self.hook(fn, tokens)
         if self.place.port == "input":
-            before = _InputHook(self.site, self.place, fn, tokens)
-            return self.module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
-        return self.module.register_forward_hook(_OutputHook(self.site, self.place, fn, tokens), prepend=True)
+            return self.module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+        return self.module.register_forward_hook(hook, prepend=True)
+
+    def hook(self, fn: Edit, tokens: Tokens | None = None) -> Callable[..., Any]:
+        """Return the hook that `register` puts in, for those who bring the module's values to it in another way.
+
+        Returns:
+            Takes the module and its ``args, kwargs`` or ``args, output``, for the place's side; returns what is to be
+            put in place of ``args, kwargs`` or of the output, or None.
+        """
+        return (_InputHook if self.place.port == "input" else _OutputHook)(self.site, self.place, fn, tokens)
 
     def __repr__(self) -> str:
         """Name the site and its place."""
@@ -166,14 +206,15 @@ class _Hook:
 
     def _edited(self, packed: Any) -> Tensor | None:
         """Return the replacement in the tensor's own shape, or None where nothing needs to be put back."""
-        tensor = get_tensor(packed, self.place.keys)
-        if tensor is None or tensor.shape[-1:] != (self.place.width,) or tensor.ndim != self.place.rank:
+        found = get_tensor(packed, self.place.keys)
+        if found is None or found.shape[-1:] != (self.place.held_width,) or found.ndim != self.place.rank:
             raise SiteError(self._mismatch(packed))
-        value = tensor.reshape(*self._rows(tensor), -1) if self.place.rank == 2 else tensor
-        if self.place.scale != 1.0:
-            value = value * self.place.scale
-        elif self.place.in_place:
-            value = value.clone()  # the edit may keep what it got, which is about to be overwritten
+        tensor = found if self.place.shards is None else self.place.shards.whole(found)
+        raw = tensor.reshape(*self._rows(tensor), -1) if self.place.rank == 2 else tensor
+        seen = view(raw, self.place.steps) if self.place.steps else None
+        value = raw if seen is None else seen.value
+        if seen is None and self.place.in_place:
+            value = raw.clone()  # the edit may keep what it got, which is about to be overwritten
         new = self.fn(value)
         if new is None:
             return None
@@ -182,11 +223,15 @@ class _Hook:
                 f"The edit at the site '{self.site}' returned {list(new.shape)} for {list(value.shape)}; "
                 "it must keep the shape."
             )
-        if self.place.scale != 1.0:  # in this form an unchanged value puts back exactly what was there
-            new = tensor.view_as(new) + (new - value) / self.place.scale
-        new = new.to(tensor.dtype).reshape(tensor.shape)
+        if seen is not None:
+            new = seen.written(new)
+        new = new.to(tensor.dtype)
+        if new.shape != tensor.shape:  # else not even a view is made: FSDP could not watch one for its gradient
+            new = new.reshape(tensor.shape)
+        if self.place.shards is not None:
+            new = self.place.shards.part(new)
         if self.place.in_place:
-            tensor.copy_(new)
+            found.copy_(new)
             return None
         return new
 
@@ -211,8 +256,8 @@ class _Hook:
         shape = "[B, S, {}]" if self.place.rank == 3 else "[B * S, {}]"
         return (
             f"The site '{self.site}' is the {self.place.port} of {self.place.path!r} ({where}), where the probe saw "
-            f"{shape.format(self.place.width)}; this call has {seen}. The model is called in another way than it was "
-            "when the site was proven."
+            f"{shape.format(self.place.held_width)}; this call has {seen}. The model is called in another way than it "
+            "was when the site was proven."
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Inert:

@@ -20,21 +20,36 @@ Tree = int | tuple["Tree", "Tree"]
 
 @dataclass(frozen=True, slots=True)
 class Decomposition:
-    """How a block's output is summed.
+    """How one value of the residual stream is summed from an earlier one: goal = keep * start + sum of scale * term.
 
     Args:
+        start: the stream before.
         terms: what is added, in execution order.
+        goal: the stream after.
         scales: the factor of each term.
         tree: the order of summation.
         upcast: whether the sum is taken in float32 and rounded once.
-        exact: whether it reproduces the output bit for bit.
+        exact: whether it reproduces the goal bit for bit.
+        joint: whether the terms are summed first, and scaled as one.
+        keep: the factor of the stream itself, one number or one per channel ``[width]``.
+        read: what a norm took to give `start`, where the stream goes on as the norm's output; else None.
     """
 
+    start: Seen
     terms: tuple[Seen, ...]
+    goal: Seen
     scales: tuple[float, ...]
     tree: Tree
     upcast: bool
     exact: bool
+    joint: bool = False
+    keep: float | Tensor = 1.0
+    read: Seen | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the stream goes in as it is, neither scaled nor normed."""
+        return self.read is None and isinstance(self.keep, float) and self.keep == 1.0
 
     def total(
         self,
@@ -54,14 +69,45 @@ class Decomposition:
         Returns:
             The sum ``[..., width]``.
         """
-        leaves = [entry, *(_scaled(term, scale) for term, scale in zip(terms, self.scales, strict=True))]
+        factors = (self.keep, *((1.0,) * len(terms) if self.joint else self.scales))
+        leaves = [_scaled(leaf, factor) for leaf, factor in zip((entry, *terms), factors, strict=True)]
         if self.upcast:
             leaves = [leaf.float() for leaf in leaves]
+        if self.joint and node is None and not isinstance(self.tree, int):
+            return leaves[0] + _scaled(summed(self.tree[1], leaves, {}), self.scales[0])
         return summed(self.tree if node is None else node, leaves, given or {})
 
     def node_of(self, leaves: set[int]) -> Tree | None:
         """Return the partial sum of exactly these leaves, or None where none is formed."""
         return next((node for node in nodes_of(self.tree) if set(leaves_of(node)) == leaves), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """How a block's output comes from its input: one sum, or two where the stream is normed or scaled in between.
+
+    Args:
+        stages: the sums, in execution order.
+        closing: what a norm gave of the last sum, where that is the block's output; else None.
+    """
+
+    stages: tuple[Decomposition, ...]
+    closing: Seen | None = None
+
+    @property
+    def terms(self) -> tuple[Seen, ...]:
+        """What is added, in execution order; terms are counted from 1 through all stages."""
+        return tuple(term for stage in self.stages for term in stage.terms)
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """The factor of each term."""
+        return tuple(scale for stage in self.stages for scale in stage.scales)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the output is the input plus the terms, with nothing done to the stream itself."""
+        return self.closing is None and all(stage.plain for stage in self.stages)
 
 
 def leaves_of(tree: Tree) -> Iterator[int]:
@@ -116,5 +162,5 @@ def rms(tensor: Tensor) -> float:
     return float(tensor.double().square().mean().sqrt())
 
 
-def _scaled(term: Tensor, scale: float) -> Tensor:
-    return term if scale == 1.0 else term * scale
+def _scaled(leaf: Tensor, factor: float | Tensor) -> Tensor:
+    return leaf if isinstance(factor, float) and factor == 1.0 else leaf * factor

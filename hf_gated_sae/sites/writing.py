@@ -18,8 +18,8 @@ from .blocks import Chain
 from .probe import Seen, Subject, Trace, run, trace
 from .roles import Roles, forward, noise, restore, slot_at
 from .site import Site
-from .slots import Edit, Slot
-from .sums import Decomposition, agrees
+from .slots import Edit, Place, Slot
+from .sums import Sums, Tree, agrees
 
 STREAM = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 """The sites whose values add up to the residual stream."""
@@ -35,8 +35,14 @@ class Proven:
     subject: Subject
     trace: Trace
     chain: Chain
-    sums: Sequence[Decomposition | str]
+    sums: Sequence[Sums | str]
     roles: Sequence[Roles | None]
+
+    def parts(self, site: Site) -> tuple[Sums | str, Roles | None]:
+        """Return the sums and roles of the block that a site is in."""
+        assert site.layer is not None
+        index = self.chain.layers.index(site.layer)
+        return self.sums[index], self.roles[index]
 
 
 @dataclass(slots=True)
@@ -111,70 +117,101 @@ def _broken(proven: Proven, slots: Slots, sites: Sequence[Site]) -> set[int]:
     """Write noise at some sites and return the layers whose output is not the sum of what was written."""
     added = _Noise()
     chain, subject = proven.chain, proven.subject
-    watched = [*chain.entries, *chain.exits]
-    watched += [term for found in proven.sums if not isinstance(found, str) for term in found.terms]
+    stages = [stage for found in proven.sums if not isinstance(found, str) for stage in found.stages]
+    watched = [*chain.entries, *chain.exits, *(term for stage in stages for term in stage.terms)]
+    watched += [seen for stage in stages for seen in (stage.start, stage.goal, stage.read) if seen is not None]
+    watched += [found.closing for found in proven.sums if not isinstance(found, str) and found.closing is not None]
     handles = []
-    leaves: dict[int, Tensor] = {}
-    entries: dict[int, Tensor] = {}
+    before: dict[Place, Tensor] = {}
     paths = {seen.place.path for seen in watched} | {slots[site].place.path for site in sites}
     try:
         for site in sites:
             handles.append(slots[site].register(added.edit(site, slots[site]), subject.tokens))
-        for layer, (entry, leave) in enumerate(zip(chain.entries, chain.exits, strict=True)):
-            handles.append(slot_at(entry, subject).register(_note(entries, layer), subject.tokens))
-            handles.append(slot_at(leave, subject).register(_note(leaves, layer), subject.tokens))
+        for seen in {seen.place: seen for seen in (*chain.entries, *chain.exits, *(s.goal for s in stages))}.values():
+            handles.append(slot_at(seen, subject).register(_note(before, seen.place), subject.tokens))
         written = trace(subject, only=paths)
     finally:
         for handle in handles:
             handle.remove()
     broken = set()
-    for layer in range(len(chain.paths)):
-        next_entry = entries.get(layer + 1)
-        left = _value(written, chain.exits[layer])
-        passed_on = next_entry is None or (
-            left is not None and torch.equal(next_entry, left.reshape(next_entry.shape))
-        )
-        if not passed_on or not _adds_up(proven, written, slots, sites, layer, leaves[layer]):
+    for index, layer in enumerate(chain.layers):
+        left = _value(written, chain.exits[index])
+        following = before[chain.entries[index + 1].place] if index + 1 < len(chain.layers) else None
+        passed_on = following is None or (left is not None and torch.equal(following, left.reshape(following.shape)))
+        if not passed_on or not _adds_up(proven, written, slots, sites, index, before):
             broken.add(layer)
     return broken
 
 
-def _note(notes: dict[int, Tensor], layer: int) -> Callable[[Tensor], None]:
+def _note(notes: dict[Place, Tensor], place: Place) -> Callable[[Tensor], None]:
     def edit(value: Tensor) -> None:
-        notes[layer] = value.detach().to("cpu", copy=True)
+        notes[place] = value.detach().to("cpu", copy=True)
 
     return edit
 
 
 def _value(written: Trace, seen: Seen) -> Tensor | None:
     """Return what was at a place in another forward."""
-    found = (item for item in written.one(seen.place.path, seen.place.port) if item.place.keys == seen.place.keys)
+    return _placed(written, seen.place)
+
+
+def _placed(written: Trace, place: Place) -> Tensor | None:
+    found = (item for item in written.one(place.path, place.port) if item.place.keys == place.keys)
     return next((written.values[item.value] for item in found), None)
 
 
-def _adds_up(proven: Proven, written: Trace, slots: Slots, sites: Sequence[Site], layer: int, leave: Tensor) -> bool:
+def _adds_up(
+    proven: Proven,
+    written: Trace,
+    slots: Slots,
+    sites: Sequence[Site],
+    index: int,
+    before: Mapping[Place, Tensor],
+) -> bool:
     """Whether one block's output, before any write to it, is the sum of what was written into the block."""
-    sums, roles = proven.sums[layer], proven.roles[layer]
-    entry = _value(written, proven.chain.entries[layer])
+    chain, sums = proven.chain, proven.sums[index]
+    leave = before[chain.exits[index].place]
+    entry = _value(written, chain.entries[index])
     if entry is None:
         return False
     if isinstance(sums, str):  # nothing known of the inside: the change at the entry must arrive at the exit
-        clean = proven.trace.values[proven.chain.exits[layer].value]
-        return Site("resid_pre", layer) not in sites or not torch.equal(leave, clean.reshape(leave.shape))
-    terms = [_value(written, term) for term in sums.terms]
-    parts = [part.reshape(leave.shape) for part in (entry, *terms) if part is not None]
-    if len(parts) <= len(terms):
-        return False
-    middle = Site("resid_mid", layer)
-    given = {}
-    if middle in sites and roles is not None:
-        node = sums.node_of({0, *roles.mixers})
-        place = slots[middle].place
-        value = next((s.value for s in written.one(place.path, place.port) if s.place.keys == place.keys), None)
-        if node is None or value is None:
+        clean = proven.trace.values[chain.exits[index].value]
+        unmoved = torch.equal(leave, clean.reshape(leave.shape))
+        return Site("resid_pre", chain.layers[index]) not in sites or not unmoved
+    stream: Tensor | None = entry
+    for stage in sums.stages:
+        given = _given(proven, written, slots, sites, index) if len(sums.stages) == 1 else {}
+        start = _value(written, stage.start)
+        taken = start if stage.read is None else _value(written, stage.read)
+        terms = [_value(written, term) for term in stage.terms]
+        if given is None or stream is None or start is None or taken is None or any(term is None for term in terms):
             return False
-        given[node] = written.values[value].reshape(leave.shape)
-    return agrees(sums, sums.total(parts[0], parts[1:], given=given), leave, parts)
+        goal = before[stage.goal.place]
+        parts = [part.reshape(goal.shape) for part in (start, *terms) if part is not None]
+        if not torch.equal(taken.reshape(stream.shape), stream):
+            return False
+        if not agrees(stage, stage.total(parts[0], parts[1:], given=given), goal, parts):
+            return False
+        stream = _value(written, stage.goal)
+    closing = None if sums.closing is None else _value(written, sums.closing)
+    if sums.closing is None or sums.closing.place == chain.exits[index].place:
+        return True
+    return closing is not None and torch.equal(closing.reshape(leave.shape), leave)
+
+
+def _given(
+    proven: Proven, written: Trace, slots: Slots, sites: Sequence[Site], index: int
+) -> dict[Tree, Tensor] | None:
+    """Return what was written to the middle of a block as one sum, or None where that cannot be told."""
+    sums, roles = proven.sums[index], proven.roles[index]
+    middle = Site("resid_mid", proven.chain.layers[index])
+    if middle not in sites or roles is None or isinstance(sums, str):
+        return {}
+    node = sums.stages[0].node_of({0, *roles.mixers})
+    value = _placed(written, slots[middle].place)
+    if node is None or value is None:
+        return None
+    return {node: value.reshape(proven.trace.values[sums.stages[0].goal.value].shape)}
 
 
 def _not_felt(proven: Proven, slots: Slots) -> dict[Site, str]:
@@ -211,8 +248,7 @@ def _contribution(
     proven: Proven, site: Site, terms: Mapping[str, Slot], raw: Mapping[Slot, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Return the recorded contribution of the branch that a site is in, and what became of it."""
-    assert site.layer is not None
-    sums, roles = proven.sums[site.layer], proven.roles[site.layer]
+    sums, roles = proven.parts(site)
     assert not isinstance(sums, str) and roles is not None  # the site would not have been offered
     numbers = roles.mixers if _BRANCHES[site.name] == "mixers" else roles.feeders
     term = sums.terms[numbers[0] - 1]

@@ -3,9 +3,10 @@
 A new remedy for dead latents is one file in `remedies/`; a new source of activations subclasses `ActivationStream`.
 """
 
+from ..hooks.harvest import harvest
 from .arguments import SAETrainingArguments
 from .remedies import DeadLatentRemedy, remedies
-from .streams import ActivationStream, ModelActivations, TensorActivations, collect, harvest
+from .streams import ActivationStream, ModelActivations, TensorActivations, collect
 from .trainer import SAETrainer
 from .units import change_unit
 

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..functional import FidelityAccumulator
 from ..modeling import SAEModel
 
 
 @torch.no_grad()
 def record_activations(sae: SAEModel, pieces: Iterable[Tensor]) -> None:
-    """Measure the largest and the mean value of every latent and store them in the SAE.
+    """Measure the largest and the mean value of every latent, FVU, L0 and norm, and store them in the SAE.
 
     Args:
         sae: reads the activations as they are.
@@ -22,15 +23,13 @@ def record_activations(sae: SAEModel, pieces: Iterable[Tensor]) -> None:
     Raises:
         InputError: if there are no activations.
     """
-    tokens = 0
-    largest = torch.zeros_like(sae.max_activation)
-    total = torch.zeros_like(largest, dtype=torch.float64)
+    accumulator = FidelityAccumulator(sae.config.d_sae, sae.b_dec)
     for piece in pieces:
         for x in piece.split(4096):
-            latents = sae.encode(x.to(sae.W_dec))
-            largest = torch.maximum(largest, latents.amax(0).to(largest.dtype))
-            total += latents.sum(0, dtype=torch.float64)
-            tokens += len(x)
-    if not tokens:
+            given = x.to(sae.W_dec)
+            output = sae(given)
+            accumulator.update(given, output.reconstruction, output.latents)
+    if not accumulator.tokens:
         raise InputError("There are no activations to record; expected at least one.")
-    sae.record_statistics(largest, total / tokens, tokens)
+    latents = (accumulator.max_activation, accumulator.mean_activation)
+    sae.record_statistics(*latents, accumulator.tokens, metrics=accumulator.compute())

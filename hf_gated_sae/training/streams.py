@@ -10,11 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import InputError, ShapeError
-from ..hooks import capture
+from ..hooks.harvest import TokenSource, harvest
 from .shuffle import ShuffleBuffer
-from .token_batches import TokenBatches, counted_positions, model_inputs
-
-TokenSource = TokenBatches | Callable[[], TokenBatches]
 
 
 class ActivationStream(ABC):
@@ -147,27 +144,6 @@ class ModelActivations(ActivationStream):
             yield chunk[self.site]
 
 
-def harvest(
-    model: PreTrainedModel, sites: Sequence[str], tokens: TokenSource, *, special_tokens: bool = False
-) -> Iterator[dict[str, Tensor]]:
-    """Read several sites in one forward pass per batch; the pass stops after the last of them.
-
-    Args:
-        model: the causal LM.
-        sites: where to read.
-        tokens: batches of tokens, or a function that gives them.
-        special_tokens: keep the activations of special tokens too.
-
-    Yields:
-        Activations ``[n, d]`` by site, the same tokens for all sites.
-    """
-    for batch in tokens() if callable(tokens) else tokens:
-        inputs = model_inputs(model, batch)
-        counted = counted_positions(model, inputs, special_tokens=special_tokens)
-        captured = capture(model, list(sites), **inputs)
-        yield {site: captured[site][counted.to(captured[site].device)] for site in sites}
-
-
 def collect(
     model: PreTrainedModel,
     sites: Sequence[str],
@@ -196,9 +172,9 @@ def collect(
     pieces: dict[str, list[Tensor]] = {site: [] for site in sites}
     count = 0
     for chunk in harvest(model, sites, tokens, special_tokens=special_tokens):
-        for site, vectors in chunk.items():
-            pieces[site].append(vectors.to(device="cpu", dtype=dtype))
-        count += len(next(iter(chunk.values())))
+        for site in sites:
+            pieces[site].append(chunk[site].to(device="cpu", dtype=dtype))
+        count += len(chunk)
         if progress is not None:
             progress(count)
     if not count:

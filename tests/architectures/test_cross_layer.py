@@ -228,8 +228,8 @@ def test_wrong_input_says_what_is_wrong() -> None:
         sae.decode(torch.zeros(D_SAE))
     with pytest.raises(LatentIndexError, match="Latent 22 does not exist"):
         sae.encode(torch.zeros(3, 5), [22])
-    with pytest.raises(InputError, match="reads 3 sites together; interventions act at one"):
-        Splice(sae)
+    splice = Splice(sae)  # which knows all of its sites
+    assert ([str(site) for site in splice.reads], [str(site) for site in splice.places]) == (sae.sites, sae.sites_out)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,9 @@ import contextlib
 
 import torch
 
-from hf_gated_sae import capture
+from hf_gated_sae import Steer, capture
 from hf_gated_sae.architectures import architectures
+from hf_gated_sae.architectures.cross_layer import CrossLayerSAE, CrossLayerSAEConfig
 from tests.support.tiny_models import HIDDEN, tiny_model
 
 # Where each family keeps its blocks, written down by hand: the reference does not ask the code that it checks.
@@ -67,6 +68,10 @@ def make_sae(architecture="gated", *, site=SITE, seed=0, d_in=HIDDEN, dtype=torc
     return sae.to(dtype)
 
 
+def steer(strength=6.0, site="resid_post.1", **settings):
+    return Steer(make_sae(site=site), 3, strength=strength, unit="raw", **settings)
+
+
 def live_latents(model, sae, ids=IDS, count=4):
     """Latents that are on somewhere: an edit of them does something."""
     latents = capture(model, sae, input_ids=ids)[sae]
@@ -126,3 +131,31 @@ def hooks_on(model):
     }
     shadowed = [name for name in vars(model) if callable(getattr(type(model), name, None))]
     return {name: count for name, count in counts.items() if any(count)}, shadowed
+
+
+def is_clean(model, clean):
+    return hooks_on(model) == ({}, []) and torch.equal(logits_of(model), clean)
+
+
+def make_cross_layer(
+    sites=("mlp_in.0", "mlp_in.1"), sites_out=("mlp_out.0", "mlp_out.1"), *, dtype=torch.float32, **settings
+):
+    """A cross-layer transcoder, or a crosscoder with ``sites_out=None``; latents are on for a part of the tokens."""
+    parts = [D_SAE // len(sites)] * len(sites)
+    config = CrossLayerSAEConfig(
+        d_in=HIDDEN,
+        d_sae=D_SAE,
+        sites=list(sites),
+        sites_out=sites_out and list(sites_out),
+        latents_per_site=parts,
+        **settings,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sae = CrossLayerSAE(config).eval()
+        with torch.no_grad():
+            for name, value in sae.named_parameters():
+                value.copy_(torch.randn_like(value) * (0.3 if value.ndim > 1 else 0.2))
+                if name == "threshold":
+                    value.abs_()
+    return sae.requires_grad_(False).to(dtype)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from hf_gated_sae import Clamp, Splice, Steer, attach, capture, resolve
-from hf_gated_sae.errors import AttachError, SAEError, ShapeError, SiteError
+from hf_gated_sae.errors import AttachError, InputError, SAEError, ShapeError, SiteError
 from hf_gated_sae.sites import Site
 from tests.hooks.support import (
     ARCHITECTURES,
@@ -16,6 +17,7 @@ from tests.hooks.support import (
     hand_made,
     hooks_on,
     logits_of,
+    make_cross_layer,
     make_sae,
     model_of,
 )
@@ -147,11 +149,122 @@ def test_gradients():
     assert not capture(model, sae, inputs_embeds=embeds)[sae].requires_grad
 
 
+def by_hand(model, sae, x, metric):
+    """Latents as a leaf before what comes later, the error term kept."""
+    latents = sae.encode(x).detach().requires_grad_()
+    with hand_made(block(model, "gpt2"), lambda _: sae.decode(latents) + (x - sae.decode(latents.detach()))):
+        return torch.autograd.grad(metric(model(IDS).logits), latents)[0]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gradients_flow_to_latents_and_on_to_what_is_before(architecture):
+    model, sae = model_of("gpt2", torch.float64), make_sae(architecture, dtype=torch.float64)
+    wanted = ["resid_post.0", "resid_post.1", sae, "resid_post.2", "lm_head.output"]
+    clean = capture(model, wanted, input_ids=IDS)
+    found = capture(model, wanted, grad=True, input_ids=IDS)
+    for key in wanted:
+        assert torch.equal(found[key], clean[key])
+    metric = lambda logits: logits[0, -1, 7] - logits[1, 2].square().mean()  # noqa: E731
+    gradient = torch.autograd.grad(metric(found["lm_head.output"]), found[sae], retain_graph=True)[0]
+    close(gradient, by_hand(model, sae, clean["resid_post.1"], metric), 1e-11)
+
+    # To what is before the SAE, the gradient is the model's own: the error term has its part in it.
+    [through] = torch.autograd.grad(metric(found["lm_head.output"]), found["resid_post.0"])
+    plain = capture(model, ["resid_post.0", "lm_head.output"], grad=True, input_ids=IDS)
+    [expected] = torch.autograd.grad(metric(plain["lm_head.output"]), plain["resid_post.0"])
+    close(through, expected, 1e-11)
+
+
+def test_gradients_flow_to_the_latents_of_a_transcoder():
+    model = model_of("gpt2", torch.float64)
+    sae = make_sae(site="mlp_in.1|center", site_out="mlp_out.1", dtype=torch.float64)
+    found = capture(model, [sae, "mlp_out.1", "lm_head.output"], grad=True, input_ids=IDS)
+    metric = found["lm_head.output"][0, -1, 7]
+    written, latents = torch.autograd.grad(metric, [found["mlp_out.1"], found[sae]])
+    close(latents, written @ sae.W_dec.T, 1e-11)
+    assert latents.abs().max() > 0
+
+
+def test_gradients_of_a_frozen_model_begin_at_the_first_site():
+    model = tiny_model("llama").requires_grad_(False)
+    with torch.no_grad():
+        found = capture(model, ["resid_post.0", "resid_post.2"], grad=True, input_ids=IDS)
+    assert found["resid_post.0"].is_leaf
+    assert torch.autograd.grad(found["resid_post.2"].sum(), found["resid_post.0"])[0].abs().max() > 0
+
+
+def test_gradients_are_of_what_was_captured_whatever_the_model_writes_into_it():
+    model = tiny_model("llama")
+    plain = capture(model, ["resid_post.0", "resid_post.1"], grad=True, input_ids=IDS)
+    expected = torch.autograd.grad(plain["resid_post.1"].sum(), plain["resid_post.0"])[0]
+    block(model, "llama", 1).register_forward_pre_hook(lambda _, args: (args[0].mul_(3.0).div_(3.0), *args[1:]))
+    found = capture(model, ["resid_post.0", "resid_post.1"], grad=True, input_ids=IDS)
+    assert torch.equal(found["resid_post.0"], plain["resid_post.0"])
+    close(torch.autograd.grad(found["resid_post.1"].sum(), found["resid_post.0"])[0], expected, 1e-5)
+
+
+def test_saes_of_several_sites_read_them_together():
+    model, sae = model_of("llama"), make_cross_layer()
+    found = capture(model, [sae, "mlp_in.0", "mlp_in.1"], input_ids=IDS)
+    expected = sae.encode(torch.stack([found["mlp_in.0"], found["mlp_in.1"]], -2))
+    assert torch.equal(found[sae], expected) and (expected > 0).any()
+    assert torch.equal(capture(model, sae, grad=True, input_ids=IDS)[sae], expected)
+
+
+def test_transforms_are_applied():
+    model, sae = model_of("llama"), make_sae(site="resid_post.1|center")
+    found = capture(model, ["resid_post.1", "resid_post.1|center", "resid_post.1|scale=0.5", sae], input_ids=IDS)
+    x = found["resid_post.1"]
+    close(found["resid_post.1|center"], x - x.mean(-1, keepdim=True), 1e-6)
+    assert torch.equal(found["resid_post.1|scale=0.5"], x * 0.5)
+    assert torch.equal(found[sae], sae.encode(found["resid_post.1|center"]))
+
+
 def test_inside_inference_mode():
     model, sae = model_of("llama"), make_sae()
-    expected = capture(model, sae, input_ids=IDS)[sae]
+    expected = capture(model, [sae, "resid_post.1"], input_ids=IDS)
     with torch.inference_mode():
-        assert torch.equal(capture(model, sae, input_ids=IDS)[sae], expected)
+        found = capture(model, [sae, "resid_post.1"], input_ids=IDS)
+        with pytest.raises(InputError, match="inference_mode"):
+            capture(model, sae, grad=True, input_ids=IDS)
+    for key, value in found.items():
+        assert torch.equal(value, expected[key])
+        (value.requires_grad_() * 2).sum().backward()  # an ordinary tensor, of which more can be made
+        value.detach().zero_()
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # of the checkpoints, while capturing
+def test_a_forward_that_was_stopped_leaves_nothing_behind():
+    model = tiny_model("gpt2").train()
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    torch.manual_seed(0)
+    expected = model(IDS, labels=IDS, output_hidden_states=True, use_cache=False)
+    expected.loss.backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    hooks = hooks_on(model)
+    for context in (torch.no_grad(), torch.autocast("cpu", torch.bfloat16), torch.inference_mode()):
+        with context:
+            capture(model, "attn_z.1", input_ids=IDS, output_hidden_states=True, output_attentions=False)
+    assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and hooks_on(model) == hooks
+    torch.manual_seed(0)
+    found = model(IDS, labels=IDS, output_hidden_states=True, use_cache=False)
+    found.loss.backward()
+    assert len(found.hidden_states) == len(expected.hidden_states)
+    assert all(map(torch.equal, found.hidden_states, expected.hidden_states))
+    assert all(torch.equal(parameter.grad, old) for parameter, old in zip(model.parameters(), gradients, strict=True))
+
+
+def test_a_cache_that_is_given_is_filled_in_every_layer():
+    model = model_of("llama")
+    cache, expected = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    model(IDS, past_key_values=expected)
+    capture(model, "resid_post.0", input_ids=IDS, past_key_values=cache)
+    assert [layer.get_seq_length() for layer in cache.layers] == [IDS.shape[1]] * 3
+    later = capture(model, "resid_post.2", input_ids=IDS[:, :1], past_key_values=cache)["resid_post.2"]
+    assert torch.equal(
+        later, capture(model, "resid_post.2", input_ids=IDS[:, :1], past_key_values=expected)["resid_post.2"]
+    )
 
 
 def test_train_mode_and_dropout_are_the_models_own():

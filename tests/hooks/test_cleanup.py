@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import threading
 import tracemalloc
 import weakref
 from dataclasses import dataclass
@@ -16,16 +15,8 @@ from hf_gated_sae import Ablate, Clamp, ProjectOut, Splice, Steer, attach, captu
 from hf_gated_sae.errors import AttachError, InputError, SAEError, ShapeError, SiteError
 from hf_gated_sae.interventions import AblateSite, Edit
 from hf_gated_sae.sites import Site
-from tests.hooks.support import IDS, block, close, hooks_on, logits_of, make_sae, model_of
+from tests.hooks.support import IDS, block, close, hooks_on, is_clean, logits_of, make_sae, model_of, steer
 from tests.support.tiny_models import tiny_model
-
-
-def steer(strength=6.0, site="resid_post.1", **settings):
-    return Steer(make_sae(site=site), 3, strength=strength, unit="raw", **settings)
-
-
-def is_clean(model, clean):
-    return hooks_on(model) == ({}, []) and torch.equal(logits_of(model), clean)
 
 
 class Boom(Exception):
@@ -353,7 +344,7 @@ def test_a_generation_does_not_run_code_that_was_compiled_without_the_edits(give
         torch._dynamo.reset()
 
 
-# ------------------------------------------------------------------ memory and threads
+# ------------------------------------------------------------------ memory
 
 
 class Bare(nn.Module):
@@ -415,40 +406,6 @@ def test_an_enabled_handle_that_is_forgotten_does_not_keep_the_model():
     handle.disable()
     with pytest.raises(AttachError, match="no longer exists"):
         handle.enable()
-
-
-def test_threads_that_attach_at_once_leave_nothing():
-    model = model_of("llama")
-    clean = logits_of(model)
-    failures = []
-
-    def work(strength):
-        try:
-            for _ in range(20):
-                with attach(model, steer(strength)):
-                    assert torch.isfinite(logits_of(model)).all()
-        except BaseException as error:  # a thread's error would be lost
-            failures.append(error)
-
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
-    assert is_clean(model, clean)
-
-
-def test_generate_in_a_thread_as_streamers_need_it_is_edited():
-    model, results = model_of("llama"), []
-    settings = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False)
-    with attach(model, steer(positions="generated")):
-        expected = model.generate(IDS, **settings)
-        thread = threading.Thread(target=lambda: results.append(model.generate(IDS, **settings)))
-        thread.start()
-        thread.join()
-    assert torch.equal(results[0], expected)
-    assert not torch.equal(model.generate(IDS, **settings), expected)
 
 
 def test_clamping_twice_in_nested_blocks_is_a_sum_of_both_differences():

@@ -298,19 +298,17 @@ def test_continuous_batching_takes_global_edits_and_refuses_those_that_need_the_
         return [result.generated_tokens for result in results.values()]
 
     singly = []
-    with attach(model, edit_of(sae, "all")):
+    with pytest.raises(AttachError, match="another thread"), attach(model, edit_of(sae, "all")):
+        batch()  # transformers runs it in a thread of its own
+    with attach(model, edit_of(sae, "all"), all_threads=True):
         together = batch()
         for prompt in prompts:
             singly.append(model.generate(torch.tensor([prompt]), config)[0, len(prompt) :].tolist())
     assert together == singly
-    with (
-        attach(model, edit_of(sae, "generated")),
-        pytest.raises(AttachError, match="packs several sequences"),
-        torch.no_grad(),
-    ):
-        model(
-            input_ids=IDS[:1], position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]), cu_seq_lens_q=torch.tensor([0, 3, 6])
-        )
+    packed = {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]]), "cu_seq_lens_q": torch.tensor([0, 3, 6])}
+    for refused in (edit_of(sae, "generated"), Ablate(sae, [3], rows=0)):
+        with attach(model, refused), pytest.raises(AttachError, match="packs several sequences"), torch.no_grad():
+            model(input_ids=IDS[:1], **packed)
 
 
 @pytest.mark.parametrize("architecture", ["topk", "gated"])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_gated_sae import Ablate, Clamp, ProjectOut, Scale, Splice, Steer, attach
+from hf_gated_sae import Ablate, Clamp, ProjectOut, Scale, Splice, Steer, TokenIds, attach
 from hf_gated_sae.interventions import AblateSite
 from tests.hooks.support import BLOCKS, FAMILIES, IDS, block, live_latents, logits_of, make_sae, model_of
 
@@ -15,11 +15,11 @@ def idle(sae, latents):
     return {
         "scale by one": Scale(sae, dict.fromkeys(latents, 1.0)),
         "no positions": Ablate(sae, latents, positions=[]),
-        "positions beyond the end": Clamp(sae, {latents[0]: 50.0}, positions=[500, -500]),
+        "special tokens, which are left out": Clamp(sae, {latents[0]: 50.0}, positions=TokenIds([0, 1, 2])),
         "condition never met": Steer(sae, latents[0], strength=9.0, when={latents[1]: 1e9}),
         "generated, of a plain forward": Splice(sae, positions="generated"),
-        "site, nowhere": AblateSite("resid_post.0", positions=[77]),
-        "directions, nowhere": ProjectOut("resid_post.1", torch.ones(32), positions=[77]),
+        "site, nowhere": AblateSite("resid_post.0", positions=TokenIds([0, 1, 2])),
+        "directions, nowhere": ProjectOut("resid_post.1", torch.ones(32), positions=torch.zeros(6) > 0),
     }
 
 

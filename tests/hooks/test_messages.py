@@ -145,7 +145,8 @@ WRONG = {
     ),
     "positions between tokens": (lambda m: Ablate(SAE, [1], positions=[1.5]), ValueError, ["[1.5]", "'last_prompt'"]),
     "positions of no type": (lambda m: Splice(SAE, positions=None), ValueError, ["positions is None", "'all'"]),
-    "a mask of positions": (lambda m: Splice(SAE, positions=IDS > 5), ValueError, ["positions is", "'all'"]),
+    "a mask of numbers": (lambda m: Splice(SAE, positions=torch.ones(2, 6)), ValueError, ["positions is", "'all'"]),
+    "a mask of three axes": (lambda m: Splice(SAE, positions=IDS[None] > 5), ValueError, ["[1, 2, 6]", "[B, S]"]),
     "mean of an unrecorded SAE": (
         lambda m: Ablate(UNRECORDED, [1], mode="mean"),
         ValueError,

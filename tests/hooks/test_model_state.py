@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 
+import peft
 import pytest
 import torch
 from accelerate import dispatch_model
@@ -278,8 +279,8 @@ def test_wrappers_that_hand_generate_on(given):
         assert handle.report().interventions[0].edited == 8
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
 def test_peft():
-    peft = pytest.importorskip("peft")
     model = peft.get_peft_model(
         tiny_model("llama"), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
     )

@@ -18,7 +18,7 @@ def test_before_anything_ran():
 def test_each_intervention_has_its_entry_in_the_order_given():
     sae, late = make_sae(), make_sae(site="mlp_out.2")
     with attach(
-        model_of("llama"), Ablate(late, [1]), Splice(sae, positions=[0, -1]), Steer(sae, 3, positions=[99])
+        model_of("llama"), Ablate(late, [1]), Splice(sae, positions=[0, -1]), Steer(sae, 3, positions=[])
     ) as handle:
         logits_of(model_of("llama"), attention_mask=MASK)
         logits_of(model_of("llama"), attention_mask=MASK)

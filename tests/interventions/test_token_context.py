@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_gated_sae.errors import AttachError
+from hf_gated_sae.errors import AttachError, InputError
 from hf_gated_sae.interventions import TokenContext
 from hf_gated_sae.interventions.positions import check_positions, special_token_ids, special_token_mask
 from tests.support.tiny_models import tiny_model
@@ -65,6 +65,40 @@ def test_selection_does_not_depend_on_how_the_row_is_cut(layout, positions):
     expected = [[plain(wanted, column, pad, prompt) for column in range(start, end)] for pad in pads]
     found = torch.as_tensor(chosen).expand(tokens.shape).tolist()
     assert found == expected
+
+
+ends = st.none() | st.integers(-8, 11)
+
+
+@given(layouts(), ends, ends)
+@settings(max_examples=200, deadline=None)
+def test_a_span_is_pythons_own_slice_whatever_the_cut(layout, first, last):
+    """Of the row's real tokens; ends count from the prompt's, beyond which the row goes on."""
+    pads, prompt, start, end = layout
+    try:
+        span = check_positions(slice(first, last))
+    except InputError:
+        assert not range(20)[slice(first, last)], "refused, although it may hold tokens"
+        return
+    chosen = torch.as_tensor(context(*layout).select(span, special_tokens=False)).expand(len(pads), end - start)
+    for row, pad in enumerate(pads):
+        length = prompt - pad
+        low = 0 if first is None else first if first >= 0 else length + first
+        high = 99 if last is None else last if last >= 0 else length + last
+        assert chosen[row].tolist() == [max(low, 0) <= column - pad < high for column in range(start, end)]
+
+
+@given(layouts(), st.integers(1, 9), st.booleans(), st.integers(0, 2**31))
+@settings(max_examples=200, deadline=None)
+def test_a_mask_counts_columns_whatever_the_cut(layout, columns, each_row, seed):
+    pads, _, start, end = layout
+    shape = (len(pads), columns) if each_row else (columns,)
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+    chosen = torch.as_tensor(context(*layout).select(check_positions(mask), special_tokens=False))
+    whole = torch.zeros(len(pads), 20, dtype=torch.bool)
+    whole[:, :columns] = mask
+    real = torch.tensor([[column >= pad for column in range(start, end)] for pad in pads])
+    assert torch.equal(chosen.expand(len(pads), end - start), whole[:, start:end] & real)
 
 
 @pytest.mark.parametrize("positions", ["prompt", "generated", "last_prompt", -1, [0, -2]])

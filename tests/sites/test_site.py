@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hf_gated_sae.errors import SiteError
 from hf_gated_sae.sites import Site
 from hf_gated_sae.sites.site import GLOBAL, LAYERED, PORTS
+from hf_gated_sae.sites.transforms import TRANSFORMS, Transform
 
 part = st.from_regex(r"[A-Za-z0-9_]{1,8}", fullmatch=True)
 semantic = st.one_of(
@@ -18,9 +19,19 @@ semantic = st.one_of(
 module_path = st.builds(
     lambda parts, port: ".".join((*parts, port)), st.lists(part, min_size=1, max_size=6), st.sampled_from(PORTS)
 )
+numbered = st.builds("{}#{}".format, module_path, st.integers(0, 10**6))
+positive = st.floats(1e-30, 1e30)
+transform = st.one_of(
+    st.sampled_from([name for name, kind in TRANSFORMS.items() if kind.default is not None]),
+    st.builds(lambda sign, c: str(Transform("scale", sign * c)), st.sampled_from((-1, 1)), positive),
+    st.builds(lambda eps: str(Transform("rms_norm", eps)), positive),
+)
+transformed = st.builds(
+    lambda place, more: "|".join((place, *more)), st.one_of(semantic, module_path, numbered), st.lists(transform)
+)
 
 
-@given(st.one_of(semantic, module_path))
+@given(st.one_of(semantic, module_path, numbered, transformed))
 def test_round_trip(text):
     site = Site.parse(text)
     assert str(site) == text
@@ -30,7 +41,7 @@ def test_round_trip(text):
     assert pickle.loads(pickle.dumps(site)) == site
 
 
-@given(st.text(max_size=30))
+@given(st.one_of(st.text(max_size=30), st.from_regex(r"[a-z_.|#=0-9+-]{1,30}", fullmatch=True)))
 def test_any_text_is_a_site_or_a_site_error(text):
     try:
         site = Site.parse(text)
@@ -53,7 +64,23 @@ def test_any_text_is_a_site_or_a_site_error(text):
         ("model..norm.output", "is not a site"),
         (".output", "is not a site"),
         ("", "is not a site"),
-        ("blocks.3.hook_resid_post", "is not a site"),
+        ("blocks.3.hook_resid_post", "is not a site: it is TransformerLens's name of 'resid_post.3'"),
+        ("layers_output[3]", "nnterp's name of 'resid_post.3'"),
+        ("layers.3", "sparsify's name of 'resid_post.3'"),
+        ("model.norm.output#", "does not say which tensor"),
+        ("model.norm.output#-1", "does not say which tensor"),
+        ("resid_post.3#1", "is not a layer number"),
+        ("model.norm#1.output", "is not a site"),
+        ("resid_post.3|centre", "Did you mean 'center'"),
+        ("resid_post.3|", "Unknown transform ''"),
+        ("resid_post.3|center=2", "takes no value"),
+        ("resid_post.3|scale", "needs a factor"),
+        ("resid_post.3|scale=0", "cannot be undone"),
+        ("resid_post.3|scale=1e999", "cannot be undone"),
+        ("resid_post.3|scale=1e-320", "cannot be undone"),
+        ("resid_post.3|scale=nan", "is not a number"),
+        ("resid_post.3|scale=1_0", "is not a number"),
+        ("resid_post.3|rms_norm=-1", "must be positive"),
     ],
 )
 def test_bad_names_say_what_to_write(text, hint):
@@ -74,6 +101,24 @@ def test_constructor_keeps_the_grammar():
         Site("embed", layer=1)
     with pytest.raises(dataclasses.FrozenInstanceError):
         Site("embed").name = "final_norm"
+
+
+def test_numbers_have_one_spelling():
+    for text in ("resid_post.3|scale=2", "resid_post.03|scale=2.0", "resid_post.3|scale=+.2e1"):
+        assert str(Site.parse(text)) == "resid_post.3|scale=2"
+        assert Site.parse(text) == Site("resid_post", 3, transforms=(Transform("scale", 2),))
+
+
+def test_the_bare_site():
+    site = Site.parse("model.norm.output#1|center|scale=2")
+    assert site.index == 1
+    assert str(site.bare) == "model.norm.output#1"
+    assert site.bare.transformed(*site.transforms) == site
+    assert site.bare.bare == site.bare
+    with pytest.raises(SiteError, match="expected a tuple of Transform"):
+        Site("embed", transforms=("center",))
+    with pytest.raises(SiteError, match="index=1"):
+        Site("embed", index=1)
 
 
 def test_paths_are_told_from_semantic_names():

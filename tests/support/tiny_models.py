@@ -32,6 +32,21 @@ _LLAMA_LIKE: dict[str, Any] = {
     "max_position_embeddings": 256,
 }
 _EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_MAMBA_2: dict[str, Any] = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "mamba_expand": 1,
+    "mamba_chunk_size": 16,
+}
+_LATENT_ATTENTION: dict[str, Any] = {
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
 
 # Each family: the transformers model type (where it is not the name) and what differs from the common part.
 _FAMILIES: dict[str, dict[str, Any]] = {
@@ -97,6 +112,161 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "interleave_moe_layer_step": 2,
     },
     "mamba": {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "state_size": 8, "time_step_rank": 4},
+    "opt_post_norm": {
+        "model_type": "opt",
+        "hidden_size": HIDDEN,
+        "word_embed_proj_dim": HIDDEN,
+        "ffn_dim": 48,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+        "do_layer_norm_before": False,
+    },
+    "openai-gpt": {"n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 4, "n_positions": 256},
+    "bert": {**_LLAMA_LIKE, "is_decoder": True},
+    "minimax": {
+        **_LLAMA_LIKE,
+        **_EXPERTS,
+        "head_dim": 8,
+        "block_size": 16,
+        "layer_types": ["full_attention", "linear_attention", "full_attention"],
+        "full_attn_alpha_factor": 3.5,
+        "linear_attn_beta_factor": 0.7,
+        "mlp_alpha_factor": 1.5,
+    },
+    "doge": {**_LLAMA_LIKE, "keep_window_size": 16},
+    "beam": {
+        **_LLAMA_LIKE,
+        "head_dim": 8,
+        "moe_intermediate_size": 24,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "sliding_window": 64,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+    },
+    "rwkv": {
+        "hidden_size": HIDDEN,
+        "attention_hidden_size": HIDDEN,
+        "intermediate_size": 48,
+        "num_hidden_layers": LAYERS,
+        "context_length": 256,
+    },
+    "gemma3": {
+        "text_config": {**_COMMON, **_LLAMA_LIKE, "head_dim": 16, "sliding_window": 64},
+        "vision_config": {
+            "hidden_size": HIDDEN,
+            "intermediate_size": 48,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": 4,
+            "image_size": 32,
+            "patch_size": 16,
+        },
+        "image_token_index": 3,
+        "boi_token_index": 4,
+        "eoi_token_index": 5,
+    },
+    "gemma4_text": {
+        **_LLAMA_LIKE,
+        "head_dim": 8,
+        "sliding_window": 64,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "vocab_size_per_layer_input": VOCAB,
+        "hidden_size_per_layer_input": 16,
+        "num_kv_shared_layers": 0,
+        "per_layer_config": {},
+    },
+    "granitemoehybrid": {
+        **_LLAMA_LIKE,
+        **_EXPERTS,
+        **_MAMBA_2,
+        "shared_intermediate_size": 48,
+        "residual_multiplier": 0.22,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    },
+    "falcon_h1": {**_LLAMA_LIKE, **_MAMBA_2, "mamba_d_ssm": HIDDEN, "attention_out_multiplier": 0.6},
+    "jamba": {
+        **_LLAMA_LIKE,
+        "num_experts": 4,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "mamba_d_state": 8,
+        "mamba_expand": 1,
+        "mamba_dt_rank": 8,
+        "use_mamba_kernels": False,
+    },
+    "lfm2": {**_LLAMA_LIKE, "layer_types": ["conv", "full_attention", "conv"]},
+    "qwen3_next": {
+        **_LLAMA_LIKE,
+        "head_dim": 16,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 24,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    },
+    "deepseek_v3": {
+        **_LLAMA_LIKE,
+        **_LATENT_ATTENTION,
+        "num_key_value_heads": 4,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 24,
+        "first_k_dense_replace": 1,
+    },
+    "nemotron_h": {
+        "hidden_size": HIDDEN,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "ssm_state_size": 8,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 8,
+        "n_groups": 1,
+        "expand": 1,
+        "chunk_size": 16,
+        "layers_block_type": ["linear_attention", "full_attention", "mlp"],
+    },
+    "bitnet": _LLAMA_LIKE,
+    "exaone4": {
+        **_LLAMA_LIKE,
+        "sliding_window": 64,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "gpt_neox_japanese": {**_LLAMA_LIKE, "intermediate_multiple_size": 2},
+    "deepseek_v4": {
+        **_LLAMA_LIKE,
+        "head_dim": 8,
+        "q_lora_rank": 8,
+        "o_lora_rank": 8,
+        "o_groups": 1,
+        "qk_rope_head_dim": 8,
+        "index_n_heads": 4,
+        "index_head_dim": 8,
+        "index_topk": 2,
+        "sliding_window": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "num_nextn_predict_layers": 0,
+        "partial_rotary_factor": 1.0,
+        "layer_types": [
+            "heavily_compressed_attention",
+            "compressed_sparse_attention",
+            "heavily_compressed_attention",
+        ],
+        "mlp_layer_types": ["hash_moe", "moe", "moe"],
+    },
     "recurrent_gemma": {
         **_LLAMA_LIKE,
         "lru_width": HIDDEN,
@@ -140,12 +310,15 @@ def randomise(model: torch.nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.normal_(std=0.2)
-        elif name.endswith("weight") and parameter.ndim == 1:
+        elif name.endswith(("weight", "residual", "_scale")) and parameter.ndim == 1:
             parameter.uniform_(0.5, 1.5)
         elif parameter.ndim == 2 and "A_log" not in name:
             parameter.normal_(std=min(parameter.shape) ** -0.5)
         elif parameter.ndim == 3 and "conv" not in name:
             parameter.normal_(std=HIDDEN**-0.5)
+    for name, buffer in model.named_buffers():
+        if name.endswith("layer_scalar"):
+            buffer.uniform_(0.5, 1.5)
 
 
 TINY: dict[str, Callable[[], PreTrainedModel]] = {name: functools.partial(tiny_model, name) for name in TINY_NAMES}

@@ -32,7 +32,7 @@ def model_inputs(model: PreTrainedModel, batch: TokenBatch) -> dict[str, Any]:
         InputError: if there are no token ids.
         ShapeError: if they are not a batch of sequences.
     """
-    given = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+    given = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch) if isinstance(batch, Mapping) else {}
     ids = given.get("input_ids")
     if not isinstance(ids, Tensor):
         raise InputError(
@@ -43,6 +43,13 @@ def model_inputs(model: PreTrainedModel, batch: TokenBatch) -> dict[str, Any]:
         given["input_ids"] = ids = ids.unsqueeze(0)
     if ids.ndim != 2 or ids.is_floating_point():
         raise ShapeError(f"Given input_ids {list(ids.shape)} of {ids.dtype}; expected integer token ids [B, S].")
+    mask = given.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 1:
+        given["attention_mask"] = mask = mask.unsqueeze(0)
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape != ids.shape:
+        raise ShapeError(
+            f"Given input_ids {list(ids.shape)} and attention_mask {list(mask.shape)}; expected the same shape."
+        )
     return {
         key: value.to(model.device) if isinstance(value, Tensor) else value
         for key, value in given.items()
@@ -55,14 +62,24 @@ def counted_positions(model: PreTrainedModel, inputs: Mapping[str, Any], *, spec
 
     Args:
         model: the causal LM.
-        inputs: from `model_inputs`.
+        inputs: from `model_inputs`, or what else its forward takes: ``inputs_embeds`` instead of ``input_ids``.
         special_tokens: count special tokens too; padding never counts.
 
     Returns:
         Mask ``[B, S]``, True at positions that count.
     """
-    ids, attention = inputs["input_ids"], inputs.get("attention_mask")
+    ids, attention = inputs.get("input_ids"), inputs.get("attention_mask")
+    tokens = ids if ids is not None else inputs["inputs_embeds"][..., 0]
+    every = torch.ones_like(tokens, dtype=torch.bool)
+    attention = attention if isinstance(attention, Tensor) and attention.ndim == 2 else None
     if special_tokens:
-        return torch.ones_like(ids, dtype=torch.bool) if attention is None else attention[:, -ids.shape[1] :] != 0
+        return every if attention is None else attention[:, -tokens.shape[1] :].to(tokens.device) != 0
     special = special_token_mask(model, ids, attention)
-    return torch.ones_like(ids, dtype=torch.bool) if special is None else ~special
+    return every if special is None else ~special[:, -tokens.shape[1] :]
+
+
+def positions_in_row(inputs: Mapping[str, Any]) -> Tensor:
+    """Return the position of each token of ``input_ids [B, S]`` among its row's real tokens, counted from 0."""
+    mask = inputs.get("attention_mask")
+    real = mask != 0 if isinstance(mask, Tensor) and mask.ndim == 2 else torch.ones_like(inputs["input_ids"])
+    return real.long().cumsum(-1) - 1

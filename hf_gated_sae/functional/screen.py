@@ -1,0 +1,126 @@
+"""Telling in bfloat16, at half the time, which projections cannot be above their cut; the others are computed exactly.
+
+Rounding changes a projection by at most ``|x^ - x| |w^| + |x| |w^ - w|``, hats for what is rounded to bfloat16. That
+bound, and the cut, are columns of the rounded matrices themselves: the product of ``[x^, |x^ - x|, |x|, 1]`` and
+``[w^, |w^|, |w^ - w|, -cut]`` is negative only where the exact projection is below the cut. No pass over the result
+is needed but for its signs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .linear import is_plain
+from .live import true_places
+
+UP = 1 + 2**-7
+"""Times this, a positive number rounds to no less than itself in bfloat16."""
+
+TINY = 1e-16
+"""Longer than any vector of numbers so small that their squares vanish, and their norm with them."""
+
+DENSEST = 1 / 32
+"""Share of candidates above which computing each by itself takes longer than a product in float32."""
+
+FEWEST_TOKENS = 384
+"""Tokens below which rounding the weights takes longer than a product in bfloat16 saves."""
+
+BLOCK = 128
+"""Rows whose rounding errors are computed at once: few enough to stay in a core's own cache."""
+
+
+def serves(x: Tensor, weight: Tensor, cut: Tensor) -> bool:
+    """Whether screening is exact here, and saves time: many tokens in float32, on a CPU that multiplies bfloat16."""
+    if not _AVAILABLE or x.shape[0] < FEWEST_TOKENS or not x.dtype == weight.dtype == cut.dtype == torch.float32:
+        return False
+    return weight.stride(-1) == 1 and is_plain(x, weight, cut) and bool(torch.backends.mkldnn.enabled)
+
+
+class Screen:
+    """Some tokens, rounded.
+
+    Args:
+        x: ``[tokens, d_in]`` float32.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        """Round them, and measure what that loses."""
+        self.x = x
+        self.rounded, lost, length = _rounded(x)
+        self.rounded[:, -3] = (lost * UP + TINY) * UP
+        self.rounded[:, -2] = (length * UP + TINY) * UP
+        self.rounded[:, -1] = 1
+        self.finite = bool(length.isfinite().all())
+        # Sums in float32, of all columns; twice the usual bound, as hardware may round each product and each sum.
+        self.summing = 2 * self.rounded.shape[1] * 2**-24
+
+    def above(self, weight: Tensor, cut: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return the candidates among some latents, or None where there are too many.
+
+        Args:
+            weight: ``[n, d_in]``.
+            cut: ``[n]``.
+
+        Returns:
+            Tokens, latents and exact projections, ``[candidates]`` each; every projection above its cut is there.
+        """
+        columns, lost, length = _rounded(weight)
+        if not self.finite or not bool((length + cut).isfinite().all()):
+            return None
+        columns[:, -3] = (length * UP + TINY) * UP  # rounded, a vector may be longer
+        columns[:, -2] = ((lost + self.summing * length) * UP + TINY) * UP
+        columns[:, -1] = cut.abs() * (UP - 1 + self.summing) - cut
+        signs = torch.nn.functional.linear(columns, self.rounded).view(torch.int16)
+        places = true_places(signs >= 0)
+        if len(places) > DENSEST * signs.numel():
+            return None
+        latents = places // len(self.x)
+        tokens = places - latents * len(self.x)
+        return tokens, latents, dots(weight, self.x, latents, tokens)
+
+
+def _rounded(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rows ``[n, d]`` in bfloat16 with room for three more columns, the norms of what that lost, and theirs."""
+    n, d = rows.shape
+    rounded, lost = torch.empty(n, d + 3, dtype=torch.bfloat16), torch.empty(n)
+    for first in range(0, n, BLOCK):
+        block, own = rows[first : first + BLOCK], rounded[first : first + BLOCK, :d]
+        own.copy_(block)
+        torch.linalg.vector_norm(own.float().sub_(block), dim=1, out=lost[first : first + BLOCK])
+    return rounded, lost, torch.linalg.vector_norm(rows, dim=1)
+
+
+def dots(rows: Tensor, others: Tensor, row: Tensor, other: Tensor) -> Tensor:
+    """Return the inner products of some pairs.
+
+    Args:
+        rows: ``[n, d]``.
+        others: ``[m, d]``.
+        row: of each pair, in ascending order, ``[pairs]`` int64.
+        other: of each pair, ``[pairs]`` int64.
+
+    Returns:
+        ``rows[row] . others[other]``, ``[pairs]``.
+    """
+    counts = torch.bincount(row, minlength=len(rows))
+    # What a weighted sum of rows hands back to its weights; torch has no other name for it.
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        rows, others, other, counts.cumsum(0) - counts, row, 0
+    )
+
+
+def _available() -> bool:
+    """Whether this CPU multiplies bfloat16 faster than float32, and this build of torch has the inner products."""
+    rows, others = torch.arange(6.0).reshape(2, 3), torch.arange(12.0).reshape(4, 3)
+    row, other = torch.tensor([0, 0, 1]), torch.tensor([3, 1, 2])
+    try:
+        found = dots(rows, others, row, other)
+        capabilities = torch.cpu.get_capabilities()
+    except (AttributeError, RuntimeError, TypeError):  # another version of torch
+        return False
+    native = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
+    return bool(native) and torch.backends.mkldnn.is_available() and torch.equal(found, (rows @ others.T)[row, other])
+
+
+_AVAILABLE = _available()

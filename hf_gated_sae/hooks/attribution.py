@@ -1,0 +1,388 @@
+"""`attribute`: how much each live latent of each token moves a number that is computed from the model's output."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import AttachError, InputError, UnknownNameError, unknown_name
+from ..functional.live import LiveLatents
+from ..interventions.base import require_written_width, sites_read, sites_written
+from ..modeling import SAEModel
+from ..sites import Slot
+from ..sites.slots import Place
+from ..sites.transforms import view
+from .attach import require_model
+from .capture import Observation, on_device_of, require_autograd, require_fitting, sae_input, sites_needed
+from .carry import exact_dtype
+from .dispatch import prove
+from .token_batches import counted_positions
+
+Metric = Callable[[Any], Tensor]
+"""Takes the model's output and returns one number that depends on it, such as a difference of two logits."""
+
+METHODS = ("gradient", "integrated")
+
+NUMBERS_AT_ONCE = 1 << 22
+"""Numbers in the decoder rows that are gathered together."""
+
+
+class LatentEffect(NamedTuple):
+    """What one latent does at one token.
+
+    Attributes:
+        sae: the SAE.
+        row: row of the batch.
+        token: column of the batch.
+        latent: number of the latent.
+        attribution: `activation` times `gradient`: what zero-ablating it would take from the metric, to first order.
+        activation: the latent's value.
+        gradient: derivative of the metric with respect to it.
+    """
+
+    sae: SAEModel
+    row: int
+    token: int
+    latent: int
+    attribution: float
+    activation: float
+    gradient: float
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution:
+    """What the live latents of some SAEs do to a metric; latents that are off do nothing by definition.
+
+    Attributes:
+        metric: value of the metric.
+        activations: the live latents of each SAE, of ``[B, S]`` tokens, those left out having none.
+        gradients: the metric's derivative with respect to each of them, ``[live]`` by SAE.
+    """
+
+    metric: float
+    activations: Mapping[SAEModel, LiveLatents]
+    gradients: Mapping[SAEModel, Tensor]
+
+    def __getitem__(self, sae: SAEModel) -> LiveLatents:
+        """Return the attributions of one SAE, ``latents * gradients``, of ``[B, S]`` tokens.
+
+        Raises:
+            UnknownNameError: if it was not asked for.
+        """
+        if sae not in self.activations:
+            raise UnknownNameError("This SAE is not among those that the metric was attributed to.")
+        live = self.activations[sae]
+        return LiveLatents(live.offsets, live.indices, live.values * self.gradients[sae], live.shape)
+
+    def per_latent(self, sae: SAEModel) -> Tensor:
+        """Return the attributions of one SAE, summed over all tokens, ``[d_sae]``."""
+        values = self[sae]
+        return values.values.new_zeros(values.d_sae).index_add_(0, values.indices, values.values)
+
+    def top(self, k: int, sae: SAEModel | None = None) -> list[LatentEffect]:
+        """Return the latents that matter most, by size of their attribution.
+
+        Args:
+            k: how many at most.
+            sae: only of this SAE; of all by default.
+        """
+        chosen = list(self.activations) if sae is None else [sae]
+        effects = [effect for each in chosen for effect in self._largest(each, k)]
+        return sorted(effects, key=lambda effect: -abs(effect.attribution))[:k]
+
+    def _largest(self, sae: SAEModel, k: int) -> Iterator[LatentEffect]:
+        values, live = self[sae], self.activations[sae]
+        found = values.values.abs().topk(min(k, len(values.values))).indices
+        columns = live.shape[1]
+        table = (live.tokens[found], values.indices[found], values.values[found], live.values[found])
+        for token, latent, value, activation, gradient in zip(
+            *(column.tolist() for column in (*table, self.gradients[sae][found])), strict=True
+        ):
+            yield LatentEffect(sae, token // columns, token % columns, latent, value, activation, gradient)
+
+
+class _Leaves(Observation):
+    """Keeps activations as what gradients are taken with respect to, and may add something behind them.
+
+    Args:
+        places: where to look.
+        written: at which of them gradients are wanted.
+        added: by place, what to add.
+    """
+
+    def __init__(
+        self, places: Collection[Place], written: Collection[Place], added: Mapping[Place, Tensor] | None = None
+    ) -> None:
+        super().__init__(places, grad=written)
+        self.added = added or {}
+
+    def kept(self, value: Tensor) -> Tensor:
+        """Return a leaf at the first place, so that what the model did before it is let go of."""
+        first = not any(place in self.seen for place in self.grad)
+        return super().kept(value.detach() if first else value)
+
+    def going_on(self, place: Place, kept: Tensor) -> Tensor:
+        """Return the activation, with what is added."""
+        if place not in self.added:
+            return super().going_on(place, kept)
+        added = self.added[place]
+        wide = torch.promote_types(kept.dtype, added.dtype)
+        return (kept.to(wide) + added.to(kept.device, wide)).to(kept.dtype)
+
+
+def attribute(
+    model: Any,
+    saes: Sequence[SAEModel] | SAEModel,
+    metric: Metric,
+    *,
+    method: str = "gradient",
+    steps: int = 10,
+    special_tokens: bool = False,
+    **inputs: Any,
+) -> Attribution:
+    """Attribute a number computed from the model's output to latents: ``latents * d metric / d latents``.
+
+    Every latent writes into its site, ``x + (latents' - latents) @ W_dec``, and the error term is kept; so the
+    derivative is ``(d metric / d x) @ W_dec.T``, one forward and one backward for all SAEs, read at live latents only.
+    Where the model goes on from one SAE's site to another's, the derivative of the first includes what happens through
+    the second. Neither the model's outputs nor its parameters' gradients are touched. Latents are those of the edited
+    activation where interventions are attached.
+
+    ``"integrated"`` takes the mean derivative on the straight way from all latents at 0 to their values, all SAEs
+    together, by the midpoint rule: the attributions then sum to what zero-ablating all of them takes away.
+
+    Args:
+        model: any Hugging Face causal LM; its parameters need not require gradients.
+        saes: one or several, whose configurations name the sites; transcoders and cross-layer transcoders too.
+        metric: given the model's output; returns one number.
+        method: ``"gradient"`` or ``"integrated"``.
+        steps: number of points on the way, each one more forward and backward; of ``"integrated"`` only.
+        special_tokens: also of the model's BOS, EOS and padding tokens, where SAEs are usually not trained.
+        **inputs: the model's inputs, such as ``input_ids`` and ``attention_mask``.
+
+    Returns:
+        Live latents, derivatives and attributions.
+
+    Raises:
+        InputError: for something that is no SAE, a crosscoder, or one whose latents depend on other tokens; if the
+            metric is not one finite number that depends on what the SAEs write; and in inference mode.
+        SiteError: if a site does not exist in this model or could not be proven.
+        ShapeError: if an SAE is not as wide as a site.
+        AttachError: if the forward did not reach a site, or the model is compiled, or in training mode with reentrant
+            gradient checkpointing.
+
+    Source: attribution patching (Nanda 2023); integrated gradients (arXiv 1703.01365).
+    """
+    require_model("attribute()", model)
+    require_autograd("attribute()")
+    _require_graph(model)
+    if method not in METHODS:
+        raise unknown_name("method", method, METHODS)
+    if steps < 1:
+        raise InputError(f"attribute() was given steps={steps}; expected at least 1.")
+    chosen: list[SAEModel] = [saes] if isinstance(saes, SAEModel) else list(saes)
+    for sae in chosen:
+        _require_attributable(sae)
+    read = sites_needed("attribute()", chosen)
+    slots = prove(model, [str(site) for sae in chosen for site in (*sites_read(sae), *sites_written(sae))])
+    require_fitting(read, slots)
+    for sae in chosen:
+        for site in map(str, sites_written(sae)):
+            require_written_width(sae, site, slots[site].width)
+    whole = _Pass(model, chosen, slots, metric, inputs)
+    value, gradients, seen = whole.run()
+    counted = counted_positions(model, inputs, special_tokens=special_tokens)
+    parts = [_Part(sae, read[sae], slots, seen, counted) for sae in chosen]
+    if method == "integrated":
+        gradients = whole.mean_gradients(parts, steps)
+    return Attribution(
+        metric=value,
+        activations={part.sae: part.numbered for part in parts},
+        gradients={part.sae: part.derivatives(gradients) for part in parts},
+    )
+
+
+class _Pass:
+    """Forwards of one input and backwards of one metric."""
+
+    def __init__(
+        self,
+        model: Any,
+        saes: Sequence[SAEModel],
+        slots: Mapping[str, Slot],
+        metric: Metric,
+        inputs: Mapping[str, Any],
+    ) -> None:
+        self.model, self.slots, self.metric, self.inputs = model, slots, metric, inputs
+        self.written = {slots[str(site)].place.bare: str(site) for sae in saes for site in sites_written(sae)}
+
+    def run(
+        self, added: Mapping[Place, Tensor] | None = None
+    ) -> tuple[float, dict[Place, Tensor], dict[Place, Tensor]]:
+        """Return the metric, its derivatives with respect to what is written, and all activations."""
+        leaves = _Leaves({slot.place.bare for slot in self.slots.values()}, self.written, added)
+        with torch.enable_grad():
+            output = leaves.run(self.model, self.slots, self.inputs)
+            value = self._value(output)
+            del output
+            wanted = [leaves.seen[place] for place in self.written]
+            found = torch.autograd.grad(value, wanted, allow_unused=True)
+        for (_, site), gradient in zip(self.written.items(), found, strict=True):
+            if gradient is None:
+                raise InputError(
+                    f"The metric does not depend on the activation at {site}: compute it from outputs that the model "
+                    "computes after that site, or leave out the SAEs that write there."
+                )
+        seen = {place: x.detach() for place, x in leaves.seen.items()}
+        return float(value.detach()), dict(zip(self.written, found, strict=True)), seen
+
+    def mean_gradients(self, parts: Sequence[_Part], steps: int) -> dict[Place, Tensor]:
+        """Return the mean derivative on the way from all latents at 0 to their values."""
+        full: dict[Place, Tensor] = {}
+        for part in parts:
+            for place, written in part.writes():
+                full[place] = full[place] + written.to(full[place].device) if place in full else written
+        mean: dict[Place, Tensor] = {}
+        for step in range(steps):
+            missing = 1 - (step + 0.5) / steps
+            _, gradients, _ = self.run({place: -missing * written for place, written in full.items()})
+            for place, gradient in gradients.items():
+                mean[place] = mean.get(place, 0) + gradient / steps
+        return mean
+
+    def _value(self, output: Any) -> Tensor:
+        value: object = self.metric(output)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            shape = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(
+                f"The metric returned {shape}; expected a tensor with one number, such as "
+                "output.logits[0, -1, 7] - output.logits[0, -1, 9]."
+            )
+        if not value.requires_grad:
+            raise InputError(
+                "The metric does not depend on what the SAEs write: compute it from the output without .item(), "
+                ".detach() or torch.no_grad(), from something that the model computes after their sites."
+            )
+        if not torch.isfinite(value):
+            raise InputError(f"The metric is {value.item()}; expected a finite number.")
+        return value.reshape(())
+
+
+class _Part:
+    """One SAE's live latents in a pass, and how what it writes and the derivatives belong together.
+
+    Args:
+        sae: the SAE.
+        read: names of the sites that it reads.
+        slots: of all sites.
+        seen: activations ``[B, S, d]`` by place.
+        counted: which tokens count, ``[B, S]``.
+    """
+
+    def __init__(
+        self,
+        sae: SAEModel,
+        read: Sequence[str],
+        slots: Mapping[str, Slot],
+        seen: Mapping[Place, Tensor],
+        counted: Tensor,
+    ) -> None:
+        self.sae, self.seen = sae, seen
+        self.shape = tuple(counted.shape)
+        self.where = counted.reshape(-1).nonzero().squeeze(1).to(sae.b_dec.device)
+        self.written = [slots[str(site)].place for site in sites_written(sae)]
+        self.read = [slots[site].place for site in read]
+        chosen = [self._chosen(view(seen[place.bare], place.transforms).value) for place in self.read]
+        with torch.no_grad(), exact_dtype(sae.b_dec.device):
+            self.live = sae.live(sae_input(sae, chosen))
+
+    def _chosen(self, x: Tensor) -> Tensor:
+        """Return the counted tokens of ``[B, S, d]``, on the SAE's device and in its dtype."""
+        return on_device_of(self.sae, x).flatten(0, 1)[self.where]
+
+    @property
+    def numbered(self) -> LiveLatents:
+        """The live latents of all tokens ``[B, S]``, by their numbers in the whole SAE."""
+        kept, live = self.sae.config.kept_latents, self.live
+        indices = live.indices if kept is None else live.indices.new_tensor(kept)[live.indices]
+        shape = (*self.shape, self.sae.config.d_sae)
+        return LiveLatents.of(self.where[live.tokens], indices, live.values, shape)
+
+    def derivatives(self, gradients: Mapping[Place, Tensor]) -> Tensor:
+        """Return the derivative with respect to each live latent, ``[live]``, given those at what is written."""
+        total = self.live.values.new_zeros(len(self.live.values))
+        for output, place in enumerate(self.written):
+            gradient = self._chosen(gradients[place.bare] * self._factor(place)) * self._scale(output)
+            for some, tokens, rows in self._decoder_rows(output):
+                total[some] += torch.linalg.vecdot(rows, gradient[tokens])
+        return total
+
+    def writes(self) -> Iterator[tuple[Place, Tensor]]:
+        """Yield what the live latents write at each place, ``[B, S, d]`` in the units of the activation there."""
+        for output, place in enumerate(self.written):
+            written = self.sae.b_dec.new_zeros(len(self.where), self.sae.d_out)
+            for some, tokens, rows in self._decoder_rows(output):
+                written.index_add_(0, tokens, rows * self.live.values[some].unsqueeze(-1))
+            x = self.seen[place.bare]
+            full = written.new_zeros(self.shape[0] * self.shape[1], self.sae.d_out)
+            full[self.where] = written * self._scale(output)
+            yield place.bare, full.reshape(*self.shape, -1).to(x.device) * self._factor(place)
+
+    def _decoder_rows(self, output: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yield live latents in parts: which they are, their tokens, and what a unit of each writes at an output."""
+        size, tokens = max(1, NUMBERS_AT_ONCE // self.sae.d_out), self.live.tokens
+        for start in range(0, len(tokens), size):
+            some = slice(start, min(start + size, len(tokens)))
+            with torch.no_grad():
+                yield some, tokens[some], self.sae.rows_at(self.live.indices[some], output)
+
+    def _scale(self, output: int) -> Tensor | float:
+        """Return what a unit that the decoder writes at an output is worth at each counted token, ``[n, 1]``."""
+        place = self.written[output]
+        scale = self.sae.written_scale(self._chosen(view(self.seen[place.bare], place.transforms).value))
+        return 1.0 if scale is None else scale
+
+    def _factor(self, place: Place) -> Tensor | float:
+        """Return what a unit of what is read through a site's transforms is worth in the model."""
+        return view(self.seen[place.bare], place.transforms).factor
+
+
+def _require_graph(model: nn.Module) -> None:
+    """Raise if the forward leaves gaps in the graph.
+
+    Raises:
+        AttachError: saying what to do.
+    """
+    for module in model.modules():
+        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+        reentrant = isinstance(checkpoint, functools.partial) and checkpoint.keywords.get("use_reentrant")
+        if reentrant and module.training and getattr(module, "gradient_checkpointing", False):
+            raise AttachError(
+                "The model runs with reentrant gradient checkpointing, in which no gradients with respect to "
+                "activations exist: call model.eval() first, or enable checkpointing with use_reentrant=False."
+            )
+
+
+def _require_attributable(sae: object) -> None:
+    """Raise unless latents of an SAE write what adding them to each site by itself would.
+
+    Raises:
+        InputError: saying why not.
+    """
+    if not isinstance(sae, SAEModel):
+        raise InputError(f"attribute() was given {type(sae).__name__} as an SAE; expected SAEs.")
+    if not sae.per_token:
+        raise InputError(
+            f"attribute() was given a {type(sae).__name__}, whose latents depend on the tokens before: what one of "
+            "them writes is not one decoder row."
+        )
+    if len(sae.config.sites_written) > 1 and not sae.config.is_transcoder:
+        raise InputError(
+            "attribute() was given a crosscoder, whose latents write several sites of one stream: what is written at "
+            "one would be counted again at the next."
+        )

@@ -1,0 +1,179 @@
+"""`harvest`: activations and latents of a text, batch by batch, each row with the token that it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError, UnknownNameError, did_you_mean
+from ..functional.live import LiveLatents
+from ..modeling import SAEModel
+from .attach import require_model
+from .capture import Wanted, capture, require_fitting, sae_input, sites_needed
+from .carry import exact_dtype
+from .dispatch import prove
+from .token_batches import TokenBatch, TokenBatches, counted_positions, model_inputs, positions_in_row
+
+TokenSource = TokenBatches | Callable[[], TokenBatches]
+"""Batches of tokens, or a function that gives them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Harvest:
+    """What some tokens gave; row by row the same tokens in everything.
+
+    Attributes:
+        values: activations ``[n, d]`` by site, and live latents of `n` tokens by SAE, in the keys that were asked for.
+        token_ids: the tokens ``[n]`` int64.
+        documents: from which sequence each is, counted over all batches from 0, ``[n]`` int64.
+        positions: where in that sequence, counted over its real tokens from 0, ``[n]`` int64.
+    """
+
+    values: Mapping[Any, Tensor | LiveLatents]
+    token_ids: Tensor
+    documents: Tensor
+    positions: Tensor
+
+    def __getitem__(self, key: Any) -> Any:
+        """Return the activations of a site, or the live latents of an SAE.
+
+        Raises:
+            UnknownNameError: if it was not harvested.
+        """
+        if key not in self.values:
+            names = [str(known) if isinstance(known, str) else type(known).__name__ for known in self.values]
+            raise UnknownNameError(
+                f"{key!r} was not harvested.{did_you_mean(key, names)} There are: {', '.join(names)}."
+            )
+        return self.values[key]
+
+    def __len__(self) -> int:
+        """Number of tokens."""
+        return len(self.token_ids)
+
+
+def harvest(
+    model: Any,
+    what: Sequence[Wanted] | Wanted,
+    batches: TokenSource,
+    *,
+    special_tokens: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Iterator[Harvest]:
+    """Read sites and latents while a model runs through text, one forward per batch that stops after the last of them.
+
+    The model runs in evaluation mode, and is in the modes in which it was whenever a harvest is given. Only one batch
+    is held, and of latents only those that are on.
+
+    Args:
+        model: any Hugging Face causal LM.
+        what: sites and SAEs, or a single one.
+        batches: token ids ``[B, S]``, or mappings with ``input_ids`` and ``attention_mask``; or a function that gives
+            an iterable of them.
+        special_tokens: keep the model's BOS, EOS and padding tokens where they are not padding; else they are left
+            out, as padding always is.
+        dtype: of activations and values of latents; by default that of the model and of the SAE.
+
+    Yields:
+        For each batch its tokens that count.
+
+    Raises:
+        InputError: if nothing is asked for; and, while running, for a batch without token ids.
+        SiteError: if a site does not exist in this model or could not be proven.
+        ShapeError: if an SAE is not as wide as its site; and, while running, for a batch of another shape.
+    """
+    require_model("harvest()", model)
+    sites = sites_needed("harvest()", what)
+    slots = prove(model, [site for several in sites.values() for site in several])
+    require_fitting(sites, slots)
+    if dtype is not None and not dtype.is_floating_point:
+        raise InputError(f"harvest() was given dtype={dtype}; expected a floating dtype such as torch.float16.")
+    return _harvests(model, sites, batches, special_tokens, dtype)
+
+
+def _harvests(
+    model: Any, sites: Mapping[Any, list[str]], batches: TokenSource, special_tokens: bool, dtype: torch.dtype | None
+) -> Iterator[Harvest]:
+    documents = 0
+    for batch in _iterated(batches):
+        inputs = model_inputs(model, batch)
+        counted = counted_positions(model, inputs, special_tokens=special_tokens)
+        with evaluating(model, *(key for key in sites if isinstance(key, SAEModel))):
+            found = capture(model, [site for several in sites.values() for site in several], **inputs)
+            with torch.inference_mode(False), torch.no_grad():
+                values = {key: _value(key, [found[site] for site in names], counted) for key, names in sites.items()}
+        rows, _ = counted.nonzero(as_tuple=True)
+        yield Harvest(
+            values={key: value if dtype is None else value.to(dtype) for key, value in values.items()},
+            token_ids=inputs["input_ids"][counted].long(),
+            documents=rows + documents,
+            positions=positions_in_row(inputs)[counted],
+        )
+        documents += len(counted)
+
+
+def _iterated(batches: TokenSource) -> Iterator[TokenBatch]:
+    given = batches() if callable(batches) else batches
+    if isinstance(given, (Mapping, str)):
+        raise InputError(
+            f"harvest() was given one {type(given).__name__}; expected batches, such as a list of token ids [B, S]."
+        )
+    yield from given
+
+
+def _value(key: Any, activations: Sequence[Tensor], counted: Tensor) -> Tensor | LiveLatents:
+    """Return the activations of the counted tokens, or an SAE's live latents of them."""
+    if isinstance(key, SAEModel) and not key.per_token:  # it needs whole sequences
+        latents = key.encode(sae_input(key, activations))
+        return LiveLatents.from_dense(latents[counted.to(latents.device)])
+    chosen = [activation[counted.to(activation.device)] for activation in activations]
+    return live_latents(key, chosen) if isinstance(key, SAEModel) else chosen[0]
+
+
+def live_latents(sae: SAEModel, activations: Sequence[Tensor]) -> LiveLatents:
+    """Return the latents that are on, by their numbers in the whole SAE even if only a part of it was loaded.
+
+    Args:
+        sae: the SAE.
+        activations: of each site that it reads, ``[n, d_in]``.
+    """
+    x = sae_input(sae, activations)
+    with exact_dtype(x.device):
+        live = sae.live(x)
+    kept = sae.config.kept_latents
+    if kept is None:
+        return live
+    numbers = torch.tensor(kept, dtype=torch.int64, device=live.indices.device)
+    return LiveLatents(live.offsets, numbers[live.indices], live.values, (*live.shape[:-1], sae.config.d_sae))
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Put modules into evaluation mode, and each of their parts back into its own."""
+    training = [part for module in modules for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def rows_of_live(live: LiveLatents, rows: Tensor) -> LiveLatents:
+    """Return the live latents of some tokens, in the order given.
+
+    Args:
+        live: of ``[tokens]``.
+        rows: which tokens ``[n]``.
+    """
+    counts, ends = live.offsets.diff()[rows], live.offsets.new_zeros(len(rows) + 1)
+    torch.cumsum(counts, 0, out=ends[1:])
+    within = torch.arange(int(ends[-1]), device=ends.device) - ends[:-1].repeat_interleave(counts)
+    places = live.offsets[rows].repeat_interleave(counts) + within
+    return LiveLatents(ends, live.indices[places], live.values[places], (len(rows), live.d_sae))

@@ -1,0 +1,244 @@
+"""`edit`: interventions as a stored edit of an nnsight model."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from ...errors import AttachError, InputError
+from ...interventions import Intervention
+from ...sites import Slot
+from ...sites.probe import unwrap
+from ...sites.slots import Place
+from ...sites.transforms import view
+from ..attach import Attachment, attach, require_fit, sites_of
+from ..carry import carry_out
+from ..check import Check
+from ..dispatch import is_attached, prove
+from ..report import AttachReport
+from ..tokens import TokenTracker, generating, has_beams
+
+
+class _Carrier:
+    """Carries interventions out in the forwards of one run, as a block of a trace.
+
+    nnsight runs a block beside the model and hands it the values that it waits for, in the order in which the model
+    comes to them. What is done with a value is what the hooks do with it.
+
+    Args:
+        lm: the envoy of the whole model.
+        model: the causal LM in it, without wrappers.
+        attachment: the proven interventions.
+    """
+
+    def __init__(self, lm: Any, model: nn.Module, attachment: Attachment) -> None:
+        from nnsight.intervention.envoy import Envoy
+
+        envoys = {id(envoy._module): envoy for envoy in lm.modules()}
+        self.attachment = attachment
+        self.root = envoys[id(model)]
+        self._counts_rows = type(lm)._batch_size is not Envoy._batch_size  # which says one for whatever it is given
+        self._tracker = TokenTracker(model, lambda: (attachment,))
+        shape = lambda: self._tracker.current.tokens.shape  # noqa: E731
+        self._stops: list[tuple[Slot, Any, Callable[..., Any]]] = [
+            (slot, envoys[id(slot.module)], slot.hook(partial(self._act, slot.place), tokens=shape))
+            for slot in attachment.slots
+        ]
+        self._waiting: Slot | None = None
+        self._ended_before = 0
+
+    def __call__(self) -> None:
+        """Carry the interventions out in every forward of the run.
+
+        Raises:
+            AttachError: if a forward passed over a site, or hooks are attached to the model as well.
+        """
+        from nnsight.intervention.interleaver import Mediator, OutOfOrderError
+        from nnsight.intervention.iterator import Iterations
+
+        run = Mediator.current("edit").interleaver
+        self._waiting = None
+        try:
+            with generating(None, self._rows(run.batcher), beams=self._has_beams(run.batcher)):
+                for _ in Iterations()[:]:
+                    self._forward(run)
+        except OutOfOrderError:  # the run is over: it has no further forward, or was stopped before a site
+            if self._waiting is not None and self._ended(run) > self._ended_before:
+                raise AttachError(
+                    f"The model ran, but never reached {self._waiting.site}: what was to be done there had no effect."
+                ) from None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Be sent to another machine as plain functions of torch operations."""
+        from .sent import as_sent, to_send  # here, because torch's recorder takes a second to import
+
+        parameters = inspect.signature(type(self.root._module).forward).parameters.values()
+        names = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD][1:]
+        return as_sent(to_send(self.root, [envoy for _, envoy, _ in self._stops], names, self.attachment))
+
+    def _forward(self, run: Any) -> None:
+        """Go through one forward, from site to site."""
+        args, kwargs = self.root.inputs
+        self._ended_before = self._ended(run)
+        model = self.root._module
+        refuse_hooks(model)
+        self._tracker.begin(model, args, kwargs)
+        for slot, envoy, hook in self._stops:
+            self._waiting = slot
+            if slot.place.port == "input":
+                new = hook(envoy._module, *envoy.inputs)
+                if new is not None:
+                    envoy.inputs = new
+            else:
+                new = hook(envoy._module, (), envoy.output)
+                if new is not None:
+                    envoy.output = new
+        self._waiting = None
+        self._tracker.end(model, (), self.root.output)
+
+    def _ended(self, run: Any) -> int:
+        """Return how many forwards have ended."""
+        return int(run.counts.get(f"{self.root.path}.output", 0))
+
+    def _rows(self, batcher: Any) -> int | None:
+        """Return how many rows the run was given; None for models of which nnsight does not know it."""
+        return batcher.total if self._counts_rows else None
+
+    def _has_beams(self, batcher: Any) -> bool:
+        """Return whether the run searches with beams."""
+        given = [batcher.kwargs, batcher.extra_kwargs, *(kwargs for _, kwargs in batcher.invokes)]
+        return has_beams(self.root._module, (), {name: value for each in given for name, value in each.items()})
+
+    def _act(self, place: Place, x: Tensor) -> Tensor | None:
+        """Carry out what is to be done at one place."""
+        call = self._tracker.current
+        for site, transforms in self.attachment.reads(place):
+            call.see(site, view(x, transforms).value)
+        return carry_out(x, call, self.attachment.records(place), self.attachment.placed, replaying=False)
+
+
+_CARRIERS: WeakKeyDictionary[Any, _Carrier] = WeakKeyDictionary()
+
+
+def edit(lm: Any, *interventions: Intervention, proven_on: nn.Module | None = None, check: Check = True) -> Any:
+    """Return a copy of an nnsight model in whose traces interventions act; the model itself stays as it is.
+
+    They act in every forward of ``trace`` and ``generate``, on the tokens that `attach` would edit, to the bit, before
+    what the trace itself does at the same place; with several invokes, on the rows of all of them. In a generation,
+    the prompt is what its first forward is given. The copy shares modules and weights, and can be edited again;
+    called as a module, ``edited(ids)``, it does what the model does, as ever in nnsight.
+
+    With ``trace(..., remote=True)`` nnsight sends source and tensors: for each place a function that consists of torch
+    operations, and of each SAE what they need, which for edits of n latents of element-wise architectures is n rows
+    of the encoder and of the decoder, and for `Splice` all of it. The other machine needs torch and nnsight, not this
+    package. It computes the edits on its CPU, in float32; nothing is reported back. What depends on more than each
+    token itself (``rows=``, masks, `Patch`, windows, resampling) is refused when it is to be sent.
+
+    Args:
+        lm: an nnsight model, such as ``TransformersModel(model, tokenizer=tokenizer)``.
+        *interventions: what to do, such as ``Splice(sae)`` or ``Ablate(sae, [123])``.
+        proven_on: where the weights of `lm` are only on the other machine, a model of the same class and number of
+            layers that is here, such as one of random weights and small width. Sites are proven on it; only such of
+            the residual stream's width can be named, and no SAE can be checked.
+        check: see `attach`.
+
+    Returns:
+        The edited copy.
+
+    Raises:
+        InputError: if it is no nnsight model or holds no weights yet; and whatever `attach` raises.
+        AttachError: if the model is split over ranks. And, from the trace: if a forward passes over a site, or hooks
+            are attached to the model as well.
+    """
+    if proven_on is None:
+        model = wrapped_model("edit()", lm)
+        attachment = attach(model, *interventions, check=check)
+    else:
+        model = wrapped_model("edit()", lm, weights=False)
+        slots = _moved(prove(proven_on, sites_of(interventions)), unwrap(proven_on)[0], unwrap(model)[0])
+        require_fit(interventions, slots)
+        attachment = Attachment(model, interventions, slots)
+    for slot in attachment.slots:
+        if slot.place.shards is not None:
+            raise AttachError(f"{slot.site} is split over ranks: use attach() for tensor parallelism.")
+    carrier = _Carrier(lm, unwrap(model)[0], attachment)
+    with lm.edit() as (_, edited):
+        carrier()
+    _CARRIERS[edited] = carrier
+    return edited
+
+
+def report(edited: Any) -> AttachReport:
+    """Return which sites were reached, and which tokens of which rows were edited, since `edit`.
+
+    Args:
+        edited: what `edit` returned.
+
+    Raises:
+        InputError: if it is something else.
+    """
+    if edited not in _CARRIERS:
+        raise InputError(f"report() was given {type(edited).__name__} that edit() has not returned.")
+    return _CARRIERS[edited].attachment.report()
+
+
+def _moved(slots: Mapping[str, Slot], small: nn.Module, large: nn.Module) -> dict[str, Slot]:
+    """Return the slots of one model in another of the same class.
+
+    Raises:
+        InputError: if the classes differ, or a site is not as wide as the residual stream.
+    """
+    if type(small) is not type(large):
+        raise InputError(
+            f"proven_on is a {type(small).__name__}, and the model a {type(large).__name__}: expected the same class."
+        )
+    narrow, wide = (each.config.get_text_config().hidden_size for each in (small, large))  # type: ignore[union-attr,operator]  # of transformers
+    moved = {}
+    for name, slot in slots.items():
+        if slot.width != narrow:
+            raise InputError(
+                f"{name} is {slot.width} wide in the model given as proven_on, not hidden_size, {narrow}."
+            )
+        moved[name] = Slot(slot.site, dataclasses.replace(slot.place, width=wide), large)
+    return moved
+
+
+def wrapped_model(caller: str, lm: Any, *, weights: bool = True) -> nn.Module:
+    """Return the model in an nnsight model.
+
+    Raises:
+        InputError: if it is no nnsight model, or one without weights.
+    """
+    from nnsight.intervention.envoy import Envoy
+
+    if not isinstance(lm, Envoy):
+        raise InputError(
+            f"{caller} was given {type(lm).__name__}; expected an nnsight model, such as "
+            "nnsight.TransformersModel(model, tokenizer=tokenizer). For a plain transformers model use attach()."
+        )
+    model = lm._module
+    if weights and any(parameter.is_meta for parameter in model.parameters()):
+        raise InputError(
+            f"{caller} was given a model without weights, on which no site can be proven: load it with dispatch=True, "
+            "or, if it is only to run elsewhere, pass a small model of the same class as proven_on=."
+        )
+    return model
+
+
+def refuse_hooks(model: nn.Module) -> None:
+    """Raise if something is attached to a model by hooks, too.
+
+    Raises:
+        AttachError: since nnsight would see the activations as they are before those hooks.
+    """
+    if is_attached(model):
+        raise AttachError(
+            "Something is attached to this model by attach(), and nnsight would see its activations without those "
+            "edits: use one of the two at a time."
+        )

@@ -1,0 +1,123 @@
+"""What is carried out on a server: sent as source, so that it may use torch, builtins and what it is sent with."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+
+from ...interventions import special_token_ids
+from ...sites.slots import get_tensor, put_tensor
+from ..attach import Attachment
+from ..layout import number_tokens
+from .portable import BLOCK, by_value, portable
+
+
+def sent(
+    root: Any, stops: Any, special: Any, steps: Any, names: Any, number: Any, get: Any, put: Any, block: Any
+) -> Any:
+    """Return the function that carries recorded interventions out in every forward of a run.
+
+    Args:
+        root: the envoy of the causal LM.
+        stops: for each place in order: its envoy, port and keys, whether it is written in place, the places seen
+            before, by number, and the recorded function with its constants; None for one that is only seen.
+        special: ids of special tokens.
+        steps: nnsight's steps.
+        names: names of the model's positional arguments.
+        number: `number_tokens`.
+        get: `get_tensor`.
+        put: `put_tensor`.
+        block: `BLOCK`.
+    """
+
+    def tokens_of(inputs, prompt):  # type: ignore[no-untyped-def]
+        args, kwargs = inputs
+        call = dict(zip(names, args))  # noqa: B905
+        call.update(kwargs)
+        ids, cache = call.get("input_ids"), call.get("past_key_values")
+        inputs = ids if ids is not None else call["inputs_embeds"]
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        end = past + inputs.shape[1]
+        boundary = prompt if prompt is not None else (past or end)
+        index, absent, padded = number(call, inputs, past, None, boundary, generating=prompt is not None)
+        ids = torch.zeros_like(index) - 1 if ids is None else ids
+        out = torch.isin(ids, torch.tensor(special, device=ids.device, dtype=ids.dtype))
+        out = out | (index < 0) if padded else out
+        length = (boundary - absent).expand(index.shape) if not isinstance(absent, int) else index * 0 + boundary
+        return [each.reshape(-1, 1).to("cpu") for each in (index, length, out, ids)], prompt or end
+
+    def act(recorded, constants, x, tokens, raws):  # type: ignore[no-untyped-def]
+        count, done = x.shape[0], []
+        for start in range(0, count, block):
+            parts = [each[start : start + block] for each in (x, *tokens, *raws)]
+            missing = block - parts[0].shape[0]
+            if missing:
+                parts = [torch.cat([each, each.new_zeros((missing, *each.shape[1:]))]) for each in parts]
+            done.append(recorded(constants, *parts)[: block - missing])
+        return torch.cat(done)
+
+    def carry():  # type: ignore[no-untyped-def]
+        prompt = None
+        for _ in steps[:]:
+            tokens, prompt = tokens_of(root.inputs, prompt)
+            seen = []
+            for envoy, port, keys, in_place, before, recorded, constants in stops:
+                if port == "input":
+                    args, kwargs = envoy.inputs
+                    packed = {"args": args, "kwargs": dict(kwargs)}
+                else:
+                    packed = envoy.output
+                raw = get(packed, keys)
+                x = raw.detach().to("cpu", torch.float32).reshape(-1, 1, raw.shape[-1])
+                seen.append(x)
+                if recorded is None:
+                    continue
+                new = act(recorded, constants, x, tokens, [seen[other] for other in before])
+                new = new.to(raw.dtype).reshape(raw.shape).to(raw.device)
+                if in_place:
+                    raw.copy_(new)
+                elif port == "input":
+                    packed = put(packed, keys, new)
+                    envoy.inputs = (packed["args"], packed["kwargs"])
+                else:
+                    envoy.output = put(packed, keys, new)
+
+    return carry
+
+
+def to_send(root: Any, envoys: Any, names: list[str], attachment: Attachment) -> Any:
+    """Return what stands for interventions where they are sent: a function without arguments.
+
+    Raises:
+        AttachError: if they cannot be carried out by torch operations alone.
+    """
+    from nnsight.intervention.iterator import Iterations
+
+    stops: list[tuple[Any, ...]] = []
+    read: list[int] = []
+    for position, (slot, envoy) in enumerate(zip(attachment.slots, envoys, strict=True)):
+        recorded: Any = None
+        constants: dict[str, Any] = {}
+        if attachment.records(slot.place):
+            recorded, constants = portable(attachment, slot, [attachment.slots[other] for other in read])
+        stops.append((envoy, slot.place.port, slot.place.keys, slot.place.in_place, list(read), recorded, constants))
+        if attachment.reads(slot.place):
+            read.append(position)
+    return by_value(sent)(
+        root,
+        stops,
+        special_token_ids(root._module),
+        Iterations(),
+        names,
+        by_value(number_tokens),
+        by_value(get_tensor),
+        by_value(put_tensor),
+        BLOCK,
+    )
+
+
+def as_sent(function: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Return how a pickle states that a function stands for something."""
+    return operator.getitem, ([function], 0)

@@ -1,0 +1,123 @@
+"""Put in what another run had."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, ShapeError
+from ..modeling import SAEModel
+from ..sites import Site
+from .arguments import latent_list, tensor_of
+from .base import Conditional, Replacement, require_target
+from .positions import shorten
+from .run import SiteRun
+
+
+@dataclass(frozen=True, eq=False)
+class Patch(Conditional, Replacement):
+    """Put the activation, or some latents, of another run in place of this one's.
+
+    At a site: ``x' = value``. With an SAE: ``x + (value - latents) @ W_dec``, so that what the SAE does not explain,
+    and all other latents, stay as they are.
+
+    Row by row and column by column: the first column of `value` belongs to the first one of the batch, padding
+    included, as `capture` gives it; columns that `value` does not have are left as they are.
+
+    Attributes:
+        target: a site, or an SAE.
+        value: the activations ``[B, S, d]``; or values of the latents, ``[B, S, n]`` in the order of `latents` or
+            ``[B, S, d_sae]``.
+        latents: which latents of the SAE; all by default.
+    """
+
+    target: SAEModel | Site | str
+    value: Tensor
+    latents: Sequence[int] | None = field(default=None, kw_only=True)
+    _values: Tensor = field(init=False, repr=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        require_target(self, self.target)
+        if self.latents is not None:
+            object.__setattr__(self, "latents", latent_list(self, self.latents))
+        # Padding may hold anything, and is not meant; what is meant and not finite is found out where it is put in.
+        value = tensor_of(self, self.value, "values [B, S, d] of another run", [3], finite=False)
+        object.__setattr__(self, "value", value)
+        super().__post_init__()
+        object.__setattr__(self, "_values", value)
+        if isinstance(self.target, SAEModel):
+            d_sae = self.target.config.d_sae
+            if value.shape[-1] not in (len(self.indices), d_sae):
+                raise ShapeError(
+                    f"Patch was given values {list(value.shape)} for {len(self.indices)} latents of {d_sae}; expected "
+                    f"[B, S, {len(self.indices)}] or [B, S, {d_sae}]."
+                )
+            if value.shape[-1] == d_sae:
+                object.__setattr__(self, "_values", value[..., self.indices])
+        elif self.latents is not None:
+            raise InputError(
+                f"Patch was given latents={shorten(self.latents)} and no SAE, whose latents they would be."
+            )
+
+    @property
+    def aim(self) -> SAEModel | Site | str:
+        """The SAE or the site."""
+        return self.target
+
+    @property
+    def replaces(self) -> bool:
+        """Whether a site is named; latents are changed by adding."""
+        return self.sae_used is None
+
+    @property
+    def columns(self) -> int:
+        """Number of columns that `value` has."""
+        return max(super().columns, self.value.shape[1])
+
+    @property
+    def indices(self) -> list[int]:
+        """The latents to change; none where a site is named."""
+        if self.sae_used is None:
+            return []
+        return list(range(self.sae_used.config.d_sae) if self.latents is None else self.latents)
+
+    @property
+    def latents_needed(self) -> tuple[int, ...] | None:
+        """The latents that are named; None for all."""
+        return None if self.latents is None else super().latents_needed
+
+    def require_width(self, width: int) -> None:
+        """Raise unless the SAE, or the activations, are as wide as the site."""
+        super().require_width(width)
+        if self.replaces and self.value.shape[-1] != width:
+            raise ShapeError(
+                f"Patch was given activations {list(self.value.shape)}, but {self.place} is {width} wide."
+            )
+
+    def mask(self, run: SiteRun) -> Tensor | bool:
+        """Return which tokens to act on, columns beyond those of `value` left out."""
+        mask, tokens, covered = super().mask(run), run.tokens, self.value.shape[1]
+        start = tokens.end - tokens.shape[1]
+        if mask is False or start >= covered:
+            return False
+        if tokens.end <= covered:
+            return mask
+        within = torch.arange(start, tokens.end, device=tokens.index.device) < covered
+        return within.expand(tokens.shape) if mask is True else mask & within.to(torch.as_tensor(mask).device)
+
+    def replacement(self, run: SiteRun) -> Tensor:
+        """Return the other run's activations, ``[B, S, d]``."""
+        return self._here(run).to(run.x.device)
+
+    def delta(self, run: SiteRun) -> Tensor:
+        """Return the difference that the other run's latents make here, ``[B, S, d]``."""
+        assert self.sae_used is not None  # or the activations are replaced
+        latents = run.latents(self.sae_used, self.indices)
+        return run.written(self.sae_used, self.indices, self._here(run).to(latents) - latents)
+
+    def _here(self, run: SiteRun) -> Tensor:
+        return run.tokens.columns_of(self._values, "The value given to Patch")

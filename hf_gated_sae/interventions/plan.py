@@ -1,0 +1,304 @@
+"""Interventions as a file: what was done to a model, so that others can do the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any, overload
+
+from ..errors import InputError, MissingFileError, SAEError, did_you_mean, shown, unknown_name
+from ..modeling import SAEModel
+from ..modeling.saving import replaced_together
+from .base import Intervention, interventions
+from .encoding import DTYPES, read, whole_numbers, written
+
+VERSION = 1
+_PLAN = {"version", "saes", "interventions"}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Where an SAE of a plan comes from, and how it was loaded.
+
+    Attributes:
+        repo: repository id or folder.
+        subfolder: the SAE's folder or file in it.
+        revision: commit; None for a folder on the machine where the plan was written.
+        dtype: the SAE's dtype.
+        site: the site that its configuration names; None of one that reads several.
+        site_out: of a transcoder, the site that it writes.
+        latents: the latents that were loaded; None for all of them.
+        needed: the latents that the plan's interventions need; None for all of them.
+    """
+
+    repo: str
+    subfolder: str
+    revision: str | None
+    dtype: str
+    site: str | None
+    site_out: str | None
+    latents: tuple[int, ...] | None
+    needed: tuple[int, ...] | None
+
+    @classmethod
+    def of(cls, sae: SAEModel, needed: Iterable[int] | None) -> Reference:
+        """Refer to an SAE that was loaded.
+
+        Raises:
+            InputError: if it was built or trained here.
+        """
+        origin, config = sae.checkpoint, sae.config
+        if origin is None:
+            raise InputError(
+                f"The {type(sae).__name__} at {', '.join(config.sites_read) or 'no site'} was not loaded from "
+                "anywhere, so a plan cannot say where it is found: save_pretrained or push_to_hub it, and use "
+                "SAEModel.from_pretrained of that."
+            )
+        is_folder = origin.revision is None
+        kept = config.kept_latents
+        return cls(
+            repo=str(Path(origin.repo).absolute()) if is_folder else origin.repo,
+            subfolder=origin.subfolder,
+            revision=origin.revision,
+            dtype=str(sae.dtype).removeprefix("torch."),
+            site=config.site if sae.one_site else None,
+            site_out=config.site_out if sae.one_site else None,
+            latents=None if kept is None else tuple(kept),
+            needed=None if needed is None or not (sae.elementwise and sae.sliceable) else tuple(needed),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what JSON can hold."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, content: Any) -> Reference:
+        """Read what `to_dict` gave.
+
+        Raises:
+            InputError: if it is anything else.
+        """
+        names = {field.name for field in fields(cls)}
+        require_keys("An SAE of the plan", content, names)
+        for name in names - {"latents", "needed"}:
+            if not isinstance(content[name], str) and (content[name] is not None or name in ("repo", "subfolder")):
+                raise InputError(f"{name} of an SAE of the plan is {shown(content[name])}; expected text.")
+        if content["dtype"] not in DTYPES or not DTYPES[content["dtype"]].is_floating_point:
+            raise InputError(f"dtype of an SAE of the plan is {shown(content['dtype'])}, which is none of an SAE.")
+        several = {
+            name: None if content[name] is None else whole_numbers(content[name]) for name in ("latents", "needed")
+        }
+        return cls(**{**content, **several})
+
+    def load(self, *, only_needed: bool, arguments: Mapping[str, Any]) -> SAEModel:
+        """Load the SAE, or of it only the latents that the plan needs."""
+        sites = {name: value for name, value in (("site", self.site), ("site_out", self.site_out)) if value}
+        latents = self.needed if only_needed and self.needed is not None else self.latents
+        some = {} if latents is None else {"latents": list(latents)}
+        settings = {"revision": self.revision, "dtype": DTYPES[self.dtype], **sites, **some, **arguments}
+        sae: SAEModel = SAEModel.from_pretrained(self.repo, self.subfolder, **settings)
+        return sae
+
+
+class InterventionPlan(Sequence[Intervention]):
+    """Interventions, to be attached with ``attach(model, *plan)``, or written to a file and read again.
+
+    A file names the verbs with all their settings, tensors included to the bit, and each SAE by where it comes from,
+    pinned to its commit. What was changed in an SAE after it was loaded is not in it, but for the sites it names.
+
+    Args:
+        interventions: what to do.
+
+    Raises:
+        InputError: if there is something else among them.
+    """
+
+    def __init__(self, interventions: Iterable[Intervention]) -> None:
+        self.interventions = tuple(interventions)
+        for each in self.interventions:
+            if not isinstance(each, Intervention):
+                raise InputError(
+                    f"InterventionPlan was given {type(each).__name__}; expected interventions, as Ablate(sae, [3])."
+                )
+
+    @overload
+    def __getitem__(self, index: int) -> Intervention: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Intervention]: ...
+    def __getitem__(self, index: int | slice) -> Intervention | Sequence[Intervention]:
+        """Return an intervention."""
+        return self.interventions[index]
+
+    def __len__(self) -> int:
+        """Return the number of interventions."""
+        return len(self.interventions)
+
+    def __iter__(self) -> Iterator[Intervention]:
+        """Go through the interventions."""
+        return iter(self.interventions)
+
+    def __repr__(self) -> str:
+        """Return the verbs."""
+        return f"InterventionPlan({', '.join(type(each).__name__ for each in self)})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON has it.
+
+        Raises:
+            InputError: if an SAE was not loaded from anywhere, or a value of a verb cannot be written.
+        """
+        saes: dict[SAEModel, list[Intervention]] = {}
+        entries = []
+        for intervention in self.interventions:
+            verb = type(intervention).__name__
+            if interventions[verb] is not type(intervention):
+                raise InputError(f"{verb} is not the verb that is registered under this name; give it another one.")
+
+            def number_of(sae: SAEModel, user: Intervention = intervention) -> int:
+                saes.setdefault(sae, []).append(user)
+                return list(saes).index(sae)
+
+            values = {name: written(getattr(intervention, name), number_of) for name in _settings(type(intervention))}
+            entries.append({"verb": verb, **values})
+        references = [Reference.of(sae, _needed(users)).to_dict() for sae, users in saes.items()]
+        return {"version": VERSION, "saes": references, "interventions": entries}
+
+    @classmethod
+    def from_dict(cls, content: Any, *, only_needed: bool = False, **arguments: Any) -> InterventionPlan:
+        """Build the plan that `to_dict` gave, and load its SAEs, each once.
+
+        Args:
+            content: what JSON held.
+            only_needed: of SAEs of which some latents suffice, load only those.
+            **arguments: for `SAEModel.from_pretrained`, such as ``token`` or ``device_map``.
+
+        Raises:
+            InputError: if it is no plan, or of another version, or a verb is unknown or cannot be built.
+            MissingFileError: if an SAE is not where the plan says.
+        """
+        require_keys("The plan", content, _PLAN)
+        if type(content["version"]) is not int or content["version"] != VERSION:
+            raise InputError(
+                f"The plan's version is {shown(content['version'])}, and this version of hf-gated-sae reads {VERSION}."
+            )
+        for name in ("saes", "interventions"):
+            if not isinstance(content[name], list):
+                raise InputError(f"{name} of the plan is {shown(content[name])}; expected a list.")
+        references = [Reference.from_dict(each) for each in content["saes"]]
+        for entry in content["interventions"]:  # before anything is loaded
+            _verb_of(entry)
+        loaded: dict[int, SAEModel] = {}
+
+        def sae_of(number: int) -> SAEModel:
+            if not 0 <= number < len(references):
+                raise InputError(f"The plan names its SAE {number}, and has {len(references)}, counted from 0.")
+            if number not in loaded:
+                loaded[number] = references[number].load(only_needed=only_needed, arguments=arguments)
+            return loaded[number]
+
+        built = []
+        for number, entry in enumerate(content["interventions"]):
+            verb = _verb_of(entry)
+            values = {name: read(value, sae_of) for name, value in entry.items() if name != "verb"}
+            try:
+                built.append(verb(**values))
+            except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+                if isinstance(error, SAEError):
+                    raise
+                raise InputError(
+                    f"Intervention {number} of the plan cannot be built: {shown(str(error), 200)}."
+                ) from error
+        return cls(built)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan to a JSON file, all of it or nothing.
+
+        Args:
+            path: the file; it is replaced if it is there.
+
+        Raises:
+            InputError: if an SAE was not loaded from anywhere, or the path is a folder.
+        """
+        file, text = Path(path), json.dumps(self.to_dict(), indent=2, allow_nan=False)
+        if file.is_dir():
+            raise InputError(f"{file} is a folder; expected a file, such as {file / 'plan.json'}.")
+        with replaced_together(file.parent) as staging:
+            (staging / file.name).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path, *, only_needed: bool = False, **arguments: Any) -> InterventionPlan:
+        """Read a plan from a file, and load its SAEs.
+
+        Args:
+            path: the file.
+            only_needed: of SAEs of which some latents suffice, load only those.
+            **arguments: for `SAEModel.from_pretrained`, such as ``token`` or ``device_map``.
+
+        Raises:
+            MissingFileError: if there is no such file.
+            InputError: as `from_dict`, or if it is no JSON.
+        """
+        file = Path(path)
+        if not file.is_file():
+            raise MissingFileError(f"There is no file {file}; expected a plan that InterventionPlan.save wrote.")
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{file} is no JSON ({shown(str(error), 100)}); expected a plan.") from error
+        return cls.from_dict(content, only_needed=only_needed, **arguments)
+
+
+def require_keys(what: str, content: Any, expected: set[str], optional: Iterable[str] = ()) -> None:
+    """Raise unless something from a file is a mapping with exactly these keys.
+
+    Raises:
+        InputError: naming those that lack or are unknown.
+    """
+    if not isinstance(content, dict):
+        raise InputError(f"{what} is {shown(content)}; expected a mapping with {', '.join(sorted(expected))}.")
+    if unknown := sorted(map(str, set(content) - expected - set(optional))):
+        raise InputError(
+            f"{what} has {shown(unknown[0])}, which is unknown.{did_you_mean(unknown[0], [*expected, *optional])}"
+        )
+    if missing := sorted(expected - set(content)):
+        raise InputError(f"{what} lacks {', '.join(missing)}.")
+
+
+def _settings(verb: type[Intervention]) -> dict[str, bool]:
+    """Return the names of a verb's settings, and whether each must be given."""
+    return {
+        field.name: field.default is MISSING and field.default_factory is MISSING
+        for field in fields(verb)
+        if field.init
+    }
+
+
+def _verb_of(entry: Any) -> type[Intervention]:
+    """Return the class of an intervention in a file.
+
+    Raises:
+        InputError: if there is none, or its settings are not those of the verb.
+    """
+    name = entry.get("verb") if isinstance(entry, dict) else None
+    if not isinstance(name, str):
+        raise InputError(f"An intervention of the plan is {shown(entry)}; expected its 'verb' and settings.")
+    if name not in interventions:
+        raise unknown_name("verb", shown(name), interventions)
+    settings = _settings(interventions[name])
+    required = {setting for setting, needed in settings.items() if needed}
+    require_keys(f"{name} in the plan", entry, {"verb", *required}, settings)
+    return interventions[name]
+
+
+def _needed(users: Iterable[Intervention]) -> list[int] | None:
+    """Return the latents of one SAE that interventions need; None for all of them."""
+    needed: dict[int, None] = {}
+    for user in users:
+        latents = getattr(user, "latents_needed", None)
+        if latents is None:
+            return None
+        needed.update(dict.fromkeys(latents))
+    return list(needed)

@@ -1,0 +1,9 @@
+"""Other libraries' names of places, read into sites.
+
+One file per library: to add one, copy `nnterp.py`, which registers itself. Nothing else needs to be edited.
+"""
+
+from .base import Library, Meaning, libraries
+from .reading import explain, read
+
+__all__ = ["Library", "Meaning", "explain", "libraries", "read"]

@@ -1,0 +1,199 @@
+"""Find which of the tensors in a block explain the step from one value of the residual stream to a later one.
+
+    goal = keep * start + sum of scale * term
+
+A sum is accepted when adding in some order gives the goal bit for bit. Where a factor is a number that is not in the
+configuration, the factors are fitted by least squares; that is accepted when the sum is within `TOLERANCE` rounding
+steps, far below what is added, and no other choice of terms comes near.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from .probe import Seen, Trace, number_of
+from .sums import TOLERANCE, Decomposition, rms, trees
+
+MOST_TERMS = 3
+_SAMPLED = 256  # elements on which combinations are compared before they are summed in full
+_TRIED = 32  # combinations that are summed, best first
+_NEAR = 0.2  # a number of the configuration this close to a fitted scale is tried in its place
+_KEPT = 0.01  # a stream that goes on at all keeps at least this share of itself
+_APART = 4.0  # a fitted sum must be so many times better than the next choice of terms
+
+Choice = tuple[float, tuple[int, ...], tuple[float, ...]]
+"""Root mean square error, which candidates, and their scales."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The step to explain, and the tensors that may explain it."""
+
+    trace: Trace
+    start: Seen
+    goal: Seen
+    candidates: list[Seen]
+
+    def sample(self, seen: Seen) -> Tensor:
+        """Return a tensor's values at the sampled elements ``[m]``, in its own type."""
+        return self.trace.values[seen.value].reshape(-1)[self._where()]
+
+    def spread(self, vector: Tensor) -> Tensor:
+        """Return one value per channel ``[width]`` at the sampled elements ``[m]``."""
+        return vector[self._where() % self.goal.place.width]
+
+    def _where(self) -> Tensor:
+        elements = self.trace.values[self.goal.value].numel()
+        return torch.randperm(elements, generator=torch.Generator().manual_seed(0))[:_SAMPLED]
+
+    def reproduces(self, sums: Decomposition) -> bool:
+        """Whether a decomposition gives the goal bit for bit; most wrong ones fail on the sample."""
+        goal = self.trace.values[self.goal.value]
+        keep = self.spread(sums.keep) if isinstance(sums.keep, Tensor) else sums.keep
+        sampled = dataclasses.replace(sums, keep=keep)
+        total = sampled.total(self.sample(self.start), [self.sample(term) for term in sums.terms])
+        if not torch.equal(total.to(goal.dtype), self.sample(self.goal)):
+            return False
+        terms = [self.trace.values[term.value].reshape(goal.shape) for term in sums.terms]
+        total = sums.total(self.trace.values[self.start.value].reshape(goal.shape), terms)
+        return number_of(total.to(goal.dtype)) == self.goal.value
+
+
+def find_sum(
+    step: Step, numbers: Sequence[float], exactly: bool, counts: Sequence[int] = range(1, MOST_TERMS + 1)
+) -> Decomposition | None:
+    """Look for terms that explain what is added to the unchanged stream: as they are, then scaled.
+
+    Args:
+        step: the step.
+        numbers: the configuration's numbers, which are tried as scales.
+        exactly: whether only sums that reproduce the goal bit for bit count, or only others.
+        counts: how many terms to try.
+    """
+    counts = [count for count in counts if count <= len(step.candidates)]
+    if not counts:
+        return None
+    before, after, columns, slack = _sampled(step)
+    for scaled in (False, True) if exactly else ():
+        for count in counts:
+            for error, chosen, scales in _ranked(columns, after - before, count, scaled)[:_TRIED]:
+                options = [_options(scale, numbers if scaled else ()) for scale in scales]
+                exact = _exact(step, chosen, [1.0], options) if error <= slack else None
+                if exact is not None:
+                    return exact
+    for count in counts if not exactly else ():
+        best = _clear(_ranked(columns, after - before, count, scaled=True), slack, rms(after - before))
+        if best is not None:
+            return _made(step, best[1], 1.0, best[2], exact=False)
+    return None
+
+
+def find_kept_sum(
+    step: Step, numbers: Sequence[float], vectors: Sequence[Tensor], exactly: bool, counts: Sequence[int]
+) -> Decomposition | None:
+    """Look for a sum in which the stream itself is scaled, by a learned vector or by a number.
+
+    Args:
+        step: the step.
+        numbers: the configuration's numbers, which are tried as factors.
+        vectors: the block's own vectors ``[width]``.
+        exactly: whether only sums that reproduce the goal bit for bit count, or only others.
+        counts: how many terms to try.
+    """
+    counts = [count for count in counts if count <= len(step.candidates)]
+    if not counts:
+        return None
+    before, after, columns, slack = _sampled(step)
+    for vector in vectors if exactly else ():
+        wanted = after - step.spread(vector).double() * before
+        for count in counts:
+            for error, chosen, _ in _ranked(columns, wanted, count, scaled=False)[:_TRIED]:
+                exact = _exact(step, chosen, [vector], [[1.0]] * count) if error <= slack else None
+                if exact is not None:
+                    return exact
+    both = torch.cat([before.unsqueeze(0), columns])
+    for count in counts:
+        ranked = [c for c in _ranked(both, after, count + 1, scaled=True) if c[1][0] == 0 and abs(c[2][0]) > _KEPT]
+        for error, (_, *picked), (keep, *scales) in ranked[:_TRIED] if exactly else ():
+            chosen = tuple(index - 1 for index in picked)
+            options = [_options(scale, numbers) for scale in scales]
+            exact = _exact(step, chosen, _options(keep, numbers), options) if error <= slack else None
+            if exact is not None:
+                return exact
+        best = None if exactly else _clear(ranked, slack, rms(after))
+        if best is not None:
+            return _made(step, tuple(index - 1 for index in best[1][1:]), best[2][0], best[2][1:], exact=False)
+    return None
+
+
+def _sampled(step: Step) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Return start, goal and candidates at the sampled elements in double precision, and the error to allow."""
+    before, after = step.sample(step.start).double(), step.sample(step.goal).double()
+    columns = torch.stack([step.sample(seen).double() for seen in step.candidates])
+    step_size = max(torch.finfo(step.sample(seen).dtype).eps for seen in (step.start, step.goal, *step.candidates))
+    return before, after, columns, TOLERANCE * step_size * max(rms(row) for row in (before, after, *columns))
+
+
+def _ranked(columns: Tensor, wanted: Tensor, count: int, scaled: bool) -> list[Choice]:
+    """Return the choices of `count` rows of `columns` ``[n, m]``, by how well their sum gives `wanted` ``[m]``."""
+    picks = torch.combinations(torch.arange(len(columns)), count)
+    rows = columns[picks]
+    scales = torch.ones(len(picks), count, dtype=columns.dtype)
+    if scaled:
+        sizes = rows.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+        unit = rows / sizes
+        solved, _ = torch.linalg.solve_ex(unit @ unit.mT, (unit @ wanted).unsqueeze(-1))
+        scales = (solved / sizes).squeeze(-1)
+    errors = ((rows * scales.unsqueeze(-1)).sum(dim=1) - wanted).square().mean(dim=-1).sqrt()
+    errors = torch.where((scales.abs() > 1e-4).all(dim=-1), errors, torch.inf).nan_to_num(torch.inf)
+    best = torch.argsort(errors)[: _TRIED + 1]
+    listed = zip(errors[best].tolist(), picks[best].tolist(), scales[best].tolist(), strict=True)
+    return [(error, tuple(chosen), tuple(factors)) for error, chosen, factors in listed]
+
+
+def _clear(ranked: Sequence[Choice], slack: float, size: float) -> Choice | None:
+    """Return the best choice if it is within rounding, what it explains is far above that, and no other is near."""
+    if not ranked:
+        return None
+    best, *others = ranked[:2]
+    clear = best[0] <= slack <= size / _APART**2
+    return best if clear and all(other[0] >= _APART * best[0] for other in others) else None
+
+
+def _exact(
+    step: Step, chosen: tuple[int, ...], keeps: Iterable[float | Tensor], options: Sequence[Sequence[float]]
+) -> Decomposition | None:
+    """Find the order of summation, and the factors' true values, that reproduce the goal bit for bit."""
+    for keep, factors in product(keeps, product(*options)):
+        first = _made(step, chosen, keep, factors, exact=True)
+        for upcast in (False, True):
+            for tree in trees(tuple(range(len(chosen) + 1))):
+                sums = dataclasses.replace(first, tree=tree, upcast=upcast)
+                if step.reproduces(sums):
+                    return sums
+        alike = len(chosen) > 1 and len(set(factors)) == 1 and factors[0] != 1.0
+        for tree in trees(tuple(range(1, len(chosen) + 1))) if alike else ():
+            sums = dataclasses.replace(first, tree=(0, tree), joint=True)
+            if step.reproduces(sums):
+                return sums
+    return None
+
+
+def _made(
+    step: Step, chosen: tuple[int, ...], keep: float | Tensor, scales: tuple[float, ...], exact: bool
+) -> Decomposition:
+    terms = tuple(step.candidates[index] for index in chosen)
+    tree = next(trees(tuple(range(len(terms) + 1))))
+    return Decomposition(step.start, terms, step.goal, scales, tree, upcast=False, exact=exact, keep=keep)
+
+
+def _options(scale: float, numbers: Sequence[float]) -> list[float]:
+    """Return the numbers of the configuration that a fitted scale may stand for, closest first, then the scale."""
+    near = (number for number in numbers if abs(number - scale) <= _NEAR * abs(scale))
+    return [*sorted(near, key=lambda number: abs(number - scale))[:MOST_TERMS], scale]

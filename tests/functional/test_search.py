@@ -1,0 +1,166 @@
+"""No projection above its cut is missed, whichever arithmetic tells the others apart."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hf_gated_sae.functional import screen, search
+from hf_gated_sae.functional.search import above, lowest_projection
+
+same_for_all = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+needs_bf16 = pytest.mark.skipif(not screen._AVAILABLE, reason="this CPU does not multiply bfloat16")
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Screen few tokens, too, in several tiles."""
+    monkeypatch.setattr(screen, "FEWEST_TOKENS", 1)
+    monkeypatch.setattr(screen, "DENSEST", 1.0)
+    monkeypatch.setattr(search, "TILE", 64)
+
+
+def dense(found: tuple[torch.Tensor, ...], x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Put projections into a table, which is -inf elsewhere."""
+    tokens, latents, projections = found
+    table = torch.full((len(x), len(weight)), -torch.inf, dtype=x.dtype)
+    table[tokens, latents] = projections
+    assert len(tokens) == (table > -torch.inf).sum() + table.isnan().sum()
+    return table
+
+
+@same_for_all
+@given(
+    tokens=st.integers(1, 30),
+    d_in=st.integers(1, 40),
+    d_sae=st.integers(1, 50),
+    level=st.floats(-2, 2),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 999),
+)
+def test_every_projection_above_the_cut(
+    small: None, tokens: int, d_in: int, d_sae: int, level: float, dtype: torch.dtype, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, d_in, generator=generator, dtype=torch.float64).to(dtype)
+    weight = torch.randn(d_sae, d_in, generator=generator, dtype=torch.float64).to(dtype)
+    cut = (torch.randn(d_sae, generator=generator, dtype=torch.float64) + level * d_in**0.5).to(dtype)
+    table, wanted = dense(above(x, weight, cut), x, weight), x.double() @ weight.double().T
+    slack = 1e-13 if dtype == torch.float64 else 1e-5 if dtype == torch.float32 else 4e-2
+    surely = wanted > cut.double() + slack * (1 + wanted.abs())
+    assert (table > -torch.inf)[surely].all()
+    there = table > -torch.inf
+    torch.testing.assert_close(table[there].double(), wanted[there], rtol=slack, atol=10 * slack)
+
+
+@needs_bf16
+@same_for_all
+@given(
+    d_in=st.integers(1, 300),
+    scale=st.sampled_from([1e-30, 1e-3, 1.0, 1e4]),
+    kind=st.sampled_from(["normal", "ones", "all rounded down", "one large"]),
+    seed=st.integers(0, 9999),
+)
+def test_the_screen_loses_nothing_at_the_very_cut(small: None, d_in: int, scale: float, kind: str, seed: int) -> None:
+    """Cuts lie just below exact projections, where rounding to bfloat16 decides wrongly in about half of them."""
+    generator = torch.Generator().manual_seed(seed)
+    x, weight = torch.randn(40, d_in, generator=generator), torch.randn(24, d_in, generator=generator)
+    if kind == "ones":
+        x, weight = torch.ones_like(x), torch.ones_like(weight)
+    elif kind == "all rounded down":  # as far as they can be, where what is lost is all that is left
+        x, weight = torch.full_like(x, 1 + 2**-8 - 2**-20), torch.full_like(weight, 1 + 2**-8 - 2**-20)
+        x[:, d_in // 2 :], weight[:, d_in // 2 :] = 1, -1
+    elif kind == "one large":
+        x[:, 0] *= 1e3
+    x = x * scale
+    exact = x.double() @ weight.double().T
+    token = torch.randint(0, 40, (24,), generator=generator)
+    at = exact[token, torch.arange(24)]
+    cut = (at - 1e-7 * at.abs() - 1e-38).float()
+    found = screen.Screen(x).above(weight, cut)
+    assert found is not None
+    table = dense(found, x, weight)
+    assert (table[token, torch.arange(24)] > -torch.inf).all()
+    assert (table > -torch.inf)[exact > cut.double()].all()
+
+
+@needs_bf16
+def test_the_screen_computes_few_of_them() -> None:
+    """And those exactly: what is found agrees with float64 as closely as a product in float32 does."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(512, 768, generator=generator), torch.randn(2048, 768, generator=generator) / 768**0.5
+    cut = torch.full((2048,), 2.66)
+    assert screen.serves(x, weight, cut)
+    tokens, latents, projections = above(x, weight, cut)
+    exact = x.double() @ weight.double().T
+    assert (exact > 2.66).sum() < len(tokens) < 2 * (exact > 2.66).sum()
+    torch.testing.assert_close(projections.double(), exact[tokens, latents], rtol=1e-5, atol=1e-5)
+
+
+@needs_bf16
+@pytest.mark.parametrize("why", ["few tokens", "dtype", "gradient", "width"])
+def test_where_the_screen_does_not_serve(why: str) -> None:
+    tokens, dtype = 4 if why == "few tokens" else 512, torch.float64 if why == "dtype" else torch.float32
+    x, weight, cut = torch.ones(tokens, 8, dtype=dtype), torch.ones(16, 8, dtype=dtype), torch.ones(16, dtype=dtype)
+    if why == "width":
+        weight = torch.ones(8, 16).T
+    if why == "gradient":
+        x.requires_grad_()
+    assert not screen.serves(x, weight, cut)
+
+
+@pytest.mark.parametrize("screened", [False, True])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e38])
+@pytest.mark.parametrize("where", ["x", "weight", "cut"])
+def test_what_is_not_finite_is_found(
+    small: None, monkeypatch: pytest.MonkeyPatch, screened: bool, bad: float, where: str
+) -> None:
+    monkeypatch.setattr(screen, "_AVAILABLE", screened and screen._AVAILABLE)
+    tensors = {"x": torch.ones(5, 7), "weight": torch.ones(9, 7), "cut": torch.zeros(9)}
+    tensors[where].reshape(-1)[3] = bad
+    table = dense(above(**tensors), tensors["x"], tensors["weight"])
+    plain = tensors["x"] @ tensors["weight"].T
+    wanted = ~(plain <= tensors["cut"])
+    assert torch.equal((table != -torch.inf)[wanted], torch.ones(int(wanted.sum()), dtype=torch.bool))
+    assert torch.equal(table[wanted].isnan(), plain[wanted].isnan())
+
+
+@pytest.mark.parametrize("screened", [False, True])
+def test_giving_up(small: None, monkeypatch: pytest.MonkeyPatch, screened: bool) -> None:
+    monkeypatch.setattr(screen, "_AVAILABLE", screened and screen._AVAILABLE)
+    x, weight = torch.randn(20, 6), torch.randn(32, 6)
+    assert above(x, weight, torch.full((32,), -100.0), most=0.5) is None
+    assert above(x, weight, torch.full((32,), 100.0), most=0.5) is not None
+
+
+def test_a_dense_tile_is_multiplied(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(screen, "DENSEST", 0.1)
+    x, weight, cut = torch.randn(20, 6), torch.randn(32, 6), torch.full((32,), -100.0)
+    found = above(x, weight, cut)
+    torch.testing.assert_close(dense(found, x, weight), x @ weight.T)
+
+
+@pytest.mark.parametrize("tokens, d_sae", [(0, 5), (3, 0), (0, 0)])
+def test_nothing(tokens: int, d_sae: int) -> None:
+    found = above(torch.ones(tokens, 4), torch.ones(d_sae, 4), torch.zeros(d_sae))
+    assert [len(column) for column in found] == [0, 0, 0]
+
+
+@settings(deadline=None)
+@given(
+    st.floats(0, 10),
+    st.floats(-10, 10),
+    st.integers(-40, 40),
+    st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+)
+def test_no_rounding_lifts_a_projection_over_the_threshold(
+    threshold: float, bias: float, steps: int, dtype: torch.dtype
+) -> None:
+    """At the cut and a few representable numbers below or above it: what is live there is above the cut."""
+    level, added = torch.tensor(threshold, dtype=dtype), torch.tensor([bias], dtype=dtype)
+    cut = lowest_projection(level, added)
+    projection = (level - added) * (1 + steps * torch.finfo(dtype).eps)
+    if (projection + added > level).any():
+        assert (projection > cut).all()

@@ -1,0 +1,98 @@
+"""Run checks on two ranks of this machine, each a process of its own, and tell how every check ended on each rank."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+RANKS = 2
+PASSED = "passed"
+SOON = timedelta(seconds=30)  # a rank that waits longer than this for the others waits for ever
+ROOT = Path(__file__).parents[3]
+
+
+def launch(module, folder, timeout=120):
+    """Run the checks of a module on all ranks.
+
+    Returns what became of each check, by name and rank. Nothing of a check that is missing is known: an earlier one
+    failed or hung.
+    """
+    known = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", TQDM_DISABLE="1")
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, str(folder)],
+            env=known | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)},
+            cwd=ROOT,
+            stdout=(Path(folder) / f"{rank}.log").open("wb"),
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(RANKS)
+    ]
+    until = time.monotonic() + timeout
+    try:
+        while any(rank.poll() is None for rank in ranks) and time.monotonic() < until:
+            if any(rank.poll() for rank in ranks):  # one has failed: the others may wait for it in vain
+                until = min(until, time.monotonic() + 5)
+            time.sleep(0.05)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    ended = {}
+    for number in range(RANKS):
+        path = Path(folder) / f"{number}.json"
+        for name, outcome in (json.loads(path.read_text()) if path.exists() else {}).items():
+            ended.setdefault(name, {})[number] = outcome
+    for number in range(RANKS):
+        ended[f"log of rank {number}"] = (Path(folder) / f"{number}.log").read_text(errors="replace")[-3000:]
+    return ended
+
+
+def require_passed(ended, check):
+    """Fail unless a check has passed on every rank."""
+    outcome = ended.get(check, {})
+    if outcome != dict.fromkeys(range(RANKS), PASSED):
+        known = "\n".join(f"rank {rank}: {text}" for rank, text in outcome.items()) or "it did not run"
+        logs = "\n".join(f"{name}: {text}" for name, text in ended.items() if name.startswith("log of"))
+        raise AssertionError(f"{check}: {known}\n{logs}")
+
+
+def run(checks, prepare):
+    """Run the checks on this rank, up to the first that fails; what `prepare` returns is given to each."""
+    torch.set_num_threads(1)
+    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    store = f"file://{folder / 'store'}"
+    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS, timeout=SOON)
+    given = prepare(folder)
+    ended = {}
+    for name, check in checks.items():
+        try:
+            check(given)
+            distributed.barrier()  # no rank goes on before all have passed
+            ended[name] = PASSED
+        except BaseException:
+            ended[name] = traceback.format_exc()
+        (folder / f"{rank}.json").write_text(json.dumps(ended))
+        if ended[name] != PASSED:
+            os._exit(1)
+    distributed.destroy_process_group()
+
+
+def gathered(value):
+    """Return what every rank holds."""
+    every = [None] * RANKS
+    distributed.all_gather_object(every, value)
+    return every
+
+
+def require_alike(value):
+    """Fail unless all ranks hold the same bits."""
+    first, *others = gathered(value)
+    assert all(torch.equal(first, other) for other in others), "the ranks differ"

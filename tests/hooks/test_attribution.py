@@ -1,0 +1,316 @@
+"""`attribute` gives the derivative that autograd, and a small change of a latent, give; and changes nothing."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_gated_sae import Clamp, ProjectOut, SAEModel, Steer, attach, attribute, capture
+from hf_gated_sae.errors import AttachError, InputError, SAEError, ShapeError, SiteError, UnknownNameError
+from tests.hooks.support import (
+    ARCHITECTURES,
+    D_SAE,
+    IDS,
+    block,
+    close,
+    hooks_on,
+    logits_of,
+    make_cross_layer,
+    make_sae,
+    model_of,
+)
+from tests.support.tiny_models import HIDDEN, tiny_model
+
+F64 = torch.float64
+
+
+def logit_difference(output):
+    return output.logits[0, -1, 7] - output.logits[1, -2, 9]
+
+
+def dense_gradients(found, sae):
+    live = found.activations[sae]
+    dense = torch.zeros(live.shape, dtype=live.values.dtype).flatten(0, 1)
+    dense[live.tokens, live.indices] = found.gradients[sae]
+    return dense.reshape(live.shape)
+
+
+def by_autograd(model, sae, x, module, metric=logit_difference):
+    """The textbook way: x = decode(latents) + error, with a leaf for the latents, and the model run from there."""
+    latents = sae.encode(x).detach().requires_grad_()
+    error = (x - sae.decode(latents, x)).detach()
+
+    def splice(_, __, output):
+        new = (sae.decode(latents, x) + error).to(x.dtype)
+        return new if isinstance(output, torch.Tensor) else (new, *output[1:])
+
+    handle = module.register_forward_hook(splice)
+    try:
+        (gradient,) = torch.autograd.grad(metric(model(input_ids=IDS)), latents)
+    finally:
+        handle.remove()
+    return latents.detach(), gradient
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_derivatives_are_those_of_autograd_through_the_spliced_sae(architecture):
+    model, sae = model_of("gpt2", F64), make_sae(architecture, dtype=F64)
+    x = capture(model, "resid_post.1", input_ids=IDS)["resid_post.1"]
+    latents, gradient = by_autograd(model, sae, x, block(model, "gpt2"))
+    found = attribute(model, sae, logit_difference, input_ids=IDS)
+    assert torch.equal(found.activations[sae].dense(), latents) and (latents != 0).any()
+    close(dense_gradients(found, sae), gradient * (latents != 0), 1e-11)
+    close(found[sae].dense(), gradient * latents, 1e-11)
+    close(found.per_latent(sae), (gradient * latents).sum((0, 1)), 1e-11)
+
+
+@pytest.mark.parametrize("normalization", ["center", "layer_norm", "rms_norm", "unit_norm", "standardize"])
+def test_normalised_saes_write_in_units_of_the_token(normalization):
+    model, sae = model_of("gpt2", F64), make_sae(normalization=normalization, dtype=F64)
+    x = capture(model, "resid_post.1", input_ids=IDS)["resid_post.1"]
+    latents, gradient = by_autograd(model, sae, x, block(model, "gpt2"))
+    found = attribute(model, sae, logit_difference, input_ids=IDS)
+    close(found[sae].dense(), gradient * latents, 1e-11)
+
+
+def changed(model, sae, effect, amount):
+    clamp = Clamp(sae, {effect.latent: effect.activation + amount}, positions=[effect.token], rows=[effect.row])
+    with attach(model, clamp):
+        output = model(input_ids=IDS)
+    return logit_difference(output).item()
+
+
+SAES = {
+    "resid_post.1": make_sae(dtype=F64),
+    "with a transform": make_sae(site="resid_post.1|center|scale=0.5", dtype=F64),
+    "mlp_out.0": make_sae(site="mlp_out.0", dtype=F64),
+    "attn_z.1": make_sae(site="attn_z.1", dtype=F64),
+    "transcoder": make_sae(site="mlp_in.1", site_out="mlp_out.1", dtype=F64),
+    "cross-layer transcoder": make_cross_layer(dtype=F64),
+    "cross-layer transcoder, relu": make_cross_layer(activation="relu", dtype=F64),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", SAES)
+def test_a_small_change_of_a_latent_changes_the_metric_as_said(name):
+    model, sae, step = model_of("gpt2", F64), SAES[name], 1e-5
+    with torch.enable_grad():
+        effects = attribute(model, sae, logit_difference, input_ids=IDS).top(4)
+    assert len(effects) == 4
+    for effect in effects:
+        slope = (changed(model, sae, effect, step) - changed(model, sae, effect, -step)) / (2 * step)
+        assert slope == pytest.approx(effect.gradient, rel=1e-6)
+        assert effect.attribution == pytest.approx(effect.activation * effect.gradient, rel=1e-12)
+
+
+def test_small_latents_are_attributed_what_ablating_them_takes_away():
+    model, sae = model_of("gpt2", F64), copy.deepcopy(SAES["resid_post.1"])
+    sae.W_dec.mul_(1e-6)  # so that ablation is a small change
+    clean = logit_difference(model(input_ids=IDS)).item()
+    for effect in attribute(model, sae, logit_difference, input_ids=IDS).top(3):
+        assert clean - changed(model, sae, effect, -effect.activation) == pytest.approx(effect.attribution, rel=1e-3)
+
+
+def test_several_saes_in_one_backward_are_each_what_it_is_alone():
+    model = model_of("gpt2", F64)
+    saes = [SAES[name] for name in ("mlp_out.0", "resid_post.1", "with a transform", "transcoder")]
+    together = attribute(model, saes, logit_difference, input_ids=IDS)
+    for sae in saes:
+        alone = attribute(model, sae, logit_difference, input_ids=IDS)
+        close(together[sae].dense(), alone[sae].dense(), 1e-12)
+    everything = [effect for sae in saes for effect in together.top(10_000, sae)]
+    expected = sorted((abs(effect.attribution) for effect in everything), reverse=True)
+    assert [abs(effect.attribution) for effect in together.top(12)] == expected[:12]
+    assert len({id(effect.sae) for effect in together.top(60)}) > 1
+
+
+def test_entries_say_where_they_are():
+    model, sae = model_of("gpt2", F64), SAES["resid_post.1"]
+    found = attribute(model, sae, logit_difference, input_ids=IDS)
+    dense = found[sae].dense()
+    for effect in found.top(5):
+        assert dense[effect.row, effect.token, effect.latent].item() == effect.attribution
+        assert effect.sae is sae
+    assert found.top(1)[0].attribution in (dense.max().item(), dense.min().item())
+    assert found.top(0) == []
+
+
+@pytest.mark.parametrize("names", [["resid_post.1"], ["transcoder", "mlp_out.0"], ["cross-layer transcoder"]])
+def test_integrated_attributions_sum_to_what_ablating_everything_takes_away(names):
+    model, saes = model_of("gpt2", F64), [SAES[name] for name in names]
+    with torch.no_grad():
+        clean = logit_difference(model(input_ids=IDS)).item()
+        seen = capture(model, saes, input_ids=IDS)
+        steers = []
+        for sae in saes:  # take away what the latents of the clean run write, at every site
+            for output, site in enumerate(sae.config.sites_written):
+                rows = sae.rows_at(torch.arange(D_SAE), output)
+                steers.append((site, seen[sae] @ rows))
+        handles = [
+            block_part(model, site).register_forward_hook(lambda _, __, out, w=written: minus(out, w))
+            for site, written in steers
+        ]
+        ablated = logit_difference(model(input_ids=IDS)).item()
+        for handle in handles:
+            handle.remove()
+    found = attribute(model, saes, logit_difference, method="integrated", steps=64, input_ids=IDS)
+    assert found.metric == clean
+    total = sum(found[sae].values.sum().item() for sae in saes)
+    plain = attribute(model, saes, logit_difference, input_ids=IDS)
+    assert total == pytest.approx(clean - ablated, rel=1e-2)
+    assert sum(plain[sae].values.sum().item() for sae in saes) != pytest.approx(clean - ablated, rel=5e-2)
+
+
+def block_part(model, site):
+    name, layer = site.split(".")
+    return block(model, "gpt2", int(layer)) if name == "resid_post" else block(model, "gpt2", int(layer)).mlp
+
+
+def minus(output, written):
+    return output - written if isinstance(output, torch.Tensor) else (output[0] - written, *output[1:])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "granite", "gpt_oss", "mamba", "llama4_text"])
+def test_nothing_changes(family):
+    model, sae = model_of(family), make_sae()
+    before = logits_of(model)
+    seen = []
+    found = attribute(model, sae, lambda output: seen.append(output.logits) or logit_difference(output), input_ids=IDS)
+    assert torch.equal(seen[0], before) and torch.equal(logits_of(model), before)
+    assert found.metric == logit_difference(model(input_ids=IDS)).item()
+    assert all(parameter.grad is None for parameter in (*model.parameters(), *sae.parameters()))
+    assert hooks_on(model) == ({}, [])
+    assert found.gradients[sae].abs().max() > 0
+
+
+@pytest.mark.parametrize("site", ["resid_post.1", "mlp_out.1", "attn_z.1"])
+def test_frozen_checkpointed_and_trained_models_agree(site):
+    sae = make_sae(site=site)
+    expected = attribute(model_of("llama"), sae, logit_difference, input_ids=IDS)
+    frozen, checkpointed = tiny_model("llama").requires_grad_(False), tiny_model("llama").train()
+    checkpointed.activation_checkpointing_enable({"use_reentrant": False})
+    for model in (frozen, checkpointed):
+        with torch.no_grad():  # around it, it does no harm
+            found = attribute(model, sae, logit_difference, input_ids=IDS)
+        assert torch.equal(found.gradients[sae], expected.gradients[sae])
+    checkpointed.activation_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(AttachError, match="use_reentrant=False"):
+        attribute(checkpointed, sae, logit_difference, input_ids=IDS)
+    assert torch.equal(
+        attribute(checkpointed.eval(), sae, logit_difference, input_ids=IDS)[sae].values, expected[sae].values
+    )
+
+
+def test_half_precision_and_autocast_keep_the_saes_dtype():
+    sae = make_sae()
+    expected = attribute(model_of("llama"), sae, logit_difference, input_ids=IDS)
+    half = attribute(model_of("llama", torch.bfloat16), sae, logit_difference, input_ids=IDS)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = attribute(model_of("llama"), sae, logit_difference, input_ids=IDS)
+    for found in (half, mixed):
+        assert found[sae].values.dtype == torch.float32
+        close(found.per_latent(sae), expected.per_latent(sae), 0.1)
+
+
+def test_padding_and_special_tokens_are_left_out():
+    model, sae = model_of("llama"), make_sae()
+    ids, mask = IDS.clone(), torch.ones_like(IDS)
+    ids[0, 0], ids[1, :2], mask[1, :2] = 1, 0, 0
+    found = attribute(model, sae, logit_difference, input_ids=ids, attention_mask=mask)
+    dense = found[sae].dense()
+    assert not dense[0, 0].any() and not dense[1, :2].any() and dense[0, 1].any() and dense[1, 2].any()
+    every = attribute(model, sae, logit_difference, special_tokens=True, input_ids=ids, attention_mask=mask)
+    assert every[sae].dense()[0, 0].any() and not every[sae].dense()[1, :2].any()
+    assert torch.equal(every[sae].dense()[0, 1:], dense[0, 1:])
+
+
+def test_embeddings_as_input():
+    model, sae = model_of("llama"), make_sae()
+    embeds = model.get_input_embeddings()(IDS).detach()
+    found = attribute(model, sae, logit_difference, inputs_embeds=embeds)
+    assert torch.equal(found[sae].values, attribute(model, sae, logit_difference, input_ids=IDS)[sae].values)
+
+
+def test_a_slice_of_an_sae_gives_its_latents_by_their_own_numbers(tmp_path):
+    model, sae = model_of("llama"), make_sae()
+    whole = attribute(model, sae, logit_difference, input_ids=IDS)
+    sae.save_pretrained(tmp_path)
+    some = SAEModel.from_pretrained(tmp_path, latents=[5, 11, 58])
+    found = attribute(model, some, logit_difference, input_ids=IDS)
+    chosen = whole[sae].dense()[..., [5, 11, 58]]
+    assert chosen.any()
+    close(found[some].dense()[..., [5, 11, 58]], chosen, 1e-6)
+    assert found[some].values.numel() == (whole.activations[sae].dense()[..., [5, 11, 58]] != 0).sum()
+
+
+def test_what_is_attached_shows():
+    model, sae = model_of("llama"), make_sae()
+    direction = torch.nn.functional.normalize(torch.randn(HIDDEN, generator=torch.Generator().manual_seed(0)), dim=0)
+    with attach(model, Steer(sae, 3), ProjectOut("resid_post.0", direction)):
+        expected = logit_difference(model(input_ids=IDS)).item()
+        found = attribute(model, sae, logit_difference, input_ids=IDS)
+        latents = capture(model, sae, input_ids=IDS)[sae]
+    assert found.metric == expected
+    assert torch.equal(found.activations[sae].dense(), latents)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(0, 96), min_size=12, max_size=12), st.floats(-2, 2), st.floats(-2, 2))
+def test_attribution_is_linear_in_the_metric(tokens, a, b):
+    model, sae, ids = model_of("gpt2", F64), SAES["resid_post.1"], torch.tensor(tokens).reshape(2, 6)
+    first, second = (lambda output: output.logits[0, -1, 7]), (lambda output: output.logits[1].square().mean())
+    parts = [attribute(model, sae, metric, special_tokens=True, input_ids=ids)[sae] for metric in (first, second)]
+    both = attribute(
+        model, sae, lambda output: a * first(output) + b * second(output), special_tokens=True, input_ids=ids
+    )[sae]
+    expected = a * parts[0].dense() + b * parts[1].dense()
+    assert torch.allclose(both.dense(), expected, rtol=1e-9, atol=1e-12)
+
+
+def _item(output):
+    return output.logits[0, -1, 7].item()
+
+
+@pytest.mark.parametrize(
+    ("saes", "metric", "settings", "error", "message"),
+    [
+        (make_sae(), _item, {}, InputError, "returned float"),
+        (make_sae(), lambda output: output.logits[0, -1], {}, InputError, r"\[97\]"),
+        (make_sae(), lambda output: output.logits[0, -1, 7].detach(), {}, InputError, "does not depend"),
+        (make_sae(), lambda output: output.logits[0, -1, 7] * float("nan"), {}, InputError, "nan"),
+        (make_sae(), logit_difference, {"method": "integratd"}, UnknownNameError, "integrated"),
+        (make_sae(), logit_difference, {"steps": 0}, InputError, "steps=0"),
+        (make_sae(site="resid_post.9"), logit_difference, {}, SiteError, "resid_post.9"),
+        (make_sae(d_in=16), logit_difference, {}, ShapeError, "16"),
+        (make_cross_layer(("resid_post.0", "resid_post.1"), None), logit_difference, {}, InputError, "crosscoder"),
+        ([], logit_difference, {}, InputError, "nothing"),
+        (["resid_post.1"], logit_difference, {}, InputError, "expected SAEs"),
+    ],
+)  # fmt: skip
+def test_an_error_leaves_nothing(saes, metric, settings, error, message):
+    model = model_of("llama")
+    with pytest.raises(error, match=message) as caught:
+        attribute(model, saes, metric, input_ids=IDS, **settings)
+    assert isinstance(caught.value, SAEError)
+    assert hooks_on(model) == ({}, [])
+
+
+def test_a_metric_of_what_comes_before_is_refused():
+    model = tiny_model("llama")  # since transformers leaves its own hooks there, to collect hidden states
+    saes = [make_sae(site="resid_post.0"), make_sae(site="resid_post.2")]
+    with pytest.raises(InputError, match=r"resid_post\.2"):
+        attribute(model, saes, lambda o: o.hidden_states[2].sum(), input_ids=IDS, output_hidden_states=True)
+
+
+def test_inference_mode_is_refused():
+    with torch.inference_mode(), pytest.raises(InputError, match="inference_mode"):
+        attribute(model_of("llama"), make_sae(), logit_difference, input_ids=IDS)
+
+
+def test_an_sae_that_was_not_asked_for():
+    found = attribute(model_of("llama"), make_sae(), logit_difference, input_ids=IDS)
+    with pytest.raises(UnknownNameError):
+        found[make_sae(seed=1)]

@@ -1,0 +1,322 @@
+"""A plan is written and read again without loss; a file that holds anything else is an error, never a surprise."""
+
+import copy
+import json
+from dataclasses import fields
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hf_gated_sae import (
+    Ablate,
+    AblateSite,
+    Cap,
+    Clamp,
+    Floor,
+    InterventionPlan,
+    Patch,
+    ProjectOut,
+    SAEModel,
+    Scale,
+    Site,
+    Splice,
+    Steer,
+    TokenIds,
+    attach,
+)
+from hf_gated_sae.errors import InputError, MissingFileError, SAEError
+from hf_gated_sae.interventions import interventions
+from tests.hooks.support import IDS, SITE, logits_of, make_sae, model_of
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An SAE on disk."""
+    path = tmp_path_factory.mktemp("saved") / "sae"
+    make_sae().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def sae(folder):
+    return SAEModel.from_pretrained(folder)
+
+
+def every_verb(sae):
+    """Every verb, and every kind of setting."""
+    random = torch.Generator().manual_seed(0)
+    numbers = torch.randn(2, 6, 3, generator=random)
+    numbers[0, 0, 0], numbers[0, 0, 1] = torch.nan, -0.0
+    return [
+        Ablate(sae, [3, 7], when={5: 0.1}, window=4),
+        Ablate(sae, [3], mode="resample", samples=numbers[1, :, :1], seed=-5),
+        AblateSite(SITE, torch.linspace(0, 1, 32), positions="generated"),
+        AblateSite(Site.parse("resid_post.2|center"), positions=TokenIds([96])),
+        Cap(sae, {3: 1 / 3}, positions=slice(-4, None)),
+        Clamp(sae, {456 % 64: 1e-300, 3: 8}, positions=[0, -1], rows=[0, 1]),
+        Floor(sae, {9: -0.0}, positions=3),
+        Patch(sae, numbers, latents=[9, 8, 1], positions=torch.tensor([[True, False], [False, True]])),
+        Patch(SITE, torch.randn(2, 6, 32, generator=random).bfloat16()),
+        ProjectOut(SITE, torch.randn(2, 32, generator=random)),
+        ProjectOut(sae, [3, 4]),
+        Scale(sae, {3: 0.5}, special_tokens=True),
+        Splice(sae, error=True, rows=1),
+        Steer(sae, 3, strength=-2.0, unit="norm"),
+        Steer(SITE, torch.randn(32, generator=random).half(), strength=0.1),
+    ]
+
+
+def test_no_verb_is_left_out(sae):
+    assert {type(each) for each in every_verb(sae)} == {
+        verb for verb in interventions.values() if verb.__module__.startswith("hf_gated_sae.")
+    }
+
+
+def same(one, other):
+    """Whether two values are equal to the bit, and of one type."""
+    if isinstance(one, torch.Tensor):
+        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(one.dtype.itemsize, one.dtype)
+        return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one.view(bits), other.view(bits))
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+    return type(one) is type(other) and repr(one) == repr(other)
+
+
+def test_every_verb_is_the_same_after_a_file(sae, folder, tmp_path):
+    plan = InterventionPlan(every_verb(sae))
+    plan.save(tmp_path / "plan.json")
+    again = InterventionPlan.load(tmp_path / "plan.json")
+    assert [type(each) for each in again] == [type(each) for each in plan]
+    saes = set()
+    for one, other in zip(plan, again, strict=True):
+        for field in fields(one):
+            left, right = getattr(one, field.name), getattr(other, field.name)
+            if isinstance(left, SAEModel):
+                saes.add(right)
+            elif not isinstance(left, tuple) or not field.name.startswith("_"):
+                assert same(left, right), (type(one).__name__, field.name)
+    [loaded] = saes  # once, for all of them
+    assert loaded is not sae
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in sae.state_dict().items())
+    assert again.to_dict() == plan.to_dict()
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_a_plan_does_the_same_again(sae, tmp_path):
+    model = model_of("llama")
+    plan = InterventionPlan([Clamp(sae, {3: 8.0}, when={5: 0.0}, window=3), Steer(SITE, torch.ones(32))])
+    plan.save(tmp_path / "plan.json")
+    with attach(model, *plan, check=False):
+        expected = logits_of(model, IDS)
+    for loaded in (
+        InterventionPlan.load(tmp_path / "plan.json"),
+        InterventionPlan.load(str(tmp_path / "plan.json"), only_needed=True),
+    ):
+        with attach(model, *loaded, check=False):
+            assert torch.equal(logits_of(model, IDS), expected)
+    assert (len(plan), plan[0], list(plan)) == (2, plan.interventions[0], [*plan.interventions])
+
+
+def test_only_the_latents_that_are_needed_are_loaded(sae, folder):
+    needs = InterventionPlan([Clamp(sae, {9: 8.0}, when={5: 0.0}), Ablate(sae, [2]), ProjectOut(sae, [11])]).to_dict()
+    loaded = InterventionPlan.from_dict(needs, only_needed=True)
+    assert loaded[0].sae.config.kept_latents == [9, 5, 2, 11]
+    assert InterventionPlan.from_dict(needs)[0].sae.config.kept_latents is None
+    whole = InterventionPlan([Clamp(sae, {9: 8.0}), Splice(sae)]).to_dict()
+    assert InterventionPlan.from_dict(whole, only_needed=True)[0].sae.config.kept_latents is None
+    few = SAEModel.from_pretrained(folder, latents=[9, 5])
+    kept = InterventionPlan.from_dict(InterventionPlan([Ablate(few, [5])]).to_dict())
+    assert kept[0].sae.config.kept_latents == [9, 5]
+
+
+def test_an_sae_is_loaded_as_it_was(folder, tmp_path):
+    half = SAEModel.from_pretrained(folder, dtype=torch.bfloat16, site="resid_post.2")
+    other = SAEModel.from_pretrained(folder)
+    plan = InterventionPlan([Ablate(half, [1]), Ablate(other, [1])])
+    first, second = InterventionPlan.from_dict(json.loads(json.dumps(plan.to_dict())))
+    assert (first.sae.dtype, first.sae.config.site) == (torch.bfloat16, "resid_post.2")
+    assert (second.sae.dtype, second.sae.config.site) == (torch.float32, SITE)
+
+
+def test_an_sae_of_the_hub_is_pinned_to_its_commit(hub, repo_id, cache_dir):
+    first = make_sae()
+    first.push_to_hub(repo_id, subfolder="a")
+    loaded = SAEModel.from_pretrained(repo_id, "a", cache_dir=cache_dir)
+    content = InterventionPlan([Clamp(loaded, {3: 2.0})]).to_dict()
+    [reference] = content["saes"]
+    assert (reference["repo"], reference["subfolder"]) == (repo_id, "a")
+    assert reference["revision"] == loaded.checkpoint.revision and len(reference["revision"]) == 40
+    make_sae(seed=1).push_to_hub(repo_id, subfolder="a")
+    again = InterventionPlan.from_dict(content, cache_dir=cache_dir)[0].sae
+    assert torch.equal(again.W_dec, first.W_dec)
+    assert not torch.equal(SAEModel.from_pretrained(repo_id, "a", cache_dir=cache_dir).W_dec, first.W_dec)
+
+
+def test_an_sae_from_nowhere_cannot_be_referred_to(tmp_path):
+    plan = InterventionPlan([Ablate(make_sae(), [3])])
+    with pytest.raises(InputError, match=r"GatedSAE at resid_post.1 was not loaded .*save_pretrained or push_to_hub"):
+        plan.save(tmp_path / "plan.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_save_leaves_the_file_as_it_was(sae, tmp_path):
+    file = tmp_path / "plan.json"
+    InterventionPlan([Ablate(sae, [3])]).save(file)
+    before = file.read_text()
+    with pytest.raises(InputError):
+        InterventionPlan([Ablate(sae, [3]), Ablate(make_sae(), [3])]).save(file)
+    assert file.read_text() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_something_else_in_a_plan_is_refused(sae):
+    with pytest.raises(InputError, match="InterventionPlan was given GatedSAE"):
+        InterventionPlan([Ablate(sae, [3]), sae])
+
+
+# ------------------------------------------------------------------ what files may hold
+
+
+def test_files_that_are_no_plan(tmp_path):
+    with pytest.raises(MissingFileError, match="There is no file"):
+        InterventionPlan.load(tmp_path / "none.json")
+    with pytest.raises(InputError, match="is a folder"):
+        InterventionPlan([]).save(tmp_path)
+    for text in ("", "{", "[" * 100_000, "1" * 5000, "\ud800".encode("utf-8", "surrogatepass")):
+        file = tmp_path / "bad.json"
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(InputError, match=r"is no JSON|The plan is"):
+            InterventionPlan.load(file)
+
+
+def put(content, path, value):
+    changed = copy.deepcopy(content)
+    place = changed
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return changed
+
+
+WRONG = {
+    "another version": (["version"], 2, ["version is 2", "reads 1"]),
+    "a version that is true": (["version"], True, ["version is True"]),
+    "no list": (["interventions"], {}, ["interventions of the plan is {}", "a list"]),
+    "a key too many": (["extra"], 1, ["'extra'", "unknown"]),
+    "an unknown verb": (["interventions", 0, "verb"], "Ablat", ["Unknown verb", "Did you mean 'Ablate'"]),
+    "a verb that is a list": (["interventions", 0, "verb"], [], ["expected its 'verb'"]),
+    "an unknown setting": (["interventions", 0, "modes"], "zero", ["'modes'", "Did you mean 'mode'"]),
+    "a private setting": (["interventions", 0, "_drawn_from"], None, ["'_drawn_from'", "unknown"]),
+    "an unknown mode": (["interventions", 0, "mode"], "zer", ["Did you mean 'zero'"]),
+    "an SAE that is not there": (["interventions", 0, "sae"], {"sae": 7}, ["SAE 7", "has 1"]),
+    "an SAE before the first": (["interventions", 0, "sae"], {"sae": -1}, ["SAE -1"]),
+    "a value of no kind": (["interventions", 0, "latents"], {"set": [1]}, ["is no value", "tensor"]),
+    "a latent that does not exist": (["interventions", 0, "latents"], [64], ["Latent 64"]),
+    "a latent beyond all numbers": (["interventions", 0, "latents"], [10**30], ["built"]),
+    "a tensor without data": (["interventions", 1, "samples"], {"tensor": {}}, ["is no tensor", "dtype"]),
+    "a site of no kind": (["interventions", 3, "site"], {"site": "resid_pst.1"}, ["is no site", "Did you mean"]),
+    "an SAE without a place": (["saes", 0, "repo"], None, ["repo", "expected text"]),
+    "an SAE elsewhere": (["saes", 0, "repo"], "/nowhere/at/all", ["nowhere"]),
+    "an SAE in no dtype": (["saes", 0, "dtype"], "int64", ["dtype", "int64"]),
+    "latents that are none": (["saes", 0, "latents"], [1.5], ["whole numbers"]),
+    "an SAE of nothing": (["saes", 0], 3, ["An SAE of the plan is 3"]),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_content_says_what_is_wrong(case, sae):
+    path, value, phrases = WRONG[case]
+    content = put(InterventionPlan(every_verb(sae)).to_dict(), path, value)
+    with pytest.raises(SAEError) as caught:
+        InterventionPlan.from_dict(content)
+    message = str(caught.value)
+    assert [phrase for phrase in phrases if phrase not in message] == [], message
+    assert "\n" not in message and len(message) < 700
+
+
+@pytest.mark.parametrize("key", ["version", "saes", "interventions"])
+def test_a_key_that_lacks(key, sae):
+    content = InterventionPlan(every_verb(sae)).to_dict()
+    del content[key]
+    with pytest.raises(InputError, match=f"lacks {key}"):
+        InterventionPlan.from_dict(content)
+
+
+def test_tensors_whose_bytes_do_not_fit(sae):
+    content = InterventionPlan([AblateSite(SITE, torch.ones(3))]).to_dict()
+    for changes in (
+        {"shape": [4]},
+        {"shape": [-3]},
+        {"shape": [3, 0]},
+        {"shape": [2**62, 4]},
+        {"shape": "3"},
+        {"data": "!!!"},
+        {"data": 5},
+        {"data": "AAAA"},
+        {"dtype": "float64"},
+        {"dtype": "bool"},
+        {"dtype": "quint8"},
+        {"dtype": ["float32"]},
+        {"more": 1},
+    ):
+        tensor = {**content["interventions"][0]["value"]["tensor"], **changes}
+        with pytest.raises(InputError, match="is no tensor"):
+            InterventionPlan.from_dict(put(content, ["interventions", 0, "value"], {"tensor": tensor}))
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["Ablate", "Steer", "zero", "all", "generated", SITE, "float32", "resample"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=4), inner, max_size=2)
+        | st.sampled_from(["tensor", "mapping", "site", "slice", "token_ids", "sae"]).flatmap(
+            lambda tag: inner.map(lambda value: {tag: value})
+        )
+    ),
+    max_leaves=6,
+)
+
+
+def paths(content, here=()):
+    yield here
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, value in items:
+        yield from paths(value, (*here, key))
+
+
+@given(data=st.data())
+@settings(
+    max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_anything_in_place_of_anything_is_a_plan_or_an_error_of_ours(data, sae):
+    content = FUZZED.setdefault("content", InterventionPlan(every_verb(sae)[:6]).to_dict())
+    places = [path for path in paths(content) if path and path[:1] != ("saes",)]
+    changed = content
+    for _ in range(data.draw(st.integers(1, 2))):
+        path = data.draw(st.sampled_from(places))
+        try:
+            changed = put(changed, path, data.draw(json_values))
+        except (TypeError, KeyError, IndexError):  # what the first change took away
+            continue
+    try:
+        InterventionPlan.from_dict(changed)
+    except SAEError as error:
+        assert "\n" not in str(error)
+
+
+FUZZED = {}
+
+
+@given(content=json_values)
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_anything_as_a_plan_is_an_error_of_ours(content):
+    with pytest.raises(SAEError):
+        InterventionPlan.from_dict(content)
+    with pytest.raises(SAEError):
+        InterventionPlan.from_dict({"version": 1, "saes": [content], "interventions": []})
