@@ -9,7 +9,9 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..functional import screen
 from ..functional.activations import scattered, topk_places
+from ..functional.live import LiveLatents
 from ..modeling import SAEConfig, SAEModel, TrainingLoss
 from ..modeling.output import reconstruction_loss
 
@@ -68,6 +70,17 @@ class TopKSAE(SAEModel):
         weights = self.W_dec.detach().norm(dim=-1) if self.config.rank_by_decoder_norm else None
         pre_latents = self._project(x, None) + self.b_enc
         return topk_places(pre_latents, self.config.k, rectified=self.config.rectified, weights=weights)
+
+    def _few_kept(self, x: Tensor) -> LiveLatents | None:
+        found = None
+        if not self.config.rank_by_decoder_norm:
+            found = screen.highest(self._centred(x), self.W_enc_T, self.b_enc, self.config.k)
+        if found is None:
+            return super()._few_kept(x)
+        indices, values = found
+        return LiveLatents.from_places(
+            indices, torch.relu(values) if self.config.rectified else values, self.config.d_sae
+        )
 
     def training_loss(self, x: Tensor, *, sparsity_coefficient: float = 0.0) -> TrainingLoss:
         """``|x - x^|^2``; sparsity is exact by construction and `sparsity_coefficient` has no effect."""

@@ -26,6 +26,9 @@ DENSEST = 1 / 32
 FEWEST_TOKENS = 384
 """Tokens below which rounding the weights takes longer than a product in bfloat16 saves."""
 
+_BLOCKS_PER_KEPT = 4  # with fewer blocks their k-th highest maximum lies further below the k-th highest of all
+_TOKENS_AT_ONCE = 512
+
 BLOCK = 128
 """Rows whose rounding errors are computed at once: few enough to stay in a core's own cache."""
 
@@ -78,6 +81,67 @@ class Screen:
         latents = places // len(self.x)
         tokens = places - latents * len(self.x)
         return tokens, latents, dots(weight, self.x, latents, tokens)
+
+
+def highest(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
+    """Return the `k` highest of ``x @ weight.T + bias`` of each token, the others never being computed exactly.
+
+    The product of the rounded matrices, with the bound and the bias as columns, gives upper limits. At least k of them
+    reach the k-th highest of the maxima of more than k blocks; what lies below that by more than limits and values can
+    differ is not among the k highest.
+
+    Args:
+        x: ``[tokens, d_in]``.
+        weight: ``[d_sae, d_in]``.
+        bias: ``[d_sae]``.
+        k: how many.
+
+    Returns:
+        Latents and values ``[tokens, k]`` each; None where `serves` says no, where numbers are not finite, or where
+        too many are close to the k-th highest.
+    """
+    block = len(weight) // (_BLOCKS_PER_KEPT * k)
+    screened = Screen(x) if block and serves(x, weight, bias) else None
+    columns, lost, length = _rounded(weight) if screened is not None and screened.finite else (weight, bias, bias)
+    if screened is None or not screened.finite or not bool((length + bias).isfinite().all()):
+        return None
+    columns[:, -3] = (length * UP + TINY) * UP
+    columns[:, -2] = ((lost + screened.summing * length) * UP + TINY) * UP
+    columns[:, -1] = bias.abs() * (UP - 1 + screened.summing) + bias
+    wide = columns[:, -3:-1].amax(0).float()
+    slack = 2 * (screened.rounded[:, -3:-1].float() @ wide) + 4 * bias.abs().max() * (UP - 1 + screened.summing)
+    parts = []
+    for first in range(0, len(x), _TOKENS_AT_ONCE):
+        chunk = slice(first, first + _TOKENS_AT_ONCE)
+        limits = torch.nn.functional.linear(columns, screened.rounded[chunk])
+        maxima = limits[: len(weight) // block * block].unflatten(0, (-1, block)).amax(1)
+        kth = maxima.topk(k, dim=0, sorted=False).values.amin(0).float()
+        least = kth - slack[chunk] - 4 * (UP - 1) * (kth.abs() + slack[chunk])
+        places = true_places(limits >= least.to(limits.dtype))
+        if len(places) > DENSEST * limits.numel():
+            return None
+        parts.append(_highest_of(places, x[chunk], weight, bias, k))
+    latents, values = (torch.cat(column) for column in zip(*parts, strict=True))
+    return latents, values
+
+
+def _highest_of(places: Tensor, x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return which latents are the `k` highest of each token, and their values, given places in ``[d_sae, tokens]``.
+
+    The places ascend, so that each row of the weights is read once, and there are at least `k` of every token.
+    """
+    latents = places // len(x)
+    tokens = places - latents * len(x)
+    exact = dots(weight, x, latents, tokens) + bias[latents]
+    tokens, order = tokens.sort(stable=True)
+    counts = torch.bincount(tokens, minlength=len(x))
+    within = torch.arange(len(places)) - (counts.cumsum(0) - counts)[tokens]
+    table = x.new_full((len(x), int(counts.max())), -torch.inf)
+    table[tokens, within] = exact[order]
+    owners = tokens.new_zeros(table.shape)
+    owners[tokens, within] = latents[order]
+    top = table.topk(k, sorted=False)
+    return owners.gather(1, top.indices), top.values
 
 
 def _rounded(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

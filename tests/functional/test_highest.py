@@ -1,0 +1,99 @@
+"""The highest projections of each token, whichever arithmetic tells the others apart."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hf_gated_sae import TopKSAE, TopKSAEConfig
+from hf_gated_sae.functional import screen
+
+pytestmark = pytest.mark.skipif(not screen._AVAILABLE, reason="this CPU does not multiply bfloat16")
+same_for_all = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Screen few tokens, too, in several parts."""
+    monkeypatch.setattr(screen, "FEWEST_TOKENS", 1)
+    monkeypatch.setattr(screen, "DENSEST", 1.0)
+    monkeypatch.setattr(screen, "_TOKENS_AT_ONCE", 16)
+
+
+@same_for_all
+@given(
+    d_in=st.integers(1, 300),
+    d_sae=st.integers(8, 120),
+    k=st.integers(1, 4),
+    scale=st.sampled_from([1e-30, 1e-3, 1.0, 1e4]),
+    kind=st.sampled_from(["normal", "close together", "one large", "large biases", "all alike"]),
+    seed=st.integers(0, 9999),
+)
+def test_none_of_them_is_missed(
+    small: None, d_in: int, d_sae: int, k: int, scale: float, kind: str, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, weight = torch.randn(40, d_in, generator=generator), torch.randn(d_sae, d_in, generator=generator)
+    bias = torch.randn(d_sae, generator=generator)
+    if kind == "close together":  # rounding to bfloat16 decides wrongly in about half of the cases
+        weight, bias = weight[:1] * (1 + 1e-4 * torch.randn(d_sae, 1, generator=generator)), bias * 1e-4
+    elif kind == "one large":
+        x[:, 0] *= 1e3
+    elif kind == "large biases":
+        bias *= 1e3
+    elif kind == "all alike":
+        weight, bias = torch.ones_like(weight), torch.zeros_like(bias)
+    x, bias = x * scale, bias * scale
+    found = screen.highest(x, weight, bias, k)
+    if d_sae < screen._BLOCKS_PER_KEPT * k:
+        assert found is None
+        return
+    assert found is not None
+    latents, values = found
+    assert latents.shape == values.shape == (40, k)
+    assert (latents.sort().values.diff() > 0).all(), "each once"
+    exact = x.double() @ weight.double().T + bias.double()
+    size = x.double().norm(dim=1, keepdim=True) * weight.double().norm(dim=1).max() + bias.double().abs().max()
+    slack = 1e-5 * size
+    assert ((values - exact.gather(1, latents)).abs() <= slack).all()
+    kth = exact.topk(k).values[:, -1:]
+    assert (exact.gather(1, latents) >= kth - 2 * slack).all()
+
+
+def test_few_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed = []
+    dots = screen.dots
+    monkeypatch.setattr(screen, "dots", lambda *given: computed.append(len(given[2])) or dots(*given))
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(1024, 256, generator=generator), torch.randn(4096, 256, generator=generator)
+    assert screen.highest(x, weight, torch.zeros(4096), 16) is not None
+    assert 16 * 1024 <= sum(computed) < 64 * 1024
+
+
+@pytest.mark.parametrize("what", ["x", "weight", "bias"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_left_to_the_product(small: None, what: str, value: float) -> None:
+    tensors = {"x": torch.randn(20, 8), "weight": torch.randn(64, 8), "bias": torch.randn(64)}
+    tensors[what].view(-1)[3] = value
+    assert screen.highest(**tensors, k=2) is None
+
+
+def test_where_too_many_are_close_it_is_left_to_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(screen, "FEWEST_TOKENS", 1)
+    assert screen.highest(torch.ones(20, 8), torch.ones(640, 8), torch.zeros(640), 2) is None
+
+
+@pytest.mark.parametrize("settings", [{}, {"rectified": False}, {"rank_by_decoder_norm": True}], ids=str)
+@torch.no_grad()
+def test_a_topk_sae_keeps_the_same(monkeypatch: pytest.MonkeyPatch, settings: dict[str, bool]) -> None:
+    torch.manual_seed(0)
+    sae = TopKSAE(TopKSAEConfig(d_in=32, d_sae=2048, k=8, **settings)).eval()
+    sae.b_enc.normal_()
+    sae.W_dec.mul_(torch.rand(2048, 1) + 0.5)
+    x = torch.randn(600, 32)
+    screened = sae.live(x), sae.reconstruct(x)
+    monkeypatch.setattr(screen, "serves", lambda *_: False)
+    torch.testing.assert_close(screened[0].dense(), sae.encode(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(screened[1], sae.reconstruct(x), rtol=1e-5, atol=1e-5)
