@@ -1,8 +1,7 @@
 """Resolve the sites of every causal language model type of transformers: python hub_scripts/site_survey.py --out DIR.
 
-Each type is built tiny from its own default configuration, with random weights, in a process of its own; nothing is
-downloaded. What is proven is then checked on another batch by means of its own. Writes ``survey.json`` with all that
-was found and ``survey.md`` with a summary; without --out only prints the summary.
+Each type is built tiny from its own default configuration, with random weights, in a process of its own. What is proven
+is checked on another batch. Writes ``survey.json`` with all that was found and ``survey.md``, which is printed, too.
 """
 
 import dataclasses
@@ -34,8 +33,7 @@ MOST_DEPTH = 8
 LARGEST = 30_000_000  # parameters; a model that stays larger has a size that is not known here
 CORE = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 
-# Tiny values of numbers by their names; the first pattern that fits decides. Sizes that must agree do: 4 heads of 8
-# channels make 32, and inner streams of state-space models are not expanded.
+# Tiny values by name; the first pattern that fits decides. Sizes that must agree do: 4 heads of 8 channels make 32.
 _DEPTHS = r"(conf_)?num_hidden_layers|n_layers?|num_layers|(num_)?(en|de)coder_layers|num_blocks|depth"
 _SIZES: tuple[tuple[str, int], ...] = (
     (r".*vocab.*", 128),

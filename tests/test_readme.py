@@ -13,9 +13,11 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 def test_the_code_runs_and_says_what_its_comments_say(tmp_path, monkeypatch, hub):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    for block in BLOCKS:
+    for number, block in enumerate(BLOCKS):
         code = block.replace("me/my-saes", "alice/my-saes")
-        exec(compile(code, "README.md", "exec"), names)
+        path = tmp_path / f"block_{number}.py"
+        path.write_text(code, encoding="utf-8")  # nnsight reads the source of a with-block
+        exec(compile(code, str(path), "exec"), names)
     config = names["sae"].config
     assert (config.site, config.d_in, config.d_sae) == ("resid_post.1", 128, 1024)
     assert names["latents"].shape == (*names["x"].shape[:2], 1024)

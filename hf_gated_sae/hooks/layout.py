@@ -55,14 +55,21 @@ def describe_tokens(
         )
     end = past + inputs.shape[1]
     boundary = prompt if prompt is not None else (past or end)
-    index, absent, padded = number_tokens(call, inputs, past, previous, boundary, generating=prompt is not None)
+    step = _next_step(call, inputs, past, previous, boundary) if prompt is not None else None
+    if step is not None and previous is not None:
+        index, count, prompt_length, padded = *step, previous.prompt_length, True
+    else:
+        index, absent, padded = number_tokens(call, inputs, past, previous, boundary, generating=prompt is not None)
+        count, prompt_length = index.amax(-1, keepdim=True) + 1, boundary - absent
+        if previous is not None and previous.count is not None and previous.count.shape == count.shape:
+            count = torch.maximum(count, previous.count.to(count.device))  # this call may hold padding alone
     if any(call.get(name) is not None for name in _PACKED):
         phase = "packed"
     else:
         phase = "prompt" if end <= boundary else "generated" if past >= boundary else "mixed"
     return TokenContext(
         index=index,
-        prompt_length=boundary - absent,
+        prompt_length=prompt_length,
         special=special_token_mask(model, input_ids, index >= 0 if padded else None, ids=special_ids),
         phase=phase,
         end=end,
@@ -70,7 +77,25 @@ def describe_tokens(
         batch=batch,
         beams=beams,
         prompt_columns=boundary,
+        count=count,
     )
+
+
+def _next_step(
+    call: Mapping[str, Any], inputs: Tensor, past: int, previous: TokenContext | None, prompt: int
+) -> tuple[Tensor, Tensor] | None:
+    """Return the positions of one more token per row of a generation, and each row's number of real tokens.
+
+    None where this is not such a step. `number_tokens` says the same, of every call, in several times the operations.
+    """
+    mask = call.get("attention_mask")
+    if previous is None or previous.count is None or not isinstance(mask, Tensor) or mask.ndim != 2:
+        return None
+    follows = inputs.shape[1] == 1 and previous.end == past >= prompt and previous.count.shape[0] == inputs.shape[0]
+    if not follows or mask.shape[1] <= past or previous.count.device != mask.device:
+        return None
+    real = mask[:, past : past + 1] != 0
+    return torch.where(real, previous.count, -1), previous.count + real
 
 
 def number_tokens(

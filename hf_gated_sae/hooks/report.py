@@ -74,7 +74,7 @@ class Record:
     lengths: Tensor | None = None
     """How many tokens the longest row and the longest prompt had, ``[2]``; only where positions are numbers."""
     taint: Tensor | None = None
-    """Zero, or NaN once something was put in that is not finite."""
+    """Zero, or NaN once something was put in that is not finite; not on a CPU, where that is told at once."""
 
     @property
     def site(self) -> Site:
@@ -108,17 +108,20 @@ class Record:
                 would hold up the model.
         """
         value = value.detach()
-        rows = value.sum(-1, dtype=torch.promote_types(value.dtype, torch.float32))
+        wide = torch.promote_types(value.dtype, torch.float32)
         if isinstance(mask, Tensor):
-            rows = torch.where(mask.to(rows.device), rows, 0.0)
-        now = rows.sum() * 0.0
-        self.taint = now if self.taint is None else self.taint + now
-        if now.device.type == "cpu":
-            self._require_finite()
+            rows = value.sum(-1, dtype=wide)
+            total = torch.where(mask.to(rows.device), rows, 0.0).sum()
+        else:
+            total = value.sum(dtype=wide)
+        if total.device.type == "cpu":
+            self._require_finite(total)
+        else:
+            self.taint = total * 0.0 if self.taint is None else self.taint + total * 0.0
 
-    def _require_finite(self) -> None:
+    def _require_finite(self, total: Tensor) -> None:
         """Raise if something was put in that is not finite."""
-        if self.taint is not None and not math.isfinite(self.taint):
+        if not math.isfinite(total):
             self.taint = None  # said once
             raise AttachError(
                 f"{type(self.intervention).__name__} put NaN or infinite numbers in at {self.site}: the activations "
@@ -131,7 +134,8 @@ class Record:
         Raises:
             AttachError: saying what was not.
         """
-        self._require_finite()
+        if self.taint is not None:
+            self._require_finite(self.taint)
         if self.calls and self.intervention.columns > self.columns:
             raise AttachError(
                 f"{type(self.intervention).__name__} at {self.site} was given {self.intervention.columns} columns, "
@@ -151,7 +155,8 @@ class Record:
         Raises:
             AttachError: if something was put in that is not finite.
         """
-        self._require_finite()
+        if self.taint is not None:
+            self._require_finite(self.taint)
         positions: dict[int, set[int]] = {}
         edited = int(self.forgotten)
         for index, mask in self.masks:

@@ -255,7 +255,7 @@ class TokenTracker:
         call = {**(inner if isinstance(inner, dict) else {}), **named}
         generation = _generation.get()
         past, previous, histories = self._history(cache_in(call))
-        if not past:  # a decoding step has no time to ask
+        if not past or self._special is None:  # a decoding step has no time to ask
             self._special = torch.tensor(special_token_ids(model))
         tokens = describe_tokens(
             model,

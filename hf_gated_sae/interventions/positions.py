@@ -67,6 +67,7 @@ class TokenContext:
         batch: number of rows that the caller gave; `generate` may run several of each, next to each other.
         beams: whether `generate` may reorder the rows between this call and the next.
         prompt_columns: number of columns of the prompt, padding included; None if it is not known.
+        count: number of real tokens of each row up to the end of this call, ``[B, 1]``; None if it is not known.
     """
 
     index: Tensor
@@ -78,6 +79,7 @@ class TokenContext:
     batch: int | None = None
     beams: bool = False
     prompt_columns: int | None = None
+    count: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:

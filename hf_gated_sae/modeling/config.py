@@ -45,7 +45,8 @@ class SAEConfig(PreTrainedConfig):
         d_in: width of the activations that the encoder reads.
         d_sae: number of latents.
         d_out: width of what the decoder writes; `d_in` unless the SAE is a transcoder.
-        site: where in the base model the SAE belongs, such as ``"resid_post.12"`` or ``"model.layers.12.output"``.
+        site: where in the base model the SAE belongs, such as ``"resid_post.12"`` or ``"model.layers.12.output"``,
+            perhaps with transforms, ``"resid_post.12|center"``, which come before `normalization`.
         site_out: for a transcoder, where its output belongs; None for an SAE, which writes where it reads.
         base_model: repository id (or folder) of the model whose activations it was trained on.
         base_model_revision: commit of that model.

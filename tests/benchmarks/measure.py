@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +19,21 @@ def ratio(candidate: Callable[[], object], reference: Callable[[], object], *, r
             run()
             times[name].append(time.perf_counter() - start)
     return statistics.median(times["candidate"]) / statistics.median(times["reference"])
+
+
+def turns(runs: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[str, float]:
+    """Median seconds of several runs that take turns, each in every place of the order, after one warm-up each."""
+    names = list(runs)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for run in runs.values():
+        run()
+    for turn in range(rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            start = time.perf_counter()
+            runs[name]()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(several) for name, several in times.items()}
 
 
 def show(title: str, rows: list[tuple[str, float, float]]) -> None:

@@ -6,11 +6,7 @@ environment that `make test-peers` makes; without it their rows are skipped, the
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,13 +17,11 @@ from safetensors.torch import save_file
 
 from tests.benchmarks.kernels import D_IN, D_SAE, TOKENS
 from tests.benchmarks.measure import show
+from tests.benchmarks.workers import ROUNDS, Worker
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.timeout(1800)]
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("kernels.py")
-PEERS = Path(os.environ.get("HF_GATED_SAE_PEERS_PYTHON", ROOT / ".venv-peers" / "bin" / "python"))
-ROUNDS = int(os.environ.get("HF_GATED_SAE_BENCHMARK_ROUNDS", "7"))
 DENSE = 4 * TOKENS * D_SAE
 NONE = float("nan")
 
@@ -57,42 +51,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-class Way:
-    """A process that encodes and decodes when asked."""
-
-    def __init__(self, what: str, folder: Path) -> None:
-        is_peer = not what.startswith(("ours", "torch"))
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": "" if is_peer else str(ROOT)}
-        command = [str(PEERS) if is_peer else sys.executable, str(SCRIPT), what, str(folder)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-
-    def ask(self, command: str) -> dict[str, Any]:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(command + "\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line.startswith("RESULT "):
-                answer: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
-                return answer
-        raise AssertionError(f"ended with {self.process.wait()}")
-
-    def __enter__(self) -> Way:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.communicate()
-
-
 @pytest.fixture
 def compare(folder: Path) -> Iterator[Any]:
     """Median time of one way over that of another, taking turns, after seeing that they compute the same."""
 
     def compared(candidate: str, reference: str, tolerance: float = 1e-4) -> float:
-        if not PEERS.exists() and not reference.startswith(("ours", "torch")):
-            pytest.skip("no peers' environment: run `make test-peers` once")
-        with Way(candidate, folder) as ours, Way(reference, folder) as theirs:
+        with Worker(SCRIPT, candidate, folder) as ours, Worker(SCRIPT, reference, folder) as theirs:
             found, wanted = (torch.tensor(way.ask("check")["values"]) for way in (ours, theirs))
             torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
             times = []
@@ -144,7 +108,7 @@ def test_memory(folder: Path) -> None:
         ("ours_topk", NONE),
         ("torch_jumprelu", NONE),
     ]:
-        with Way(what, folder) as way:
+        with Worker(SCRIPT, what, folder) as way:
             rows.append((f"{what}: peak extra memory, result included", way.ask("memory")["bytes"] / DENSE, limit))
     show(f"of a dense [{TOKENS}, {D_SAE}]", rows)
     assert not any(measured > limit for _, measured, limit in rows)
