@@ -1,7 +1,7 @@
 """Resolve the sites of every causal language model type of transformers: python hub_scripts/site_survey.py --out DIR.
 
-Each type is built tiny from its own default configuration, with random weights, in a process of its own. What is proven
-is checked on another batch. Writes ``survey.json`` with all that was found and ``survey.md``, which is printed, too.
+Each type is built tiny from its own default configuration, with random weights, in a process of its own. What is
+proven is checked on another batch. Writes ``survey.json`` with all that was found, and ``survey.md``.
 """
 
 import dataclasses

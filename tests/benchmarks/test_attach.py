@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 from hf_gated_sae import Ablate, Clamp, GatedSAE, GatedSAEConfig, Splice, Steer, attach, capture
 from hf_gated_sae.demo import bundled
 from tests.benchmarks.measure import show, turns
+from tests.benchmarks.models import gpt2_small, llama_1b
 from tests.benchmarks.splicing import COLUMNS, D_IN, D_SAE, LAYER, ROWS
 from tests.benchmarks.workers import ROUNDS, Worker
 
@@ -45,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A GPT-2-small with random weights, ids, and an SAE for it."""
     path = tmp_path_factory.mktemp("splicing")
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config()).eval()
+    model = gpt2_small()
     model.save_pretrained(path)
     AutoTokenizer.from_pretrained(bundled.MODEL).save_pretrained(path)  # which the peer asks for
     ids = torch.randint(0, 50_000, (ROWS, COLUMNS))
@@ -91,56 +92,27 @@ def test_splice_against_saelens(folder: Path) -> None:
     assert not any(measured > limit for _, measured, limit in rows)
 
 
-def gpt2() -> Any:
-    return GPT2LMHeadModel(GPT2Config()).eval()
-
-
-def llama() -> Any:
-    """Of Llama 3.2 1B's shape, in bfloat16."""
-    config = LlamaConfig(
-        vocab_size=128_256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model = model.to_empty(device="cpu").eval()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers are computed, not loaded
-    model.tie_weights()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(1.0) if parameter.ndim == 1 else parameter.normal_(std=0.02)
-    return model
-
-
-MODELS = {"GPT-2-small": (gpt2, 24_576), "a Llama of 1B in bfloat16": (llama, 32_768)}
+MODELS = {"GPT-2-small": (gpt2_small, 24_576, 21), "a Llama of 1B in bfloat16": (llama_1b, 32_768, 5)}
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def case(request: pytest.FixtureRequest) -> tuple[str, Any, GatedSAE]:
-    torch.manual_seed(0)
-    make, d_sae = MODELS[request.param]
+def case(request: pytest.FixtureRequest) -> tuple[str, Any, GatedSAE, int]:
+    """A model by name, an SAE for it, and how often to measure."""
+    make, d_sae, rounds = MODELS[request.param]
     model = make()
     site = f"resid_post.{model.config.num_hidden_layers // 2}"
-    ids = torch.randint(3, 50_000, (2, 64))
+    ids = torch.randint(3, 30_000, (2, 64))
     x = capture(model, site, input_ids=ids)[site]
     sae = GatedSAE(GatedSAEConfig(d_in=x.shape[-1], d_sae=d_sae, site=site)).eval()
     sae.load_state_dict(realistic(x, d_sae), strict=False)
     sae.record_statistics(torch.ones(d_sae), torch.ones(d_sae), tokens=1)
-    return request.param, model, sae
+    return request.param, model, sae, rounds
 
 
 @torch.no_grad()
-def test_edits_of_a_few_latents_are_almost_free(case: tuple[str, Any, GatedSAE]) -> None:
-    name, model, sae = case
-    ids = torch.randint(3, 50_000, (4, 128))
+def test_edits_of_a_few_latents_are_almost_free(case: tuple[str, Any, GatedSAE, int]) -> None:
+    name, model, sae, rounds = case
+    ids = torch.randint(3, 30_000, (2, 128))
     some = list(range(16))
     edits = {
         "Ablate": Ablate(sae, some),
@@ -167,7 +139,7 @@ def test_edits_of_a_few_latents_are_almost_free(case: tuple[str, Any, GatedSAE])
     rows = []
     for what, run, limit in (("forward", forward, 1.02), ("greedy decoding", decode, 1.03)):
         runs = {"plain": run, **{verb: within(verb, run) for verb in attached}}
-        measured = turns(runs, rounds=3 * ROUNDS)
+        measured = turns(runs, rounds=rounds)
         rows += [
             (f"{verb}, {what}", measured[verb] / measured["plain"], NONE if verb == "Splice" else limit)
             for verb in attached
