@@ -1,7 +1,6 @@
 """Resolve the sites of every causal language model type of transformers: python hub_scripts/site_survey.py --out DIR.
 
-Each type is built tiny from its own default configuration, with random weights, in a process of its own. What is
-proven is checked on another batch. Writes ``survey.json`` with all that was found, and ``survey.md``.
+Each type is built tiny from its default configuration, in a process of its own, and checked on another batch.
 """
 
 import dataclasses
@@ -12,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,6 +62,7 @@ _TOKENS = {"pad": 0, "bos": 1, "eos": 2}
 _OPEN: dict[str, Any] = {"layer_types": ["full_attention"] * DEPTH, "default_language": "en_XX"}
 _ABSENT = r"^nothing in it|only one kind of contribution|in parallel"
 _NO_SIZES = ("id2label", "label2id")
+_INSIDE = {"attn_in": "attn_out", "attn_z": "attn_out", "mlp_in": "mlp_out", "mlp_neurons": "mlp_out"}
 
 
 @dataclass
@@ -117,17 +118,9 @@ class Finding:
 
 
 def small_config(name: str, fill: bool = False, **changes: Any) -> PretrainedConfig:
-    """Return a type's default configuration with all sizes made tiny.
-
-    Args:
-        name: the model type.
-        fill: also give sizes that the default leaves open.
-        changes: values to set in the end.
-    """
+    """Return a type's default configuration with all sizes tiny, and if `fill`, also those that it leaves open."""
     kind = CONFIG_MAPPING[name]
-    values = {
-        key: value for key, value in kind().to_dict().items() if key not in ("model_type", "transformers_version")
-    }
+    values = {k: v for k, v in kind().to_dict().items() if k not in ("model_type", "transformers_version")}
     small = {key: value for key, value in _small(values, fill).items() if value != values.get(key)}
     return kind(**small | changes)
 
@@ -190,12 +183,8 @@ def _few_layers(values: Mapping[str, Any], fill: bool) -> dict[str, Any]:
 
 
 def build(name: str) -> PreTrainedModel:
-    """Build a tiny model of a type, with every parameter random; what a default leaves open is filled in if need be.
-
-    Raises:
-        Exception: whatever the type raises; and ValueError if the model stays large.
-    """
-    rope = {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
+    """Build a tiny model of a type, with every parameter random; what a default leaves open is filled in if needed."""
+    rope = {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
     reversible = {"is_decoder": True, "axial_pos_embds": False}
     attempts: tuple[dict[str, Any], ...] = ({}, {"fill": True}, {"rope_parameters": rope}, reversible)
     errors: list[Exception] = []
@@ -277,7 +266,7 @@ def examine(name: str) -> Finding:
 def check(model: nn.Module, sites: SiteMap, finding: Finding) -> None:
     """Look on another batch whether the proven sites are what their names say, and note what is not so."""
     ids = _ids()
-    seen = _run(model, sites, {name: (lambda x: None) for name in sites.names()}, ids)[0]
+    seen, clean = _run(model, sites, dict.fromkeys(sites.names(), lambda x: None), ids)
     relations: Counter[str] = Counter()
     for layer in range(sites.n_layers):
         here = {kind: seen[f"{kind}.{layer}"] for kind in LAYERED if f"{kind}.{layer}" in seen}
@@ -290,17 +279,30 @@ def check(model: nn.Module, sites: SiteMap, finding: Finding) -> None:
             if not relation:
                 finding.wrong.append(f"{goal}.{layer} does not come from {start} and {' and '.join(terms)}")
     finding.stream = dict(relations)
-    clean = _run(model, sites, {}, ids)[1]
     for site in sites.names():
-        logits = _run(model, sites, {site: lambda x: x + 0.5 * x.roll(1, -1)}, ids)[1]
-        if torch.equal(logits, clean):
-            finding.wrong.append(f"writing to {site} changes nothing")
-        if not torch.equal(_run(model, sites, {site: torch.clone}, ids)[1], clean):
-            finding.wrong.append(f"writing to {site} what is there changes the logits")
+        for edit, same in ((_shift, False), (torch.clone, True)):
+            if torch.equal(_run(model, sites, {site: edit}, ids)[1], clean) is not same:
+                finding.wrong.append(f"writing {'the same' if same else 'something else'} to {site} is not told apart")
+        kind, _, number = site.partition(".")
+        held = {name: seen[name] for name in (f"attn_out.{number}", f"mlp_out.{number}") if name in seen}
+        known = {*held, *finding.absent} if f"resid_post.{number}" in seen else set()
+        if kind not in _INSIDE or any(f"{name}.{number}" not in known for name in _INSIDE.values()):
+            continue
+        edits = {site: _shift} | {name: old.reshape_as for name, old in held.items()}
+        after = _run(model, sites, edits | {f"resid_post.{number}": lambda x: None}, ids)[0]
+        for name, same in ((f"{_INSIDE[kind]}.{number}", False), (f"resid_post.{number}", True)):
+            if _close(after[name], seen[name]) is not same:
+                finding.wrong.append(f"writing to {site} {'changes' if same else 'does not change'} {name}")
+
+
+def _shift(x: Tensor) -> Tensor:
+    return x + 0.5 * x.roll(1, -1)
 
 
 def _steps(here: Mapping[str, Tensor], finding: Finding, layer: int) -> Iterator[tuple[str, list[str], str]]:
     """Yield start, contributions and goal of each sum that the names of one block promise."""
+    if "resid_pre" not in here or "resid_post" not in here:
+        return
     if "attn_out" in here and "resid_mid" in here:
         yield "resid_pre", ["attn_out"], "resid_mid"
     if "mlp_out" in here and "resid_mid" in here:
@@ -345,15 +347,13 @@ def _run(
     """Run one forward with edits, and return what was at their sites, and the logits."""
     seen: dict[str, Tensor] = {}
 
-    def noting(name: str, edit: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor], Tensor | None]:
-        def both(value: Tensor) -> Tensor | None:
-            seen[name] = value.detach().clone()
-            return edit(value)
-
-        return both
+    def noting(name: str, edit: Callable[[Tensor], Tensor | None], value: Tensor) -> Tensor | None:
+        seen[name] = value.detach().clone()
+        return edit(value)
 
     handles = [
-        sites[name].register(noting(name, edit), lambda: (ids.shape[0], ids.shape[1])) for name, edit in edits.items()
+        sites[name].register(partial(noting, name, edit), lambda: (ids.shape[0], ids.shape[1]))
+        for name, edit in edits.items()
     ]
     try:
         with torch.no_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -78,16 +79,23 @@ def _load(name: str, revision: str | None) -> Any:
     """Return the model as transformers loads it, in the dtype of its checkpoint.
 
     Raises:
-        InputError: if that fails.
+        InputError: if that fails, or it is named as a folder that is not there.
     """
     from transformers import AutoModelForCausalLM
 
+    folder = Path(name)
+    if (folder.is_absolute() or name.startswith(".")) and not folder.is_dir():
+        raise InputError(
+            f"--model {name!r} cannot be loaded by AutoModelForCausalLM: there is no folder {folder}; give one, or "
+            "the Hub id of a model."
+        )
     try:
         return AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype="auto").eval()
-    except (OSError, ValueError, ImportError) as error:  # what transformers raises for what is no causal LM
+    except Exception as error:  # whatever is wrong with the files is reported as one thing
+        reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
         raise InputError(
-            f"--model {name!r} cannot be loaded by AutoModelForCausalLM ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]}); give the Hub id or the folder of a causal language model."
+            f"--model {name!r} cannot be loaded by AutoModelForCausalLM ({reason}); give the Hub id or the folder of "
+            "a causal language model."
         ) from error
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ShapeError
+from ..errors import InputError, ShapeError, shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,15 +113,16 @@ class LiveLatents:
         """Return some latents of every token, zeros included.
 
         Args:
-            latents: numbers ``[n]``, each in ``0 .. d_sae - 1``; one may occur more than once.
+            latents: integers ``[n]``, each in ``0 .. d_sae - 1``; one may occur more than once.
 
         Returns:
             ``[..., n]``.
 
         Raises:
+            InputError: if they are anything else than integers.
             ShapeError: if a latent is out of range.
         """
-        wanted = torch.as_tensor(latents, dtype=torch.int64).reshape(-1)
+        wanted = _integers(latents)
         if wanted.numel() and not 0 <= int(wanted.min()) <= int(wanted.max()) < self.d_sae:
             raise ShapeError(f"Given latents {wanted.tolist()[:8]}, expected numbers from 0 to {self.d_sae - 1}.")
         wanted, n = wanted.to(self.indices.device), len(wanted)
@@ -134,7 +135,16 @@ class LiveLatents:
         return chosen.reshape(*self.shape[:-1], n)[..., columns[wanted]]
 
     def rows(self, start: int, stop: int) -> LiveLatents:
-        """Return the tokens ``start : stop``, counted through all leading axes, under one axis."""
+        """Return the tokens ``start : stop``, counted through all leading axes, under one axis.
+
+        Raises:
+            ShapeError: unless ``0 <= start <= stop <= tokens``; a negative number is not counted from the end.
+        """
+        tokens = self.offsets.shape[0] - 1
+        if not 0 <= start <= stop <= tokens:
+            raise ShapeError(
+                f"Given the tokens {start} : {stop}, expected a range from 0 to {tokens}, how many there are."
+            )
         first, last = (int(end) for end in self.offsets[[start, stop]])
         offsets = self.offsets[start : stop + 1] - first
         return LiveLatents(offsets, self.indices[first:last], self.values[first:last], (stop - start, self.d_sae))
@@ -143,6 +153,23 @@ class LiveLatents:
         """Move to a device, or convert the values to a dtype; arguments as for `torch.Tensor.to`."""
         values = self.values.to(*args, **kwargs)
         return LiveLatents(self.offsets.to(values.device), self.indices.to(values.device), values, self.shape)
+
+
+def _integers(latents: object) -> Tensor:
+    """Return numbers of latents ``[n]`` int64.
+
+    Raises:
+        InputError: if they are anything else than integers; a mask is not taken for its zeros and ones.
+    """
+    try:
+        found = torch.as_tensor(latents).reshape(-1)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        found = torch.ones(1)
+    whole = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
+    if not whole and (found.numel() or isinstance(latents, Tensor)):
+        seen = f"as a tensor of {found.dtype}" if isinstance(latents, Tensor) else shown(latents)
+        raise InputError(f"Given the latents {seen}, expected integers, such as [3, 7].")
+    return found.to(torch.int64)
 
 
 def true_places(mask: Tensor) -> Tensor:

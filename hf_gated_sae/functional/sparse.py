@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..errors import InputError
 from .linear import is_plain, linear
 from .live import LiveLatents
 
@@ -30,6 +31,9 @@ def decode(latents: Tensor | LiveLatents, W_dec: Tensor) -> Tensor:
 
     Returns:
         ``[..., d_out]``.
+
+    Raises:
+        InputError: if live latents are of another dtype than the decoder.
     """
     if isinstance(latents, LiveLatents):
         return _decode_live(latents, W_dec)
@@ -50,7 +54,14 @@ def sums_rows(W_dec: Tensor) -> bool:
 
 
 def _decode_live(latents: LiveLatents, W_dec: Tensor) -> Tensor:
-    """Sum rows, or multiply a few tokens at a time where many latents are on."""
+    """Sum rows, or multiply a few tokens at a time where many latents are on.
+
+    Raises:
+        InputError: if latents and rows are of different dtypes, and no autocast makes them the same.
+    """
+    given, held = latents.values.dtype, W_dec.dtype
+    if given != held and not torch.is_autocast_enabled(W_dec.device.type):
+        raise InputError(f"The live latents are of {given}, the decoder is of {held}: convert them, live.to({held}).")
     tokens = len(latents.offsets) - 1
     if sums_rows(W_dec) and len(latents.indices) <= DENSEST * tokens * latents.d_sae:
         written = _sum_rows(latents, W_dec)

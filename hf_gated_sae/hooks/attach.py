@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -228,20 +228,29 @@ def require_fit(interventions: Sequence[Intervention], slots: Mapping[str, Slot]
         InputError: if two replace the same site, or a site is needed before the model comes to it.
         ShapeError: if an SAE, direction or value is not as wide as the site.
     """
-    replaced: dict[Place, Intervention] = {}
+    replaced: dict[Hashable, Intervention] = {}
     for intervention in interventions:
         _require_order(intervention, slots)
         for site in intervention.places:
             slot = slots[str(site)]
             intervention.require_width(slot.width)
-            if intervention.replaces:
-                other = replaced.setdefault(slot.place.bare, intervention)
+            for name in _names_of_tensor(slot) if intervention.replaces else ():
+                other = replaced.setdefault(name, intervention)
                 if other is not intervention:
                     raise InputError(
                         f"Both {type(other).__name__} and {type(intervention).__name__} replace {site}; "
                         "attach only one of them."
                     )
     _require_splice_of_crosscoders(interventions)
+
+
+def _names_of_tensor(slot: Slot) -> list[Hashable]:
+    """Return what tells that two slots hold the same tensor: where it lies, and which step of the stream it is."""
+    place, site = slot.place, slot.site
+    names: list[Hashable] = [(place.path, place.port, place.keys)]
+    if site.name in ("resid_pre", "resid_post") and site.layer is not None:
+        names.append(site.layer + (site.name == "resid_post"))
+    return names
 
 
 def _require_order(intervention: Intervention, slots: Mapping[str, Slot]) -> None:
@@ -271,14 +280,21 @@ def _require_splice_of_crosscoders(interventions: Sequence[Intervention]) -> Non
     Raises:
         InputError: saying what to attach, too.
     """
-    spliced = {id(each.sae_used) for each in interventions if isinstance(each, Splice) and not each.error}
+    whole = [
+        each
+        for each in interventions
+        if isinstance(each, Splice) and not each.error and isinstance(each.positions, str) and each.rows is None
+    ]
+    spliced = {each.sae: each.special_tokens for each in whole if each.positions == "all"}
     for each in interventions:
         sae = each.sae_used
         crosses = sae is not None and len(each.places) > 1 and not sae.config.is_transcoder
-        if crosses and isinstance(each, Edit) and id(sae) not in spliced:
+        covered = sae in spliced and (spliced[sae] or not each.special_tokens)
+        if crosses and isinstance(each, Edit) and not covered:
             raise InputError(
                 f"{type(each).__name__} was given a crosscoder, whose latents write several sites of one stream: what "
-                "is added at one would be counted again at the next. Attach Splice of the same SAE with it."
+                "is added at one would be counted again at the next. Attach Splice of the same SAE with it, at all "
+                "positions and rows."
             )
 
 
@@ -291,8 +307,18 @@ def require_model(caller: str, model: Any) -> None:
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"{caller} was given {type(model).__name__} as the model; expected a transformers model.")
-    if any("_orig_mod" in each._modules or each._compiled_call_impl is not None for each in model.modules()):
+    if any(map(_is_compiled, model.modules())):
         raise AttachError(
             f"{caller} was given a compiled model, and compiled code skips hooks that come later: give the model that "
             "went into torch.compile (model._orig_mod), and call that one."
         )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether a module, its call or its `forward` went through torch.compile."""
+    forward = vars(module).get("forward")
+    return (
+        "_orig_mod" in module._modules
+        or module._compiled_call_impl is not None
+        or hasattr(forward, "_torchdynamo_orig_callable")
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,10 +17,10 @@ from ..sites import Slot
 from ..sites.slots import Place
 from ..sites.transforms import view
 from .attach import require_model
-from .capture import Observation, on_device_of, require_autograd, require_fitting, sae_input, sites_needed
+from .capture import on_device_of, require_autograd, require_fitting, run_again, sae_input, sites_needed
 from .carry import exact_dtype
 from .dispatch import prove
-from .token_batches import counted_positions
+from .observation import CountedTokens, Observation
 
 Metric = Callable[[Any], Tensor]
 """Takes the model's output and returns one number that depends on it, such as a difference of two logits."""
@@ -154,7 +153,9 @@ def attribute(
     activation where interventions are attached.
 
     ``"integrated"`` takes the mean derivative on the straight way from all latents at 0 to their values, all SAEs
-    together, by the midpoint rule: the attributions then sum to what zero-ablating all of them takes away.
+    together, by the midpoint rule: the attributions then sum to what subtracting everything that the latents of the
+    clean run write takes away. For several SAEs of one stream that is not what ablating all their latents does: the
+    later ones would see another activation then.
 
     Args:
         model: any Hugging Face causal LM; its parameters need not require gradients.
@@ -172,7 +173,7 @@ def attribute(
         InputError: for something that is no SAE, a crosscoder, or one whose latents depend on other tokens; if the
             metric is not one finite number that depends on what the SAEs write; and in inference mode.
         SiteError: if a site does not exist in this model or could not be proven.
-        ShapeError: if an SAE is not as wide as a site.
+        ShapeError: if an SAE is not as wide as a site, or what passes there has no vector for each token.
         AttachError: if the forward did not reach a site, or the model is compiled, or in training mode with reentrant
             gradient checkpointing.
 
@@ -196,7 +197,7 @@ def attribute(
             require_written_width(sae, site, slots[site].width)
     whole = _Pass(model, chosen, slots, metric, inputs)
     value, gradients, seen = whole.run()
-    counted = counted_positions(model, inputs, special_tokens=special_tokens)
+    counted = CountedTokens.of(model, inputs, special_tokens=special_tokens)
     parts = [_Part(sae, read[sae], slots, seen, counted) for sae in chosen]
     if method == "integrated":
         gradients = whole.mean_gradients(parts, steps)
@@ -280,8 +281,8 @@ class _Part:
         sae: the SAE.
         read: names of the sites that it reads.
         slots: of all sites.
-        seen: activations ``[B, S, d]`` by place.
-        counted: which tokens count, ``[B, S]``.
+        seen: activations by place, ``[B, S, d]``, or with virtual tokens before.
+        counted: which tokens count.
     """
 
     def __init__(
@@ -290,20 +291,20 @@ class _Part:
         read: Sequence[str],
         slots: Mapping[str, Slot],
         seen: Mapping[Place, Tensor],
-        counted: Tensor,
+        counted: CountedTokens,
     ) -> None:
-        self.sae, self.seen = sae, seen
-        self.shape = tuple(counted.shape)
-        self.where = counted.reshape(-1).nonzero().squeeze(1).to(sae.b_dec.device)
+        self.sae, self.seen, self.counted = sae, seen, counted
+        self.shape = tuple(counted.mask.shape)
+        self.where = counted.mask.reshape(-1).nonzero().squeeze(1).to(sae.b_dec.device)
         self.written = [slots[str(site)].place for site in sites_written(sae)]
         self.read = [slots[site].place for site in read]
-        chosen = [self._chosen(view(seen[place.bare], place.transforms).value) for place in self.read]
+        chosen = [self._chosen(place, view(seen[place.bare], place.transforms).value) for place in self.read]
         with torch.no_grad(), exact_dtype(sae.b_dec.device):
             self.live = sae.live(sae_input(sae, chosen))
 
-    def _chosen(self, x: Tensor) -> Tensor:
-        """Return the counted tokens of ``[B, S, d]``, on the SAE's device and in its dtype."""
-        return on_device_of(self.sae, x).flatten(0, 1)[self.where]
+    def _chosen(self, place: Place, x: Tensor) -> Tensor:
+        """Return the counted tokens of what belongs to a place, on the SAE's device and in its dtype."""
+        return on_device_of(self.sae, self.counted.chosen(x, str(place)))
 
     @property
     def numbered(self) -> LiveLatents:
@@ -317,13 +318,13 @@ class _Part:
         """Return the derivative with respect to each live latent, ``[live]``, given those at what is written."""
         total = self.live.values.new_zeros(len(self.live.values))
         for output, place in enumerate(self.written):
-            gradient = self._chosen(gradients[place.bare] * self._factor(place)) * self._scale(output)
+            gradient = self._chosen(place, gradients[place.bare] * self._factor(place)) * self._scale(output)
             for some, tokens, rows in self._decoder_rows(output):
                 total[some] += torch.linalg.vecdot(rows, gradient[tokens])
         return total
 
     def writes(self) -> Iterator[tuple[Place, Tensor]]:
-        """Yield what the live latents write at each place, ``[B, S, d]`` in the units of the activation there."""
+        """Yield what the live latents write at each place, shaped like the activation there and in its units."""
         for output, place in enumerate(self.written):
             written = self.sae.b_dec.new_zeros(len(self.where), self.sae.d_out)
             for some, tokens, rows in self._decoder_rows(output):
@@ -331,7 +332,8 @@ class _Part:
             x = self.seen[place.bare]
             full = written.new_zeros(self.shape[0] * self.shape[1], self.sae.d_out)
             full[self.where] = written * self._scale(output)
-            yield place.bare, full.reshape(*self.shape, -1).to(x.device) * self._factor(place)
+            full = nn.functional.pad(full.reshape(*self.shape, -1), (0, 0, x.shape[1] - self.shape[1], 0))
+            yield place.bare, full.to(x.device) * self._factor(place)
 
     def _decoder_rows(self, output: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield live latents in parts: which they are, their tokens, and what a unit of each writes at an output."""
@@ -344,7 +346,7 @@ class _Part:
     def _scale(self, output: int) -> Tensor | float:
         """Return what a unit that the decoder writes at an output is worth at each counted token, ``[n, 1]``."""
         place = self.written[output]
-        scale = self.sae.written_scale(self._chosen(view(self.seen[place.bare], place.transforms).value))
+        scale = self.sae.written_scale(self._chosen(place, view(self.seen[place.bare], place.transforms).value))
         return 1.0 if scale is None else scale
 
     def _factor(self, place: Place) -> Tensor | float:
@@ -358,14 +360,11 @@ def _require_graph(model: nn.Module) -> None:
     Raises:
         AttachError: saying what to do.
     """
-    for module in model.modules():
-        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
-        reentrant = isinstance(checkpoint, functools.partial) and checkpoint.keywords.get("use_reentrant")
-        if reentrant and module.training and getattr(module, "gradient_checkpointing", False):
-            raise AttachError(
-                "The model runs with reentrant gradient checkpointing, in which no gradients with respect to "
-                "activations exist: call model.eval() first, or enable checkpointing with use_reentrant=False."
-            )
+    if any(run_again(model).values()):
+        raise AttachError(
+            "The model runs with reentrant gradient checkpointing, in which no gradients with respect to activations "
+            "exist: call model.eval() first, or enable checkpointing with use_reentrant=False."
+        )
 
 
 def _require_attributable(sae: object) -> None:

@@ -2,91 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from ..errors import AttachError, InputError
+from ..errors import AttachError, InputError, ShapeError, shown
 from ..interventions.base import require_read_width, sites_read, sites_written
 from ..modeling import SAEModel
 from ..sites import Site, Slot
+from ..sites.probe import unwrap
 from ..sites.sharding import must_finish
 from ..sites.slots import Place
 from ..sites.transforms import view
 from .attach import require_model
 from .carry import exact_dtype
-from .dispatch import Session, enter, leave, prove
+from .dispatch import prove
+from .observation import Observation, real_tokens
 from .tokens import cache_in
 
 Wanted = Site | str | SAEModel
 """What can be read: a site, or an SAE's latents of the sites that its configuration names."""
-
-
-class _Reached(Exception):
-    """Ends the forward once everything wanted was seen."""
-
-
-class Observation(Session):
-    """A session that changes no value and keeps what it sees.
-
-    Args:
-        places: where to look.
-        grad: at which of them the model is to go on with what was kept, so that gradients with respect to it exist;
-            where nothing before requires any, what was kept is a leaf that does.
-        stop: end the forward once all places were seen.
-    """
-
-    def __init__(self, places: Iterable[Place], *, grad: Collection[Place] = (), stop: bool = False) -> None:
-        super().__init__()
-        self.places = set(places)
-        self.grad = grad
-        self.stop = stop
-        self.seen: dict[Place, Tensor] = {}
-
-    def observe(self, place: Place, value: Tensor) -> Tensor | None:
-        """Keep the activation."""
-        if place not in self.places or place in self.seen:  # the latter where gradient checkpointing runs it again
-            return None
-        if place in self.grad:
-            self.seen[place] = self.kept(value)
-            return self.going_on(place, self.seen[place])
-        # The model may go on to write into the tensor. And a caller in inference mode may want to use what it gets.
-        with torch.inference_mode(False):
-            self.seen[place] = value.detach().clone()
-        if self.stop and len(self.seen) == len(self.places):
-            raise _Reached
-        return None
-
-    def kept(self, value: Tensor) -> Tensor:
-        """Return what to keep of an activation, a part of the graph."""
-        return value.clone() if value.requires_grad else value.detach().clone().requires_grad_()
-
-    def going_on(self, place: Place, kept: Tensor) -> Tensor:
-        """Return what the model goes on with, of the same value; not the object itself, which it may write into."""
-        return kept.clone()
-
-    def run(self, model: nn.Module, slots: Mapping[str, Slot], inputs: Mapping[str, Any]) -> Any:
-        """Call the model, and return its output; None if it was stopped.
-
-        Raises:
-            AttachError: if the forward did not reach a site.
-        """
-        held = list({slot.place.bare: slot.bare for slot in slots.values()}.values())
-        output = None
-        try:
-            enter(model, self, held)
-            output = model(**{"use_cache": False, **inputs})
-        except _Reached:
-            pass
-        finally:
-            if self.active:
-                leave(model, self, held)
-        missed = sorted(site for site, slot in slots.items() if slot.place.bare not in self.seen)
-        if missed:
-            raise AttachError(f"The forward ended without reaching {', '.join(missed)}; nothing was captured there.")
-        return output
 
 
 class _Anchor:
@@ -171,7 +110,8 @@ def capture(
     With ``grad=True`` everything captured is part of one graph, in which what comes later depends on what comes
     before, and on the latents: ``torch.autograd.grad(f(found["final_norm"]), found[sae])``. The SAE's error term
     stays, and no value changes. What comes later does not depend on latents that read several sites, or of which only
-    some were loaded; see `attribute` for them.
+    some were loaded; see `attribute` for them. An SAE whose latents depend on other tokens is given the real tokens of
+    each row alone: at padding its latents are 0.
 
     Args:
         model: any Hugging Face causal LM.
@@ -186,8 +126,9 @@ def capture(
     Raises:
         InputError: if nothing is asked for, or gradients are, in inference mode.
         SiteError: if a site does not exist in this model or could not be proven.
-        ShapeError: if an SAE is not as wide as its site.
-        AttachError: if the forward did not reach a site, or the model is compiled.
+        ShapeError: if an SAE is not as wide as its site, or what passes there has no row for each sequence.
+        AttachError: if the forward did not reach a site, or the model is compiled, or gradients are asked for with
+            gradient checkpointing within a layer.
     """
     require_model("capture()", model)
     sites = sites_needed("capture()", what)
@@ -198,12 +139,16 @@ def capture(
     places = {slot.place.bare for slot in slots.values()}
     if grad:
         require_autograd("capture(..., grad=True)")
+        used = {
+            slots[name].place.bare for sae in anchored for name in map(str, (*sites_read(sae), *sites_written(sae)))
+        }
+        _require_graph(model, places, used)
         anchors = {sae: _Anchor(sae, slots) for sae in anchored}
         with torch.enable_grad():
             observation: Observation = _Differentiable(places, list(anchors.values()))
             observation.run(model, slots, inputs)
             return {
-                key: anchors[key].latents if key in anchors else _read(key, sites[key], slots, observation)
+                key: anchors[key].latents if key in anchors else _read(key, sites[key], slots, observation, inputs)
                 for key in sites
             }
     stop = not must_finish(model) and cache_in(inputs) is None
@@ -211,7 +156,7 @@ def capture(
     with torch.no_grad():
         observation.run(model, slots, inputs)
     with torch.inference_mode(False), torch.no_grad():
-        return {key: _read(key, sites[key], slots, observation) for key in sites}
+        return {key: _read(key, sites[key], slots, observation, inputs) for key in sites}
 
 
 def sites_needed(caller: str, what: Any) -> dict[Any, list[str]]:
@@ -221,6 +166,8 @@ def sites_needed(caller: str, what: Any) -> dict[Any, list[str]]:
         InputError: if nothing is, or something that is neither a site nor an SAE.
         SiteError: for a name that is none.
     """
+    if not isinstance(what, Iterable) and not isinstance(what, (Site, SAEModel)):
+        raise InputError(f"{caller} was asked for {shown(what)}; expected sites or SAEs, such as 'resid_post.3'.")
     keys: list[Any] = [what] if isinstance(what, (str, Site, SAEModel)) else list(what)
     if not keys:
         raise InputError(f"{caller} was asked for nothing; name at least one site or SAE.")
@@ -257,6 +204,41 @@ def require_autograd(caller: str) -> None:
         )
 
 
+def run_again(model: nn.Module) -> dict[str, bool]:
+    """Return the modules whose insides backward() will run again, and whether by reentrant checkpointing, by path."""
+    found = {}
+    for path, module in unwrap(model)[0].named_modules():
+        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+        if checkpoint is not None and module.training and getattr(module, "gradient_checkpointing", False):
+            found[path] = bool(isinstance(checkpoint, functools.partial) and checkpoint.keywords.get("use_reentrant"))
+    return found
+
+
+def _require_graph(model: nn.Module, read: Collection[Place], anchored: Collection[Place]) -> None:
+    """Raise if gradient checkpointing would leave gaps in the graph.
+
+    Args:
+        model: the model.
+        read: where activations are kept.
+        anchored: where latents are computed, too, which is missing when layers are run again.
+
+    Raises:
+        AttachError: saying what to do.
+    """
+    root = unwrap(model)[0]
+    for path, reentrant in run_again(model).items():
+        if isinstance(root.get_submodule(path), PreTrainedModel):  # it is its layers that are run again
+            continue
+        within = [place for place in (read if reentrant else anchored) if place.path.startswith(f"{path}.")]
+        if within:
+            raise AttachError(
+                f"capture(..., grad=True) was asked for gradients at {within[0]}, within a layer that gradient "
+                "checkpointing runs again without what was captured: call model.eval() first, or name a site between "
+                "layers"
+                + ("." if set(within) & set(anchored) else ", or enable checkpointing with use_reentrant=False.")
+            )
+
+
 def on_device_of(sae: SAEModel, x: Tensor) -> Tensor:
     """Return an activation on an SAE's device, in its dtype."""
     return x.to(device=sae.b_dec.device, dtype=sae.dtype)
@@ -268,11 +250,40 @@ def sae_input(sae: SAEModel, activations: Sequence[Tensor]) -> Tensor:
     return x[0] if sae.one_site else torch.stack(x, -2)
 
 
-def _read(key: Any, sites: Iterable[str], slots: Mapping[str, Slot], observation: Observation) -> Tensor:
+def _read(
+    key: Any, sites: Sequence[str], slots: Mapping[str, Slot], observation: Observation, inputs: Mapping[str, Any]
+) -> Tensor:
     """Return the activation, or an SAE's latents of it."""
     places = [slots[site].place for site in sites]
     seen = [view(observation.seen[place.bare], place.transforms).value for place in places]
     if not isinstance(key, SAEModel):
         return seen[0]
+    for site, x in zip(sites, seen, strict=True):
+        _require_rows(site, x, inputs)
     with exact_dtype(key.b_dec.device):
-        return key.encode(sae_input(key, seen))
+        x = sae_input(key, seen)
+        real = None if key.per_token else real_tokens(x, inputs)
+        return key.encode(x) if real is None else _encoded_by_row(key, x, real)
+
+
+def _require_rows(site: str, x: Tensor, inputs: Mapping[str, Any]) -> None:
+    """Raise unless what an SAE reads has a row for each sequence.
+
+    Raises:
+        ShapeError: with both numbers.
+    """
+    given = next((inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None), None)
+    if isinstance(given, Tensor) and x.shape[0] != given.shape[0]:
+        raise ShapeError(
+            f"What passes {site} is {list(x.shape)} for {given.shape[0]} sequences, and so no activation of tokens: "
+            "expected [B, S, d] to encode it; name another site in the SAE's configuration."
+        )
+
+
+def _encoded_by_row(sae: SAEModel, x: Tensor, real: Tensor) -> Tensor:
+    """Return latents ``[B, S, d_sae]`` that depend on the real tokens of each row alone, and are 0 at padding."""
+    latents = x.new_zeros(*real.shape, sae.config.d_sae)
+    for row, chosen in enumerate(real):
+        if chosen.any():
+            latents[row, chosen] = sae.encode(x[row : row + 1, chosen])[0]
+    return latents

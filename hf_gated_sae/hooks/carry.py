@@ -39,9 +39,13 @@ def carry_out(x: Tensor, call: Call, records: Iterable[Record], placed: Placed, 
     with exact_dtype(x.device):
         for record in records:
             intervention = record.intervention
+            if not intervention.acts_at(record.output):
+                if not replaying:
+                    record.add(call.tokens, False)
+                continue
             seen = view(x, record.transforms)
             run = SiteRun(seen.value, call.tokens, placed, call=call, output=record.output)
-            mask = call.once(("mask", id(intervention)), lambda: intervention.mask(run))  # noqa: B023  # called at once
+            mask = call.once(intervention, lambda: intervention.mask(run))  # noqa: B023  # called at once
             if not replaying:
                 record.add(call.tokens, mask)
             if mask is False:
@@ -78,7 +82,8 @@ def add(base: Tensor, deltas: Sequence[tuple[Tensor | bool, Tensor]], x: Tensor)
         if delta.ndim and delta.shape[-1] != x.shape[-1]:
             raise ShapeError(f"An intervention adds {list(delta.shape)} to an activation {list(x.shape)}.")
         if mask is not True:
-            delta = torch.where(torch.as_tensor(mask).to(delta.device).unsqueeze(-1), delta, delta.new_zeros(()))
+            nothing = delta.new_full((), -0.0)  # the one number that leaves both zeros as they are
+            delta = torch.where(torch.as_tensor(mask).to(delta.device).unsqueeze(-1), delta, nothing)
         total = delta if total is None else total + delta
     assert total is not None
     wide = torch.promote_types(base.dtype, total.dtype)

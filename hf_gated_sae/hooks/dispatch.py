@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AttachError, InputError
+from ..interventions import Intervention
 from ..modeling import SAEModel
 from ..sites import Site, Slot, resolve
 from ..sites.probe import unwrap
@@ -20,6 +21,7 @@ from ..sites.transforms import Transform, view
 from .carry import carry_out
 from .report import Record
 from .tokens import TokenTracker
+from .virtual import know_wrapper
 
 
 class Session:
@@ -28,6 +30,9 @@ class Session:
     Args:
         all_threads: whether it acts on calls of the model from every thread and task, not only from where it began.
     """
+
+    interventions: tuple[Intervention, ...] = ()
+    """What it carries out; none if it only observes."""
 
     def __init__(self, *, all_threads: bool = False) -> None:
         self.all_threads = all_threads
@@ -84,14 +89,13 @@ class Dispatcher:
     def enter(self, model: nn.Module, session: Session, slots: Collection[Slot]) -> None:
         """Begin a session; if anything fails, everything is as before."""
         done: list[Slot] = []
-        if not self.sessions:
-            self.tracker.install(model)
         self.sessions.append(session)
         session.active = True
         _ACTIVE.set((*(other for other in _ACTIVE.get() if other.active and other is not session), session))
         try:
+            self.tracker.install(model)
             for slot in slots:
-                self._refuse_second_replacement(slot)
+                self._refuse_second_replacement(slot, self.sessions if session.all_threads else self.acting())
                 self._hold(slot)
                 done.append(slot)
         except BaseException:
@@ -118,8 +122,9 @@ class Dispatcher:
             self._handles[slot.place] = slot.register(self._hook(slot.place), tokens=shape)
         self._users[slot.place] = self._users.get(slot.place, 0) + 1
 
-    def _refuse_second_replacement(self, slot: Slot) -> None:
-        found = [record.intervention for session in self.acting() for record in session.records(slot.place)]
+    def _refuse_second_replacement(self, slot: Slot, sessions: Sequence[Session]) -> None:
+        """Raise if two of the sessions that may act on one call replace the same place."""
+        found = [record.intervention for session in sessions for record in session.records(slot.place)]
         replacing = [type(intervention).__name__ for intervention in found if intervention.replaces]
         if len(replacing) > 1:
             raise InputError(f"Both {replacing[0]} and {replacing[1]} replace {slot.site}; attach only one of them.")
@@ -166,6 +171,7 @@ def prove(model: nn.Module, sites: Iterable[str]) -> dict[str, Slot]:
     Raises:
         SiteError: for a site that does not exist or could not be proven.
     """
+    know_wrapper(model, unwrap(model)[0])
     with paused():
         resolved = resolve(model)
         return {site: resolved[site] for site in sites}

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -18,8 +17,9 @@ from ..sites import Site, SiteMap, Slot, Transform
 from ..sites.probe import make_subject, quiet
 from ..sites.sharding import must_finish
 from ..sites.site import GLOBAL, LAYERED
+from ..sites.transforms import view
 from .carry import exact_dtype
-from .token_batches import counted_positions
+from .observation import CountedTokens, Observation
 
 OUTLIER = 8.0
 """A token with an activation so many times as long as the median one is left out: it takes no part in the text."""
@@ -44,10 +44,6 @@ class Fit(NamedTuple):
     norm: float
 
 
-class _Enough(Exception):
-    """Ends the forward once everything wanted was seen."""
-
-
 def activations(model: nn.Module, slots: Mapping[str, Slot], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """Run a model as far as needed, quietly, and return what passes some of its places.
 
@@ -58,33 +54,20 @@ def activations(model: nn.Module, slots: Mapping[str, Slot], inputs: Mapping[str
 
     Returns:
         Activations of the tokens that are neither padding nor special, ``[n, width]`` by name.
+
+    Raises:
+        ShapeError: if what passes a place has no vector for each token.
     """
     subject = make_subject(model, inputs)
-    seen: dict[str, Tensor] = {}
-    mine, stop = threading.get_ident(), not must_finish(model)
-
-    def observer(name: str) -> Callable[[Tensor], None]:
-        def observe(x: Tensor) -> None:
-            if threading.get_ident() != mine:
-                return
-            seen[name] = x.detach().clone()
-            if stop and len(seen) == len(slots):
-                raise _Enough
-
-        return observe
-
-    handles: list[Any] = []
+    observation = Observation((slot.place.bare for slot in slots.values()), stop=not must_finish(model))
     with quiet(subject.root):
-        try:
-            for name, slot in slots.items():
-                handles.append(slot.register(observer(name), subject.tokens))
-            with suppress(_Enough):
-                subject.call(**subject.inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
-    counted = counted_positions(subject.root, inputs)
-    return {name: x[counted.to(x.device)] for name, x in seen.items()}
+        observation.probe(subject, slots)
+    counted = CountedTokens.of(subject.root, inputs)
+    return {
+        name: counted.chosen(view(observation.seen[slot.place.bare], slot.place.transforms).value, name)
+        for name, slot in slots.items()
+        if slot.place.bare in observation.seen
+    }
 
 
 def fit(sae: SAEModel, read: Sequence[Tensor], written: Sequence[Tensor]) -> Fit:

@@ -17,7 +17,8 @@ from .attach import require_model
 from .capture import Wanted, capture, require_fitting, sae_input, sites_needed
 from .carry import exact_dtype
 from .dispatch import prove
-from .token_batches import TokenBatch, TokenBatches, counted_positions, model_inputs, positions_in_row
+from .observation import CountedTokens
+from .token_batches import TokenBatch, TokenBatches, model_inputs, positions_in_row
 
 TokenSource = TokenBatches | Callable[[], TokenBatches]
 """Batches of tokens, or a function that gives them."""
@@ -85,7 +86,8 @@ def harvest(
     Raises:
         InputError: if nothing is asked for; and, while running, for a batch without token ids.
         SiteError: if a site does not exist in this model or could not be proven.
-        ShapeError: if an SAE is not as wide as its site; and, while running, for a batch of another shape.
+        ShapeError: if an SAE is not as wide as its site; and, while running, for a batch of another shape, or if what
+            passes a site has no vector for each token.
     """
     require_model("harvest()", model)
     sites = sites_needed("harvest()", what)
@@ -100,21 +102,23 @@ def _harvests(
     model: Any, sites: Mapping[Any, list[str]], batches: TokenSource, special_tokens: bool, dtype: torch.dtype | None
 ) -> Iterator[Harvest]:
     documents = 0
+    # What needs whole sequences is encoded by `capture`; of the others only the tokens that count are.
+    wanted = [each for key, names in sites.items() for each in ([key] if _needs_sequences(key) else names)]
     for batch in _iterated(batches):
         inputs = model_inputs(model, batch)
-        counted = counted_positions(model, inputs, special_tokens=special_tokens)
+        counted = CountedTokens.of(model, inputs, special_tokens=special_tokens)
         with evaluating(model, *(key for key in sites if isinstance(key, SAEModel))):
-            found = capture(model, [site for several in sites.values() for site in several], **inputs)
+            found = capture(model, wanted, **inputs)
             with torch.inference_mode(False), torch.no_grad():
-                values = {key: _value(key, [found[site] for site in names], counted) for key, names in sites.items()}
-        rows, _ = counted.nonzero(as_tuple=True)
+                values = {key: _value(key, names, found, counted) for key, names in sites.items()}
+        rows, _ = counted.mask.nonzero(as_tuple=True)
         yield Harvest(
             values={key: value if dtype is None else value.to(dtype) for key, value in values.items()},
-            token_ids=inputs["input_ids"][counted].long(),
+            token_ids=inputs["input_ids"][counted.mask].long(),
             documents=rows + documents,
-            positions=positions_in_row(inputs)[counted],
+            positions=positions_in_row(inputs)[counted.mask],
         )
-        documents += len(counted)
+        documents += len(counted.mask)
 
 
 def _iterated(batches: TokenSource) -> Iterator[TokenBatch]:
@@ -126,12 +130,18 @@ def _iterated(batches: TokenSource) -> Iterator[TokenBatch]:
     yield from given
 
 
-def _value(key: Any, activations: Sequence[Tensor], counted: Tensor) -> Tensor | LiveLatents:
+def _needs_sequences(key: Any) -> bool:
+    """Whether something is an SAE whose latents depend on other tokens."""
+    return isinstance(key, SAEModel) and not key.per_token
+
+
+def _value(
+    key: Any, sites: Sequence[str], found: Mapping[Any, Tensor], counted: CountedTokens
+) -> Tensor | LiveLatents:
     """Return the activations of the counted tokens, or an SAE's live latents of them."""
-    if isinstance(key, SAEModel) and not key.per_token:  # it needs whole sequences
-        latents = key.encode(sae_input(key, activations))
-        return LiveLatents.from_dense(latents[counted.to(latents.device)])
-    chosen = [activation[counted.to(activation.device)] for activation in activations]
+    if _needs_sequences(key):
+        return LiveLatents.from_dense(counted.chosen(found[key], sites[0]))
+    chosen = [counted.chosen(found[site], site) for site in sites]
     return live_latents(key, chosen) if isinstance(key, SAEModel) else chosen[0]
 
 

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..interventions import TokenContext, special_token_mask
+from ..interventions import Positions, TokenContext, special_token_mask
 
 # Arguments that tell that one row holds the tokens of several sequences.
 _PACKED = ("cu_seq_lens_q", "cu_seqlens", "read_index")
+
+
+@dataclass(frozen=True)
+class _AfterVirtual(TokenContext):
+    """Tokens of a row that begins with virtual ones, of which the caller's batch has no columns.
+
+    Attributes:
+        virtual: number of virtual tokens.
+    """
+
+    virtual: int = 0
+
+    def select(
+        self, positions: Positions, *, special_tokens: bool, rows: Sequence[int] | None = None
+    ) -> Tensor | bool:
+        """Return which tokens are meant; a mask is of the caller's columns."""
+        if isinstance(positions, Tensor):
+            none = positions.new_zeros(*positions.shape[:-1], self.virtual)
+            positions = torch.cat([none, positions], -1)
+        return super().select(positions, special_tokens=special_tokens, rows=rows)
 
 
 def describe_tokens(
@@ -25,6 +46,7 @@ def describe_tokens(
     batch: int | None = None,
     special_ids: Tensor | None = None,
     beams: bool = False,
+    virtual: int = 0,
 ) -> TokenContext:
     """Work out the positions of a call's tokens from its arguments.
 
@@ -37,6 +59,7 @@ def describe_tokens(
         batch: number of rows that `generate` was given; None elsewhere.
         special_ids: the model's special tokens ``[n]``, where they are known already.
         beams: whether `generate` reorders rows between calls.
+        virtual: number of the row's first columns that are virtual tokens; the mask says that they are padding.
 
     Returns:
         The context of the call.
@@ -67,7 +90,7 @@ def describe_tokens(
         phase = "packed"
     else:
         phase = "prompt" if end <= boundary else "generated" if past >= boundary else "mixed"
-    return TokenContext(
+    context = TokenContext(
         index=index,
         prompt_length=prompt_length,
         special=special_token_mask(model, input_ids, index >= 0 if padded else None, ids=special_ids),
@@ -76,9 +99,13 @@ def describe_tokens(
         ids=input_ids,
         batch=batch,
         beams=beams,
-        prompt_columns=boundary,
+        prompt_columns=boundary - virtual,
         count=count,
     )
+    if not virtual:
+        return context
+    known = {field.name: getattr(context, field.name) for field in fields(context)}
+    return _AfterVirtual(**known, virtual=virtual)
 
 
 def _next_step(

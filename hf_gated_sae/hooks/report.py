@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AttachError
-from ..interventions import Intervention, TokenContext
+from ..interventions import Conditional, Intervention, TokenContext
 from ..interventions.positions import unreached
 from ..sites import Site
 from ..sites.transforms import Transform
@@ -149,6 +149,25 @@ class Record:
                     f"longest row had {tokens} tokens, the longest prompt {prompt}."
                 )
 
+        if self._names_tokens() and self.calls and not self._edited():
+            raise AttachError(
+                f"{type(self.intervention).__name__} at {self.site} edited nothing: positions="
+                f"{self.intervention.positions!r} are special tokens or padding, which are left alone. Pass "
+                "special_tokens=True to act on them, too."
+            )
+
+    def _names_tokens(self) -> bool:
+        """Whether tokens were named one by one, and only being special could keep them from being edited."""
+        meant, positions = self.intervention, self.intervention.positions
+        conditional = isinstance(meant, Conditional) and bool(meant.when)
+        named = isinstance(positions, int) or (isinstance(positions, tuple) and bool(positions))
+        return named and not conditional and not meant.special_tokens and meant.acts_at(self.output)
+
+    def _edited(self) -> int:
+        """Return how many tokens were edited; on a GPU this waits for it."""
+        listed = (mask.sum() if isinstance(mask, Tensor) else index.numel() for index, mask in self.masks)
+        return int(self.forgotten) + int(sum(listed))
+
     def report(self) -> InterventionReport:
         """Return what was collected.
 
@@ -160,10 +179,10 @@ class Record:
         positions: dict[int, set[int]] = {}
         edited = int(self.forgotten)
         for index, mask in self.masks:
-            chosen = mask if isinstance(mask, Tensor) else torch.ones_like(index, dtype=torch.bool)
-            edited += int(chosen.sum())
-            for row, column in chosen.nonzero().tolist():
-                positions.setdefault(row, set()).add(int(index[row, column]))
+            chosen = (mask if isinstance(mask, Tensor) else torch.ones_like(index, dtype=torch.bool)).nonzero().cpu()
+            edited += len(chosen)
+            for row, position in zip(chosen[:, 0].tolist(), index.cpu()[chosen.unbind(1)].tolist(), strict=True):
+                positions.setdefault(row, set()).add(position)
         return InterventionReport(
             verb=type(self.intervention).__name__,
             site=str(self.site),

@@ -7,6 +7,7 @@ the model's own forward is watched for its arguments, and `generate` for where t
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import inspect
 import weakref
@@ -14,14 +15,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import AttachError, InputError
 from ..interventions import Call, TokenContext, special_token_ids
+from .frames import call_frame, is_running
 from .layout import describe_tokens
+from .replay import forwards_of, in_backward, node_number
+from .virtual import VirtualTokens, without_virtual
+
+if TYPE_CHECKING:
+    from .dispatch import Session
 
 _CACHES = ("past_key_values", "cache_params", "state")
 
@@ -34,28 +42,57 @@ class _Generation:
         prompt: number of its prompt's columns; None until the first forward if the arguments do not tell.
         batch: number of rows of its prompt; None if the arguments do not tell.
         beams: whether it searches with beams, which reorders rows between calls.
+        guided: whether it also calls the model without the prompt, or with a negative one, to be guided away from it.
     """
 
     prompt: int | None
     batch: int | None
     beams: bool = False
+    guided: bool = False
+    _cache: Any = None
+    _begun: bool = False
+    _others_turn: bool = False
+    _others_prompt: int | None = None
+
+    def prompt_of(self, call: Mapping[str, Any]) -> int | None:
+        """Return where the prompt of one of its calls ends; None if that is this call's end."""
+        return self.prompt if self._owns(call) else self._others_prompt
+
+    def learn_prompt(self, call: Mapping[str, Any], end: int) -> None:
+        """Take note of a call that ends at a column, which is its prompt's end if it is the first one."""
+        own = self._owns(call)
+        if own:
+            self.prompt = self.prompt or end
+        else:
+            self._others_prompt = self._others_prompt or end
+        if not self._begun:
+            self._cache = cache_in(call)
+        self._begun, self._others_turn = True, own
+
+    def _owns(self, call: Mapping[str, Any]) -> bool:
+        """Whether a call goes on from the prompt; the calls that guide it have a cache of their own."""
+        if not self.guided or not self._begun:
+            return True
+        # Without a cache each step is a call of its own followed by one that guides it.
+        return not self._others_turn if self._cache is None else cache_in(call) is self._cache
 
 
 _generation: ContextVar[_Generation | None] = ContextVar("generation", default=None)
 
 
 @contextmanager
-def generating(prompt: int | None, batch: int | None, *, beams: bool = False) -> Iterator[None]:
+def generating(prompt: int | None, batch: int | None, *, beams: bool = False, guided: bool = False) -> Iterator[None]:
     """Let the forwards within be one generation.
 
     Args:
         prompt: number of the prompt's columns; None if it is what the first forward is given.
         batch: number of rows of the prompt; None if that is not known.
         beams: whether rows are reordered between forwards.
+        guided: whether some of the forwards have another prompt, or none (classifier-free guidance).
     """
     # A model that drafts for itself generates within a generation, from a prompt that holds what is generated.
     outer = _generation.get()
-    inner = _Generation(outer.prompt, outer.batch, outer.beams) if outer else _Generation(prompt, batch, beams)
+    inner = _Generation(outer.prompt, outer.batch, outer.beams) if outer else _Generation(prompt, batch, beams, guided)
     token = _generation.set(inner)
     try:
         yield
@@ -114,8 +151,9 @@ class GenerateBoundary:
             )
         rows, columns = given.shape[:2] if isinstance(given, Tensor) and given.ndim > 1 else (None, None)
         beams = has_beams(self._model, args, kwargs)
+        guided = is_guided(self._model, args, kwargs)
         args, kwargs = self._uncompiled(args, kwargs)
-        with generating(columns, rows, beams=beams):
+        with generating(columns, rows, beams=beams, guided=guided):
             return self._generate(*args, **kwargs)
 
     def _uncompiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -138,28 +176,42 @@ class GenerateBoundary:
 
 def has_beams(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Return whether a call of `generate` asks for beam search."""
+    return (_setting("num_beams", model, args, kwargs) or 1) > 1
+
+
+def is_guided(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether a call of `generate` asks for classifier-free guidance."""
+    return (_setting("guidance_scale", model, args, kwargs) or 1) != 1
+
+
+def _setting(name: str, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | float | None:
+    """Return a number that a call of `generate` is given, or falls back on."""
     configs = [*args, kwargs.get("generation_config"), getattr(model, "generation_config", None)]
-    named = [kwargs.get("num_beams"), *(getattr(config, "num_beams", None) for config in configs)]
-    return (next((number for number in named if isinstance(number, int)), None) or 1) > 1
+    named = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
+    return next((number for number in named if isinstance(number, (int, float))), None)
 
 
 def _own_generate(model: nn.Module) -> Any:
     return type(model).generate.__get__(model)  # type: ignore[attr-defined]  # only models that have it get here
 
 
-class Session(Protocol):
-    """What the tracker tells of the model's calls to."""
-
-    active: bool
-    completed: int
-
-
 @dataclass(frozen=True)
 class _Running:
-    """One call that is running: what is known of it, None if it failed early, and what acts on it."""
+    """One call that is running.
 
-    call: Call | None
-    sessions: tuple[Any, ...]
+    Attributes:
+        sessions: what acts on it.
+        start: number of the first node of its graph.
+        backward: the backward() within which it runs; -1 if none.
+        frame: where the interpreter runs it; None if that is not known.
+        call: what is known of it; None if it failed early.
+    """
+
+    sessions: tuple[Session, ...]
+    start: int
+    backward: int
+    frame: FrameType | None
+    call: Call | None = None
 
 
 class TokenTracker:
@@ -170,34 +222,41 @@ class TokenTracker:
         acting: gives what is attached and acts on a call from here.
     """
 
-    def __init__(self, model: nn.Module, acting: Callable[[], tuple[Any, ...]]) -> None:
+    def __init__(self, model: nn.Module, acting: Callable[[], tuple[Session, ...]]) -> None:
         self._acting = acting
         # Calls of the model that are running: more than one where the model is called from within its own forward.
         self._running: ContextVar[tuple[_Running, ...]] = ContextVar("running", default=())
+        self._forwards = forwards_of(model)
+        self._virtual = VirtualTokens(model)
         self._signature = inspect.signature(type(model).forward)
         self._handles: list[Any] = []
         # Caches of purely recurrent models do not know how many tokens they hold; some are mere lists of tensors.
         self._held: weakref.WeakKeyDictionary[Any, Call] = weakref.WeakKeyDictionary()
         self._last: Call | None = None
-        self._trained: _Running | None = None
-        self._trained_calls = 0
-        self._replay: Call | None = None
         self._special: Tensor | None = None
 
     def install(self, model: nn.Module) -> None:
-        """Watch the model's forward and generate."""
-        self._handles = [
-            model.register_forward_pre_hook(_Watch(self.begin), with_kwargs=True, prepend=True),
-            model.register_forward_hook(_Watch(self.end), always_call=True),
-        ]
-        if callable(getattr(model, "generate", None)):
-            model.generate = GenerateBoundary(model, self._acting)  # type: ignore[assignment]  # removed below
+        """Watch the model's forward and generate, and its wrappers that are not watched yet; all or nothing."""
+        try:
+            if not self._handles:
+                self._forwards.begin()
+                begin, end = _Watch(self._begin_here), _Watch(self.end)
+                self._handles.append(model.register_forward_pre_hook(begin, with_kwargs=True, prepend=True))
+                self._handles.append(model.register_forward_hook(end, always_call=True))
+                if callable(getattr(model, "generate", None)):
+                    model.generate = GenerateBoundary(model, self._acting)  # type: ignore[assignment]  # removed below
+            self._virtual.watch(_Watch)
+        except BaseException:
+            self.remove(model)
+            raise
 
     def remove(self, model: nn.Module) -> None:
         """Stop watching."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._virtual.remove()
+        self._forwards.release()
         boundary = model.__dict__.get("generate")
         if isinstance(boundary, GenerateBoundary):
             del model.generate
@@ -207,15 +266,23 @@ class TokenTracker:
     @property
     def replaying(self) -> bool:
         """Whether backward() is running a layer again that gradient checkpointing did not keep."""
-        return not self._running.get() and torch._C._current_graph_task_id() != -1
+        backward = in_backward()
+        if backward == -1:
+            return False
+        running = self._innermost()
+        return running is None or running.backward != backward
 
     @property
-    def sessions(self) -> tuple[Any, ...]:
-        """What acts on the running call."""
+    def sessions(self) -> tuple[Session, ...]:
+        """What acts on the running call.
+
+        Raises:
+            AttachError: if a forward is run again, and it is not clear which one.
+        """
         if self.replaying:  # on a GPU in a thread of its own, which does not know what was attached where
-            return tuple(each for each in self._trained.sessions if each.active) if self._trained else self._acting()
-        running = self._running.get()
-        return running[-1].sessions if running else self._acting()
+            return self._forwards.sessions()
+        running = self._innermost()
+        return running.sessions if running else self._acting()
 
     @property
     def current(self) -> Call:
@@ -226,59 +293,83 @@ class TokenTracker:
                 it is not clear which forward is run again.
         """
         if self.replaying:
-            if self._trained is None or self._trained.call is None or self._trained_calls != 1:
-                raise AttachError(
-                    f"backward() runs layers again (gradient checkpointing) after {self._trained_calls} forwards, "
-                    "and it is not known which one is meant: call backward() after each forward "
-                    "while something is attached."
-                )
-            if self._replay is None:
-                self._replay = Call(self._trained.call.tokens, self._trained.call.past)
-            return self._replay
-        running = self._running.get()
-        if not running or running[-1].call is None:
+            return self._forwards.call()
+        running = self._innermost()
+        if running is None or running.call is None:
             raise AttachError(
                 "An attached site was reached although the model that was given to attach() was not called: call that "
                 "model, or attach to the module that you call."
             )
-        return running[-1].call
+        return running.call
 
-    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Take note that the model's forward begins, with these arguments."""
-        sessions = self._acting()
+    def _innermost(self) -> _Running | None:
+        """Return the call that is running; torch does not tell the hook after a call that it was interrupted."""
+        before = running = self._running.get()
+        while running and not is_running(running[-1].frame):
+            running = running[:-1]
+        if running is not before:
+            self._running.set(running)
+        return running[-1] if running else None
+
+    def _begin_here(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.begin(model, args, kwargs, frame=call_frame())
+
+    def begin(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, frame: FrameType | None = None
+    ) -> None:
+        """Take note that the model's forward begins, with these arguments.
+
+        Args:
+            model: the model.
+            args: of its forward.
+            kwargs: of its forward.
+            frame: where the interpreter runs the call; None if it is sure that `end` is called, whatever happens.
+        """
+        self._innermost()
+        running = _Running(self._acting(), node_number(), in_backward(), frame)
         # First, since the hook after the call always takes one off.
-        self._running.set((*self._running.get(), _Running(None, sessions)))
-        if not sessions:
+        self._running.set((*self._running.get(), running))
+        if not running.sessions:
             return
         named: Mapping[str, Any] = self._signature.bind_partial(model, *args, **kwargs).arguments
         inner = named.get("kwargs")
         call = {**(inner if isinstance(inner, dict) else {}), **named}
+        described = self._describe(model, call)
+        self._running.set((*self._running.get()[:-1], dataclasses.replace(running, call=described)))
+
+    def _describe(self, model: nn.Module, call: Mapping[str, Any]) -> Call:
+        """Work out the tokens of a call from its arguments by name."""
         generation = _generation.get()
-        past, previous, histories = self._history(cache_in(call))
+        virtual = self._virtual.of(call, generating=generation is not None)
+        past, previous, histories = self._history(cache_in(call), virtual.cached)
+        call = without_virtual(call, virtual, past)
         if not past or self._special is None:  # a decoding step has no time to ask
             self._special = torch.tensor(special_token_ids(model))
+        prompt = generation.prompt_of(call) if generation else None
         tokens = describe_tokens(
             model,
             call,
             past=past,
             previous=previous,
-            prompt=generation.prompt if generation else None,
+            prompt=None if prompt is None else prompt + virtual.columns,
             batch=generation.batch if generation else None,
             beams=bool(generation and generation.beams),
             special_ids=self._special,
+            virtual=virtual.columns,
         )
         if generation:
-            generation.prompt = generation.prompt or tokens.end
-        if self._replay is not None:
-            self._replay, self._trained_calls = None, 0
-        self._running.set((*self._running.get()[:-1], _Running(Call(tokens, histories), sessions)))
+            generation.learn_prompt(call, tokens.end - virtual.columns)
+        return Call(tokens, histories)
 
     def end(self, model: nn.Module, args: Any, output: Any) -> None:
         """Take note that it has ended, with this output; None if it failed."""
-        before, cache = self._running.get(), cache_in(output if isinstance(output, Mapping) else {})
-        self._running.set(before[:-1])
-        running = before[-1] if before else None
-        if running is None or running.call is None:
+        running = self._innermost()
+        if running is None:
+            return
+        self._running.set(self._running.get()[:-1])
+        if output is not None and running.backward == -1:
+            self._forwards.note(running.start, running.call, running.sessions)
+        if running.call is None:
             return
         running.call.finish()
         if output is None:  # it failed
@@ -286,18 +377,17 @@ class TokenTracker:
         for session in running.sessions:
             session.completed += 1
         self._last = running.call
+        cache = cache_in(output if isinstance(output, Mapping) else {})
         if _can_be_key(cache):
             self._held[cache] = running.call
-        if torch.is_grad_enabled():
-            self._trained, self._trained_calls = running, self._trained_calls + 1
 
-    def _history(self, cache: Any) -> tuple[int, TokenContext | None, dict[int, Tensor]]:
+    def _history(self, cache: Any, virtual: int) -> tuple[int, TokenContext | None, Mapping[Any, Tensor]]:
         """Return how many columns a call's cache holds, the call that ended with them if known, and the histories."""
         if cache is None:
             return 0, None, {}
         held = self._held.get(cache) if _can_be_key(cache) else self._last
         try:
-            past = int(cache.get_seq_length())
+            past = max(int(cache.get_seq_length()) - virtual, 0)
         except (ValueError, IndexError, TypeError, AttributeError):
             past = held.tokens.end if held else 0
         if held is None:

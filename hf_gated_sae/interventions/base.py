@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,10 +37,10 @@ class Intervention(ABC):
     rows: int | Sequence[int] | None = None
     special_tokens: bool = False
 
-    def __init_subclass__(cls, **kwargs: object) -> None:
+    def __init_subclass__(cls, *, is_verb: bool = True, **kwargs: object) -> None:
         """Register the verb, unless the class is only a base of others."""
         super().__init_subclass__(**kwargs)
-        if cls.__module__ != __name__:
+        if is_verb and cls.__module__ != __name__:
             interventions.register(cls.__name__, cls)
 
     def __post_init__(self) -> None:
@@ -99,6 +100,10 @@ class Intervention(ABC):
         """
         if self.sae_used is not None:
             require_read_width(self.sae_used, str(self.reads[0]), width)
+
+    def acts_at(self, output: int) -> bool:
+        """Whether there is anything to do at one of the `places`, by its number."""
+        return True
 
     def mask(self, run: SiteRun) -> Tensor | bool:
         """Return which tokens to act on: ``[B, S]``, or True for all, or False for none."""
@@ -215,6 +220,16 @@ class Conditional(Targeted, Edit):
     @abstractmethod
     def indices(self) -> list[int]:
         """The latents to change, each once; none where a site is named."""
+
+    @functools.cached_property
+    def _first_output(self) -> int:
+        """The first output that a latent to be changed writes; a condition is known there."""
+        sae = self.sae_used
+        return 0 if sae is None else min(sae.sources_of(sae.latent_indices(self.indices)))
+
+    def acts_at(self, output: int) -> bool:
+        """Whether a latent to be changed writes at one of the `places`, by its number."""
+        return output >= self._first_output
 
     @property
     def latents_needed(self) -> tuple[int, ...] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -16,6 +17,7 @@ from .encoding import DTYPES, read, whole_numbers, written
 
 VERSION = 1
 _PLAN = {"version", "saes", "interventions"}
+_LATENTS, _SITES = {"latents", "needed"}, {"sites", "sites_out"}
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Reference:
         site_out: of a transcoder, the site that it writes.
         latents: the latents that were loaded; None for all of them.
         needed: the latents that the plan's interventions need; None for all of them.
+        sites: the sites that one of several reads; None of one that reads one.
+        sites_out: the sites that it writes.
     """
 
     repo: str
@@ -41,6 +45,8 @@ class Reference:
     site_out: str | None
     latents: tuple[int, ...] | None
     needed: tuple[int, ...] | None
+    sites: tuple[str, ...] | None = None
+    sites_out: tuple[str, ...] | None = None
 
     @classmethod
     def of(cls, sae: SAEModel, needed: Iterable[int] | None) -> Reference:
@@ -67,6 +73,8 @@ class Reference:
             site_out=config.site_out if sae.one_site else None,
             latents=None if kept is None else tuple(kept),
             needed=None if needed is None or not (sae.elementwise and sae.sliceable) else tuple(needed),
+            sites=None if sae.one_site else tuple(config.sites_read),
+            sites_out=None if sae.one_site else tuple(config.sites_written),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,20 +90,27 @@ class Reference:
             InputError: if it is anything else.
         """
         names = {field.name for field in fields(cls)}
-        require_keys("An SAE of the plan", content, names)
-        for name in names - {"latents", "needed"}:
+        require_keys("An SAE of the plan", content, names - _SITES, _SITES)
+        for name in _SITES & set(content):
+            found = content[name]
+            if found is not None and not (isinstance(found, list) and all(isinstance(site, str) for site in found)):
+                raise InputError(f"{name} of an SAE of the plan is {shown(found)}; expected a list of sites.")
+        for name in names - _SITES - _LATENTS:
             if not isinstance(content[name], str) and (content[name] is not None or name in ("repo", "subfolder")):
                 raise InputError(f"{name} of an SAE of the plan is {shown(content[name])}; expected text.")
         if content["dtype"] not in DTYPES or not DTYPES[content["dtype"]].is_floating_point:
             raise InputError(f"dtype of an SAE of the plan is {shown(content['dtype'])}, which is none of an SAE.")
-        several = {
-            name: None if content[name] is None else whole_numbers(content[name]) for name in ("latents", "needed")
-        }
-        return cls(**{**content, **several})
+        lists = {name: None if content[name] is None else whole_numbers(content[name]) for name in _LATENTS}
+        lists |= {name: None if content[name] is None else tuple(content[name]) for name in _SITES & set(content)}
+        return cls(**{**content, **lists})
 
     def load(self, *, only_needed: bool, arguments: Mapping[str, Any]) -> SAEModel:
         """Load the SAE, or of it only the latents that the plan needs."""
-        sites = {name: value for name, value in (("site", self.site), ("site_out", self.site_out)) if value}
+        one = {name: value for name, value in (("site", self.site), ("site_out", self.site_out)) if value}
+        several = {
+            name: list(value) for name, value in (("sites", self.sites), ("sites_out", self.sites_out)) if value
+        }
+        sites = {**one, **several}
         latents = self.needed if only_needed and self.needed is not None else self.latents
         some = {} if latents is None else {"latents": list(latents)}
         settings = {"revision": self.revision, "dtype": DTYPES[self.dtype], **sites, **some, **arguments}
@@ -241,6 +256,8 @@ class InterventionPlan(Sequence[Intervention]):
             MissingFileError: if there is no such file.
             InputError: as `from_dict`, or if it is no JSON.
         """
+        if not isinstance(path, (str, os.PathLike)):
+            raise InputError(f"InterventionPlan.load was given {shown(path)}; expected the path of a file.")
         file = Path(path)
         if not file.is_file():
             raise MissingFileError(f"There is no file {file}; expected a plan that InterventionPlan.save wrote.")
@@ -286,7 +303,7 @@ def _verb_of(entry: Any) -> type[Intervention]:
     if not isinstance(name, str):
         raise InputError(f"An intervention of the plan is {shown(entry)}; expected its 'verb' and settings.")
     if name not in interventions:
-        raise unknown_name("verb", shown(name), interventions)
+        raise unknown_name("verb", name[:80], interventions)
     settings = _settings(interventions[name])
     required = {setting for setting, needed in settings.items() if needed}
     require_keys(f"{name} in the plan", entry, {"verb", *required}, settings)

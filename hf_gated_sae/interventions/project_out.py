@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ class ProjectOut(Targeted, Edit):
         """Return a basis of what the latents write at each output."""
         if not self.directions:
             raise InputError(f"ProjectOut was given no latents; name at least one, 0 .. {sae.config.d_sae - 1}.")
-        rows, sources = sae.latent_indices(self.directions), []  # type: ignore[arg-type]  # made a list of latents above
+        rows = sae.latent_indices(self.directions)  # type: ignore[arg-type]  # made a list of latents above
         sources = sae.sources_of(rows)
         bases = []
         for output in range(len(self.places)):
@@ -100,8 +101,24 @@ class ProjectOut(Targeted, Edit):
     def delta(self, run: SiteRun) -> Tensor:
         """Return minus the component along the directions, ``[B, S, d]``, computed in float32 or wider."""
         x = run.x.to(torch.promote_types(run.x.dtype, torch.float32))
-        basis = self._bases[run.output].to(x)
+        basis = _placed(self, run.output, x)
         return -(x @ basis.T) @ basis
+
+
+_PLACED: WeakKeyDictionary[ProjectOut, dict[Hashable, Tensor]] = WeakKeyDictionary()
+
+
+def _placed(owner: ProjectOut, output: int, x: Tensor) -> Tensor:
+    """Return a basis on a device and in a dtype, copied there once: a decoding step has no time for it."""
+    key = (output, x.device, x.dtype)
+    known = _PLACED.setdefault(owner, {})
+    if key not in known:
+        with torch.inference_mode(False):  # or it could not be used where gradients are wanted
+            basis = owner._bases[output].to(x.device, x.dtype)
+        if type(basis) is not Tensor:  # of a model that is only traced
+            return basis
+        known[key] = basis
+    return known[key]
 
 
 def _basis(rows: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
 from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
@@ -25,10 +25,10 @@ class Call:
         past: histories of the calls that filled the cache, by owner: ``[B, columns]``.
     """
 
-    def __init__(self, tokens: TokenContext, past: Mapping[int, Tensor] | None = None) -> None:
+    def __init__(self, tokens: TokenContext, past: Mapping[Any, Tensor] | None = None) -> None:
         self.tokens = tokens
-        self.histories: dict[int, Tensor] = {}
-        self.past = past or {}
+        self.histories: MutableMapping[Any, Tensor] = WeakKeyDictionary()
+        self.past: Mapping[Any, Tensor] = {} if past is None else past
         self._seen: dict[Site, Tensor] = {}
         self._computed: dict[Hashable, Any] = {}
 
@@ -73,7 +73,7 @@ class Call:
             AttachError: if the cache holds tokens that were computed while the owner was not attached, or its rows are
                 reordered between the calls.
         """
-        start, past = self.tokens.end - now.shape[1], self.past.get(id(owner))
+        start, past = self.tokens.end - now.shape[1], self.past.get(owner)
         if start and self.tokens.beams:
             raise AttachError(
                 f"{type(owner).__name__} depends on the {start} tokens before, which are in the cache, and beam "
@@ -85,7 +85,7 @@ class Call:
                 "computed while it was not attached: begin with an empty cache."
             )
         whole = now if past is None or not start else torch.cat([past[:, :start].to(now.device), now], 1)
-        self.histories[id(owner)] = whole.detach()
+        self.histories[owner] = whole.detach()
         return whole
 
     def forget(self) -> None:
@@ -151,7 +151,7 @@ class SiteRun:
 
     def _of_source(self, sae: SAEModel, source: int, rows: Tensor, latents: tuple[int, ...]) -> Tensor:
         """Return the latents of some rows, all of one source."""
-        if not sae.elementwise or self.call.is_computed((id(sae), source)):
+        if not sae.elementwise or self.call.is_computed((sae, source)):
             every = self.all_latents(sae, source)
             return every[..., sae.rows_in_source(rows, source).to(every.device)]
 
@@ -160,7 +160,7 @@ class SiteRun:
             placed = self.sae(sae, x.device)
             return placed.encode_source(x, source, rows_of(placed, latents))
 
-        return self.call.once((id(sae), source, latents), encode).to(self.x.device)
+        return self.call.once((sae, source, latents), encode).to(self.x.device)
 
     def all_latents(self, sae: SAEModel, source: int = 0) -> Tensor:
         """Return all latents of one source, ``[B, S, n]``; encoded once however many ask."""
@@ -169,7 +169,7 @@ class SiteRun:
             x = self.source(sae, source)
             return self.sae(sae, x.device).encode_source(x, source)
 
-        return self.call.once((id(sae), source), encode).to(self.x.device)
+        return self.call.once((sae, source), encode).to(self.x.device)
 
     def written(self, sae: SAEModel, latents: Sequence[int], amounts: Tensor) -> Tensor:
         """Return what amounts of latents write here, in the units of the activation.
@@ -193,12 +193,13 @@ class SiteRun:
         """Return what an SAE puts here, ``[B, S, d]``."""
         own = min(self.output, len(sae.config.sites_read) - 1)
         x = self.source(sae, own).to(self.x.device)
-        if sae.one_site and not self.call.is_computed((id(sae), own)):  # then not all latents need to be in memory
+        if sae.one_site and not self.call.is_computed((sae, own)):  # then not all latents need to be in memory
             return self.sae(sae).reconstruct(x)
         latents = [self.all_latents(sae, source) for source in range(own + 1)]
         return self.sae(sae).decode_at(latents, self.output, x)
 
 
+_MOST_KNOWN = 256  # a sweep over single latents must not fill the memory
 _ROWS: WeakKeyDictionary[SAEModel, dict[tuple[Any, ...], Tensor]] = WeakKeyDictionary()
 
 
@@ -207,5 +208,8 @@ def rows_of(sae: SAEModel, latents: Sequence[int]) -> Tensor:
     known = _ROWS.setdefault(sae, {})
     key = (sae.b_dec.device, *latents)
     if key not in known:
-        known[key] = sae.latent_indices(latents)
+        if len(known) >= _MOST_KNOWN:
+            known.clear()
+        with torch.inference_mode(False):  # they serve later calls, which may need gradients
+            known[key] = sae.latent_indices(latents)
     return known[key]

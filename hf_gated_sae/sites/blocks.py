@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .probe import Seen, Trace
+from .probe import Seen, Trace, configured_layers
 from .proposals import proposals
 
 
@@ -44,23 +44,39 @@ def find_chain(root: nn.Module, trace: Trace) -> Chain | str:
     tried: set[tuple[str, ...]] = set()
     reasons: list[str] = []
     odd: list[Chain] = []
+    single: list[Chain] = []  # of one block there is nothing to prove: it stands for the model where nothing else does
     for proposal in proposals():
         for paths in proposal.propose(root):
             if tuple(paths) in tried:
                 continue
             tried.add(tuple(paths))
+            if len(paths) == 1 and configured_layers(root) > 1:
+                continue
+            left_out = _left_out(trace, paths)
+            if left_out:  # some blocks of a hybrid model are of another class
+                reasons.append(f"{left_out} ran beside {paths[0]} .. {paths[-1]}, and they make no chain together")
+                continue
             proven = prove_chain(trace, paths, proposal.name)
             if isinstance(proven, Chain):
-                if not proven.refusal:
+                if not proven.refusal and len(paths) > 1:
                     return proven
-                odd.append(proven)
+                (odd if proven.refusal else single).append(proven)
             elif any(
                 trace.calls.get(path) for path in paths
             ):  # lists that never ran, such as a vision tower, say nothing
                 reasons.append(proven)
-    if odd:
-        return odd[0]
+    if odd or single:
+        return [*odd, *single][0]
     return reasons[0] if reasons else "no list of modules in the model ran in the probe"
+
+
+def _left_out(trace: Trace, paths: list[str]) -> str:
+    """Return a module of the same list that ran and is not among those proposed; empty if there is none."""
+    parents = {path.rpartition(".")[0] for path in paths}
+    if len(parents) > 1:
+        return ""
+    listed = {path for path in trace.calls if path.rpartition(".")[0] in parents and path.rpartition(".")[2].isdigit()}
+    return min(listed - set(paths), default="")
 
 
 def prove_chain(trace: Trace, paths: list[str], evidence: str) -> Chain | str:

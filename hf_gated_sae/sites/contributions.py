@@ -16,9 +16,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from .blocks import Chain
-from .interior import largest_rank
 from .probe import Seen, Trace
+from .projections import largest_rank
 from .search import MOST_TERMS, Step, find_kept_sum, find_sum
+from .sharding import is_spread
 from .sums import Decomposition, Sums
 
 MOST_CANDIDATES = 40
@@ -80,6 +81,24 @@ class _Block:
         own = [p.detach() for p in module.parameters(recurse=False) if p.device.type != "meta" and p.numel() == width]
         return [vector.to("cpu").reshape(width) for vector in own]
 
+    def numbers(self) -> set[float]:
+        """Return the block's own learned numbers; those of modules that give them as outputs are not known."""
+        module = self.root.get_submodule(self.path)
+        own = [*module.parameters(), *module.buffers()]
+        single = [tensor for tensor in own if tensor.numel() == 1 and tensor.is_floating_point()]
+        return {float(tensor.detach()) for tensor in single if tensor.device.type != "meta" and not is_spread(tensor)}
+
+    def silent(self, terms: Sequence[Seen]) -> tuple[str, ...]:
+        """Return the outermost modules that gave zeros and are in none that makes a contribution."""
+        makers = tuple(f"{term.place.path}." for term in terms)
+        found: list[str] = []
+        for seen in sorted(self.trace.within(self.path, "output"), key=lambda seen: len(seen.place.path)):
+            path = f"{seen.place.path}."
+            inside = path.startswith((*makers, *(f"{other}." for other in found)))
+            if not inside and _of_stream(seen, self.entry) and not self.trace.values[seen.value].any():
+                found.append(seen.place.path)
+        return tuple(found)
+
 
 def decompose(chain: Chain, trace: Trace, root: nn.Module, config: Mapping[str, Any]) -> list[Sums | str]:
     """Decompose every block's output.
@@ -93,7 +112,7 @@ def decompose(chain: Chain, trace: Trace, root: nn.Module, config: Mapping[str, 
     Returns:
         One decomposition per block, or the reason why there is none.
     """
-    numbers = sorted({1.0, *_numbers(config)})
+    numbers = known_numbers(config)
     found: list[Sums | str] = []
     hints: list[tuple[_Block, Sums]] = []
     hopeless: set[tuple[str, ...]] = set()
@@ -102,13 +121,21 @@ def decompose(chain: Chain, trace: Trace, root: nn.Module, config: Mapping[str, 
         known = (_transfer(block, *hint) for hint in hints)
         result = next((item for item in known if item is not None), None)
         if result is None and block.names not in hopeless:
-            result = _explain(block, numbers)
+            result = _explain(block, sorted(numbers | block.numbers()))
             if result is not None:
                 hints.append((block, result))
             else:
                 hopeless.add(block.names)
-        found.append(result or f"the output of {path} is not its input plus outputs of modules in it")
+        if result is None:
+            found.append(f"the output of {path} is not its input plus outputs of modules in it")
+        else:
+            found.append(dataclasses.replace(result, silent=block.silent(result.terms)))
     return found
+
+
+def known_numbers(config: Mapping[str, Any]) -> set[float]:
+    """Return the factors that need no fit: those of a configuration, one, and that of what is added twice."""
+    return {1.0, 2.0, *_numbers(config)}
 
 
 def _of_stream(seen: Seen, entry: Seen) -> bool:

@@ -3,22 +3,61 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
+from dataclasses import dataclass
 
 from torch import nn
 
 from .blocks import Chain
 from .probe import Seen, Trace, embedding_of, number_of
+from .projections import Origin, largest_rank, origin_of
 from .roles import Roles
 from .slots import Place
 from .sums import Sums
 
-_STEPS = 3  # norms and dropouts between a projection and the residual stream
+
+@dataclass(frozen=True, slots=True)
+class _Branch:
+    """One contribution of a block, the way to it, the other contributions' modules, and the values of the stream."""
+
+    block: str
+    entry: Seen
+    term: Seen
+    origin: Origin
+    others: tuple[str, ...]
+    stream: set[str]
+
+    def is_alone(self, trace: Trace, path: str) -> bool:
+        """Whether a module ran once and holds no other contribution."""
+        return trace.calls.get(path) == 1 and not any(f"{other}.".startswith(f"{path}.") for other in self.others)
+
+    def inputs(self, trace: Trace, path: str) -> list[Seen]:
+        """Return what a module reads that is as wide as the stream and not yet the branch's own outcome."""
+        width = self.entry.place.width
+        taken = [seen for seen in trace.one(path, "input") if seen.is_tokens and seen.place.width == width]
+        return [seen for seen in taken if seen.value not in self.origin.passed]
 
 
 def block_places(
-    root: nn.Module, trace: Trace, chain: Chain, layer: int, sums: Sums | str, roles: Roles | None
+    root: nn.Module,
+    trace: Trace,
+    chain: Chain,
+    layer: int,
+    sums: Sums | str,
+    roles: Roles | str,
+    additive: Collection[str],
 ) -> dict[str, Place | str]:
-    """Return, for every semantic name of one block, its place or the reason why there is none."""
+    """Return, for every semantic name of one block, its place or the reason why there is none.
+
+    Args:
+        root: the model without wrappers.
+        trace: one recorded forward.
+        chain: the blocks.
+        layer: which of them, counted among those that ran.
+        sums: what it adds to the stream, or why that is not known.
+        roles: which contribution is what, or why that is not known.
+        additive: the paths of the modules that are proven to be linear.
+    """
     places: dict[str, Place | str] = {
         "resid_pre": chain.entries[layer].place,
         "resid_post": chain.exits[layer].place,
@@ -26,10 +65,11 @@ def block_places(
     inner = ("attn_in", "attn_z", "attn_out", "resid_mid", "mlp_in", "mlp_neurons", "mlp_out")
     if isinstance(sums, str):
         return places | dict.fromkeys(inner, sums)
-    if roles is None:
-        return places | dict.fromkeys(inner, "a contribution does not react to the block's input")
-    path = chain.paths[layer]
+    if isinstance(roles, str):
+        return places | dict.fromkeys(inner, roles)
+    path, entry = chain.paths[layer], chain.entries[layer]
     places["resid_mid"] = _resid_mid(trace, path, sums, roles)
+    stream = _stream_values(trace, entry, sums, roles)
     for kind, numbers, what, last in (
         ("attn", roles.mixers, "mixes positions", "attn_z"),
         ("mlp", roles.feeders, "acts on each token alone", "mlp_neurons"),
@@ -37,14 +77,15 @@ def block_places(
         if len(numbers) != 1:
             where = ", ".join(str(sums.terms[number - 1].place) for number in numbers)
             reason = f"{len(numbers)} contributions ({where}) have that role" if numbers else f"nothing in it {what}"
+            reason = reason if numbers or not sums.silent else _silent(sums)
             places |= dict.fromkeys((f"{kind}_in", last, f"{kind}_out"), reason)
             continue
         term = sums.terms[numbers[0] - 1]
         places[f"{kind}_out"] = dataclasses.replace(term.place, scale=sums.scales[numbers[0] - 1])
-        projection = find_projection(root, trace, path, term)
-        places[last] = projection if isinstance(projection, str) else projection.place
-        others = [other.place.path for other in sums.terms if other is not term]
-        places[f"{kind}_in"] = _read_by(trace, chain.entries[layer], path, term, projection, others)
+        origin = origin_of(root, trace, path, term, additive)
+        places[last] = origin.projection if isinstance(origin.projection, str) else origin.projection.place
+        others = tuple(other.place.path for other in sums.terms if other is not term)
+        places[f"{kind}_in"] = _read_by(root, trace, _Branch(path, entry, term, origin, others, stream))
     return places
 
 
@@ -67,6 +108,17 @@ def middle_of(trace: Trace, sums: Sums, roles: Roles) -> str:
     return number_of(first.total(trace.values[first.start.value].reshape(goal.shape), terms, node).to(goal.dtype))
 
 
+def _stream_values(trace: Trace, entry: Seen, sums: Sums, roles: Roles) -> set[str]:
+    """Return the numbers of all that the residual stream is within a block."""
+    known = [entry, sums.closing, *(seen for s in sums.stages for seen in (s.start, s.goal, s.read))]
+    middle = middle_of(trace, sums, roles) if roles.mixers and roles.feeders else ""
+    return {seen.value for seen in known if seen is not None} | ({middle} if middle else set())
+
+
+def _silent(sums: Sums) -> str:
+    return f"{', '.join(sums.silent)} gave only zeros in the probe"
+
+
 def _resid_mid(trace: Trace, path: str, sums: Sums, roles: Roles) -> Place | str:
     """Find the stream between the mixer and the feed-forward.
 
@@ -74,7 +126,7 @@ def _resid_mid(trace: Trace, path: str, sums: Sums, roles: Roles) -> Place | str
     block adds to the very same object later, so a write must go into the tensor to reach the residual stream too.
     """
     if not roles.mixers or not roles.feeders:
-        return "the block has only one kind of contribution"
+        return _silent(sums) if sums.silent else "the block has only one kind of contribution"
     number = middle_of(trace, sums, roles)
     if not number:
         return "attention and feed-forward are added together, in parallel"
@@ -89,93 +141,86 @@ def _resid_mid(trace: Trace, path: str, sums: Sums, roles: Roles) -> Place | str
     return dataclasses.replace(min(taken, key=lambda seen: seen.place.order).place, in_place=True)
 
 
-def find_projection(root: nn.Module, trace: Trace, block: str, term: Seen) -> Seen | str:
-    """Return the input of the linear module that makes a contribution, looking back through norms and dropouts."""
-    value = term.value
-    for _ in range(_STEPS):
-        made = [seen for seen in trace.within(block, "output") if seen.value == value]
-        if not made:
-            break
-        path = min(made, key=lambda seen: seen.place.order).place.path
-        path = _outermost(trace, block, path, value)
-        module = root.get_submodule(path)
-        inputs = {seen.value: seen for seen in trace.one(path, "input") if seen.is_tokens}
-        if _is_linear(module):
-            return next(iter(inputs.values())) if len(inputs) == 1 else f"{path} does not read one tensor"
-        if largest_rank(module) >= 2:
-            return f"it is computed inside {path}, not by a linear module of its own"
-        value = next(iter(inputs), "")
-    return f"no linear module gives the output of {term.place.path}"
-
-
-def _outermost(trace: Trace, block: str, path: str, value: str) -> str:
-    """Climb to the module that wraps a linear one with the same input and output, as adapters do."""
-    while True:
-        parent = path.rpartition(".")[0]
-        inside = len(parent) > len(block)
-        same = {seen.value for seen in trace.one(parent, "input")} == {seen.value for seen in trace.one(path, "input")}
-        if not inside or not same or value not in {seen.value for seen in trace.one(parent, "output")}:
-            return path
-        path = parent
-
-
-def _is_linear(module: nn.Module) -> bool:
-    # An adapted linear module keeps the original one as `base_layer`; that is how PEFT marks all its tuners.
-    return "base_layer" in module._modules or (not module._modules and largest_rank(module) == 2)
-
-
-def largest_rank(module: nn.Module) -> int:
-    """Return the rank of a module's largest parameter or buffer, 0 without any."""
-    # Quantised weights can be buffers; experts hold theirs as one tensor of rank 3.
-    return max((tensor.ndim for tensors in (module.parameters(), module.buffers()) for tensor in tensors), default=0)
-
-
-def _read_by(
-    trace: Trace, entry: Seen, block: str, term: Seen, projection: Seen | str, others: list[str]
-) -> Place | str:
+def _read_by(root: nn.Module, trace: Trace, branch: _Branch) -> Place | str:
     """Return what the module reads that makes a contribution: its first input that another module in the block gave.
 
-    The module is the outermost one below the block that holds the projection and no other contribution.
+    The module is the outermost one below the block that holds the projection and no other contribution. Where it also
+    takes the stream to add to it, a write there would go into the stream: then it is one within it, or the one that
+    gives the projection's input, as in models that have a module for the addition and its norm.
     """
-    maker = term.place.path if isinstance(projection, str) else projection.place.path
-    steps = maker[len(block) + 1 :].split(".")
-    for count in range(1, len(steps) + 1):
-        path = ".".join((block, *steps[:count]))
-        if trace.calls.get(path) == 1 and not any(other == path or other.startswith(f"{path}.") for other in others):
-            break
-    else:
+    origin, block = branch.origin, branch.block
+    projection = "" if isinstance(origin.projection, str) else origin.projection.place.path
+    steps = (projection or branch.term.place.path)[len(block) + 1 :].split(".")
+    holding = [".".join((block, *steps[:count])) for count in range(1, len(steps) + 1)]
+    alone = [path for path in holding if branch.is_alone(trace, path)]
+    if not alone:
         return "no module of the block holds it alone"
-    if not isinstance(projection, str) and path == projection.place.path:
-        return f"the block calls {path} and what comes before it one by one"
-    given = {entry.value} | {seen.value for seen in trace.within(block, "output")}
-    width = entry.place.width
-    inputs = [seen for seen in trace.one(path, "input") if seen.is_tokens and seen.place.width == width]
-    known = [seen for seen in inputs if seen.value in given] or inputs
-    return known[0].place if known else f"{path} reads no tensor of the residual stream's width"
+    if alone[0] == projection:
+        return f"the block calls {projection} and what comes before it one by one"
+    given = {branch.entry.value} | {seen.value for seen in trace.within(block, "output")}
+    for path in (path for path in alone if path != projection):
+        makes = any(seen.value in origin.passed for seen in trace.one(path, "output"))
+        inputs = [seen for seen in branch.inputs(trace, path) if makes or seen.value not in branch.stream]
+        known = [seen for seen in inputs if seen.value in given] or inputs
+        if known:
+            return known[0].place
+    fresh = branch.stream | _normed(root, trace, block, branch.stream)
+    makers = sorted(
+        {seen.place.path for seen in trace.within(block, "output") if seen.value in origin.passed}, key=len
+    )
+    for path in makers:
+        if path != projection and branch.is_alone(trace, path) and largest_rank(root.get_submodule(path)) >= 2:
+            inputs = [seen for seen in branch.inputs(trace, path) if seen.value in fresh]
+            if inputs:
+                return inputs[0].place
+    if any(seen.value in branch.stream for seen in branch.inputs(trace, alone[0])):
+        return f"what {alone[0]} reads is also what it adds to"
+    return f"{alone[0]} reads no tensor of the residual stream's width"
+
+
+def _normed(root: nn.Module, trace: Trace, block: str, stream: set[str]) -> set[str]:
+    """Return what modules without a matrix make of the stream alone."""
+    return {
+        seen.value
+        for seen in trace.within(block, "output")
+        if {taken.value for taken in trace.one(seen.place.path, "input")} <= stream
+        and largest_rank(root.get_submodule(seen.place.path)) < 2
+    }
 
 
 def end_places(root: nn.Module, trace: Trace, chain: Chain) -> dict[str, Place | str]:
     """Return the places of the token embedding's output and of the final norm's output, or why there is none."""
-    places: dict[str, Place | str] = {}
     embedding = embedding_of(root)
     name = next((path for path, module in root.named_modules() if module is embedding), None)
     outputs = trace.one(name, "output") if name is not None else []
     first = next((seen for seen in outputs if seen.is_tokens), None)
-    places["embed"] = first.place if first is not None else "the token embedding did not run exactly once"
-    last = chain.exits[-1]
-    readers = [
-        seen.place
+    embed = first.place if first is not None else "the token embedding did not run exactly once"
+    return {"embed": embed, "final_norm": _final_norm(root, trace, chain.exits[-1])}
+
+
+def _final_norm(root: nn.Module, trace: Trace, last: Seen) -> Place | str:
+    """Find what the first norm after the blocks gives: a module without a matrix that changes what it reads."""
+    readers = {
+        seen.place.path: seen.place.order
         for (path, port), items in trace.seen.items()
         for seen in items
-        if port == "input"
-        and seen.value == last.value
-        and seen.place.order > last.place.order
-        and trace.calls[path] == 1
-    ]
-    places["final_norm"] = "no module reads the last block's output and gives a tensor of its shape"
-    for reader in sorted(readers, key=lambda place: place.order):
-        given = [seen for seen in trace.one(reader.path, "output") if seen.is_tokens]
-        if given and given[0].place.width == last.place.width:
-            places["final_norm"] = given[0].place
-            break
-    return places
+        if port == "input" and seen.value == last.value and seen.place.order > last.place.order
+    }
+    for path in sorted(readers, key=lambda path: readers[path]):
+        given = [seen for seen in trace.one(path, "output") if seen.is_tokens]
+        alike = bool(given) and given[0].place.width == last.place.width and given[0].value != last.value
+        if alike and largest_rank(root.get_submodule(path)) < 2:  # a prediction head may read it, too, and is none
+            return given[0].place
+    makers = {
+        path
+        for (path, port), items in trace.seen.items()
+        for seen in items
+        if port == "output" and seen.value == last.value and path and last.value not in _values(trace, path, "input")
+    }
+    if any(largest_rank(root.get_submodule(path)) < 2 for path in makers):
+        return "the last block's output is normed already, and no other norm reads it"
+    return "no norm reads the last block's output"
+
+
+def _values(trace: Trace, path: str, port: str) -> set[str]:
+    return {seen.value for seen in trace.one(path, port)}

@@ -15,13 +15,14 @@ import threading
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import SiteError
 from ..functional.frames import FRAMES
-from .probe import Seen, Subject, Trace, quiet
+from .probe import BATCH, SEQUENCE, Seen, Subject, Trace, quiet
 from .roles import forward, slot_at
 from .slots import Edit, Key, Place, Slot
 from .transforms import NORM_NO_GAIN, Transform
@@ -45,13 +46,13 @@ class Norms:
     """The norms of one model, proven by one forward when first asked for.
 
     Args:
-        subject: the model and the probe's inputs; only weak references to the model are kept.
+        subject: the model and the probe's inputs; only weak references to the model are kept, and a few tokens.
         seen: the recorded forward.
     """
 
     def __init__(self, subject: Subject, seen: Trace) -> None:
         self._root, self._call = weakref.ref(subject.root), weakref.ref(subject.call)
-        self._inputs = dict(subject.inputs)
+        self._inputs = _few_tokens(subject)
         self._candidates = _candidates(subject.root, seen)
         self._values: dict[tuple[str, str, tuple[Key, ...]], str] = {
             (item.place.path, item.place.port, item.place.keys): item.value
@@ -98,6 +99,15 @@ class Norms:
                 with quiet(root):
                     self._found = _prove(Subject(root, root if call is None else call, self._inputs), self._candidates)
             return self._found
+
+
+def _few_tokens(subject: Subject) -> dict[str, Any]:
+    """Return the probe's inputs cut to a few tokens, or whole if any is not one value or vector per token."""
+    shape = subject.tokens()
+    tensors = {name: value for name, value in subject.inputs.items() if isinstance(value, Tensor)}
+    if any(tuple(value.shape[:2]) != shape or value.ndim > 3 for value in tensors.values()):
+        return dict(subject.inputs)
+    return subject.inputs | {name: value[:BATCH, :SEQUENCE].clone() for name, value in tensors.items()}
 
 
 def _candidates(root: nn.Module, seen: Trace) -> dict[str, list[_Candidate]]:

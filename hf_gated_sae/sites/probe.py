@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import SiteError
+from ..errors import InputError, SiteError, shown
 from .sharding import is_spread, mesh_within
 from .slots import Key, Place, pack_input, tensors_in
 
@@ -41,10 +41,8 @@ class Subject:
     @property
     def ids(self) -> Tensor:
         """The tensor that stands for the tokens: ids ``[B, S]`` or embeddings ``[B, S, width]``."""
-        ids = self.inputs.get("input_ids")
-        found = ids if ids is not None else self.inputs.get("inputs_embeds")
-        if not isinstance(found, Tensor):
-            raise SiteError("The probe's inputs must have 'input_ids' or 'inputs_embeds'.")
+        ids: Tensor | None = self.inputs.get("input_ids")
+        found: Tensor = ids if ids is not None else self.inputs["inputs_embeds"]
         return found
 
     def tokens(self) -> tuple[int, int]:
@@ -59,8 +57,14 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, nn.Module]:
         The model itself, and the module to call, which is a wrapper only where that has to gather parameters.
 
     Raises:
+        InputError: if it is no module.
         SiteError: for `torch.nn.DataParallel`, whose replicas would run hooks in racing threads.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"The model is {shown(model)} ({type(model).__name__}); expected a loaded one, such as "
+            "AutoModelForCausalLM.from_pretrained('gpt2')."
+        )
     call = model
     while True:
         if isinstance(model, nn.DataParallel):
@@ -80,13 +84,45 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, nn.Module]:
 
 
 def make_subject(model: nn.Module, inputs: Mapping[str, Any] | None) -> Subject:
-    """Prepare a model for probing, with made-up ids unless inputs are given."""
+    """Prepare a model for probing, with made-up ids unless inputs are given.
+
+    Raises:
+        InputError: if the model or the inputs are something else.
+        SiteError: if the inputs hold no tokens, or the model has too few to make some up.
+    """
     root, call = unwrap(model)
+    if inputs is not None and not isinstance(inputs, Mapping):
+        raise InputError(
+            f"The probe's inputs are {shown(inputs)}; expected keyword arguments of the model by name, such as "
+            "{'input_ids': ids} with a tensor of ids [B, S]."
+        )
     given: dict[str, Any] = dict(inputs) if inputs is not None else {"input_ids": _made_up_ids(root)}
+    _require_tokens(given)
     accepted = inspect.signature(root.forward).parameters
     if "use_cache" in accepted or any(item.kind is item.VAR_KEYWORD for item in accepted.values()):
         given.setdefault("use_cache", False)
     return Subject(root, call, given)
+
+
+def _require_tokens(given: Mapping[str, Any]) -> None:
+    """Raise unless inputs hold a batch of sequences.
+
+    Raises:
+        SiteError: saying what they hold.
+    """
+    name, shape = ("input_ids", "[B, S]") if given.get("input_ids") is not None else ("inputs_embeds", "[B, S, width]")
+    tokens = given.get(name)
+    if tokens is None:
+        raise SiteError("The probe's inputs must have 'input_ids' or 'inputs_embeds'.")
+    if not isinstance(tokens, Tensor):
+        raise SiteError(
+            f"{name!r} of the probe's inputs is {shown(tokens)}; expected it as a tensor {shape}, as the tokenizer "
+            "gives it with return_tensors='pt'."
+        )
+    if tokens.ndim != shape.count(",") + 1 or not tokens.numel():
+        raise SiteError(
+            f"{name!r} of the probe's inputs is a tensor {list(tokens.shape)}; expected {shape}, not empty."
+        )
 
 
 def embedding_of(root: nn.Module) -> nn.Module | None:
@@ -97,6 +133,14 @@ def embedding_of(root: nn.Module) -> nn.Module | None:
     except NotImplementedError:
         return None
     return found if isinstance(found, nn.Module) else None
+
+
+def configured_layers(root: nn.Module) -> int:
+    """Return how many layers the model's configuration speaks of, 0 where it does not."""
+    config = getattr(root, "config", None)
+    text = config.get_text_config() if config is not None else None
+    layers = getattr(text, "num_hidden_layers", None)
+    return layers if isinstance(layers, int) else 0
 
 
 def _made_up_ids(root: nn.Module) -> Tensor:
@@ -260,7 +304,7 @@ def run(subject: Subject) -> Tensor:
         raise
     except Exception as error:  # whatever the user's model raises is reported as one thing
         raise SiteError(
-            f"The probe forward of {type(subject.root).__name__} with {sorted(subject.inputs)} raised "
+            f"The probe forward of {type(subject.root).__name__} with {sorted(map(str, subject.inputs))} raised "
             f"{type(error).__name__}: {error}. No site can be proven without a forward. Call "
             "resolve(model, inputs=batch) once with a small batch that the model accepts, with ids of shape [B, S]; "
             "after that, semantic names and module paths such as 'model.layers.3.output' work."
@@ -277,8 +321,16 @@ def trace(subject: Subject, only: Collection[str] | None = None) -> Trace:
     Args:
         subject: the model and its inputs.
         only: paths of the modules to record; None records all.
+
+    Raises:
+        SiteError: if the sequences are of one token, or the forward raises.
     """
-    record = Trace(subject.tokens())
+    batch, sequence = subject.tokens()
+    if sequence < 2:  # one token alone does not show what attention does
+        raise SiteError(
+            f"The probe's inputs are {batch} x {sequence} tokens [B, S]; expected sequences of 2 tokens or more."
+        )
+    record = Trace((batch, sequence))
     handles = []
     try:
         for path, module in subject.root.named_modules():

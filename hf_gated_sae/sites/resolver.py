@@ -5,33 +5,65 @@ from __future__ import annotations
 import dataclasses
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .blocks import Chain, find_chain
-from .contributions import decompose
+from .contributions import decompose, known_numbers
 from .interior import block_places, end_places
 from .norms import Norms
 from .probe import Seen, Subject, Trace, make_subject, number_of, quiet, trace, unwrap
-from .roles import assign_roles
-from .sharding import Ranks, declared_width, meet, refuse_stages
+from .projections import additive_modules
+from .roles import Roles, assign_roles
+from .sharding import Ranks, declared_width, is_spread, meet, refuse_stages
 from .site import LAYERED, Site
 from .site_map import PathKey, SiteMap
 from .slots import Place, Slot
+from .sums import Sums
 from .writing import Proven, failing_writes
 
-_Key = tuple[tuple[str, int], ...]
-_CACHE: weakref.WeakKeyDictionary[nn.Module, tuple[_Key, SiteMap]] = weakref.WeakKeyDictionary()
+_Key = tuple[tuple[Hashable, ...], ...]
 _LOCK = threading.RLock()
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What one probe of a model gave.
+
+    Args:
+        sites: the map.
+        settled: whether a later probe of the same modules must give the same.
+        scaled: the paths of blocks that may have learned factors, so that the map holds only for their present values.
+    """
+
+    sites: SiteMap
+    settled: bool = True
+    scaled: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A map, and the state of the model for which it holds."""
+
+    key: _Key
+    scaled: tuple[str, ...]
+    values: list[Tensor | float]
+    sites: SiteMap
+
+
+_CACHE: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
 
 
 def resolve(model: nn.Module, *, inputs: Mapping[str, Any] | None = None) -> SiteMap:
     """Find the sites of a model and prove them by a few tiny forwards; later calls return the same map.
 
     The model keeps no hook, and its train or eval mode and the random state are restored. It is probed again when its
-    modules have changed, as they do when an adapter is added.
+    modules, their types of numbers or their forwards have changed, as they do when an adapter is added, or learned
+    factors of what its blocks add.
 
     Args:
         model: a causal language model, also wrapped by PEFT, torch.compile, DDP or FSDP, on any devices.
@@ -46,20 +78,58 @@ def resolve(model: nn.Module, *, inputs: Mapping[str, Any] | None = None) -> Sit
     """
     root, _ = unwrap(model)
     refuse_stages(root)
-    key = tuple((path, id(module)) for path, module in root.named_modules())
+    key = tuple(_identity(path, module) for path, module in root.named_modules())
     with _LOCK:
         cached = _CACHE.get(root)
-        if cached is not None and cached[0] == key and inputs is None:
-            return cached[1]
+        same = cached is not None and cached.key == key and inputs is None
+        if cached is not None and same and _alike(cached.values, _small_values(root, cached.scaled)):
+            return cached.sites
         subject = make_subject(model, inputs)
         meet(root)
         with quiet(root):
             found = _probe(subject)
-        _CACHE[root] = (key, found)
-    return found
+        _CACHE.pop(root, None)
+        if found.settled:
+            _CACHE[root] = _Kept(key, found.scaled, _small_values(root, found.scaled), found.sites)
+    return found.sites
 
 
-def _probe(subject: Subject) -> SiteMap:
+def _identity(path: str, module: nn.Module) -> tuple[Hashable, ...]:
+    """Return what tells whether a module is still the same one and still computes in the same way."""
+    forward = vars(module).get("forward")  # not the class's, which FSDP replaces by one that does the same
+    dtypes = tuple(tensor.dtype for tensor in module._parameters.values() if tensor is not None)
+    return path, id(module), id(getattr(forward, "__func__", forward)), dtypes
+
+
+def _own_vectors(block: nn.Module) -> set[int]:
+    """Return the ids of a block's own numbers and vectors, which may be factors even if all of them are one now."""
+    own = (*block.parameters(recurse=False), *block.buffers(recurse=False))
+    return {id(tensor) for tensor in own if tensor.numel() == max(tensor.shape, default=1)}
+
+
+def _small_values(root: nn.Module, paths: Sequence[str]) -> list[Tensor | float]:
+    """Return copies of all in some blocks that their factors may come from: numbers, and the block's own vectors."""
+    values: list[Tensor | float] = []
+    for path in paths:
+        block = root.get_submodule(path)
+        own = _own_vectors(block)
+        for tensor in (*block.parameters(), *block.buffers()):
+            small = tensor.numel() == 1 or id(tensor) in own
+            if small and tensor.device.type != "meta" and not is_spread(tensor):
+                values.append(tensor.detach().to("cpu", copy=True))
+        values += [value for value in vars(block).values() if isinstance(value, float)]
+    return values
+
+
+def _alike(before: Sequence[Tensor | float], after: Sequence[Tensor | float]) -> bool:
+    """Whether two lists of tensors and numbers are equal."""
+    pairs = zip(before, after, strict=False)
+    return len(before) == len(after) and all(
+        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b for a, b in pairs
+    )
+
+
+def _probe(subject: Subject) -> _Found:
     root = subject.root
     seen = trace(subject)
     ranks = _ranks(subject, seen)
@@ -68,19 +138,24 @@ def _probe(subject: Subject) -> SiteMap:
     if ranks is not None:  # each of the forwards to come takes all ranks, so that all have to go on alike
         ranks.require_same(_stream(chain), "a residual stream")
     if isinstance(chain, str):
-        return SiteMap(root, {}, {}, paths, 0, _text_path(subject, seen, None), chain, Norms(subject, seen))
+        return _Found(
+            SiteMap(root, {}, {}, paths, 0, _text_path(subject, seen, None), chain, Norms(subject, seen), {})
+        )
     config = getattr(root, "config", None)
     count = len(chain.layers) + len(chain.idle)
+    blocks = dict(zip(chain.layers, chain.paths, strict=True))
     if chain.refusal:
         none = {Site(name, layer): chain.refusal for name in LAYERED for layer in range(count)}
         text_path = _text_path(subject, seen, chain)
-        return SiteMap(root, {}, none, paths, count, text_path, chain.refusal, Norms(subject, seen))
+        return _Found(SiteMap(root, {}, none, paths, count, text_path, chain.refusal, Norms(subject, seen), blocks))
     seen.forget_but(chain.entries[0].place.width)
-    sums = decompose(chain, seen, root, config.to_dict() if config is not None else {})
+    settings = config.to_dict() if config is not None else {}
+    sums = decompose(chain, seen, root, settings)
     roles = assign_roles(subject, chain, sums, seen)
+    additive = additive_modules(subject, seen, chain, sums)
     found: dict[Site, Place | str] = {Site(name): place for name, place in end_places(root, seen, chain).items()}
     for index, (parts, role) in enumerate(zip(sums, roles, strict=True)):
-        places = block_places(root, seen, chain, index, parts, role)
+        places = block_places(root, seen, chain, index, parts, role, additive)
         found |= {Site(name, chain.layers[index]): places[name] for name in LAYERED}
     idle = "the block does not run on text alone"
     found |= {Site(name, layer): idle for name in LAYERED for layer in chain.idle}
@@ -88,10 +163,31 @@ def _probe(subject: Subject) -> SiteMap:
     slots = {site: Slot(site, place, root) for site, place in found.items() if isinstance(place, Place)}
     refused = {site: reason for site, reason in found.items() if isinstance(reason, str)}
     failing = failing_writes(Proven(subject, seen, chain, sums, roles), slots)
+    if Site("resid_post", count - 1) in failing:  # the blocks of a part beside the model proper, such as a patcher
+        failing |= dict.fromkeys(slots, f"what the blocks {chain.paths[0]} .. {chain.paths[-1]} give has no effect")
     slots = {site: slot for site, slot in slots.items() if site not in failing}
     text_path = _text_path(subject, seen, chain)
     norms = Norms(subject, seen)
-    return SiteMap(root, slots, refused | failing, paths, count, text_path, chain.evidence, norms)
+    sites = SiteMap(root, slots, refused | failing, paths, count, text_path, chain.evidence, norms, blocks)
+    scaled = tuple(
+        path
+        for path, parts in zip(chain.paths, sums, strict=True)
+        if _is_scaled(parts, settings) or _own_vectors(root.get_submodule(path))
+    )
+    return _Found(sites, not any(map(_lacks, sums, roles)), scaled)
+
+
+def _is_scaled(sums: Sums | str, config: Mapping[str, Any]) -> bool:
+    """Whether a block's sums have a factor that its configuration does not give."""
+    factors = () if isinstance(sums, str) else (*sums.scales, *(stage.keep for stage in sums.stages))
+    known = known_numbers(config)
+    return any(isinstance(factor, Tensor) or factor not in known for factor in factors)
+
+
+def _lacks(sums: Sums | str, roles: Roles | str) -> bool:
+    """Whether a block has no contribution of one kind, while a module in it gave zeros that may have been one."""
+    silent = not isinstance(sums, str) and bool(sums.silent)
+    return silent and not isinstance(roles, str) and not (roles.mixers and roles.feeders)
 
 
 def _ranks(subject: Subject, seen: Trace) -> Ranks | None:

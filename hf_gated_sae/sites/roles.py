@@ -3,8 +3,8 @@
 The order of execution does not tell: some blocks hold only one of the two, and some compute both from the same input.
 Where all contributions mix positions, those that reach only a few positions back, by a short convolution or a shift of
 one token, are the feed-forwards. So one forward gives every block its recorded input with only the first position
-changed, and looks where each contribution changes. Contributions are put back to their recorded values, so that no
-block sees another's change.
+changed, and looks where each contribution changes. Contributions are put back to their recorded values, so that none
+sees another's change; were one missing in the sum, the block's output would change at the other positions, too.
 """
 
 from __future__ import annotations
@@ -70,6 +70,15 @@ def restore(clean: Tensor, raw: dict[Slot, Tensor] | None = None, slot: Slot | N
     return edit
 
 
+def noted(raw: dict[Slot, Tensor], slot: Slot) -> Edit:
+    """Return an edit that notes in `raw` what is there, and leaves it."""
+
+    def edit(value: Tensor) -> None:
+        raw[slot] = value.detach().to("cpu", copy=True)
+
+    return edit
+
+
 def noise(value: Tensor, seed: int) -> Tensor:
     """Return random numbers as large as a tensor's own spread, in its shape; the global random state is not used."""
     spread = float(value.float().std().clamp_min(1e-3))
@@ -77,15 +86,16 @@ def noise(value: Tensor, seed: int) -> Tensor:
     return (drawn * spread).to(value)
 
 
-def assign_roles(subject: Subject, chain: Chain, sums: Sequence[Sums | str], trace: Trace) -> list[Roles | None]:
+def assign_roles(subject: Subject, chain: Chain, sums: Sequence[Sums | str], trace: Trace) -> list[Roles | str]:
     """Tell mixers from feed-forwards in every decomposed block, by one forward.
 
     Returns:
-        One entry per block; None where the block is not decomposed or a contribution does not react.
+        One entry per block; the reason where the roles are not known.
     """
     raw: dict[Slot, Tensor] = {}
     edits: dict[Slot, Edit] = {}
     terms: list[list[Slot]] = []
+    leaves: list[Slot] = []
     for index, (entry, found) in enumerate(zip(chain.entries, sums, strict=True)):
         clean = trace.values[entry.value]
         changed = clean.clone().view(*subject.tokens(), -1)
@@ -95,23 +105,34 @@ def assign_roles(subject: Subject, chain: Chain, sums: Sequence[Sums | str], tra
         for slot, term in zip(slots, () if isinstance(found, str) else found.terms, strict=True):
             edits[slot] = restore(trace.values[term.value], raw, slot)
         terms.append(slots)
+        leaves.append(slot_at(chain.exits[index], subject))
+        edits[leaves[-1]] = noted(raw, leaves[-1])
     forward(subject, edits)
-    return [
-        None if isinstance(found, str) else _roles(slots, found, raw, lambda seen: trace.values[seen.value])
-        for slots, found in zip(terms, sums, strict=True)
-    ]
+    roles: list[Roles | str] = []
+    for slots, leave, seen, found in zip(terms, leaves, chain.exits, sums, strict=True):
+        if isinstance(found, str):
+            roles.append(found)
+        elif not _same_elsewhere(raw[leave], trace.values[seen.value]):
+            roles.append(f"{seen.place.path} adds more than {' and '.join(str(term.place) for term in found.terms)}")
+        else:
+            roles.append(_roles(slots, found, raw, lambda seen: trace.values[seen.value]))
+    return roles
 
 
-def _roles(slots: list[Slot], sums: Sums, raw: Mapping[Slot, Tensor], clean: Callable[[Seen], Tensor]) -> Roles | None:
+def _same_elsewhere(changed: Tensor, clean: Tensor) -> bool:
+    return torch.equal(changed[:, 1:], clean.reshape(changed.shape)[:, 1:])
+
+
+def _roles(slots: list[Slot], sums: Sums, raw: Mapping[Slot, Tensor], clean: Callable[[Seen], Tensor]) -> Roles | str:
     reaches: dict[int, int] = {}
     mixing: set[int] = set()
     for number, (slot, term) in enumerate(zip(slots, sums.terms, strict=True), start=1):
         if slot not in raw:
-            return None
+            return f"{term.place} was not there again in another forward"
         change = (raw[slot].float() - clean(term).reshape(raw[slot].shape).float()).abs().amax(dim=(0, 2))
         here = float(change[0])
         if not here > 0:
-            return None
+            return f"the contribution {term.place} does not react to the block's input"
         reaches[number] = int((change > _TRACE * here).nonzero().max())
         if float(change[1:].max()) > _SHARE * here:
             mixing.add(number)

@@ -4,7 +4,7 @@
 
 A sum is accepted when adding in some order gives the goal bit for bit. Where a factor is a number that is not in the
 configuration, the factors are fitted by least squares; that is accepted when the sum is within `TOLERANCE` rounding
-steps, far below what is added, and no other choice of terms comes near.
+steps at every element, far below what is added, no other choice of terms comes near, and no further one adds to it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ _SAMPLED = 256  # elements on which combinations are compared before they are su
 _TRIED = 32  # combinations that are summed, best first
 _NEAR = 0.2  # a number of the configuration this close to a fitted scale is tried in its place
 _KEPT = 0.01  # a stream that goes on at all keeps at least this share of itself
+_SAME = 1.05  # a known number replaces a fitted one if the error grows by less than this
+_DROPS = 0.95  # of the error is what chance alone leaves at least, when one more tensor may explain it
 _APART = 4.0  # a fitted sum must be so many times better than the next choice of terms
 
 Choice = tuple[float, tuple[int, ...], tuple[float, ...]]
@@ -89,8 +91,9 @@ def find_sum(
                     return exact
     for count in counts if not exactly else ():
         best = _clear(_ranked(columns, after - before, count, scaled=True), slack, rms(after - before))
-        if best is not None:
-            return _made(step, best[1], 1.0, best[2], exact=False)
+        found = None if best is None else _rounded(step, best[1], 1.0, best[2], numbers)
+        if found is not None:
+            return found
     return None
 
 
@@ -127,8 +130,10 @@ def find_kept_sum(
             if exact is not None:
                 return exact
         best = None if exactly else _clear(ranked, slack, rms(after))
-        if best is not None:
-            return _made(step, tuple(index - 1 for index in best[1][1:]), best[2][0], best[2][1:], exact=False)
+        terms = () if best is None else tuple(index - 1 for index in best[1][1:])
+        found = None if best is None else _rounded(step, terms, best[2][0], best[2][1:], numbers)
+        if found is not None:
+            return found
     return None
 
 
@@ -164,6 +169,41 @@ def _clear(ranked: Sequence[Choice], slack: float, size: float) -> Choice | None
     best, *others = ranked[:2]
     clear = best[0] <= slack <= size / _APART**2
     return best if clear and all(other[0] >= _APART * best[0] for other in others) else None
+
+
+def _rounded(
+    step: Step, chosen: tuple[int, ...], keep: float, scales: tuple[float, ...], numbers: Sequence[float]
+) -> Decomposition | None:
+    """Return a sum with fitted factors if it is within rounding at every element, and no further term improves it.
+
+    Known numbers take the place of fitted ones where they explain the goal as well.
+    """
+    values = step.trace.values
+    shape = values[step.goal.value].shape
+    before, after = (values[seen.value].reshape(shape).double() for seen in (step.start, step.goal))
+    terms = [values[step.candidates[index].value].reshape(shape).double() for index in chosen]
+    fitted = (keep, *scales)
+
+    def rest(factors: Sequence[float]) -> Tensor:
+        return after - sum((part * factor for part, factor in zip((before, *terms), factors, strict=True)), 0 * after)
+
+    allowed = _SAME * rms(rest(fitted))
+    kept = [1.0] if keep == 1.0 else _options(keep, numbers)
+    tried = product(kept, *(_options(scale, numbers) for scale in scales))
+    factors = next((known for known in tried if rms(rest(known)) <= allowed), fitted)
+    left = rest(factors)
+    parts = torch.stack([after, *(part * factor for part, factor in zip((before, *terms), factors, strict=True))])
+    used = [step.start, step.goal, *(step.candidates[index] for index in chosen)]
+    rounding = max(torch.finfo(values[seen.value].dtype).eps for seen in used)
+    if bool((left.abs() > TOLERANCE * rounding * parts.abs().amax(0)).any()):
+        return None
+    others = [seen for number, seen in enumerate(step.candidates) if number not in chosen]
+    for seen in others:
+        basis = torch.stack([*(part.flatten() for part in terms), values[seen.value].flatten().double()], dim=-1)
+        solved = torch.linalg.lstsq(basis, left.reshape(-1, 1)).solution
+        if rms(left.reshape(-1, 1) - basis @ solved) < _DROPS * rms(left):
+            return None  # a contribution is missing that is as small as the rounding
+    return _made(step, chosen, factors[0], tuple(factors[1:]), exact=False)
 
 
 def _exact(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
 from dataclasses import dataclass
 
@@ -28,7 +29,8 @@ GLOBAL = ("embed", "final_norm")
 PORTS = ("input", "output")
 """The two sides of a module."""
 
-_INTEGER = re.compile(r"[0-9]+")
+_INTEGER = re.compile(r"[0-9]{1,18}")  # of thousands of digits Python makes no number
+_LAYER = re.compile(r"([^.]+)\.([0-9]+)")
 _MODULE_PATH = re.compile(r"[^\s.|#]+(\.[^\s.|#]+)*")
 _HELP = (
     "A site is 'embed', 'final_norm', one of "
@@ -60,11 +62,11 @@ class Site:
         """Refuse what the grammar does not have."""
         if self.port is not None:
             valid = self.port in PORTS and self.layer is None and _MODULE_PATH.fullmatch(self.name) is not None
-            valid = valid and (self.index is None or (isinstance(self.index, int) and self.index >= 0))
+            valid = valid and (self.index is None or _is_count(self.index))
         elif self.name in GLOBAL:
             valid = self.layer is None and self.index is None
         else:
-            valid = self.name in LAYERED and isinstance(self.layer, int) and self.layer >= 0 and self.index is None
+            valid = self.name in LAYERED and _is_count(self.layer) and self.index is None
         if not valid:
             raise SiteError(
                 f"Not a site: name={self.name!r}, layer={self.layer!r}, port={self.port!r}, index={self.index!r}. "
@@ -132,6 +134,11 @@ class Site:
         return "|".join((place, *map(str, self.transforms)))
 
 
+def _is_count(number: object) -> bool:
+    """Whether this is a number counted from 0; True is an int, and none."""
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 0
+
+
 def _complaint(text: str, head: str, last: str) -> str:
     """Say what is wrong with a name that no rule of the grammar accepts."""
     from .names import explain  # here, because those readers make sites
@@ -148,6 +155,12 @@ def _complaint(text: str, head: str, last: str) -> str:
     foreign = "" if port else explain(text)
     if foreign:
         return f"{text!r} is not a site: it is {foreign}; sites.read_name() reads other libraries' names. {_HELP}"
-    stem = head if head and _INTEGER.fullmatch(last) else text
+    layered = _LAYER.match(text)
+    stem, layer = layered.groups() if layered else (text, "")
     close = did_you_mean(stem, (*LAYERED, *GLOBAL)) or port
+    best = difflib.get_close_matches(stem, LAYERED, n=1) if layer else []
+    if best:
+        close = (
+            f" Did you mean '{stem}.{layer}'?" if stem in LAYERED else f"{close} With its layer: '{best[0]}.{layer}'."
+        )
     return f"{text!r} is not a site.{close} {_HELP}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ class SiteMap:
         text_path: path of the module that sees the ids and holds the blocks.
         evidence: how the blocks were found, or why they were not.
         norms: what the norms that read the sites do.
+        blocks: path of each block by its number.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class SiteMap:
         text_path: str,
         evidence: str,
         norms: Norms,
+        blocks: Mapping[int, str],
     ) -> None:
         self.n_layers = layers
         self.refused = dict(refused)
@@ -78,6 +81,7 @@ class SiteMap:
         self._paths = dict(paths)
         self._text_path = text_path
         self._norms = norms
+        self._blocks = dict(blocks)
 
     @property
     def text_model(self) -> nn.Module:
@@ -95,9 +99,10 @@ class SiteMap:
         known = sorted({*self._slots, *self.refused}, key=lambda site: (by_name[site.name], site.layer or 0))
         for site in known:
             slot = self._slots.get(site)
-            place = "" if slot is None else _pattern(slot.place, site.layer)
+            block = "" if site.layer is None else self._blocks.get(site.layer, "")
+            place = "" if slot is None else _pattern(slot.place, block)
             width, reason = (slot.width, "") if slot is not None else (0, self.refused[site])
-            blocks = groups.setdefault((site.name, place, width, _masked(reason, site.layer)), [])
+            blocks = groups.setdefault((site.name, place, width, _masked(reason, block)), [])
             blocks += [] if site.layer is None else [site.layer]
         return [
             SiteRow(name, tuple(layers), place, width, reason)
@@ -172,7 +177,8 @@ class SiteMap:
         found = self._paths.get((path, site.port, site.index))
         if found is None and isinstance(activation, Place):
             there = sum(key[:2] == (path, site.port) and key[2] is not None for key in self._paths)
-            raise SiteError(f"There is no '{site}': that side of the module has {there} tensors, counted from 0.")
+            tensors = f"{there} tensor{'' if there == 1 else 's'}"
+            raise SiteError(f"There is no '{site}': that side of the module has {tensors}, counted from 0.")
         found = activation if found is None else found
         if isinstance(found, str):
             raise SiteError(f"'{site}' cannot be used as a site: {found}.")
@@ -202,12 +208,14 @@ def _base_path(root: nn.Module) -> str:
     return next((path for path, module in root.named_modules() if module is base), "")
 
 
-def _pattern(place: Place, layer: int | None) -> str:
+def _pattern(place: Place, block: str) -> str:
     """Return a place with the layer masked, and with what makes it more than a tensor of a module."""
     factor = "" if place.scale == 1.0 else f" * {place.scale:.6g}"
-    return f"{_masked(str(place), layer)}{factor}"
+    return f"{_masked(str(place), block)}{factor}"
 
 
-def _masked(text: str, layer: int | None) -> str:
-    """Replace a layer's number between dots, as module paths have it."""
-    return text if layer is None else text.replace(f".{layer}.", f".{LAYER}.")
+def _masked(text: str, block: str) -> str:
+    """Replace a block's number at the end of its path, wherever a text has that path, and no other number."""
+    if not block:
+        return text
+    return re.sub(rf"(?<![\w.]){re.escape(block)}(?!\w)", f"{block.rpartition('.')[0]}.{LAYER}".lstrip("."), text)

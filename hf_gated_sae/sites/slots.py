@@ -170,7 +170,8 @@ class Slot:
         """Put one hook at the place, before all other hooks of the module.
 
         Args:
-            fn: takes the tensor ``[B, S, width]`` and returns its replacement, or None to leave the very object there.
+            fn: takes the tensor ``[B, S, width]`` and returns its replacement, which is copied where the model could
+                otherwise write into it, or None to leave the very object there.
             tokens: gives ``(B, S)`` of the running forward; needed where the module sees ``[B * S, width]``.
 
         Returns:
@@ -223,9 +224,12 @@ class _Hook:
                 f"The edit at the site '{self.site}' returned {list(new.shape)} for {list(value.shape)}; "
                 "it must keep the shape."
             )
+        given = new
         if seen is not None:
             new = seen.written(new)
         new = new.to(tensor.dtype)
+        if new is given and new is not value and not self.place.in_place:
+            new = new.clone()  # some models add to what their modules give, and the edit's tensor may be needed again
         if new.shape != tensor.shape:  # else not even a view is made: FSDP could not watch one for its gradient
             new = new.reshape(tensor.shape)
         if self.place.shards is not None:

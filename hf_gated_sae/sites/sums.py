@@ -89,10 +89,12 @@ class Sums:
     Args:
         stages: the sums, in execution order.
         closing: what a norm gave of the last sum, where that is the block's output; else None.
+        silent: modules that may add something, too, and gave only zeros.
     """
 
     stages: tuple[Decomposition, ...]
     closing: Seen | None = None
+    silent: tuple[str, ...] = ()
 
     @property
     def terms(self) -> tuple[Seen, ...]:

@@ -7,7 +7,6 @@ difference is moved. So ``y' = y`` leaves x bit-identical, and centring adds bac
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ from ..functional.frames import FRAMES, Frame
 
 NORM_NO_GAIN = "norm_no_gain"
 DEFAULT_EPS = 1e-6
+SMALLEST = torch.finfo(torch.float32).tiny
+"""Numbers from here to its inverse, and their inverses, are neither zero nor infinite nor denormal in float32."""
 
 Apply = Callable[[Tensor, float], tuple[Tensor, Tensor | float]]
 """Takes activations and the transform's value; returns what is read, and the factor of a difference going back."""
@@ -95,10 +96,13 @@ class Transform:
         if not kind.takes:
             raise SiteError(f"The transform {self.name!r} takes no value; write '|{self.name}'.")
         value = float(self.value)
-        usable = math.isfinite(value) and value != 0 and math.isfinite(1 / value)
+        usable = SMALLEST <= abs(value) <= 1 / SMALLEST  # also of the arithmetic, which is in float32
         if not usable or (kind.default is not None and value < 0):
             sign = "" if kind.default is None else "positive, "
-            raise SiteError(f"'{self.name}={value}' cannot be undone: {kind.takes} must be {sign}finite and not zero.")
+            raise SiteError(
+                f"'{self.name}={value}' cannot be undone: {kind.takes} must be {sign}finite and not zero, in float32: "
+                f"from {SMALLEST:.2g} to {1 / SMALLEST:.2g} in size."
+            )
         object.__setattr__(self, "value", value)
 
     @classmethod
@@ -109,6 +113,8 @@ class Transform:
             SiteError: if it is no transform; the message lists close matches.
         """
         name, equals, value = text.partition("=")
+        if not text:
+            raise SiteError(f"Unknown transform '': nothing stands behind '|'; write one of {', '.join(TRANSFORMS)}.")
         if equals and not _NUMBER.fullmatch(value):
             raise SiteError(f"{value!r} in the transform {text!r} is not a number, such as in 'scale=0.5'.")
         return cls(name, float(value) if equals else None)
@@ -134,8 +140,13 @@ class View(NamedTuple):
     def written(self, new: Tensor) -> Tensor:
         """Return ``x + (new - y) * factor``, in float32 at least; bitwise `raw` wherever `new` is `value`."""
         wide = torch.promote_types(_wide(self.raw.dtype), new.dtype)
+        value, new = self.value.to(wide), new.to(wide)
         # In this direction, and with the sign of a zero difference taken off, even -0.0 stays what it was.
-        return self.raw.to(wide) - ((self.value.to(wide) - new.to(wide)) * self.factor + 0.0)
+        back = (value - new) * self.factor + 0.0
+        # A difference of infinities, or times an infinite factor, is no zero by itself. Only these are put right: were
+        # all that is unchanged, a new parameter at zero would get no gradient.
+        unchanged = (value == new) | (value.isnan() & new.isnan())
+        return self.raw.to(wide) - back.masked_fill(back.isnan() & unchanged, 0.0)
 
 
 def view(x: Tensor, transforms: Iterable[Transform]) -> View:

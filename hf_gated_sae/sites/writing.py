@@ -1,9 +1,10 @@
-"""Prove that what is written at a site is what the model goes on with, for all sites in four forwards.
+"""Prove that what is written at a site is what the model goes on with, for all sites in six forwards.
 
 1. Every site replaced by itself leaves the logits as they are, bit for bit.
 2. With noise at all sites of the residual stream at once, every block still adds up from exactly what was written.
-3. and 4. With the stream held at its recorded values, noise inside one branch changes that branch's contribution;
-   noise at the two ends changes what follows them.
+3. to 6. With the stream and all contributions held at their recorded values, noise at one kind of site inside the
+   branches changes the branches' contributions and nothing else of the stream; noise at the two ends changes what
+   follows them. One kind at a time, as what is written at one could make up for another.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from .blocks import Chain
 from .probe import Seen, Subject, Trace, run, trace
-from .roles import Roles, forward, noise, restore, slot_at
+from .roles import Roles, forward, noise, noted, restore, slot_at
 from .site import Site
 from .slots import Edit, Place, Slot
 from .sums import Sums, Tree, agrees
@@ -36,9 +37,9 @@ class Proven:
     trace: Trace
     chain: Chain
     sums: Sequence[Sums | str]
-    roles: Sequence[Roles | None]
+    roles: Sequence[Roles | str]
 
-    def parts(self, site: Site) -> tuple[Sums | str, Roles | None]:
+    def parts(self, site: Site) -> tuple[Sums | str, Roles | str]:
         """Return the sums and roles of the block that a site is in."""
         assert site.layer is not None
         index = self.chain.layers.index(site.layer)
@@ -205,7 +206,7 @@ def _given(
     """Return what was written to the middle of a block as one sum, or None where that cannot be told."""
     sums, roles = proven.sums[index], proven.roles[index]
     middle = Site("resid_mid", proven.chain.layers[index])
-    if middle not in sites or roles is None or isinstance(sums, str):
+    if middle not in sites or isinstance(roles, str) or isinstance(sums, str):
         return {}
     node = sums.stages[0].node_of({0, *roles.mixers})
     value = _placed(written, slots[middle].place)
@@ -216,11 +217,14 @@ def _given(
 
 def _not_felt(proven: Proven, slots: Slots) -> dict[Site, str]:
     """Hold the stream at its recorded values and write noise into the branches and the ends."""
+    chain = proven.chain
     last = max((site.layer for site in slots if site.layer is not None), default=0)
-    rounds = (("attn_z", "mlp_neurons", "resid_post"), ("attn_in", "mlp_in", "final_norm", "embed"))
+    rounds = (("attn_z", "resid_post"), ("attn_in", "final_norm", "embed"), ("mlp_neurons",), ("mlp_in",))
     failing: dict[Site, str] = {}
     for names in rounds:
         noisy = [site for site in slots if site.name in names and (site.name != "resid_post" or site.layer == last)]
+        if not noisy:
+            continue
         added, raw = _Noise(), dict[Slot, Tensor]()
         edits: dict[Slot, Edit] = {slots[site]: added.edit(site, slots[site]) for site in noisy}
         entries = [slot_at(entry, proven.subject) for entry in proven.chain.entries]
@@ -231,6 +235,11 @@ def _not_felt(proven: Proven, slots: Slots) -> dict[Site, str]:
             for term in () if isinstance(found, str) else found.terms:
                 slot = terms[str(term.place)] = slot_at(term, proven.subject)
                 edits[slot] = restore(proven.trace.values[term.value], raw, slot)
+        leaves = {
+            layer: slot_at(leave, proven.subject) for layer, leave in zip(chain.layers, chain.exits, strict=True)
+        }
+        for slot in leaves.values():  # the last hook runs first, before any noise at the block's output
+            edits[slot] = noted(raw, slot)
         logits = forward(proven.subject, edits)
         for site in noisy:
             if site.layer is None or site.name == "resid_post":
@@ -239,6 +248,9 @@ def _not_felt(proven: Proven, slots: Slots) -> dict[Site, str]:
                     before, after = proven.trace.values[proven.chain.entries[0].value], raw[entries[0]]
             else:
                 before, after = _contribution(proven, site, terms, raw)
+                left = proven.trace.values[chain.exits[chain.layers.index(site.layer)].value]
+                if not torch.equal(left.reshape(raw[leaves[site.layer]].shape), raw[leaves[site.layer]]):
+                    failing[site] = "a value written there also reached the residual stream beside the contribution"
             if before is None or torch.equal(before.reshape(after.shape), after):
                 failing[site] = "a value written there had no effect"
     return failing
@@ -249,7 +261,7 @@ def _contribution(
 ) -> tuple[Tensor, Tensor]:
     """Return the recorded contribution of the branch that a site is in, and what became of it."""
     sums, roles = proven.parts(site)
-    assert not isinstance(sums, str) and roles is not None  # the site would not have been offered
+    assert not isinstance(sums, str) and not isinstance(roles, str)  # the site would not have been offered
     numbers = roles.mixers if _BRANCHES[site.name] == "mixers" else roles.feeders
     term = sums.terms[numbers[0] - 1]
     return proven.trace.values[term.value], raw[terms[str(term.place)]]

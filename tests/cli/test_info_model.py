@@ -113,6 +113,16 @@ def test_what_is_no_causal_language_model(tmp_path):
         done = run("--model", str(name))
         assert isinstance(done.exception, InputError)
         assert "cannot be loaded by AutoModelForCausalLM" in str(done.exception)
+    assert "there is no folder" in str(done.exception)
+
+
+def test_a_model_whose_weights_are_broken(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"broken" + weights.read_bytes()[:1000])
+    done = run("--model", str(tmp_path))
+    assert isinstance(done.exception, InputError)
+    assert "cannot be loaded by AutoModelForCausalLM (Safetensor" in str(done.exception)
 
 
 def test_layers():

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_gated_sae.errors import ShapeError
+from hf_gated_sae.errors import InputError, ShapeError
 from hf_gated_sae.functional import sparse
 from hf_gated_sae.functional.live import LiveLatents, true_places
 
@@ -46,6 +46,26 @@ def test_some_latents(leading: list[int], chosen: list[int], share: float) -> No
 def test_latents_that_do_not_exist(latents: list[int]) -> None:
     with pytest.raises(ShapeError, match="from 0 to 11"):
         LiveLatents.from_dense(latents_of([2, 12], 0.5)).select(latents)
+
+
+@pytest.mark.parametrize("latents", [[1.5], [True], ["3"], None, torch.ones(12) > 0, torch.ones(2), [10**30]])
+def test_latents_are_integers(latents: object) -> None:
+    with pytest.raises(InputError, match="expected integers"):
+        LiveLatents.from_dense(latents_of([2, 12], 0.5)).select(latents)  # type: ignore[arg-type]  # that is the test
+
+
+@pytest.mark.parametrize(("start", "stop"), [(590, 700), (0, 4), (-3, -1), (2, 1)])
+def test_tokens_that_do_not_exist(start: int, stop: int) -> None:
+    with pytest.raises(ShapeError, match="from 0 to 3"):
+        LiveLatents.from_dense(latents_of([3, 12], 0.5)).rows(start, stop)
+
+
+@pytest.mark.parametrize("share", [0.01, 1.0])
+def test_a_decoder_of_another_dtype(share: float) -> None:
+    live = LiveLatents.from_dense(latents_of([3, 200], share))
+    with pytest.raises(InputError, match=r"float64, the decoder is of torch.float32"):
+        sparse.decode(live, torch.ones(200, 4))
+    assert sparse.decode(live.to(torch.float32), torch.ones(200, 4)).dtype == torch.float32
 
 
 @settings(deadline=None)

@@ -2,6 +2,7 @@
 
 import functools
 
+import torch
 from nnsight import TransformersModel
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -21,6 +22,6 @@ def wrap(model, **settings):
 
 
 @functools.cache
-def wrapped(family):
+def wrapped(family, dtype="float32"):
     """A model as users of nnsight hold it, with the weights of `model_of`."""
-    return wrap(tiny_model(family))
+    return wrap(tiny_model(family).to(getattr(torch, dtype)))

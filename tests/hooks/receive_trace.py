@@ -11,7 +11,7 @@ from tests.hooks.nnsight_support import wrapped
 
 
 def run(family, blob):
-    lm = wrapped(family)
+    lm = wrapped(*family.split())
     tracer = RequestModel.deserialize(blob, lm._remoteable_persistent_objects())
     frame = tracer.info.frame
     inc()

@@ -2,6 +2,7 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 from hypothesis import given, settings
@@ -83,6 +84,7 @@ def changed(model, sae, effect, amount):
 
 
 SAES = {
+    "resid_post.0": make_sae(site="resid_post.0", dtype=F64),
     "resid_post.1": make_sae(dtype=F64),
     "with a transform": make_sae(site="resid_post.1|center|scale=0.5", dtype=F64),
     "mlp_out.0": make_sae(site="mlp_out.0", dtype=F64),
@@ -138,8 +140,16 @@ def test_entries_say_where_they_are():
     assert found.top(0) == []
 
 
-@pytest.mark.parametrize("names", [["resid_post.1"], ["transcoder", "mlp_out.0"], ["cross-layer transcoder"]])
-def test_integrated_attributions_sum_to_what_ablating_everything_takes_away(names):
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["resid_post.1"],
+        ["resid_post.0", "resid_post.1"],
+        ["transcoder", "mlp_out.0"],
+        ["cross-layer transcoder"],
+    ],
+)
+def test_integrated_attributions_sum_to_what_subtracting_all_that_is_written_takes_away(names):
     model, saes = model_of("gpt2", F64), [SAES[name] for name in names]
     with torch.no_grad():
         clean = logit_difference(model(input_ids=IDS)).item()
@@ -202,6 +212,35 @@ def test_frozen_checkpointed_and_trained_models_agree(site):
     assert torch.equal(
         attribute(checkpointed.eval(), sae, logit_difference, input_ids=IDS)[sae].values, expected[sae].values
     )
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
+@pytest.mark.parametrize("method", ["gradient", "integrated"])
+def test_virtual_tokens_are_none_of_the_batch(method):
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model, sae = peft.get_peft_model(tiny_model("llama"), config).eval(), make_sae()
+    x = capture(model, "resid_post.1", input_ids=IDS)["resid_post.1"]
+    assert x.shape[:2] == (2, 10)
+    found = attribute(model, sae, lambda o: o.logits[0, -1, 7], input_ids=IDS, method=method, steps=50)
+    assert torch.equal(found.activations[sae].dense(), sae.encode(x[:, 4:]))
+    latents = capture(model, [sae, "final_norm"], input_ids=IDS, grad=True)
+    last = model.base_model.get_output_embeddings()(latents["final_norm"])[0, -1, 7]
+    (gradient,) = torch.autograd.grad(last, latents[sae])
+    if method == "gradient":
+        close(found[sae].dense(), (gradient * latents[sae])[:, 4:], 1e-4)
+    else:  # taking it away at these tokens, and nowhere before
+        written = torch.nn.functional.pad(sae.encode(x[:, 4:]) @ sae.W_dec, (0, 0, 4, 0))
+        handle = block(model.base_model, "llama").register_forward_hook(lambda _, __, out: minus(out, written))
+        without = model(input_ids=IDS).logits[0, -1, 7].item()
+        handle.remove()
+        assert found[sae].values.sum().item() == pytest.approx(found.metric - without, rel=1e-2)
+
+
+def test_what_has_no_vector_for_each_token_is_refused():
+    model, sae = model_of("llama"), make_sae(site="model.rotary_emb.output", d_in=8)
+    with pytest.raises(ShapeError, match=r"\[1, 6, 8\].*2 rows of 6 tokens"):
+        attribute(model, sae, logit_difference, input_ids=IDS)
+    assert hooks_on(model) == ({}, [])
 
 
 def test_half_precision_and_autocast_keep_the_saes_dtype():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from hf_gated_sae import Clamp, Splice, Steer, attach, capture, resolve
+from hf_gated_sae import Clamp, SAEModel, Splice, Steer, attach, capture, resolve
 from hf_gated_sae.errors import AttachError, InputError, SAEError, ShapeError, SiteError
 from hf_gated_sae.sites import Site
 from tests.hooks.support import (
@@ -203,6 +203,29 @@ def test_gradients_are_of_what_was_captured_whatever_the_model_writes_into_it():
     close(torch.autograd.grad(found["resid_post.1"].sum(), found["resid_post.0"])[0], expected, 1e-5)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("what", ["attn_out.1", make_sae(site="attn_out.1"), "resid_post.1", make_sae()])
+def test_gradients_within_layers_that_are_run_again_are_right_or_refused(what, reentrant):
+    def gradient(model):
+        found = capture(model, [what, "final_norm"], grad=True, input_ids=IDS)
+        found[what].retain_grad()
+        found["final_norm"].square().sum().backward()
+        return found[what].grad
+
+    model = tiny_model("llama").train()
+    expected = gradient(model)
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    hooks = hooks_on(model)
+    within = (what.config.site if isinstance(what, SAEModel) else what) == "attn_out.1"
+    if within and (reentrant or isinstance(what, SAEModel)):
+        with pytest.raises(AttachError, match=r"layers\.1\.self_attn\.output, within a layer"):
+            gradient(model)
+        assert hooks_on(model) == hooks
+        assert torch.equal(gradient(model.eval()), expected)
+    else:
+        assert torch.equal(gradient(model), expected)
+
+
 def test_saes_of_several_sites_read_them_together():
     model, sae = model_of("llama"), make_cross_layer()
     found = capture(model, [sae, "mlp_in.0", "mlp_in.1"], input_ids=IDS)
@@ -288,6 +311,9 @@ def test_train_mode_and_dropout_are_the_models_own():
         (["resid_post.1", ["resid_post.0"]], {"input_ids": IDS}, SAEError),
         ([], {"input_ids": IDS}, SAEError),
         ([5], {"input_ids": IDS}, SAEError),
+        (3, {"input_ids": IDS}, InputError),
+        (None, {"input_ids": IDS}, InputError),
+        (make_sae(site="model.rotary_emb.output", d_in=8), {"input_ids": IDS}, ShapeError),
     ],
 )
 def test_an_error_leaves_nothing(wanted, inputs, error):

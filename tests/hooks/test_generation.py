@@ -318,3 +318,30 @@ def test_a_spliced_model_generates_the_same_with_and_without_cache(architecture)
         same(
             generate(model, PADDED, attention_mask=MASK), generate(model, PADDED, attention_mask=MASK, use_cache=False)
         )
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("negative", [None, IDS[:, :3], torch.cat([IDS, IDS], 1), torch.cat([IDS, IDS[:, :1]], 1)])
+def test_the_calls_that_guide_a_generation_have_a_prompt_of_their_own(negative, use_cache):
+    """Classifier-free guidance: half of the calls begin with the negative prompt, or the prompt's last token."""
+    model = model_of("llama")
+    sizes = []
+    handle = attach(model, edit_of(make_sae(), "last_prompt"))
+    counts = model.register_forward_hook(lambda *_: sizes.append(handle.report().interventions[0].edited))
+    try:
+        with handle:
+            model.generate(
+                IDS,
+                guidance_scale=2.0,
+                negative_prompt_ids=negative,
+                max_new_tokens=4,
+                min_new_tokens=4,
+                do_sample=False,
+                use_cache=use_cache,
+            )
+            places = handle.report().interventions[0].positions
+    finally:
+        counts.remove()
+    own = 0 if negative is None else negative.shape[1] - 1
+    assert places == {row: sorted({own, PROMPT - 1}) for row in range(2)}
+    assert sizes[1] == 4 and sizes[-1] == (4 if use_cache else 16)  # two rows each, once or in each of four steps

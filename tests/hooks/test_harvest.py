@@ -7,6 +7,7 @@ import sys
 import weakref
 
 import datasets
+import peft
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 
 from hf_gated_sae import ActivationShards, SAEModel, capture, harvest, save_activations
 from hf_gated_sae.errors import CheckpointError, InputError, MissingFileError, ShapeError, SiteError, UnknownNameError
-from tests.hooks.support import ARCHITECTURES, D_SAE, hooks_on, make_cross_layer, make_sae, model_of
+from tests.hooks.support import ARCHITECTURES, D_SAE, SITE, hooks_on, make_cross_layer, make_sae, model_of
 from tests.support.tiny_models import HIDDEN, tiny_model
 
 SITES = ["resid_post.0", "mlp_out.1"]
@@ -88,6 +89,54 @@ def test_a_slice_of_an_sae_gives_its_latents_by_their_own_numbers(tmp_path):
     assert expected[:, [5, 11, 58]].any()
     assert torch.allclose(each[some].dense()[:, [5, 11, 58]], expected[:, [5, 11, 58]], atol=1e-6)
     assert set(each[some].indices.tolist()) <= {5, 11, 58}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_latents_that_depend_on_other_tokens_are_those_of_each_document_by_itself(side):
+    model, sae, [batch] = model_of("llama"), make_sae("temporal"), padded_batches(1, side=side)
+    ids, mask = batch["input_ids"], batch["attention_mask"].clone()
+    ids[3], mask[3] = 0, 0  # a row of padding alone
+    batch["attention_mask"] = mask
+    [each] = harvest(model, [SITES[0], sae], [batch])
+    dense, row = each[sae].dense(), 0
+    for document in range(3):
+        real = ids[document][mask[document] == 1]
+        alone = capture(model, sae, input_ids=real[None])[sae][0]
+        for position in (real > 2).nonzero().flatten().tolist():
+            assert (each.documents[row], each.positions[row]) == (document, position)
+            assert torch.allclose(dense[row], alone[position], atol=2e-6) and alone[position].any()
+            row += 1
+    assert row == len(each)
+    assert torch.equal(capture(model, sae, **batch)[sae][counted(batch)], dense)
+
+
+def test_autocast_reaches_no_latents():
+    model, saes, [batch] = model_of("llama"), [make_sae("temporal"), make_sae()], padded_batches(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        [each] = harvest(model, saes, [batch["input_ids"]])
+        x = capture(model, "resid_post.1", input_ids=batch["input_ids"])["resid_post.1"]
+    for sae in saes:
+        expected = sae.encode(x)[counted({**batch, "attention_mask": batch["input_ids"] != 0})]
+        assert torch.allclose(each[sae].dense(), expected, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
+@pytest.mark.parametrize("settings", [peft.PromptTuningConfig, peft.PrefixTuningConfig])
+def test_virtual_tokens_are_left_out(settings):
+    config = settings(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model, sae, [batch] = peft.get_peft_model(tiny_model("llama"), config).eval(), make_sae(), padded_batches(1)
+    expected = capture(model, ["resid_post.1", sae], **batch)
+    [each] = harvest(model, ["resid_post.1", sae], [batch])
+    assert torch.equal(each["resid_post.1"], expected["resid_post.1"][:, -7:][counted(batch)])
+    assert torch.allclose(each[sae].dense(), expected[sae][:, -7:][counted(batch)], atol=1e-6)
+    assert not torch.allclose(each["resid_post.1"], next(harvest(tiny_model("llama"), SITE, [batch]))[SITE])
+
+
+def test_what_has_no_vector_for_each_token_is_refused():
+    rotations = "model.rotary_emb.output"
+    for what in (rotations, make_sae(site=rotations, d_in=8)):
+        with pytest.raises(ShapeError, match=r"\[1, 7, 8\].*4 rows of 7 tokens"):
+            next(harvest(model_of("llama"), what, padded_batches(1)))
 
 
 def test_special_tokens_can_be_kept_but_never_padding():

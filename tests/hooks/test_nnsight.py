@@ -231,6 +231,15 @@ def test_a_stopped_trace_is_no_error_and_the_next_one_works():
     assert torch.equal(traced(edited), expected)
 
 
+def test_the_report_says_what_was_never_reached():
+    edited = edit(wrapped("llama"), Steer(make_sae(), 3, strength=6.0, unit="raw", positions=[2, 5]))
+    traced(edited, IDS[:, :4])
+    with pytest.raises(AttachError, match=r"positions \[5\] of Steer at resid_post.1 were never reached"):
+        report(edited)
+    traced(edited)  # in another trace they are
+    assert report(edited).interventions[0].positions == {0: [2, 5], 1: [2, 5]}
+
+
 def test_a_site_that_is_passed_over_is_an_error():
     lm = wrap(tiny_model("llama"))
     edited = edit(lm, ProjectOut(SITE, direction()))

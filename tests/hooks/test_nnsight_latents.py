@@ -32,6 +32,17 @@ def test_reading_changes_nothing_and_gives_what_capture_gives(held):
     assert torch.equal(logits, logits_of(model))
 
 
+def test_reading_changes_nothing_under_autocast(held):
+    envoy, lm, model, sae = held
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = logits_of(model)
+        with lm.trace(IDS):
+            latents = envoy.latents.save()
+            logits = lm.output.logits.save()
+        assert torch.equal(latents, capture(model, sae, input_ids=IDS)[sae])
+    assert latents.dtype == torch.float32 and torch.equal(logits, expected)
+
+
 def test_a_change_in_place_does_what_clamp_does(held):
     envoy, lm, model, sae = held
     (latent,) = live_latents(model, sae, count=1)

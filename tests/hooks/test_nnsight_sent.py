@@ -16,7 +16,7 @@ from hf_gated_sae.errors import AttachError, InputError, ShapeError
 from hf_gated_sae.hooks.nnsight import edit, sae_envoys
 from hf_gated_sae.interventions import Patch
 from tests.hooks.nnsight_support import wrap, wrapped
-from tests.hooks.support import D_SAE, IDS, SITE, live_latents, logits_of, make_sae, model_of
+from tests.hooks.support import D_SAE, IDS, SITE, close, live_latents, logits_of, make_sae, model_of
 from tests.support.tiny_models import HIDDEN, tiny_model
 
 PADDED = torch.cat([torch.zeros(2, 3, dtype=torch.long), IDS], dim=1)
@@ -101,11 +101,19 @@ def test_what_is_sent_does_the_same_on_a_machine_without_this_package(tmp_path):
         requests.append(("llama", payload_of_generate(edited, PADDED, **settings)))
         with attach(model, held):
             expected.append(model.generate(PADDED, **settings))
+    held = Steer(make_sae(), 3, strength=6.0, unit="raw", positions=[3])
+    requests.append(("llama float64", payload(edit(wrapped("llama", "float64"), held))))
     out = tmp_path / "results.pt"
     command = [sys.executable, "-m", "tests.hooks.receive_trace", str(out)]
     subprocess.run(command, input=pickle.dumps(requests), check=True, cwd=Path(__file__).parents[2])
-    for number, (result, wanted) in enumerate(zip(torch.load(out), expected, strict=True)):
+    *results, wide = torch.load(out)
+    for number, (result, wanted) in enumerate(zip(results, expected, strict=True)):
         assert torch.equal(result, wanted), number
+    model = model_of("llama", torch.float64)
+    assert torch.equal(wide[:, :3], logits_of(model)[:, :3])  # tokens that are left alone are not rounded
+    with attach(model, held):
+        close(wide, logits_of(model), 1e-6)
+    assert (wide[:, 3:] != logits_of(model)[:, 3:]).any(-1).all()
 
 
 def test_only_the_rows_of_edited_latents_are_sent():

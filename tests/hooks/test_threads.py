@@ -8,7 +8,9 @@ import torch
 
 from hf_gated_sae import attach
 from hf_gated_sae.errors import AttachError
+from hf_gated_sae.hooks.dispatch import is_attached
 from tests.hooks.support import IDS, hooks_on, is_clean, logits_of, model_of, steer
+from tests.support.tiny_models import tiny_model
 
 
 def test_threads_that_attach_at_once_leave_nothing():
@@ -104,3 +106,23 @@ def test_edits_that_only_other_threads_could_have_used_are_reported():
     with pytest.raises(AttachError, match="another thread.*all_threads=True"), attach(model, steer()):
         in_thread(lambda: logits_of(model))
     assert hooks_on(model) == ({}, [])
+
+
+def test_a_model_that_refuses_to_be_watched_is_left_as_it_was():
+    class Closed(type(model_of("llama"))):
+        def __setattr__(self, name, value):
+            if name == "generate":
+                raise RuntimeError("closed")
+            super().__setattr__(name, value)
+
+    model = tiny_model("llama")
+    clean = logits_of(model)
+    handle = attach(model, steer())
+    model.__class__ = Closed
+    with pytest.raises(RuntimeError, match="closed"):
+        handle.enable()
+    assert not handle.enabled and not is_attached(model)
+    assert is_clean(model, clean)
+    model.__class__ = Closed.__base__
+    with handle:
+        assert not torch.equal(logits_of(model), clean)

@@ -29,6 +29,7 @@ from hf_gated_sae import (
 from hf_gated_sae.errors import InputError, MissingFileError, SAEError
 from hf_gated_sae.interventions import interventions
 from tests.hooks.support import IDS, SITE, logits_of, make_sae, model_of
+from tests.support.example_saes import example
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +141,20 @@ def test_an_sae_is_loaded_as_it_was(folder, tmp_path):
     assert (second.sae.dtype, second.sae.config.site) == (torch.float32, SITE)
 
 
+def test_an_sae_of_several_sites_acts_where_it_did(tmp_path):
+    sae = example("cross_layer", sites=["resid_post.0", "resid_post.1"], d_in=32)
+    sae.save_pretrained(tmp_path)
+    sae = SAEModel.from_pretrained(tmp_path)
+    sae.config.sites, sae.config.sites_out = ["resid_post.1", "resid_post.2"], ["mlp_out.1", "mlp_out.2"]
+    content = json.loads(json.dumps(InterventionPlan([Splice(sae)]).to_dict()))
+    again = InterventionPlan.from_dict(content)[0]
+    assert again.sae.config.sites_read == ["resid_post.1", "resid_post.2"]
+    assert list(map(str, again.places)) == ["mlp_out.1", "mlp_out.2"]
+    for name in ("sites", "sites_out"):  # as plans were that did not have them
+        del content["saes"][0][name]
+    assert list(map(str, InterventionPlan.from_dict(content)[0].places)) == ["resid_post.0", "resid_post.1"]
+
+
 def test_an_sae_of_the_hub_is_pinned_to_its_commit(hub, repo_id, cache_dir):
     first = make_sae()
     first.push_to_hub(repo_id, subfolder="a")
@@ -183,6 +198,9 @@ def test_files_that_are_no_plan(tmp_path):
         InterventionPlan.load(tmp_path / "none.json")
     with pytest.raises(InputError, match="is a folder"):
         InterventionPlan([]).save(tmp_path)
+    for path in (None, 3):
+        with pytest.raises(InputError, match="expected the path of a file"):
+            InterventionPlan.load(path)
     for text in ("", "{", "[" * 100_000, "1" * 5000, "\ud800".encode("utf-8", "surrogatepass")):
         file = tmp_path / "bad.json"
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -204,7 +222,7 @@ WRONG = {
     "a version that is true": (["version"], True, ["version is True"]),
     "no list": (["interventions"], {}, ["interventions of the plan is {}", "a list"]),
     "a key too many": (["extra"], 1, ["'extra'", "unknown"]),
-    "an unknown verb": (["interventions", 0, "verb"], "Ablat", ["Unknown verb", "Did you mean 'Ablate'"]),
+    "an unknown verb": (["interventions", 0, "verb"], "Ablat", ["Unknown verb 'Ablat'", "Did you mean 'Ablate'"]),
     "a verb that is a list": (["interventions", 0, "verb"], [], ["expected its 'verb'"]),
     "an unknown setting": (["interventions", 0, "modes"], "zero", ["'modes'", "Did you mean 'mode'"]),
     "a private setting": (["interventions", 0, "_drawn_from"], None, ["'_drawn_from'", "unknown"]),
@@ -220,6 +238,8 @@ WRONG = {
     "an SAE elsewhere": (["saes", 0, "repo"], "/nowhere/at/all", ["nowhere"]),
     "an SAE in no dtype": (["saes", 0, "dtype"], "int64", ["dtype", "int64"]),
     "latents that are none": (["saes", 0, "latents"], [1.5], ["whole numbers"]),
+    "sites that are no list": (["saes", 0, "sites"], "resid_post.1", ["sites of an SAE", "a list"]),
+    "sites that are no names": (["saes", 0, "sites_out"], [3], ["sites_out of an SAE", "a list"]),
     "an SAE of nothing": (["saes", 0], 3, ["An SAE of the plan is 3"]),
 }
 

@@ -5,8 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_gated_sae import ProjectOut
+from hf_gated_sae import ProjectOut, attach
 from hf_gated_sae.interventions import SiteRun
+from tests.hooks.support import IDS, SITE
+from tests.support.tiny_models import tiny_model
 
 WIDTH = 12
 
@@ -89,3 +91,28 @@ def test_the_directions_may_be_changed_afterwards_without_effect():
     before = intervention.delta(run)
     direction.zero_()
     assert torch.equal(intervention.delta(run), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_are_to_be_had_after_inference(dtype):
+    """What inference mode makes cannot be saved for a gradient, so that a kept basis must not be made in it."""
+    model = tiny_model("llama").to(dtype)
+    direction = torch.linspace(-1, 1, 32)
+    with attach(model, ProjectOut(SITE, direction), check=False):
+        with torch.inference_mode():
+            expected = model(IDS).logits
+        logits = model(IDS).logits
+        logits.sum().backward()
+    assert torch.equal(logits.detach(), expected)
+    assert model.model.embed_tokens.weight.grad is not None
+
+
+def test_each_dtype_has_a_basis_of_its_own():
+    direction = torch.linspace(-1, 1, 32, dtype=torch.float64)
+    project = ProjectOut(SITE, direction)
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        model = tiny_model("llama").to(dtype)
+        with torch.no_grad(), attach(model, project, check=False):
+            stream = model(IDS, output_hidden_states=True).hidden_states[2].double()
+        left = (stream @ direction / direction.norm()).abs().max()
+        assert left < (1e-5 if dtype == torch.float32 else 1e-13)

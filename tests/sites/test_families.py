@@ -72,6 +72,20 @@ FAMILIES = {
         "attention.output.dense",
         "output.dense",
     ),
+    "roberta": (
+        "roberta.encoder.layer",
+        "attention.output.dropout",
+        "output.dropout",
+        "attention.output.dense",
+        "output.dense",
+    ),
+    "roberta-prelayernorm": (
+        "roberta_prelayernorm.encoder.layer",
+        "attention.output.dropout",
+        "output.dropout",
+        "attention.output.dense",
+        "output.dense",
+    ),
     "doge": ("model.layers", "self_attn", "mlp", "self_attn.o_proj", "mlp.down_proj"),
     "rwkv": ("rwkv.blocks", "attention", "feed_forward", "attention.output", None),
     "beam": ("model.layers", "post_attention_layernorm", "post_feedforward_layernorm", "self_attn.o_proj", None),
@@ -104,6 +118,7 @@ NORMED_AFTER = {
     "opt_post_norm": ("self_attn_layer_norm", "final_layer_norm"),
     "openai-gpt": ("ln_1", "ln_2"),
     "bert": ("attention.output.LayerNorm", "output.LayerNorm"),
+    "roberta": ("attention.output.LayerNorm", "output.LayerNorm"),
 }
 CHANGED = {*NORMED_AFTER, "minimax", "doge", "beam", "rwkv", "gemma4_text"}
 
@@ -164,7 +179,7 @@ def test_all_sites_are_proven_or_refused_as_expected(name):
         expected = [f"{kind}.{layer}" for layer in layers]
         assert [site for site in names if site.startswith(f"{kind}.")] == expected
     assert names[0] == "embed"
-    assert names[-1] == ("resid_post.2" if name in ("openai-gpt", "opt_post_norm") else "final_norm")
+    assert names[-1] == ("resid_post.2" if name in NORMED_AFTER else "final_norm")
     assert [sites[site].order for site in names] == sorted(sites[site].order for site in names)
 
 

@@ -81,6 +81,12 @@ def test_any_text_is_a_site_or_a_site_error(text):
         ("resid_post.3|scale=nan", "is not a number"),
         ("resid_post.3|scale=1_0", "is not a number"),
         ("resid_post.3|rms_norm=-1", "must be positive"),
+        ("resid_post.3|scale=1e-40", "in float32"),
+        ("resid_post.3|scale=-1e38", "in float32"),
+        ("resid_post.3|center|", "nothing stands behind '|'"),
+        ("residpost.1", "With its layer: 'resid_post.1'"),
+        ("resid_post.1.5", "Did you mean 'resid_post.1'?"),
+        ("resid_post." + "9" * 5000, "is not a layer number"),
     ],
 )
 def test_bad_names_say_what_to_write(text, hint):
@@ -99,6 +105,10 @@ def test_constructor_keeps_the_grammar():
         Site("resid_post")
     with pytest.raises(SiteError, match="Not a site"):
         Site("embed", layer=1)
+    with pytest.raises(SiteError, match="layer=True"):
+        Site("resid_post", True)
+    with pytest.raises(SiteError, match="index=True"):
+        Site("model.norm", port="output", index=True)
     with pytest.raises(dataclasses.FrozenInstanceError):
         Site("embed").name = "final_norm"
 

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from hf_gated_sae import AblateSite, Patch, attach
 from hf_gated_sae.errors import SiteError
 from hf_gated_sae.sites.site import Site
 from hf_gated_sae.sites.slots import Place, Slot, get_tensor, put_tensor, tensors_in
+from tests.support.tiny_models import tiny_model
 
 Pair = collections.namedtuple("Pair", ["hidden", "other"])
 
@@ -157,6 +159,34 @@ def test_in_place_write_reaches_other_holders_and_keeps_gradients():
     torch.testing.assert_close(result, 2 * leaf.detach() ** 2 + 1)
     result.sum().backward()
     torch.testing.assert_close(leaf.grad, 4 * leaf.detach())
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_what_an_edit_returns_is_not_written_into_by_the_model(rank):
+    class Adds(nn.Module):
+        def forward(self, x):
+            given = self.inner(x)
+            given += 1
+            return given
+
+    holder, slot, _ = make("tensor", rank=rank)
+    adding = Adds()
+    adding.inner = holder.inner
+    source = torch.randn(2, 3, 4)
+    kept = source.clone()
+    slot.register(lambda value: source, tokens=lambda: (2, 3))
+    result = adding(torch.randn(2, 3, 4) if rank == 3 else torch.randn(6, 4))
+    assert torch.equal(result.reshape(2, 3, 4), kept + 1)
+    assert torch.equal(source, kept)
+
+
+@pytest.mark.parametrize(("edit", "shape"), [(AblateSite, (32,)), (Patch, (2, 5, 32))])
+def test_a_family_that_adds_in_place_leaves_interventions_as_they_are(edit, shape):
+    model, ids = tiny_model("falcon"), torch.arange(5, 15).view(2, 5)
+    edits = edit("mlp_out.1", torch.ones(shape), special_tokens=True)  # of every token: its very values are put in
+    with torch.no_grad(), attach(model, edits, check=False):
+        first = model(ids, use_cache=False).logits
+        assert torch.equal(model(ids, use_cache=False).logits, first)
 
 
 def test_dtype_of_the_model_is_kept():

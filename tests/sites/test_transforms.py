@@ -91,6 +91,28 @@ def test_not_a_bit_changes_in_any_dtype(dtype, transform):
         assert torch.equal(written.signbit(), x.signbit()), "also the sign of zero"
 
 
+@pytest.mark.parametrize("transform", [*PLAIN, "scale=8e37", "scale=-2e-38"])
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1e25, torch.inf])
+def test_not_a_bit_changes_however_large_or_small(size, transform):
+    x = torch.randn(3, 7, 24, generator=torch.Generator().manual_seed(0)) * min(size, 1.0)
+    x[0, 0] *= max(size, 1.0)
+    x[0, 1, 0], x[0, 1, 1] = size, -size
+    seen = view(x, parse(transform))
+    assert torch.equal(seen.written(seen.value.clone()), x)
+
+
+def test_what_is_written_and_not_finite_is_not_hidden():
+    x = torch.ones(1, 4)
+    x[0, 0] = torch.inf
+    for site in ("center", "scale=2"):
+        seen = view(x, parse(site))
+        assert seen.written(torch.full((1, 4), torch.nan))[0, 1:].isnan().all() or seen.value.isnan().all()
+        new = seen.value.clone()
+        new[0, 0] = 3.0
+        assert not seen.written(new)[0, 0].isfinite()
+        assert torch.equal(seen.written(new)[0, 1:], x[0, 1:])
+
+
 chains = st.lists(
     st.one_of(
         st.sampled_from(

@@ -124,6 +124,8 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     },
     "openai-gpt": {"n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 4, "n_positions": 256},
     "bert": {**_LLAMA_LIKE, "is_decoder": True},
+    "roberta": {**_LLAMA_LIKE, "is_decoder": True},
+    "roberta-prelayernorm": {**_LLAMA_LIKE, "is_decoder": True},
     "minimax": {
         **_LLAMA_LIKE,
         **_EXPERTS,

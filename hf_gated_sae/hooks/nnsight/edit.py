@@ -182,10 +182,17 @@ def report(edited: Any) -> AttachReport:
 
     Raises:
         InputError: if it is something else.
+        AttachError: if positions were named that no token stood at in any trace so far, or if NaN or infinite numbers
+            were put in, as at the end of a block of `attach`. A trace alone does not say so: the next one may go on
+            where it was.
     """
     if edited not in _CARRIERS:
         raise InputError(f"report() was given {type(edited).__name__} that edit() has not returned.")
-    return _CARRIERS[edited].attachment.report()
+    attachment = _CARRIERS[edited].attachment
+    for slot in attachment.slots:
+        for record in attachment.records(slot.place):
+            record.require_sound()
+    return attachment.report()
 
 
 def _moved(slots: Mapping[str, Slot], small: nn.Module, large: nn.Module) -> dict[str, Slot]:

@@ -36,7 +36,9 @@ class _Latents:
     def read(self, value: Any) -> Tensor:
         """Return the latents ``[B, S, d_sae]`` of a served value."""
         refuse_hooks(self.model)
-        return self._run(self._tensor(value)).all_latents(self.sae)
+        tensor = self._tensor(value)
+        with exact_dtype(tensor.device):
+            return self._run(tensor).all_latents(self.sae)
 
     def write(self, latents: Tensor, value: Any) -> Any:
         """Return the served value with ``x + (latents - encode(x)) @ W_dec``; itself if they are what they were.

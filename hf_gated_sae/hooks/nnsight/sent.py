@@ -75,6 +75,9 @@ def sent(
                 if recorded is None:
                     continue
                 new = act(recorded, constants, x, tokens, [seen[other] for other in before])
+                if raw.dtype == torch.float64:  # of which float32 does not hold everything
+                    delta = torch.where(new == x, torch.zeros_like(x), new - x).to(raw.dtype)
+                    new = raw + delta.reshape(raw.shape).to(raw.device)
                 new = new.to(raw.dtype).reshape(raw.shape).to(raw.device)
                 if in_place:
                     raw.copy_(new)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from ..probe import configured_layers
 from . import PROPOSALS, Proposal
 
 
@@ -21,9 +22,7 @@ def _lists(root: nn.Module) -> list[list[str]]:
 
 def as_long_as_configured(root: nn.Module) -> Iterator[list[str]]:
     """Yield the lists whose length is the configured number of layers."""
-    config = getattr(root, "config", None)
-    text = config.get_text_config() if config is not None else None
-    layers = getattr(text, "num_hidden_layers", None)
+    layers = configured_layers(root)
     yield from (paths for paths in _lists(root) if len(paths) == layers)
 
 

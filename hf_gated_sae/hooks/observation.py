@@ -1,0 +1,179 @@
+"""What passes places of a model, and which tokens of it count."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import AttachError, ShapeError
+from ..sites import Slot
+from ..sites.probe import Subject
+from ..sites.slots import Place
+from .dispatch import Session, enter, leave
+from .token_batches import counted_positions
+
+
+class _Reached(Exception):
+    """Ends the forward once everything wanted was seen."""
+
+
+class Observation(Session):
+    """A session that changes no value and keeps what it sees.
+
+    Args:
+        places: where to look.
+        grad: at which of them the model is to go on with what was kept, so that gradients with respect to it exist;
+            where nothing before requires any, what was kept is a leaf that does.
+        stop: end the forward once all places were seen.
+    """
+
+    def __init__(self, places: Iterable[Place], *, grad: Collection[Place] = (), stop: bool = False) -> None:
+        super().__init__()
+        self.places = set(places)
+        self.grad = grad
+        self.stop = stop
+        self.seen: dict[Place, Tensor] = {}
+
+    def observe(self, place: Place, value: Tensor) -> Tensor | None:
+        """Keep the activation."""
+        if place not in self.places or place in self.seen:  # the latter where gradient checkpointing runs it again
+            return None
+        if place in self.grad:
+            self.seen[place] = self.kept(value)
+            return self.going_on(place, self.seen[place])
+        # The model may go on to write into the tensor. And a caller in inference mode may want to use what it gets.
+        with torch.inference_mode(False):
+            self.seen[place] = value.detach().clone()
+        if self.stop and len(self.seen) == len(self.places):
+            raise _Reached
+        return None
+
+    def kept(self, value: Tensor) -> Tensor:
+        """Return what to keep of an activation, a part of the graph."""
+        return value.clone() if value.requires_grad else value.detach().clone().requires_grad_()
+
+    def going_on(self, place: Place, kept: Tensor) -> Tensor:
+        """Return what the model goes on with, of the same value; not the object itself, which it may write into."""
+        return kept.clone()
+
+    def run(self, model: nn.Module, slots: Mapping[str, Slot], inputs: Mapping[str, Any]) -> Any:
+        """Call the model, and return its output; None if it was stopped.
+
+        Raises:
+            AttachError: if the forward did not reach a site.
+        """
+        held = list({slot.place.bare: slot.bare for slot in slots.values()}.values())
+        output = None
+        try:
+            enter(model, self, held)
+            output = model(**{"use_cache": False, **inputs})
+        except _Reached:
+            pass
+        finally:
+            if self.active:
+                leave(model, self, held)
+        missed = sorted(site for site, slot in slots.items() if slot.place.bare not in self.seen)
+        if missed:
+            raise AttachError(f"The forward ended without reaching {', '.join(missed)}; nothing was captured there.")
+        return output
+
+    def probe(self, subject: Subject, slots: Mapping[str, Slot]) -> None:
+        """Call a model that is probed, from this thread, while whatever is attached to it stands aside."""
+        mine = threading.get_ident()
+
+        def observer(place: Place) -> Callable[[Tensor], None]:
+            def observe(x: Tensor) -> None:
+                if threading.get_ident() == mine:
+                    self.observe(place, x)
+
+            return observe
+
+        held = {slot.place.bare: slot.bare for slot in slots.values()}
+        handles: list[Any] = []
+        try:
+            for place, slot in held.items():
+                handles.append(slot.register(observer(place), subject.tokens))
+            with suppress(_Reached):
+                subject.call(**subject.inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@dataclass(frozen=True)
+class CountedTokens:
+    """Which tokens of a batch count, and where they are in an activation.
+
+    Attributes:
+        mask: True at tokens that count, ``[B, S]``.
+        virtual: how many columns a wrapper of the model puts before them, as PEFT's prompt tuning does.
+    """
+
+    mask: Tensor
+    virtual: int = 0
+
+    @classmethod
+    def of(cls, model: Any, inputs: Mapping[str, Any], *, special_tokens: bool = False) -> CountedTokens:
+        """Return which tokens of a call count.
+
+        Args:
+            model: the causal LM, as it is called.
+            inputs: keyword arguments of its forward.
+            special_tokens: count special tokens too; padding never counts.
+        """
+        adapter = getattr(model, "active_peft_config", None)
+        virtual = int(getattr(adapter, "num_virtual_tokens", None) or 0)
+        return cls(counted_positions(model, inputs, special_tokens=special_tokens), virtual)
+
+    def columns(self, x: Tensor, site: str) -> Tensor:
+        """Return the part ``[B, S, d]`` of an activation that is of the batch's tokens, counted or not.
+
+        Args:
+            x: the activation ``[B, S, d]``, or ``[B, virtual + S, d]``.
+            site: where it was seen.
+
+        Raises:
+            ShapeError: if it does not have one vector for each token.
+        """
+        rows, columns = self.mask.shape
+        # Prefix tuning has virtual tokens, too, which stand in the cache alone.
+        if x.ndim < 3 or x.shape[0] != rows or x.shape[1] not in (columns, self.virtual + columns):
+            before = f", or {self.virtual} virtual tokens more," if self.virtual else ""
+            raise ShapeError(
+                f"The activation at {site} is {list(x.shape)}, and the batch has {rows} rows of {columns} tokens: "
+                f"expected [{rows}, {columns}, d]{before} to know which vector is of which token."
+            )
+        return x[:, x.shape[1] - columns :]
+
+    def chosen(self, x: Tensor, site: str) -> Tensor:
+        """Return the activations of the tokens that count, ``[n, d]``.
+
+        Args:
+            x: the activation ``[B, S, d]``, or ``[B, virtual + S, d]``.
+            site: where it was seen.
+
+        Raises:
+            ShapeError: if it does not have one vector for each token.
+        """
+        return self.columns(x, site)[self.mask.to(x.device)]
+
+
+def real_tokens(x: Tensor, inputs: Mapping[str, Any]) -> Tensor | None:
+    """Return which tokens of an activation ``[B, S, ...]`` are no padding, ``[B, S]``; None if all are.
+
+    Args:
+        x: the activation.
+        inputs: keyword arguments of the forward.
+    """
+    mask = inputs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return None
+    missing = x.shape[1] - mask.shape[1]  # virtual tokens, or, if negative, those of the cache
+    real = nn.functional.pad(mask != 0, (missing, 0), value=True).to(x.device)
+    return None if bool(real.all()) else real

@@ -1,0 +1,145 @@
+"""Which forward backward() is running again, where gradient checkpointing did not keep what the forward computed.
+
+Every node of an autograd graph carries a number that its thread counted up when the node was made. A forward is known
+by the numbers that it used, so that the node for which a layer is run again tells which forward it is of.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+from torch import nn
+
+from ..errors import AttachError
+from ..interventions import Call
+
+if TYPE_CHECKING:
+    from .dispatch import Session
+
+# Forwards that one backward() may be about; what is kept of each are positions and ids of its tokens.
+_KEPT = 256
+_DETACHED = "of a forward that was edited by what has been detached since"
+
+
+@dataclass
+class Forward:
+    """A forward that left a graph.
+
+    Attributes:
+        start: number of the first node of its graph.
+        end: number after the last one.
+        thread: the thread that counted.
+        call: what is known of its tokens; None if nothing acted on it, or that was detached.
+        sessions: what acted on it, and whether it is an edit; weak, since its graph may outlive the attachment.
+        again: the same tokens, for the run again.
+    """
+
+    start: int
+    end: int
+    thread: int
+    call: Call | None
+    sessions: tuple[tuple[weakref.ref[Session], bool], ...]
+    again: Call | None = None
+
+
+class Forwards:
+    """The forwards of one model whose graphs may still be alive."""
+
+    def __init__(self) -> None:
+        self._kept: deque[Forward] = deque(maxlen=_KEPT)
+        self._dropped = 0
+        self._since = 0
+
+    def begin(self) -> None:
+        """Take note that from here on every forward will be told of; those before were not edited."""
+        self._since = node_number()
+
+    def note(self, start: int, call: Call | None, sessions: Sequence[Session]) -> None:
+        """Take note of a forward that has ended in this thread, whose first node had this number."""
+        end = node_number()
+        if end == start:  # it left no graph
+            return
+        if len(self._kept) == _KEPT:
+            self._dropped = max(self._dropped, self._kept[0].end)
+        acted = tuple((weakref.ref(session), bool(session.interventions)) for session in sessions)
+        self._kept.append(Forward(start, end, threading.get_ident(), call, acted))
+
+    def release(self) -> None:
+        """Let go of what is known of tokens: nothing is attached any more."""
+        for forward in self._kept:
+            forward.call = forward.again = None
+
+    def sessions(self) -> tuple[Session, ...]:
+        """Return what acts on the forward that is run again.
+
+        Raises:
+            AttachError: if it is not known which one that is, or an edit of it was detached.
+        """
+        forward = self._running()
+        if forward is None or not forward.sessions:
+            return ()
+        acting = []
+        for reference, edits in forward.sessions:
+            session = reference()
+            if session is not None and session.active and forward.call is not None:
+                acting.append(session)
+            elif edits:
+                _refuse(_DETACHED)
+        return tuple(acting)
+
+    def call(self) -> Call:
+        """Return the tokens of the forward that is run again.
+
+        Raises:
+            AttachError: if it is not known which one that is.
+        """
+        forward = self._running()
+        if forward is None or forward.call is None:
+            _refuse(_DETACHED)
+        if forward.again is None:
+            forward.again = Call(forward.call.tokens, forward.call.past)
+        return forward.again
+
+    def _running(self) -> Forward | None:
+        """Return the forward that is run again; None for one from before anything was attached."""
+        node = torch._C._current_autograd_node()
+        number = None if node is None else node._sequence_nr()
+        found = [each for each in self._kept if number is not None and each.start <= number < each.end]
+        if len({each.thread for each in found}) > 1:
+            _refuse("and forwards in several threads may be meant")
+        if found:  # a model called within its own forward is the shorter one
+            return min(found, key=lambda each: each.end - each.start)
+        if number is None or number >= self._since or number < self._dropped:
+            _refuse("of a forward that was not watched, or was too long ago")
+        return None
+
+
+def _refuse(why: str) -> NoReturn:
+    raise AttachError(
+        f"backward() runs layers again (gradient checkpointing), {why}, so that it is not known what to do with them: "
+        "call backward() after each forward, in the same thread, while the same things are attached."
+    )
+
+
+def node_number() -> int:
+    """Return the number of the next node that this thread adds to a graph."""
+    return int(torch._C._autograd._get_sequence_nr())
+
+
+def in_backward() -> int:
+    """Return the number of the backward() that is running in this thread; -1 if none is."""
+    return int(torch._C._current_graph_task_id())
+
+
+_forwards: weakref.WeakKeyDictionary[nn.Module, Forwards] = weakref.WeakKeyDictionary()
+
+
+def forwards_of(model: nn.Module) -> Forwards:
+    """Return what is known of a model's forwards; it outlives attachments, as graphs do."""
+    return _forwards.setdefault(model, Forwards())

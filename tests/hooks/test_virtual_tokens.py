@@ -1,0 +1,124 @@
+"""PEFT's prompt and prefix tuning put virtual tokens before the prompt; positions are those of the text."""
+
+import peft
+import pytest
+import torch
+
+from hf_gated_sae import TokenIds, attach
+from hf_gated_sae.errors import AttachError
+from tests.hooks.support import IDS, hooks_on, steer
+from tests.support.tiny_models import tiny_model
+
+# PEFT asks for what transformers renamed, and is given positions by generate() that it does not use.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning"),
+]
+
+METHODS = {
+    "prompt": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "prefix": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+}
+MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
+COLUMNS = torch.tensor([True, False, False, True, False, False])
+
+
+def wrapped(method):
+    torch.manual_seed(0)
+    return peft.get_peft_model(tiny_model("llama"), METHODS[method]).eval()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("positions", "expected"),
+    [
+        ("all", {0: [0, 1, 2, 3, 4, 5], 1: [0, 1, 2, 3]}),
+        ("last_prompt", {0: [5], 1: [3]}),
+        ([0], {0: [0], 1: [0]}),
+        ([-1], {0: [5], 1: [3]}),
+        (slice(1, 3), {0: [1, 2], 1: [1, 2]}),
+        (TokenIds([54, 13]), {0: [1], 1: [1]}),
+        (COLUMNS, {0: [0, 3], 1: [1]}),
+    ],
+    ids=str,
+)
+def test_positions_of_a_forward(method, positions, expected):
+    model = wrapped(method)
+    with torch.no_grad(), attach(model, steer(positions=positions)) as handle:
+        model(input_ids=IDS, attention_mask=MASK)
+        model(IDS, MASK)
+    record = handle.report().interventions[0]
+    assert record.positions == expected
+    assert record.edited == 2 * sum(map(len, expected.values()))
+
+
+def test_without_a_mask_nothing_is_padding():
+    model = wrapped("prompt")
+    with torch.no_grad(), attach(model, steer(positions=[0, -1])) as handle:
+        model(input_ids=IDS)
+    assert handle.report().interventions[0].positions == {0: [0, 5], 1: [0, 5]}
+
+
+@pytest.mark.parametrize(("method", "use_cache"), [("prompt", True), ("prompt", False), ("prefix", True)])
+@pytest.mark.parametrize(
+    ("positions", "expected"),
+    [
+        ("generated", {0: [6, 7], 1: [4, 5]}),
+        ("prompt", {0: [0, 1, 2, 3, 4, 5], 1: [0, 1, 2, 3]}),
+        ([0, -1], {0: [0, 5], 1: [0, 3]}),
+    ],
+    ids=str,
+)
+def test_positions_of_a_generation(method, use_cache, positions, expected):
+    model = wrapped(method)
+    with attach(model, steer(positions=positions)) as handle:
+        model.generate(
+            input_ids=IDS,
+            attention_mask=MASK,
+            max_new_tokens=3,
+            min_new_tokens=3,
+            do_sample=False,
+            use_cache=use_cache,
+        )
+    assert handle.report().interventions[0].positions == expected
+
+
+def test_the_model_within_called_by_itself_has_no_virtual_tokens():
+    model = wrapped("prompt")
+    with torch.no_grad(), attach(model, steer(positions=[0, -1])) as handle:
+        model(input_ids=IDS)
+        model.get_base_model()(inputs_embeds=model.get_base_model().get_input_embeddings()(IDS))
+    assert handle.report().interventions[0].edited == 8
+
+
+def test_virtual_tokens_between_tokens_are_refused():
+    model = wrapped("prompt")
+    with torch.no_grad(), attach(model, steer()):
+        cache = model(input_ids=IDS, use_cache=True).past_key_values
+        with pytest.raises(AttachError, match="between tokens"):
+            model(input_ids=IDS[:, :1], past_key_values=cache)
+
+
+def test_nothing_stays_on_the_wrapper():
+    model = wrapped("prompt")
+    with attach(model, steer()):
+        assert hooks_on(model)[0].keys() >= {"", "base_model"}
+    assert hooks_on(model) == ({}, [])
+
+
+def test_the_wrapper_may_be_attached_to_after_what_it_wraps():
+    model = wrapped("prompt")
+    with torch.no_grad(), attach(model.get_base_model(), steer()), attach(model, steer(positions=[0])) as handle:
+        model(input_ids=IDS)
+    assert handle.report().interventions[0].positions == {0: [0], 1: [0]}
+    assert hooks_on(model) == ({}, [])
+
+
+@pytest.mark.parametrize(("method", "before"), [("prompt", 4), ("prefix", 0)])
+def test_the_first_position_is_the_first_token_of_the_text(method, before):
+    model = wrapped(method)
+    with torch.no_grad():
+        clean = model(input_ids=IDS, attention_mask=MASK, output_hidden_states=True).hidden_states[2]
+        with attach(model, steer(positions=[0])):
+            edited = model(input_ids=IDS, attention_mask=MASK, output_hidden_states=True).hidden_states[2]
+    assert (edited != clean).any(-1).nonzero().tolist() == [[0, before], [1, before + 2]]

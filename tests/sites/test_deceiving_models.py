@@ -1,0 +1,369 @@
+"""Models whose modules suggest another place than the right one: what cannot be proven in them is refused."""
+
+import types
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from hf_gated_sae.errors import SiteError
+from hf_gated_sae.sites import Site, resolve
+from hf_gated_sae.sites.norms import Norms
+from hf_gated_sae.sites.probe import make_subject, trace
+from hf_gated_sae.sites.site_map import SiteMap
+from tests.support.tiny_models import tiny_model
+
+WIDTH = 32
+IDS = torch.tensor([[11, 54, 33, 78, 90], [60, 41, 22, 13, 5]])
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x):
+        return self.o(functional.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x), is_causal=True))
+
+
+class OwnMatrices(nn.Module):
+    """A whole attention without a module inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.inward, self.outward = (
+            nn.Parameter(torch.randn(96, WIDTH) / 5),
+            nn.Parameter(torch.randn(WIDTH, WIDTH) / 5),
+        )
+
+    def forward(self, x):
+        q, k, v = (x @ self.inward.T).chunk(3, -1)
+        return functional.scaled_dot_product_attention(q, k, v, is_causal=True) @ self.outward.T
+
+
+class Mlp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 48), nn.Linear(48, WIDTH)
+
+    def forward(self, x):
+        return self.down(functional.gelu(self.up(x)))
+
+
+class Tied(nn.Module):
+    """A whole feed-forward with one matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(48, WIDTH) / 5)
+
+    def forward(self, x):
+        return torch.relu(x @ self.weight.T) @ self.weight
+
+
+class Block(nn.Module):
+    def __init__(self, attention=Attention, mlp=Mlp):
+        super().__init__()
+        self.n1, self.attn, self.n2, self.mlp = nn.LayerNorm(WIDTH), attention(), nn.LayerNorm(WIDTH), mlp()
+
+    def forward(self, x):
+        x = x + self.attn(self.n1(x))
+        return x + self.mlp(self.n2(x))
+
+
+class Gated(Block):
+    """Adds its contributions by learned shares."""
+
+    def __init__(self, first=0.7311, second=0.4177):
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.tensor(first)), nn.Parameter(torch.tensor(second))
+
+    def forward(self, x):
+        x = x + self.first * self.attn(self.n1(x))
+        return x + self.second * self.mlp(self.n2(x))
+
+
+class Hidden(Block):
+    """Adds the attention by a share that no parameter tells, so small that rounding nearly hides it."""
+
+    def forward(self, x):
+        x = x + 0.013 * self.attn(self.n1(x))
+        return x + 1.37 * self.mlp(self.n2(x))
+
+
+class OneChannel(Block):
+    def forward(self, x):
+        x = Block.forward(self, x).clone()
+        x[..., 5] += 0.05
+        return x
+
+
+class Twice(Block):
+    def forward(self, x):
+        x = x + self.attn(self.n1(x))
+        added = self.mlp(self.n2(x))
+        return x + added + added
+
+
+class Model(nn.Module):
+    def __init__(self, block=Block, last=nn.LayerNorm):
+        super().__init__()
+        self.emb, self.layers = nn.Embedding(97, WIDTH), nn.ModuleList(block() for _ in range(3))
+        self.last, self.head = last(WIDTH), nn.Linear(WIDTH, 97)
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                nn.init.normal_(module.weight, 1, 0.1)
+
+    def get_input_embeddings(self):
+        return self.emb
+
+    def forward(self, input_ids):
+        x = self.emb(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return (self.head(self.last(x)),)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def places(sites, layer=0):
+    """Return each kind of site's place, or why it is refused, in one block."""
+    rows = [row for row in sites.rows() if layer in row.layers or not row.layers]
+    return {row.name: row.place or row.reason for row in rows}
+
+
+@torch.no_grad()
+def run(model, sites, edits):
+    """Return what was at some sites before the edits there."""
+    seen, handles = {}, []
+    for name, edit in edits.items():
+        handles.append(
+            sites[name].register(
+                lambda x, name=name, edit=edit: edit(seen.setdefault(name, x.clone())), lambda: tuple(IDS.shape)
+            )
+        )
+    model(input_ids=IDS)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "roberta-prelayernorm", "bloom", "llama", "gpt_neox"])
+def test_a_write_within_a_branch_changes_that_contribution_and_nothing_beside_it(name):
+    model = tiny_model(name)
+    sites = resolve(model)
+    outs = ("attn_out.1", "mlp_out.1")
+    clean = run(model, sites, dict.fromkeys((*outs, "resid_post.1"), lambda x: None))
+    for site, out in zip(("attn_in.1", "attn_z.1", "mlp_in.1", "mlp_neurons.1"), (outs[0], outs[0], outs[1], outs[1])):
+        held = {name: lambda x, name=name: clean[name] for name in outs}
+        after = run(model, sites, {site: lambda x: x + x.roll(1, -1), **held, "resid_post.1": lambda x: None})
+        assert not torch.allclose(after[out], clean[out]), site
+        assert torch.equal(after["resid_post.1"], clean["resid_post.1"]), site
+
+
+def test_where_a_module_adds_to_what_it_reads_the_branch_begins_within_or_before_it():
+    found = places(resolve(tiny_model("bert")))
+    assert found["attn_in"] == "bert.encoder.layer.L.attention.self.input"
+    assert found["mlp_in"] == "bert.encoder.layer.L.intermediate.input"
+
+
+class Added(nn.Module):
+    """A feed-forward that adds to the stream itself, all by its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 48), nn.Linear(48, WIDTH)
+
+    def forward(self, x):
+        return x + self.down(functional.gelu(self.up(self.norm(x))))
+
+
+class AddsWithin(Block):
+    def __init__(self):
+        super().__init__(mlp=Added)
+
+    def forward(self, x):
+        return self.mlp(x + self.attn(self.n1(x)))
+
+
+def test_no_input_is_taken_where_the_only_one_is_also_added():
+    found = places(resolve(Model(AddsWithin)))
+    assert found["mlp_in"] == "what layers.L.mlp reads is also what it adds to"
+    assert found["mlp_neurons"] == "layers.L.mlp.down.input"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_whole_branch_with_one_matrix_is_not_taken_for_its_last_linear_module(dtype):
+    found = places(resolve(Model(lambda: Block(OwnMatrices, Tied)).to(dtype)))
+    assert found["attn_z"] == "it is computed inside layers.L.attn, which is not linear"
+    assert found["mlp_neurons"] == "it is computed inside layers.L.mlp, which is not linear"
+    assert (found["attn_in"], found["mlp_in"]) == ("layers.L.attn.input", "layers.L.mlp.input")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shares", [(0.7311, 0.4177), (0.013, 1.37)])
+def test_learned_shares_are_those_of_the_block(dtype, shares):
+    model = Model(lambda: Gated(*shares)).to(dtype)
+    sites = resolve(model)
+    for layer, block in enumerate(model.layers):
+        assert sites[f"attn_out.{layer}"].place.scale == block.first.item()
+        assert sites[f"mlp_out.{layer}"].place.scale == block.second.item()
+        assert str(sites[f"attn_out.{layer}"].place) == f"layers.{layer}.attn.output"
+        assert f"resid_mid.{layer}" in sites
+
+
+def test_what_is_added_twice_counts_twice():
+    sites = resolve(Model(Twice))
+    assert [sites[f"{name}.1"].place.scale for name in ("attn_out", "mlp_out")] == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("block", [Hidden, OneChannel])
+def test_a_small_addition_is_not_lost_in_rounding(block, seed):
+    torch.manual_seed(seed)
+    sites = resolve(Model(block).to(torch.bfloat16))
+    for layer in range(3):
+        for name, path in (("attn_out", "attn"), ("mlp_out", "mlp")):
+            if f"{name}.{layer}" in sites:
+                assert block is Hidden
+                assert str(sites[f"{name}.{layer}"].place) == f"layers.{layer}.{path}.output"
+
+
+@pytest.mark.parametrize("start", [0.7311, 1.0])
+def test_new_learned_shares_are_proven_anew(start):
+    model = Model(lambda: Gated(start))
+    sites = resolve(model)
+    assert resolve(model) is sites
+    for block in model.layers:
+        block.first.data.fill_(2.0)
+    assert resolve(model)["attn_out.0"].place.scale == 2.0
+
+
+def test_another_type_of_numbers_or_another_forward_is_proven_anew():
+    model = Model()
+    sites = resolve(model)
+    assert "resid_mid.0" in sites
+    assert resolve(model.to(torch.bfloat16)) is not sites
+    for layer in model.layers:
+        layer.forward = types.MethodType(lambda self, x: x + self.attn(self.n1(x)) + self.mlp(self.n2(x)), layer)
+    with pytest.raises(SiteError, match="in parallel"):
+        resolve(model)["resid_mid.0"]
+
+
+def test_a_contribution_of_zeros_is_refused_as_such_and_looked_for_again():
+    model = Model()
+    whole = model.state_dict()
+    whole = {name: value.clone() for name, value in whole.items()}
+    for layer in model.layers:
+        nn.init.zeros_(layer.attn.o.weight)
+        nn.init.zeros_(layer.attn.o.bias)
+    found = places(resolve(model))
+    for name in ("attn_in", "attn_z", "attn_out", "resid_mid"):
+        assert found[name] == "layers.L.attn gave only zeros in the probe"
+    assert found["mlp_out"] == "layers.L.mlp.output"
+    model.load_state_dict(whole)
+    assert "attn_out.0" in resolve(model)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "openai-gpt"])
+def test_where_blocks_end_in_a_norm_nothing_else_is_the_final_one(name):
+    reason = resolve(tiny_model(name)).refused[Site("final_norm")]
+    assert reason == "the last block's output is normed already, and no other norm reads it"
+
+
+@pytest.mark.parametrize("last", [nn.Identity, lambda width: nn.Linear(width, width)])
+def test_no_norm_after_the_blocks_no_final_norm(last):
+    assert resolve(Model(last=last)).refused[Site("final_norm")] == "no norm reads the last block's output"
+
+
+class Numbered(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList([nn.Linear(WIDTH, 48), nn.GELU(), nn.Linear(48, WIDTH)])
+
+    def forward(self, x):
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+def test_only_the_number_of_the_block_is_masked():
+    sites = resolve(Model(lambda: Block(mlp=Numbered)))
+    assert isinstance(sites, SiteMap)
+    row = next(row for row in sites.rows() if row.name == "mlp_neurons")
+    assert (row.layers, row.place) == ((0, 1, 2), "layers.L.mlp.parts.2.input")
+
+
+def test_norms_keep_a_few_tokens_of_the_probe():
+    model = tiny_model("llama")
+    ids = torch.arange(8 * 64).view(8, 64) % 90 + 3
+    subject = make_subject(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    kept = Norms(subject, trace(subject))._inputs
+    assert kept["input_ids"].numel() <= 16 and kept["input_ids"].shape == kept["attention_mask"].shape
+    assert kept["input_ids"].untyped_storage().nbytes() < ids.untyped_storage().nbytes()
+    sites = resolve(model, inputs={"input_ids": ids})
+    assert sites["resid_post.2|norm_no_gain"].place.transforms
+
+
+class Checkpointed(GradientCheckpointingLayer):
+    """A block of the class that transformers' metadata names."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.mlp = Attention(), Mlp()
+
+    def forward(self, x):
+        x = x + self.attention(x)
+        return x + self.mlp(x)
+
+
+class Hybrid(nn.Module):
+    """A block of another class in the same list, with one of the first class in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Checkpointed()
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+class Network(nn.Module):
+    def __init__(self, layers, beside=()):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(97, WIDTH), nn.Linear(WIDTH, 97)
+        self.beside, self.layers = nn.ModuleList(beside), nn.ModuleList(layers)
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        for layer in self.beside:  # whose result only decides something
+            x = layer(x)
+        x = self.embed(input_ids) if self.beside and bool(x.isfinite().all()) else x
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def test_a_chain_does_not_leave_out_blocks_of_another_class():
+    torch.manual_seed(0)
+    sites = resolve(Network([Checkpointed(), Checkpointed(), Hybrid(), Checkpointed(), Checkpointed()]).eval())
+    assert sites.n_layers == 5
+    assert str(sites["resid_post.4"].place) == "layers.4.output"
+
+
+def test_blocks_whose_result_has_no_effect_are_not_the_models():
+    torch.manual_seed(0)
+    sites = resolve(Network([nn.Linear(WIDTH, WIDTH)], beside=[Checkpointed() for _ in range(3)]).eval())
+    assert "resid_post.2" not in sites and "resid_pre.0" not in sites
+    with pytest.raises(SiteError, match=r"beside\.0 \.\. beside\.2 give has no effect"):
+        sites["resid_post.1"]

@@ -1,0 +1,59 @@
+"""What is probed, and with what: anything else is refused in a sentence."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import BatchEncoding
+
+from hf_gated_sae.errors import InputError, SAEError, SiteError
+from hf_gated_sae.sites import read_name, resolve
+from tests.support.tiny_models import HIDDEN, tiny_model
+
+IDS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_model("llama")
+
+
+@pytest.mark.parametrize("model", [None, "gpt2", 3, tiny_model])
+def test_what_is_no_model(model):
+    for call in (resolve, lambda given: read_name("layers.1.mlp", "sparsify", model=given or 0)):
+        with pytest.raises(InputError, match="expected a loaded one"):
+            call(model)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "error", "hint"),
+    [
+        ([1, 2], InputError, r"inputs are \[1, 2\]; expected keyword arguments"),
+        (IDS, InputError, "expected keyword arguments"),
+        ({}, SiteError, "must have 'input_ids' or 'inputs_embeds'"),
+        ({"attention_mask": torch.ones_like(IDS)}, SiteError, "must have 'input_ids' or 'inputs_embeds'"),
+        ({"input_ids": IDS.tolist()}, SiteError, r"as a tensor \[B, S\].*return_tensors='pt'"),
+        ({"input_ids": IDS[0]}, SiteError, r"a tensor \[5\]; expected \[B, S\]"),
+        ({"input_ids": IDS[:0]}, SiteError, r"a tensor \[0, 5\].*not empty"),
+        ({"input_ids": IDS[:, :1]}, SiteError, "2 x 1 tokens.*2 tokens or more"),
+        ({"inputs_embeds": torch.ones(5, HIDDEN)}, SiteError, r"'inputs_embeds'.*expected \[B, S, width\]"),
+        ({"input_ids": IDS, 3: 4}, SiteError, "keywords must be strings"),
+    ],
+)
+def test_what_is_no_batch(llama, inputs, error, hint):
+    with pytest.raises(error, match=hint) as caught:
+        resolve(llama, inputs=inputs)
+    assert isinstance(caught.value, SAEError)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in llama.modules())
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        BatchEncoding({"input_ids": IDS}),
+        {"input_ids": IDS[:1, :2]},
+        {"inputs_embeds": torch.randn(1, 5, HIDDEN, generator=torch.Generator().manual_seed(0))},
+    ],
+)
+def test_what_is_a_batch(llama, inputs):
+    assert "resid_mid.1" in resolve(llama, inputs=inputs)
