@@ -34,7 +34,7 @@ class Forward:
     Attributes:
         start: number of the first node of its graph.
         end: number after the last one.
-        thread: the thread that counted.
+        thread: the thread that counted; itself, since the number of one that has ended may be used again.
         call: what is known of its tokens; None if nothing acted on it, or that was detached.
         sessions: what acted on it, and whether it is an edit; weak, since its graph may outlive the attachment.
         again: the same tokens, for the run again.
@@ -42,7 +42,7 @@ class Forward:
 
     start: int
     end: int
-    thread: int
+    thread: threading.Thread
     call: Call | None
     sessions: tuple[tuple[weakref.ref[Session], bool], ...]
     again: Call | None = None
@@ -68,7 +68,7 @@ class Forwards:
         if len(self._kept) == _KEPT:
             self._dropped = max(self._dropped, self._kept[0].end)
         acted = tuple((weakref.ref(session), bool(session.interventions)) for session in sessions)
-        self._kept.append(Forward(start, end, threading.get_ident(), call, acted))
+        self._kept.append(Forward(start, end, threading.current_thread(), call, acted))
 
     def release(self) -> None:
         """Let go of what is known of tokens: nothing is attached any more."""

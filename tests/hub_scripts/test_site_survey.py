@@ -50,7 +50,7 @@ def test_a_wrong_site_is_seen() -> None:
     sites._slots[right.site] = type(right)(right.site, wrong.place, model)
     finding = Finding("llama", n_layers=sites.n_layers)
     check(model, sites, finding)
-    assert finding.wrong == ["resid_post.1 does not come from resid_mid and mlp_out"]
+    assert finding.wrong[0] == "resid_post.1 does not come from resid_mid and mlp_out"
 
 
 def test_it_writes_what_it_found(tmp_path: Path) -> None:
