@@ -80,7 +80,8 @@ def describe_tokens(
     boundary = prompt if prompt is not None else (past or end)
     step = _next_step(call, inputs, past, previous, boundary) if prompt is not None else None
     if step is not None and previous is not None:
-        index, count, prompt_length, padded = *step, previous.prompt_length, True
+        index, count, padded = step
+        prompt_length = previous.prompt_length
     else:
         index, absent, padded = number_tokens(call, inputs, past, previous, boundary, generating=prompt is not None)
         count, prompt_length = index.amax(-1, keepdim=True) + 1, boundary - absent
@@ -110,19 +111,23 @@ def describe_tokens(
 
 def _next_step(
     call: Mapping[str, Any], inputs: Tensor, past: int, previous: TokenContext | None, prompt: int
-) -> tuple[Tensor, Tensor] | None:
-    """Return the positions of one more token per row of a generation, and each row's number of real tokens.
+) -> tuple[Tensor, Tensor, bool] | None:
+    """Return the positions of one more token per row of a generation, the rows' numbers of real tokens, and a flag.
 
-    None where this is not such a step. `number_tokens` says the same, of every call, in several times the operations.
+    The flag says whether the new tokens may be padding. None where this is not such a step. `number_tokens` says the
+    same, of every call, in several times the operations.
     """
+    if previous is None or previous.count is None or previous.count.device != inputs.device:
+        return None
+    if inputs.shape[1] != 1 or not previous.end == past >= prompt or previous.count.shape[0] != inputs.shape[0]:
+        return None
     mask = call.get("attention_mask")
-    if previous is None or previous.count is None or not isinstance(mask, Tensor) or mask.ndim != 2:
+    if not isinstance(mask, Tensor) or mask.ndim != 2:  # left out, or hidden by a static cache: what is new is real
+        return previous.count, previous.count + 1, False
+    if mask.shape[1] <= past:
         return None
-    follows = inputs.shape[1] == 1 and previous.end == past >= prompt and previous.count.shape[0] == inputs.shape[0]
-    if not follows or mask.shape[1] <= past or previous.count.device != mask.device:
-        return None
-    real = mask[:, past : past + 1] != 0
-    return torch.where(real, previous.count, -1), previous.count + real
+    real = mask[:, past : past + 1].to(inputs.device) != 0
+    return torch.where(real, previous.count, -1), previous.count + real, True
 
 
 def number_tokens(

@@ -14,7 +14,7 @@ from ..sites import Site
 from .arguments import finite_number, latent_list, latent_values, tensor_of
 from .base import Conditional, require_target
 from .positions import shorten
-from .run import SiteRun
+from .run import SiteRun, rows_of
 
 UNITS = ("max", "raw", "norm")
 
@@ -109,7 +109,7 @@ class Steer(Conditional):
 
     def _maximum(self, sae: SAEModel) -> Tensor:
         """Return the latent's recorded maximum."""
-        return sae.max_activation[sae.latent_indices(self.indices)[0]]
+        return sae.max_activation[rows_of(sae, self.indices)[0]]
 
     def delta(self, run: SiteRun) -> Tensor:
         """Return what is added, ``[d]``; per token where it is measured by, or normalised at, each token."""
