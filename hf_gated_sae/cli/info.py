@@ -15,6 +15,7 @@ from rich.table import Table
 
 from ..errors import InputError, SAEError
 from .app import app
+from .tables import facts_grid
 
 if TYPE_CHECKING:
     from ..hub.location import Location
@@ -97,7 +98,9 @@ def _show_one(console: Console, checkpoint: Checkpoint, location: Location) -> N
         "download": size_text(sum({id(t.source): t.source.size for t in checkpoint.stored.values()}.values())),
         "dashboards": f"https://www.neuronpedia.org/{neuronpedia}" if neuronpedia else None,
     }
-    console.print(_grid({name: value or "not stated" for name, value in facts.items() if value or name in MISSED}))
+    console.print(
+        facts_grid({name: value or "not stated" for name, value in facts.items() if value or name in MISSED})
+    )
     _show_code(console, origin.repo, origin.subfolder, origin.revision)
 
 
@@ -105,7 +108,7 @@ def _show_many(console: Console, location: Location, addresses: list[str]) -> No
     """Print what a repository, or a folder of it, holds."""
     facts = {"repository": location.repo, "folder": location.subfolder, "commit": location.revision or ""}
     facts |= {"licence": licence(location), "SAEs": f"{len(addresses):,}"}
-    console.print(_grid({name: value for name, value in facts.items() if value}))
+    console.print(facts_grid({name: value for name, value in facts.items() if value}))
     table = Table(box=SIMPLE_HEAD)
     for name in ("addresses", "site"):
         table.add_column(name, overflow="fold")
@@ -165,16 +168,6 @@ def size_text(size: float) -> str:
             break
         size /= 1000
     return f"{size:.3g} {unit}"
-
-
-def _grid(facts: dict[str, str]) -> Table:
-    """Return names and values below each other."""
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bold", no_wrap=True)
-    grid.add_column(overflow="fold")
-    for name, value in facts.items():
-        grid.add_row(name, escape(value))
-    return grid
 
 
 def _show_code(console: Console, repo: str, subfolder: str, revision: str | None) -> None:

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import InputError, SiteError
+from .tables import facts_grid
 
 if TYPE_CHECKING:
     from ..sites import SiteMap, SiteRow
@@ -128,9 +129,4 @@ def _facts(name: str, model: Any, sites: SiteMap, rows: Sequence[SiteRow]) -> Ta
         "layout": "\n".join(layout) or "unknown",
         "norm_no_gain": _norms(sites, rows),
     }
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bold", no_wrap=True)
-    grid.add_column(overflow="fold")
-    for key, value in facts.items():
-        grid.add_row(key, escape(value))
-    return grid
+    return facts_grid(facts)

@@ -73,9 +73,9 @@ class Attachment(Session):
             InputError: if something else that is attached replaces the same site.
         """
         model = self._model()
-        if model is None and not self.enabled:
+        if model is None:
             raise AttachError("The model that was given to attach() no longer exists; attach() to another one.")
-        enter(model, self, self._slots.values())  # type: ignore[arg-type]  # if enabled it only says so
+        enter(model, self, self._slots.values())
         self.passed_by = False
         self._before = (self.completed, [record.calls for record in self._records])
         return self
@@ -265,9 +265,10 @@ def _require_order(intervention: Intervention, slots: Mapping[str, Slot]) -> Non
         intervention.require_read_width(slot.width)
         needed = slots[str(intervention.places[min(number, len(intervention.places) - 1)])]
         if slot.order > needed.order:
+            base_model = None if intervention.sae_used is None else intervention.sae_used.config.base_model
             raise InputError(
                 f"{type(intervention).__name__} reads {site} to write {needed.site}, but this model computes "
-                f"{needed.site} first: the SAE (base model {intervention.sae_used.config.base_model!r}) does not fit."  # type: ignore[union-attr]  # only SAEs read elsewhere
+                f"{needed.site} first: the SAE (base model {base_model!r}) does not fit."
             )
 
 

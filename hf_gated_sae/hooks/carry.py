@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -45,7 +46,7 @@ def carry_out(x: Tensor, call: Call, records: Iterable[Record], placed: Placed, 
                 continue
             seen = view(x, record.transforms)
             run = SiteRun(seen.value, call.tokens, placed, call=call, output=record.output)
-            mask = call.once(intervention, lambda: intervention.mask(run))  # noqa: B023  # called at once
+            mask = call.once(intervention, partial(intervention.mask, run))
             if not replaying:
                 record.add(call.tokens, mask)
             if mask is False:

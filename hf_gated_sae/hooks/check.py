@@ -360,5 +360,5 @@ def _several(sites: Sequence[str]) -> str:
 
 
 def _report(sae: SAEModel, measured: Fit | None, expected: Expected, verdict: str) -> AttachCheck:
-    numbers = measured or Fit(0, *[None] * 3)  # type: ignore[arg-type]  # what was not measured
+    numbers: tuple[int, float | None, float | None, float | None] = measured or (0, None, None, None)
     return AttachCheck(_name(sae), _place(sae), *numbers, *expected, verdict=verdict)

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import AttachError, InputError
 from ..interventions import Intervention
@@ -73,7 +74,7 @@ class Dispatcher:
     def __init__(self, model: nn.Module) -> None:
         self.tracker = TokenTracker(model, self.acting)
         self.sessions: list[Session] = []
-        self._handles: dict[Place, object] = {}
+        self._handles: dict[Place, RemovableHandle] = {}
         self._users: dict[Place, int] = {}
 
     def acting(self) -> tuple[Session, ...]:
@@ -110,7 +111,7 @@ class Dispatcher:
             self._users[slot.place] -= 1
             if not self._users[slot.place]:
                 del self._users[slot.place]
-                self._handles.pop(slot.place).remove()  # type: ignore[attr-defined]  # a torch handle
+                self._handles.pop(slot.place).remove()
         self.sessions = [other for other in self.sessions if other is not session]
         if not self.sessions:
             self.tracker.remove(model)
@@ -118,8 +119,7 @@ class Dispatcher:
 
     def _hold(self, slot: Slot) -> None:
         if slot.place not in self._handles:
-            shape = lambda: self.tracker.current.tokens.shape  # noqa: E731
-            self._handles[slot.place] = slot.register(self._hook(slot.place), tokens=shape)
+            self._handles[slot.place] = slot.register(self._hook(slot.place), tokens=self.tracker.shape)
         self._users[slot.place] = self._users.get(slot.place, 0) + 1
 
     def _refuse_second_replacement(self, slot: Slot, sessions: Sequence[Session]) -> None:

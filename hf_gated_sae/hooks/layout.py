@@ -78,15 +78,7 @@ def describe_tokens(
         )
     end = past + inputs.shape[1]
     boundary = prompt if prompt is not None else (past or end)
-    step = _next_step(call, inputs, past, previous, boundary) if prompt is not None else None
-    if step is not None and previous is not None:
-        index, count, padded = step
-        prompt_length = previous.prompt_length
-    else:
-        index, absent, padded = number_tokens(call, inputs, past, previous, boundary, generating=prompt is not None)
-        count, prompt_length = index.amax(-1, keepdim=True) + 1, boundary - absent
-        if previous is not None and previous.count is not None and previous.count.shape == count.shape:
-            count = torch.maximum(count, previous.count.to(count.device))  # this call may hold padding alone
+    index, count, prompt_length, padded = _numbered(call, inputs, past, previous, boundary, prompt is not None)
     if any(call.get(name) is not None for name in _PACKED):
         phase = "packed"
     else:
@@ -107,6 +99,21 @@ def describe_tokens(
         return context
     known = {field.name: getattr(context, field.name) for field in fields(context)}
     return _AfterVirtual(**known, virtual=virtual)
+
+
+def _numbered(
+    call: Mapping[str, Any], inputs: Tensor, past: int, previous: TokenContext | None, prompt: int, generating: bool
+) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """Return positions, the rows' numbers of real tokens and lengths of prompts, and if there may be padding."""
+    step = _next_step(call, inputs, past, previous, prompt) if generating else None
+    if step is not None and previous is not None:
+        index, count, padded = step
+        return index, count, previous.prompt_length, padded
+    index, absent, padded = number_tokens(call, inputs, past, previous, prompt, generating=generating)
+    count = index.amax(-1, keepdim=True) + 1
+    if previous is not None and previous.count is not None and previous.count.shape == count.shape:
+        count = torch.maximum(count, previous.count.to(count.device))  # this call may hold padding alone
+    return index, count, prompt - absent, padded
 
 
 def _next_step(

@@ -263,6 +263,10 @@ class TokenTracker:
             if boundary.replaced is not None:
                 model.generate = boundary.replaced
 
+    def shape(self) -> tuple[int, int]:
+        """Return rows and columns of the running call."""
+        return self.current.tokens.shape
+
     @property
     def replaying(self) -> bool:
         """Whether backward() is running a layer again that gradient checkpointing did not keep."""

@@ -45,9 +45,8 @@ class _Carrier:
         self.root = envoys[id(model)]
         self._counts_rows = type(lm)._batch_size is not Envoy._batch_size  # which says one for whatever it is given
         self._tracker = TokenTracker(model, lambda: (attachment,))
-        shape = lambda: self._tracker.current.tokens.shape  # noqa: E731
         self._stops: list[tuple[Slot, Any, Callable[..., Any]]] = [
-            (slot, envoys[id(slot.module)], slot.hook(partial(self._act, slot.place), tokens=shape))
+            (slot, envoys[id(slot.module)], slot.hook(partial(self._act, slot.place), tokens=self._tracker.shape))
             for slot in attachment.slots
         ]
         self._waiting: Slot | None = None

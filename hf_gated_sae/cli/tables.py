@@ -1,0 +1,18 @@
+"""Tables that several subcommands print."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.markup import escape
+from rich.table import Table
+
+
+def facts_grid(facts: Mapping[str, str]) -> Table:
+    """Return names and values below each other."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in facts.items():
+        grid.add_row(name, escape(value))
+    return grid
