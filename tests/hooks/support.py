@@ -159,3 +159,28 @@ def make_cross_layer(
                 if name == "threshold":
                     value.abs_()
     return sae.requires_grad_(False).to(dtype)
+
+
+def padded_batches(count=3, rows=4, columns=7, side="left"):
+    """Rows of several lengths, with BOS (1) in front, EOS (2) in some, and padding (0)."""
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for number in range(count):
+        ids = torch.randint(3, 97, (rows, columns), generator=generator)
+        mask = torch.ones_like(ids)
+        for row in range(rows):
+            missing = (row + number) % 4
+            ids[row, missing if side == "left" else 0] = 1
+            gap = slice(0, missing) if side == "left" else slice(columns - missing, columns)
+            ids[row, gap], mask[row, gap] = 0, 0
+        ids[0, 4] = 2
+        batches.append({"input_ids": ids, "attention_mask": mask})
+    return batches
+
+
+def counted(batch):
+    return (batch["attention_mask"] == 1) & (batch["input_ids"] != 1) & (batch["input_ids"] != 2)
+
+
+def joined(harvests, key):
+    return torch.cat([each[key] if isinstance(each[key], torch.Tensor) else each[key].dense() for each in harvests])
