@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from ..errors import InputError
 from ..functional import FidelityAccumulator, loss_recovered
 from ..hooks import attach, capture
-from ..hooks.token_batches import TokenBatches, counted_positions, model_inputs
+from ..hooks.observation import CountedTokens
+from ..hooks.token_batches import TokenBatches, model_inputs
 from ..interventions import AblateSite, Intervention, Splice
 from ..modeling import SAEModel
 from .report import LEFT_OUT, FidelityReport
@@ -52,6 +53,7 @@ def evaluate(
     Raises:
         InputError: if the SAE names no site, writes another site than it reads, or the text has no countable token.
         SiteError: if the model does not have the site.
+        ShapeError: if what passes the site, or the model's output, does not have one vector for each token.
     """
     _require_reconstructing(sae)
     splice = Splice(sae)
@@ -65,14 +67,14 @@ def evaluate(
     try:
         for batch in batches:
             inputs = model_inputs(model, batch)
-            counted = counted_positions(model, inputs)
-            _add_activations(accumulator, sae, capture(model, [site], **inputs)[site], counted)
-            targets = next_token_targets(inputs["input_ids"], counted)
+            counted = CountedTokens.of(model, inputs)
+            _add_activations(accumulator, sae, counted.chosen(capture(model, [site], **inputs)[site], site))
+            targets = next_token_targets(inputs["input_ids"], counted.mask)
             for name, intervention in arms.items():
                 with nullcontext() if intervention is None else attach(model, intervention, check=False):
-                    sums[name] += summed_loss(model(**inputs).logits, targets)
+                    sums[name] += summed_loss(counted.columns(model(**inputs).logits, "the model's output"), targets)
             loss_tokens += int((targets >= 0).sum())
-            left_out += int((~counted).sum())
+            left_out += int((~counted.mask).sum())
             if progress is not None:
                 progress(accumulator.tokens)
     finally:
@@ -142,9 +144,9 @@ def summed_loss(logits: Tensor, targets: Tensor) -> float:
     return float(sum(row.double() for row in rows))
 
 
-def _add_activations(accumulator: FidelityAccumulator, sae: SAEModel, activations: Tensor, counted: Tensor) -> None:
-    """Add the counted activations of one batch ``[B, S, d_in]``."""
-    for x in activations[counted.to(activations.device)].to(sae.W_dec).split(CHUNK):
+def _add_activations(accumulator: FidelityAccumulator, sae: SAEModel, activations: Tensor) -> None:
+    """Add the counted activations of one batch, ``[n, d_in]``."""
+    for x in activations.to(sae.W_dec).split(CHUNK):
         output, frame = sae(x), sae.frame(x)
         constant = None if frame is None else frame.leave(sae.b_dec)  # what it writes when no latent is on
         accumulator.update(x, output.reconstruction, output.latents, constant=constant)

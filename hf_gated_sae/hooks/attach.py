@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from types import TracebackType
@@ -81,12 +82,18 @@ class Attachment(Session):
         return self
 
     def disable(self) -> None:
-        """Detach; nothing stays behind. Does nothing if not attached."""
-        model = self._model() if self.enabled else None
-        if model is not None:
-            leave(model, self, self._slots.values())
-        self.active = False
-        self._saes.clear()
+        """Detach; nothing stays behind. Does nothing if not attached.
+
+        While an exception is under way or being handled, as in ``finally:`` or ``except:``, it only detaches, so that
+        what it has to say never stands in place of that exception.
+
+        Raises:
+            AttachError: where the end of a ``with`` block would raise it.
+        """
+        was_enabled = self.enabled
+        self._detach()
+        if was_enabled and sys.exc_info()[0] is None:
+            self._require_effect()
 
     @property
     def enabled(self) -> bool:
@@ -108,13 +115,26 @@ class Attachment(Session):
 
         Raises:
             AttachError: if the model ran but a site was never reached, so that an intervention had no effect, if
-                positions were named that no token stood at, or if NaN or infinite numbers were put in.
+                positions were named that no token stood at, if NaN or infinite numbers were put in, or numbers beyond
+                what the model's type of numbers holds.
         """
+        was_enabled = self.enabled  # if not, disable() has said what there was to say
+        self._detach()
+        if was_enabled and kind is None:
+            self._require_effect()
+
+    def _detach(self) -> None:
+        """Take everything off the model, without a word."""
+        model = self._model() if self.enabled else None
+        if model is not None:
+            leave(model, self, self._slots.values())
+        self.active = False
+        self._saes.clear()
+
+    def _require_effect(self) -> None:
+        """Raise if the model ran since `enable` and what was attached did not do what it was to do."""
         completed, calls = self._before
         model = self._model()
-        self.disable()
-        if kind is not None:
-            return
         if model is not None and self.completed > completed:
             self._require_on_all_ranks(model)
         for record in self._records:
@@ -174,8 +194,10 @@ def attach(model: Any, *interventions: Intervention, all_threads: bool = False, 
     They act on calls from the thread, or asyncio task, that attached, and on tasks begun there. Several interventions
     on one site all read the clean activation, and what they add is summed. The model's parameters, its configuration
     and other hooks are not touched, and the SAEs do not become part of it. A copy, a pickle or a checkpoint of an
-    attached model has nothing attached. With gradient checkpointing, call ``backward()`` inside the block: it runs the
-    layers again. Where several ranks hold parts of the model, attach on every rank alike.
+    attached model has nothing attached. An SAE that is on another device than its site is copied there whole once per
+    attachment, so that training through the attached model would train the copy: move the SAE there first. With
+    gradient checkpointing, call ``backward()`` inside the block: it runs the layers again. Where several ranks hold
+    parts of the model, attach on every rank alike.
 
     Args:
         model: any Hugging Face causal LM, as the user calls it.
@@ -190,7 +212,8 @@ def attach(model: Any, *interventions: Intervention, all_threads: bool = False, 
         A context manager, which also reports what was edited.
 
     Raises:
-        InputError: if nothing, or something that is not an intervention, is given, or two replace the same site.
+        InputError: if nothing, or something that is not an intervention, is given, or two replace the same site, or
+            write one tensor under two names.
         SiteError: if a site does not exist in this model or could not be proven, or an SAE does not fit its site but
             another one, which is named.
         ShapeError: if an SAE, direction or value is not as wide as the site.
@@ -225,23 +248,44 @@ def require_fit(interventions: Sequence[Intervention], slots: Mapping[str, Slot]
     """Raise unless interventions fit their sites and each other.
 
     Raises:
-        InputError: if two replace the same site, or a site is needed before the model comes to it.
+        InputError: if two replace the same site, two name the same tensor differently, or a site is needed before the
+            model comes to it.
         ShapeError: if an SAE, direction or value is not as wide as the site.
     """
     replaced: dict[Hashable, Intervention] = {}
+    held: dict[Hashable, tuple[Intervention, Slot]] = {}
     for intervention in interventions:
         _require_order(intervention, slots)
         for site in intervention.places:
             slot = slots[str(site)]
             intervention.require_width(slot.width)
-            for name in _names_of_tensor(slot) if intervention.replaces else ():
-                other = replaced.setdefault(name, intervention)
+            for name in _names_of_tensor(slot):
+                other = replaced.setdefault(name, intervention) if intervention.replaces else intervention
                 if other is not intervention:
                     raise InputError(
                         f"Both {type(other).__name__} and {type(intervention).__name__} replace {site}; "
                         "attach only one of them."
                     )
+                _require_one_name(held.setdefault(name, (intervention, slot)), (intervention, slot))
     _require_splice_of_crosscoders(interventions)
+
+
+def _require_one_name(first: tuple[Intervention, Slot], second: tuple[Intervention, Slot]) -> None:
+    """Raise if two interventions would act on one tensor one after the other.
+
+    What is written under one name is read under the other where the model comes to that, so that the second would not
+    see the clean activation. Names that differ in transforms alone are of one place, where both read it first.
+
+    Raises:
+        InputError: naming both.
+    """
+    (other, there), (intervention, here) = first, second
+    if other is not intervention and there.place.bare != here.place.bare:
+        raise InputError(
+            f"{type(other).__name__} at {there.site} and {type(intervention).__name__} at {here.site} write one "
+            "tensor under two names, one after the other, so that the second would not read the clean activation: "
+            "name the same site in both, or nest two attach() blocks to have them follow each other."
+        )
 
 
 def _names_of_tensor(slot: Slot) -> list[Hashable]:

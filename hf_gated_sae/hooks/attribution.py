@@ -179,22 +179,10 @@ def attribute(
 
     Source: attribution patching (Nanda 2023); integrated gradients (arXiv 1703.01365).
     """
-    require_model("attribute()", model)
-    require_autograd("attribute()")
     _require_graph(model)
-    if method not in METHODS:
-        raise unknown_name("method", method, METHODS)
-    if steps < 1:
-        raise InputError(f"attribute() was given steps={steps}; expected at least 1.")
+    _require_method(method, steps)
     chosen: list[SAEModel] = [saes] if isinstance(saes, SAEModel) else list(saes)
-    for sae in chosen:
-        _require_attributable(sae)
-    read = sites_needed("attribute()", chosen)
-    slots = prove(model, [str(site) for sae in chosen for site in (*sites_read(sae), *sites_written(sae))])
-    require_fitting(read, slots)
-    for sae in chosen:
-        for site in map(str, sites_written(sae)):
-            require_written_width(sae, site, slots[site].width)
+    read, slots = _proven(model, chosen)
     whole = _Pass(model, chosen, slots, metric, inputs)
     value, gradients, seen = whole.run()
     counted = CountedTokens.of(model, inputs, special_tokens=special_tokens)
@@ -206,6 +194,25 @@ def attribute(
         activations={part.sae: part.numbered for part in parts},
         gradients={part.sae: part.derivatives(gradients) for part in parts},
     )
+
+
+def _proven(model: Any, saes: Sequence[SAEModel]) -> tuple[dict[Any, list[str]], dict[str, Slot]]:
+    """Return the names of the sites that each SAE reads, and the slots of all that they read and write.
+
+    Raises:
+        InputError: if latents of one of them cannot be attributed to.
+        SiteError: if a site does not exist in this model or could not be proven.
+        ShapeError: if an SAE is not as wide as a site.
+    """
+    for sae in saes:
+        _require_attributable(sae)
+    read = sites_needed("attribute()", saes)
+    slots = prove(model, [str(site) for sae in saes for site in (*sites_read(sae), *sites_written(sae))])
+    require_fitting(read, slots)
+    for sae in saes:
+        for site in map(str, sites_written(sae)):
+            require_written_width(sae, site, slots[site].width)
+    return read, slots
 
 
 class _Pass:
@@ -354,12 +361,27 @@ class _Part:
         return view(self.seen[place.bare], place.transforms).factor
 
 
-def _require_graph(model: nn.Module) -> None:
-    """Raise if the forward leaves gaps in the graph.
+def _require_method(method: str, steps: int) -> None:
+    """Raise unless there is such a method, with so many steps.
 
     Raises:
-        AttachError: saying what to do.
+        InputError: saying what there is.
     """
+    if method not in METHODS:
+        raise unknown_name("method", method, METHODS)
+    if steps < 1:
+        raise InputError(f"attribute() was given steps={steps}; expected at least 1.")
+
+
+def _require_graph(model: Any) -> None:
+    """Raise unless a forward of the model leaves a graph without gaps.
+
+    Raises:
+        InputError: if it is no model, or in inference mode.
+        AttachError: if the model is compiled, or runs layers again in the reentrant way.
+    """
+    require_model("attribute()", model)
+    require_autograd("attribute()")
     if any(run_again(model).values()):
         raise AttachError(
             "The model runs with reentrant gradient checkpointing, in which no gradients with respect to activations "

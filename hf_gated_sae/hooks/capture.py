@@ -121,12 +121,13 @@ def capture(
 
     Returns:
         What was asked for: ``{site: activations [B, S, d], sae: latents [B, S, d_sae]}``. They are ordinary tensors
-        even if the caller is in inference mode.
+        even if the caller is in inference mode. A module path gives what passes there, in its own shape: the virtual
+        tokens of prompt tuning are columns of it, and what all rows share, such as rotary embeddings, has one row.
 
     Raises:
         InputError: if nothing is asked for, or gradients are, in inference mode.
         SiteError: if a site does not exist in this model or could not be proven.
-        ShapeError: if an SAE is not as wide as its site, or what passes there has no row for each sequence.
+        ShapeError: if an SAE is not as wide as its site, or what passes there has no vector for each token.
         AttachError: if the forward did not reach a site, or the model is compiled, or gradients are asked for with
             gradient checkpointing within a layer.
     """
@@ -136,27 +137,41 @@ def capture(
     written = [str(site) for sae in anchored for site in sites_written(sae)]
     slots = prove(model, [*(site for several in sites.values() for site in several), *written])
     require_fitting(sites, slots)
-    places = {slot.place.bare for slot in slots.values()}
     if grad:
-        require_autograd("capture(..., grad=True)")
-        used = {
-            slots[name].place.bare for sae in anchored for name in map(str, (*sites_read(sae), *sites_written(sae)))
-        }
-        _require_graph(model, places, used)
-        anchors = {sae: _Anchor(sae, slots) for sae in anchored}
-        with torch.enable_grad():
-            observation: Observation = _Differentiable(places, list(anchors.values()))
-            observation.run(model, slots, inputs)
-            return {
-                key: anchors[key].latents if key in anchors else _read(key, sites[key], slots, observation, inputs)
-                for key in sites
-            }
+        return _in_one_graph(model, sites, anchored, slots, inputs)
     stop = not must_finish(model) and cache_in(inputs) is None
-    observation = Observation(places, stop=stop)
+    observation = Observation({slot.place.bare for slot in slots.values()}, stop=stop)
     with torch.no_grad():
         observation.run(model, slots, inputs)
     with torch.inference_mode(False), torch.no_grad():
         return {key: _read(key, sites[key], slots, observation, inputs) for key in sites}
+
+
+def _in_one_graph(
+    model: Any,
+    sites: Mapping[Any, Sequence[str]],
+    anchored: Sequence[SAEModel],
+    slots: Mapping[str, Slot],
+    inputs: Mapping[str, Any],
+) -> dict[Any, Tensor]:
+    """Return what is wanted as parts of one graph; of the anchored SAEs, latents on which what comes later depends.
+
+    Raises:
+        InputError: in inference mode.
+        AttachError: if the forward did not reach a site, or gradient checkpointing would leave gaps in the graph.
+    """
+    require_autograd("capture(..., grad=True)")
+    places = {slot.place.bare for slot in slots.values()}
+    used = {slots[name].place.bare for sae in anchored for name in map(str, (*sites_read(sae), *sites_written(sae)))}
+    _require_graph(model, places, used)
+    anchors = {sae: _Anchor(sae, slots) for sae in anchored}
+    with torch.enable_grad():
+        observation = _Differentiable(places, list(anchors.values()))
+        observation.run(model, slots, inputs)
+        return {
+            key: anchors[key].latents if key in anchors else _read(key, sites[key], slots, observation, inputs)
+            for key in sites
+        }
 
 
 def sites_needed(caller: str, what: Any) -> dict[Any, list[str]]:
@@ -267,16 +282,16 @@ def _read(
 
 
 def _require_rows(site: str, x: Tensor, inputs: Mapping[str, Any]) -> None:
-    """Raise unless what an SAE reads has a row for each sequence.
+    """Raise unless what an SAE reads has a vector for each token; virtual tokens may come before them.
 
     Raises:
-        ShapeError: with both numbers.
+        ShapeError: with both shapes.
     """
     given = next((inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None), None)
-    if isinstance(given, Tensor) and x.shape[0] != given.shape[0]:
+    if isinstance(given, Tensor) and (x.ndim < 3 or x.shape[0] != given.shape[0] or x.shape[1] < given.shape[1]):
         raise ShapeError(
-            f"What passes {site} is {list(x.shape)} for {given.shape[0]} sequences, and so no activation of tokens: "
-            "expected [B, S, d] to encode it; name another site in the SAE's configuration."
+            f"What passes {site} is {list(x.shape)} for {given.shape[0]} sequences of {given.shape[1]} tokens, and so "
+            "no activation of tokens: expected [B, S, d] to encode it; name another site in the SAE's configuration."
         )
 
 

@@ -19,6 +19,8 @@ from ..modeling import SAEModel
 from ..sites.transforms import view
 from .report import Record
 
+_RANGE = torch.finfo(torch.bfloat16).max  # what numbers of 16 bits or more hold, but for float16
+
 Placed = Callable[[SAEModel, torch.device], SAEModel]
 """Gives an SAE on a device."""
 
@@ -37,6 +39,7 @@ def carry_out(x: Tensor, call: Call, records: Iterable[Record], placed: Placed, 
         The new activation, or None if no token of this call is meant.
     """
     base, deltas = x, []
+    acted: list[Record] = []
     with exact_dtype(x.device):
         for record in records:
             intervention = record.intervention
@@ -51,6 +54,7 @@ def carry_out(x: Tensor, call: Call, records: Iterable[Record], placed: Placed, 
                 record.add(call.tokens, mask)
             if mask is False:
                 continue
+            acted.append(record)
             if intervention.replaces:
                 new = cast(Replacement, intervention).replacement(run)
                 if new is not None:
@@ -60,12 +64,22 @@ def carry_out(x: Tensor, call: Call, records: Iterable[Record], placed: Placed, 
                 delta = cast(Edit, intervention).delta(run)
                 record.watch(delta, mask)
                 deltas.append((mask, delta * seen.factor if record.transforms else delta))
-        return add(base, deltas, x)
+        result = add(base, deltas, x)
+        if result is not None and torch.finfo(x.dtype).max < _RANGE:
+            beyond = _is_finite(x) & ~_is_finite(result)  # not where the model's own numbers are no longer finite
+            for record in acted:
+                record.watch_range(beyond, x.dtype)
+        return result
 
 
 def exact_dtype(device: torch.device) -> Any:
     """Return a context in which an SAE computes in its own dtype; autocast would make a float32 one bfloat16."""
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+
+
+def _is_finite(x: Tensor) -> Tensor:
+    """Return whether all numbers are finite, as a single bool on their device: of 16 bits, a sum cannot overflow."""
+    return x.detach().sum(dtype=torch.float32).isfinite()
 
 
 def _where(mask: Tensor | bool, new: Tensor, old: Tensor) -> Tensor:

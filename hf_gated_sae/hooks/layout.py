@@ -2,38 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..interventions import Positions, TokenContext, special_token_mask
+from ..interventions import TokenContext, special_token_mask
 
 # Arguments that tell that one row holds the tokens of several sequences.
 _PACKED = ("cu_seq_lens_q", "cu_seqlens", "read_index")
-
-
-@dataclass(frozen=True)
-class _AfterVirtual(TokenContext):
-    """Tokens of a row that begins with virtual ones, of which the caller's batch has no columns.
-
-    Attributes:
-        virtual: number of virtual tokens.
-    """
-
-    virtual: int = 0
-
-    def select(
-        self, positions: Positions, *, special_tokens: bool, rows: Sequence[int] | None = None
-    ) -> Tensor | bool:
-        """Return which tokens are meant; a mask is of the caller's columns."""
-        if isinstance(positions, Tensor):
-            none = positions.new_zeros(*positions.shape[:-1], self.virtual)
-            positions = torch.cat([none, positions], -1)
-        return super().select(positions, special_tokens=special_tokens, rows=rows)
 
 
 def describe_tokens(
@@ -83,7 +62,7 @@ def describe_tokens(
         phase = "packed"
     else:
         phase = "prompt" if end <= boundary else "generated" if past >= boundary else "mixed"
-    context = TokenContext(
+    return TokenContext(
         index=index,
         prompt_length=prompt_length,
         special=special_token_mask(model, input_ids, index >= 0 if padded else None, ids=special_ids),
@@ -94,11 +73,8 @@ def describe_tokens(
         beams=beams,
         prompt_columns=boundary - virtual,
         count=count,
+        virtual=virtual,
     )
-    if not virtual:
-        return context
-    known = {field.name: getattr(context, field.name) for field in fields(context)}
-    return _AfterVirtual(**known, virtual=virtual)
 
 
 def _numbered(

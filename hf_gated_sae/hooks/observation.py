@@ -17,6 +17,7 @@ from ..sites.probe import Subject
 from ..sites.slots import Place
 from .dispatch import Session, enter, leave
 from .token_batches import counted_positions
+from .virtual import virtual_tokens
 
 
 class _Reached(Exception):
@@ -127,9 +128,7 @@ class CountedTokens:
             inputs: keyword arguments of its forward.
             special_tokens: count special tokens too; padding never counts.
         """
-        adapter = getattr(model, "active_peft_config", None)
-        virtual = int(getattr(adapter, "num_virtual_tokens", None) or 0)
-        return cls(counted_positions(model, inputs, special_tokens=special_tokens), virtual)
+        return cls(counted_positions(model, inputs, special_tokens=special_tokens), virtual_tokens(model))
 
     def columns(self, x: Tensor, site: str) -> Tensor:
         """Return the part ``[B, S, d]`` of an activation that is of the batch's tokens, counted or not.

@@ -75,6 +75,10 @@ class Record:
     """How many tokens the longest row and the longest prompt had, ``[2]``; only where positions are numbers."""
     taint: Tensor | None = None
     """Zero, or NaN once something was put in that is not finite; not on a CPU, where that is told at once."""
+    beyond: Tensor | None = None
+    """Whether something was put in that is beyond the model's range; not on a CPU, either."""
+    dtype: torch.dtype = torch.float32
+    """The model's type of numbers there, where its range was watched."""
 
     @property
     def site(self) -> Site:
@@ -84,7 +88,7 @@ class Record:
     def add(self, tokens: TokenContext, mask: Tensor | bool) -> None:
         """Remember one call."""
         self.calls += 1
-        self.columns = max(self.columns, tokens.end)
+        self.columns = max(self.columns, tokens.end - tokens.virtual)
         if isinstance(self.intervention.positions, (int, tuple, slice)):
             now = torch.stack([tokens.index.max() + 1, tokens.prompt_length.max()])
             self.lengths = now if self.lengths is None else torch.maximum(self.lengths, now)
@@ -128,14 +132,47 @@ class Record:
                 "there, or the SAE's latents of them, are not finite."
             )
 
+    def watch_range(self, beyond: Tensor, dtype: torch.dtype) -> None:
+        """Take note of whether what the model goes on with has become infinite in its type of numbers.
+
+        Args:
+            beyond: a single bool.
+            dtype: that type.
+
+        Raises:
+            AttachError: if it has; as with `watch`, only `require_sound` says so on another device than the CPU.
+        """
+        self.dtype = dtype
+        if beyond.device.type == "cpu":
+            self._require_within(beyond)
+        else:
+            self.beyond = beyond if self.beyond is None else self.beyond | beyond
+
+    def _require_within(self, beyond: Tensor) -> None:
+        """Raise if what was put in was beyond the model's range."""
+        if beyond:
+            self.beyond = None  # said once
+            name = str(self.dtype).removeprefix("torch.")
+            raise AttachError(
+                f"What {type(self.intervention).__name__} put in at {self.site} is beyond the model's {name}, "
+                f"which ends at {torch.finfo(self.dtype).max:g}, and became infinite: edit less strongly, or load the "
+                "model in bfloat16 or float32."
+            )
+
+    def _require_finite_and_within(self) -> None:
+        """Raise if something was put in that is not finite, or not in the model's type of numbers."""
+        if self.taint is not None:
+            self._require_finite(self.taint)
+        if self.beyond is not None:
+            self._require_within(self.beyond)
+
     def require_sound(self) -> None:
         """Raise unless everything put in was finite, and there was a token at every position that was named.
 
         Raises:
             AttachError: saying what was not.
         """
-        if self.taint is not None:
-            self._require_finite(self.taint)
+        self._require_finite_and_within()
         if self.calls and self.intervention.columns > self.columns:
             raise AttachError(
                 f"{type(self.intervention).__name__} at {self.site} was given {self.intervention.columns} columns, "
@@ -172,10 +209,9 @@ class Record:
         """Return what was collected.
 
         Raises:
-            AttachError: if something was put in that is not finite.
+            AttachError: if something was put in that is not finite, or beyond the range of the model's numbers.
         """
-        if self.taint is not None:
-            self._require_finite(self.taint)
+        self._require_finite_and_within()
         positions: dict[int, set[int]] = {}
         edited = int(self.forgotten)
         for index, mask in self.masks:

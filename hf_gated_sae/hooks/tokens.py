@@ -56,11 +56,11 @@ class _Generation:
 
     def prompt_of(self, call: Mapping[str, Any]) -> int | None:
         """Return where the prompt of one of its calls ends; None if that is this call's end."""
-        return self.prompt if self._owns(call) else self._others_prompt
+        return self.prompt if self.owns(call) else self._others_prompt
 
     def learn_prompt(self, call: Mapping[str, Any], end: int) -> None:
         """Take note of a call that ends at a column, which is its prompt's end if it is the first one."""
-        own = self._owns(call)
+        own = self.owns(call)
         if own:
             self.prompt = self.prompt or end
         else:
@@ -69,7 +69,7 @@ class _Generation:
             self._cache = cache_in(call)
         self._begun, self._others_turn = True, own
 
-    def _owns(self, call: Mapping[str, Any]) -> bool:
+    def owns(self, call: Mapping[str, Any]) -> bool:
         """Whether a call goes on from the prompt; the calls that guide it have a cache of their own."""
         if not self.guided or not self._begun:
             return True
@@ -344,7 +344,8 @@ class TokenTracker:
     def _describe(self, model: nn.Module, call: Mapping[str, Any]) -> Call:
         """Work out the tokens of a call from its arguments by name."""
         generation = _generation.get()
-        virtual = self._virtual.of(call, generating=generation is not None)
+        # Calls that guide a generation are not prepared by a wrapper, and so have none.
+        virtual = self._virtual.of(call, generating=generation is not None and generation.owns(call))
         past, previous, histories = self._history(cache_in(call), virtual.cached)
         call = without_virtual(call, virtual, past)
         if not past or self._special is None:  # a decoding step has no time to ask

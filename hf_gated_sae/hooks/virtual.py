@@ -60,6 +60,12 @@ def know_wrapper(model: nn.Module, root: nn.Module) -> None:
         _wrappers.setdefault(root, weakref.WeakSet()).add(model)
 
 
+def virtual_tokens(model: Any) -> int:
+    """Return how many virtual tokens a model puts before each prompt: 0 unless it is a wrapper that does so now."""
+    config: Any = getattr(model, "active_peft_config", None)
+    return int(config.num_virtual_tokens) if getattr(config, "is_prompt_learning", False) else 0
+
+
 class VirtualTokens:
     """Knows the virtual tokens of a model's calls.
 
@@ -95,7 +101,7 @@ class VirtualTokens:
 
         Args:
             call: its arguments by name.
-            generating: whether it is one of `generate`, for which PEFT prepares each call instead of making it.
+            generating: whether it is one that `generate` prepares, for which PEFT does so instead of making it.
         """
         entered = self._entered.get()
         wrapper: Any
@@ -107,17 +113,13 @@ class VirtualTokens:
             wrapper, arguments = getattr(prepare, "__self__", None), {}
         else:
             return _NONE
-        config = getattr(wrapper, "active_peft_config", None)
-        if config is None or not config.is_prompt_learning:
+        count = virtual_tokens(wrapper)
+        if not count:
             return _NONE
-        if config.peft_type in _IN_CACHE:
-            return Virtual(cached=config.num_virtual_tokens)
+        if wrapper.active_peft_config.peft_type in _IN_CACHE:
+            return Virtual(cached=count)
         prepended = call.get("input_ids") is None
-        return Virtual(
-            columns=config.num_virtual_tokens,
-            now=config.num_virtual_tokens if prepended else 0,
-            ids=arguments.get("input_ids"),
-        )
+        return Virtual(columns=count, now=count if prepended else 0, ids=arguments.get("input_ids"))
 
     def _begin(self, wrapper: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = inspect.signature(type(wrapper).forward).bind_partial(wrapper, *args, **kwargs).arguments

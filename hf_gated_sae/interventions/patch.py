@@ -25,7 +25,8 @@ class Patch(Conditional, Replacement):
     and all other latents, stay as they are.
 
     Row by row and column by column: the first column of `value` belongs to the first one of the batch, padding
-    included, as `capture` gives it; columns that `value` does not have are left as they are.
+    included, as `capture` gives it; columns that `value` does not have are left as they are. The virtual tokens of
+    PEFT's prompt tuning are no columns of the batch: leave out those that `capture` gives before it.
 
     Attributes:
         target: a site, or an SAE.
@@ -101,12 +102,13 @@ class Patch(Conditional, Replacement):
     def mask(self, run: SiteRun) -> Tensor | bool:
         """Return which tokens to act on, columns beyond those of `value` left out."""
         mask, tokens, covered = super().mask(run), run.tokens, self.value.shape[1]
-        start = tokens.end - tokens.shape[1]
-        if mask is False or start >= covered:
+        here = tokens.batch_columns
+        if mask is False or here.start >= covered:
             return False
-        if tokens.end <= covered:
+        if here.start >= 0 and here.stop <= covered:
             return mask
-        within = torch.arange(start, tokens.end, device=tokens.index.device) < covered
+        column = torch.arange(here.start, here.stop, device=tokens.index.device)
+        within = (column >= 0) & (column < covered)
         return within.expand(tokens.shape) if mask is True else mask & within.to(torch.as_tensor(mask).device)
 
     def replacement(self, run: SiteRun) -> Tensor:

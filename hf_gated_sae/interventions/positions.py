@@ -68,6 +68,7 @@ class TokenContext:
         beams: whether `generate` may reorder the rows between this call and the next.
         prompt_columns: number of columns of the prompt, padding included; None if it is not known.
         count: number of real tokens of each row up to the end of this call, ``[B, 1]``; None if it is not known.
+        virtual: number of each row's first columns that are virtual tokens, of which the caller's batch has none.
     """
 
     index: Tensor
@@ -80,6 +81,7 @@ class TokenContext:
     beams: bool = False
     prompt_columns: int | None = None
     count: Tensor | None = None
+    virtual: int = 0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -137,6 +139,11 @@ class TokenContext:
         return self.batch if self.batch and running % self.batch == 0 else running
 
     @property
+    def batch_columns(self) -> range:
+        """The columns of the caller's batch that this call's columns are; those of virtual tokens are below 0."""
+        return range(self.end - self.shape[1] - self.virtual, self.end - self.virtual)
+
+    @property
     def owners(self) -> Tensor:
         """Which row of the caller's batch each row of this call belongs to, ``[B]`` int64."""
         running = self.shape[0]
@@ -169,13 +176,18 @@ class TokenContext:
                 f"{what} has {values.shape[0]} rows {list(values.shape)}, but the batch has {self.batch_rows}; "
                 "expected as many."
             )
-        now = slice(self.end - columns, self.end)
+        here = self.batch_columns
+        now = slice(max(here.start, 0), max(here.stop, 0))
         found = values[now].expand(rows, -1) if values.ndim == 1 else values[:, now][self.owners.to(values.device)]
         found = found.to(self.index.device)
         if found.shape[1] == columns:
             return found
-        missing = found.new_full((rows, columns - found.shape[1], *found.shape[2:]), fill)
-        return torch.cat([found, missing], 1)
+        before = min(max(-here.start, 0), columns)
+
+        def filled(count: int) -> Tensor:
+            return found.new_full((rows, count, *found.shape[2:]), fill)
+
+        return torch.cat([filled(before), found, filled(columns - before - found.shape[1])], 1)
 
     def _chosen(self, positions: Positions) -> Tensor | bool:
         if isinstance(positions, Tensor):

@@ -45,7 +45,7 @@ def block_places(
     layer: int,
     sums: Sums | str,
     roles: Roles | str,
-    additive: Collection[str],
+    additive: Collection[str] | str,
 ) -> dict[str, Place | str]:
     """Return, for every semantic name of one block, its place or the reason why there is none.
 
@@ -56,7 +56,7 @@ def block_places(
         layer: which of them, counted among those that ran.
         sums: what it adds to the stream, or why that is not known.
         roles: which contribution is what, or why that is not known.
-        additive: the paths of the modules that are proven to be linear.
+        additive: the paths of the modules that are proven to be linear, or why none is.
     """
     places: dict[str, Place | str] = {
         "resid_pre": chain.entries[layer].place,

@@ -16,6 +16,7 @@ from .sums import Sums
 
 _STEPS = 3  # norms and dropouts between a projection and the residual stream
 _SIZE = 8.0  # of the tokens that are written: far from zero, where a smooth function is nearly linear
+_FEWEST = 4  # a, b, a + b and 0
 _OFF = 0.1  # what activations rounded to 8 bits are off by is a tenth of this, what a nonlinear function is, several
 
 
@@ -45,7 +46,7 @@ def largest_rank(module: nn.Module) -> int:
     return max((tensor.ndim for tensors in (module.parameters(), module.buffers()) for tensor in tensors), default=0)
 
 
-def origin_of(root: nn.Module, trace: Trace, block: str, term: Seen, additive: Collection[str]) -> Origin:
+def origin_of(root: nn.Module, trace: Trace, block: str, term: Seen, additive: Collection[str] | str) -> Origin:
     """Look back from a contribution, through norms and dropouts, to the module that makes it.
 
     Args:
@@ -53,7 +54,8 @@ def origin_of(root: nn.Module, trace: Trace, block: str, term: Seen, additive: C
         trace: one recorded forward.
         block: path of the block.
         term: the contribution.
-        additive: the paths of the modules that are proven to be linear, as `additive_modules` returns them.
+        additive: the paths of the modules that are proven to be linear, as `additive_modules` returns them, or the
+            reason why none is.
     """
     path, values = _last_matrix(root, trace, block, term)
     inputs = {seen.value: seen for seen in trace.one(path, "input") if seen.is_tokens}
@@ -64,6 +66,8 @@ def origin_of(root: nn.Module, trace: Trace, block: str, term: Seen, additive: C
         projection = f"it is computed inside {path}, not by a linear module of its own"
     elif len(inputs) != 1:
         projection = f"{path} does not read one tensor"
+    elif isinstance(additive, str):
+        projection = additive
     elif path not in additive:
         projection = f"it is computed inside {path}, which is not linear"
     else:
@@ -102,8 +106,8 @@ def _may_be_linear(module: nn.Module) -> bool:
     return "base_layer" in module._modules or (not module._modules and largest_rank(module) == 2)
 
 
-def additive_modules(subject: Subject, trace: Trace, chain: Chain, sums: Sequence[Sums | str]) -> set[str]:
-    """Return which of the modules that contributions come out of are linear, by one forward.
+def additive_modules(subject: Subject, trace: Trace, chain: Chain, sums: Sequence[Sums | str]) -> set[str] | str:
+    """Return which of the modules that contributions come out of are linear, by one forward, or why that is not known.
 
     Tokens a, b, a + b and 0 are written into each of them. A linear module gives ``f(a + b) - f(a) = f(b) - f(0)``; a
     whole feed-forward or attention does not, even where it is one module with one matrix.
@@ -118,8 +122,13 @@ def additive_modules(subject: Subject, trace: Trace, chain: Chain, sums: Sequenc
             if maker and len(taken) == 1 and given and _may_be_linear(subject.root.get_submodule(maker)):
                 inputs[maker], outputs[maker] = next(iter(taken.values())), given[0]
     batch, sequence = subject.tokens()
-    if not inputs or batch * sequence < 4:
+    if not inputs:
         return set()
+    if batch * sequence < _FEWEST:
+        return (
+            f"the probe's inputs hold {batch * sequence} tokens, too few to see whether it comes out of a linear "
+            f"module: give resolve(model, inputs=batch) {_FEWEST} or more"
+        )
     raw: dict[Slot, Tensor] = {}
     makers: dict[Slot, str] = {}
     edits: dict[Slot, Edit] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import weakref
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,13 +36,14 @@ class _Found:
 
     Args:
         sites: the map.
-        settled: whether a later probe of the same modules must give the same.
         scaled: the paths of blocks that may have learned factors, so that the map holds only for their present values.
+        lacking: the paths of blocks in which a contribution may be missing because a module gave zeros, so that the
+            map holds only until their weights change.
     """
 
     sites: SiteMap
-    settled: bool = True
     scaled: tuple[str, ...] = ()
+    lacking: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +51,8 @@ class _Kept:
     """A map, and the state of the model for which it holds."""
 
     key: _Key
-    scaled: tuple[str, ...]
     values: list[Tensor | float]
-    sites: SiteMap
+    found: _Found
 
 
 _CACHE: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
@@ -63,7 +63,7 @@ def resolve(model: nn.Module, *, inputs: Mapping[str, Any] | None = None) -> Sit
 
     The model keeps no hook, and its train or eval mode and the random state are restored. It is probed again when its
     modules, their types of numbers or their forwards have changed, as they do when an adapter is added, or learned
-    factors of what its blocks add.
+    factors of what its blocks add, or weights of blocks that added nothing but zeros.
 
     Args:
         model: a causal language model, also wrapped by PEFT, torch.compile, DDP or FSDP, on any devices.
@@ -82,15 +82,15 @@ def resolve(model: nn.Module, *, inputs: Mapping[str, Any] | None = None) -> Sit
     with _LOCK:
         cached = _CACHE.get(root)
         same = cached is not None and cached.key == key and inputs is None
-        if cached is not None and same and _alike(cached.values, _small_values(root, cached.scaled)):
-            return cached.sites
+        if cached is not None and same and _alike(cached.values, _state(root, cached.found)):
+            return cached.found.sites
         subject = make_subject(model, inputs)
         meet(root)
         with quiet(root):
             found = _probe(subject)
         _CACHE.pop(root, None)
-        if found.settled:
-            _CACHE[root] = _Kept(key, found.scaled, _small_values(root, found.scaled), found.sites)
+        if _is_watchable(root, found.lacking):
+            _CACHE[root] = _Kept(key, _state(root, found), found)
     return found.sites
 
 
@@ -99,6 +99,33 @@ def _identity(path: str, module: nn.Module) -> tuple[Hashable, ...]:
     forward = vars(module).get("forward")  # not the class's, which FSDP replaces by one that does the same
     dtypes = tuple(tensor.dtype for tensor in module._parameters.values() if tensor is not None)
     return path, id(module), id(getattr(forward, "__func__", forward)), dtypes
+
+
+def _state(root: nn.Module, found: _Found) -> list[Tensor | float]:
+    """Return all that a map depends on beside the model's modules."""
+    return [*_small_values(root, found.scaled), *_changes(root, found.lacking)]
+
+
+def _is_watchable(root: nn.Module, paths: Sequence[str]) -> bool:
+    """Whether all weights of some modules are here, whole, and of a kind that tells when it changes."""
+    return all(
+        type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta" and not is_spread(tensor)
+        for path in paths
+        for tensor in _weights(root, path)
+    )
+
+
+def _changes(root: nn.Module, paths: Sequence[str]) -> Iterator[float]:
+    """Yield, for each weight of some modules, which tensor it is, how often it was written, and if it is all zero."""
+    for path in paths:
+        for tensor in _weights(root, path):
+            # Writes through `.data` are not counted; but of them, too, those that end the zeros are seen.
+            yield from (id(tensor), 0 if tensor.is_inference() else tensor._version, bool(tensor.any()))
+
+
+def _weights(root: nn.Module, path: str) -> list[Tensor]:
+    module = root.get_submodule(path)
+    return [*module.parameters(), *module.buffers()]
 
 
 def _own_vectors(block: nn.Module) -> set[int]:
@@ -174,7 +201,8 @@ def _probe(subject: Subject) -> _Found:
         for path, parts in zip(chain.paths, sums, strict=True)
         if _is_scaled(parts, settings) or _own_vectors(root.get_submodule(path))
     )
-    return _Found(sites, not any(map(_lacks, sums, roles)), scaled)
+    lacking = tuple(path for path, parts, role in zip(chain.paths, sums, roles, strict=True) if _lacks(parts, role))
+    return _Found(sites, scaled, lacking)
 
 
 def _is_scaled(sums: Sums | str, config: Mapping[str, Any]) -> bool:

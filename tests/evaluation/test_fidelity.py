@@ -4,6 +4,7 @@ import json
 import math
 import warnings
 
+import peft
 import pytest
 import torch
 from torch.nn import functional as F
@@ -111,6 +112,25 @@ def test_every_number_is_over_the_same_tokens(model, batches):
     assert report.density == pytest.approx((output.latents > 0).float().mean(0).tolist())
     assert report.max_activation == pytest.approx(output.latents.amax(0).tolist(), rel=1e-5)
     assert report.mean_activation == pytest.approx(output.latents.mean(0).tolist(), rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
+@pytest.mark.parametrize("settings", [peft.PromptTuningConfig, peft.PrefixTuningConfig])
+def test_virtual_tokens_do_not_count(batches, settings):
+    torch.manual_seed(0)
+    tuned = peft.get_peft_model(tiny_model("llama"), settings(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    report = evaluate(tuned, identity_sae(), batches)
+    loss, predicted, tokens = 0.0, 0, 0
+    for batch in batches:
+        ids, keep = batch["input_ids"], (batch["attention_mask"] == 1) & (batch["input_ids"] > 2)
+        with torch.no_grad():
+            log_probs = tuned(**batch).logits[:, -ids.shape[1] :].log_softmax(-1)
+        both = keep[:, :-1] & keep[:, 1:]
+        loss -= log_probs[:, :-1].gather(-1, ids[:, 1:, None])[..., 0][both].sum().item()
+        predicted, tokens = predicted + int(both.sum()), tokens + int(keep.sum())
+    assert report.loss_tokens == predicted and report.tokens == tokens
+    assert report.loss_clean == pytest.approx(loss / predicted, rel=1e-5)
+    assert report.metrics.fvu < 1e-10 and report.loss_recovered == pytest.approx(1.0, abs=1e-4)
 
 
 def test_the_report_does_not_depend_on_the_batching(model, batches):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from transformers import DynamicCache
 
 from hf_gated_sae import Clamp, SAEModel, Splice, Steer, attach, capture, resolve
@@ -323,6 +324,30 @@ def test_an_error_leaves_nothing(wanted, inputs, error):
         capture(model, wanted, **inputs)
     assert hooks_on(model) == ({}, [])
     assert torch.equal(logits_of(model), clean)
+
+
+def test_what_all_rows_share_is_given_as_it_is_but_not_encoded():
+    model, site = model_of("llama"), "model.rotary_emb.output"
+    assert capture(model, site, input_ids=IDS)[site].shape == (1, 6, 8)
+    with pytest.raises(ShapeError, match=r"\[1, 6, 8\] for 2 sequences of 6 tokens"):
+        capture(model, make_sae(site=site, d_in=8), input_ids=IDS)
+
+
+class Pairs(nn.Module):
+    """Pools every two tokens, beside the model's own way."""
+
+    def forward(self, x):
+        return x[:, : x.shape[1] // 2 * 2].unflatten(1, (-1, 2)).mean(2)
+
+
+def test_what_has_fewer_vectors_than_tokens_is_not_encoded():
+    model = tiny_model("llama")
+    model.model.register_module("pooled", Pairs())
+    model.model.norm.register_forward_hook(lambda module, args, output: (model.model.pooled(output), None)[1])
+    site = "model.pooled.output"
+    assert capture(model, site, input_ids=IDS)[site].shape == (2, 3, 32)
+    with pytest.raises(ShapeError, match=r"\[2, 3, 32\] for 2 sequences of 6 tokens"):
+        capture(model, make_sae(site=site), input_ids=IDS)
 
 
 def test_a_site_that_is_not_reached_is_an_error():

@@ -259,6 +259,38 @@ def test_a_model_of_which_no_site_is_reached_is_reported_too():
             raise Boom
 
 
+def test_disabling_says_what_the_end_of_a_block_says():
+    model = model_of("llama")
+    handle = attach(model, steer(positions=[0, 500])).enable()
+    logits_of(model)
+    with pytest.raises(AttachError, match=r"positions \[500\] .* never reached"):
+        handle.disable()
+    assert not handle.enabled and hooks_on(model) == ({}, [])
+    handle.disable()  # once more does nothing
+    with pytest.raises(AttachError, match=r"positions \[500\]"):
+        with handle:
+            logits_of(model)
+            handle.disable()
+
+
+def test_disabling_does_not_hide_an_exception():
+    model = model_of("llama")
+    handle = attach(model, steer(positions=[0, 500]))
+    with pytest.raises(Boom) as caught:
+        handle.enable()
+        try:
+            logits_of(model)
+            raise Boom
+        finally:
+            handle.disable()
+    assert caught.value.__context__ is None and hooks_on(model) == ({}, [])
+    try:
+        raise Boom
+    except Boom:  # a block that ends well says what it has to say wherever it stands
+        with pytest.raises(AttachError, match=r"positions \[500\]"), handle:
+            logits_of(model)
+
+
 def test_probing_and_stopped_captures_do_not_count_as_running():
     model = tiny_model("llama")
     with attach(model, steer(site="resid_post.2")):

@@ -14,7 +14,7 @@ from hf_gated_sae.errors import AttachError, InputError, ShapeError, SiteError
 from hf_gated_sae.hooks.nnsight import edit, report
 from hf_gated_sae.interventions import Ablate, Cap, Floor, Patch, interventions
 from tests.hooks.nnsight_support import wrap, wrapped
-from tests.hooks.support import IDS, SITE, hooks_on, live_latents, logits_of, make_sae, model_of
+from tests.hooks.support import IDS, SITE, hooks_on, live_latents, logits_of, make_sae, model_of, steer
 from tests.support.tiny_models import HIDDEN, tiny_model
 
 PADDED = torch.cat([torch.zeros(2, 3, dtype=torch.long), IDS], dim=1)
@@ -133,6 +133,21 @@ def test_rows_are_those_that_generate_was_given():
         out = tracer.result.save()
     assert torch.equal(out.sequences, expected.sequences)
     assert all(torch.equal(one, other) for one, other in zip(out.scores, expected.scores, strict=True))
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_the_calls_that_guide_a_generation_have_a_prompt_of_their_own(use_cache):
+    model, held = model_of("llama"), steer(positions="last_prompt")
+    settings = {"guidance_scale": 2.0, "negative_prompt_ids": IDS[:, :3], "use_cache": use_cache}
+    with attach(model, held) as handle:
+        expected = generated(model.generate, **settings)
+        told = handle.report()
+    edited = edit(wrapped("llama"), held)
+    with edited.generate(IDS, max_new_tokens=4, min_new_tokens=4, do_sample=False, **settings, **SCORES) as tracer:
+        out = tracer.result.save()
+    assert all(torch.equal(one, other) for one, other in zip(out.scores, expected.scores, strict=True))
+    assert report(edited) == told
+    assert told.interventions[0].positions == {row: [2, 5] for row in range(2)}
 
 
 def test_a_condition_on_earlier_tokens_remembers_them_between_steps():

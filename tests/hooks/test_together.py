@@ -6,10 +6,20 @@ import threading
 import pytest
 import torch
 
-from hf_gated_sae import Ablate, Splice, Steer, attach, capture
+from hf_gated_sae import Ablate, Clamp, Splice, Steer, attach, capture
 from hf_gated_sae.errors import AttachError, InputError
 from hf_gated_sae.interventions import AblateSite
-from tests.hooks.support import IDS, hooks_on, live_latents, logits_of, make_cross_layer, make_sae, model_of, steer
+from tests.hooks.support import (
+    IDS,
+    close,
+    hooks_on,
+    live_latents,
+    logits_of,
+    make_cross_layer,
+    make_sae,
+    model_of,
+    steer,
+)
 from tests.support.tiny_models import tiny_model
 
 
@@ -44,6 +54,38 @@ def test_two_names_of_one_tensor_are_replaced_once(family, names):
     first, second = (Splice(make_sae(site=name)) for name in names)
     with pytest.raises(InputError, match="Both Splice and Splice replace"):
         attach(model_of(family), first, second)
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("llama", ("resid_post.0", "resid_pre.1")),
+        ("llama", ("resid_pre.1", "resid_post.0|center")),
+        ("granite", ("attn_out.1", "model.layers.1.self_attn.output")),  # which is scaled before it is added
+    ],
+)
+@pytest.mark.parametrize("verb", [steer, lambda site: AblateSite(site)])
+def test_two_names_of_one_tensor_are_not_edited_one_after_the_other(family, names, verb):
+    model = model_of(family)
+    with pytest.raises(InputError, match="one tensor under two names") as caught:
+        attach(model, verb(site=names[0]), steer(site=names[1]))
+    assert all(name in str(caught.value) for name in names)
+    attach(model, steer(site=names[0]), steer(site=f"{names[0]}|scale=2"))
+
+
+def test_names_that_differ_in_a_transform_alone_are_edited_together():
+    """Both read the clean activation: in whatever order they are given, the sum of both differences is added."""
+    model, site = model_of("llama"), "resid_post.0"
+    edits = [Clamp(make_sae(site=f"{site}{transform}"), {3: 4.0}) for transform in ("", "|scale=2")]
+    clean = capture(model, site, input_ids=IDS)[site]
+    alone = []
+    for edit in edits:
+        with attach(model, edit):
+            alone.append(capture(model, site, input_ids=IDS)[site] - clean)
+    for several in (edits, edits[::-1]):
+        with attach(model, *several):
+            together = capture(model, site, input_ids=IDS)[site] - clean
+        close(together, alone[0] + alone[1], 1e-5)
 
 
 def test_a_history_is_not_inherited_by_an_intervention_that_comes_later():

@@ -4,7 +4,7 @@ import peft
 import pytest
 import torch
 
-from hf_gated_sae import TokenIds, attach
+from hf_gated_sae import Patch, TokenIds, attach, capture
 from hf_gated_sae.errors import AttachError
 from tests.hooks.support import IDS, hooks_on, steer
 from tests.support.tiny_models import tiny_model
@@ -81,6 +81,50 @@ def test_positions_of_a_generation(method, use_cache, positions, expected):
             use_cache=use_cache,
         )
     assert handle.report().interventions[0].positions == expected
+
+
+@pytest.mark.parametrize(("method", "use_cache"), [("prompt", True), ("prompt", False), ("prefix", True)])
+def test_the_calls_that_guide_a_generation_have_no_virtual_tokens(method, use_cache):
+    """Classifier-free guidance calls the model itself, beginning with the negative prompt."""
+    model = wrapped(method)
+    negative = IDS[:, :3]
+    with attach(model, steer(positions="last_prompt")) as handle:
+        model.generate(
+            input_ids=IDS,
+            guidance_scale=2.0,
+            negative_prompt_ids=negative,
+            max_new_tokens=4,
+            min_new_tokens=4,
+            do_sample=False,
+            use_cache=use_cache,
+        )
+    record = handle.report().interventions[0]
+    assert record.positions == {0: [2, 5], 1: [2, 5]}
+    assert record.edited == (4 if use_cache else 16)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_patch_is_of_the_columns_of_the_text(method):
+    model, site = wrapped(method), "resid_post.1"
+    value = torch.arange(2 * 4 * 32.0).reshape(2, 4, 32)
+    clean = capture(model, site, input_ids=IDS)[site]
+    for special_tokens in (False, True):  # virtual tokens have no value
+        with attach(model, Patch(site, value, special_tokens=special_tokens)) as handle:
+            found = capture(model, site, input_ids=IDS)[site]
+            model(input_ids=IDS)
+        assert torch.equal(found[:, -6:-2], value)
+        assert torch.equal(found[:, :-6], clean[:, :-6]) and torch.equal(found[:, -2:], clean[:, -2:])
+        assert handle.report().interventions[0].positions == {0: [0, 1, 2, 3], 1: [0, 1, 2, 3]}
+    with pytest.raises(AttachError, match="10 columns, and the model went through 6"), torch.no_grad():
+        with attach(model, Patch(site, torch.ones(2, 10, 32))):
+            model(input_ids=IDS)
+
+
+def test_a_patch_goes_on_in_a_generation():
+    model, site = wrapped("prompt"), "resid_post.1"
+    with attach(model, Patch(site, torch.ones(2, 7, 32))) as handle:
+        model.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=3, min_new_tokens=3)
+    assert handle.report().interventions[0].positions == {row: [0, 1, 2, 3, 4, 5, 6] for row in range(2)}
 
 
 def test_the_model_within_called_by_itself_has_no_virtual_tokens():

@@ -5,6 +5,7 @@ import torch
 
 from hf_gated_sae import Ablate, Cap, Clamp, Floor, Patch, ProjectOut, Splice, Steer, attach
 from hf_gated_sae.errors import AttachError, SAEError
+from hf_gated_sae.hooks.report import Record
 from tests.hooks.support import SITE, block, hand_made, logits_of, make_sae, model_of
 
 SAE = make_sae()
@@ -132,3 +133,35 @@ def test_numbers_that_are_not_finite_do_not_matter_where_nothing_is_meant():
     model = model_of("llama")
     with attach(model, Patch(SITE, torch.full((2, 6, 32), torch.nan), positions=[])):
         assert torch.isfinite(logits_of(model)).all()
+
+
+# ------------------------------------------------------------------ numbers beyond what the model's type holds
+
+
+@pytest.mark.parametrize("edit", [Steer(SITE, torch.ones(32), strength=1e5), Patch(SITE, torch.full((2, 6, 32), 1e5))])
+def test_numbers_that_the_model_cannot_hold_are_an_error(edit):
+    model = model_of("llama", torch.float16)
+    clean = logits_of(model)
+    handle = attach(model, edit)
+    with (
+        pytest.raises(AttachError, match=rf"{type(edit).__name__} put in at resid_post\.1 .*float16, .* 65504"),
+        handle,
+    ):
+        logits_of(model)
+    assert torch.equal(logits_of(model), clean)
+    with attach(model_of("llama", torch.bfloat16), edit):
+        logits_of(model_of("llama", torch.bfloat16))
+
+
+def test_numbers_that_were_infinite_already_are_no_fault_of_an_edit():
+    model = model_of("llama", torch.float16)
+    with attach(model, Steer(SITE, torch.ones(32))), hand_made(block(model, "llama"), lambda x: x * torch.inf):
+        logits_of(model)
+
+
+def test_on_another_device_numbers_that_cannot_be_held_are_told_of_at_the_end():
+    record = Record(Steer(SITE, torch.ones(32)))
+    record.beyond, record.dtype = torch.tensor(True), torch.float16  # as it is kept there
+    with pytest.raises(AttachError, match="float16"):
+        record.require_sound()
+    record.require_sound()  # said once

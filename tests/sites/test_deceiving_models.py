@@ -268,7 +268,38 @@ def test_a_contribution_of_zeros_is_refused_as_such_and_looked_for_again():
     for name in ("attn_in", "attn_z", "attn_out", "resid_mid"):
         assert found[name] == "layers.L.attn gave only zeros in the probe"
     assert found["mlp_out"] == "layers.L.mlp.output"
+    assert resolve(model) is resolve(model), "nothing has changed"
     model.load_state_dict(whole)
+    assert "attn_out.0" in resolve(model)
+
+
+def silence(layer):
+    """Let a layer's attention give zeros although no weight in it is zero alone."""
+    with torch.no_grad():
+        layer.n1.weight.zero_()
+        layer.n1.bias.zero_()
+        for module in layer.attn.modules():
+            if isinstance(getattr(module, "bias", None), nn.Parameter):
+                module.bias.zero_()
+
+
+@pytest.mark.parametrize("change", ["data", "assigned", "another module"])
+def test_zeros_are_looked_at_again_however_they_end(change):
+    model = Model()
+    if change == "another module":
+        list(map(silence, model.layers))
+    else:
+        for layer in model.layers:
+            nn.init.zeros_(layer.attn.o.weight)
+            nn.init.zeros_(layer.attn.o.bias)
+    assert "attn_out.0" not in resolve(model)
+    for layer in model.layers:
+        if change == "data":
+            layer.attn.o.weight.data.normal_()
+        elif change == "assigned":
+            layer.attn.o.weight = nn.Parameter(torch.randn(layer.attn.o.weight.shape))
+        else:
+            nn.init.ones_(layer.n1.weight)
     assert "attn_out.0" in resolve(model)
 
 

@@ -22,7 +22,7 @@ from ..carry import carry_out
 from ..check import Check
 from ..dispatch import is_attached, prove
 from ..report import AttachReport
-from ..tokens import TokenTracker, generating, has_beams
+from ..tokens import TokenTracker, generating, has_beams, is_guided
 
 
 class _Carrier:
@@ -64,7 +64,8 @@ class _Carrier:
         run = Mediator.current("edit").interleaver
         self._waiting = None
         try:
-            with generating(None, self._rows(run.batcher), beams=self._has_beams(run.batcher)):
+            beams, guided = self._asks_for(has_beams, run.batcher), self._asks_for(is_guided, run.batcher)
+            with generating(None, self._rows(run.batcher), beams=beams, guided=guided):
                 for _ in Iterations()[:]:
                     self._forward(run)
         except OutOfOrderError:  # the run is over: it has no further forward, or was stopped before a site
@@ -109,10 +110,10 @@ class _Carrier:
         """Return how many rows the run was given; None for models of which nnsight does not know it."""
         return batcher.total if self._counts_rows else None
 
-    def _has_beams(self, batcher: Any) -> bool:
-        """Return whether the run searches with beams."""
+    def _asks_for(self, what: Callable[..., bool], batcher: Any) -> bool:
+        """Return whether the run is a generation that was asked for something: `has_beams`, `is_guided`."""
         given = [batcher.kwargs, batcher.extra_kwargs, *(kwargs for _, kwargs in batcher.invokes)]
-        return has_beams(self.root._module, (), {name: value for each in given for name, value in each.items()})
+        return what(self.root._module, (), {name: value for each in given for name, value in each.items()})
 
     def _act(self, place: Place, x: Tensor) -> Tensor | None:
         """Carry out what is to be done at one place."""

@@ -38,6 +38,9 @@ class _Unwatched(Record):
     def watch(self, value: Tensor, mask: Tensor | bool) -> None:
         """Do nothing."""
 
+    def watch_range(self, beyond: Tensor, dtype: torch.dtype) -> None:
+        """Do nothing."""
+
 
 class _SingleTokens(TokenContext):
     """Tokens of which nobody knows where in the batch they are."""

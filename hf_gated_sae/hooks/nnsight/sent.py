@@ -14,9 +14,7 @@ from ..layout import number_tokens
 from .portable import BLOCK, by_value, portable
 
 
-def sent(
-    root: Any, stops: Any, special: Any, steps: Any, names: Any, number: Any, get: Any, put: Any, block: Any
-) -> Any:
+def sent(root: Any, stops: Any, special: Any, steps: Any, names: Any, get: Any, put: Any) -> Any:
     """Return the function that carries recorded interventions out in every forward of a run.
 
     Args:
@@ -26,42 +24,17 @@ def sent(
         special: ids of special tokens.
         steps: nnsight's steps.
         names: names of the model's positional arguments.
-        number: `number_tokens`.
         get: `get_tensor`.
         put: `put_tensor`.
-        block: `BLOCK`.
     """
-
-    def tokens_of(inputs, prompt):  # type: ignore[no-untyped-def]
-        args, kwargs = inputs
-        call = dict(zip(names, args))  # noqa: B905
-        call.update(kwargs)
-        ids, cache = call.get("input_ids"), call.get("past_key_values")
-        inputs = ids if ids is not None else call["inputs_embeds"]
-        past = int(cache.get_seq_length()) if cache is not None else 0
-        end = past + inputs.shape[1]
-        boundary = prompt if prompt is not None else (past or end)
-        index, absent, padded = number(call, inputs, past, None, boundary, generating=prompt is not None)
-        ids = torch.zeros_like(index) - 1 if ids is None else ids
-        out = torch.isin(ids, torch.tensor(special, device=ids.device, dtype=ids.dtype))
-        out = out | (index < 0) if padded else out
-        length = (boundary - absent).expand(index.shape) if not isinstance(absent, int) else index * 0 + boundary
-        return [each.reshape(-1, 1).to("cpu") for each in (index, length, out, ids)], prompt or end
-
-    def act(recorded, constants, x, tokens, raws):  # type: ignore[no-untyped-def]
-        count, done = x.shape[0], []
-        for start in range(0, count, block):
-            parts = [each[start : start + block] for each in (x, *tokens, *raws)]
-            missing = block - parts[0].shape[0]
-            if missing:
-                parts = [torch.cat([each, each.new_zeros((missing, *each.shape[1:]))]) for each in parts]
-            done.append(recorded(constants, *parts)[: block - missing])
-        return torch.cat(done)
 
     def carry():  # type: ignore[no-untyped-def]
         prompt = None
         for _ in steps[:]:
-            tokens, prompt = tokens_of(root.inputs, prompt)
+            args, kwargs = root.inputs
+            call = dict(zip(names, args))  # noqa: B905
+            call.update(kwargs)
+            tokens, prompt = tokens_of(call, prompt, special)
             seen = []
             for envoy, port, keys, in_place, before, recorded, constants in stops:
                 if port == "input":
@@ -74,7 +47,7 @@ def sent(
                 seen.append(x)
                 if recorded is None:
                     continue
-                new = act(recorded, constants, x, tokens, [seen[other] for other in before])
+                new = in_blocks(recorded, constants, [x, *tokens, *(seen[other] for other in before)])
                 if raw.dtype == torch.float64:  # of which float32 does not hold everything
                     delta = torch.where(new == x, torch.zeros_like(x), new - x).to(raw.dtype)
                     new = raw + delta.reshape(raw.shape).to(raw.device)
@@ -88,6 +61,48 @@ def sent(
                     envoy.output = put(packed, keys, new)
 
     return carry
+
+
+def tokens_of(call: Any, prompt: Any, special: Any) -> Any:
+    """Return what is known of each token of a call, and where the prompt ends.
+
+    Args:
+        call: the call's arguments by name.
+        prompt: number of the prompt's columns; None in the first call of a run.
+        special: ids of special tokens.
+
+    Returns:
+        Index, prompt length, mask of special tokens and ids, ``[B * S, 1]`` each; and the prompt's columns.
+    """
+    ids, cache = call.get("input_ids"), call.get("past_key_values")
+    inputs = ids if ids is not None else call["inputs_embeds"]
+    past = int(cache.get_seq_length()) if cache is not None else 0
+    end = past + inputs.shape[1]
+    boundary = prompt if prompt is not None else (past or end)
+    index, absent, padded = number_tokens(call, inputs, past, None, boundary, generating=prompt is not None)
+    ids = torch.zeros_like(index) - 1 if ids is None else ids
+    out = torch.isin(ids, torch.tensor(special, device=ids.device, dtype=ids.dtype))
+    out = out | (index < 0) if padded else out
+    length = (boundary - absent).expand(index.shape) if not isinstance(absent, int) else index * 0 + boundary
+    return [each.reshape(-1, 1).to("cpu") for each in (index, length, out, ids)], prompt or end
+
+
+def in_blocks(recorded: Any, constants: Any, inputs: Any) -> Any:
+    """Return what a recorded function, which takes `BLOCK` tokens at once, gives for any number of them.
+
+    Args:
+        recorded: the function.
+        constants: its constants.
+        inputs: all that it takes, ``[n, ...]`` each.
+    """
+    count, done = inputs[0].shape[0], []
+    for start in range(0, count, BLOCK):
+        parts = [each[start : start + BLOCK] for each in inputs]
+        missing = BLOCK - parts[0].shape[0]
+        if missing:
+            parts = [torch.cat([each, each.new_zeros((missing, *each.shape[1:]))]) for each in parts]
+        done.append(recorded(constants, *parts)[: BLOCK - missing])
+    return torch.cat(done)
 
 
 def to_send(root: Any, envoys: Any, names: list[str], attachment: Attachment) -> Any:
@@ -108,16 +123,15 @@ def to_send(root: Any, envoys: Any, names: list[str], attachment: Attachment) ->
         stops.append((envoy, slot.place.port, slot.place.keys, slot.place.in_place, list(read), recorded, constants))
         if attachment.reads(slot.place):
             read.append(position)
-    return by_value(sent)(
+    tokens = by_value(tokens_of, number_tokens=by_value(number_tokens))
+    return by_value(sent, tokens_of=tokens, in_blocks=by_value(in_blocks))(
         root,
         stops,
         special_token_ids(root._module),
         Iterations(),
         names,
-        by_value(number_tokens),
         by_value(get_tensor),
         by_value(put_tensor),
-        BLOCK,
     )
 
 
