@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 import transformers.initialization as init
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..functional import batch_topk, jumprelu
+from ..functional import jumprelu
+from ..functional.activations import largest
 from ..functional.search import lowest_projection
-from ..modeling import SAEConfig, SAEModel, TrainingLoss
+from ..functional.support import Support
+from ..modeling import KeptObjective, SAEConfig, SAEModel, Sparsity, TrainingLoss
+
+GUESS = 0.75
+"""Times the running threshold: what the smallest latent that a batch keeps is hardly ever below."""
+
+
+@dataclass(frozen=True)
+class BatchTopKObjective(KeptObjective):
+    """``|y - y^|^2`` on the batch's largest latents, which also moves the running threshold."""
+
+    def loss(self, sae: BatchTopKSAE, x: Tensor, target: Tensor, sparsity: Sparsity) -> TrainingLoss:
+        """Return the objective on some activations; arguments as for `Objective.loss`."""
+        support, latents = sae.largest(x)
+        with torch.no_grad():
+            kept = latents[latents > 0]
+            if len(kept):
+                sae.threshold.lerp_(kept.min().to(sae.threshold.dtype), 1 - sae.config.threshold_momentum)
+        return self._reconstruction(sae, x, target, support, latents)
 
 
 @strict
@@ -48,6 +70,7 @@ class BatchTopKSAE(SAEModel):
 
     config: BatchTopKSAEConfig
     config_class = BatchTopKSAEConfig
+    objective_class = BatchTopKObjective
     threshold: Tensor
     _keep_in_fp32_modules_strict = [*SAEModel._keep_in_fp32_modules_strict, "threshold"]
 
@@ -69,16 +92,17 @@ class BatchTopKSAE(SAEModel):
     def _cut(self) -> Tensor:
         return lowest_projection(torch.relu(self.threshold), self.b_enc)
 
-    def training_loss(self, x: Tensor, *, sparsity_coefficient: float = 0.0) -> TrainingLoss:
-        """``|x - x^|^2`` on the batch's largest latents; also moves the running threshold.
+    def largest(self, x: Tensor) -> tuple[Support, Tensor]:
+        """Return the support of the objective, and of the latents on it the batch's ``k * tokens`` largest.
 
-        `sparsity_coefficient` has no effect: sparsity is exact by construction.
+        Args:
+            x: activations ``[..., d_in]``.
         """
-        latents = batch_topk(self._project(x, None) + self.b_enc, self.config.k)
-        with torch.no_grad():
-            kept = latents[latents > 0]
-            if len(kept):
-                self.threshold.lerp_(kept.min().to(self.threshold.dtype), 1 - self.config.threshold_momentum)
-        reconstruction = self.decode(latents, x)
-        terms = {"reconstruction": (x - reconstruction).square().sum(-1).mean()}
-        return TrainingLoss.of(terms, reconstruction, latents)
+        wanted = self.config.k * math.prod(x.shape[:-1])
+        guess = GUESS * self.threshold
+        support = self._support(x, lowest_projection(guess, self.b_enc) if guess > 0 else None)
+        pre_latents = support.projection + self._take(self.b_enc, support.latents)
+        if support.latents is not None and int((pre_latents > guess).sum()) < wanted:  # more lie below the guess
+            support = self._support(x, None)
+            pre_latents = support.projection + self.b_enc
+        return support, largest(pre_latents, wanted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -14,10 +15,37 @@ from transformers import PreTrainedModel
 from ..errors import InputError, ShapeError, shown, unknown_name
 from ..functional import jumprelu
 from ..functional.live import LiveLatents
-from ..modeling import SAEConfig, SAEModel, TrainingLoss
+from ..modeling import Objective, SAEConfig, SAEModel, Sparsity, TrainingLoss
 from .jumprelu import INITIAL_THRESHOLD
 
 ACTIVATIONS = ("relu", "jumprelu")
+
+
+@dataclass(frozen=True)
+class CrosscoderObjective(Objective):
+    """``sum_m |x_m - y_m|^2 + lambda sum_i latents_i sum_m |W_dec_{i,m}|``."""
+
+    penalises: ClassVar[bool] = True
+
+    def loss(self, sae: CrossLayerSAE, x: Tensor, target: Tensor, sparsity: Sparsity) -> TrainingLoss:
+        """Return the objective on activations ``[..., n_sites, d_in]``; arguments as for `Objective.loss`.
+
+        Raises:
+            InputError: for a transcoder, whose target is not its input.
+        """
+        if sae.config.is_transcoder:
+            raise InputError(
+                "This SAE writes elsewhere than it reads; training a cross-layer transcoder is not supported yet. "
+                "Train a crosscoder (sites_out equal to sites), or load a trained transcoder."
+            )
+        latents = sae.encode(x)
+        reconstruction = sae.decode(latents, x)
+        norms = torch.cat([decoder.norm(dim=-1).sum(-1) for decoder in sae.decoders])
+        terms = {
+            "reconstruction": (target - reconstruction).square().sum((-2, -1)).mean(),
+            "sparsity": sparsity.coefficient * (latents * norms).sum(-1).mean(),
+        }
+        return TrainingLoss.of(terms, reconstruction, latents.detach())
 
 
 @strict
@@ -123,6 +151,7 @@ class CrossLayerSAE(SAEModel):
 
     config: CrossLayerSAEConfig
     config_class = CrossLayerSAEConfig
+    objective_class = CrosscoderObjective
     _keep_in_fp32_modules_strict = [*SAEModel._keep_in_fp32_modules_strict, "threshold"]
     one_site: ClassVar[bool] = False
     sliceable: ClassVar[bool] = False  # its decoder rows are of different lengths
@@ -290,30 +319,6 @@ class CrossLayerSAE(SAEModel):
             latents = latents.dense()
         parts = latents.split(self.latents_per_site, -1)
         return torch.stack([self._written_at(parts[: at + 1], at) for at in range(len(self.sites_out))], -2)
-
-    def training_loss(self, x: Tensor, *, sparsity_coefficient: float) -> TrainingLoss:
-        """``sum_m |x_m - y_m|^2 + lambda sum_i latents_i sum_m |W_dec_{i,m}|``, for a crosscoder.
-
-        Args:
-            x: activations ``[..., n_sites, d_in]``.
-            sparsity_coefficient: weight of the sparsity term.
-
-        Raises:
-            InputError: for a transcoder, whose target is not its input.
-        """
-        if self.config.is_transcoder:
-            raise InputError(
-                "This SAE writes elsewhere than it reads; training a cross-layer transcoder is not supported yet. "
-                "Train a crosscoder (sites_out equal to sites), or load a trained transcoder."
-            )
-        latents = self.encode(x)
-        reconstruction = self.decode(latents, x)
-        norms = torch.cat([decoder.norm(dim=-1).sum(-1) for decoder in self.decoders])
-        terms = {
-            "reconstruction": (x - reconstruction).square().sum((-2, -1)).mean(),
-            "sparsity": sparsity_coefficient * (latents * norms).sum(-1).mean(),
-        }
-        return TrainingLoss.of(terms, reconstruction, latents)
 
     @classmethod
     def shared_names(cls, config: SAEConfig) -> frozenset[str]:

@@ -2,17 +2,92 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
+from ..errors import InputError
 from ..functional.search import lowest_projection
-from ..modeling import SAEConfig, SAEModel, TrainingLoss
+from ..modeling import Objective, SAEConfig, SAEModel, Sparsity, TrainingLoss, squared_error
 from .jumprelu import JumpReLUSAE, JumpReLUSAEConfig
+from .standard import StandardSAE
 
 SAE = TypeVar("SAE", bound=SAEModel)
+
+
+@dataclass(frozen=True)
+class GatedObjective(Objective):
+    """``|y - y^|^2 + lambda |relu(gate)|_1 + |y - decode_frozen(relu(gate))|^2``.
+
+    The auxiliary term sees copies of what writes that receive no gradient; without the term nothing would hold the
+    gate open. The decoder's rows are expected to have unit norm. With the
+    defaults every gradient flows as in the paper's appendix G; each flag is a variant that was compared with it.
+
+    Attributes:
+        frozen_decoder: whether the auxiliary term leaves the decoder alone.
+        auxiliary: whether there is the auxiliary term.
+        learn_r_mag: whether the magnitudes have a scale of their own, beside a bias of their own.
+        tied_b_mag: keep ``b_mag = exp(r_mag) * b_gate``, with which both halves are on together: a ReLU times a scale
+            that the penalty does not see, without any jump.
+        weighted_by_decoder_norm: pay ``|W_dec[i]|`` for a unit of each open gate, for decoders without unit norm; as
+            frozen as the decoder is in the auxiliary term.
+        rescale_and_shift: only `r_mag` and `b_mag` learn, from the reconstruction alone; for `GatedSAE.from_standard`.
+
+    Source: arXiv 2404.16014, section 3.2.2, appendix G; sections 5.1 and 5.2 for the variants.
+    """
+
+    anneals: ClassVar[bool] = True
+    penalises: ClassVar[bool] = True
+
+    frozen_decoder: bool = True
+    auxiliary: bool = True
+    learn_r_mag: bool = True
+    tied_b_mag: bool = False
+    weighted_by_decoder_norm: bool = False
+    rescale_and_shift: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse flags that contradict each other."""
+        if self.rescale_and_shift and (self.tied_b_mag or not self.learn_r_mag):
+            raise InputError(
+                "rescale_and_shift=True learns r_mag and b_mag and nothing else; expected learn_r_mag=True and "
+                "tied_b_mag=False with it."
+            )
+
+    def loss(self, sae: GatedSAE, x: Tensor, target: Tensor, sparsity: Sparsity) -> TrainingLoss:
+        """Return the objective on some activations; arguments as for `Objective.loss`."""
+        b_mag = sae.r_mag.exp() * sae.b_gate if self.tied_b_mag else sae.b_mag
+        support = sae._support(x, -sae.b_gate)
+        gate, latents = sae.halves(support.projection, support.latents, b_mag)
+        reconstruction = support.decode(latents, sae.W_dec) + sae.constant(x)
+        terms = {"reconstruction": squared_error(target, reconstruction)}
+        if not self.rescale_and_shift:
+            opened, written = torch.relu(gate), (sae.W_dec, sae.constant(x))
+            W_dec, constant = (each.detach() for each in written) if self.frozen_decoder else written
+            penalty = sparsity.penalty(opened)
+            if self.weighted_by_decoder_norm:
+                penalty = penalty * sae._take(W_dec.norm(dim=-1), support.latents)
+            terms["sparsity"] = sparsity.coefficient * support.mean_sum(penalty)
+            if self.auxiliary:
+                terms["auxiliary"] = squared_error(target, support.decode(opened, W_dec) + constant)
+        return TrainingLoss.of(terms, reconstruction, support.code(latents))
+
+    def frozen(self, sae: SAEModel) -> frozenset[str]:
+        """Return the names of the parameters that do not learn."""
+        if self.rescale_and_shift:
+            return frozenset(name for name, _ in sae.named_parameters()) - {"r_mag", "b_mag"}
+        return frozenset(
+            name for name, fixed in (("r_mag", not self.learn_r_mag), ("b_mag", self.tied_b_mag)) if fixed
+        )
+
+    @torch.no_grad()
+    def constrain(self, sae: GatedSAE) -> None:
+        """Write down `b_mag` where it is tied."""
+        if self.tied_b_mag:
+            sae.b_mag.copy_(sae.r_mag.exp() * sae.b_gate)
 
 
 @strict
@@ -41,6 +116,7 @@ class GatedSAE(SAEModel):
 
     config: GatedSAEConfig
     config_class = GatedSAEConfig
+    objective_class = GatedObjective
 
     def __init__(self, config: GatedSAEConfig) -> None:
         """Allocate the parameters."""
@@ -50,37 +126,26 @@ class GatedSAE(SAEModel):
         self.r_mag = nn.Parameter(torch.empty(config.rows))
         self.post_init()
 
-    def _gate_and_latents(self, projection: Tensor, latents: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the gate's pre-activation and the latents; one matrix product serves both halves."""
+    def halves(self, projection: Tensor, latents: Tensor | None, b_mag: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the gate's pre-activation and the latents; one matrix product serves both halves.
+
+        Args:
+            projection: ``(x - b_dec) @ W_enc``, ``[..., d_sae]``, or of the selected latents.
+            latents: rows of the selected latents; None for all.
+            b_mag: another magnitude bias ``[d_sae]`` than the SAE's own.
+        """
         gate = projection + self._take(self.b_gate, latents)
         scale = self._take(self.r_mag, latents).exp()
-        magnitude = torch.relu(projection * scale + self._take(self.b_mag, latents))
+        magnitude = torch.relu(projection * scale + self._take(self.b_mag if b_mag is None else b_mag, latents))
         return gate, magnitude * (gate > 0)
 
     def _activate(self, projection: Tensor, latents: Tensor | None) -> Tensor:
-        return self._gate_and_latents(projection, latents)[1]
+        return self.halves(projection, latents)[1]
 
     def _cut(self) -> Tensor:
         # Rounding moves the scaled projection by a share of itself, so that the magnitude's own cut needs a margin.
         magnitude = lowest_projection(torch.zeros_like(self.b_mag), self.b_mag / self.r_mag.exp())
         return torch.maximum(-self.b_gate, magnitude)
-
-    def training_loss(self, x: Tensor, *, sparsity_coefficient: float) -> TrainingLoss:
-        """``|x - x^|^2 + lambda |relu(gate)|_1 + |x - decode_frozen(relu(gate))|^2``.
-
-        The auxiliary term sees copies of `W_dec` and `b_dec` that receive no gradient; without the term nothing would
-        hold the gate open. The decoder's rows are expected to have unit norm.
-        """
-        gate, latents = self._gate_and_latents(self._project(x, None), None)
-        reconstruction = self.decode(latents, x)
-        open_gate = torch.relu(gate)
-        auxiliary = open_gate @ self.W_dec.detach() + self.b_dec.detach()
-        terms = {
-            "reconstruction": (x - reconstruction).square().sum(-1).mean(),
-            "sparsity": sparsity_coefficient * open_gate.sum(-1).mean(),
-            "auxiliary": (x - auxiliary).square().sum(-1).mean(),
-        }
-        return TrainingLoss.of(terms, reconstruction, latents)
 
     @torch.no_grad()
     def to_jumprelu(self) -> JumpReLUSAE:
@@ -98,6 +163,25 @@ class GatedSAE(SAEModel):
             W_enc_T=scale[:, None] * self.W_enc_T,
             b_enc=self.b_mag,
             threshold=torch.relu(self.b_mag - scale * self.b_gate),
+        )
+
+    @classmethod
+    @torch.no_grad()
+    def from_standard(cls, sae: StandardSAE) -> GatedSAE:
+        """Return the Gated SAE that computes the same function: ``r_mag = 0``, both biases `b_enc`.
+
+        Trained on with ``GatedObjective(rescale_and_shift=True)`` it is the paper's "rescale & shift", which shows how
+        much of the Gated SAE's gain is the cure of shrinkage alone.
+
+        Source: arXiv 2404.16014, section 5.2.
+        """
+        return _converted(
+            cls(GatedSAEConfig(**_shared_settings(sae.config))),
+            sae,
+            W_enc_T=sae.W_enc_T,
+            b_gate=sae.b_enc,
+            b_mag=sae.b_enc,
+            r_mag=torch.zeros_like(sae.b_enc),
         )
 
     @classmethod

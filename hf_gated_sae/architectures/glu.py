@@ -9,8 +9,10 @@ import transformers.initialization as init
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
-from ..functional import jumprelu, l0_surrogate
-from ..modeling import SAEConfig, SAEModel, TrainingLoss
+from ..functional import jumprelu
+from ..functional.support import Support
+from ..modeling import SAEConfig, SAEModel
+from .jumprelu import JumpReLUObjective
 
 
 @strict
@@ -43,6 +45,7 @@ class GLUSAE(SAEModel):
 
     config: GLUSAEConfig
     config_class = GLUSAEConfig
+    objective_class = JumpReLUObjective
     homogeneous: ClassVar[bool] = False  # the second encoder's sigmoid
     _keep_in_fp32_modules_strict = [*SAEModel._keep_in_fp32_modules_strict, "threshold"]
 
@@ -60,24 +63,21 @@ class GLUSAE(SAEModel):
         if module is self:
             init.zeros_(self.W_glu_T)  # every latent at half strength, whatever the input
 
-    def _pre_latents(self, x: Tensor, latents: Tensor | None) -> Tensor:
+    def _gated(self, x: Tensor, projection: Tensor, latents: Tensor | None) -> Tensor:
         """Return the gated pre-latents ``z``."""
-        centred = self._centred(x)
-        gate = nn.functional.linear(centred, self._take(self.W_glu_T, latents), self._take(self.b_glu, latents))
-        return (self._project(x, latents) + self._take(self.b_enc, latents)) * torch.sigmoid(gate)
+        weight, bias = self._take(self.W_glu_T, latents), self._take(self.b_glu, latents)
+        gate = nn.functional.linear(self._centred(x), weight, bias)
+        return (projection + self._take(self.b_enc, latents)) * torch.sigmoid(gate)
 
     def _encode(self, x: Tensor, latents: Tensor | None) -> Tensor:
-        pre_latents = self._pre_latents(x, latents)
+        pre_latents = self._gated(x, self._project(x, latents), latents)
         return jumprelu(pre_latents, self._take(self.threshold, latents), bandwidth=self.config.bandwidth)
 
-    def training_loss(self, x: Tensor, *, sparsity_coefficient: float) -> TrainingLoss:
-        """``|x - x^|^2 + lambda L0``, the threshold learning by straight-through gradients."""
-        pre_latents = self._pre_latents(x, None)
-        latents = jumprelu(pre_latents, self.threshold, bandwidth=self.config.bandwidth)
-        reconstruction = self.decode(latents, x)
-        l0 = l0_surrogate(pre_latents, self.threshold, bandwidth=self.config.bandwidth)
-        terms = {
-            "reconstruction": (x - reconstruction).square().sum(-1).mean(),
-            "sparsity": sparsity_coefficient * l0.mean(),
-        }
-        return TrainingLoss.of(terms, reconstruction, latents)
+    def pre_latents_of(self, x: Tensor) -> tuple[Support, Tensor]:
+        """Return all latents as the support of the objective, and their pre-latents.
+
+        Args:
+            x: activations ``[..., d_in]``.
+        """
+        support = self._support(x, None)
+        return support, self._gated(x, support.projection, None)

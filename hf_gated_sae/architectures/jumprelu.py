@@ -2,16 +2,56 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
 import torch
 import transformers.initialization as init
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
-from ..functional import jumprelu, l0_surrogate
+from ..functional import above_threshold, jumprelu
 from ..functional.search import lowest_projection
-from ..modeling import SAEConfig, SAEModel, TrainingLoss
+from ..functional.support import Support
+from ..modeling import Objective, SAEConfig, SAEModel, Sparsity, TrainingLoss, squared_error
+
+if TYPE_CHECKING:
+    from .glu import GLUSAE
 
 INITIAL_THRESHOLD = 1e-3
+
+
+@dataclass(frozen=True)
+class JumpReLUObjective(Objective):
+    """``|y - y^|^2 + lambda L0``, the threshold learning by straight-through gradients.
+
+    Attributes:
+        tanh_scale: if given, ``sum_i tanh(tanh_scale |W_dec[i]| latents_i)`` stands for L0; then sparsity has a
+            gradient everywhere, and the decoder need not have unit norm.
+
+    Source: arXiv 2407.14435, section 3; Conerly et al. 2025 (Anthropic's update of January 2025) for the tanh.
+    """
+
+    penalises: ClassVar[bool] = True
+
+    tanh_scale: float | None = None
+
+    def loss(self, sae: JumpReLUSAE | GLUSAE, x: Tensor, target: Tensor, sparsity: Sparsity) -> TrainingLoss:
+        """Return the objective on some activations; arguments as for `Objective.loss`."""
+        support, pre_latents = sae.pre_latents_of(x)
+        threshold = sae._take(sae.threshold, support.latents)
+        latents = jumprelu(pre_latents, threshold, bandwidth=sae.config.bandwidth)
+        reconstruction = support.decode(latents, sae.W_dec) + sae.constant(x)
+        if self.tanh_scale is None:
+            penalty = above_threshold(pre_latents, threshold, bandwidth=sae.config.bandwidth)
+        else:
+            norms = sae._take(sae.W_dec.norm(dim=-1), support.latents)
+            penalty = (self.tanh_scale * norms * latents).tanh()
+        terms = {
+            "reconstruction": squared_error(target, reconstruction),
+            "sparsity": sparsity.coefficient * support.mean_sum(penalty),
+        }
+        return TrainingLoss.of(terms, reconstruction, support.code(latents))
 
 
 @strict
@@ -39,6 +79,7 @@ class JumpReLUSAE(SAEModel):
 
     config: JumpReLUSAEConfig
     config_class = JumpReLUSAEConfig
+    objective_class = JumpReLUObjective
     _keep_in_fp32_modules_strict = [*SAEModel._keep_in_fp32_modules_strict, "threshold"]
 
     def __init__(self, config: JumpReLUSAEConfig) -> None:
@@ -60,14 +101,11 @@ class JumpReLUSAE(SAEModel):
     def _cut(self) -> Tensor:
         return lowest_projection(torch.relu(self.threshold), self.b_enc)
 
-    def training_loss(self, x: Tensor, *, sparsity_coefficient: float) -> TrainingLoss:
-        """``|x - x^|^2 + lambda L0``, the threshold learning by straight-through gradients."""
-        pre_latents = self._project(x, None) + self.b_enc
-        latents = jumprelu(pre_latents, self.threshold, bandwidth=self.config.bandwidth)
-        reconstruction = self.decode(latents, x)
-        l0 = l0_surrogate(pre_latents, self.threshold, bandwidth=self.config.bandwidth)
-        terms = {
-            "reconstruction": (x - reconstruction).square().sum(-1).mean(),
-            "sparsity": sparsity_coefficient * l0.mean(),
-        }
-        return TrainingLoss.of(terms, reconstruction, latents)
+    def pre_latents_of(self, x: Tensor) -> tuple[Support, Tensor]:
+        """Return the support of the objective and its pre-latents: those inside or above the estimator's kernel.
+
+        Args:
+            x: activations ``[..., d_in]``.
+        """
+        support = self._support(x, lowest_projection(self.threshold - self.config.bandwidth / 2, self.b_enc))
+        return support, support.projection + self._take(self.b_enc, support.latents)

@@ -10,8 +10,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor
 
 from ..errors import InputError
-from ..modeling import SAEConfig, SAEModel, TrainingLoss
-from ..modeling.output import reconstruction_loss
+from ..modeling import SAEConfig, SAEModel
 
 
 @strict
@@ -93,7 +92,3 @@ class MatchingPursuitSAE(SAEModel):
             if not torch.compiler.is_compiling() and bool(done.all()):
                 break
         return latents
-
-    def training_loss(self, x: Tensor, *, sparsity_coefficient: float = 0.0) -> TrainingLoss:
-        """``|x - x^|^2``; sparsity comes from when the pursuit stops, and `sparsity_coefficient` has no effect."""
-        return reconstruction_loss(self, x)

@@ -2,11 +2,47 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
-from ..modeling import SAEConfig, SAEModel, TrainingLoss
+from ..modeling import Objective, SAEConfig, SAEModel, Sparsity, TrainingLoss, squared_error
+
+if TYPE_CHECKING:
+    from .tanh_relu import TanhReLUSAE
+
+
+@dataclass(frozen=True)
+class StandardObjective(Objective):
+    """``|y - y^|^2 + lambda |latents|_1``; the decoder's rows are expected to have unit norm.
+
+    Attributes:
+        weighted_by_decoder_norm: pay ``|W_dec[i]|`` for a unit of each latent, for decoders that are free to grow.
+
+    Source: Bricken et al. 2023; Conerly et al. 2024 for the weights.
+    """
+
+    anneals: ClassVar[bool] = True
+    penalises: ClassVar[bool] = True
+
+    weighted_by_decoder_norm: bool = False
+
+    def loss(self, sae: StandardSAE | TanhReLUSAE, x: Tensor, target: Tensor, sparsity: Sparsity) -> TrainingLoss:
+        """Return the objective on some activations; arguments as for `Objective.loss`."""
+        support = sae._support(x, -sae.b_enc)
+        latents = sae._activate(support.projection, support.latents)
+        reconstruction = support.decode(latents, sae.W_dec) + sae.constant(x)
+        penalty = sparsity.penalty(latents)
+        if self.weighted_by_decoder_norm:
+            penalty = penalty * sae._take(sae.W_dec.norm(dim=-1), support.latents)
+        terms = {
+            "reconstruction": squared_error(target, reconstruction),
+            "sparsity": sparsity.coefficient * support.mean_sum(penalty),
+        }
+        return TrainingLoss.of(terms, reconstruction, support.code(latents))
 
 
 @strict
@@ -27,6 +63,7 @@ class StandardSAE(SAEModel):
 
     config: StandardSAEConfig
     config_class = StandardSAEConfig
+    objective_class = StandardObjective
 
     def __init__(self, config: StandardSAEConfig) -> None:
         """Allocate the parameters."""
@@ -39,13 +76,3 @@ class StandardSAE(SAEModel):
 
     def _cut(self) -> Tensor:
         return -self.b_enc
-
-    def training_loss(self, x: Tensor, *, sparsity_coefficient: float) -> TrainingLoss:
-        """``|x - x^|^2 + lambda |latents|_1``; the decoder's rows are expected to have unit norm."""
-        latents = self._encode(x, None)
-        reconstruction = self.decode(latents, x)
-        terms = {
-            "reconstruction": (x - reconstruction).square().sum(-1).mean(),
-            "sparsity": sparsity_coefficient * latents.sum(-1).mean(),
-        }
-        return TrainingLoss.of(terms, reconstruction, latents)

@@ -8,7 +8,8 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
-from ..modeling import SAEConfig, SAEModel, TrainingLoss
+from ..modeling import SAEConfig, SAEModel
+from .standard import StandardObjective
 
 
 @strict
@@ -29,6 +30,7 @@ class TanhReLUSAE(SAEModel):
 
     config: TanhReLUSAEConfig
     config_class = TanhReLUSAEConfig
+    objective_class = StandardObjective
     homogeneous: ClassVar[bool] = False
 
     def __init__(self, config: TanhReLUSAEConfig) -> None:
@@ -42,13 +44,3 @@ class TanhReLUSAE(SAEModel):
 
     def _cut(self) -> Tensor:
         return -self.b_enc
-
-    def training_loss(self, x: Tensor, *, sparsity_coefficient: float) -> TrainingLoss:
-        """``|x - x^|^2 + lambda |latents|_1``."""
-        latents = self._encode(x, None)
-        reconstruction = self.decode(latents, x)
-        terms = {
-            "reconstruction": (x - reconstruction).square().sum(-1).mean(),
-            "sparsity": sparsity_coefficient * latents.sum(-1).mean(),
-        }
-        return TrainingLoss.of(terms, reconstruction, latents)

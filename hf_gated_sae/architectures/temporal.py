@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -12,10 +13,26 @@ from ..errors import InputError, ShapeError
 from ..functional import topk
 from ..functional.frames import Frame
 from ..functional.live import LiveLatents
-from ..modeling import SAEConfig, SAEModel, SAEOutput, TrainingLoss
+from ..modeling import Objective, SAEConfig, SAEModel, SAEOutput, Sparsity, TrainingLoss
 
 NORM_EPS = 1e-6
 LARGEST_ATTENTION = 64
+
+
+@dataclass(frozen=True)
+class TemporalObjective(Objective):
+    """None: it is learned from whole sequences, which the activation stream, a shuffle of tokens, does not give."""
+
+    def loss(self, sae: SAEModel, x: Tensor, target: Tensor, sparsity: Sparsity) -> TrainingLoss:
+        """Raise.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            "A TemporalSAE cannot be trained here: it learns from whole sequences, and activations come as single "
+            "shuffled tokens. Train it with its authors' code (arXiv 2511.01836) and load the checkpoint."
+        )
 
 
 @strict
@@ -111,6 +128,7 @@ class TemporalSAE(SAEModel):
 
     config: TemporalSAEConfig
     config_class = TemporalSAEConfig
+    objective_class = TemporalObjective
     elementwise: ClassVar[bool] = False
     sliceable: ClassVar[bool] = False  # the attention reads and writes all of them
     per_token: ClassVar[bool] = False
@@ -200,14 +218,3 @@ class TemporalSAE(SAEModel):
         """Encode and decode; the prediction is computed once."""
         novel, predicted = self.codes(x)
         return SAEOutput(reconstruction=super().decode(novel + predicted, x), latents=novel)
-
-    def training_loss(self, x: Tensor, *, sparsity_coefficient: float = 0.0) -> TrainingLoss:
-        """Raise: trained on whole sequences, which the activation stream, a shuffle of tokens, does not give.
-
-        Raises:
-            InputError: always.
-        """
-        raise InputError(
-            "A TemporalSAE cannot be trained here: it learns from whole sequences, and activations come as single "
-            "shuffled tokens. Train it with its authors' code (arXiv 2511.01836) and load the checkpoint."
-        )

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from huggingface_hub.dataclasses import strict
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import InputError
 from ..functional import screen
-from ..functional.activations import scattered, topk_places
+from ..functional.activations import topk_places
 from ..functional.live import LiveLatents
-from ..modeling import SAEConfig, SAEModel, TrainingLoss
-from ..modeling.output import reconstruction_loss
+from ..modeling import KeepingSAE, SAEConfig
 
 
 @strict
@@ -39,7 +36,7 @@ class TopKSAEConfig(SAEConfig):
             raise InputError(f"k is {self.k}, expected 1 .. d_sae = {self.d_sae}.")
 
 
-class TopKSAE(SAEModel):
+class TopKSAE(KeepingSAE):
     """``latents = topk(relu((x - b_dec) @ W_enc + b_enc), k)``.
 
     Without ``config.rectified`` there is no ReLU; with ``config.rank_by_decoder_norm`` the `k` latents are chosen by
@@ -53,23 +50,19 @@ class TopKSAE(SAEModel):
 
     config: TopKSAEConfig
     config_class = TopKSAEConfig
-    elementwise: ClassVar[bool] = False  # whether a latent is kept depends on all others
 
     def __init__(self, config: TopKSAEConfig) -> None:
         """Allocate the parameters."""
         super().__init__(config)
         self.signed = not config.rectified  # type: ignore[misc]  # of this class it is a matter of the configuration
-        self.b_enc = nn.Parameter(torch.empty(config.rows))
-        self.post_init()
 
-    def _encode(self, x: Tensor, latents: Tensor | None) -> Tensor:
-        kept = scattered(*self._kept(x), self.config.d_sae)
-        return kept if latents is None else kept[..., latents]
+    def _activate(self, projection: Tensor, latents: Tensor | None) -> Tensor:
+        pre_latents = projection + self._take(self.b_enc, latents)
+        return torch.relu(pre_latents) if self.config.rectified else pre_latents
 
-    def _kept(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _choose(self, values: Tensor) -> tuple[Tensor, Tensor]:
         weights = self.W_dec.detach().norm(dim=-1) if self.config.rank_by_decoder_norm else None
-        pre_latents = self._project(x, None) + self.b_enc
-        return topk_places(pre_latents, self.config.k, rectified=self.config.rectified, weights=weights)
+        return topk_places(values, self.config.k, rectified=False, weights=weights)
 
     def _few_kept(self, x: Tensor) -> LiveLatents | None:
         found = None
@@ -81,7 +74,3 @@ class TopKSAE(SAEModel):
         return LiveLatents.from_places(
             indices, torch.relu(values) if self.config.rectified else values, self.config.d_sae
         )
-
-    def training_loss(self, x: Tensor, *, sparsity_coefficient: float = 0.0) -> TrainingLoss:
-        """``|x - x^|^2``; sparsity is exact by construction and `sparsity_coefficient` has no effect."""
-        return reconstruction_loss(self, x)

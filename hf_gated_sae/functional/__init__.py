@@ -4,7 +4,7 @@ Shape legend: ``d_in``/``d_out`` activation widths, ``d_sae`` number of latents,
 ``...`` any leading axes (batch, position).
 """
 
-from .activations import batch_topk, jumprelu, l0_surrogate, topk
+from .activations import above_threshold, batch_topk, jumprelu, topk
 from .geometry import remove_parallel_component, unit_norm_rows
 from .live import LiveLatents
 from .metrics import FidelityAccumulator, FidelityMetrics, loss_recovered
@@ -13,9 +13,9 @@ __all__ = [
     "FidelityAccumulator",
     "FidelityMetrics",
     "LiveLatents",
+    "above_threshold",
     "batch_topk",
     "jumprelu",
-    "l0_surrogate",
     "loss_recovered",
     "remove_parallel_component",
     "topk",

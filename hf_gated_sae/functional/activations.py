@@ -30,21 +30,21 @@ class _JumpReLU(torch.autograd.Function):
         return grad * live, _sum_to(grad_threshold, threshold), None
 
 
-class _L0Surrogate(torch.autograd.Function):
-    """``sum([z > threshold])`` with a straight-through gradient for the threshold."""
+class _AboveThreshold(torch.autograd.Function):
+    """``[z > threshold]`` with a straight-through gradient for the threshold."""
 
     @staticmethod
     def forward(ctx: Any, pre_latents: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
         ctx.save_for_backward(pre_latents, threshold)
         ctx.bandwidth = bandwidth
-        return (pre_latents > threshold).to(pre_latents.dtype).sum(-1)
+        return (pre_latents > threshold).to(pre_latents.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
         (grad,) = grads
         pre_latents, threshold = ctx.saved_tensors
         window = (pre_latents - threshold).abs() < ctx.bandwidth / 2
-        grad_threshold = -(1.0 / ctx.bandwidth) * window * grad.unsqueeze(-1)
+        grad_threshold = -(1.0 / ctx.bandwidth) * window * grad
         return None, _sum_to(grad_threshold, threshold), None
 
 
@@ -73,8 +73,8 @@ def jumprelu(pre_latents: Tensor, threshold: Tensor, *, bandwidth: float = 1e-3)
     return result
 
 
-def l0_surrogate(pre_latents: Tensor, threshold: Tensor, *, bandwidth: float = 1e-3) -> Tensor:
-    """Return the number of pre-latents above the threshold, differentiable in the threshold.
+def above_threshold(pre_latents: Tensor, threshold: Tensor, *, bandwidth: float = 1e-3) -> Tensor:
+    """Return ``[z > threshold]``, of which the sum over latents is L0, differentiable in the threshold.
 
     Args:
         pre_latents: ``[..., d_sae]``; receives no gradient.
@@ -82,11 +82,11 @@ def l0_surrogate(pre_latents: Tensor, threshold: Tensor, *, bandwidth: float = 1
         bandwidth: width of the rectangle kernel, in units of the pre-latents.
 
     Returns:
-        L0 per token, ``[...]``.
+        Zeros and ones ``[..., d_sae]``.
 
     Source: Rajamanoharan et al. 2024b (arXiv 2407.14435), section 3.
     """
-    result: Tensor = _L0Surrogate.apply(pre_latents, threshold, bandwidth)
+    result: Tensor = _AboveThreshold.apply(pre_latents, threshold, bandwidth)
     return result
 
 
@@ -142,7 +142,19 @@ def batch_topk(pre_latents: Tensor, k: int) -> Tensor:
 
     Source: Bussmann et al. 2024 (arXiv 2412.06410), section 3.
     """
+    return largest(pre_latents, k * (pre_latents.numel() // pre_latents.shape[-1]))
+
+
+def largest(pre_latents: Tensor, count: int) -> Tensor:
+    """Keep the `count` largest of some pre-latents, after a ReLU.
+
+    Args:
+        pre_latents: any shape.
+        count: how many to keep, or all if there are fewer.
+
+    Returns:
+        Latents of the same shape.
+    """
     flat = torch.relu(pre_latents).reshape(-1)
-    kept = min(k * (flat.numel() // pre_latents.shape[-1]), flat.numel())
-    values, indices = flat.topk(kept, sorted=False)
+    values, indices = flat.topk(min(count, flat.numel()), sorted=False)
     return torch.zeros_like(flat).scatter(0, indices, values).view_as(pre_latents)

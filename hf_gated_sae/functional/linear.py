@@ -40,13 +40,29 @@ def only_values(*tensors: Tensor) -> bool:
 
     An operation without derivatives may serve them: no gradient, tangent, transformation or trace would be lost.
     """
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return False
+    return _ordinary(*tensors)
+
+
+def by_hand(*tensors: Tensor, autocast: bool = False) -> bool:
+    """Whether an operation that brings its own first derivative may serve these: ordinary tensors on a CPU.
+
+    Args:
+        *tensors: the operands.
+        autocast: whether it may where autocast is on, which does not reach into such an operation.
+    """
+    if not autocast and torch.is_autocast_enabled("cpu"):
+        return False
+    return all(tensor.device.type == "cpu" for tensor in tensors) and _ordinary(*tensors)
+
+
+def _ordinary(*tensors: Tensor) -> bool:
+    """Whether no compiler, transformation or forward derivative looks at these tensors."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]  # not in its __all__
         return False
-    wants_graph = torch.is_grad_enabled()
     for tensor in tensors:
         if type(tensor) not in (Tensor, nn.Parameter):
-            return False
-        if wants_graph and tensor.requires_grad:
             return False
         if (
             torch._C._functorch.is_functorch_wrapped_tensor(tensor)

@@ -42,7 +42,7 @@ def decode(latents: Tensor | LiveLatents, W_dec: Tensor) -> Tensor:
     flat = latents.reshape(-1, latents.shape[-1])
     if int(torch.count_nonzero(flat)) > DENSEST * flat.numel():
         return linear(latents, W_dec.T)
-    written = _sum_rows(LiveLatents.from_dense(flat), W_dec)
+    written = _sum_live(LiveLatents.from_dense(flat), W_dec)
     return written.reshape(*latents.shape[:-1], W_dec.shape[1])
 
 
@@ -64,7 +64,7 @@ def _decode_live(latents: LiveLatents, W_dec: Tensor) -> Tensor:
         raise InputError(f"The live latents are of {given}, the decoder is of {held}: convert them, live.to({held}).")
     tokens = len(latents.offsets) - 1
     if sums_rows(W_dec) and len(latents.indices) <= DENSEST * tokens * latents.d_sae:
-        written = _sum_rows(latents, W_dec)
+        written = _sum_live(latents, W_dec)
     else:
         starts = range(0, max(tokens, 1), TOKENS_AT_ONCE)
         parts = [latents.rows(first, min(first + TOKENS_AT_ONCE, tokens)).dense() for first in starts]
@@ -72,15 +72,25 @@ def _decode_live(latents: LiveLatents, W_dec: Tensor) -> Tensor:
     return written.reshape(*latents.shape[:-1], W_dec.shape[1])
 
 
-def _sum_rows(latents: LiveLatents, W_dec: Tensor) -> Tensor:
+def _sum_live(latents: LiveLatents, W_dec: Tensor) -> Tensor:
     """Return the weighted sums of decoder rows, ``[tokens, d_out]``."""
+    return sum_rows(latents.indices, latents.offsets, latents.values, W_dec)
+
+
+def sum_rows(indices: Tensor, offsets: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
+    """Return weighted sums of some rows.
+
+    Args:
+        indices: numbers of rows, sum after sum, ``[n]`` int64.
+        offsets: where each sum begins among them, and the end, ``[sums + 1]`` int64.
+        weights: of each, ``[n]``.
+        rows: ``[m, d]``.
+
+    Returns:
+        ``[sums, d]``.
+    """
     return nn.functional.embedding_bag(
-        latents.indices,
-        W_dec,
-        latents.offsets,
-        mode="sum",
-        per_sample_weights=latents.values,
-        include_last_offset=True,
+        indices, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
     )
 
 

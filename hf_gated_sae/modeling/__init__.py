@@ -1,8 +1,22 @@
 """SAEs as ordinary `transformers` models: configuration, base class, outputs."""
 
 from .config import SAEConfig
+from .keeping import KeepingSAE
 from .model import SAEModel, architectures
+from .objective import KeptObjective, Objective, Sparsity, squared_error
 from .output import SAEOutput, TrainingLoss
 from .sae_set import SAESet
 
-__all__ = ["SAEConfig", "SAEModel", "SAEOutput", "SAESet", "TrainingLoss", "architectures"]
+__all__ = [
+    "KeepingSAE",
+    "KeptObjective",
+    "Objective",
+    "SAEConfig",
+    "SAEModel",
+    "SAEOutput",
+    "SAESet",
+    "Sparsity",
+    "TrainingLoss",
+    "architectures",
+    "squared_error",
+]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-if TYPE_CHECKING:
-    from .model import SAEModel
+from ..functional.live import LiveLatents
 
 
 @dataclass
@@ -36,29 +35,32 @@ class TrainingLoss:
         total: the scalar to minimise, the sum of the terms.
         terms: weighted scalar terms by name, such as ``{"reconstruction": ..., "sparsity": ..., "auxiliary": ...}``.
         reconstruction: ``[..., d_out]``.
-        latents: ``[..., d_sae]``.
+        latents: ``[..., d_sae]``, or those that are on where the others were never computed; without gradients.
     """
 
     total: Tensor
     terms: Mapping[str, Tensor]
     reconstruction: Tensor
-    latents: Tensor
+    latents: Tensor | LiveLatents
 
     @classmethod
-    def of(cls, terms: Mapping[str, Tensor], reconstruction: Tensor, latents: Tensor) -> TrainingLoss:
+    def of(cls, terms: Mapping[str, Tensor], reconstruction: Tensor, latents: Tensor | LiveLatents) -> TrainingLoss:
         """Sum the terms."""
         total = sum(terms.values(), start=reconstruction.new_zeros(()))
         return cls(total=total, terms=terms, reconstruction=reconstruction, latents=latents)
 
+    @property
+    def fired(self) -> Tensor:
+        """Which latents are on for some token, ``[d_sae]`` bool."""
+        if isinstance(self.latents, LiveLatents):
+            on = torch.zeros(self.latents.d_sae, dtype=torch.bool, device=self.latents.indices.device)
+            on[self.latents.indices] = True
+            return on
+        return (self.latents != 0).reshape(-1, self.latents.shape[-1]).any(0)
 
-def reconstruction_loss(sae: SAEModel, x: Tensor) -> TrainingLoss:
-    """Return ``|x - x^|^2`` alone: the objective of architectures that are sparse by construction.
-
-    Args:
-        sae: the SAE.
-        x: activations ``[..., d_in]``.
-    """
-    latents = sae._encode(x, None)
-    reconstruction = sae.decode(latents, x)
-    terms = {"reconstruction": (x - reconstruction).square().sum(-1).mean()}
-    return TrainingLoss.of(terms, reconstruction, latents)
+    @property
+    def l0(self) -> Tensor:
+        """Mean number of latents that are on per token, ``[]``."""
+        if isinstance(self.latents, LiveLatents):
+            return self.latents.l0.float().mean()
+        return (self.latents != 0).sum(-1).float().mean()

@@ -13,6 +13,7 @@ from ..functional.linear import is_plain, linear, only_values
 from ..functional.live import LiveLatents
 from ..functional.search import above
 from ..functional.sparse import DENSEST
+from ..functional.support import DenseSupport, LiveSupport, Support
 
 if TYPE_CHECKING:
     from .model import SAEModel
@@ -70,6 +71,17 @@ class Sparse:
     def _take(parameter: Tensor, latents: Tensor | None) -> Tensor:
         """Select rows of a per-latent parameter."""
         return parameter if latents is None else parameter.index_select(0, latents)  # half the overhead of [latents]
+
+    def _support(self: SAEModel | Any, x: Tensor, cut: Tensor | None) -> Support:
+        """Return the projections that an objective is computed from.
+
+        Args:
+            x: activations ``[..., d_in]``.
+            cut: ``[d_sae]``; what is at or below it has no part in the objective. None if everything may have.
+        """
+        shift = self.b_dec if self.config.apply_b_dec_to_input else None
+        live = None if cut is None else LiveSupport.above(x, shift, self.W_enc_T, cut.detach())
+        return DenseSupport(x, shift, self.W_enc_T) if live is None else live
 
     def _few(self: SAEModel | Any, x: Tensor, most: float) -> LiveLatents | None:
         """Return the live latents of framed activations ``[tokens, d_in]`` without computing the others.

@@ -1,0 +1,279 @@
+"""The latents that a training step works on: all of them, or exactly those that matter to the objective.
+
+Past the encoder's product, an objective of sparse latents depends on few of the projections: those above a cut, below
+which value and gradient of every term are zero. `LiveSupport` holds only these. Its gradients are the same sums as
+those of `DenseSupport` with the terms left out that are zero, and no approximation.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .linear import by_hand, linear
+from .live import LiveLatents
+from .screen import dots
+from .search import above
+from .sparse import sum_rows
+
+DENSEST = 1 / 48
+"""Share of live latents above which a dense training step is the faster one."""
+
+FEWEST = 1 << 20
+"""Projections below which it does not matter."""
+
+
+class Support(ABC):
+    """The projections that an objective is computed from, and what it does with values of the same shape.
+
+    Attributes:
+        projection: ``(x - shift) @ W_enc``, ``[..., d_sae]`` or, of a few of them, ``[live]``.
+        latents: the latent of each value ``[live]`` int64; None where there is one value for every latent.
+    """
+
+    projection: Tensor
+    latents: Tensor | None
+
+    @abstractmethod
+    def decode(self, values: Tensor, W_dec: Tensor) -> Tensor:
+        """Return ``values @ W_dec``, ``[..., d_out]``."""
+
+    @abstractmethod
+    def mean_sum(self, values: Tensor) -> Tensor:
+        """Return the mean over tokens of the sum over latents, ``[]``."""
+
+    @abstractmethod
+    def code(self, values: Tensor) -> Tensor | LiveLatents:
+        """Return values as the latents of an SAE, without a gradient."""
+
+
+class DenseSupport(Support):
+    """All latents.
+
+    Args:
+        x: activations ``[..., d_in]``.
+        shift: what is subtracted from them, ``[d_in]``; None for nothing.
+        W_enc_T: encoder ``[d_sae, d_in]``.
+    """
+
+    latents = None
+
+    def __init__(self, x: Tensor, shift: Tensor | None, W_enc_T: Tensor) -> None:
+        if shift is not None and by_hand(x, shift, W_enc_T):
+            self.projection = _Projection.apply(x, shift, W_enc_T)
+        else:
+            self.projection = linear(x if shift is None else x - shift, W_enc_T)
+
+    def decode(self, values: Tensor, W_dec: Tensor) -> Tensor:
+        """Return ``values @ W_dec``, ``[..., d_out]``."""
+        if by_hand(values, W_dec):
+            decoded: Tensor = _Decoded.apply(values, W_dec)
+            return decoded
+        return linear(values, W_dec.T)
+
+    def mean_sum(self, values: Tensor) -> Tensor:
+        """Return the mean over tokens of the sum over latents, ``[]``."""
+        return values.sum(-1).mean()
+
+    def code(self, values: Tensor) -> Tensor:
+        """Return values as the latents of an SAE, without a gradient, ``[..., d_sae]``."""
+        return values.detach()
+
+
+class LiveSupport(Support):
+    """Some latents of some tokens, in the order of the latents, and for each of these in the order of the tokens.
+
+    Args:
+        x: activations ``[..., d_in]``.
+        shift: what is subtracted from them, ``[d_in]``; None for nothing.
+        W_enc_T: encoder ``[d_sae, d_in]``.
+        tokens: the token of each projection, counted through all leading axes, ``[live]`` int64.
+        latents: the latent of each projection ``[live]`` int64.
+        projections: their values ``[live]``; computed if not given.
+    """
+
+    latents: Tensor
+
+    def __init__(
+        self,
+        x: Tensor,
+        shift: Tensor | None,
+        W_enc_T: Tensor,
+        tokens: Tensor,
+        latents: Tensor,
+        projections: Tensor | None = None,
+    ) -> None:
+        self.leading, self.d_sae = x.shape[:-1], len(W_enc_T)
+        count = math.prod(self.leading)
+        if bool((latents.diff() < 0).any()):
+            order = latents.to(torch.int32).argsort(stable=True)
+            tokens, latents = tokens[order], latents[order]
+            projections = None if projections is None else projections[order]
+        self.tokens, self.latents = tokens, latents
+        self.by_latent = _offsets(latents, self.d_sae)
+        self.order = tokens.to(torch.int32).argsort(stable=True)
+        self.by_token = _offsets(tokens, count)
+        flat = x.reshape(-1, x.shape[-1])
+        with torch.no_grad():
+            centred = flat if shift is None else flat - shift
+            if projections is None:
+                projections = dots(W_enc_T, centred, latents, tokens)
+        self.projection = _LiveProjection.apply(flat, shift, W_enc_T, centred, projections, self)
+
+    @classmethod
+    def above(cls, x: Tensor, shift: Tensor | None, W_enc_T: Tensor, cut: Tensor) -> LiveSupport | None:
+        """Return the projections above a cut.
+
+        Args:
+            x: activations ``[..., d_in]``.
+            shift: what is subtracted from them, ``[d_in]``; None for nothing.
+            W_enc_T: encoder ``[d_sae, d_in]``.
+            cut: ``[d_sae]``; what is at or below it has no part in the objective.
+
+        Returns:
+            None where a dense step is faster, or needed for its derivatives.
+        """
+        if not cls.serves(x, W_enc_T):
+            return None
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            flat = x.reshape(-1, x.shape[-1])
+            centred = flat if shift is None else flat - shift
+            found = above(centred, W_enc_T, cut, most=DENSEST)
+        if found is None:
+            return None
+        tokens, latents, projections = found
+        return cls(x, shift, W_enc_T, tokens, latents, projections)
+
+    @staticmethod
+    def serves(x: Tensor, W_enc_T: Tensor) -> bool:
+        """Whether a live step computes what is wanted, and may be the faster one: in full precision on a CPU."""
+        wide = x.dtype == W_enc_T.dtype and x.dtype in (torch.float32, torch.float64)
+        many = math.prod(x.shape[:-1]) * len(W_enc_T) >= FEWEST
+        return wide and many and W_enc_T.is_contiguous() and by_hand(x, W_enc_T, autocast=True)
+
+    def decode(self, values: Tensor, W_dec: Tensor) -> Tensor:
+        """Return ``values @ W_dec``, ``[..., d_out]``."""
+        decoded: Tensor = _LiveDecoded.apply(values, W_dec, self)
+        return decoded.reshape(*self.leading, W_dec.shape[1])
+
+    def mean_sum(self, values: Tensor) -> Tensor:
+        """Return the mean over tokens of the sum over latents, ``[]``."""
+        return values.sum() / math.prod(self.leading)
+
+    def code(self, values: Tensor) -> LiveLatents:
+        """Return values as the latents of an SAE, without a gradient; zeros are left out."""
+        values, shape = values.detach(), (*self.leading, self.d_sae)
+        on = values[self.order] != 0
+        if bool(on.all()):
+            return LiveLatents(self.by_token, self.latents[self.order], values[self.order], shape)
+        order = self.order[on]
+        offsets = _offsets(self.tokens[order], math.prod(self.leading))
+        return LiveLatents(offsets, self.latents[order], values[order], shape)
+
+    def summed_by_latent(self, values: Tensor, rows: Tensor) -> Tensor:
+        """Return, for each latent, the sum of its tokens' rows ``[tokens, d]`` times its values, ``[d_sae, d]``."""
+        return sum_rows(self.tokens, self.by_latent, values, rows)
+
+    def summed_by_token(self, values: Tensor, rows: Tensor) -> Tensor:
+        """Return, for each token, the sum of its latents' rows ``[d_sae, d]`` times its values, ``[tokens, d]``."""
+        return sum_rows(self.latents[self.order], self.by_token, values[self.order], rows)
+
+
+class _Projection(torch.autograd.Function):
+    """``(x - shift) @ W_enc``; the gradient of the shift takes no product of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shift: Tensor, W_enc_T: Tensor) -> Tensor:
+        centred = x - shift
+        ctx.save_for_backward(centred, W_enc_T)
+        return linear(centred, W_enc_T)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        centred, W_enc_T = ctx.saved_tensors
+        flat = grad.reshape(-1, grad.shape[-1])
+        grad_x = linear(grad, W_enc_T.T) if ctx.needs_input_grad[0] else None
+        grad_shift = -(flat.sum(0) @ W_enc_T) if ctx.needs_input_grad[1] else None
+        wanted = ctx.needs_input_grad[2]
+        return grad_x, grad_shift, linear(flat.T, centred.reshape(len(flat), -1).T) if wanted else None
+
+
+class _Decoded(torch.autograd.Function):
+    """``values @ W_dec``."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, W_dec: Tensor) -> Tensor:
+        ctx.save_for_backward(values, W_dec)
+        return linear(values, W_dec.T)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        values, W_dec = ctx.saved_tensors
+        grad_values = linear(grad, W_dec) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return grad_values, None
+        flat = grad.reshape(-1, grad.shape[-1])
+        return grad_values, linear(values.reshape(len(flat), -1).T, flat.T)
+
+
+class _LiveProjection(torch.autograd.Function):
+    """``(x - shift) @ W_enc`` where it was computed already."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        shift: Tensor | None,
+        W_enc_T: Tensor,
+        centred: Tensor,
+        projections: Tensor,
+        support: LiveSupport,
+    ) -> Tensor:
+        ctx.save_for_backward(W_enc_T, centred)
+        ctx.support = support
+        return projections.view_as(projections)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        W_enc_T, centred = ctx.saved_tensors
+        support = ctx.support
+        grad_x = support.summed_by_token(grad, W_enc_T) if ctx.needs_input_grad[0] else None
+        grad_shift = None
+        if ctx.needs_input_grad[1]:
+            pulls = torch.bincount(support.latents, grad, minlength=support.d_sae).to(grad.dtype)
+            grad_shift = -(pulls @ W_enc_T)
+        grad_weight = support.summed_by_latent(grad, centred) if ctx.needs_input_grad[2] else None
+        return grad_x, grad_shift, grad_weight, None, None, None
+
+
+class _LiveDecoded(torch.autograd.Function):
+    """``values @ W_dec`` for the values of a few latents."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, W_dec: Tensor, support: LiveSupport) -> Tensor:
+        ctx.save_for_backward(values, W_dec)
+        ctx.support = support
+        return support.summed_by_token(values, W_dec)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        values, W_dec = ctx.saved_tensors
+        support, grad = ctx.support, grad.contiguous()
+        grad_values = dots(W_dec, grad, support.latents, support.tokens) if ctx.needs_input_grad[0] else None
+        return grad_values, support.summed_by_latent(values, grad) if ctx.needs_input_grad[1] else None, None
+
+
+def _offsets(ascending_owner: Tensor, owners: int) -> Tensor:
+    """Return where the values of each owner begin, and the end, ``[owners + 1]`` int64."""
+    offsets = ascending_owner.new_zeros(owners + 1)
+    torch.cumsum(torch.bincount(ascending_owner, minlength=owners), 0, out=offsets[1:])
+    return offsets

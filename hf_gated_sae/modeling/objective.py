@@ -1,0 +1,127 @@
+"""What an architecture is trained to minimise; its fields are the variants that are known of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..functional.support import Support
+from .output import TrainingLoss
+
+if TYPE_CHECKING:
+    from .keeping import KeepingSAE
+    from .model import SAEModel
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """How sparsity is paid for at one step of a run.
+
+    Attributes:
+        coefficient: lambda, in units of a squared error summed over the width.
+        power: p of the penalty ``|latents|_p^p``; 1 but for annealed runs.
+    """
+
+    coefficient: float = 0.0
+    power: float = 1.0
+
+    def penalty(self, values: Tensor) -> Tensor:
+        """Return ``values ** power`` of values that are not negative; the gradient at 0 is 0 for every power below 1.
+
+        Args:
+            values: any shape.
+        """
+        if self.power == 1.0:
+            return values
+        on = values > 0
+        return torch.where(on, values, 1.0).pow(self.power) * on
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Here: ``|y - y^|^2``, all there is to it where an architecture is sparse by construction.
+
+    An architecture with another objective has a subclass beside it, and names it as its `objective_class`. Every term
+    is a mean over tokens; squared errors are summed over the width.
+    """
+
+    anneals: ClassVar[bool] = False
+    """Whether the sparsity's power has a meaning."""
+
+    penalises: ClassVar[bool] = False
+    """Whether the sparsity's coefficient has a meaning."""
+
+    def loss(self, sae: SAEModel, x: Tensor, target: Tensor, sparsity: Sparsity) -> TrainingLoss:
+        """Return the objective on some activations.
+
+        Args:
+            sae: the SAE.
+            x: activations ``[..., d_in]``.
+            target: what is to be written, ``[..., d_out]``: `x` itself unless the SAE is a transcoder.
+            sparsity: how sparsity is paid for.
+        """
+        latents = sae.encode(x)
+        reconstruction = sae.decode(latents, x)
+        terms = {"reconstruction": squared_error(target, reconstruction)}
+        return TrainingLoss.of(terms, reconstruction, latents.detach())
+
+    def frozen(self, sae: SAEModel) -> frozenset[str]:
+        """Return the names of the SAE's parameters that do not learn."""
+        return frozenset()
+
+    def constrain(self, sae: SAEModel) -> None:
+        """Bring the parameters back to what the objective takes them for; to be called after every step."""
+
+
+@dataclass(frozen=True)
+class KeptObjective(Objective):
+    """``|y - y^|^2`` of architectures that keep so many latents per token, and of nested parts of their dictionary.
+
+    Attributes:
+        prefixes: shares of the latents, each between 0 and 1; the first so many latents have to reconstruct alone as
+            well, one term for each share, which makes a Matryoshka SAE.
+
+    Source: Gao et al. 2024 (arXiv 2406.04093), section 2; Bussmann et al. 2025 (arXiv 2503.17547) for the prefixes.
+    """
+
+    prefixes: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check the shares."""
+        object.__setattr__(self, "prefixes", tuple(self.prefixes))
+        if not all(0 < share < 1 for share in self.prefixes):
+            raise InputError(f"prefixes is {list(self.prefixes)}; expected shares of the latents between 0 and 1.")
+
+    def loss(self, sae: KeepingSAE, x: Tensor, target: Tensor, sparsity: Sparsity) -> TrainingLoss:
+        """Return the objective on some activations; arguments as for `Objective.loss`."""
+        support, latents = sae.kept_support(x)
+        return self._reconstruction(sae, x, target, support, latents)
+
+    def _reconstruction(
+        self, sae: SAEModel, x: Tensor, target: Tensor, support: Support, latents: Tensor
+    ) -> TrainingLoss:
+        """Return the terms of latents that were kept, given as values of a support."""
+        constant = sae.constant(x)
+        reconstruction = support.decode(latents, sae.W_dec) + constant
+        terms = {"reconstruction": squared_error(target, reconstruction)}
+        d_sae = sae.config.d_sae
+        numbers = torch.arange(d_sae, device=x.device) if support.latents is None else support.latents
+        for share in self.prefixes:
+            first = max(1, round(share * d_sae))
+            part = support.decode(latents * (numbers < first), sae.W_dec) + constant
+            terms[f"reconstruction_{first}"] = squared_error(target, part)
+        return TrainingLoss.of(terms, reconstruction, support.code(latents))
+
+
+def squared_error(target: Tensor, reconstruction: Tensor) -> Tensor:
+    """Return the mean over tokens of ``|target - reconstruction|^2``, ``[]``.
+
+    Args:
+        target: ``[..., d_out]``.
+        reconstruction: ``[..., d_out]``.
+    """
+    return (target - reconstruction).square().sum(-1).mean()

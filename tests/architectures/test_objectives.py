@@ -1,0 +1,273 @@
+"""What is minimised: gradients flow where they should, and a step over the live latents is the dense step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_gated_sae import GatedSAE, SAEModel
+from hf_gated_sae.architectures import architectures
+from hf_gated_sae.architectures.gated import GatedObjective
+from hf_gated_sae.architectures.jumprelu import JumpReLUObjective
+from hf_gated_sae.architectures.standard import StandardObjective
+from hf_gated_sae.errors import InputError, ShapeError
+from hf_gated_sae.functional import support as supports
+from hf_gated_sae.functional.live import LiveLatents
+from hf_gated_sae.modeling import KeptObjective, Objective
+
+D_IN, D_SAE, TOKENS = 24, 2048, 520
+FEW = 2.2
+"""Standard deviations above which a projection is on: about 1.4 % of them."""
+
+
+def example(architecture: str, dtype: torch.dtype = torch.float64, **settings: Any) -> SAEModel:
+    """Return an SAE of which few latents are on for standard normal activations, none of its vectors being special."""
+    generator = torch.Generator().manual_seed(0)
+    sae_class = architectures[architecture]
+    if "k" in sae_class.config_class.__annotations__:
+        settings.setdefault("k", 12)
+    sae = sae_class(sae_class.config_class(d_in=D_IN, d_sae=D_SAE, **settings)).to(dtype)
+    for name, tensor in sae.state_dict().items():
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        if name in ("b_gate", "b_enc"):
+            tensor.copy_(noise * 0.1 - FEW)
+        elif name == "b_mag":
+            tensor.copy_(noise * 0.1 - FEW + 0.3)
+        elif name == "threshold":
+            tensor.copy_(torch.full_like(tensor, 0.3) if tensor.ndim == 0 else noise.abs() * 0.1 + 0.05)
+        elif tensor.ndim == 2:
+            tensor.copy_(torch.nn.functional.normalize(noise, dim=-1) * (1 + 0.1 * noise[:, :1]))
+        elif name in ("b_dec", "r_mag"):
+            tensor.copy_(noise * 0.2)
+    return sae
+
+
+def activations(dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(TOKENS, D_IN, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+
+
+def step(sae: SAEModel, x: Tensor, **settings: Any) -> tuple[Any, dict[str, Tensor]]:
+    sae.zero_grad()
+    loss = sae.training_loss(x, **{"sparsity_coefficient": 0.3, **settings})
+    loss.total.backward()
+    return loss, {name: p.grad.clone() for name, p in sae.named_parameters() if p.grad is not None}
+
+
+def dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supports.LiveSupport, "serves", staticmethod(lambda *_: False))
+
+
+CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("gated", {}, {}),
+    ("gated", {"apply_b_dec_to_input": False}, {}),
+    ("gated", {}, {"objective": GatedObjective(frozen_decoder=False)}),
+    ("gated", {}, {"objective": GatedObjective(tied_b_mag=True)}),
+    ("gated", {}, {"objective": GatedObjective(weighted_by_decoder_norm=True)}),
+    ("gated", {}, {"objective": GatedObjective(weighted_by_decoder_norm=True, frozen_decoder=False)}),
+    ("gated", {}, {"objective": GatedObjective(auxiliary=False)}),
+    ("gated", {}, {"objective": GatedObjective(rescale_and_shift=True)}),
+    ("gated", {}, {"sparsity_power": 0.6}),
+    ("gated", {"site": "mlp_in.1", "site_out": "mlp_out.1", "apply_b_dec_to_input": False}, {"target": True}),
+    (
+        "gated",
+        {"site": "mlp_in.1", "site_out": "mlp_out.1", "apply_b_dec_to_input": False, "skip_connection": True},
+        {"target": True},
+    ),
+    ("standard", {}, {}),
+    ("standard", {}, {"objective": StandardObjective(weighted_by_decoder_norm=True), "sparsity_power": 0.7}),
+    ("jumprelu", {"bandwidth": 0.2}, {}),
+    ("jumprelu", {"bandwidth": 0.2}, {"objective": JumpReLUObjective(tanh_scale=4.0)}),
+    ("tanh_relu", {}, {}),
+    ("topk", {}, {}),
+    ("topk", {"rank_by_decoder_norm": True}, {}),
+    ("topk", {"rectified": False}, {}),
+    ("topk", {}, {"objective": KeptObjective(prefixes=(0.1, 0.5))}),
+    ("abs_topk", {}, {}),
+    ("group_max", {"groups": 16}, {}),
+    ("batch_topk", {}, {}),
+]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("architecture, settings, options", CASES)
+def test_a_step_over_the_live_latents_is_the_dense_step(
+    architecture: str,
+    settings: dict[str, Any],
+    options: dict[str, Any],
+    dtype: torch.dtype,
+    tolerance: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if options.get("sparsity_power") and dtype == torch.float32:
+        tolerance *= 20  # the slope of a root magnifies how the projections themselves are rounded
+    x = activations(dtype)
+    target = {"target": x.roll(1, 0) @ x.new_ones(D_IN, D_IN)} if options.get("target") else {}
+    live, found = step(example(architecture, dtype, **settings), x, **{**options, **target})
+    dense(monkeypatch)
+    plain, wanted = step(example(architecture, dtype, **settings), x, **{**options, **target})
+    assert isinstance(live.latents, LiveLatents) and isinstance(plain.latents, Tensor)
+    torch.testing.assert_close(live.latents.dense(), plain.latents, rtol=1e-5, atol=1e-5)
+    assert torch.equal(live.fired, plain.fired) and live.l0 == plain.l0 and 0 < live.l0 < 0.05 * D_SAE
+    assert live.terms.keys() == plain.terms.keys()
+    for name, term in live.terms.items():
+        torch.testing.assert_close(term, plain.terms[name], rtol=tolerance, atol=0)
+    assert found.keys() == wanted.keys()
+    for name, gradient in found.items():
+        error = (gradient - wanted[name]).norm() / wanted[name].norm().clamp_min(1e-30)
+        assert error <= tolerance, (name, float(error))
+
+
+def test_many_live_latents_take_the_dense_step() -> None:
+    sae = example("gated")
+    sae.b_gate.data.zero_()
+    assert isinstance(sae.training_loss(activations(), sparsity_coefficient=1.0).latents, Tensor)
+
+
+def test_no_live_latent_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    sae = example("gated")
+    sae.b_gate.data.fill_(-100.0)
+    loss, found = step(sae, activations())
+    assert isinstance(loss.latents, LiveLatents) and loss.l0 == 0 and not loss.fired.any()
+    dense(monkeypatch)
+    _, wanted = step(sae, activations())
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-12, atol=1e-12)
+
+
+def test_leading_axes_are_tokens() -> None:
+    sae, x = example("gated"), activations()
+    flat, wanted = step(sae, x)
+    folded, found = step(sae, x.reshape(4, 130, D_IN))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    assert folded.reconstruction.shape == (4, 130, D_IN)
+    assert torch.equal(folded.reconstruction.reshape(TOKENS, D_IN), flat.reconstruction)
+    assert folded.latents.shape == (4, 130, D_SAE)
+
+
+def test_gradients_reach_activations_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients = []
+    for _ in range(2):
+        x = activations().requires_grad_()
+        example("gated").training_loss(x, sparsity_coefficient=0.3).total.backward()
+        gradients.append(x.grad)
+        dense(monkeypatch)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-11, atol=1e-13)
+
+
+# The table of the paper's objective (section 3.2.2 and appendix G): which term may move which parameter.
+ROUTES = {
+    "reconstruction": {"W_enc_T", "r_mag", "b_mag", "W_dec", "b_dec"},
+    "sparsity": {"W_enc_T", "b_gate", "b_dec"},
+    "auxiliary": {"W_enc_T", "b_gate", "b_dec"},
+}
+
+
+@pytest.mark.parametrize("live", [True, False])
+@pytest.mark.parametrize("term", ROUTES)
+def test_gradients_of_the_gated_objective_flow_as_in_the_paper(
+    term: str, live: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not live:
+        dense(monkeypatch)
+    sae = example("gated")
+    sae.training_loss(activations(), sparsity_coefficient=0.3).terms[term].backward()
+    moved = {name for name, p in sae.named_parameters() if p.grad is not None and bool((p.grad != 0).any())}
+    assert moved == ROUTES[term]
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_the_decoder_bias_moves_in_sparsity_and_auxiliary_by_centring_alone(
+    live: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without centring these terms leave `b_dec` alone: in them the decoder's own copy is frozen."""
+    if not live:
+        dense(monkeypatch)
+    for term in ("sparsity", "auxiliary"):
+        sae = example("gated", apply_b_dec_to_input=False)
+        sae.training_loss(activations(), sparsity_coefficient=0.3).terms[term].backward()
+        assert sae.b_dec.grad is None or not sae.b_dec.grad.any()
+
+
+def test_an_unfrozen_decoder_is_moved_by_the_auxiliary_term() -> None:
+    sae = example("gated")
+    objective = GatedObjective(frozen_decoder=False)
+    sae.training_loss(activations(), sparsity_coefficient=0.3, objective=objective).terms["auxiliary"].backward()
+    assert sae.W_dec.grad.any()
+
+
+def test_only_open_gates_with_a_magnitude_move_the_encoder_by_reconstruction() -> None:
+    sae, x = example("gated"), activations()
+    loss = sae.training_loss(x, sparsity_coefficient=0.3)
+    loss.terms["reconstruction"].backward()
+    assert torch.equal(sae.W_enc_T.grad.any(-1), loss.fired)
+
+
+def test_a_tied_magnitude_bias_is_written_down_and_does_not_learn_by_itself() -> None:
+    sae, objective = example("gated"), GatedObjective(tied_b_mag=True)
+    sae.training_loss(activations(), sparsity_coefficient=0.3, objective=objective).terms["reconstruction"].backward()
+    assert sae.b_mag.grad is None and sae.b_gate.grad.any() and sae.r_mag.grad.any()
+    objective.constrain(sae)
+    assert torch.equal(sae.b_mag, sae.r_mag.exp() * sae.b_gate)
+    gate, latents = sae.halves(sae._project(activations(), None), None)
+    torch.testing.assert_close(latents, sae.r_mag.exp() * torch.relu(gate))  # a ReLU times a scale: no jump
+    assert objective.frozen(sae) == {"b_mag"} and GatedObjective(learn_r_mag=False).frozen(sae) == {"r_mag"}
+
+
+def test_rescale_and_shift_starts_as_the_baseline_and_moves_nothing_else() -> None:
+    baseline = example("standard")
+    sae, objective = GatedSAE.from_standard(baseline), GatedObjective(rescale_and_shift=True)
+    torch.testing.assert_close(sae(activations()).latents, baseline(activations()).latents)
+    assert {name for name, _ in sae.named_parameters()} - objective.frozen(sae) == {"r_mag", "b_mag"}
+    loss = sae.training_loss(activations(), sparsity_coefficient=0.3, objective=objective)
+    assert set(loss.terms) == {"reconstruction"}
+    with pytest.raises(InputError, match="learns r_mag and b_mag and nothing else"):
+        GatedObjective(rescale_and_shift=True, tied_b_mag=True)
+
+
+def test_a_power_changes_the_penalty_and_nothing_else() -> None:
+    sae, x = example("gated"), activations()
+    gate, _ = sae.halves(sae._project(x, None), None)
+    loss = sae.training_loss(x, sparsity_coefficient=0.3, sparsity_power=0.5)
+    torch.testing.assert_close(loss.terms["sparsity"], 0.3 * torch.relu(gate).sqrt().sum(-1).mean())
+    torch.testing.assert_close(
+        loss.terms["auxiliary"], sae.training_loss(x, sparsity_coefficient=0.3).terms["auxiliary"]
+    )
+
+
+def test_prefixes_reconstruct_alone() -> None:
+    sae, x = example("topk"), activations()
+    loss = sae.training_loss(x, objective=KeptObjective(prefixes=(0.25,)))
+    latents = sae.encode(x)
+    latents[:, D_SAE // 4 :] = 0
+    expected = (x - sae.decode(latents)).square().sum(-1).mean()
+    torch.testing.assert_close(loss.terms[f"reconstruction_{D_SAE // 4}"], expected)
+    with pytest.raises(InputError, match=r"prefixes is \[1.5\]"):
+        KeptObjective(prefixes=(1.5,))
+
+
+def test_a_batch_keeps_its_largest_however_wrong_the_guess() -> None:
+    """The running threshold narrows the search and never the result."""
+    x = activations()
+    results = []
+    for threshold in (0.0, 0.3, 50.0):
+        sae = example("batch_topk")
+        sae.threshold.fill_(threshold)
+        latents = sae.training_loss(x).latents
+        results.append(latents if isinstance(latents, Tensor) else latents.dense())
+    assert (results[0] != 0).sum() == 12 * TOKENS
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-12, atol=1e-12)
+
+
+def test_every_architecture_has_an_objective_with_terms_by_name() -> None:
+    for name, sae_class in architectures.items():
+        assert issubclass(sae_class.objective_class, Objective), name
+
+
+def test_a_target_of_another_width_is_refused() -> None:
+    sae = example("gated")
+    with pytest.raises(ShapeError, match=r"a target \[520, 7\]"):
+        sae.training_loss(activations(), target=torch.zeros(TOKENS, 7, dtype=torch.float64))
