@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from .architectures.cross_layer import CrossLayerSAEConfig as CrossLayerSAEConfig
     from .architectures.gated import GatedSAE as GatedSAE
     from .architectures.gated import GatedSAEConfig as GatedSAEConfig
+    from .architectures.gated_untied import UntiedGatedSAE as UntiedGatedSAE
+    from .architectures.gated_untied import UntiedGatedSAEConfig as UntiedGatedSAEConfig
     from .architectures.glu import GLUSAE as GLUSAE
     from .architectures.glu import GLUSAEConfig as GLUSAEConfig
     from .architectures.group_max import GroupMaxSAE as GroupMaxSAE

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from abc import abstractmethod
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..functional.search import lowest_projection
+from ..functional.support import Support
 from ..modeling import Objective, SAEConfig, SAEModel, Sparsity, TrainingLoss, squared_error
 from .jumprelu import JumpReLUSAE, JumpReLUSAEConfig
 from .standard import StandardSAE
@@ -19,24 +21,20 @@ SAE = TypeVar("SAE", bound=SAEModel)
 
 
 @dataclass(frozen=True)
-class GatedObjective(Objective):
+class GateObjective(Objective):
     """``|y - y^|^2 + lambda |relu(gate)|_1 + |y - decode_frozen(relu(gate))|^2``.
 
     The auxiliary term sees copies of what writes that receive no gradient; without the term nothing would hold the
-    gate open. The decoder's rows are expected to have unit norm. With the
-    defaults every gradient flows as in the paper's appendix G; each flag is a variant that was compared with it.
+    gate open. The decoder's rows are expected to have unit norm. With the defaults every gradient flows as in the
+    paper's appendix G; each flag is a variant that was compared with it.
 
     Attributes:
         frozen_decoder: whether the auxiliary term leaves the decoder alone.
         auxiliary: whether there is the auxiliary term.
-        learn_r_mag: whether the magnitudes have a scale of their own, beside a bias of their own.
-        tied_b_mag: keep ``b_mag = exp(r_mag) * b_gate``, with which both halves are on together: a ReLU times a scale
-            that the penalty does not see, without any jump.
         weighted_by_decoder_norm: pay ``|W_dec[i]|`` for a unit of each open gate, for decoders without unit norm; as
             frozen as the decoder is in the auxiliary term.
-        rescale_and_shift: only `r_mag` and `b_mag` learn, from the reconstruction alone; for `GatedSAE.from_standard`.
 
-    Source: arXiv 2404.16014, section 3.2.2, appendix G; sections 5.1 and 5.2 for the variants.
+    Source: arXiv 2404.16014, section 3.2.2 and appendix G; section 5.1 for the variants.
     """
 
     anneals: ClassVar[bool] = True
@@ -44,44 +42,72 @@ class GatedObjective(Objective):
 
     frozen_decoder: bool = True
     auxiliary: bool = True
+    weighted_by_decoder_norm: bool = False
+
+    @abstractmethod
+    def _halves(self, sae: SAEModel, x: Tensor) -> tuple[Support, Tensor, Tensor]:
+        """Return the support of the objective, the gates' pre-activations on it, and the latents."""
+
+    def loss(self, sae: SAEModel, x: Tensor, target: Tensor, sparsity: Sparsity) -> TrainingLoss:
+        """Return the objective on some activations; arguments as for `Objective.loss`."""
+        support, gate, latents = self._halves(sae, x)
+        reconstruction = support.decode(latents, sae.W_dec) + sae.constant(x)
+        terms = {"reconstruction": squared_error(target, reconstruction)}
+        opened, written = torch.relu(gate), (sae.W_dec, sae.constant(x))
+        W_dec, constant = (each.detach() for each in written) if self.frozen_decoder else written
+        penalty = sparsity.penalty(opened)
+        if self.weighted_by_decoder_norm:
+            penalty = penalty * sae._take(W_dec.norm(dim=-1), support.latents)
+        terms["sparsity"] = sparsity.coefficient * support.mean_sum(penalty)
+        if self.auxiliary:
+            terms["auxiliary"] = squared_error(target, support.decode(opened, W_dec) + constant)
+        return TrainingLoss.of(terms, reconstruction, support.code(latents))
+
+
+@dataclass(frozen=True)
+class GatedObjective(GateObjective):
+    """The objective of a `GatedSAE`, whose two halves share one encoder.
+
+    Attributes:
+        learn_r_mag: whether the magnitudes have a scale of their own, beside a bias of their own.
+        tied_b_mag: keep ``b_mag = exp(r_mag) * b_gate``, with which both halves are on together: a ReLU times a scale
+            that the penalty does not see, without any jump.
+        rescale_and_shift: only `r_mag` and `b_mag` learn, from the reconstruction alone; for `GatedSAE.from_standard`.
+
+    Source: arXiv 2404.16014, sections 5.1 and 5.2.
+    """
+
     learn_r_mag: bool = True
     tied_b_mag: bool = False
-    weighted_by_decoder_norm: bool = False
     rescale_and_shift: bool = False
 
     def __post_init__(self) -> None:
         """Refuse flags that contradict each other."""
-        if self.rescale_and_shift and (self.tied_b_mag or not self.learn_r_mag):
+        if self.rescale_and_shift and replace(self, rescale_and_shift=False) != GatedObjective():
             raise InputError(
-                "rescale_and_shift=True learns r_mag and b_mag and nothing else; expected learn_r_mag=True and "
-                "tied_b_mag=False with it."
+                "rescale_and_shift=True learns r_mag and b_mag from the reconstruction and nothing else; leave the "
+                "other flags as they are."
             )
+
+    def _halves(self, sae: GatedSAE, x: Tensor) -> tuple[Support, Tensor, Tensor]:
+        b_mag = sae.r_mag.exp() * sae.b_gate if self.tied_b_mag else sae.b_mag
+        support = sae._support(x, -sae.b_gate)
+        return support, *sae.halves(support.projection, support.latents, b_mag)
 
     def loss(self, sae: GatedSAE, x: Tensor, target: Tensor, sparsity: Sparsity) -> TrainingLoss:
         """Return the objective on some activations; arguments as for `Objective.loss`."""
-        b_mag = sae.r_mag.exp() * sae.b_gate if self.tied_b_mag else sae.b_mag
-        support = sae._support(x, -sae.b_gate)
-        gate, latents = sae.halves(support.projection, support.latents, b_mag)
-        reconstruction = support.decode(latents, sae.W_dec) + sae.constant(x)
-        terms = {"reconstruction": squared_error(target, reconstruction)}
+        loss = super().loss(sae, x, target, sparsity)
         if not self.rescale_and_shift:
-            opened, written = torch.relu(gate), (sae.W_dec, sae.constant(x))
-            W_dec, constant = (each.detach() for each in written) if self.frozen_decoder else written
-            penalty = sparsity.penalty(opened)
-            if self.weighted_by_decoder_norm:
-                penalty = penalty * sae._take(W_dec.norm(dim=-1), support.latents)
-            terms["sparsity"] = sparsity.coefficient * support.mean_sum(penalty)
-            if self.auxiliary:
-                terms["auxiliary"] = squared_error(target, support.decode(opened, W_dec) + constant)
-        return TrainingLoss.of(terms, reconstruction, support.code(latents))
+            return loss
+        terms = {"reconstruction": loss.terms["reconstruction"]}
+        return TrainingLoss.of(terms, loss.reconstruction, loss.latents)
 
     def frozen(self, sae: SAEModel) -> frozenset[str]:
         """Return the names of the parameters that do not learn."""
         if self.rescale_and_shift:
             return frozenset(name for name, _ in sae.named_parameters()) - {"r_mag", "b_mag"}
-        return frozenset(
-            name for name, fixed in (("r_mag", not self.learn_r_mag), ("b_mag", self.tied_b_mag)) if fixed
-        )
+        fixed = {"r_mag": not self.learn_r_mag, "b_mag": self.tied_b_mag}
+        return frozenset(name for name, still in fixed.items() if still)
 
     @torch.no_grad()
     def constrain(self, sae: GatedSAE) -> None:
@@ -157,8 +183,8 @@ class GatedSAE(SAEModel):
         Source: arXiv 2404.16014, appendix E.
         """
         scale = self.r_mag.exp()
-        return _converted(
-            JumpReLUSAE(JumpReLUSAEConfig(**_shared_settings(self.config))),
+        return converted(
+            JumpReLUSAE(JumpReLUSAEConfig(**shared_settings(self.config))),
             self,
             W_enc_T=scale[:, None] * self.W_enc_T,
             b_enc=self.b_mag,
@@ -175,8 +201,8 @@ class GatedSAE(SAEModel):
 
         Source: arXiv 2404.16014, section 5.2.
         """
-        return _converted(
-            cls(GatedSAEConfig(**_shared_settings(sae.config))),
+        return converted(
+            cls(GatedSAEConfig(**shared_settings(sae.config))),
             sae,
             W_enc_T=sae.W_enc_T,
             b_gate=sae.b_enc,
@@ -188,8 +214,8 @@ class GatedSAE(SAEModel):
     @torch.no_grad()
     def from_jumprelu(cls, sae: JumpReLUSAE) -> GatedSAE:
         """Return the Gated SAE that computes the same function: ``r_mag = 0``, ``b_gate = b_enc - threshold``."""
-        return _converted(
-            cls(GatedSAEConfig(**_shared_settings(sae.config))),
+        return converted(
+            cls(GatedSAEConfig(**shared_settings(sae.config))),
             sae,
             W_enc_T=sae.W_enc_T,
             b_mag=sae.b_enc,
@@ -198,12 +224,12 @@ class GatedSAE(SAEModel):
         )
 
 
-def _shared_settings(config: SAEConfig) -> dict[str, Any]:
+def shared_settings(config: SAEConfig) -> dict[str, Any]:
     """Return the settings that every architecture's configuration has."""
     return {name: getattr(config, name) for name in SAEConfig.__annotations__ if name != "has_no_defaults_at_init"}
 
 
-def _converted(target: SAE, source: SAEModel, **tensors: Tensor) -> SAE:
+def converted(target: SAE, source: SAEModel, **tensors: Tensor) -> SAE:
     """Fill `target` with the given tensors and those that both have under the same meaning."""
     names = (
         "W_dec",

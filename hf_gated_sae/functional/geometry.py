@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_ROWS_AT_ONCE = 1024  # whose products stay in a cache; on the whole matrix they would be written to memory
+
 
 @torch.no_grad()
 def unit_norm_rows(rows: Tensor) -> Tensor:
@@ -16,8 +18,10 @@ def unit_norm_rows(rows: Tensor) -> Tensor:
     Returns:
         The same tensor.
     """
-    norms = rows.norm(dim=-1, keepdim=True)
-    return rows.div_(torch.where(norms > 0, norms, torch.ones_like(norms)))
+    for part in rows.split(_ROWS_AT_ONCE):
+        norms = part.norm(dim=-1, keepdim=True)
+        part.div_(norms.where(norms > 0, 1.0))
+    return rows
 
 
 @torch.no_grad()
@@ -33,5 +37,6 @@ def remove_parallel_component(gradient: Tensor, rows: Tensor) -> Tensor:
 
     Source: Bricken et al. 2023, used by Rajamanoharan et al. 2024 (arXiv 2404.16014), appendix D.
     """
-    along = (gradient * rows).sum(dim=-1, keepdim=True)
-    return gradient.sub_(along * rows)
+    for part, own in zip(gradient.split(_ROWS_AT_ONCE), rows.split(_ROWS_AT_ONCE), strict=True):
+        part.addcmul_((part * own).sum(dim=-1, keepdim=True), own, value=-1)
+    return gradient

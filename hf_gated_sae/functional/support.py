@@ -40,6 +40,10 @@ class Support(ABC):
     latents: Tensor | None
 
     @abstractmethod
+    def project(self, W_enc_T: Tensor) -> Tensor:
+        """Return the projections through another encoder ``[d_sae, d_in]``, in the shape of `projection`."""
+
+    @abstractmethod
     def decode(self, values: Tensor, W_dec: Tensor) -> Tensor:
         """Return ``values @ W_dec``, ``[..., d_out]``."""
 
@@ -64,10 +68,16 @@ class DenseSupport(Support):
     latents = None
 
     def __init__(self, x: Tensor, shift: Tensor | None, W_enc_T: Tensor) -> None:
+        self._x, self._shift = x, shift
+        self.projection = self.project(W_enc_T)
+
+    def project(self, W_enc_T: Tensor) -> Tensor:
+        """Return the projections through another encoder ``[d_sae, d_in]``, ``[..., d_sae]``."""
+        x, shift = self._x, self._shift
         if shift is not None and by_hand(x, shift, W_enc_T):
-            self.projection = _Projection.apply(x, shift, W_enc_T)
-        else:
-            self.projection = linear(x if shift is None else x - shift, W_enc_T)
+            projection: Tensor = _Projection.apply(x, shift, W_enc_T)
+            return projection
+        return linear(x if shift is None else x - shift, W_enc_T)
 
     def decode(self, values: Tensor, W_dec: Tensor) -> Tensor:
         """Return ``values @ W_dec``, ``[..., d_out]``."""
@@ -118,12 +128,17 @@ class LiveSupport(Support):
         self.by_latent = _offsets(latents, self.d_sae)
         self.order = tokens.to(torch.int32).argsort(stable=True)
         self.by_token = _offsets(tokens, count)
-        flat = x.reshape(-1, x.shape[-1])
+        self._x, self._shift = x.reshape(-1, x.shape[-1]), shift
+        self.projection = self.project(W_enc_T, projections)
+
+    def project(self, W_enc_T: Tensor, projections: Tensor | None = None) -> Tensor:
+        """Return the projections through another encoder ``[d_sae, d_in]``, ``[live]``; perhaps known already."""
         with torch.no_grad():
-            centred = flat if shift is None else flat - shift
+            centred = self._x if self._shift is None else self._x - self._shift
             if projections is None:
-                projections = dots(W_enc_T, centred, latents, tokens)
-        self.projection = _LiveProjection.apply(flat, shift, W_enc_T, centred, projections, self)
+                projections = dots(W_enc_T, centred, self.latents, self.tokens)
+        projection: Tensor = _LiveProjection.apply(self._x, self._shift, W_enc_T, centred, projections, self)
+        return projection
 
     @classmethod
     def above(cls, x: Tensor, shift: Tensor | None, W_enc_T: Tensor, cut: Tensor) -> LiveSupport | None:

@@ -207,7 +207,8 @@ class SAEModel(Traits, Wiring, Sparse, PreTrainedModel):
 
     def _decode(self, latents: Tensor | LiveLatents) -> Tensor:
         """Decode in the SAE's own frame."""
-        return decode(latents, self.W_dec) + self.b_dec
+        written = decode(latents, self.W_dec)
+        return (written if self.others is None else self.others.summed(written)) + self.b_dec
 
     def _skipped(self, x: Tensor) -> Tensor:
         """Return what a skip connection writes."""

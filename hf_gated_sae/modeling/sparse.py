@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..functional.linear import is_plain, linear, only_values
 from ..functional.live import LiveLatents
+from ..functional.others import OtherLatents, PartialSupport
 from ..functional.search import above
 from ..functional.sparse import DENSEST
 from ..functional.support import DenseSupport, LiveSupport, Support
@@ -38,6 +39,9 @@ class Sparse:
     `_activate`; with `_cut` its live latents are found without computing the others.
     """
 
+    others: OtherLatents | None = None
+    """Where other processes hold the rest of the latents, of which this is then a part."""
+
     def _encode(self: SAEModel | Any, x: Tensor, latents: Tensor | None) -> Tensor:
         """Encode framed activations; `latents` selects rows, None means all. Here it is `_activate` of `_project`."""
         activated: Tensor = self._activate(self._project(x, latents), latents)
@@ -60,8 +64,14 @@ class Sparse:
 
     def _centred(self: SAEModel | Any, x: Tensor) -> Tensor:
         """Return what the encoder's matrix is applied to: ``x - b_dec``, or `x` without `apply_b_dec_to_input`."""
-        centred: Tensor = x - self.b_dec if self.config.apply_b_dec_to_input else x
-        return centred
+        shift = self._shift()
+        return x if shift is None else x - shift
+
+    def _shift(self: SAEModel | Any) -> Tensor | None:
+        """Return what is subtracted from the input, ``[d_in]``; None without `apply_b_dec_to_input`."""
+        if not self.config.apply_b_dec_to_input:
+            return None
+        return self.b_dec if self.others is None else self.others.alike(self.b_dec)
 
     def _project(self: SAEModel | Any, x: Tensor, latents: Tensor | None) -> Tensor:
         """Return ``(x - b_dec) @ W_enc`` (``x @ W_enc`` without `apply_b_dec_to_input`) for the selected latents."""
@@ -79,9 +89,10 @@ class Sparse:
             x: activations ``[..., d_in]``.
             cut: ``[d_sae]``; what is at or below it has no part in the objective. None if everything may have.
         """
-        shift = self.b_dec if self.config.apply_b_dec_to_input else None
+        shift = self._shift()
         live = None if cut is None else LiveSupport.above(x, shift, self.W_enc_T, cut.detach())
-        return DenseSupport(x, shift, self.W_enc_T) if live is None else live
+        support = DenseSupport(x, shift, self.W_enc_T) if live is None else live
+        return support if self.others is None else PartialSupport(support, self.others)
 
     def _few(self: SAEModel | Any, x: Tensor, most: float) -> LiveLatents | None:
         """Return the live latents of framed activations ``[tokens, d_in]`` without computing the others.

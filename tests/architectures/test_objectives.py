@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_gated_sae import GatedSAE, SAEModel
 from hf_gated_sae.architectures import architectures
 from hf_gated_sae.architectures.gated import GatedObjective
+from hf_gated_sae.architectures.gated_untied import UntiedGatedSAE
 from hf_gated_sae.architectures.jumprelu import JumpReLUObjective
 from hf_gated_sae.architectures.standard import StandardObjective
 from hf_gated_sae.errors import InputError, ShapeError
@@ -76,6 +77,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"site": "mlp_in.1", "site_out": "mlp_out.1", "apply_b_dec_to_input": False, "skip_connection": True},
         {"target": True},
     ),
+    ("gated_untied", {}, {}),
     ("standard", {}, {}),
     ("standard", {}, {"objective": StandardObjective(weighted_by_decoder_norm=True), "sparsity_power": 0.7}),
     ("jumprelu", {"bandwidth": 0.2}, {}),
@@ -216,6 +218,14 @@ def test_a_tied_magnitude_bias_is_written_down_and_does_not_learn_by_itself() ->
     assert objective.frozen(sae) == {"b_mag"} and GatedObjective(learn_r_mag=False).frozen(sae) == {"r_mag"}
 
 
+def test_an_untied_sae_starts_as_the_gated_one_and_its_magnitudes_learn_alone() -> None:
+    gated, x = example("gated"), activations()
+    sae = UntiedGatedSAE.from_gated(gated)
+    torch.testing.assert_close(sae(x).latents, gated(x).latents)
+    sae.training_loss(x, sparsity_coefficient=0.3).terms["reconstruction"].backward()
+    assert sae.W_mag_T.grad.any() and sae.W_enc_T.grad is None and sae.b_gate.grad is None
+
+
 def test_rescale_and_shift_starts_as_the_baseline_and_moves_nothing_else() -> None:
     baseline = example("standard")
     sae, objective = GatedSAE.from_standard(baseline), GatedObjective(rescale_and_shift=True)
@@ -223,7 +233,7 @@ def test_rescale_and_shift_starts_as_the_baseline_and_moves_nothing_else() -> No
     assert {name for name, _ in sae.named_parameters()} - objective.frozen(sae) == {"r_mag", "b_mag"}
     loss = sae.training_loss(activations(), sparsity_coefficient=0.3, objective=objective)
     assert set(loss.terms) == {"reconstruction"}
-    with pytest.raises(InputError, match="learns r_mag and b_mag and nothing else"):
+    with pytest.raises(InputError, match="learns r_mag and b_mag from the reconstruction and nothing else"):
         GatedObjective(rescale_and_shift=True, tied_b_mag=True)
 
 
