@@ -54,6 +54,10 @@ class AttachError(SAEError, RuntimeError):
     """Interventions cannot be attached to, or did not act on, a model."""
 
 
+class TrainingError(SAEError, RuntimeError):
+    """A training run cannot go on."""
+
+
 class PublishError(SAEError, RuntimeError):
     """An SAE cannot be published as asked."""
 

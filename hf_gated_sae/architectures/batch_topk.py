@@ -13,12 +13,16 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..functional import jumprelu
 from ..functional.activations import largest
+from ..functional.others import OtherTokens
 from ..functional.search import lowest_projection
-from ..functional.support import Support
+from ..functional.support import LiveSupport, Support
 from ..modeling import KeptObjective, SAEConfig, SAEModel, Sparsity, TrainingLoss
 
-GUESS = 0.75
-"""Times the running threshold: what the smallest latent that a batch keeps is hardly ever below."""
+SAMPLE = 64
+"""Tokens of a batch from which it is guessed how small the smallest latent is that the batch keeps."""
+
+MARGIN = 1.25
+"""Times as many latents as are kept lie above the guess."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +31,10 @@ class BatchTopKObjective(KeptObjective):
 
     def loss(self, sae: BatchTopKSAE, x: Tensor, target: Tensor, sparsity: Sparsity) -> TrainingLoss:
         """Return the objective on some activations; arguments as for `Objective.loss`."""
-        support, latents = sae.largest(x)
+        support, latents, lowest = sae.largest(x)
         with torch.no_grad():
-            kept = latents[latents > 0]
-            if len(kept):
-                sae.threshold.lerp_(kept.min().to(sae.threshold.dtype), 1 - sae.config.threshold_momentum)
+            moved = sae.threshold.lerp(lowest.to(sae.threshold.dtype), 1 - sae.config.threshold_momentum)
+            sae.threshold.copy_(torch.where(lowest > 0, moved, sae.threshold))
         return self._reconstruction(sae, x, target, support, latents)
 
 
@@ -72,6 +75,8 @@ class BatchTopKSAE(SAEModel):
     config_class = BatchTopKSAEConfig
     objective_class = BatchTopKObjective
     threshold: Tensor
+    peers: OtherTokens | None = None
+    """Where other processes train the same SAE on the rest of the batch."""
     _keep_in_fp32_modules_strict = [*SAEModel._keep_in_fp32_modules_strict, "threshold"]
 
     def __init__(self, config: BatchTopKSAEConfig) -> None:
@@ -92,17 +97,33 @@ class BatchTopKSAE(SAEModel):
     def _cut(self) -> Tensor:
         return lowest_projection(torch.relu(self.threshold), self.b_enc)
 
-    def largest(self, x: Tensor) -> tuple[Support, Tensor]:
-        """Return the support of the objective, and of the latents on it the batch's ``k * tokens`` largest.
+    def largest(self, x: Tensor) -> tuple[Support, Tensor, Tensor]:
+        """Return the support of the objective, the batch's ``k * tokens`` largest latents on it, and their lowest.
 
         Args:
             x: activations ``[..., d_in]``.
         """
         wanted = self.config.k * math.prod(x.shape[:-1])
-        guess = GUESS * self.threshold
-        support = self._support(x, lowest_projection(guess, self.b_enc) if guess > 0 else None)
+        alone = self.peers is None  # others may have their share of the largest below what is guessed here
+        guess = self._guess(x) if alone and LiveSupport.serves(x, self.W_enc_T) else None
+        support = self._support(x, None if guess is None else lowest_projection(guess, self.b_enc))
         pre_latents = support.projection + self._take(self.b_enc, support.latents)
         if support.latents is not None and int((pre_latents > guess).sum()) < wanted:  # more lie below the guess
             support = self._support(x, None)
             pre_latents = support.projection + self.b_enc
-        return support, largest(pre_latents, wanted)
+        if self.peers is None:
+            latents = largest(pre_latents, wanted)
+            kept = latents.detach()[latents > 0]
+            return support, latents, kept.min() if len(kept) else kept.new_zeros(())
+        lowest = self.peers.lowest_of_largest(pre_latents.detach(), wanted)
+        return support, torch.relu(pre_latents) * (pre_latents >= lowest), lowest
+
+    @torch.no_grad()
+    def _guess(self, x: Tensor) -> Tensor | None:
+        """Return what the batch's smallest kept latent is hardly ever below, ``[]``; None if that might be zero."""
+        flat = x.reshape(-1, x.shape[-1])
+        sample = flat[:: max(1, len(flat) // SAMPLE)]
+        pre_latents = (self._project(sample, None) + self.b_enc).reshape(-1)
+        rank = min(math.ceil(MARGIN * self.config.k * len(sample)), len(pre_latents))
+        guess = pre_latents.topk(rank, sorted=False).values.min()
+        return guess if guess > 0 else None

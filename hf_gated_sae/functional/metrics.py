@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, ShapeError
+from .live import LiveLatents
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,15 @@ class FidelityAccumulator:
         self._sums = torch.zeros(9, dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def update(self, x: Tensor, reconstruction: Tensor, latents: Tensor, *, constant: Tensor | None = None) -> None:
+    def update(
+        self, x: Tensor, reconstruction: Tensor, latents: Tensor | LiveLatents, *, constant: Tensor | None = None
+    ) -> None:
         """Add a batch.
 
         Args:
             x: activations ``[..., d_out]``.
             reconstruction: ``[..., d_out]``.
-            latents: ``[..., d_sae]``.
+            latents: ``[..., d_sae]``, or those that are on.
             constant: what the SAE writes at each token when no latent is on, ``[..., d_out]``; `b_dec` by default.
 
         Raises:
@@ -98,17 +101,12 @@ class FidelityAccumulator:
             )
         x = x.reshape(-1, x.shape[-1]).double()
         y = reconstruction.reshape(x.shape).double()
-        latents = latents.reshape(-1, self.d_sae)
-        live = latents != 0
         dot, x_sq, y_sq = (x * y).sum(-1), x.square().sum(-1), y.square().sum(-1)
         offset = self.b_dec if constant is None else constant.reshape(x.shape).double()
         y_centred = y - offset
         tiny = torch.finfo(torch.float64).tiny
         self.tokens += x.shape[0]
-        self.fired += live.sum(0)
-        if x.shape[0]:
-            self.max_activation = torch.maximum(self.max_activation, latents.float().amax(0))
-        self._sum_latents += latents.sum(0, dtype=torch.float64)
+        live = self._count_live(latents) if isinstance(latents, LiveLatents) else self._count(latents)
         self._sum_x += x.sum(0)
         self._sums += torch.stack(
             [
@@ -120,9 +118,27 @@ class FidelityAccumulator:
                 (y_centred * (x - offset)).sum(),
                 (dot / (x_sq * y_sq).sqrt().clamp_min(tiny)).sum(),
                 (y_sq.sqrt() / x_sq.sqrt().clamp_min(tiny)).sum(),
-                live.sum().double(),
+                live.double(),
             ]
         )
+
+    def _count(self, latents: Tensor) -> Tensor:
+        """Take in the values of all latents ``[..., d_sae]`` and return how many are not zero, ``[]``."""
+        latents = latents.reshape(-1, self.d_sae)
+        fired = (latents != 0).sum(0)
+        self.fired += fired
+        if latents.shape[0]:
+            self.max_activation = torch.maximum(self.max_activation, latents.float().amax(0))
+        self._sum_latents += latents.sum(0, dtype=torch.float64)
+        return fired.sum()
+
+    def _count_live(self, latents: LiveLatents) -> Tensor:
+        """Take in the values of the latents that are on and return how many these are, ``[]``."""
+        fired = torch.bincount(latents.indices, minlength=self.d_sae)
+        self.fired += fired
+        self.max_activation.scatter_reduce_(0, latents.indices, latents.values.float(), "amax")
+        self._sum_latents.index_add_(0, latents.indices, latents.values.double())
+        return fired.sum()
 
     @property
     def density(self) -> Tensor:

@@ -79,7 +79,8 @@ class SAEModel(Traits, Wiring, Sparse, PreTrainedModel):
         """Register the architecture with our registry and with transformers' Auto classes."""
         super().__init_subclass__(**kwargs)
         config_class = cls.__dict__.get("config_class")
-        if config_class is not None and config_class is not SAEConfig:
+        inherited = {getattr(base, "config_class", None) for base in cls.__bases__}
+        if config_class not in (None, SAEConfig) and config_class not in inherited:  # FSDP2 makes subclasses, too
             architectures.register(config_class.model_type.removesuffix("_sae"), cls)
             AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
             AutoModel.register(config_class, cls, exist_ok=True)
@@ -343,6 +344,8 @@ class SAEModel(Traits, Wiring, Sparse, PreTrainedModel):
             same = self.W_enc_T.shape == self.W_dec.shape
             rows = self.W_dec.detach() if same else nn.functional.normalize(torch.randn_like(self.W_enc_T), dim=-1)
             init.copy_(self.W_enc_T, rows)
+        if self.config.skip_connection:
+            init.zeros_(self.W_skip)
         init.zeros_(self.max_activation)
         init.zeros_(self.mean_activation)
         for parameter in self.parameters(recurse=False):

@@ -194,6 +194,8 @@ def _in_parts(sae: SAEModel, x: Tensor) -> bool:
         return False  # `encode` says what is wrong, if anything
     if x.device.type == "meta" or torch.is_autocast_enabled(x.device.type):
         return False
+    if sae.others is not None:
+        return False  # how the parts are cut depends on the latents, and all processes have to cut alike
     return only_values(x, *sae.parameters(), *sae.buffers())
 
 

@@ -6,7 +6,18 @@ A new remedy for dead latents is one file in `remedies/`; a new source of activa
 from ..hooks.harvest import harvest
 from .arguments import SAETrainingArguments
 from .remedies import DeadLatentRemedy, remedies
-from .streams import ActivationStream, ModelActivations, TensorActivations, collect
+from .streams import (
+    ActivationStream,
+    ModelActivations,
+    ShardActivations,
+    TensorActivations,
+    Text,
+    TextFiles,
+    TextTokens,
+    TokenStream,
+    collect,
+    open_text,
+)
 from .trainer import SAETrainer
 from .units import change_unit
 
@@ -16,9 +27,15 @@ __all__ = [
     "ModelActivations",
     "SAETrainer",
     "SAETrainingArguments",
+    "ShardActivations",
     "TensorActivations",
+    "Text",
+    "TextFiles",
+    "TextTokens",
+    "TokenStream",
     "change_unit",
     "collect",
     "harvest",
+    "open_text",
     "remedies",
 ]

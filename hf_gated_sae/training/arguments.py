@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
@@ -17,6 +20,13 @@ _INHERITED_RECIPE = (
     *("seed", "bf16", "fp16"),
 )
 
+_POSITIVE = (
+    *("max_steps", "activation_batch_size", "dead_after_activations", "statistics_activations"),
+    *("sparsity_power_changes", "sparsity_power_batches", "auxk_latents"),
+)
+
+ARGUMENTS_FILE = "training_args.json"
+
 SCALES = ("none", "unit", "sqrt_d_in")
 """What the root mean square norm of the activations is brought to while training."""
 
@@ -30,8 +40,14 @@ class SAETrainingArguments(TrainingArguments):
 
     Attributes:
         activation_batch_size: activations per device and step.
-        sparsity_coefficient: lambda of the objective.
+        objective: variants of the architecture's objective, such as ``{"frozen_decoder": False}``, which are the
+            fields of its `objective_class`. Of several SAEs, for all of them, or a mapping of such by their names.
+        sparsity_coefficient: lambda of the objective; of several SAEs, one for all or a mapping by their names.
         sparsity_warmup_steps: steps over which lambda grows linearly from 0.
+        sparsity_power_end: power of the latents in the sparsity term that it is annealed to; 1 for none of that.
+        sparsity_power_steps: the step after which the power changes first, and the one after which it is at its end.
+        sparsity_power_changes: how many changes there are.
+        sparsity_power_batches: latest batches from which the coefficient is rescaled at each change.
         activation_scale: what the root mean square norm of the activations is scaled to while training:
             ``"sqrt_d_in"``, ``"unit"`` or ``"none"``. The scale is folded into the weights at the end, so that the SAE
             reads what the model produces.
@@ -46,6 +62,10 @@ class SAETrainingArguments(TrainingArguments):
         resample_inputs: latest activations per device from which new directions are drawn.
         lr_dip: factor on the learning rate right after a resampling.
         lr_dip_steps: steps until the learning rate is back, along a cosine.
+        auxk_latents: dead latents that reconstruct the error of each activation, with ``"auxk"``; half of `d_in` by
+            default.
+        auxk_coefficient: weight of that term.
+        pull_coefficient: weight of the term of ``"pre_activation_pull"``.
 
     Source: Rajamanoharan et al. 2024 (arXiv 2404.16014), appendix D, and Bricken et al. 2023 for resampling.
     """
@@ -70,8 +90,13 @@ class SAETrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = False  # would hide a diverged run, and waits for the device at every step
 
     activation_batch_size: int = 4096
-    sparsity_coefficient: float = 1.0
+    objective: dict[str, Any] | str | None = None
+    sparsity_coefficient: float | str | dict[str, float] = 1.0
     sparsity_warmup_steps: int = 1000
+    sparsity_power_end: float = 1.0
+    sparsity_power_steps: list[int] = field(default_factory=lambda: [15_000, 250_000])
+    sparsity_power_changes: int = 10
+    sparsity_power_batches: int = 10
     activation_scale: str = "sqrt_d_in"
     initial_b_dec: str = "mean"
     statistics_activations: int = 65_536
@@ -83,6 +108,9 @@ class SAETrainingArguments(TrainingArguments):
     resample_inputs: int = 65_536
     lr_dip: float = 0.1
     lr_dip_steps: int = 1000
+    auxk_latents: int | None = None
+    auxk_coefficient: float = 1 / 32
+    pull_coefficient: float = 3e-6
 
     def __post_init__(self) -> None:
         """Check what transformers cannot know."""
@@ -96,21 +124,94 @@ class SAETrainingArguments(TrainingArguments):
         ):
             if value not in known:
                 raise unknown_name(name, value, known)
-        for name in ("max_steps", "activation_batch_size", "dead_after_activations", "statistics_activations"):
-            if getattr(self, name) < 1:
+        for name in _POSITIVE:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; expected a positive number.")
+        self.objective = _from_flag("objective", self.objective or {}, Mapping)
+        self.sparsity_coefficient = _from_flag(
+            "sparsity_coefficient", self.sparsity_coefficient, (int, float, Mapping)
+        )
+        self._check_annealing()
         if self.push_to_hub:
             raise InputError(
                 "push_to_hub=True would publish transformers' own card and a pickle of these arguments; train first, "
                 "then call sae.push_to_hub(...)."
             )
 
+    def _check_annealing(self) -> None:
+        if not 0 < self.sparsity_power_end <= 1:
+            raise InputError(
+                f"sparsity_power_end is {self.sparsity_power_end}; expected a power above 0, with 1 for no annealing."
+            )
+        steps = self.sparsity_power_steps
+        if len(steps) != 2 or not 0 < steps[0] <= steps[1]:
+            raise InputError(
+                f"sparsity_power_steps is {steps}; expected a first and a last step, such as [1000, 9000]."
+            )
+        if self.sparsity_power_end < 1 and steps[1] >= self.max_steps:
+            raise InputError(
+                f"The sparsity's power would be annealed until step {steps[1]}, but there are max_steps = "
+                f"{self.max_steps}: give sparsity_power_steps within the run."
+            )
+
+    def named(self, setting: str) -> Mapping[str, Any] | None:
+        """Return a setting that is given for each of several SAEs; None if it is one for all.
+
+        Args:
+            setting: ``"sparsity_coefficient"`` or ``"objective"``.
+        """
+        value = getattr(self, setting)
+        if not isinstance(value, Mapping):
+            return None
+        flags = setting == "objective" and not (value and all(isinstance(each, Mapping) for each in value.values()))
+        return None if flags else value
+
+    def of_sae(self, setting: str, name: str, default: Any = None) -> Any:
+        """Return what one SAE has of a setting that may be given for each of several.
+
+        Args:
+            setting: ``"sparsity_coefficient"`` or ``"objective"``.
+            name: of the SAE; empty if it is alone.
+            default: for an SAE that is not named; without it every SAE has to be.
+
+        Raises:
+            UnknownNameError: if the SAE is not named.
+        """
+        by_name = self.named(setting)
+        if by_name is None:
+            return getattr(self, setting)
+        if name not in by_name and default is None:
+            raise unknown_name(f"SAE without a {setting}:", name, by_name)
+        return by_name.get(name, default)
+
     def recipe(self) -> dict[str, Any]:
         """Return what decided the weights, as plain JSON without paths, for cards and `training_args.json`."""
         own = {f.name for f in fields(SAETrainingArguments)} - {f.name for f in fields(TrainingArguments)}
         return {name: _plain(getattr(self, name)) for name in (*_INHERITED_RECIPE, *sorted(own))}
 
+    def write_recipe(self, folder: Path) -> None:
+        """Write ``training_args.json``, which is no pickle, into a folder."""
+        (folder / ARGUMENTS_FILE).write_text(json.dumps(self.recipe(), indent=2) + "\n", encoding="utf-8")
+
 
 def _plain(value: Any) -> Any:
     """Turn transformers' enumerations into their strings."""
     return getattr(value, "value", value)
+
+
+def _from_flag(name: str, value: Any, kinds: Any) -> Any:
+    """Return a value, which as a flag of the command line is the text of JSON.
+
+    Raises:
+        InputError: if it is nothing of the expected kinds.
+    """
+    found = value
+    if isinstance(value, str):
+        try:
+            found = json.loads(value)
+        except ValueError:
+            found = None
+    if not isinstance(found, kinds) or isinstance(found, bool):
+        expected = "a mapping" if kinds is Mapping else "a number, or a mapping of numbers by the names of SAEs"
+        raise InputError(f"{name} is {value!r}; expected {expected}.")
+    return found

@@ -20,20 +20,25 @@ class DeadLatents:
         self.silent_for = torch.zeros(d_sae, dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def update(self, latents: Tensor) -> None:
+    def update(self, fired: Tensor, activations: int) -> None:
         """Count a batch.
 
         Args:
-            latents: ``[..., d_sae]``.
+            fired: which latents were on for some activation of it, ``[d_sae]`` bool.
+            activations: how many there were.
         """
-        latents = latents.reshape(-1, latents.shape[-1])
-        self.silent_for += len(latents)
-        self.silent_for[(latents > 0).any(0)] = 0
+        self.silent_for += activations
+        self.silent_for.masked_fill_(fired, 0)
 
     @property
     def mask(self) -> Tensor:
         """Which latents are dead, ``[d_sae]`` bool."""
         return self.silent_for >= self.dead_after
+
+    @property
+    def indices(self) -> Tensor:
+        """The dead latents ``[n]``, in order."""
+        return self.mask.nonzero().squeeze(-1)
 
     def forgive(self, indices: Tensor) -> None:
         """Start counting anew for some latents ``[n]``."""

@@ -1,47 +1,60 @@
-"""Calling the training objective through whatever transformers wrapped around the SAE."""
+"""Which variant of an objective is meant, and calling it through whatever transformers wrapped around the SAE."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
-from ..modeling import SAEModel, TrainingLoss
+from ..errors import InputError, unknown_name
+from ..modeling import Objective, SAEModel
 
 
-def training_loss(wrapper: nn.Module, sae: SAEModel, x: Tensor, sparsity_coefficient: float) -> TrainingLoss:
-    """Return ``sae.training_loss(x)``, called so that gradients are synchronised between processes.
-
-    Data-parallel and sharding wrappers act on what passes through their own ``forward``; the SAE's ``forward`` is
-    therefore replaced by its objective for the time of the call.
+def build_objective(sae: SAEModel, flags: Mapping[str, Any]) -> Objective:
+    """Return the objective of an SAE.
 
     Args:
-        wrapper: the SAE itself, or a module around it.
-        sae: the SAE inside.
-        x: activations ``[n, d_in]``.
-        sparsity_coefficient: lambda.
+        sae: of whose architecture.
+        flags: fields of its ``objective_class``.
 
-    Returns:
-        The objective, term by term.
+    Raises:
+        UnknownNameError: for a field that it does not have, with close matches.
+        InputError: for a value that the field cannot have.
     """
-    if wrapper is sae:
-        return sae.training_loss(x, sparsity_coefficient=sparsity_coefficient)
-    own = sae.__dict__.get("forward")  # accelerate replaces forward on the instance for mixed precision
+    kind = type(sae).objective_class
+    known = {each.name: each for each in fields(kind)}
+    for name, value in flags.items():
+        if name not in known:
+            raise unknown_name(f"variant of the objective of a {type(sae).__name__}:", name, known)
+        if isinstance(known[name].default, bool) and not isinstance(value, bool):
+            raise InputError(f"The objective's {name} is {value!r}; expected true or false.")
+    return kind(**flags)
 
-    def objective(x: Tensor) -> Any:
-        loss = sae.training_loss(x, sparsity_coefficient=sparsity_coefficient)
-        return {
-            "total": loss.total,
-            "terms": loss.terms,
-            "reconstruction": loss.reconstruction,
-            "latents": loss.latents,
-        }
 
-    sae.forward = objective  # type: ignore[method-assign]  # undone below
+def called_through(wrapper: nn.Module, module: nn.Module, function: Callable[..., Any], *inputs: Any) -> Any:
+    """Return ``function(*inputs)``, called so that gradients are synchronised between processes.
+
+    Data-parallel and sharding wrappers act on what passes through their own ``forward``, and so does a module that
+    `fully_shard` was applied to; that of the module inside is therefore replaced by the function for the time of the
+    call.
+
+    Args:
+        wrapper: the module itself, or one around it.
+        module: the module inside.
+        function: computes something from the module's parameters; its result is made of tensors, lists and mappings.
+        *inputs: its arguments.
+    """
+    if wrapper is module and not isinstance(module, FSDPModule):
+        return function(*inputs)
+    own = module.__dict__.get("forward")  # accelerate replaces forward on the instance for mixed precision
+    module.forward = function
     try:
-        return TrainingLoss(**wrapper(x))
+        return wrapper(*inputs)
     finally:
         if own is None:
-            del sae.forward
+            del module.forward
         else:
-            sae.forward = own  # type: ignore[method-assign]  # as it was
+            module.forward = own

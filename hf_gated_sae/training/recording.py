@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..functional import FidelityAccumulator
-from ..modeling import SAEModel
+from ..functional import FidelityAccumulator, FidelityMetrics
+from .trainee import Trainee
 
 
 @torch.no_grad()
-def record_activations(sae: SAEModel, pieces: Iterable[Tensor]) -> None:
-    """Measure the largest and the mean value of every latent, FVU, L0 and norm, and store them in the SAE.
+def record_activations(trainees: Sequence[Trainee], pieces: Iterable[Mapping[str, Tensor]]) -> list[FidelityMetrics]:
+    """Measure the largest and the mean value of every latent, FVU, L0 and norm, and store them in the SAEs.
 
     Args:
-        sae: reads the activations as they are.
-        pieces: activations ``[n, d_in]``.
+        trainees: SAEs that read the activations as they are; one pass serves all.
+        pieces: activations ``[n, d]`` by site.
+
+    Returns:
+        What was measured, for each SAE.
 
     Raises:
         InputError: if there are no activations.
     """
-    accumulator = FidelityAccumulator(sae.config.d_sae, sae.b_dec)
+    accumulators = [FidelityAccumulator(trainee.sae.config.d_sae, trainee.sae.b_dec) for trainee in trainees]
     for piece in pieces:
-        for x in piece.split(4096):
-            given = x.to(sae.W_dec)
-            output = sae(given)
-            accumulator.update(given, output.reconstruction, output.latents)
-    if not accumulator.tokens:
-        raise InputError("There are no activations to record; expected at least one.")
-    latents = (accumulator.max_activation, accumulator.mean_activation)
-    sae.record_statistics(*latents, accumulator.tokens, metrics=accumulator.compute())
+        for trainee, accumulator in zip(trainees, accumulators, strict=True):
+            sae = trainee.sae
+            for x, target in zip(piece[trainee.reads].split(4096), piece[trainee.writes].split(4096), strict=True):
+                given, wanted = x.to(sae.W_dec), target.to(sae.W_dec)
+                latents = sae.live(given)
+                constant = sae.constant(given).expand_as(wanted)
+                accumulator.update(wanted, sae.decode(latents, given), latents, constant=constant)
+    measured = []
+    for trainee, accumulator in zip(trainees, accumulators, strict=True):
+        if not accumulator.tokens:
+            raise InputError("There are no activations to record; expected at least one.")
+        measured.append(accumulator.compute())
+        strengths = (accumulator.max_activation, accumulator.mean_activation)
+        trainee.sae.record_statistics(*strengths, accumulator.tokens, metrics=measured[-1])
+    return measured

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+COPIED_AT_ONCE = 1 << 16
+
 
 class ShuffleBuffer:
-    """Holds up to `size` activation vectors and serves them in random order.
+    """Holds up to `size` rows, the activations of one or several sites at a token, and serves them in random order.
 
     Neighbouring tokens are alike, so consecutive batches of an unshuffled stream would all pull the same way. Slots
-    are reused in place: the pool never grows, and nothing is copied but what enters and what leaves.
+    are reused in place: the pool never grows, and nothing is copied but what enters and what leaves. It takes
+    ``size * sum(d) * bytes per number``, on the device of what is put in.
 
     Args:
-        size: number of vectors held, at least one batch.
+        size: number of rows held, at least one batch.
         generator: source of randomness, on the CPU.
+
+    Attributes:
+        count: number of rows held now.
 
     Source: Rajamanoharan et al. 2024 (arXiv 2404.16014), footnote 13.
     """
@@ -25,7 +32,7 @@ class ShuffleBuffer:
         self.size = size
         self.generator = generator
         self.count = 0
-        self._pool: Tensor | None = None
+        self._pools: dict[str, Tensor] = {}
         self._slots = torch.arange(size)  # the first `count` of them are taken
 
     @property
@@ -33,36 +40,65 @@ class ShuffleBuffer:
         """Whether nothing more fits."""
         return self.count == self.size
 
-    def add(self, vectors: Tensor) -> Tensor:
-        """Take in as many vectors as fit.
+    def add(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Take in as many rows as fit.
 
         Args:
-            vectors: ``[n, d]``.
+            rows: site -> ``[n, d]``, the same number and sites each time.
 
         Returns:
-            The rest, ``[m, d]``.
+            The rest, site -> ``[m, d]``.
         """
-        if self._pool is None:
-            self._pool = vectors.new_empty(self.size, vectors.shape[-1])
-        taken = min(len(vectors), self.size - self.count)
-        self._pool[self._slots[self.count : self.count + taken]] = vectors[:taken]
+        taken = min(len(next(iter(rows.values()))), self.size - self.count)
+        slots = self._slots[self.count : self.count + taken]
+        for site, x in rows.items():
+            if site not in self._pools:
+                self._pools[site] = x.new_empty(self.size, x.shape[-1])
+            elif self._pools[site].device != x.device:  # loaded from a checkpoint, to the CPU
+                self._pools[site] = self._pools[site].to(x.device)
+            self._pools[site][slots.to(x.device)] = x[:taken]
         self.count += taken
-        return vectors[taken:]
+        return {site: x[taken:] for site, x in rows.items()}
 
-    def serve(self, batch_size: int, keep: int = 0) -> Iterator[Tensor]:
-        """Yield whole random batches until at most `keep` vectors, or less than one batch beyond them, are left.
+    def mix(self) -> None:
+        """Bring everything held into a new random order."""
+        order = torch.randperm(self.count, generator=self.generator)
+        self._slots[: self.count] = self._slots[: self.count][order]
+
+    def take(self, batch_size: int) -> dict[str, Tensor]:
+        """Take the next rows out, in the order of the latest `mix`; site -> ``[batch_size, d]``."""
+        self.count -= batch_size
+        return self._rows(self._slots[self.count : self.count + batch_size])
+
+    def serve(self, batch_size: int, keep: int = 0) -> Iterator[dict[str, Tensor]]:
+        """Mix, and yield whole batches until at most `keep` rows, or less than one batch beyond them, are left.
 
         Args:
-            batch_size: vectors per batch.
+            batch_size: rows per batch.
             keep: how many to leave behind, to be mixed with what comes next.
 
         Yields:
-            Batches ``[batch_size, d]``.
+            Batches, site -> ``[batch_size, d]``.
         """
-        if self._pool is None:
-            return
-        order = torch.randperm(self.count, generator=self.generator)
-        self._slots[: self.count] = self._slots[: self.count][order]
+        self.mix()
         while self.count - batch_size >= keep:
-            self.count -= batch_size
-            yield self._pool[self._slots[self.count : self.count + batch_size]]
+            yield self.take(batch_size)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return a copy of the rows held, on the CPU, in the order in which they would be served from the end."""
+        held: dict[str, Tensor] = {}
+        for site, pool in self._pools.items():
+            held[site] = torch.empty(self.count, pool.shape[-1], dtype=pool.dtype)
+            for start in range(0, self.count, COPIED_AT_ONCE):  # in pieces, so that a GPU does not hold it twice
+                stop = min(self.count, start + COPIED_AT_ONCE)
+                held[site][start:stop] = pool[self._slots[start:stop].to(pool.device)].cpu()
+        return held
+
+    def load_state_dict(self, held: Mapping[str, Tensor]) -> None:
+        """Hold what another buffer held, and nothing else; the generator stays as it is."""
+        self.count, self._pools, self._slots = 0, {}, torch.arange(self.size)
+        if held:
+            self.add(held)
+
+    def _rows(self, slots: Tensor) -> dict[str, Tensor]:
+        return {site: pool[slots.to(pool.device)] for site, pool in self._pools.items()}

@@ -27,6 +27,22 @@ class ActivationStatistics:
     mean_square_norm: float
     centre: Tensor
 
+    def scale(self, kind: str) -> float:
+        """Return the factor that brings the root mean square norm of the activations to a given one.
+
+        Args:
+            kind: ``"unit"`` for 1, ``"sqrt_d_in"`` for the square root of their width, ``"none"`` to leave it.
+
+        Raises:
+            InputError: if all of them are zero.
+        """
+        if kind == "none":
+            return 1.0
+        if not self.mean_square_norm:
+            raise InputError("All sampled activations are zero, so they cannot be scaled; check the site.")
+        wanted = self.centre.numel() if kind == "sqrt_d_in" else 1.0
+        return float((wanted / self.mean_square_norm) ** 0.5)
+
 
 @torch.no_grad()
 def measure(pieces: Iterable[Tensor], *, centre: str = "mean") -> ActivationStatistics:

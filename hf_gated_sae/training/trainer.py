@@ -2,103 +2,114 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
-from ..errors import InputError, ShapeError
-from ..functional import FidelityAccumulator
+from ..errors import TrainingError, unknown_name
 from ..modeling import SAEModel, TrainingLoss
+from . import checkpoints
 from .arguments import SAETrainingArguments
-from .dead_latents import DeadLatents
-from .decoder_norm import UnitNormDecoder
-from .objective import training_loss
+from .facts import write_training_facts
+from .group import SAEGroup
+from .memory import TrainingMemory, available_memory, is_out_of_memory
+from .nonfinite import find_nonfinite
+from .objective import called_through
+from .progress import TrainingProgress
 from .recording import record_activations
-from .remedies import DeadLatentRemedy, remedies
-from .schedules import LearningRateDip, linear_warmup
-from .statistics import ActivationStatistics, measure
+from .resumable import Resumable
+from .schedules import LearningRateDip
+from .statistics import measure
 from .streams import ActivationStream, TensorActivations
-from .units import change_unit, unit_tensors
+from .trainee import Trainee
 
-_UNIT_FILE = "training_units.safetensors"
-_ARGUMENTS_FILE = "training_args.json"
+Batch = tuple[Tensor, Tensor]
+"""Input ``[n, d_in]`` and target ``[n, d_out]`` of one SAE, in the unit of training."""
 
 
-class SAETrainer(Trainer):
-    """Trains an SAE of any architecture on activations.
+class SAETrainer(Resumable):
+    """Trains SAEs of any architecture on activations.
 
-    Outside of `train` the SAE always reads activations as the model produces them; only during training are it and its
+    Outside of `train` an SAE always reads activations as the model produces them; only during training are it and its
     input in another unit (`activation_scale`). Checkpoints hold the SAE in the model's unit as well.
 
+    Several SAEs are trained on the same batches, each exactly as if it were alone.
+
     Args:
-        model: the SAE.
+        model: the SAE, or several by name.
         args: the recipe.
         train_dataset: where activations come from; a tensor ``[n, d_in]`` is read as `TensorActivations`.
         callbacks: further callbacks, called after our own.
 
+    Attributes:
+        trainees: the SAEs with what belongs to their training, by name; an SAE that is alone has the name "".
+        stream: where activations come from: of several processes, the part that this one reads.
+
     Raises:
-        InputError: if the SAE is a transcoder, normalises its input, or holds only some of its latents.
+        InputError: if an SAE normalises its input, or holds only some of its latents, or if arguments contradict each
+            other.
+        UnknownNameError: if the stream lacks an SAE's site, or arguments name something unknown.
 
     Source: Rajamanoharan et al. 2024 (arXiv 2404.16014), appendix D.
     """
 
-    args: SAETrainingArguments
-    model: SAEModel
-
     def __init__(
         self,
-        model: SAEModel,
+        model: SAEModel | Mapping[str, SAEModel],
         args: SAETrainingArguments,
         train_dataset: ActivationStream | Tensor,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        _require_trainable(model)
-        if not model.homogeneous and args.activation_scale != "none":
-            raise InputError(
-                f"A {type(model).__name__} computes another function of scaled activations, and activation_scale is "
-                f"{args.activation_scale!r}: pass activation_scale='none'."
-            )
+        alone = isinstance(model, SAEModel)
+        module: Any = model if alone else SAEGroup(cast(Mapping[str, SAEModel], model))
         stream = (
             TensorActivations(train_dataset, seed=args.seed) if isinstance(train_dataset, Tensor) else train_dataset
         )
-        self.stream = stream
-        self.input_scale = 1.0
-        self.dead = DeadLatents(model.config.d_sae, args.dead_after_activations)
-        self.dip = LearningRateDip(low=args.lr_dip, steps=args.lr_dip_steps)
-        self.remedy: DeadLatentRemedy | None = None
-        own: list[TrainerCallback] = [UnitNormDecoder()] if args.unit_norm_decoder else []
-        if args.dead_latent_remedy is not None:
-            self.remedy = remedies[args.dead_latent_remedy](args, self.dead, self.dip)
-            own.append(self.remedy)
-        self._logged: tuple[Tensor, TrainingLoss] | None = None
+        self.stream = stream if args.world_size == 1 else stream.shard(args.process_index, args.world_size)
+        saes: dict[str, SAEModel] = {"": module} if alone else dict(module.items())
+        _require_known(args, saes)
+        self.trainees = {name: Trainee(name, sae, args, stream) for name, sae in saes.items()}
+        self._logged: dict[str, tuple[Batch, TrainingLoss]] | None = None
+        self._inputs: dict[str, Tensor] = {}
+        self._loss_sum: Tensor | None = None
         super().__init__(
-            model=model, args=args, train_dataset=_Batches(stream, args), callbacks=own + (callbacks or [])
+            model=module,
+            args=args,
+            train_dataset=_Batches(self.stream, args),
+            callbacks=[_Steps(self), *(callbacks or [])],
         )
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(TrainingProgress)
         self.loss_is_scaled_for_ga = False  # the loss is a mean over the batch
         # On several GPUs without torchrun, transformers would split every batch and copy the SAE at every step.
         self.args._n_gpu = min(self.args.n_gpu, 1)
-        self.dead.silent_for = self.dead.silent_for.to(model.device)
-        if hasattr(model.config, "use_cache"):
-            del model.config.use_cache  # set by transformers on every model; means nothing to an SAE
+        for name, sae in saes.items():
+            dead = self.trainees[name].dead
+            dead.silent_for = dead.silent_for.to(sae.device)  # where transformers has put the SAE
+            if hasattr(sae.config, "use_cache"):
+                del sae.config.use_cache  # set by transformers on every model; means nothing to an SAE
 
     # ------------------------------------------------------------------ the run
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train; afterwards the SAE reads the model's own activations and has its activations recorded.
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train; afterwards the SAEs read the model's own activations and have their activations recorded.
+
+        ``output_dir`` then holds the SAEs, ``training_args.json`` and ``training_facts.json``.
 
         Args:
-            resume_from_checkpoint: a checkpoint folder, or True for the latest one.
+            resume_from_checkpoint: a checkpoint folder, or True for the newest whole one; training then goes on bit by
+                bit as if it had not been interrupted.
             *args: as for `transformers.Trainer.train`.
             **kwargs: as for `transformers.Trainer.train`.
 
@@ -106,58 +117,146 @@ class SAETrainer(Trainer):
             Steps, mean loss and transformers' metrics.
 
         Raises:
+            CheckpointError: if the checkpoint is broken, or one could not be written.
             InputError: if the activations are not finite, or there are none.
-            ShapeError: if they are not `d_in` wide.
+            MissingFileError: if there is no checkpoint to go on from.
+            ShapeError: if activations are not as wide as the SAE.
+            TrainingError: if loss or gradients are no longer finite, naming what is not; or if memory does not
+                suffice, saying what would.
         """
-        self._start()
-        try:
-            output = super().train(resume_from_checkpoint, *args, **kwargs)
-        finally:
-            change_unit(self.model, 1 / self.input_scale)
-            self.input_scale = 1.0
-            self._logged = None
-            self.model.eval()
-        if self.args.recorded_activations:
-            record_activations(self.model, self.stream.sample(self.args.recorded_activations))
+        checkpoint = self.find_checkpoint(resume_from_checkpoint)
+        if self.args.should_save:
+            checkpoints.remove_unfinished(Path(self.args.output_dir))
+        saes = [trainee.sae for trainee in self.trainees.values()]
+        with ExitStack() as stack:
+            for trainee in self.trainees.values():
+                stack.enter_context(trainee.learning())
+                stack.callback(trainee.leave_unit)
+            stack.callback(self._forget)
+            try:
+                if checkpoint is None:
+                    self._start()
+                self._since = time.monotonic()
+                output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                advice = TrainingMemory.of(saes).advice(
+                    self.args.activation_batch_size, available_memory(self.args.device)
+                )
+                raise TrainingError(f"Memory did not suffice at step {self.state.global_step}. {advice}") from error
+        self._finish()
         return output
 
     def _start(self) -> None:
-        """Measure the activations, centre the SAE on them and change its unit."""
-        sample = self.stream.sample(self.args.statistics_activations)
-        statistics = measure(sample, centre=self.args.initial_b_dec)
-        if statistics.centre.shape != self.model.b_dec.shape or self.model.config.d_in != self.model.d_out:
-            raise ShapeError(
-                f"The stream gives activations of width {statistics.centre.numel()}; this SAE reads d_in = "
-                f"{self.model.config.d_in} and writes d_out = {self.model.d_out}. Expected three equal widths."
-            )
-        if not self.model.b_dec.any():  # an SAE that was trained before knows its centre
-            self.model.b_dec.data.copy_(statistics.centre)
-        self.input_scale = _scale(statistics, self.args.activation_scale, self.model.config.d_in)
-        change_unit(self.model, self.input_scale)
+        """Measure the activations, centre the SAEs on them and change their units."""
+        sites = {site for trainee in self.trainees.values() for site in (trainee.reads, trainee.writes)}
+        pieces: dict[str, list[Tensor]] = {site: [] for site in sites}
+        for piece in self.stream.sample(self.args.statistics_activations):
+            for site in sites:
+                pieces[site].append(piece[site])
+        statistics = {site: measure(pieces.pop(site), centre=self.args.initial_b_dec) for site in sites}
+        for trainee in self.trainees.values():
+            trainee.start(statistics)
+
+    def _finish(self) -> None:
+        """Record the activations of the finished SAEs, and leave everything in the run's folder."""
+        trainees, count = list(self.trainees.values()), self.args.recorded_activations
+        metrics = record_activations(trainees, self.stream.sample(count)) if count else None
+        self.save_model()
+        if self.args.should_save:
+            write_training_facts(Path(self.args.output_dir), trainees, self.state, self.args, self._seconds, metrics)
+
+    def _forget(self) -> None:
+        """Let go of the latest batch."""
+        self._seconds, self._since = self.seconds, 0.0
+        self._logged, self._loss_sum = None, None
+        self._inputs = {}
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the architecture's objective on one batch.
+        """Return the sum of the SAEs' objectives on one batch.
 
         Args:
-            model: the SAE, possibly wrapped.
-            inputs: ``{"x": [n, d_in]}`` as the model produces them.
-            return_outputs: also return the `TrainingLoss`.
+            model: the module that is trained, possibly wrapped.
+            inputs: ``[n, d]`` by site, as the language model produces them.
+            return_outputs: also return the `TrainingLoss` of each SAE by name.
             num_items_in_batch: not used: the objective is a mean over the batch.
         """
-        sae = self.model if model is self.model else self.accelerator.unwrap_model(model)
-        x = inputs["x"].to(sae.dtype) * self.input_scale
         step = self.state.global_step
-        coefficient = self.args.sparsity_coefficient * linear_warmup(step, self.args.sparsity_warmup_steps)
+        batches = {name: trainee.batch(inputs) for name, trainee in self.trainees.items()}
+
+        def objectives(batches: dict[str, Batch]) -> dict[str, dict[str, Any]]:
+            return {name: vars(trainee.loss(step, *batches[name])) for name, trainee in self.trainees.items()}
+
+        module = self.model if model is self.model else self.accelerator.unwrap_model(model)
         with self.accelerator.autocast():
-            loss = training_loss(model, sae, x, coefficient)
-        self.dead.update(loss.latents.detach())
-        if self.remedy is not None:
-            self.remedy.observe(step, x, loss)
+            found = called_through(model, module, objectives, batches)
+        losses = {name: TrainingLoss(**loss) for name, loss in found.items()}
+        for name, trainee in self.trainees.items():
+            trainee.observe(step, *batches[name], losses[name])
         if self._logs_at(step + 1):
-            self._logged = (x, loss)
-        return (loss.total, loss) if return_outputs else loss.total
+            self._logged = {name: (batches[name], losses[name]) for name in losses}
+        totals = [loss.total for loss in losses.values()]
+        total = sum(totals[1:], start=totals[0])
+        self._inputs = inputs
+        self._loss_sum = total.detach() if self._loss_sum is None else self._loss_sum + total.detach()
+        return (total, losses) if return_outputs else total
+
+    # ------------------------------------------------------------------ gradients
+
+    def _clip_grad_norm(self, model: Any) -> Tensor:
+        """Clip the gradient of each SAE by itself, and return the norm of all before that.
+
+        Raises:
+            TrainingError: if it, or the loss, is not finite.
+        """
+        norms = self._gradient_norms()
+        whole = torch.linalg.vector_norm(norms)
+        self._require_finite(whole)  # scaling would hide where it comes from
+        for trainee, norm in zip(self.trainees.values(), norms, strict=True):
+            torch.nn.utils.clip_grads_with_norm_(trainee.sae.parameters(), self.args.max_grad_norm, norm)
+        return whole
+
+    def _get_grad_norm(self, model: Any, grad_norm: Tensor | None = None) -> Tensor:
+        """Return the norm of all gradients.
+
+        Raises:
+            TrainingError: if it, or the loss, is not finite.
+        """
+        if grad_norm is None:
+            grad_norm = torch.linalg.vector_norm(self._gradient_norms())
+            self._require_finite(grad_norm)
+        return grad_norm
+
+    def _gradient_norms(self) -> Tensor:
+        """Return the norm of the gradient of each SAE, ``[n]``."""
+        norms = []
+        for trainee in self.trainees.values():
+            gradients = [p.grad for p in trainee.sae.parameters() if p.grad is not None]
+            norms.append(torch.nn.utils.get_total_norm(gradients))
+        return torch.stack(norms)
+
+    def _require_finite(self, norm: Tensor) -> None:
+        """Raise if loss or gradients are not finite; that is one number per step, unless it has happened."""
+        loss, self._loss_sum = self._loss_sum, None
+        if self.accelerator.scaler is not None:
+            return  # which skips steps that overflow, on purpose
+        flag = norm if loss is None else norm + loss
+        if torch.isfinite(flag):
+            return
+        step = self.state.global_step
+        found = find_nonfinite(self.trainees.values(), self._inputs, step)
+        if found is None:
+            if torch.isfinite(norm) and (loss is None or torch.isfinite(loss)):
+                return
+            found = "the loss or its gradient was not finite in an earlier part of the batch, or their sum overflowed"
+        raise TrainingError(
+            f"Step {step + 1} was stopped before it changed any weight: {found}. Check what the language model gives, "
+            "or take a smaller learning_rate, a longer warmup_steps, max_grad_norm=1.0 or a wider dtype. "
+            f"{checkpoints.advice(Path(self.args.output_dir))}"
+        )
 
     # ------------------------------------------------------------------ what is logged
 
@@ -167,79 +266,76 @@ class SAETrainer(Trainer):
         return first or step % max(1, int(self.state.logging_steps)) == 0 or step == self.args.max_steps
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with every loss term and the SAE's fidelity on the latest batch."""
+        """Log, with the loss terms and the fidelity of each SAE on the latest batch; under its name, if it has one."""
         if self._logged is not None and "loss" in logs:
-            x, loss = self._logged
-            logs |= {f"loss_{name}": term.item() for name, term in loss.terms.items()}
-            logs |= _fidelity(self.model, x, loss)
-            logs["dead_latents"] = int(self.dead.mask.sum())
+            for name, (batch, loss) in self._logged.items():
+                metrics = self.trainees[name].metrics(*batch, loss)
+                logs |= {f"{name}/{key}" if name else key: value for key, value in metrics.items()}
             self._logged = None
+        self.state.epoch = self.state.global_step / self.state.max_steps  # a stream has no epochs, only a share done
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return the operations of a forward and backward pass: 6 per activation and weight."""
-        weights = self.model.W_enc.numel() + self.model.W_dec.numel()
-        return 6 * len(inputs["x"]) * weights
+        saes = [trainee.sae for trainee in self.trainees.values()]
+        return 6 * len(next(iter(inputs.values()))) * sum(sae.W_enc.numel() + sae.W_dec.numel() for sae in saes)
 
-    # ------------------------------------------------------------------ data and schedule
+    # ------------------------------------------------------------------ data, optimiser and schedule
 
     def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Return a loader that passes whole batches through.
 
         It is not handed to accelerate: every process has a stream of its own, and nothing is left to be split.
         """
-        return DataLoader(_Batches(self.stream, self.args), batch_size=None, num_workers=0, pin_memory=False)
+        # With a generator of its own it draws nothing from that of everybody, which a resumed run has just put back.
+        own = torch.Generator()
+        return DataLoader(
+            _Batches(self.stream, self.args), batch_size=None, num_workers=0, pin_memory=False, generator=own
+        )
+
+    def create_optimizer(self, model: Any = None) -> Optimizer:
+        """Return the optimiser, with one group of parameters for each SAE."""
+        if self.optimizer is None:
+            groups = [
+                {
+                    "params": [p for p in trainee.sae.parameters() if p.requires_grad],
+                    "weight_decay": self.args.weight_decay,
+                }
+                for trainee in self.trainees.values()
+            ]
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = kind(groups, **settings)
+        return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
-        """Return transformers' schedule, multiplied by the dip after disturbances."""
+        """Return transformers' schedule, multiplied for each SAE by its dip after disturbances."""
         if self.lr_scheduler is None:
             # Schedules that follow a metric are the only ones of another class, and transformers refuses them here.
             scheduler = cast(LambdaLR, super().create_scheduler(num_training_steps, optimizer))
-            scheduler.lr_lambdas = [_dipped(factor, self.dip) for factor in scheduler.lr_lambdas]
+            dips = [trainee.dip for trainee in self.trainees.values()]
+            scheduler.lr_lambdas = [_dipped(*each) for each in zip(scheduler.lr_lambdas, dips, strict=True)]
             return scheduler
         return self.lr_scheduler
 
-    # ------------------------------------------------------------------ disk
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Save the SAE in the model's own unit, what is needed to go on training, and no pickles."""
-        folder = Path(output_dir or self.args.output_dir or "")
-        scale, training_units = self.input_scale, {k: v.clone() for k, v in unit_tensors(self.model).items()}
-        with self._in_model_unit():
-            super()._save(str(folder), state_dict)
-        if not self.args.should_save:
-            return
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle with this machine's paths
-        (folder / _ARGUMENTS_FILE).write_text(json.dumps(self.args.recipe(), indent=2) + "\n", encoding="utf-8")
-        if scale != 1.0:
-            # The vectors as they are in training: dividing and multiplying again would not give the same bits.
-            scale_tensor = torch.tensor(scale, dtype=torch.float64)
-            save_file({"input_scale": scale_tensor, **training_units}, str(folder / _UNIT_FILE))
-
-    @contextmanager
-    def _in_model_unit(self) -> Iterator[None]:
-        """Put the SAE into the model's unit for a while; afterwards every bit is as before."""
-        tensors = unit_tensors(self.model)
-        kept = {name: tensor.clone() for name, tensor in tensors.items()}
-        change_unit(self.model, 1 / self.input_scale)
-        try:
-            yield
-        finally:
-            for name, tensor in tensors.items():
-                tensor.copy_(kept[name])
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load a checkpoint and return to the unit it was trained in."""
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        units = Path(resume_from_checkpoint) / _UNIT_FILE
-        if units.is_file():
-            saved = load_file(str(units))
-            self.input_scale = saved.pop("input_scale").item()
-            for name, tensor in unit_tensors(self.model).items():
-                tensor.copy_(saved[name])
-
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: transformers would write a card of its own over ours."""
+
+
+class _Steps(TrainerCallback):
+    """Lets every SAE act before and after the optimiser's steps."""
+
+    def __init__(self, trainer: SAETrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Act on the gradients."""
+        for trainee in self.trainer.trainees.values():
+            trainee.before_step()
+
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Act on the weights: the learning rate of the next step is decided afterwards."""
+        for trainee in self.trainer.trainees.values():
+            trainee.after_step(state.global_step + 1, kwargs["optimizer"])
 
 
 class _Batches(IterableDataset[dict[str, Tensor]]):
@@ -250,51 +346,21 @@ class _Batches(IterableDataset[dict[str, Tensor]]):
         self.args = args
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for x in self.stream.batches(self.args.activation_batch_size):
-            yield {"x": x}
+        return iter(self.stream.batches(self.args.activation_batch_size))
 
 
-def _require_trainable(sae: SAEModel) -> None:
-    """Raise for an SAE whose objective would not be what it computes afterwards.
+def _require_known(args: SAETrainingArguments, saes: Mapping[str, SAEModel]) -> None:
+    """Raise if settings are given for SAEs that there are not.
 
     Raises:
-        InputError: saying why.
+        UnknownNameError: naming the first.
     """
-    config = sae.config
-    why = ""
-    if config.kept_latents is not None:
-        why = f"holds only {config.rows} of its {config.d_sae} latents: load it without latents="
-    elif config.is_transcoder or config.skip_connection:
-        why = "is a transcoder, which learns pairs of activations, and the stream gives single ones"
-    elif len(config.sites_read) > 1 or not sae.per_token:
-        why = "reads several sites, or several tokens, at once, and the stream gives single activations"
-    elif config.normalization != "none":
-        why = (
-            f"normalises each token ({config.normalization}), and is therefore no homogeneous function of its input, "
-            "as the training in another unit needs: train one with normalization='none', scaled by activation_scale="
-        )
-    if why:
-        raise InputError(f"This {type(sae).__name__} cannot be trained here; it {why}.")
-
-
-def _scale(statistics: ActivationStatistics, kind: str, d_in: int) -> float:
-    """Return the factor that gives the activations the wanted root mean square norm."""
-    if kind == "none":
-        return 1.0
-    if not statistics.mean_square_norm:
-        raise InputError("All sampled activations are zero, so they cannot be scaled; check the site.")
-    wanted = float(d_in) if kind == "sqrt_d_in" else 1.0
-    return float((wanted / statistics.mean_square_norm) ** 0.5)
+    for names in (args.named("sparsity_coefficient"), args.named("objective")):
+        for name in names or ():
+            if name not in saes:
+                raise unknown_name("SAE", name, saes)
 
 
 def _dipped(factor: Any, dip: LearningRateDip) -> Any:
     """Multiply a schedule by the dip; a plain function, because torch would save an object's attributes."""
     return lambda step: factor(step) * dip.factor(step)
-
-
-def _fidelity(sae: SAEModel, x: Tensor, loss: TrainingLoss) -> dict[str, float]:
-    """Return the metrics of one batch that are worth watching."""
-    accumulator = FidelityAccumulator(sae.config.d_sae, sae.b_dec)
-    accumulator.update(x, loss.reconstruction.detach(), loss.latents.detach())
-    metrics = asdict(accumulator.compute())
-    return {name: metrics[name] for name in ("l0", "fvu", "relative_reconstruction_bias")}

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import torch
 
-from hf_gated_sae.training.objective import training_loss
+from hf_gated_sae.modeling import TrainingLoss
+from hf_gated_sae.training.objective import called_through
 
 from .worlds import build
 
@@ -18,6 +19,13 @@ class Wrapper(torch.nn.Module):
     def forward(self, *args):
         self.calls += 1
         return self.module(*args)
+
+
+def training_loss(wrapper, sae, x, coefficient):
+    def objective(x):
+        return vars(sae.training_loss(x, sparsity_coefficient=coefficient))
+
+    return TrainingLoss(**called_through(wrapper, sae, objective, x))
 
 
 def test_a_wrapper_sees_the_objective_pass_through_its_forward(architecture):

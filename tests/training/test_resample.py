@@ -100,13 +100,13 @@ def test_resampling_draws_from_its_own_generator_only():
 @pytest.mark.parametrize("batch", [1, 10])
 def test_dead_latents_count_activations_since_they_fired(batch):
     dead = DeadLatents(3, dead_after=100)
-    firing = torch.tensor([[1.0, 0.0, 0.0]]).expand(batch, 3)
+    firing = torch.tensor([True, False, False])
     for _ in range(100 // batch):
         assert not dead.mask.any()
-        dead.update(firing)
+        dead.update(firing, batch)
     assert dead.silent_for.tolist() == [0, 100, 100]
     assert dead.mask.tolist() == [False, True, True]
     dead.forgive(torch.tensor([2]))
     assert dead.mask.tolist() == [False, True, False]
-    dead.update(torch.tensor([[[0.0, 0.5, 0.0]]]))
+    dead.update(torch.tensor([False, True, False]), 1)
     assert dead.silent_for.tolist() == [1, 0, 1]

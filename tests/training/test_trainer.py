@@ -147,7 +147,7 @@ def test_dead_latents_are_resampled_and_the_learning_rate_dips(arguments):
     )
     trainer = quiet(SAETrainer(sae, args, activations(2000, seed=0), callbacks=[watch]))
     trainer.train()
-    assert trainer.remedy.resampled >= 10
+    assert trainer.trainees[""].remedy.resampled >= 10
     assert sae.b_gate.min() > -1e5
     rates = [rate / 1e-3 for rate in watch.rates]  # of the step that follows
     assert rates[:19] == pytest.approx([1.0] * 19)
@@ -162,7 +162,7 @@ def test_training_sees_activations_of_the_wanted_size(arguments, scale, norm):
 
     class Spy(SAETrainer):
         def compute_loss(self, model, inputs, *args, **kwargs):
-            seen.append((inputs["x"] * self.input_scale).square().sum(-1).mean().sqrt().item())
+            seen.append((inputs[""] * self.trainees[""].scale_in).square().sum(-1).mean().sqrt().item())
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     x = activations(2000, seed=0, scale=100.0)
@@ -248,7 +248,7 @@ def test_a_run_on_a_language_model_leaves_it_as_it_was(arguments):
     batches = list(torch.randint(3, 97, (8, 4, 16), generator=torch.Generator().manual_seed(0)))
     stream = ModelActivations(model, "resid_post.1", batches, buffer_size=256)
     sae = build("gated", 32, site="resid_post.1")
-    x = torch.cat(list(islice(stream.batches(64), 4)))
+    x = torch.cat([batch["resid_post.1"] for batch in islice(stream.batches(64), 4)])
     before = measured(sae, x).fvu
     quiet(SAETrainer(sae, arguments(max_steps=40, sparsity_coefficient=0.3), stream)).train()
     assert measured(sae, x).fvu < 0.7 * before

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
-from transformers import TrainerCallback
+from torch.optim import Optimizer
 
-from ...modeling import TrainingLoss
+from ...modeling import SAEModel, TrainingLoss
 from ...registry import Registry
 from ..dead_latents import DeadLatents
 from ..schedules import LearningRateDip
@@ -16,11 +17,11 @@ if TYPE_CHECKING:
     from ..arguments import SAETrainingArguments
 
 
-class DeadLatentRemedy(TrainerCallback):
-    """Something that is done about latents that no longer fire.
+class DeadLatentRemedy:
+    """Something that is done about latents that no longer fire, for one SAE.
 
-    A remedy is one file here: a subclass that names itself and acts in the `transformers.TrainerCallback` events it
-    needs. `on_optimizer_step` is the place to change weights: the learning rate of the next step is decided after it.
+    A remedy is one file here: a subclass that names itself and defines what it needs of `terms` (something more to
+    minimise), `observe` and `after_step` (which may change weights).
 
     Args:
         args: the run's arguments.
@@ -40,14 +41,41 @@ class DeadLatentRemedy(TrainerCallback):
         super().__init_subclass__(**kwargs)
         remedies.register(cls.name, cls)
 
-    def observe(self, step: int, x: Tensor, loss: TrainingLoss) -> None:
+    def terms(self, sae: SAEModel, x: Tensor, target: Tensor, loss: TrainingLoss) -> Mapping[str, Tensor]:
+        """Return further terms of the objective by name; none unless a remedy has some.
+
+        Args:
+            sae: in the unit of training.
+            x: activations ``[n, d_in]``.
+            target: what is to be written, ``[n, d_out]``; `x` itself unless the SAE is a transcoder.
+            loss: the objective on them.
+        """
+        return {}
+
+    def observe(self, step: int, x: Tensor, target: Tensor) -> None:
         """See a batch that is being trained on; does nothing unless a remedy needs it.
 
         Args:
             step: number of steps done.
-            x: activations ``[n, d_in]`` in the unit of training.
-            loss: the objective on them.
+            x: activations ``[n, d_in]``, in the unit of training.
+            target: ``[n, d_out]``.
         """
+
+    def after_step(self, step: int, sae: SAEModel, optimizer: Optimizer) -> None:
+        """Act after the optimiser's step; the learning rate of the next one is decided afterwards.
+
+        Args:
+            step: number of steps done, this one included.
+            sae: in the unit of training.
+            optimizer: its moments may have to be forgotten.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is needed to go on: tensors, numbers, texts, lists and mappings."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
 
 
 remedies: Registry[type[DeadLatentRemedy]] = Registry("dead-latent remedy", "hf_gated_sae.training.remedies")

@@ -8,9 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ...modeling import SAEModel, TrainingLoss
+from ...modeling import SAEModel
 from .base import DeadLatentRemedy
 
 
@@ -27,34 +26,40 @@ class Resample(DeadLatentRemedy):
         super().__init__(*args)
         self._steps = frozenset(self.args.resample_steps)
         self._window = math.ceil(self.args.resample_inputs / self.args.activation_batch_size)
-        self._recent: list[Tensor] = []
+        self._recent: list[tuple[Tensor, Tensor]] = []
         self._generator = torch.Generator().manual_seed(self.args.seed)
         self.resampled = 0
 
-    def observe(self, step: int, x: Tensor, loss: TrainingLoss) -> None:
+    def observe(self, step: int, x: Tensor, target: Tensor) -> None:
         """Keep the inputs of the last steps before a resampling."""
         if any(step < planned <= step + self._window for planned in self._steps):
-            self._recent.append(x.detach())
+            self._recent.append((x.detach(), target.detach()))
 
-    def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def after_step(self, step: int, sae: SAEModel, optimizer: Optimizer) -> None:
         """Resample if this is one of the steps."""
-        step = state.global_step + 1
         if step not in self._steps or not self._recent:
             return
-        dead = self.dead.mask.nonzero().squeeze(-1)
-        inputs = torch.cat(self._recent)
+        dead = self.dead.indices
+        inputs = torch.cat([x for x, _ in self._recent])
+        targets = torch.cat([target for _, target in self._recent]) if sae.config.is_transcoder else None
         self._recent.clear()
         if len(dead):
-            revived = resample(kwargs["model"], dead, inputs, kwargs["optimizer"], generator=self._generator)
+            revived = resample(sae, dead, inputs, optimizer, targets=targets, generator=self._generator)
             self.dead.forgive(revived)
             self.dip.start(step)
             self.resampled += len(revived)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the inputs kept so far, the state of the generator and the count."""
+        recent = [[x] if target is x else [x, target] for x, target in self._recent]
+        return {"recent": recent, "generator": self._generator.get_state(), "resampled": self.resampled}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        device = self.dead.silent_for.device
+        self._recent = [(pair[0].to(device), pair[-1].to(device)) for pair in state["recent"]]
+        self._generator.set_state(state["generator"])
+        self.resampled = state["resampled"]
 
 
 @torch.no_grad()
@@ -64,6 +69,7 @@ def resample(
     inputs: Tensor,
     optimizer: Optimizer | None = None,
     *,
+    targets: Tensor | None = None,
     encoder_scale: float = 0.2,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -72,13 +78,15 @@ def resample(
     Inputs are drawn with probability proportional to the square of their reconstruction error. The decoder row becomes
     the input's direction (seen from `b_dec`, as the encoder sees it), the encoder row the same direction at
     `encoder_scale` times the mean norm of the live encoder rows, and all other per-latent parameters what a new SAE
-    has.
+    has. A transcoder's decoder row becomes the direction of the target instead, seen from `b_dec`. Parameters that do
+    not learn keep their values.
 
     Args:
         sae: in the unit of training.
         dead: indices ``[n]``.
         inputs: activations ``[m, d_in]`` to draw from, without replacement.
         optimizer: its state for the dead rows is set to zero.
+        targets: what a transcoder is to write for each input, ``[m, d_out]``.
         encoder_scale: how loud a new encoder row is.
         generator: source of randomness, on the CPU.
 
@@ -86,7 +94,10 @@ def resample(
         The indices that were resampled: all of `dead`, unless there are fewer inputs.
     """
     directions = inputs - sae.b_dec if sae.config.apply_b_dec_to_input else inputs
-    weights = _reconstruction_errors(sae, inputs).square() * (directions.norm(dim=-1) > 0)
+    targets = inputs if targets is None else targets
+    written = targets - sae.b_dec if sae.config.is_transcoder else directions
+    has_direction = (directions.norm(dim=-1) > 0) & (written.norm(dim=-1) > 0)
+    weights = _reconstruction_errors(sae, inputs, targets).square() * has_direction
     drawn = min(len(dead), int((weights > 0).sum()))
     if not drawn:
         return dead[:0]
@@ -95,16 +106,19 @@ def resample(
     dead = dead[:drawn]
     # Scaled by the largest so that the squares of large errors stay representable.
     chosen = torch.multinomial((weights / weights.max()).double().cpu(), drawn, generator=generator)
-    rows = nn.functional.normalize(directions[chosen.to(directions.device)], dim=-1).to(sae.W_dec.dtype)
+    chosen = chosen.to(directions.device)
+    reads, writes = (nn.functional.normalize(each[chosen], dim=-1).to(sae.dtype) for each in (directions, written))
 
     norms = sae.W_enc.norm(dim=0)
     loudness = encoder_scale * (norms[alive] if alive.any() else norms).mean()
     fresh = _fresh_vectors(sae)
     for name, parameter in sae.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if name == "W_dec":
-            parameter[dead] = rows
+            parameter[dead] = writes
         elif name == "W_enc_T":
-            parameter[dead] = rows * loudness
+            parameter[dead] = reads * loudness
         elif name in fresh:
             parameter[dead] = fresh[name][dead]
         else:
@@ -127,9 +141,10 @@ def forget_moments(optimizer: Optimizer | None, parameter: nn.Parameter, rows: T
             value[rows] = 0
 
 
-def _reconstruction_errors(sae: SAEModel, inputs: Tensor, chunk: int = 4096) -> Tensor:
-    """Return ``|x - x^|^2`` for every input, ``[m]``."""
-    return torch.cat([(x - sae(x).reconstruction).square().sum(-1) for x in inputs.split(chunk)])
+def _reconstruction_errors(sae: SAEModel, inputs: Tensor, targets: Tensor, chunk: int = 4096) -> Tensor:
+    """Return ``|y - y^|^2`` for every input, ``[m]``."""
+    pieces = zip(inputs.split(chunk), targets.split(chunk), strict=True)
+    return torch.cat([(target - sae.reconstruct(x)).square().sum(-1) for x, target in pieces])
 
 
 def _fresh_vectors(sae: SAEModel) -> dict[str, Tensor]:

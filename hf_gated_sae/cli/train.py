@@ -1,0 +1,93 @@
+"""`hf-gated-sae train`: train SAEs on a model and a text, as one YAML file says."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from typer.core import TyperCommand
+
+from ..errors import InputError
+from .app import app
+from .tables import facts_grid
+
+if TYPE_CHECKING:
+    from ..training.run import RunConfig
+
+
+class _WithSettings(TyperCommand):
+    """Lists, below its own options, the settings of a run, each of which is a flag."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help."""
+        super().format_help(ctx, formatter)
+        from .training.settings import show_settings  # here, so that nothing else waits for torch
+
+        show_settings(Console())
+
+
+@app.command(cls=_WithSettings, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    context: typer.Context,
+    config: Annotated[Path | None, typer.Option(help="YAML file of the run.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the latest checkpoint in output_dir.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it will cost, and write nothing.")] = False,
+    no_measure: Annotated[
+        bool, typer.Option("--no-measure", help="With --dry-run: load and run nothing, estimate.")
+    ] = False,
+    presets: Annotated[bool, typer.Option("--presets", help="Describe the presets, and stop.")] = False,
+) -> None:
+    """Train SAEs of any architecture at any site of a causal LM, as a YAML file says.
+
+    Every setting of the file is also a flag, --training.learning_rate 1e-4, which comes before the file, as the file
+    comes before its preset. The SAEs are left in output_dir, beside a run.yaml that names the commits of model and
+    data and trains the same again.
+    """
+    from ..training.run import read_flags, read_run  # here, so that --help does not wait for torch
+    from .training.settings import show_presets
+
+    console = Console()
+    if presets:
+        show_presets(console)
+        return
+    if no_measure and not dry_run:
+        raise InputError("--no-measure says how a --dry-run is done; pass both.")
+    if config is None and not context.args:
+        raise InputError("Nothing to train: pass --config run.yaml, or the settings as flags (see --help).")
+    run = read_run(config, read_flags(context.args))
+    if dry_run:
+        _estimate(console, run, measure=not no_measure)
+    else:
+        _train(console, run, resume)
+
+
+def _estimate(console: Console, run: RunConfig, *, measure: bool) -> None:
+    """Print what a run will cost."""
+    from ..training.run import estimate, measured
+    from .training.settings import show_estimate
+
+    with console.status("measuring" if measure else "estimating"):
+        found = measured(run) if measure else estimate(run)
+    show_estimate(console, found)
+
+
+def _train(console: Console, run: RunConfig, resume: bool) -> None:
+    """Train, leave the SAEs, and say where they are and how they did."""
+    from ..publishing.trained import leave
+    from ..training.run import Run
+    from .training.progress import LiveProgress
+
+    console.quiet = os.environ.get("RANK", "0") != "0"  # of several processes, the first one speaks
+    with console.status("loading"):
+        ready = Run.prepare(run, resume=resume)
+    console.print(facts_grid(ready.facts()))
+    with LiveProgress(console) as progress:
+        ready.train([progress], quiet=True)
+    if not ready.parts.arguments.should_save:
+        return
+    for name, folder in leave(ready).items():
+        console.print(f"[bold]{escape(name or 'SAE')}[/] in {escape(str(folder))}", highlight=False, soft_wrap=True)

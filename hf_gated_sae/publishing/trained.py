@@ -1,0 +1,61 @@
+"""What a training run leaves: SAEs with facts, and with cards that say how they were trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..training.facts import FACTS_FILE
+from ..training.run import Run
+from .facts import CardFacts
+from .saving import save
+
+
+def leave(run: Run) -> dict[str, Path]:
+    """Write facts and card beside every SAE of a finished run.
+
+    Args:
+        run: carried out.
+
+    Returns:
+        The folder of each SAE, by the name of its section.
+    """
+    return {name: save(sae, run.folder(name), training_facts(run, name)) for name, sae in run.saes.items()}
+
+
+def training_facts(run: Run, name: str = "") -> CardFacts:
+    """Return what is known of an SAE because it was trained here.
+
+    The metrics are those of the last activations that were trained on; replace them by those of held-out text.
+
+    Args:
+        run: carried out.
+        name: of the SAE's section.
+    """
+    known = json.loads((run.folder(name) / FACTS_FILE).read_text(encoding="utf-8"))
+    data = run.config.data
+    source = {
+        "data": data.dataset or ", ".join(Path(each).name for each in data.name.split(", ")),
+        "data configuration": data.config,
+        "data split": data.split if data.dataset else None,
+        "data commit": data.revision,
+    }
+    return CardFacts(
+        **{**known, "training": _flat({"preset": run.config.preset, **known["training"]})},
+        datasets=(data.dataset,) if data.dataset else (),
+        provenance={"trained by": f"hf-gated-sae {__version__}"} | _flat(source),
+    )
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values for a table: mappings one by one, and nothing that is not known."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= {f"{name}: {key}": each for key, each in _flat(value).items()}
+        elif value not in (None, [], ""):
+            found[name] = value
+    return found

@@ -1,0 +1,173 @@
+"""Folders that appear whole or not at all, and tell afterwards whether they still are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from ..errors import CheckpointError, MissingFileError
+
+MANIFEST = "manifest.json"
+"""Name, size and sha256 of every other file of a checkpoint."""
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_UNFINISHED = ".unfinished"
+
+_log = logging.getLogger(__name__)
+
+
+def unfinished(target: Path) -> Path:
+    """Return the folder on the same disk in which a checkpoint is written, the same in every process."""
+    return target.parent / _UNFINISHED / target.name
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Turn the error of a disk that is full, or cannot be written, into one sentence; what was written is removed.
+
+    Args:
+        target: the checkpoint that is being written into ``unfinished(target)``.
+
+    Raises:
+        CheckpointError: naming the last whole checkpoint.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        remove_unfinished(target.parent)
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise CheckpointError(
+            f"{target} could not be written ({why}) and is not there; make room and resume. {advice(target.parent)}"
+        ) from error
+    except BaseException:
+        remove_unfinished(target.parent)
+        raise
+
+
+def begin(target: Path) -> None:
+    """Make an empty folder to write a checkpoint into."""
+    remove_unfinished(target.parent)
+    unfinished(target).mkdir(parents=True)
+
+
+def complete(target: Path) -> None:
+    """Let the checkpoint in ``unfinished(target)`` appear under its name, once all of it has reached the disk.
+
+    Args:
+        target: the checkpoint; an older one of that name is replaced.
+    """
+    staging = unfinished(target)
+    manifest = {name: _fingerprint(staging / name) for name in _files(staging)}
+    (staging / MANIFEST).write_text(json.dumps({"files": manifest}, indent=2) + "\n", encoding="utf-8")
+    for path in [staging / name for name in _files(staging)] + [each for each in staging.rglob("*") if each.is_dir()]:
+        _to_disk(path)
+    _to_disk(staging)
+    if target.exists():
+        target.replace(staging.with_name(f"replaced-{target.name}"))
+    staging.replace(target)
+    remove_unfinished(target.parent)
+    _to_disk(target.parent)
+
+
+def remove_unfinished(run: Path) -> None:
+    """Remove what a killed process has left behind in a run's folder."""
+    shutil.rmtree(run / _UNFINISHED, ignore_errors=True)
+
+
+def verify(checkpoint: Path) -> None:
+    """Read every file of a checkpoint and compare it with what was written.
+
+    Raises:
+        MissingFileError: if there is no such folder.
+        CheckpointError: naming the first file that is missing, of another size, or changed; and a whole checkpoint.
+    """
+    if problem := _problem(checkpoint):
+        error = CheckpointError if checkpoint.is_dir() else MissingFileError
+        raise error(f"{checkpoint} {problem}. {advice(checkpoint.parent, but=checkpoint)}")
+
+
+def newest_whole(run: Path) -> Path | None:
+    """Return the checkpoint of a run with the most steps that is whole; None if there is none.
+
+    Args:
+        run: the run's ``output_dir``.
+    """
+    for checkpoint in checkpoints(run):
+        problem = _problem(checkpoint)
+        if problem is None:
+            return checkpoint
+        _log.warning("%s %s and is passed over.", checkpoint, problem)
+    return None
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Return the folders of a run that are named as checkpoints are, the one with the most steps first."""
+    found = {path: _CHECKPOINT.fullmatch(path.name) for path in run.glob("checkpoint-*") if path.is_dir()}
+    steps = {path: int(match[1]) for path, match in found.items() if match}
+    return sorted(steps, key=lambda path: steps[path], reverse=True)
+
+
+def advice(run: Path, but: Path | None = None) -> str:
+    """Return the sentence that says from where to resume.
+
+    Args:
+        run: the run's ``output_dir``.
+        but: a checkpoint that is known to be broken.
+    """
+    for checkpoint in checkpoints(run):
+        if checkpoint != but and _problem(checkpoint) is None:
+            return f"The newest whole checkpoint is {checkpoint}: pass it as resume_from_checkpoint."
+    return f"There is no {'other ' if but else ''}whole checkpoint in {run}."
+
+
+def _problem(checkpoint: Path) -> str | None:
+    """Return what is wrong with a checkpoint, as the rest of a sentence; None if it is whole."""
+    if not checkpoint.is_dir():
+        return "is no folder"
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name, expected in files.items():
+            path = checkpoint / name
+            if not path.is_file():
+                return f"is broken: {name} is missing"
+            if path.stat().st_size != expected["size"]:
+                return f"is broken: {name} has {path.stat().st_size} bytes, expected {expected['size']}"
+            if _fingerprint(path) != expected:
+                return f"is broken: the content of {name} has changed since it was written"
+    except FileNotFoundError:
+        return f"has no {MANIFEST}, as every checkpoint of an SAETrainer does"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"is broken: {MANIFEST} cannot be read ({error})"
+    return None
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _fingerprint(path: Path) -> dict[str, int | str]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file, or the list of files in a folder, is on the disk and not only in memory."""
+    if path.is_dir() and os.name == "nt":
+        return  # where folders cannot be opened, and need not be
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,46 @@
+"""Several SAEs as one module, which is what a `transformers.Trainer` trains."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from ..errors import InputError
+from ..modeling import SAEModel
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=|-]*(/[A-Za-z0-9_][A-Za-z0-9_.+=|-]*)*")
+
+
+class SAEGroup(nn.Module):
+    """SAEs by name that share nothing but the stream they are trained on.
+
+    Args:
+        saes: by name; a name is also the subfolder that its SAE is saved in.
+
+    Raises:
+        InputError: if there are none, one is given twice, or a name is no relative path.
+    """
+
+    def __init__(self, saes: Mapping[str, SAEModel]) -> None:
+        super().__init__()
+        if not saes or len({id(sae) for sae in saes.values()}) < len(saes):
+            raise InputError(f"Given the SAEs {list(saes)}; expected at least one, and each of them once.")
+        for name in saes:
+            if not _NAME.fullmatch(name) or name.startswith("checkpoint-"):
+                raise InputError(
+                    f"The SAE's name {name!r} cannot be the folder that it is saved in; expected letters, digits and "
+                    "any of _ . + = | - between slashes, such as 'resid_post.12/l1_2'."
+                )
+        self.names = tuple(saes)
+        self.saes = nn.ModuleList(saes.values())  # by number: a name may have dots
+
+    def items(self) -> Iterator[tuple[str, SAEModel]]:
+        """Yield names and SAEs."""
+        yield from zip(self.names, self.saes, strict=True)
+
+    def forward(self, x: Any) -> Any:
+        """Refuse: several SAEs have no common input; call them one by one."""
+        raise InputError(f"A group of SAEs cannot be called; call one of {', '.join(self.names)}.")

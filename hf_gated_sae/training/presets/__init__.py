@@ -1,0 +1,78 @@
+"""Recipes by name, one YAML file each; a run may lay anything over them.
+
+A file says what the recipe is (`description`), where it comes from (`source`) and in which unit its loss and lambda
+are (`units`); its sections `sae`, `data` and `training` are those of a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import yaml
+
+from ...errors import unknown_name
+
+SUFFIX = ".yaml"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A recipe.
+
+    Attributes:
+        description: what it is, in a sentence or two.
+        source: where it comes from, and what is ours in it.
+        units: in which unit loss and lambda are, and how published values are converted.
+        sae: a part of a run's section of that name.
+        data: likewise.
+        training: likewise.
+    """
+
+    description: str
+    source: str
+    units: str
+    sae: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the recipe lays under a run, by section."""
+        return {"sae": dict(self.sae), "data": dict(self.data), "training": dict(self.training)}
+
+
+class Presets(Mapping[str, Preset]):
+    """The recipes that lie beside this file, by name."""
+
+    def __getitem__(self, name: str) -> Preset:
+        """Return a recipe.
+
+        Raises:
+            UnknownNameError: if there is none of that name.
+        """
+        names = self._names()
+        if name not in names:
+            raise unknown_name("preset", name, names)
+        text = (files(__package__) / f"{name}{SUFFIX}").read_text(encoding="utf-8")
+        return Preset(**yaml.safe_load(text))
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names, in alphabetical order."""
+        return iter(self._names())
+
+    def __len__(self) -> int:
+        """Number of recipes."""
+        return len(self._names())
+
+    @staticmethod
+    @cache
+    def _names() -> tuple[str, ...]:
+        found = (each.name for each in files(__package__).iterdir())
+        return tuple(sorted(name.removesuffix(SUFFIX) for name in found if name.endswith(SUFFIX)))
+
+
+presets = Presets()

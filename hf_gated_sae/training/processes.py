@@ -1,0 +1,268 @@
+"""Processes that train together: the one place where they exchange anything.
+
+All of it does nothing, and costs nothing, in a process that is alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed import ReduceOp
+
+from ..errors import TrainingError
+from ..functional.others import OtherLatents, OtherTokens
+
+GRADIENTS_AT_ONCE = 1 << 26
+"""Numbers of gradients that are sent together: few messages, and little memory beside the gradients."""
+
+_DIGIT = 16  # bits that are looked at in each round of a selection
+
+
+class Processes(OtherLatents, OtherTokens):
+    """Some processes that do the same at the same time, of which this is one.
+
+    Every method has to be called by all of them, in the same order, with tensors of the same shapes.
+
+    Args:
+        group: of `torch.distributed`; None for a process that is alone. `Processes.all()` is those of this run.
+    """
+
+    def __init__(self, group: distributed.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.count = 1 if group is None else group.size()
+        self.rank = 0 if group is None else group.rank()
+        self._device = torch.device("cpu")  # of single numbers
+        if group is not None and "gloo" not in distributed.get_backend_config(group):
+            self._device = torch.device(torch.accelerator.current_accelerator() or "cpu")
+
+    @classmethod
+    def all(cls) -> Processes:
+        """Return the processes of this run, as `torchrun` or `accelerate launch` has started them."""
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            return cls(distributed.group.WORLD)
+        return cls()
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other process."""
+        return self.count == 1
+
+    # ------------------------------------------------------------------ numbers
+
+    @torch.no_grad()
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum over the processes, any shape."""
+        return self._reduced(values, ReduceOp.SUM)
+
+    @torch.no_grad()
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the mean over the processes, any shape."""
+        return values if self.alone else self._reduced(values, ReduceOp.SUM) / self.count
+
+    @torch.no_grad()
+    def any(self, flags: Tensor) -> Tensor:
+        """Return which flags are set in some process, any shape, bool."""
+        return flags if self.alone else self._reduced(flags.to(torch.uint8), ReduceOp.MAX).bool()
+
+    def smallest(self, number: int) -> int:
+        """Return the smallest of the processes' numbers."""
+        if self.alone:
+            return number
+        return int(self._reduced(torch.tensor(number, device=self._device), ReduceOp.MIN))
+
+    def numbers(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Return the mean over the processes of some numbers by name, in one message.
+
+        Args:
+            values: numbers; the same names in all processes.
+        """
+        if self.alone:
+            return dict(values)
+        means = self.mean(torch.tensor(list(values.values()), dtype=torch.float64, device=self._device))
+        return dict(zip(values, means.tolist(), strict=True))
+
+    def _reduced(self, values: Tensor, operation: Any) -> Tensor:
+        if self.alone:
+            return values
+        reduced = values.detach().clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(reduced, operation, group=self.group)
+        return reduced
+
+    # ------------------------------------------------------------------ rows
+
+    @torch.no_grad()
+    def rows(self, own: Tensor) -> Tensor:
+        """Return the rows of all processes, the first of each, then the second of each, and so on.
+
+        That is the order in which `RowActivations.shard` deals a batch out.
+
+        Args:
+            own: ``[n, ...]``, as many in every process.
+
+        Returns:
+            ``[n * count, ...]``.
+        """
+        if self.alone:
+            return own
+        every = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(self.count)]
+        distributed.all_gather(every, own.contiguous(), group=self.group)
+        return torch.stack(every, dim=1).flatten(0, 1)
+
+    @torch.no_grad()
+    def chosen(self, own: Tensor, numbers: Tensor) -> Tensor:
+        """Return some of the rows of all processes, without gathering the others.
+
+        Args:
+            own: ``[n, ...]``, as many in every process.
+            numbers: which of ``rows(own)``, ``[m]`` int64; the same in all processes.
+
+        Returns:
+            ``[m, ...]``.
+        """
+        if self.alone:
+            return own[numbers]
+        mine = numbers % self.count == self.rank
+        found = own.new_zeros(len(numbers), *own.shape[1:])
+        found[mine] = own[numbers[mine] // self.count]
+        return self.sum(found)
+
+    # ------------------------------------------------------------------ gradients
+
+    @torch.no_grad()
+    def average_gradients(self, module: nn.Module) -> None:
+        """Replace the gradients of a module by their mean over the processes, where no wrapper does it."""
+        if self.alone:
+            return
+        gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+        for gradient in gradients:
+            for piece in gradient.view(-1).split(GRADIENTS_AT_ONCE):
+                distributed.all_reduce(piece, ReduceOp.SUM, group=self.group)
+                piece.div_(self.count)
+
+    # ------------------------------------------------------------------ one SAE over several processes
+
+    def summed(self, part: Tensor) -> Tensor:
+        """Return the sum of what all processes give; its gradient goes to every part as it is."""
+        if self.alone:
+            return part
+        whole: Tensor = _Summed.apply(part, self)
+        return whole
+
+    def alike(self, value: Tensor) -> Tensor:
+        """Return a value that all processes hold alike; its gradient is the sum of theirs."""
+        if self.alone:
+            return value
+        same: Tensor = _Alike.apply(value, self)
+        return same
+
+    # ------------------------------------------------------------------ one batch over several processes
+
+    @torch.no_grad()
+    def lowest_of_largest(self, values: Tensor, count: int) -> Tensor:
+        """Return the smallest of the largest positive values of all processes, ``[]``; 0 if there are none.
+
+        Positive floating-point numbers are in the order of their bits. Sixteen at a time are counted, in all
+        processes, from the highest: two small sums for float32, exact, and no value leaves its process.
+
+        Args:
+            values: this process's, any shape.
+            count: how many are among the largest, times the number of processes.
+        """
+        positive = values[values > 0]
+        if positive.dtype not in (torch.float32, torch.float64):
+            positive = positive.float()
+        integers = torch.int64 if positive.dtype == torch.float64 else torch.int32
+        bits = positive.view(integers)
+        left, prefix = count * self.count, 0
+        for shift in range(8 * bits.element_size() - _DIGIT, -1, -_DIGIT):
+            digits = (bits >> shift) & ((1 << _DIGIT) - 1)
+            counts = self.sum(torch.bincount(digits, minlength=1 << _DIGIT))
+            from_top = counts.flip(0).cumsum(0)
+            left = min(left, int(from_top[-1]))
+            if not left:
+                return values.new_zeros(())
+            place = int((from_top >= left).int().argmax())
+            digit = (1 << _DIGIT) - 1 - place
+            left -= int(from_top[place - 1]) if place else 0
+            prefix = (prefix << _DIGIT) | digit
+            bits = bits[digits == digit]
+        return torch.tensor([prefix], dtype=integers, device=values.device).view(positive.dtype)[0].to(values.dtype)
+
+    # ------------------------------------------------------------------ stopping together
+
+    def require_all(self, problem: str | None) -> None:
+        """Raise in every process what is wrong in one of them, so that none waits for the others in vain.
+
+        Args:
+            problem: what is wrong here, as a sentence; None for nothing.
+
+        Raises:
+            TrainingError: the first process's problem, with its number.
+        """
+        if self.alone:
+            if problem is not None:
+                raise TrainingError(problem)
+            return
+        if not bool(self.any(torch.tensor([problem is not None], device=self._device))):
+            return
+        problems: list[str | None] = [None] * self.count
+        distributed.all_gather_object(problems, problem, group=self.group)
+        number, first = next((rank, each) for rank, each in enumerate(problems) if each is not None)
+        raise TrainingError(f"{first} (process {number} of {self.count})")
+
+    def together(self) -> None:
+        """Wait for all."""
+        if not self.alone:
+            distributed.barrier(group=self.group)
+
+    # ------------------------------------------------------------------ one after the other
+
+    @torch.no_grad()
+    def to_first(self, tensor: Tensor, source: int) -> Tensor | None:
+        """Hand a tensor of one process to the first one.
+
+        Args:
+            tensor: of the same shape and dtype in all processes.
+            source: number of the process whose tensor is wanted.
+
+        Returns:
+            The tensor in the first process, None in all others.
+        """
+        if self.rank == source:
+            if source:
+                distributed.send(tensor.contiguous(), group=self.group, group_dst=0)
+                return None
+            return tensor
+        if self.rank:
+            return None
+        received = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        distributed.recv(received, group=self.group, group_src=source)
+        return received
+
+
+class _Summed(torch.autograd.Function):
+    """Forward the sum over processes, backward nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, processes: Processes) -> Tensor:
+        return processes.sum(part)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Alike(torch.autograd.Function):
+    """Forward nothing, backward the sum over processes."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, processes: Processes) -> Tensor:
+        ctx.processes = processes
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.processes.sum(grad), None

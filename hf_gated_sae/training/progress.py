@@ -1,0 +1,43 @@
+"""A bar that shows how a run is doing, in place of lines of numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
+
+SHOWN = {"loss": "loss", "l0": "L0", "fvu": "FVU", "relative_reconstruction_bias": "gamma", "dead_latents": "dead"}
+"""What stands after the bar, and how it is called there; loss terms come after the loss."""
+
+
+class TrainingProgress(ProgressCallback):
+    """Shows loss terms, L0, FVU, gamma and the number of dead latents of each SAE after the bar."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the latest numbers."""
+        if state.is_world_process_zero and self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix_str(postfix(logs), refresh=False)
+
+
+def postfix(logs: dict[str, Any]) -> str:
+    """Return what a bar shows of a line of logs.
+
+    >>> postfix({"loss": 1.5, "loss_sparsity": 0.25, "l0": 31.0, "learning_rate": 3e-4, "dead_latents": 2})
+    'loss 1.5, sparsity 0.25, L0 31, dead 2'
+    """
+    shown: dict[str, list[str]] = {}
+    for key, value in logs.items():
+        sae, _, name = key.rpartition("/")
+        if name.startswith("loss_"):
+            shown.setdefault(sae, []).append(f"{name.removeprefix('loss_')} {value:.3g}")
+        elif name in SHOWN:
+            shown.setdefault(sae, []).append(f"{SHOWN[name]} {value:.3g}")
+    return " | ".join(f"{sae}: {', '.join(numbers)}" if sae else ", ".join(numbers) for sae, numbers in shown.items())

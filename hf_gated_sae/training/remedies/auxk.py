@@ -1,0 +1,58 @@
+"""AuxK: dead latents learn to reconstruct what the live ones leave over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ...functional.sparse import decode
+from ...modeling import SAEModel, TrainingLoss
+from ..pre_latents import pre_latents
+from .base import DeadLatentRemedy
+
+
+class AuxK(DeadLatentRemedy):
+    r"""The dead latents with the largest pre-latents reconstruct the error, which gives them gradients.
+
+    ``coefficient * E|y - mean y|^2 * E|e - e^|^2 / E|e - mean e|^2`` with ``e = y - y^``, detached, and ``e^`` decoded
+    from the ``auxk_latents`` largest pre-latents of dead latents. The source divides both errors by what they would be
+    without any latent; here the sum is in the unit of the reconstruction term.
+
+    Where latents compete (TopK and its kin), dead ones enter through the ReLU of the source, or as they are if latents
+    are signed. Everywhere else a dead latent is below the point where it turns on, so that a ReLU would pass no
+    gradient; there they enter through a softplus.
+
+    Source: Gao et al. 2024 (arXiv 2406.04093), appendix A.2.
+    """
+
+    name: ClassVar[str] = "auxk"
+
+    def terms(self, sae: SAEModel, x: Tensor, target: Tensor, loss: TrainingLoss) -> Mapping[str, Tensor]:
+        """Return the auxiliary term; none while no latent is dead."""
+        dead = self.dead.indices
+        if not len(dead):
+            return {}
+        error = (target - loss.reconstruction).detach()
+        values = pre_latents(sae, x, dead)
+        wanted = self.args.auxk_latents or max(1, sae.config.d_in // 2)
+        ranks = values.abs() if sae.signed else values
+        best = ranks.topk(min(wanted, len(dead)), dim=-1, sorted=False).indices
+        values = values.gather(-1, best)
+        if sae.elementwise:
+            values = torch.nn.functional.softplus(values)
+        elif not sae.signed:
+            values = torch.relu(values)
+        chosen = torch.zeros(len(x), len(dead), dtype=values.dtype, device=values.device).scatter(-1, best, values)
+        left = (error - decode(chosen, sae.W_dec.index_select(0, dead))).square().sum(-1).mean()
+        unexplained, whole = _variance(error), _variance(target)
+        share = torch.where(unexplained > 0, left / unexplained.clamp_min(torch.finfo(left.dtype).tiny), 0.0)
+        return {"auxk": self.args.auxk_coefficient * whole * share}
+
+
+def _variance(x: Tensor) -> Tensor:
+    """Return ``E|x - mean x|^2`` of ``x [n, d]``, without a gradient."""
+    x = x.detach()
+    return (x - x.mean(0)).square().sum(-1).mean()

@@ -1,0 +1,244 @@
+"""Checkpoints of an `SAETrainer`: whole or absent, without pickles, and with all that the next step depends on."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
+
+from ..errors import CheckpointError, MissingFileError
+from ..modeling import SAEModel
+from . import checkpoints
+from .arguments import SAETrainingArguments
+from .randomness import random_state, restore_random_state
+from .state_files import read_state, write_state
+from .streams import ActivationStream
+from .trainee import Trainee
+
+OPTIMIZER_FILE = "optimizer"
+"""State of optimiser, schedule and gradient scaler, the same in every process."""
+
+PROCESS_FILE = "process-{rank}"
+"""What each process has for itself: its stream, its generators, and what its SAEs remember."""
+
+_log = logging.getLogger(__name__)
+
+
+class Resumable(Trainer):
+    """The part of `SAETrainer` that writes checkpoints and goes on from them.
+
+    A checkpoint holds the SAEs as `from_pretrained` reads them, in the unit of the model, and beside them what is
+    needed to continue bit by bit as if nothing had happened.
+    """
+
+    args: SAETrainingArguments
+    trainees: dict[str, Trainee]
+    stream: ActivationStream
+    optimizer: Any
+    lr_scheduler: Any
+    _writing: bool = False
+    _seconds: float = 0.0
+    _since: float = 0.0
+
+    # ------------------------------------------------------------------ writing
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint beside its place, and move it there when it is whole.
+
+        Raises:
+            CheckpointError: if the disk is full or cannot be written; older checkpoints stay.
+        """
+        run = Path(self._get_output_dir(trial))
+        target = run / f"checkpoint-{self.state.global_step}"
+        with checkpoints.writing(target):
+            if self.args.should_save:
+                checkpoints.begin(target)
+            self.accelerator.wait_for_everyone()
+            self._writing = True
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._writing = False
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoints.complete(target)
+            self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            rotate_checkpoints(output_dir=str(run), save_total_limit=self.args.save_total_limit)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the SAEs in the model's unit, each in the subfolder of its name if there are several.
+
+        Args:
+            output_dir: folder; the run's ``output_dir`` by default.
+            _internal_call: set by transformers for a checkpoint.
+        """
+        folder = Path(output_dir or self.args.output_dir)
+        if not self.args.should_save:
+            return
+        for name, trainee in self.trainees.items():
+            with trainee.in_model_unit():
+                trainee.sae.save_pretrained(folder / name)
+        self.args.write_recipe(folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Write the state of the optimiser, of the schedule and of a scaler of gradients."""
+        if self.args.should_save:
+            write_state(Path(output_dir), OPTIMIZER_FILE, self._shared_state())
+
+    def _shared_state(self) -> dict[str, Any]:
+        optimizer = self.optimizer.state_dict()
+        scaler = self.accelerator.scaler
+        return {
+            "optimizer": {
+                "state": {str(number): values for number, values in optimizer["state"].items()},
+                "param_groups": optimizer["param_groups"],
+            },
+            "scheduler": self.lr_scheduler.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "processes": self.args.world_size,
+        }
+
+    def _save_scaler(self, output_dir: str) -> None:
+        """Do nothing: it is written with the optimiser."""
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Write what belongs to this process alone."""
+        state = {
+            "random": random_state(self.args.device),
+            "stream": self.stream.state_dict(),
+            "saes": {name: trainee.state_dict() for name, trainee in self.trainees.items()},
+            "loss_since_log": self._tr_loss,
+            "loss_before": self._total_loss_scalar,
+            "logged_at": self._globalstep_last_logged,
+            "seconds": self.seconds,
+        }
+        write_state(Path(output_dir), self._process_file, state)
+
+    @property
+    def _process_file(self) -> str:
+        return PROCESS_FILE.format(rank=self.args.process_index)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Return the run's folder, or while a checkpoint is written the one in which it is until it is whole."""
+        run = Path(super()._get_output_dir(trial))
+        return str(checkpoints.unfinished(run / "checkpoint").parent if self._writing else run)
+
+    @property
+    def seconds(self) -> float:
+        """How long the run has trained, in all of its processes' lives."""
+        return self._seconds + (time.monotonic() - self._since if self._since else 0.0)
+
+    # ------------------------------------------------------------------ going on
+
+    def find_checkpoint(self, given: str | Path | bool | None) -> Path | None:
+        """Return the checkpoint to go on from, after reading all of it.
+
+        Args:
+            given: a folder; True for the newest whole one of ``output_dir``; None or False for none.
+
+        Raises:
+            MissingFileError: if there is none.
+            CheckpointError: if the given one is broken, naming the file and the newest whole one.
+        """
+        run = Path(self.args.output_dir)
+        if given is None or given is False:
+            if others := checkpoints.checkpoints(run):
+                _log.warning(
+                    "%s holds checkpoints of an earlier run, such as %s: to resume would take the one with the most "
+                    "steps, whichever run it is of. Remove them, or choose another output_dir.",
+                    run,
+                    others[0].name,
+                )
+            return None
+        if given is True:
+            newest = checkpoints.newest_whole(run)
+            if newest is None:
+                raise MissingFileError(f"There is no whole checkpoint in {run}; start anew, without resuming.")
+            checkpoint = newest
+        else:
+            checkpoint = Path(given)
+            checkpoints.verify(checkpoint)
+        if not (checkpoint / f"{OPTIMIZER_FILE}.json").is_file():
+            raise CheckpointError(
+                f"{checkpoint} holds the SAEs alone (save_only_model=True): load them and start anew."
+            )
+        return checkpoint
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load the SAEs' weights, in the model's unit."""
+        for name, trainee in self.trainees.items():
+            stored = SAEModel.from_pretrained(Path(resume_from_checkpoint) / name)
+            mine, other = trainee.sae, stored.state_dict()
+            want, have = mine.config, stored.config
+            shapes = {key: tuple(tensor.shape) for key, tensor in mine.state_dict().items()}
+            if type(stored) is not type(mine) or shapes != {key: tuple(tensor.shape) for key, tensor in other.items()}:
+                raise CheckpointError(
+                    f"{Path(resume_from_checkpoint) / name} holds a {type(stored).__name__} of d_in = {have.d_in} and "
+                    f"d_sae = {have.d_sae}; the run is of a {type(mine).__name__} of d_in = {want.d_in} and d_sae = "
+                    f"{want.d_sae}. Resume the run that wrote it."
+                )
+            mine.load_state_dict(other)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Restore what `_save_optimizer_and_scheduler` wrote."""
+        if checkpoint is None:
+            return
+        state = read_state(Path(checkpoint), OPTIMIZER_FILE)
+        if state["processes"] != self.args.world_size:
+            raise CheckpointError(
+                f"{checkpoint} was written by {state['processes']} processes, and these are {self.args.world_size}: "
+                "resume with as many, as each has its own part of the text."
+            )
+        saved = state["optimizer"]
+        numbered = {int(number): values for number, values in saved["state"].items()}
+        try:
+            self.optimizer.load_state_dict({"state": numbered, "param_groups": saved["param_groups"]})
+        except ValueError as error:
+            raise CheckpointError(f"{checkpoint} was trained with another objective or other SAEs: {error}") from error
+        self.lr_scheduler.load_state_dict(state["scheduler"])
+        if state["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Do nothing: it is read with the optimiser."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Restore what `_save_rng_state` wrote; transformers asks for it right before the first batch."""
+        if checkpoint is None:
+            return
+        state = read_state(Path(checkpoint), self._process_file)
+        self._require_same_saes(checkpoint, state["saes"])
+        for name, trainee in self.trainees.items():
+            trainee.load_state_dict(state["saes"][name])
+        self.stream.load_state_dict(state["stream"])
+        restore_random_state(state["random"], self.args.device)
+        self._tr_loss.copy_(state["loss_since_log"])
+        self._total_loss_scalar = state["loss_before"]
+        self._globalstep_last_logged = state["logged_at"]
+        self._initial_global_step = 0
+        self._seconds = state["seconds"]
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Train, unless the checkpoint is of a run that was through: transformers would take one more step."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+            return
+        self._load_rng_state(kwargs["resume_from_checkpoint"])
+        self.control.should_training_stop = True
+
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
+        """End the run, with speeds and mean loss of all of it and not only of what came after the last checkpoint."""
+        return super()._finalize_training(trial, num_train_samples, time.time() - self.seconds)
+
+    def _require_same_saes(self, checkpoint: str, saved: Mapping[str, Any]) -> None:
+        if set(saved) != set(self.trainees):
+            raise CheckpointError(
+                f"{checkpoint} holds the SAEs {', '.join(map(repr, saved))}, and the run those named "
+                f"{', '.join(map(repr, self.trainees))}: resume with the same."
+            )

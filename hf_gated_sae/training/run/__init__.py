@@ -1,0 +1,22 @@
+"""A training run as a YAML file: what it says, its parts, what it will cost, and carrying it out."""
+
+from .assembly import assemble, plain, read_run
+from .config import DataSettings, ModelSettings, RunConfig, SAESettings
+from .estimate import Estimate, estimate, measured
+from .reading import read_flags
+from .run import Run
+
+__all__ = [
+    "DataSettings",
+    "Estimate",
+    "ModelSettings",
+    "Run",
+    "RunConfig",
+    "SAESettings",
+    "assemble",
+    "estimate",
+    "measured",
+    "plain",
+    "read_flags",
+    "read_run",
+]

@@ -1,0 +1,298 @@
+"""From a YAML file, flags and a preset to one run that does not contradict itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from ...architectures import architectures
+from ...errors import InputError, SAEError, unknown_name
+from ...modeling import SAEConfig, SAEModel
+from ..arguments import SAETrainingArguments
+from ..presets import presets
+from ..remedies import remedies
+from .config import DataSettings, RunConfig, SAESettings
+from .reading import hints_of, leaves, merged, read_section, read_value, read_yaml, unknown_key
+
+RUN_DEFAULTS: dict[str, Any] = {"training": {"save_strategy": "steps", "save_steps": 1000, "save_total_limit": 2}}
+"""What a run does and a bare trainer does not: it can be resumed."""
+
+DECIDED_BY_THE_RUN = frozenset(
+    {"d_in", "d_out", "d_sae", "site", "site_out", "base_model", "base_model_revision", "kept_latents"}
+    | {"recorded_tokens", "recorded_fvu", "recorded_l0", "recorded_norm", "trained_on_bos"}
+)
+"""Fields of an SAE's configuration that follow from the rest of the run."""
+
+ELSEWHERE = {
+    "output_dir": "output_dir, beside training",
+    "seed": "seed, beside training",
+    "sparsity_coefficient": "sae.sparsity_coefficient",
+    "objective": "sae.objective",
+    "resume_from_checkpoint": "--resume",
+    "per_device_train_batch_size": "training.activation_batch_size",
+    "num_train_epochs": "training.max_steps",
+}
+"""Arguments of the trainer that a run states in another place."""
+
+ALTERNATIVES = (("sae.d_sae", "sae.expansion_factor"), ("model.device", "model.device_map"))
+"""Of these at most one can be given; one that is given replaces the other in a preset."""
+
+SOURCES = ("dataset", "files", "shards")
+NOT_OF_SHARDS = (
+    *("text_column", "documents", "context_length", "packing", "bos", "eos", "special_tokens"),
+    *("sequences_per_batch", "buffer_size", "save_buffer"),
+)
+FOREIGN = {
+    "dataset": ("documents",),
+    "files": ("config", "split", "revision"),
+    "shards": ("config", "split", "revision", "streaming", *NOT_OF_SHARDS),
+}
+"""Settings of the data that mean nothing for a source."""
+OF_REMEDIES = {
+    "resample": ("resample_steps", "resample_inputs", "lr_dip", "lr_dip_steps"),
+    "auxk": ("auxk_latents", "auxk_coefficient"),
+    "pre_activation_pull": ("pull_coefficient",),
+}
+"""Arguments of the trainer that mean something with one remedy for dead latents only."""
+
+_SHARE = re.compile(r"(\d+(?:\.\d+)?)\s*%")
+
+
+def read_run(path: str | Path | None = None, flags: Mapping[str, Any] | None = None) -> RunConfig:
+    """Return a run: flags over the file over the preset over the defaults.
+
+    Args:
+        path: of the YAML file; None for flags alone.
+        flags: nested mapping, see `read_flags`.
+
+    Raises:
+        MissingFileError: if there is no such file.
+        InputError: for an unknown key, a wrong value, or two that contradict each other; the message says where.
+    """
+    given = merged({} if path is None else read_yaml(path), flags or {})
+    return assemble(given)
+
+
+def assemble(given: Mapping[str, Any]) -> RunConfig:
+    """Return the run that a nested mapping describes; errors as for `read_run`."""
+    given = _sections(given)
+    explicit = dict(leaves(given))
+    below = _preset(given.get("preset"))
+    for pair in ALTERNATIVES:
+        chosen = [place for place in pair if explicit.get(place) is not None]
+        if len(chosen) == len(pair):
+            raise InputError(f"Given both {pair[0]} and {pair[1]}; expected one of them.")
+        for place in pair if chosen else ():
+            section, name = place.split(".")
+            below.get(section, {}).pop(name, None)
+    _settle_remedy(explicit, below.setdefault("training", {}))
+    whole = merged(merged(RUN_DEFAULTS, below), given)
+    saes = whole.get("saes") or {}
+    if saes:
+        whole["saes"] = {name: merged(whole.get("sae") or {}, section or {}) for name, section in saes.items()}
+    config = read_section(RunConfig, whole)
+    _check_data(config.data, explicit)
+    if config.model is None and config.data.shards is None:
+        raise InputError("model.name is missing: text becomes activations only in a model.")
+    for name, sae in config.named.items():
+        _check_sae(sae, f"saes.{name}." if name else "sae.")
+    config = dataclasses.replace(config, training=_read_training(config.training))
+    arguments(config)  # what it refuses is refused now
+    return config
+
+
+def plain(config: RunConfig) -> dict[str, Any]:
+    """Return a run as it would stand in a YAML file, complete, with what its preset says; `assemble` reads it back."""
+    whole = {name: value for name, value in asdict(config).items() if value is not None and name != "preset"}
+    if config.saes:
+        whole["saes"] = {name: _flat(section) for name, section in whole["saes"].items()}
+    else:
+        whole["sae"] = _flat(whole["sae"])
+    whole.pop("sae" if config.saes else "saes")
+    foreign = FOREIGN[next(name for name in SOURCES if getattr(config.data, name) is not None)]
+    for section in ("model", "data"):
+        found = whole.get(section, {})
+        whole[section] = {name: value for name, value in found.items() if value is not None and name not in foreign}
+    return {name: value for name, value in whole.items() if value != {}}
+
+
+def _flat(section: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in section.items() if name != "settings" and value not in (None, {})}
+    return kept | dict(section["settings"])
+
+
+def arguments(config: RunConfig, **changes: Any) -> SAETrainingArguments:
+    """Return the trainer's arguments.
+
+    Args:
+        config: the run.
+        **changes: arguments that are laid over it.
+
+    Raises:
+        InputError: if the trainer, or transformers, refuses them.
+    """
+    values = {
+        "output_dir": config.output_dir,
+        "seed": config.seed,
+        **config.training,
+    }
+    values |= _by_sae("sparsity_coefficient", {name: sae.sparsity_coefficient for name, sae in config.named.items()})
+    values |= _by_sae("objective", {name: sae.objective for name, sae in config.named.items()})
+    try:
+        return SAETrainingArguments(**{**values, **changes})
+    except SAEError as error:
+        raise InputError(f"training: {error}") from error
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        raise InputError(f"training: {' '.join(str(error).split())}") from error
+
+
+def _by_sae(argument: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an argument of the trainer that each SAE has its own value of: one, or a mapping; none without values."""
+    if not any(value not in (None, {}) for value in given.values()):
+        return {}
+    default = SAETrainingArguments.sparsity_coefficient
+    filled = {name: default if value is None else value for name, value in given.items()}
+    return {argument: filled.get("", filled)}
+
+
+def setting_names(sae_class: type[SAEModel]) -> list[str]:
+    """Return the fields of an architecture's configuration that a run states."""
+    return [name for name in sae_class.config_class.own_fields() if name not in DECIDED_BY_THE_RUN]
+
+
+# ---------------------------------------------------------------------- what is refused
+
+
+def _sections(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings with sections that are mappings; merging would hide that one is not.
+
+    Raises:
+        InputError: for a section that is something else.
+    """
+    found = dict(given)
+    for name in ("model", "data", "sae", "saes", "training"):
+        if not isinstance(given.get(name), (Mapping, type(None))):
+            found[name] = read_value(dict[str, Any], given[name], name)  # a flag's text may be a whole section
+    for name, section in (found.get("saes") or {}).items():
+        if not isinstance(section, (Mapping, type(None))):
+            found["saes"] = {**found["saes"], name: read_value(dict[str, Any], section, f"saes.{name}")}
+    return found
+
+
+def _preset(name: Any) -> dict[str, Any]:
+    """Return what a preset lays under a run."""
+    return presets[str(name)].settings if name is not None else {}
+
+
+def _settle_remedy(explicit: Mapping[str, Any], preset: dict[str, Any]) -> None:
+    """Raise for a setting of another remedy than the chosen one; of a preset's, drop it."""
+    chosen = read_value(
+        str | None,
+        explicit.get("training.dead_latent_remedy", preset.get("dead_latent_remedy", "resample")),
+        "training.dead_latent_remedy",
+    )
+    if chosen is not None and chosen not in remedies:
+        raise unknown_name("training.dead_latent_remedy", chosen, remedies)
+    for remedy, names in OF_REMEDIES.items():
+        for name in names if remedy != chosen else ():
+            if f"training.{name}" in explicit:
+                raise InputError(
+                    f"training.{name} belongs to training.dead_latent_remedy: {remedy}, and the remedy is "
+                    f"{chosen or 'null'}: remove one of them."
+                )
+            preset.pop(name, None)
+
+
+def _check_data(data: DataSettings, explicit: Mapping[str, Any]) -> None:
+    """Raise unless there is one source, with settings of that source."""
+    chosen = [name for name in SOURCES if getattr(data, name) is not None]
+    if len(chosen) != 1:
+        given = " and ".join(f"data.{name}" for name in chosen) or "none"
+        raise InputError(f"Activations come from one of data.dataset, data.files and data.shards; given {given}.")
+    for name in FOREIGN[chosen[0]]:
+        if f"data.{name}" in explicit:
+            raise InputError(f"data.{name} means nothing with data.{chosen[0]}: remove it.")
+
+
+def _check_sae(sae: SAESettings, place: str) -> None:
+    """Raise if an SAE has settings that its architecture does not know."""
+    if sae.architecture not in architectures:
+        raise unknown_name(f"{place}architecture", sae.architecture, architectures)
+    sae_class = architectures[sae.architecture]
+    known = setting_names(sae_class)
+    for name in sae.settings:
+        if name in known:
+            continue
+        others = [other for other, model in architectures.items() if name in setting_names(model)]
+        if others:
+            raise InputError(
+                f"{place}{name} is a setting of {', '.join(others)}, and this SAE is {sae.architecture}: remove it, "
+                f"or change {place}architecture."
+            )
+        if name in DECIDED_BY_THE_RUN:
+            raise InputError(f"{place}{name} follows from the rest of the run and cannot be given.")
+        raise unknown_key(name, place, [each.name for each in fields(SAESettings) if not each.metadata] + known)
+    if sae.sparsity_coefficient is not None and not sae_class.objective_class.penalises:
+        raise InputError(
+            f"{place}sparsity_coefficient means nothing to a {sae.architecture} SAE, which is sparse by construction: "
+            "remove it."
+        )
+    if sae.site is None:
+        raise InputError(f"{place}site is missing: where in the model is it to read? Such as resid_post.6.")
+    if sae.d_sae is None and sae.expansion_factor is None:
+        raise InputError(f"{place}d_sae is missing: how many latents? Or give {place}expansion_factor.")
+    variants = [each.name for each in fields(sae_class.objective_class)]
+    for name in sae.objective:
+        if name not in variants:
+            raise unknown_key(name, f"{place}objective.", variants)
+
+
+def settings_of(sae: SAESettings, place: str = "sae.") -> dict[str, Any]:
+    """Return an SAE's own settings with values of the types that its configuration has.
+
+    Args:
+        sae: the SAE.
+        place: where it stands, for errors.
+    """
+    config_class: type[SAEConfig] = architectures[sae.architecture].config_class
+    hints = hints_of_config(config_class)
+    return {name: read_value(hints[name], value, f"{place}{name}") for name, value in sae.settings.items()}
+
+
+def hints_of_config(config_class: type[SAEConfig]) -> dict[str, Any]:
+    """Return the types of an SAE's configuration, each as one union."""
+    found: dict[str, Any] = {}
+    for name, kinds in config_class.own_fields().items():
+        hint: Any = kinds[0]
+        for kind in kinds[1:]:
+            hint = hint | kind
+        found[name] = hint
+    return found
+
+
+def _read_training(training: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the trainer's arguments with values of their types, and shares of the run as steps."""
+    hints = hints_of(SAETrainingArguments)
+    found: dict[str, Any] = {}
+    steps = read_value(int, training.get("max_steps", SAETrainingArguments.max_steps), "training.max_steps")
+    for name, value in training.items():
+        if name in ELSEWHERE:
+            raise InputError(f"training.{name} is given as {ELSEWHERE[name]}: remove it.")
+        if name not in hints:
+            raise unknown_key(name, "training.", list(hints))
+        found[name] = read_value(hints[name], _steps(value, steps), f"training.{name}")
+    return found
+
+
+def _steps(value: Any, steps: int) -> Any:
+    """Return a value with shares such as ``5%`` in it as numbers of steps."""
+    if isinstance(value, Mapping):
+        return {name: _steps(each, steps) for name, each in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_steps(each, steps) for each in value]
+    share = _SHARE.fullmatch(value) if isinstance(value, str) else None
+    return round(float(share[1]) / 100 * steps) if share else value

@@ -1,0 +1,357 @@
+"""What a run will cost: memory, operations and time, measured on a few real steps or estimated without any."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
+
+from ...errors import InputError
+from ...modeling import SAEModel
+from ...sites import Site
+from ..memory import TrainingMemory
+from ..streams import ModelActivations, TensorActivations
+from ..trainer import SAETrainer
+from .assembly import arguments
+from .config import RunConfig
+from .models import load_config
+from .parts import Parts, base_model, build, new_saes
+
+STEPS = 6
+"""Steps that are timed, of which the first two warm up."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one step.
+
+    Attributes:
+        operations: floating-point operations if all latents are computed; fewer are where most latents are off.
+        seconds: how long it takes.
+    """
+
+    operations: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will cost.
+
+    Attributes:
+        measured: whether steps were run; else everything follows from sizes and the speed of one matrix product.
+        parameters: of each SAE by name.
+        memory: what the SAEs take.
+        activations: bytes that a step holds between forward and backward.
+        buffer: bytes of the activations held for shuffling.
+        model: bytes of the base model; 0 without one.
+        available: bytes of memory where the SAEs are; and of the device.
+        steps: in all.
+        batch: activations per step, of all processes.
+        tokens: of text per step, about.
+        training: cost of the SAEs' step.
+        reading: cost of the base model's forwards for it.
+    """
+
+    measured: bool
+    parameters: Mapping[str, int]
+    memory: TrainingMemory
+    activations: int
+    buffer: int
+    model: int
+    available: int
+    steps: int
+    batch: int
+    tokens: float
+    training: Cost
+    reading: Cost
+
+    @property
+    def total(self) -> int:
+        """Bytes in all, at the peak, if everything is on one device."""
+        return self.memory.total(0) + self.activations + self.buffer + self.model
+
+    def tables(self) -> dict[str, list[tuple[str, str, str]]]:
+        """Return the estimate for people: by title, rows of name, value and remark."""
+        how = "measured" if self.measured else "estimated"
+        seconds = self.training.seconds + self.reading.seconds
+        operations = self.training.operations + self.reading.operations
+        fits = "fits" if self.total < self.available else "DOES NOT FIT"
+        size = [(f"parameters{f' of {name}' if name else ''}", f"{n:,}", "") for name, n in self.parameters.items()]
+        return {
+            "Memory": [
+                *size,
+                ("weights", in_bytes(self.memory.weights), ""),
+                ("gradients", in_bytes(self.memory.gradients), ""),
+                ("Adam's moments", in_bytes(self.memory.moments), ""),
+                ("activations", in_bytes(self.activations), f"of one step, {how}"),
+                ("shuffle buffer", in_bytes(self.buffer), ""),
+                *([("base model", in_bytes(self.model), "weights alone")] if self.model else []),
+                ("in all", in_bytes(self.total), f"{fits} {in_bytes(self.available)} that are free here"),
+            ],
+            f"Time and operations ({how})": [
+                ("SAE step", in_time(self.training.seconds), f"{_short(self.training.operations)}FLOP"),
+                ("base model", in_time(self.reading.seconds), f"{_short(self.reading.operations)}FLOP, per step"),
+                ("both", in_time(seconds), f"{_short(operations)}FLOP, {_short(operations / seconds)}FLOP/s"),
+            ],
+            "The whole run": [
+                ("steps", f"{self.steps:,}", f"of {self.batch:,} activations"),
+                ("activations", f"{self.steps * self.batch:,}", ""),
+                ("tokens", f"{round(self.steps * self.tokens):,}", "of text, with those that are not learned"),
+                ("operations", f"{_short(self.steps * operations)}FLOP", ""),
+                ("time", in_time(self.steps * seconds), f"{self.batch / seconds:,.0f} activations per second"),
+            ],
+        }
+
+
+def estimate(config: RunConfig) -> Estimate:
+    """Estimate from sizes; of the model only the configuration is read, and nothing is run.
+
+    Args:
+        config: the run.
+
+    Raises:
+        InputError: if the width of a site cannot be known without the model.
+    """
+    args = arguments(config)
+    rate = _rate(args.device)
+    if config.model is None:
+        raise InputError("Activations on disk have no model to estimate: leave --no-measure out.")
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(load_config(config.model))
+    text = model.config.get_text_config()
+    widths = {site: _width(site, text.hidden_size) for sae in config.named.values() for site in _sites(sae)}
+    with torch.device("meta"):
+        saes = new_saes(config, widths, {"base_model": base_model(config.model)}, torch.device("meta"))
+    batch = args.activation_batch_size * args.gradient_accumulation_steps * args.world_size
+    reading = _share_of_layers(widths, model.config) * _reading_operations(model) * batch
+    training = _learning_operations(saes) * batch
+    dtype = getattr(torch, config.model.dtype, None) or model.dtype
+    return Estimate(
+        measured=False,
+        **_common(config, saes, args),
+        activations=TrainingMemory.of(saes.values()).per_activation * args.activation_batch_size,
+        buffer=config.data.buffer_size * sum(widths.values()) * dtype.itemsize,
+        model=sum(each.numel() for each in model.parameters()) * dtype.itemsize,
+        tokens=float(batch),
+        training=Cost(training, training / rate),
+        reading=Cost(reading, reading / rate),
+    )
+
+
+def measured(config: RunConfig) -> Estimate:
+    """Build every part of a run, and measure a few steps on real activations; nothing is written.
+
+    The SAEs are as they start, when more latents are on than later: steps become faster.
+
+    Args:
+        config: the run.
+    """
+    parts = build(config)
+    args = parts.arguments
+    reading, tokens, x = _read(parts)
+    training, activations = _train(parts, x)
+    here = args.activation_batch_size * args.gradient_accumulation_steps
+    batch = here * args.world_size
+    model = parts.model
+    share = 0.0 if model is None else _share_of_layers(parts.stream.sites, model.config)
+    return Estimate(
+        measured=True,
+        **_common(config, parts.saes, args),
+        activations=activations,
+        buffer=parts.stream.buffer_bytes if isinstance(parts.stream, ModelActivations) else 0,
+        model=0 if model is None else sum(each.numel() * each.element_size() for each in model.parameters()),
+        tokens=tokens * batch,
+        training=Cost(_learning_operations(parts.saes) * batch, training),
+        reading=Cost(share * _reading_operations(model) * tokens * batch, reading * here),
+    )
+
+
+def _learning_operations(saes: Mapping[str, SAEModel]) -> float:
+    """Return the operations per activation of forward and backward passes on all latents: 6 per weight."""
+    return sum(6.0 * (sae.config.d_in + sae.d_out) * sae.config.d_sae for sae in saes.values())
+
+
+def _reading_operations(model: Any) -> float:
+    """Return the operations per token of a whole forward: 2 per weight, embeddings left out, attention not counted."""
+    if model is None:
+        return 0.0
+    return 2.0 * (sum(each.numel() for each in model.parameters()) - model.get_input_embeddings().weight.numel())
+
+
+def _share_of_layers(sites: Iterable[str], config: Any) -> float:
+    """Return which share of the layers lies before the last site; all of them if a site has no layer."""
+    layers = config.get_text_config().num_hidden_layers
+    numbers = [Site.parse(site).layer for site in sites]
+    return 1.0 if None in numbers else (max(number or 0 for number in numbers) + 1) / layers
+
+
+def _common(config: RunConfig, saes: Mapping[str, SAEModel], args: Any) -> dict[str, Any]:
+    """Return what is known without running anything."""
+    return {
+        "parameters": {name: sum(each.numel() for each in sae.parameters()) for name, sae in saes.items()},
+        "memory": TrainingMemory.of(saes.values()),
+        "available": _available(args.device),
+        "steps": args.max_steps,
+        "batch": args.activation_batch_size * args.gradient_accumulation_steps * args.world_size,
+    }
+
+
+def _read(parts: Parts) -> tuple[float, float, dict[str, Tensor]]:
+    """Return the seconds that reading one activation takes, tokens of text per activation, and some activations."""
+    stream = parts.stream
+    if not isinstance(stream, ModelActivations):
+        return 0.0, 1.0, next(stream.sample(4096))
+    batches = iter(stream.tokens.open())
+    first = next(batches)
+    second = next(batches, first)
+    list(stream.read(iter([first])))  # the first one is slower
+    start = time.perf_counter()
+    [x] = stream.read(iter([second]))
+    _wait(parts.arguments.device)
+    seconds = time.perf_counter() - start
+    count = len(next(iter(x.values())))
+    tokens = second["input_ids"] if isinstance(second, Mapping) else second
+    return seconds / count, tokens.numel() / count, x
+
+
+def _train(parts: Parts, x: Mapping[str, Tensor]) -> tuple[float, int]:
+    """Return the seconds that a step of all SAEs takes, and the bytes that it holds for its backward pass."""
+    args = parts.arguments
+    wanted = args.activation_batch_size
+    rows = torch.arange(2 * wanted) % len(next(iter(x.values())))
+    few = {site: values[rows.to(values.device)] for site, values in x.items()}
+    held = 0
+    for sae in parts.saes.values():
+        one = few[parts.stream.key(sae.config.site)][:wanted].to(sae.W_dec)
+        target = few[parts.stream.key(sae.config.site_out)][:wanted].to(sae.W_dec) if sae.config.site_out else None
+        saved = _Held(sae)
+        with saved:
+            sae.training_loss(one, target=target, sparsity_coefficient=1.0).total.backward()
+        held += saved.bytes
+        sae.zero_grad(set_to_none=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        return _timed(parts, TensorActivations(few), scratch), held
+
+
+def _timed(parts: Parts, stream: TensorActivations, scratch: str) -> float:
+    """Return the median time of a trainer's step."""
+    quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "logging_strategy": "no"}
+    args = arguments(
+        parts.config, output_dir=scratch, max_steps=STEPS, recorded_activations=0, **quiet, resample_steps=[]
+    )
+    clock = _Clock(args.device)
+    saes = {name: copy.deepcopy(sae) for name, sae in parts.saes.items()}
+    alone = saes.get("")
+    trainer = SAETrainer(saes if alone is None else alone, args, stream, callbacks=[clock])
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return sorted(clock.seconds[2:])[(STEPS - 2) // 2]
+
+
+class _Clock(TrainerCallback):
+    """Times every step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        _wait(self.device)
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        _wait(self.device)
+        self.seconds.append(time.perf_counter() - self._start)
+
+
+class _Held(saved_tensors_hooks):
+    """Counts the bytes that autograd keeps for a backward pass, besides the parameters."""
+
+    def __init__(self, sae: SAEModel) -> None:
+        super().__init__(self._note, lambda tensor: tensor)
+        self._known = {each.untyped_storage().data_ptr() for each in sae.parameters()}
+        self.bytes = 0
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._known:
+            self._known.add(storage.data_ptr())
+            self.bytes += storage.nbytes()
+        return tensor
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _available(device: torch.device) -> int:
+    """Return the bytes that are free."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def _rate(device: torch.device, size: int = 1024) -> float:
+    """Return the operations per second of a matrix product."""
+    a = torch.randn(size, size, device=device)
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        a @ a
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)
+
+
+def _sites(sae: Any) -> Iterator[str]:
+    yield from (site for site in (sae.site, sae.site_out) if site)
+
+
+def _width(site: str, hidden: int) -> int:
+    """Return the width of a site that is as wide as the residual stream.
+
+    Raises:
+        InputError: for another one.
+    """
+    if Site.parse(site).name not in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"):
+        raise InputError(f"How wide {site} is, only the model can tell: leave --no-measure out.")
+    return hidden
+
+
+def in_bytes(count: float) -> str:
+    """Return a size for people.
+
+    >>> in_bytes(1_234_567)
+    '1.23 MB'
+    """
+    return f"{_short(count)}B"
+
+
+def in_time(seconds: float) -> str:
+    """Return a duration for people.
+
+    >>> in_time(0.0042), in_time(4000)
+    ('4.2 ms', '1.1 h')
+    """
+    for size, unit in ((86_400 * 2, "d"), (3600, "h"), (60, "min"), (1, "s")):
+        if seconds >= size:
+            return f"{seconds / min(size, 86_400):.1f} {unit}"
+    return f"{seconds * 1000:.1f} ms"
+
+
+def _short(number: float) -> str:
+    """Return three digits of a number and the letter for its thousands."""
+    letters = ("", "k", "M", "G", "T", "P", "E")
+    power = 0
+    while abs(number) >= 999.5 and power < len(letters) - 1:
+        number, power = number / 1000, power + 1
+    return f"{number:.3g} {letters[power]}"

@@ -1,0 +1,144 @@
+"""The parts of a run: model, proven sites, activations and new SAEs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ...architectures import architectures
+from ...errors import InputError, SAEError
+from ...hooks.dispatch import prove
+from ...hooks.shards import ActivationShards
+from ...modeling import SAEModel
+from ..arguments import SAETrainingArguments
+from ..streams import ActivationStream, ModelActivations, ShardActivations
+from .assembly import arguments, settings_of
+from .config import ModelSettings, RunConfig, SAESettings
+from .models import is_folder, load_model, load_tokenizer, pinned_model
+from .text import open_tokens, pinned_data
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of; nothing is written yet.
+
+    Attributes:
+        config: the run, with the commits that model and data set were resolved to.
+        arguments: of the trainer.
+        stream: where activations come from.
+        saes: the new SAEs, by the name of their section.
+        model: the causal LM; None if activations come from shards.
+        tokenizer: its tokenizer; likewise.
+    """
+
+    config: RunConfig
+    arguments: SAETrainingArguments
+    stream: ActivationStream
+    saes: Mapping[str, SAEModel]
+    model: PreTrainedModel | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+
+def build(config: RunConfig) -> Parts:
+    """Load the model, prove the sites, open the data, and make the SAEs.
+
+    Args:
+        config: the run.
+
+    Raises:
+        InputError: if a part cannot be made as the run says.
+        SiteError: if the model does not have a site.
+    """
+    chosen = arguments(config)
+    sites = list(dict.fromkeys(site for sae in config.named.values() for site in (sae.site, sae.site_out) if site))
+    if config.data.shards is not None:
+        return _from_shards(config, chosen, sites)
+    assert config.model is not None  # `assemble` has seen to it
+    settings = pinned_model(config.model)
+    model = load_model(settings, chosen.device)
+    widths = {site: slot.width for site, slot in prove(model, sites).items()}
+    tokenizer = load_tokenizer(settings)
+    data = pinned_data(config.data)
+    tokens = open_tokens(data, tokenizer, model)
+    pinned = dataclasses.replace(config, model=settings, data=data)
+    stream = ModelActivations(
+        model,
+        sites,
+        tokens,
+        buffer_size=data.buffer_size,
+        seed=config.seed,
+        special_tokens=data.special_tokens,
+        device=chosen.device,
+        save_buffer=data.save_buffer,
+    )
+    facts = {"base_model": base_model(pinned.model), "base_model_revision": settings.revision}
+    return Parts(pinned, chosen, stream, new_saes(pinned, widths, facts, chosen.device), model, tokenizer)
+
+
+def _from_shards(config: RunConfig, chosen: SAETrainingArguments, sites: list[str]) -> Parts:
+    assert config.data.shards is not None
+    shards = ActivationShards(config.data.shards)
+    stream = ShardActivations(shards, sites, seed=config.seed, device=chosen.device)
+    widths = {site: shards.index["values"][site]["width"] for site in sites}
+    written = shards.index.get("base_model")
+    if config.model is not None and written not in (None, config.model.name):
+        raise InputError(
+            f"model.name is {config.model.name!r}, and the shards in {shards.folder} are of {written!r}: remove the "
+            "section, or give the shards of that model."
+        )
+    settings = config.model or (ModelSettings(written) if written else None)
+    facts = {"base_model": base_model(settings), "base_model_revision": shards.index.get("base_model_revision")}
+    return Parts(config, chosen, stream, new_saes(config, widths, facts, chosen.device))
+
+
+def base_model(settings: ModelSettings | None) -> str | None:
+    """Return the id under which others find the model; None if there is none, as of a folder of this machine."""
+    if settings is None:
+        return None
+    here = is_folder(settings.name) or Path(settings.name).is_absolute()
+    return settings.hub_id or (None if here else settings.name)
+
+
+def new_saes(
+    config: RunConfig, widths: Mapping[str, int], facts: Mapping[str, Any], device: torch.device
+) -> dict[str, SAEModel]:
+    """Return the SAEs as they start, by the name of their section; the same ones for the same seed.
+
+    Args:
+        config: the run.
+        widths: of the activations at each site.
+        facts: further fields of their configurations.
+        device: where they go.
+    """
+    made = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        for name, sae in config.named.items():
+            made[name] = _new_sae(sae, widths, facts, f"saes.{name}." if name else "sae.").to(device)
+    return made
+
+
+def _new_sae(sae: SAESettings, widths: Mapping[str, int], facts: Mapping[str, Any], place: str) -> SAEModel:
+    sae_class = architectures[sae.architecture]
+    assert sae.site is not None  # `assemble` has seen to it
+    d_in = widths[sae.site]
+    wanted = sae.d_sae if sae.d_sae is not None else round(d_in * (sae.expansion_factor or 0))
+    out = {"site_out": sae.site_out, "d_out": widths[sae.site_out]} if sae.site_out else {}
+    if sae.site_out and "apply_b_dec_to_input" not in sae.settings:
+        out["apply_b_dec_to_input"] = False  # b_dec belongs to the other site
+    dtype = getattr(torch, sae.dtype, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise InputError(f"{place}dtype is {sae.dtype!r}; expected float32 or bfloat16.")
+    try:
+        settings = {**out, **settings_of(sae, place)}
+        made = sae_class(sae_class.config_class(d_in=d_in, d_sae=wanted, site=sae.site, **facts, **settings))
+    except SAEError as error:
+        message = str(error)
+        raise InputError(message if message.startswith(place) else f"{place}{message}") from error
+    return made.to(dtype)

@@ -1,0 +1,81 @@
+"""Opening the text of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ...errors import MissingFileError
+from ..streams.dataset import open_text
+from ..streams.packing import TextTokens
+from ..streams.text import Text, TextFiles
+from .config import DataSettings
+from .pinning import commit_on_hub
+
+LONGEST_CONTEXT = 1024
+"""Tokens per sequence where the run does not say, unless the model takes fewer."""
+
+
+def pinned_data(data: DataSettings) -> DataSettings:
+    """Return the settings with the commit that a data set's revision leads to; errors as for `commit_on_hub`."""
+    if data.dataset is None:
+        return data
+    commit = commit_on_hub(data.dataset, data.revision, "dataset", "data.dataset")
+    return dataclasses.replace(data, revision=commit)
+
+
+def open_tokens(
+    data: DataSettings, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, text: Text | None = None
+) -> TextTokens:
+    """Return the text as batches of tokens; errors as for `open_text` and `TextTokens`.
+
+    Args:
+        data: where it is, and how it is cut.
+        tokenizer: the model's.
+        model: says how long a sequence may be, if the run does not.
+        text: another text to be cut in the same way.
+    """
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST_CONTEXT
+    return TextTokens(
+        _text(data) if text is None else text,
+        tokenizer,
+        context_length=data.context_length or min(longest, LONGEST_CONTEXT),
+        sequences_per_batch=data.sequences_per_batch,
+        packing=data.packing,
+        bos=data.bos,
+        eos=data.eos,
+    )
+
+
+def _text(data: DataSettings) -> Text:
+    """Return the documents."""
+    if data.dataset is not None:
+        return open_text(
+            data.dataset,
+            config=data.config,
+            split=data.split,
+            revision=data.revision,
+            column=data.text_column,
+            streaming=data.streaming,
+        )
+    if isinstance(data.files, str):
+        return open_text(Path(data.files), column=data.text_column, streaming=data.streaming, documents=data.documents)
+    return TextFiles(_matching(data.files or []), split=data.documents)
+
+
+def _matching(patterns: list[str]) -> list[str]:
+    """Return the files that paths and patterns stand for.
+
+    Raises:
+        MissingFileError: for one that stands for none.
+    """
+    found: list[str] = []
+    for pattern in map(Path, patterns):
+        root = Path(pattern.anchor)
+        here = [pattern] if pattern.exists() else sorted(root.glob(str(pattern.relative_to(root))))
+        if not here:
+            raise MissingFileError(f"data.files: there is no {pattern}; expected a path, or a pattern such as *.txt.")
+        found += map(str, here)
+    return found

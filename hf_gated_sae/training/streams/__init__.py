@@ -1,0 +1,33 @@
+"""Where activations come from: memory, shards on disk, or a causal LM that reads text.
+
+A new source of activations subclasses `ActivationStream`, a new source of text `Text`.
+"""
+
+from .base import ANY_SITE, ActivationStream, Cursor
+from .dataset import DatasetText, open_text
+from .model import ModelActivations, collect
+from .packing import TextTokens
+from .rows import RowActivations
+from .shards import ShardActivations
+from .tensors import TensorActivations
+from .text import IterableText, Text, TextFiles
+from .tokens import GivenTokens, TokenStream
+
+__all__ = [
+    "ANY_SITE",
+    "ActivationStream",
+    "Cursor",
+    "DatasetText",
+    "GivenTokens",
+    "IterableText",
+    "ModelActivations",
+    "RowActivations",
+    "ShardActivations",
+    "TensorActivations",
+    "Text",
+    "TextFiles",
+    "TextTokens",
+    "TokenStream",
+    "collect",
+    "open_text",
+]

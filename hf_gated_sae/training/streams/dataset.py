@@ -1,0 +1,317 @@
+"""Text from the `datasets` library, which is optional: the Hub, local files, and data sets in memory."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from ...errors import InputError, MissingFileError, SAEError, did_you_mean, shown
+from .base import State, require_rank
+from .text import IterableText, Text, TextFiles, TextReader, visible_files
+
+BUILDERS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".arrow": "arrow",
+}
+"""Which builder of `datasets` reads which files."""
+
+_PACKED = (".gz", ".bz2", ".xz", ".zst")
+_STRINGS = ("string", "large_string")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+class DatasetText(Text):
+    """One column of a `datasets.Dataset` or `datasets.IterableDataset`.
+
+    Of several processes, each reads its part as `datasets` splits it: whole shards where their number allows, else
+    every so many-th row. Positions in a streaming data set are its own (`IterableDataset.state_dict`) where they prove
+    exact; a shuffled one is read again up to where it was.
+
+    Args:
+        dataset: one split.
+        column: the column that holds the text; by default ``text``, else the only one of strings.
+        name: what it is called in messages.
+
+    Raises:
+        InputError: if it is no data set, or has no such column, or several of strings; while reading, if it cannot be
+            read on.
+    """
+
+    def __init__(self, dataset: Any, *, column: str | None = None, name: str | None = None) -> None:
+        datasets = require_datasets()
+        if isinstance(dataset, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+            raise InputError(
+                f"Given a {type(dataset).__name__} with the splits {', '.join(dataset)}; expected one of them, such "
+                f"as dataset[{next(iter(dataset), 'train')!r}]."
+            )
+        if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
+            raise InputError(f"Given {shown(dataset)}; expected a datasets.Dataset or datasets.IterableDataset.")
+        super().__init__(name or f"a {type(dataset).__name__}")
+        self.streaming = isinstance(dataset, datasets.IterableDataset)
+        self.column = _text_column(dataset, column, self.name)
+        self.dataset = dataset.select_columns([self.column])
+
+    def everything(self) -> Iterator[Any]:
+        """Yield all documents of this process."""
+        return self.rows(self.dataset)
+
+    def documents(self, start: int = 0) -> Iterator[Any]:
+        """Yield this process's documents, beginning with number `start` of them."""
+        if self.streaming:
+            return islice(self.rows(copy.deepcopy(self.dataset)), start, None)
+        end = len(self.dataset)
+        return self.rows(self.dataset.select(range(start, end)) if start < end else ())
+
+    def rows(self, dataset: Any) -> Iterator[Any]:
+        """Yield the column of a data set.
+
+        Raises:
+            InputError: if `datasets` cannot read on.
+        """
+        for row in _rows(dataset, self.name):
+            yield row[self.column]
+
+    def shard(self, rank: int, world_size: int) -> DatasetText:
+        """Return one process's part."""
+        require_rank(rank, world_size)
+        part = copy.copy(self)
+        part.rank, part.world_size = self.rank + self.world_size * rank, self.world_size * world_size
+        if self.streaming:
+            part.dataset = require_datasets().distributed.split_dataset_by_node(self.dataset, rank, world_size)
+        else:
+            part.dataset = self.dataset.shard(world_size, rank, contiguous=False, keep_in_memory=True)
+        return part
+
+    def open(self, state: State | None = None) -> TextReader:
+        """Return a reader; of a streaming data set, one that keeps the data set's own position."""
+        return _StreamingReader(self, state) if self.streaming else TextReader(self, state)
+
+
+class _StreamingReader(TextReader):
+    """Goes back to the position that the data set itself gave before the latest documents, if that proves exact.
+
+    The data set's position does not know what its shuffle buffers held. So the latest documents are read again, and
+    only if they are the same ones is it believed; otherwise the documents are counted from the beginning.
+    """
+
+    text: DatasetText
+    _before: State | None = None
+
+    def __init__(self, text: DatasetText, state: State | None = None) -> None:
+        self._dataset = copy.deepcopy(text.dataset)  # a data set has one position, whoever reads it
+        super().__init__(text, None)
+        self._documents = text.rows(self._dataset)
+        if state is None or not state["documents"]:
+            return
+        latest = state["latest"]
+        if state["dataset"] is not None:
+            self._dataset.load_state_dict(state["dataset"])
+            self.count = state["documents"] - len(latest)
+            self.take(len(latest))
+            if self._digests == latest:
+                return
+        self._return(state)
+
+    def take(self, most: int) -> list[str]:
+        """Return the next documents, at most so many; none at the end."""
+        before = self._dataset.state_dict()
+        documents = super().take(most)
+        if documents:
+            self._before = before if _fits_into_json(before) else None
+        return documents
+
+    def state_dict(self) -> State:
+        """Return how many documents were read, the digests of the latest, and the data set's position before them."""
+        return {**super().state_dict(), "dataset": self._before}
+
+    def _restart(self, start: int) -> None:
+        self._dataset = copy.deepcopy(self.text.dataset)
+        self.count, self._digests = start, []
+        self._documents = islice(self.text.rows(self._dataset), start, None)
+
+
+def open_text(
+    source: Any,
+    *,
+    config: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    column: str | None = None,
+    streaming: bool = True,
+    documents: Literal["file", "paragraph", "line"] = "file",
+) -> Text:
+    """Open text, wherever it is.
+
+    Args:
+        source: a data set's id on the Hub; a file or folder of ``.txt``, JSON (lines), Parquet, CSV or Arrow; a folder
+            of ``Dataset.save_to_disk``; a `datasets.Dataset` or `IterableDataset`; an iterable of strings, or a
+            function that gives one; or a `Text`.
+        config: of a data set on the Hub, its configuration.
+        split: of a data set on the Hub or a saved one, its split.
+        revision: of a data set on the Hub, its branch, tag or commit.
+        column: of a data set, the column that holds the text; by default ``text``, else the only one of strings.
+        streaming: of a data set on the Hub or in files: read it as it comes instead of downloading it first.
+        documents: of ``.txt`` files, what is one document.
+
+    Returns:
+        The text.
+
+    Raises:
+        InputError: if it cannot be opened, or `datasets` is needed and not installed.
+        MissingFileError: if a path is not there.
+    """
+    if isinstance(source, Text):
+        return source
+    library = sys.modules.get("datasets")  # without it, nothing can be one of its data sets
+    if library is not None and isinstance(
+        source,
+        (library.Dataset, library.IterableDataset, library.DatasetDict, library.IterableDatasetDict),
+    ):
+        return DatasetText(source, column=column)
+    if not isinstance(source, (str, Path)):
+        return IterableText(source)
+    path = Path(source).expanduser() if len(str(source)) < 4096 and "\n" not in str(source) else None
+    if path is not None and path.exists():
+        return _open_path(path, split, column, streaming, documents)
+    if isinstance(source, Path) or (path is not None and _looks_like_a_path(source)):
+        raise MissingFileError(f"There is no {source}; expected a file or folder of text, or a data set's id.")
+    if not _HUB_ID.fullmatch(source):
+        raise InputError(
+            f"Given the string {shown(source)} as text; expected a path or a data set's id on the Hub. Put the text "
+            "itself into a list."
+        )
+    dataset = _loaded(source, source, name=config, split=split, revision=revision, streaming=streaming)
+    return DatasetText(dataset, column=column, name=source)
+
+
+def require_datasets() -> ModuleType:
+    """Return the `datasets` library.
+
+    Raises:
+        InputError: if it is not installed.
+    """
+    try:
+        import datasets
+        import datasets.distributed
+    except ImportError as error:
+        raise InputError("Text from data sets needs the datasets library: pip install datasets.") from error
+    return datasets
+
+
+def _open_path(path: Path, split: str, column: str | None, streaming: bool, documents: Any) -> Text:
+    """Open a file or folder that is there."""
+    if path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
+        saved = require_datasets().load_from_disk(str(path))
+        if isinstance(saved, require_datasets().DatasetDict):
+            if split not in saved:
+                raise InputError(
+                    f"{path} has no split {split!r}.{did_you_mean(split, saved)} It has: {', '.join(saved)}."
+                )
+            saved = saved[split]
+        return DatasetText(saved, column=column, name=str(path))
+    files = visible_files(path) if path.is_dir() else [path]
+    kinds = {
+        kind: [file for file in files if _kind(file) == kind] for kind in {_kind(file) for file in files} - {None}
+    }
+    if len(kinds) != 1:
+        seen = ", ".join(sorted({file.suffix or file.name for file in files})[:10]) or "nothing"
+        found = "files of several kinds" if kinds else "no text that is known by its name"
+        raise InputError(
+            f"{path} has {found}: {seen}. Expected one of .txt, {', '.join(BUILDERS)}; for other plain text, pass "
+            "TextFiles([paths])."
+        )
+    [(kind, chosen)] = kinds.items()
+    if kind == "txt":
+        return TextFiles(chosen, split=documents)
+    options = {"sep": "\t"} if chosen[0].suffix.lower() == ".tsv" else {}
+    names = [str(file) for file in chosen]
+    dataset = _loaded(str(path), kind, data_files=names, split="train", streaming=streaming, **options)
+    return DatasetText(dataset, column=column, name=str(path))
+
+
+def _loaded(what: str, *args: Any, **options: Any) -> Any:
+    try:
+        return require_datasets().load_dataset(*args, **options)
+    except SAEError:
+        raise
+    except Exception as error:  # the library, its file formats, the Hub's client and HTTP have errors of their own
+        raise InputError(
+            f"The text {what!r} cannot be opened: {type(error).__name__}: {error} Check the name, config, split and "
+            "revision."
+        ) from error
+
+
+def _rows(dataset: Any, name: str) -> Iterator[Any]:
+    """Yield rows, with an error of ours where `datasets` cannot read on."""
+    count, rows = 0, iter(dataset)
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # each file format and file system has errors of its own
+            raise InputError(
+                f"The text ({name}) cannot be read on after {count} documents: {type(error).__name__}: {error}."
+            ) from error
+        count += 1
+        yield row
+
+
+def _kind(file: Path) -> str | None:
+    suffix = file.suffix.lower()
+    if suffix in _PACKED:
+        return BUILDERS.get(Path(file.stem).suffix.lower())
+    return "txt" if suffix == ".txt" else BUILDERS.get(suffix)
+
+
+def _looks_like_a_path(source: str) -> bool:
+    return source.startswith((".", "/", "~")) or "\\" in source or _kind(Path(source)) is not None
+
+
+def _text_column(dataset: Any, column: str | None, name: str) -> str:
+    """Return the column that holds the text.
+
+    Raises:
+        InputError: listing the columns.
+    """
+    if dataset.features is None:  # a stream says what it has only by its first row
+        first = next(_rows(copy.deepcopy(dataset), name), None)
+        if first is None:
+            raise InputError(f"The text ({name}) is empty: it has no rows.")
+        held = {each: isinstance(value, str) for each, value in first.items()}
+    else:
+        held = {each: getattr(kind, "dtype", None) in _STRINGS for each, kind in dataset.features.items()}
+    columns, texts = list(held), [each for each, is_text in held.items() if is_text]
+    if column is None:
+        if "text" not in texts and len(texts) != 1:
+            found = "several columns of strings" if texts else "no column of strings"
+            raise InputError(
+                f"The text ({name}) has {found}, and none called 'text'. Its columns: {', '.join(columns) or 'none'}. "
+                "Name one: column=..."
+            )
+        return "text" if "text" in texts else texts[0]
+    if column not in texts:
+        why = "is no column of strings" if column in columns else "is no column"
+        raise InputError(
+            f"{column!r} {why} of the text ({name}).{did_you_mean(column, texts)} Its columns: {', '.join(columns)}."
+        )
+    return column
+
+
+def _fits_into_json(state: Any) -> bool:
+    try:
+        return json.loads(json.dumps(state)) == state
+    except (TypeError, ValueError):
+        return False

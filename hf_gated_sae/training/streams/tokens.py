@@ -1,0 +1,108 @@
+"""Batches of tokens with a position: those that a user gives. Text is tokenised in `packing`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+from ...errors import InputError
+from ...hooks.harvest import TokenSource
+from ...hooks.token_batches import TokenBatch
+from .base import Cursor, State, require_rank
+
+
+class TokenStream(ABC):
+    """Batches of tokens that can be read again, and from any position.
+
+    Attributes:
+        special_ids: tokens that were put between documents, whose activations do not count.
+    """
+
+    special_ids: tuple[int, ...] = ()
+
+    @abstractmethod
+    def open(self, state: State | None = None) -> Cursor[TokenBatch]:
+        """Return an iterator over one epoch.
+
+        Args:
+            state: from the `state_dict` of another such iterator, to go on from there.
+        """
+
+    @abstractmethod
+    def shard(self, rank: int, world_size: int) -> TokenStream:
+        """Return the part that one of several processes reads.
+
+        Args:
+            rank: number of the process.
+            world_size: how many there are.
+        """
+
+    def require_fitting(self, model: Any) -> None:  # noqa: B027  # most have nothing to refuse
+        """Raise if a causal LM cannot read these tokens, as far as that is known beforehand.
+
+        Raises:
+            InputError: saying why.
+        """
+
+    def __iter__(self) -> Iterator[TokenBatch]:
+        """Yield all batches once."""
+        return self.open()
+
+
+class GivenTokens(TokenStream):
+    """Batches of tokens that a user made; of several processes, each takes every so many-th batch.
+
+    To go on from a position, the batches before it are read and dropped: they have to come in the same order again.
+
+    Args:
+        batches: token ids ``[B, S]``, or mappings with ``input_ids`` and ``attention_mask``; or a function that gives
+            an iterable of them.
+        rank: number of the process.
+        world_size: how many there are.
+
+    Raises:
+        InputError: if it is a single batch, or text.
+    """
+
+    def __init__(self, batches: TokenSource, rank: int = 0, world_size: int = 1) -> None:
+        if isinstance(batches, (Mapping, str, bytes)):
+            raise InputError(
+                f"Given one {type(batches).__name__} as tokens; expected batches, such as a list of token ids [B, S], "
+                "or TextTokens(text, tokenizer)."
+            )
+        self.batches, self.rank, self.world_size = batches, rank, world_size
+
+    def open(self, state: State | None = None) -> Cursor[TokenBatch]:
+        """Return an iterator over the batches of this process."""
+        return _Counted(self, 0 if state is None else state["batches"])
+
+    def shard(self, rank: int, world_size: int) -> GivenTokens:
+        """Return every `world_size`-th batch, beginning with number `rank`."""
+        require_rank(rank, world_size)
+        return GivenTokens(self.batches, self.rank + self.world_size * rank, self.world_size * world_size)
+
+
+class _Counted(Cursor[TokenBatch]):
+    """An iterator that counts.
+
+    Args:
+        tokens: what to read.
+        done: how many batches to skip.
+    """
+
+    def __init__(self, tokens: GivenTokens, done: int) -> None:
+        self.done = done
+        given: Any = tokens.batches() if callable(tokens.batches) else tokens.batches
+        self._left = islice(iter(given), tokens.rank + done * tokens.world_size, None, tokens.world_size)
+
+    def __next__(self) -> TokenBatch:
+        """Return the next batch."""
+        batch: TokenBatch = next(self._left)
+        self.done += 1
+        return batch
+
+    def state_dict(self) -> State:
+        """Return how many batches were read."""
+        return {"batches": self.done}

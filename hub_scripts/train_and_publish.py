@@ -1,0 +1,101 @@
+"""Train an SAE, measure it on held-out text, and publish it with its card: one commit.
+
+python hub_scripts/train_and_publish.py openai-community/gpt2 train.txt held_out.txt me/gpt2-sae \
+    --sae.site resid_post.6 --sae.d_sae 12288 --training.max_steps 50000
+
+Every setting of `hf-gated-sae train` is a flag here, too. With --resume, a run that was interrupted is gone on with.
+"""
+
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from hf_gated_sae import SAEModel, evaluate
+from hf_gated_sae.errors import SAEError
+from hf_gated_sae.evaluation import FidelityReport
+from hf_gated_sae.publishing import CardFacts
+from hf_gated_sae.publishing.trained import leave, training_facts
+from hf_gated_sae.training.run import Run, assemble, read_flags
+from hf_gated_sae.training.run.reading import merged
+from hf_gated_sae.training.run.text import open_tokens
+from hf_gated_sae.training.streams.dataset import open_text
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def main(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Causal LM: Hub id or folder.")],
+    text: Annotated[str, typer.Argument(help="What to train on: a file, a folder, or a data set's Hub id.")],
+    held_out: Annotated[str, typer.Argument(help="What to measure on, likewise.")],
+    repository: Annotated[str, typer.Argument(help="Where to publish it, such as me/my-sae.")],
+    subfolder: Annotated[str, typer.Option(help="Folder inside the repository.")] = "",
+    preset: Annotated[str, typer.Option(help="Recipe; see hf-gated-sae train --presets.")] = "gated-modern",
+    tokens: Annotated[int, typer.Option(min=2, help="Held-out tokens to measure on, about.")] = 1_000_000,
+    held_out_split: Annotated[str, typer.Option(help="Split of a held-out data set.")] = "test",
+    license: Annotated[str | None, typer.Option(help="Licence of the SAE, such as apache-2.0.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Publish to a private repository.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the latest checkpoint.")] = False,
+) -> None:
+    """Train, measure, publish, and load what was published."""
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    source = {"files": text} if Path(text).exists() else {"dataset": text}
+    given: dict[str, Any] = {
+        "output_dir": repository.split("/")[-1],
+        "preset": preset,
+        "model": {"name": model},
+        "data": source,
+    }
+    run = Run.prepare(assemble(merged(given, read_flags(context.args))), resume=resume)
+    for name, value in run.facts().items():
+        console.print(f"{name}: {value}")
+    # Opened before the training, which would be in vain without it.
+    other = open_text(held_out, split=held_out_split, column=run.config.data.text_column)
+    batches = open_tokens(run.config.data, run.parts.tokenizer, run.parts.model, other)
+    run.train()
+    if not run.parts.arguments.should_save:
+        return  # of several processes, the first one goes on alone
+    leave(run)
+    for name, sae in run.saes.items():
+        some = islice(batches, max(1, tokens // (batches.context_length * batches.sequences_per_batch)))
+        report = evaluate(run.parts.model, sae, some)
+        console.print(f"{name or 'SAE'}: {_summary(report)}")
+        folder = "/".join(part for part in (subfolder, name) if part)
+        known = training_facts(run, name)
+        facts = CardFacts.of_report(
+            report,
+            evaluation={
+                "dataset": Path(held_out).name if Path(held_out).exists() else held_out,
+                "split": "held-out text" if Path(held_out).exists() else held_out_split,
+                "context length": batches.context_length,
+            },
+            training=known.training,
+            datasets=known.datasets,
+            provenance={**known.provenance, "made by": "hub_scripts/train_and_publish.py"},
+            license=license,
+        )
+        commit = sae.push_to_hub(repository, subfolder=folder, private=private or None, facts=facts)
+        published = SAEModel.from_pretrained(repository, folder, revision=commit.oid)
+        console.print(f"published as {published.checkpoint}")
+
+
+def _summary(report: FidelityReport) -> str:
+    """Return the headline numbers in one line."""
+    metrics = report.metrics
+    return (
+        f"L0 {metrics.l0:.1f}, loss recovered {report.loss_recovered:.3f}, FVU {metrics.fvu:.3f}, gamma "
+        f"{metrics.relative_reconstruction_bias:.3f}, dead {metrics.dead_fraction:.1%}"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        app()
+    except SAEError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"error: {error}")
+        sys.exit(1)

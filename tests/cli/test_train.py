@@ -1,0 +1,148 @@
+"""`hf-gated-sae train`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from hf_gated_sae import SAEModel, SAESet
+from hf_gated_sae.cli import main
+from hf_gated_sae.demo import bundled, corpus
+from hf_gated_sae.publishing import read_facts
+from hf_gated_sae.training.presets import presets
+
+RUN = {
+    "output_dir": "out",
+    "model": {"name": str(bundled.MODEL)},
+    "data": {"files": "train.txt", "context_length": 32, "sequences_per_batch": 4, "buffer_size": 128},
+    "preset": "gated-paper",
+    "sae": {"site": "resid_post.1", "d_sae": 48},
+    "training": {
+        **{"max_steps": 4, "activation_batch_size": 32, "statistics_activations": 100, "recorded_activations": 100},
+        **{"use_cpu": True, "logging_steps": 2, "save_steps": 2},
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a run and its text, which is the working directory; the terminal has 80 columns."""
+    (tmp_path / "train.txt").write_text("\n".join(corpus.texts("training", 20_000)), encoding="utf-8")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(RUN), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    return tmp_path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """Run the command as a shell would and return its exit status."""
+    monkeypatch.setattr(sys, "argv", ["hf-gated-sae", "train", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0)
+
+
+def test_a_run_leaves_an_sae_with_its_facts(here: Path, monkeypatch, capsys) -> None:
+    assert run(monkeypatch, "--config", "run.yaml", "--sae.d_sae", "64", "--sae.objective.learn_r_mag=false") == 0
+    said = capsys.readouterr().out
+    assert "GatedSAE at resid_post.1, 128 wide, 64 latents" in said and "SAE in out" in said
+    assert "step 2: loss " in said and "gamma" in said and "dead" in said
+    sae = SAEModel.from_pretrained("out")
+    assert sae.config.d_sae == 64 and sae.config.recorded_tokens > 0
+    facts = read_facts("out")
+    assert facts.training["steps"] == 4 and facts.training["preset"] == "gated-paper"
+    assert facts.training["objective: learn_r_mag"] is False and not sae.r_mag.any()
+    assert facts.provenance["data"] == "train.txt"
+    assert json.loads((here / "out" / "training_args.json").read_text())["max_steps"] == 4
+    assert "gated-paper" in (here / "out" / "README.md").read_text()
+    assert not [path for path in (here / "out").rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(here: Path, monkeypatch, capsys) -> None:
+    assert run(monkeypatch, "--config", "run.yaml") == 0
+    assert run(monkeypatch, "--config", "run.yaml", "--output_dir", "other") == 0
+    for file in (here / "other" / "checkpoint-4").iterdir():
+        file.unlink()
+    assert run(monkeypatch, "--config", "other/run.yaml", "--resume") == 0
+    assert "from checkpoint-2" in capsys.readouterr().out
+    first, second = (SAEModel.from_pretrained(name).state_dict() for name in ("out", "other"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_several_saes_of_one_stream(here: Path, monkeypatch, capsys) -> None:
+    saes = "{a: {d_sae: 16}, b: {site: mlp_out.2, d_sae: 32, sparsity_coefficient: 0.5}}"
+    assert run(monkeypatch, "--config", "run.yaml", "--saes", saes) == 0
+    said = capsys.readouterr().out
+    assert "step 4 a: loss" not in said and "step 4 a: " in said and "step 4 all: loss" in said
+    found = SAESet.from_pretrained("out")
+    assert {name: found[name].config.site for name in ("a", "b")} == {"a": "resid_post.1", "b": "mlp_out.2"}
+    assert read_facts("out/b").training["sparsity_coefficient"] == 0.5
+
+
+def test_a_dry_run_says_what_it_costs_and_writes_nothing(here: Path, monkeypatch, capsys) -> None:
+    before = sorted(here.rglob("*"))
+    for words in ((), ("--no-measure",)):
+        assert run(monkeypatch, "--config", "run.yaml", "--dry-run", *words) == 0
+        said = capsys.readouterr().out
+        for phrase in ("parameters", "12,560", "Adam's moments", "base model", "FLOP", "SAE step", "tokens", "128"):
+            assert phrase in said, phrase
+        assert ("estimated" if words else "measured") in said
+        assert max(map(len, said.splitlines())) <= 80
+    assert sorted(here.rglob("*")) == before
+
+
+def test_help_lists_every_setting(monkeypatch, capsys) -> None:
+    assert run(monkeypatch, "--help") == 0
+    said = capsys.readouterr().out
+    for flag in ("--config", "--resume", "--dry-run", "--model.name", "--sae.d_sae", "--data.context_length"):
+        assert flag in said, flag
+    for flag in ("--training.learning_rate", "--training.resample_steps", "--training.auxk_latents", "--seed"):
+        assert flag in said, flag
+    assert max(map(len, said.splitlines())) <= 80
+
+
+def test_presets_are_described(monkeypatch, capsys) -> None:
+    assert run(monkeypatch, "--presets") == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in presets)
+    assert max(map(len, said.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    "words, phrase",
+    [
+        ((), "Nothing to train"),
+        (("--config", "none.yaml"), "There is no file none.yaml"),
+        (("--config", "run.yaml", "--no-measure"), "pass both"),
+        (("--config", "run.yaml", "--data.contxt_length", "3"), "Did you mean 'context_length'"),
+        (("--config", "run.yaml", "--sae.site", "resid_post.9"), "resid_post.9"),
+        (("--config", "run.yaml", "--sae.k", "3"), "sae.k is a setting of"),
+        (("--config", "run.yaml", "--data.files", "nowhere.txt"), "nowhere.txt"),
+        (("--config", "run.yaml", "--data.files", "empty.txt"), "empty"),
+        (("--config", "run.yaml", "--data.buffer_size", "33"), "buffer_size is 33"),
+        (("--config", "run.yaml", "--resume"), "There is no run in out to resume"),
+        (("--config", "run.yaml", "word"), "Given 'word'; expected a flag"),
+    ],
+)
+def test_wrong_inputs_are_one_line(here: Path, monkeypatch, capsys, words: tuple[str, ...], phrase: str) -> None:
+    (here / "empty.txt").write_text("")
+    assert run(monkeypatch, *words) == 1
+    said = capsys.readouterr().err
+    [line] = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert phrase in line and "Traceback" not in said
+    assert not [path for path in here.glob("out/**/*") if path.is_file()], "nothing is in the way of the next attempt"
+
+
+def test_other_commands_do_not_wait_for_the_trainer() -> None:
+    code = (
+        "import sys; sys.argv = ['hf-gated-sae', '--help']\n"
+        "from hf_gated_sae.cli import main\n"
+        "try: main()\nexcept SystemExit: assert 'hf_gated_sae.training' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

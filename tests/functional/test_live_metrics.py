@@ -1,0 +1,46 @@
+"""Metrics of the latents that are on are those of all latents."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_gated_sae.errors import ShapeError
+from hf_gated_sae.functional import FidelityAccumulator, LiveLatents
+
+
+def batch(tokens: int, seed: int, signed: bool):
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(tokens, 12, generator=generator)
+    on = torch.rand(tokens, 12, generator=generator) < 0.3
+    x, y = torch.randn(2, tokens, 5, generator=generator)
+    return x, y, (latents if signed else latents.abs()) * on
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=3), st.integers(0, 99), st.booleans())
+def test_live_latents_give_the_metrics_of_dense_ones(sizes, seed, signed):
+    dense, live = (FidelityAccumulator(12, torch.ones(5)) for _ in range(2))
+    for number, tokens in enumerate(sizes):
+        x, y, latents = batch(tokens, seed + number, signed)
+        dense.update(x, y, latents)
+        live.update(x, y, LiveLatents.from_dense(latents))
+    assert torch.equal(live.fired, dense.fired)
+    assert torch.equal(live.max_activation, dense.max_activation)
+    torch.testing.assert_close(live.mean_activation, dense.mean_activation, rtol=1e-6, atol=0)
+    if sum(sizes):
+        assert asdict(live.compute()) == pytest.approx(asdict(dense.compute()), nan_ok=True, rel=1e-12)
+
+
+def test_leading_axes_are_kept_apart_from_latents():
+    x, y, latents = batch(6, 0, False)
+    whole, shaped = (FidelityAccumulator(12, torch.zeros(5)) for _ in range(2))
+    whole.update(x, y, latents)
+    shaped.update(x.view(2, 3, 5), y.view(2, 3, 5), LiveLatents.from_dense(latents.view(2, 3, 12)))
+    assert shaped.compute() == whole.compute()
+    with pytest.raises(ShapeError, match=r"latents \[6, 12\]"):
+        shaped.update(x.view(2, 3, 5), y.view(2, 3, 5), LiveLatents.from_dense(latents))

@@ -1,0 +1,174 @@
+"""Runs that cannot go on say why, and lose nothing."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from hf_gated_sae.errors import CheckpointError, TrainingError
+from hf_gated_sae.training import SAETrainer, TensorActivations
+from hf_gated_sae.training.memory import TrainingMemory
+
+from .runs import log, run, trainer, weights
+from .test_trainer import quiet
+from .worlds import D_IN, activations, build
+
+
+class At(TrainerCallback):
+    """Does something before a step."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            self.action(kwargs["model"])
+
+
+class Poisoned(TensorActivations):
+    """Gives a value that is no number, after the sample that is checked at the start."""
+
+    def batches(self, batch_size):
+        for number, batch in enumerate(super().batches(batch_size)):
+            if number == 6:
+                batch[""][17, 3] = float("nan")
+            yield batch
+
+
+def poison(name, place, value):
+    def act(model):
+        dict(model.named_parameters())[name].data[place] = value
+
+    return act
+
+
+def spoil_gradient(model):
+    model.b_gate.register_hook(lambda grad: grad.index_fill(0, torch.tensor([9]), float("inf")))
+
+
+@pytest.mark.parametrize(
+    ("action", "names"),
+    [
+        (poison("W_enc_T", (7, 2), float("nan")), "the parameter W_enc_T at latent 7 is nan"),
+        (poison("b_dec", 4, float("inf")), "the parameter b_dec at place 4 is inf"),
+        (poison("W_dec", (3, 3), 1e30), "the term 'reconstruction' of the loss is inf"),
+        (spoil_gradient, "the gradient of b_gate at latent 9 is inf"),
+    ],
+)
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_the_first_thing_that_is_not_finite_is_named(arguments, action, names, clip):
+    sae = build("gated", D_IN)
+    args = arguments(max_grad_norm=clip)
+    made = quiet(SAETrainer(sae, args, activations(500, seed=0), callbacks=[At(4, action)]))
+    with pytest.raises(TrainingError, match=f"Step 4 was stopped before it changed any weight: {names}"):
+        made.train()
+    assert made.state.global_step == 3
+
+
+def test_an_activation_that_is_not_finite_is_found_in_its_batch(arguments):
+    sae = build("gated", D_IN)
+    kept = {}
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            kept.update({name: tensor.clone() for name, tensor in sae.state_dict().items()})
+
+    stream = Poisoned(activations(500, seed=0))
+    args = arguments(activation_scale="none", save_strategy="steps", save_steps=3)
+    with pytest.raises(TrainingError, match="Step 7 .*activation 17 of 64 at the given site is nan.*checkpoint-6"):
+        quiet(SAETrainer(sae, args, stream, callbacks=[Keep()])).train()
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in sae.state_dict().items())
+
+
+def test_the_sae_that_diverged_is_named_among_several(tmp_path):
+    made = trainer(tmp_path, At(2, lambda model: dict(model.items())["a/standard"].b_enc.data.fill_(float("nan"))))
+    with pytest.raises(TrainingError, match="b_enc at latent 0 is nan in the SAE 'a/standard'"):
+        made.train()
+
+
+def limited(folder, size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    try:
+        run(folder, False)
+    except CheckpointError as error:
+        Path(folder, "error").write_text(str(error))
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
+    """The state grows while inputs are kept for the resampling, up to what may be written."""
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    trainer(whole).train()
+    sizes = [
+        max(path.stat().st_size for path in (whole / f"checkpoint-{step}").rglob("*")) for step in range(4, 40, 4)
+    ]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.training.runs"])
+    limit = sizes[0] + 100
+    failing = 4 + 4 * next(number for number, size in enumerate(sizes) if size > limit)
+    assert failing > 4
+    child = context.Process(target=limited, args=(str(folder), limit))
+    child.start()
+    child.join(60)
+    error = (folder / "error").read_text()
+    assert f"checkpoint-{failing} could not be written" in error
+    assert f"newest whole checkpoint is {folder}/checkpoint-{failing - 4}" in error
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *sorted(f"checkpoint-{step}" for step in range(4, failing, 4)),
+        "error",
+    ]
+    trainer(folder).train(resume_from_checkpoint=True)  # somebody has made room
+    expected = weights(whole)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(folder).items())
+    assert log(folder) == log(whole)
+
+
+def test_memory_that_does_not_suffice_is_measured(arguments):
+    class Starved(SAETrainer):
+        def compute_loss(self, *args, **kwargs):
+            return torch.empty(1 << 55)  # what any device refuses
+
+    sae = build("gated", D_IN)
+    with pytest.raises(
+        TrainingError,
+        match="Memory did not suffice at step 0. Weights, gradients and moments take .*"
+        "would fit activation_batch_size=32",
+    ):
+        quiet(Starved(sae, arguments(), activations(500, seed=0))).train()
+
+
+def test_memory_on_paper():
+    sae = build("gated", 8, 48)
+    memory = TrainingMemory.of([sae])
+    parameters = 2 * 8 * 48 + 3 * 48 + 8
+    assert memory.total(0) == 4 * 4 * parameters
+    batch = memory.largest_batch(memory.total(0) + 10**6)
+    assert memory.total(batch) <= memory.total(0) + 10**6 < memory.total(batch + 1)
+    assert "about 50% of the latents" in memory.advice(64, memory.total(0) // 2)
+    assert memory.largest_batch(0) == 0 and "smaller" in memory.advice(64, None)
+
+
+def test_every_run_leaves_what_a_card_needs(arguments, tmp_path):
+    from hf_gated_sae import SAEModel
+    from hf_gated_sae.publishing.facts import CardFacts
+
+    sae = build("gated", D_IN)
+    made = quiet(SAETrainer(sae, arguments(gradient_accumulation_steps=2), activations(500, seed=0)))
+    made.train()
+    folder = tmp_path / "run"
+    assert {path.name for path in folder.iterdir()} == {
+        *("config.json", "model.safetensors", "training_args.json", "training_facts.json"),
+    }
+    saved = SAEModel.from_pretrained(folder)
+    assert all(torch.equal(tensor, sae.state_dict()[name]) for name, tensor in saved.state_dict().items())
+    assert saved.config.recorded_tokens == 500
+    facts = CardFacts.from_dict(json.loads((folder / "training_facts.json").read_text()))
+    assert facts.training["steps"] == 10 and facts.training["activations"] == 10 * 2 * 64
+    assert facts.training["objective"]["frozen_decoder"] is True
+    assert facts.metrics["l0"] == pytest.approx(saved.config.recorded_l0) and facts.evaluation["tokens"] == 500
+    assert facts.training["seconds"] > 0 and str(tmp_path) not in json.dumps(facts.to_dict())

@@ -1,0 +1,159 @@
+"""A run that was interrupted ends as one that was not."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from hf_gated_sae.errors import CheckpointError, MissingFileError
+from hf_gated_sae.modeling import SAEModel
+
+from .runs import STEPS, log, run, trainer, weights
+
+
+class StopAt(TrainerCallback):
+    """Ends the process's part in a run, as a crash would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The folder of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    trainer(folder).train()
+    return folder
+
+
+@pytest.fixture
+def broken_off(tmp_path, whole) -> Path:
+    """The folder of the same run after 10 steps, with checkpoints 4 and 8."""
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, StopAt(10)).train()
+    return tmp_path
+
+
+def require_equal(folder: Path, whole: Path) -> None:
+    expected = weights(whole)
+    for name, tensor in weights(folder).items():
+        assert torch.equal(tensor, expected[name]), name
+    assert log(folder) == log(whole)
+
+
+def test_the_run_has_everything_that_can_be_forgotten(whole):
+    """Otherwise the tests below would prove little."""
+    made = trainer(whole)
+    made.train(resume_from_checkpoint=True)  # of a finished run: nothing more happens
+    assert made.state.global_step == STEPS
+    state = json.loads((whole / "checkpoint-12" / "process-0.json").read_text())["saes"]["gated"]
+    assert state["remedy"]["recent"] and state["annealing"]["factor"] != 1 and state["scale_in"] != 1
+    assert json.loads((whole / "checkpoint-28" / "process-0.json").read_text())["saes"]["gated"]["annealing"]["recent"]
+    late = json.loads((whole / "checkpoint-40" / "process-0.json").read_text())["saes"]
+    assert late["gated"]["remedy"]["resampled"] >= 10 and late["gated"]["dip_since"] == 15
+    assert late["a/standard"]["remedy"]["resampled"] != late["gated"]["remedy"]["resampled"]
+
+
+@pytest.mark.parametrize("step", [5, 14, 18, 31])
+def test_a_resumed_run_ends_bit_by_bit_as_an_uninterrupted_one(tmp_path, whole, step):
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, StopAt(step)).train()
+    made = trainer(tmp_path)
+    torch.manual_seed(step), random.seed(step), np.random.seed(step)  # as in another process
+    made.train(resume_from_checkpoint=True)
+    require_equal(tmp_path, whole)
+    files = {path.name for path in tmp_path.rglob("*")}
+    assert not [name for name in files if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
+
+
+def test_a_run_that_is_killed_at_any_moment_can_be_resumed(tmp_path, whole):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.training.runs"])
+    draw, killed_while_saving = random.Random(0), 0
+    for moment in ("saving", "random", "saving", "random", "random"):
+        child = context.Process(target=run, args=(str(tmp_path),))
+        child.start()
+        begun = len(list(tmp_path.glob("checkpoint-*")))
+        deadline = time.monotonic() + 60
+        while child.is_alive() and time.monotonic() < deadline:
+            if moment == "saving" and (tmp_path / ".unfinished").is_dir():
+                break
+            if moment == "random" and len(list(tmp_path.glob("checkpoint-*"))) > begun:
+                time.sleep(draw.uniform(0, 0.1))
+                break
+        child.kill()
+        child.join()
+        killed_while_saving += (tmp_path / ".unfinished").is_dir()
+    assert killed_while_saving  # at least once half a checkpoint was left behind
+    child = context.Process(target=run, args=(str(tmp_path), False))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    require_equal(tmp_path, whole)
+    assert not (tmp_path / ".unfinished").exists()
+
+
+@pytest.mark.parametrize("file", ["gated/model.safetensors", "process-0.safetensors", "trainer_state.json"])
+def test_a_broken_checkpoint_is_refused_by_name_and_passed_over(broken_off, whole, file):
+    path = broken_off / "checkpoint-8" / file
+    content = path.read_bytes()
+    for damaged, why in (
+        (content[:-7], f"{file} has {len(content) - 7} bytes, expected {len(content)}"),
+        (content[:-1] + bytes([content[-1] ^ 1]), f"the content of {file} has changed"),
+        (None, f"{file} is missing"),
+    ):
+        path.unlink() if damaged is None else path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=f"checkpoint-8 is broken: {why}.*newest whole.*checkpoint-4: pass"):
+            trainer(broken_off).train(resume_from_checkpoint=str(broken_off / "checkpoint-8"))
+    trainer(broken_off).train(resume_from_checkpoint=True)  # from 4
+    require_equal(broken_off, whole)
+
+
+def test_what_is_no_checkpoint_of_this_run_is_refused(broken_off, tmp_path):
+    with pytest.raises(MissingFileError, match="checkpoint-5 is no folder"):
+        trainer(broken_off).train(resume_from_checkpoint=str(broken_off / "checkpoint-5"))
+    (broken_off / "checkpoint-8" / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="has no manifest.json"):
+        trainer(broken_off).train(resume_from_checkpoint=str(broken_off / "checkpoint-8"))
+    shutil.rmtree(broken_off / "checkpoint-4")
+    with pytest.raises(MissingFileError, match="no whole checkpoint"):
+        trainer(broken_off).train(resume_from_checkpoint=True)
+
+
+def test_another_stream_or_other_saes_are_refused(broken_off):
+    other = trainer(broken_off)
+    other.trainees = {"gated": other.trainees["gated"]}
+    with pytest.raises(CheckpointError, match="holds the SAEs|another objective or other SAEs"):
+        other.train(resume_from_checkpoint=True)
+    sae = SAEModel.from_pretrained(broken_off / "checkpoint-8" / "gated")
+    assert torch.isfinite(sae.W_dec).all()
+
+
+def test_no_more_checkpoints_are_kept_than_wanted(tmp_path):
+    trainer(tmp_path, save_total_limit=2, max_steps=39, resample_steps=[]).train()
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-36", "checkpoint-39"}
+
+
+def test_a_new_run_beside_checkpoints_of_another_is_warned_of(broken_off, caplog):
+    with pytest.raises(KeyboardInterrupt):
+        trainer(broken_off, StopAt(1)).train()
+    assert "holds checkpoints of an earlier run, such as checkpoint-8" in caplog.text
+
+
+def test_checkpoints_without_a_training_state_cannot_be_resumed(tmp_path):
+    trainer(tmp_path, save_only_model=True).train()
+    with pytest.raises(CheckpointError, match="save_only_model"):
+        trainer(tmp_path).train(resume_from_checkpoint=True)

@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import json
+import sys
+
+import datasets
+import pytest
+
+from hf_gated_sae.errors import InputError, MissingFileError, UnknownNameError
+from hf_gated_sae.training import open_text
+from hf_gated_sae.training.streams import DatasetText, IterableText, TextFiles
+
+TEXTS = ["one", "two three", "", "four\n\nfive", "sechs zäh"]
+
+
+def rows(**more: list) -> datasets.Dataset:
+    return datasets.Dataset.from_dict({"text": TEXTS, **more})
+
+
+def write(folder, kind: str) -> object:
+    """Write the texts in one form, and return what `open_text` is given."""
+    if kind == "saved":
+        datasets.DatasetDict({"train": rows()}).save_to_disk(folder / "saved")
+        return folder / "saved"
+    if kind == "txt folder":
+        for number, text in enumerate(TEXTS):
+            (folder / f"{number}.txt").write_text(text, encoding="utf-8")
+        (folder / "notes.md").write_text("not a document", encoding="utf-8")
+        (folder / ".hidden.txt").write_text("not a document", encoding="utf-8")
+        return str(folder)
+    path = folder / f"texts.{kind}"
+    if kind == "parquet":
+        rows().to_parquet(path)
+    elif kind in ("csv", "tsv"):
+        rows().to_csv(path, sep="," if kind == "csv" else "\t")
+    elif kind == "json":
+        path.write_text(json.dumps([{"text": text} for text in TEXTS]), encoding="utf-8")
+    elif kind == "jsonl.gz":
+        import gzip
+
+        path.write_bytes(gzip.compress("".join(json.dumps({"text": t}) + "\n" for t in TEXTS).encode()))
+    else:
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "parquet", "csv", "tsv", "txt folder", "saved"])
+@pytest.mark.parametrize("streaming", [True, False])
+def test_text_is_read_from_files(tmp_path, monkeypatch, kind, streaming):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "data"
+    folder.mkdir()
+    text = open_text(write(folder, kind), streaming=streaming)
+    expected = [each or None for each in TEXTS] if kind in ("csv", "tsv") else TEXTS  # csv has no empty strings
+    assert list(text.documents()) == expected
+    assert list(text.documents(3)) == expected[3:] and list(text.documents(99)) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [TEXTS, tuple(TEXTS), lambda: iter(TEXTS), rows(), rows(number=[1, 2, 3, 4, 5]), rows().to_iterable_dataset(2)],
+    ids=["list", "tuple", "function", "Dataset", "two columns", "IterableDataset"],
+)
+def test_text_is_read_from_memory_as_often_as_wanted(source):
+    text = open_text(source)
+    for start in (0, 2, 0):
+        assert list(text.documents(start)) == TEXTS[start:]
+    reader = text.open()
+    assert [reader.take(3), reader.take(3), reader.take(3)] == [TEXTS[:3], TEXTS[3:], []]
+
+
+def test_a_folder_of_shards_is_one_data_set(tmp_path):
+    for number in range(3):
+        (tmp_path / f"part-{number}.jsonl").write_text(json.dumps({"text": f"text {number}"}) + "\n")
+    assert list(open_text(tmp_path).documents()) == ["text 0", "text 1", "text 2"]
+
+
+def test_a_file_is_one_document_or_one_per_paragraph_or_line(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("a\nb\n\n  \nc\n\nd", encoding="utf-8")
+    assert list(open_text(path).documents()) == ["a\nb\n\n  \nc\n\nd"]
+    assert list(open_text(path, documents="paragraph").documents()) == ["a\nb\n", "c\n", "d"]
+    assert list(open_text(path, documents="line").documents()) == ["a", "b", "", "  ", "c", "", "d"]
+    assert list(TextFiles([path, path], split="paragraph").documents(4)) == ["c\n", "d"]
+    with pytest.raises(UnknownNameError, match="Did you mean 'paragraph'"):
+        open_text(path, documents="paragraphs")
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("kind", ["list", "Dataset", "shards", "examples", "files"])
+def test_processes_read_different_documents(tmp_path, kind, world_size):
+    texts = [f"text {number:02}" for number in range(12)]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number:02}.txt").write_text(text)
+    data = datasets.Dataset.from_dict({"text": texts})
+    sources = {"list": texts, "Dataset": data, "files": tmp_path}
+    sources |= {"shards": data.to_iterable_dataset(6), "examples": data.to_iterable_dataset(1)}
+    whole = open_text(sources[kind])
+    parts = [whole.shard(rank, world_size) for rank in range(world_size)]
+    read = [list(part.documents()) for part in parts]
+    assert sorted(sum(read, [])) == texts and all(len(each) == 12 // world_size for each in read)
+    if kind != "shards":
+        assert read == [texts[rank::world_size] for rank in range(world_size)]
+    if kind in ("list", "files", "Dataset"):
+        assert list(parts[1].shard(1, 2).documents(1)) == texts[1::world_size][1::2][1:]
+    assert list(parts[1].documents(2)) == read[1][2:]
+
+
+def test_the_column_of_text_is_found_or_asked_for():
+    data = datasets.Dataset.from_dict({"id": [1], "content": ["a"], "title": ["b"], "text": ["c"]})
+    assert list(open_text(data).documents()) == ["c"]
+    assert list(open_text(data, column="title").documents()) == ["b"]
+    assert list(open_text(data.remove_columns(["text", "title"])).documents()) == ["a"]
+    with pytest.raises(InputError, match="several columns of strings, .* Its columns: id, content, title. Name one"):
+        open_text(data.remove_columns("text"))
+    with pytest.raises(InputError, match="no column of strings, .* Its columns: id"):
+        open_text(data.select_columns("id"))
+    with pytest.raises(InputError, match="'contnet' is no column .* Did you mean 'content'. Its columns: id, content"):
+        open_text(data, column="contnet")
+    with pytest.raises(InputError, match="'id' is no column of strings"):
+        open_text(data, column="id")
+
+
+def test_a_stream_without_features_is_known_by_its_first_row():
+    stream = datasets.IterableDataset.from_generator(lambda: iter([{"body": "a", "n": 1}, {"body": "b", "n": 2}]))
+    assert stream.features is None
+    assert list(open_text(stream).documents()) == ["a", "b"]
+    with pytest.raises(InputError, match="Did you mean 'body'"):
+        open_text(stream, column="bdoy")
+    with pytest.raises(InputError, match="has no rows"):
+        open_text(datasets.IterableDataset.from_generator(lambda: iter([])))
+
+
+def test_a_string_that_is_neither_a_path_nor_an_id_is_explained(tmp_path):
+    with pytest.raises(InputError, match="Put the text itself into a list"):
+        open_text("The ferry left at nine.")
+    with pytest.raises(InputError, match="Put the text itself into a list"):
+        open_text("x" * 10_000 + "\n")
+    for gone in ("./gone", str(tmp_path / "gone"), "gone.jsonl", tmp_path / "gone"):
+        with pytest.raises(MissingFileError, match="There is no"):
+            open_text(gone)
+    with pytest.raises(InputError, match="expected an iterable of strings"):
+        open_text(3)
+    with pytest.raises(InputError, match="put a single text into a list"):
+        IterableText("text")
+
+
+def test_folders_that_hold_no_text_or_several_kinds_are_explained(tmp_path):
+    with pytest.raises(InputError, match="no text that is known by its name: nothing"):
+        open_text(tmp_path)
+    (tmp_path / "a.md").write_text("a")
+    with pytest.raises(InputError, match=r"known by its name: .md. Expected one of .txt, .json"):
+        open_text(tmp_path)
+    assert list(TextFiles([tmp_path / "a.md"]).documents()) == ["a"]
+    with pytest.raises(InputError, match="no .txt files"):
+        TextFiles(tmp_path)
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "a.jsonl").write_text("{}")
+    with pytest.raises(InputError, match="files of several kinds: .jsonl, .md, .txt"):
+        open_text(tmp_path)
+    with pytest.raises(MissingFileError, match="gone.txt"):
+        TextFiles([tmp_path / "gone.txt"])
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes("zäh".encode("latin-1"))
+    with pytest.raises(InputError, match="latin.txt cannot be read as text in UTF-8"):
+        open_text(latin).open().take(1)
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "a"}\n{"text": ')
+    with pytest.raises(InputError, match="broken.jsonl"):
+        open_text(broken).open().take(5)
+
+
+def test_documents_that_are_no_text_are_named():
+    for documents, number in ((["a", None], 1), ([{"text": "a"}], 0), (["a", "b", b"c"], 2)):
+        with pytest.raises(InputError, match=f"Document {number} of the text .* expected a string"):
+            open_text(documents).open().take(5)
+    with pytest.raises(InputError, match="Document 1 of the text .* no valid Unicode"):
+        open_text(["a", "\ud800"]).open().take(5)
+
+
+def test_splits_have_to_be_chosen(tmp_path):
+    splits = datasets.DatasetDict({"train": rows(), "test": rows()})
+    with pytest.raises(
+        InputError, match=r"with the splits train, test; expected one of them, such as dataset\['train'\]"
+    ):
+        open_text(splits)
+    splits.save_to_disk(tmp_path / "saved")
+    with pytest.raises(InputError, match="no split 'trian'. Did you mean 'train'"):
+        open_text(tmp_path / "saved", split="trian")
+    with pytest.raises(InputError, match="expected a datasets.Dataset"):
+        DatasetText(TEXTS)
+
+
+def test_a_data_set_that_is_not_there_is_explained(monkeypatch):
+    def absent(*_, **__):
+        raise datasets.exceptions.DatasetNotFoundError("Dataset 'me/nothing' doesn't exist on the Hub.")
+
+    monkeypatch.setattr(datasets, "load_dataset", absent)
+    with pytest.raises(InputError, match="'me/nothing' cannot be opened: .* doesn't exist .* Check the name, config"):
+        open_text("me/nothing")
+
+
+def test_the_options_of_a_data_set_on_the_hub_are_handed_on(monkeypatch):
+    asked = []
+
+    def load(*args, **options):
+        asked.append((args, options))
+        return rows()
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    text = open_text("me/texts", config="en", split="validation", revision="abc", streaming=False)
+    assert list(text.documents()) == TEXTS and text.name == "me/texts"
+    options = {"name": "en", "split": "validation", "revision": "abc", "streaming": False}
+    assert asked == [(("me/texts",), options)]
+
+
+def test_without_the_library_its_text_is_refused_and_other_text_is_read(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    (tmp_path / "a.txt").write_text("a")
+    assert list(open_text(tmp_path).documents()) == ["a"] and list(open_text(TEXTS).documents()) == TEXTS
+    (tmp_path / "a.jsonl").write_text("{}")
+    for source in ("me/texts", tmp_path / "a.jsonl"):
+        with pytest.raises(InputError, match="pip install datasets"):
+            open_text(source)
+
+
+def test_a_reader_can_be_interrupted_after_any_take(tmp_path):
+    texts = [f"text {number}" for number in range(20)]
+    data = datasets.Dataset.from_dict({"text": texts})
+    for source in (texts, data, data.to_iterable_dataset(3), data.to_iterable_dataset(3).shuffle(1, buffer_size=5)):
+        whole = open_text(source).open().take(100)
+        assert sorted(whole) == sorted(texts)
+        for done in range(0, 24, 3):
+            reader = open_text(source).open()
+            for _ in range(done // 3):
+                reader.take(3)
+            resumed = open_text(source).open(json.loads(json.dumps(reader.state_dict())))
+            assert resumed.take(100) == whole[done:]
