@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..functional import jumprelu
 from ..functional.activations import largest
-from ..functional.others import OtherTokens
 from ..functional.search import lowest_projection
 from ..functional.support import LiveSupport, Support
 from ..modeling import KeptObjective, SAEConfig, SAEModel, Sparsity, TrainingLoss
@@ -75,8 +74,6 @@ class BatchTopKSAE(SAEModel):
     config_class = BatchTopKSAEConfig
     objective_class = BatchTopKObjective
     threshold: Tensor
-    peers: OtherTokens | None = None
-    """Where other processes train the same SAE on the rest of the batch."""
     _keep_in_fp32_modules_strict = [*SAEModel._keep_in_fp32_modules_strict, "threshold"]
 
     def __init__(self, config: BatchTopKSAEConfig) -> None:
@@ -108,7 +105,8 @@ class BatchTopKSAE(SAEModel):
         guess = self._guess(x) if alone and LiveSupport.serves(x, self.W_enc_T) else None
         support = self._support(x, None if guess is None else lowest_projection(guess, self.b_enc))
         pre_latents = support.projection + self._take(self.b_enc, support.latents)
-        if support.latents is not None and int((pre_latents > guess).sum()) < wanted:  # more lie below the guess
+        if guess is not None and support.latents is not None and int((pre_latents > guess).sum()) < wanted:
+            # More lie below the guess.
             support = self._support(x, None)
             pre_latents = support.projection + self.b_enc
         if self.peers is None:

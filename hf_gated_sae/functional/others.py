@@ -26,6 +26,10 @@ class OtherTokens(ABC):
     """The processes that hold the other tokens of a batch, and the same SAE; each has as many tokens."""
 
     @abstractmethod
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the mean over the processes, any shape, without a gradient."""
+
+    @abstractmethod
     def lowest_of_largest(self, values: Tensor, count: int) -> Tensor:
         """Return the smallest of the largest positive values of all processes, ``[]``; 0 if there are none.
 

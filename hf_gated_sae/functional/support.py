@@ -21,7 +21,7 @@ from .screen import dots
 from .search import above
 from .sparse import sum_rows
 
-DENSEST = 1 / 48
+DENSEST = 1 / 16
 """Share of live latents above which a dense training step is the faster one."""
 
 FEWEST = 1 << 20

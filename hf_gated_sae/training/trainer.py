@@ -17,19 +17,20 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
-from ..errors import TrainingError, unknown_name
+from ..errors import InputError, TrainingError, unknown_name
 from ..modeling import SAEModel, TrainingLoss
 from . import checkpoints
 from .arguments import SAETrainingArguments
 from .facts import write_training_facts
 from .group import SAEGroup
 from .memory import TrainingMemory, available_memory, is_out_of_memory
-from .nonfinite import find_nonfinite
+from .nonfinite import find_nonfinite, find_nonfinite_gradient
 from .objective import called_through
 from .progress import TrainingProgress
 from .recording import record_activations
 from .resumable import Resumable
 from .schedules import LearningRateDip
+from .sharding import Grid, split
 from .statistics import measure
 from .streams import ActivationStream, TensorActivations
 from .trainee import Trainee
@@ -71,15 +72,22 @@ class SAETrainer(Resumable):
         train_dataset: ActivationStream | Tensor,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        alone = isinstance(model, SAEModel)
-        module: Any = model if alone else SAEGroup(cast(Mapping[str, SAEModel], model))
         stream = (
             TensorActivations(train_dataset, seed=args.seed) if isinstance(train_dataset, Tensor) else train_dataset
         )
-        self.stream = stream if args.world_size == 1 else stream.shard(args.process_index, args.world_size)
-        saes: dict[str, SAEModel] = {"": module} if alone else dict(module.items())
-        _require_known(args, saes)
-        self.trainees = {name: Trainee(name, sae, args, stream) for name, sae in saes.items()}
+        self.grid = Grid.arrange(args.latent_parallel, stream, args.device.type)
+        self.stream = self.grid.part(stream)
+        given = {"": model} if isinstance(model, SAEModel) else dict(model)
+        _require_known(args, given)
+        saes = {name: _part(sae, self.grid, args) for name, sae in given.items()}
+        module: Any = saes[""] if isinstance(model, SAEModel) else SAEGroup(saes)
+        # They are the same in all processes, and DDP would send them at every step.
+        module._ddp_params_and_buffers_to_ignore = [name for name, _ in module.named_buffers()]
+        if not self.grid.latents.alone:
+            module._is_accelerate_prepared = (
+                True  # so that it is not wrapped: DDP would give all parts the same weights
+            )
+        self.trainees = {name: Trainee(name, sae, args, stream, self.grid) for name, sae in saes.items()}
         self._logged: dict[str, tuple[Batch, TrainingLoss]] | None = None
         self._inputs: dict[str, Tensor] = {}
         self._loss_sum: Tensor | None = None
@@ -91,6 +99,11 @@ class SAETrainer(Resumable):
         )
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(TrainingProgress)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise InputError(
+                "SAEs are not trained with fsdp or deepspeed here: pass latent_parallel=, which splits their latents "
+                "over processes. hf_gated_sae/training/README.md says when, and shows a loop of one's own with FSDP2."
+            )
         self.loss_is_scaled_for_ga = False  # the loss is a mean over the batch
         # On several GPUs without torchrun, transformers would split every batch and copy the SAE at every step.
         self.args._n_gpu = min(self.args.n_gpu, 1)
@@ -206,6 +219,13 @@ class SAETrainer(Resumable):
 
     # ------------------------------------------------------------------ gradients
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute gradients; where nothing wraps the SAEs, they are averaged between processes here."""
+        loss = super().training_step(*args, **kwargs)
+        if not self.grid.latents.alone and self.accelerator.sync_gradients:
+            self.grid.data.average_gradients(self.model)
+        return loss
+
     def _clip_grad_norm(self, model: Any) -> Tensor:
         """Clip the gradient of each SAE by itself, and return the norm of all before that.
 
@@ -220,34 +240,51 @@ class SAETrainer(Resumable):
         return whole
 
     def _get_grad_norm(self, model: Any, grad_norm: Tensor | None = None) -> Tensor:
-        """Return the norm of all gradients.
+        """Return the norm of all gradients if this step is logged, and else that of the vectors' gradients.
+
+        Reading those of the matrices would take longer than all else that is done here. What is not finite in them is
+        so in a bias, too, which sums the same numbers, or at the latest in the next loss.
 
         Raises:
             TrainingError: if it, or the loss, is not finite.
         """
         if grad_norm is None:
-            grad_norm = torch.linalg.vector_norm(self._gradient_norms())
+            grad_norm = torch.linalg.vector_norm(self._gradient_norms(whole=self._logs_at(self.state.global_step + 1)))
             self._require_finite(grad_norm)
         return grad_norm
 
-    def _gradient_norms(self) -> Tensor:
-        """Return the norm of the gradient of each SAE, ``[n]``."""
-        norms = []
+    def _gradient_norms(self, *, whole: bool = True) -> Tensor:
+        """Return the norm of the gradient of each SAE, or of its vectors' gradients alone, ``[n]``.
+
+        Where processes share the SAEs it is that of the latents of all.
+        """
+        norms, common = [], []
         for trainee in self.trainees.values():
-            gradients = [p.grad for p in trainee.sae.parameters() if p.grad is not None]
-            norms.append(torch.nn.utils.get_total_norm(gradients))
-        return torch.stack(norms)
+            gradients = {
+                name: p.grad
+                for name, p in trainee.sae.named_parameters()
+                if p.grad is not None and (whole or p.ndim < 2)
+            }
+            common.append(torch.nn.utils.get_total_norm([gradients.pop(n) for n in trainee.common if n in gradients]))
+            norms.append(torch.nn.utils.get_total_norm(gradients.values()))
+        held = torch.stack([norm.to(norms[0].device) for norm in norms])
+        if self.grid.latents.alone:
+            return held
+        of_all = torch.stack([norm.to(held.device) for norm in common])
+        return (self.grid.latents.sum(held.square()) + of_all.square()).sqrt()
 
     def _require_finite(self, norm: Tensor) -> None:
         """Raise if loss or gradients are not finite; that is one number per step, unless it has happened."""
-        loss, self._loss_sum = self._loss_sum, None
+        loss = self._agree()
         if self.accelerator.scaler is not None:
             return  # which skips steps that overflow, on purpose
         flag = norm if loss is None else norm + loss
         if torch.isfinite(flag):
             return
         step = self.state.global_step
-        found = find_nonfinite(self.trainees.values(), self._inputs, step)
+        trainees, everyone = self.trainees.values(), self.grid.everyone
+        found = everyone.first(find_nonfinite(trainees, self._inputs, step))
+        found = found or everyone.first(find_nonfinite_gradient(trainees))  # which all have, whosever it is
         if found is None:
             if torch.isfinite(norm) and (loss is None or torch.isfinite(loss)):
                 return
@@ -257,6 +294,19 @@ class SAETrainer(Resumable):
             "or take a smaller learning_rate, a longer warmup_steps, max_grad_norm=1.0 or a wider dtype. "
             f"{checkpoints.advice(Path(self.args.output_dir))}"
         )
+
+    def _agree(self) -> Tensor | None:
+        """Let processes tell each other which latents fired; return the loss, NaN if it is not finite in one."""
+        loss, self._loss_sum = self._loss_sum, None
+        if self.grid.data.alone or loss is None:
+            return loss
+        dead = [trainee.dead for trainee in self.trainees.values()]
+        own = [each.fired.to(loss.device) for each in dead if each.fired is not None]
+        flags = [*own, ~torch.isfinite(loss)[None]]
+        *fired, lost = self.grid.data.any(torch.cat(flags)).split([len(each) for each in flags])
+        for each, anywhere in zip(dead, fired, strict=True):
+            each.agree(anywhere.to(each.silent_for.device))
+        return loss.masked_fill(lost[0], torch.nan)
 
     # ------------------------------------------------------------------ what is logged
 
@@ -347,6 +397,22 @@ class _Batches(IterableDataset[dict[str, Tensor]]):
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return iter(self.stream.batches(self.args.activation_batch_size))
+
+
+def _part(sae: SAEModel, grid: Grid, args: SAETrainingArguments) -> SAEModel:
+    """Return this process's part of an SAE, if processes share it.
+
+    Raises:
+        InputError: if it cannot be split, or trained so.
+    """
+    if grid.latents.alone:
+        return sae
+    if args.dead_latent_remedy not in (None, "resample"):
+        raise InputError(
+            f"dead_latent_remedy is {args.dead_latent_remedy!r}, whose term is of all dead latents together, and "
+            f"latent_parallel is {args.latent_parallel}: choose 'resample', or None."
+        )
+    return sae if sae.others is not None else split(sae, grid.latents)
 
 
 def _require_known(args: SAETrainingArguments, saes: Mapping[str, SAEModel]) -> None:
