@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..functional.linear import is_plain, linear, only_values
 from ..functional.live import LiveLatents
-from ..functional.others import OtherLatents, PartialSupport
+from ..functional.others import OtherLatents, OtherTokens, PartialSupport
 from ..functional.search import above
 from ..functional.sparse import DENSEST
 from ..functional.support import DenseSupport, LiveSupport, Support
@@ -41,6 +41,9 @@ class Sparse:
 
     others: OtherLatents | None = None
     """Where other processes hold the rest of the latents, of which this is then a part."""
+
+    peers: OtherTokens | None = None
+    """Where other processes train the same SAE on the rest of a batch, for what is decided by a batch as a whole."""
 
     def _encode(self: SAEModel | Any, x: Tensor, latents: Tensor | None) -> Tensor:
         """Encode framed activations; `latents` selects rows, None means all. Here it is `_activate` of `_project`."""

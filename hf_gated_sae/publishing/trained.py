@@ -23,7 +23,7 @@ def leave(run: Run) -> dict[str, Path]:
     Returns:
         The folder of each SAE, by the name of its section.
     """
-    return {name: save(sae, run.folder(name), training_facts(run, name)) for name, sae in run.saes.items()}
+    return {name: save(run.trained(name), run.folder(name), training_facts(run, name)) for name in run.saes}
 
 
 def training_facts(run: Run, name: str = "") -> CardFacts:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .processes import Processes
+
 Penalty = Callable[[float, Tensor, Tensor], float]
 """Returns the sparsity term without its coefficient, of a power, ``x [n, d_in]`` and ``target [n, d_out]``."""
 
@@ -50,17 +52,20 @@ class PowerAnnealing:
         if any(step < change <= step + self._batches for change in self._powers):
             self._recent.append((x.detach(), target.detach()))
 
-    def advance(self, step: int, penalty: Penalty) -> None:
+    def advance(self, step: int, penalty: Penalty, processes: Processes) -> None:
         """Change the power if this is a step to do so.
 
         Args:
             step: number of steps done, this one included.
             penalty: measures what a batch costs.
+            processes: those that see other batches.
         """
         power = self._powers.get(step)
         if power is None:
             return
-        old, new = (sum(penalty(p, x, target) for x, target in self._recent) for p in (self.power, power))
+        powers = {"old": self.power, "new": power}
+        costs = {name: sum(penalty(p, x, target) for x, target in self._recent) for name, p in powers.items()}
+        old, new = processes.numbers(costs).values()
         self._recent.clear()
         if old > 0 and new > 0:  # with no latent on there is no pressure to keep
             self.factor *= old / new

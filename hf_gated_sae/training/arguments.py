@@ -21,7 +21,7 @@ _INHERITED_RECIPE = (
 )
 
 _POSITIVE = (
-    *("max_steps", "activation_batch_size", "dead_after_activations", "statistics_activations"),
+    *("max_steps", "activation_batch_size", "latent_parallel", "dead_after_activations", "statistics_activations"),
     *("sparsity_power_changes", "sparsity_power_batches", "auxk_latents"),
 )
 
@@ -39,7 +39,8 @@ class SAETrainingArguments(TrainingArguments):
     unit. (The paper's tables divide the squared error by the width: multiply their Gated lambda by ``d_in``.)
 
     Attributes:
-        activation_batch_size: activations per device and step.
+        activation_batch_size: activations per device and forward pass.
+        latent_parallel: how many processes share an SAE, each with its part of the latents; 1 for data parallel alone.
         objective: variants of the architecture's objective, such as ``{"frozen_decoder": False}``, which are the
             fields of its `objective_class`. Of several SAEs, for all of them, or a mapping of such by their names.
         sparsity_coefficient: lambda of the objective; of several SAEs, one for all or a mapping by their names.
@@ -59,7 +60,7 @@ class SAETrainingArguments(TrainingArguments):
         dead_after_activations: a latent silent for this many activations is dead.
         dead_latent_remedy: name of a remedy in `training/remedies/`, or None.
         resample_steps: steps at which dead latents are resampled.
-        resample_inputs: latest activations per device from which new directions are drawn.
+        resample_inputs: latest activations, of all processes together, from which new directions are drawn.
         lr_dip: factor on the learning rate right after a resampling.
         lr_dip_steps: steps until the learning rate is back, along a cosine.
         auxk_latents: dead latents that reconstruct the error of each activation, with ``"auxk"``; half of `d_in` by
@@ -89,7 +90,10 @@ class SAETrainingArguments(TrainingArguments):
     ignore_data_skip: bool = True  # skipping would run the language model over everything again
     logging_nan_inf_filter: bool = False  # would hide a diverged run, and waits for the device at every step
 
+    ddp_find_unused_parameters: bool | None = False  # an objective uses all that learn
+
     activation_batch_size: int = 4096
+    latent_parallel: int = 1
     objective: dict[str, Any] | str | None = None
     sparsity_coefficient: float | str | dict[str, float] = 1.0
     sparsity_warmup_steps: int = 1000
@@ -132,11 +136,22 @@ class SAETrainingArguments(TrainingArguments):
             "sparsity_coefficient", self.sparsity_coefficient, (int, float, Mapping)
         )
         self._check_annealing()
+        if self.world_size % self.latent_parallel:
+            raise InputError(
+                f"latent_parallel is {self.latent_parallel}, and there are {self.world_size} processes; expected a "
+                "divisor."
+            )
         if self.push_to_hub:
             raise InputError(
                 "push_to_hub=True would publish transformers' own card and a pickle of these arguments; train first, "
                 "then call sae.push_to_hub(...)."
             )
+
+    @property
+    def activations_per_step(self) -> int:
+        """Of all processes, between two changes of the weights."""
+        rows = self.world_size // self.latent_parallel
+        return self.activation_batch_size * self.gradient_accumulation_steps * rows
 
     def _check_annealing(self) -> None:
         if not 0 < self.sparsity_power_end <= 1:

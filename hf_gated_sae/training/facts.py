@@ -37,13 +37,12 @@ def write_training_facts(
         seconds: how long the run took.
         metrics: of the recorded activations, for each SAE; None if there are none.
     """
-    per_step = args.activation_batch_size * args.world_size * args.gradient_accumulation_steps
     for number, trainee in enumerate(trainees):
         facts: dict[str, Any] = {
             "training": {
                 **args.recipe(),
                 "steps": state.global_step,
-                "activations": state.global_step * per_step,
+                "activations": state.global_step * args.activations_per_step,
                 "seconds": round(seconds, 1),
                 "dead_latents": int(trainee.dead.mask.sum()),
                 "objective": asdict(trainee.objective),

@@ -11,39 +11,45 @@ from .trainee import Trainee
 
 
 def find_nonfinite(trainees: Iterable[Trainee], inputs: Mapping[str, Tensor], step: int) -> str | None:
-    """Return what is NaN or infinite first on the way from the activations to the gradients, in words.
+    """Return what is NaN or infinite first on the way from the activations to the loss, in words.
 
     Args:
-        trainees: the SAEs, with the gradients of the step and the weights from before it.
+        trainees: the SAEs, with the weights from before the step.
         inputs: the latest batch by site.
         step: number of steps done.
 
     Returns:
-        Such as ``"the gradient of W_dec at latent 17 is nan"``; None if everything is finite.
+        Such as ``"the term 'sparsity' of the loss is inf"``; None if everything is finite.
     """
+    with torch.no_grad():  # of all, whatever is found: the processes that train together compute them together
+        losses = [(trainee, trainee.loss(step, *trainee.batch(inputs))) for trainee in trainees]
     for site, x in inputs.items():
         if where := _first_row(x):
             row, value = where
             return f"activation {row} of {len(x)} at {site or 'the given site'} is {value}"
-    for trainee in trainees:
-        if found := _in_trainee(trainee, inputs, step):
-            return f"{found} in the SAE {trainee.name!r}" if trainee.name else found
+    for trainee, loss in losses:
+        for name, tensor in trainee.sae.named_parameters():
+            if where := _first_row(tensor.detach()):
+                return f"the parameter {name} at {_place(trainee, tensor, where[0])} is {where[1]}{_of(trainee)}"
+        for name, term in loss.terms.items():
+            if not torch.isfinite(term):
+                return f"the term {name!r} of the loss is {term.item()}{_of(trainee)}"
     return None
 
 
-def _in_trainee(trainee: Trainee, inputs: Mapping[str, Tensor], step: int) -> str | None:
-    sae = trainee.sae
-    for name, tensor in sae.named_parameters():
-        if where := _first_row(tensor.detach()):
-            return f"the parameter {name} at {_row(sae.config.d_sae, tensor, where[0])} is {where[1]}"
-    with torch.no_grad():
-        loss = trainee.loss(step, *trainee.batch(inputs))
-    for name, term in loss.terms.items():
-        if not torch.isfinite(term):
-            return f"the term {name!r} of the loss is {term.item()}"
-    for name, tensor in sae.named_parameters():
-        if tensor.grad is not None and (where := _first_row(tensor.grad)):
-            return f"the gradient of {name} at {_row(sae.config.d_sae, tensor, where[0])} is {where[1]}"
+def find_nonfinite_gradient(trainees: Iterable[Trainee]) -> str | None:
+    """Return which gradient is NaN or infinite, in words: what is left where everything before it is finite.
+
+    Args:
+        trainees: the SAEs, with the gradients of the step.
+
+    Returns:
+        Such as ``"the gradient of W_dec at latent 17 is nan"``; None if all are finite.
+    """
+    for trainee in trainees:
+        for name, tensor in trainee.sae.named_parameters():
+            if tensor.grad is not None and (where := _first_row(tensor.grad)):
+                return f"the gradient of {name} at {_place(trainee, tensor, where[0])} is {where[1]}{_of(trainee)}"
     return None
 
 
@@ -57,5 +63,10 @@ def _first_row(tensor: Tensor) -> tuple[int, float] | None:
     return row, tensor.reshape(len(tensor), -1)[row][~finite[row]][0].item()
 
 
-def _row(d_sae: int, tensor: Tensor, row: int) -> str:
-    return f"latent {row}" if len(tensor) == d_sae else f"place {row}"
+def _place(trainee: Trainee, tensor: Tensor, row: int) -> str:
+    held = trainee.sae.config.d_sae
+    return f"latent {row + trainee.grid.latents.rank * held}" if len(tensor) == held else f"place {row}"
+
+
+def _of(trainee: Trainee) -> str:
+    return f" in the SAE {trainee.name!r}" if trainee.name else ""

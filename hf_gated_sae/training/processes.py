@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import ReduceOp
 
-from ..errors import TrainingError
 from ..functional.others import OtherLatents, OtherTokens
 
 GRADIENTS_AT_ONCE = 1 << 26
@@ -34,9 +33,9 @@ class Processes(OtherLatents, OtherTokens):
         self.group = group
         self.count = 1 if group is None else group.size()
         self.rank = 0 if group is None else group.rank()
-        self._device = torch.device("cpu")  # of single numbers
+        self.device = torch.device("cpu")  # of single numbers
         if group is not None and "gloo" not in distributed.get_backend_config(group):
-            self._device = torch.device(torch.accelerator.current_accelerator() or "cpu")
+            self.device = torch.device(torch.accelerator.current_accelerator() or "cpu")
 
     @classmethod
     def all(cls) -> Processes:
@@ -71,7 +70,7 @@ class Processes(OtherLatents, OtherTokens):
         """Return the smallest of the processes' numbers."""
         if self.alone:
             return number
-        return int(self._reduced(torch.tensor(number, device=self._device), ReduceOp.MIN))
+        return int(self._reduced(torch.tensor(number, device=self.device), ReduceOp.MIN))
 
     def numbers(self, values: Mapping[str, float]) -> dict[str, float]:
         """Return the mean over the processes of some numbers by name, in one message.
@@ -81,7 +80,7 @@ class Processes(OtherLatents, OtherTokens):
         """
         if self.alone:
             return dict(values)
-        means = self.mean(torch.tensor(list(values.values()), dtype=torch.float64, device=self._device))
+        means = self.mean(torch.tensor(list(values.values()), dtype=torch.float64, device=self.device))
         return dict(zip(values, means.tolist(), strict=True))
 
     def _reduced(self, values: Tensor, operation: Any) -> Tensor:
@@ -193,25 +192,14 @@ class Processes(OtherLatents, OtherTokens):
 
     # ------------------------------------------------------------------ stopping together
 
-    def require_all(self, problem: str | None) -> None:
-        """Raise in every process what is wrong in one of them, so that none waits for the others in vain.
-
-        Args:
-            problem: what is wrong here, as a sentence; None for nothing.
-
-        Raises:
-            TrainingError: the first process's problem, with its number.
-        """
+    def first(self, text: str | None) -> str | None:
+        """Return, in all processes, what the first of them says that says anything, and which one that is."""
         if self.alone:
-            if problem is not None:
-                raise TrainingError(problem)
-            return
-        if not bool(self.any(torch.tensor([problem is not None], device=self._device))):
-            return
-        problems: list[str | None] = [None] * self.count
-        distributed.all_gather_object(problems, problem, group=self.group)
-        number, first = next((rank, each) for rank, each in enumerate(problems) if each is not None)
-        raise TrainingError(f"{first} (process {number} of {self.count})")
+            return text
+        texts: list[str | None] = [None] * self.count
+        distributed.all_gather_object(texts, text, group=self.group)
+        said = ((rank, each) for rank, each in enumerate(texts) if each is not None)
+        return next((f"{each} (in process {rank} of {self.count})" for rank, each in said), None)
 
     def together(self) -> None:
         """Wait for all."""

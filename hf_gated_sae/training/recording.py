@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
 from ..functional import FidelityAccumulator, FidelityMetrics
+from .processes import Processes
 from .trainee import Trainee
 
 
@@ -39,7 +41,14 @@ def record_activations(trainees: Sequence[Trainee], pieces: Iterable[Mapping[str
     for trainee, accumulator in zip(trainees, accumulators, strict=True):
         if not accumulator.tokens:
             raise InputError("There are no activations to record; expected at least one.")
-        measured.append(accumulator.compute())
+        measured.append(_of_all_latents(accumulator.compute(), trainee.grid.latents))
         strengths = (accumulator.max_activation, accumulator.mean_activation)
         trainee.sae.record_statistics(*strengths, accumulator.tokens, metrics=measured[-1])
     return measured
+
+
+def _of_all_latents(metrics: FidelityMetrics, processes: Processes) -> FidelityMetrics:
+    """Return metrics with what is counted over latents counted over those of all processes that share an SAE."""
+    counted = {"l0": metrics.l0, "dead": metrics.dead_fraction, "dense": metrics.dense_fraction}
+    mean = processes.numbers(counted)
+    return replace(metrics, l0=mean["l0"] * processes.count, dead_fraction=mean["dead"], dense_fraction=mean["dense"])

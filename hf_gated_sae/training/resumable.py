@@ -12,16 +12,16 @@ from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..errors import CheckpointError, MissingFileError
-from ..modeling import SAEModel
 from . import checkpoints
 from .arguments import SAETrainingArguments
 from .randomness import random_state, restore_random_state
+from .sharding import Grid, load_part, save_whole
 from .state_files import read_state, write_state
 from .streams import ActivationStream
 from .trainee import Trainee
 
 OPTIMIZER_FILE = "optimizer"
-"""State of optimiser, schedule and gradient scaler, the same in every process."""
+"""State of optimiser, schedule and gradient scaler, the same in every process that holds the same latents."""
 
 PROCESS_FILE = "process-{rank}"
 """What each process has for itself: its stream, its generators, and what its SAEs remember."""
@@ -39,6 +39,7 @@ class Resumable(Trainer):
     args: SAETrainingArguments
     trainees: dict[str, Trainee]
     stream: ActivationStream
+    grid: Grid
     optimizer: Any
     lr_scheduler: Any
     _writing: bool = False
@@ -79,17 +80,18 @@ class Resumable(Trainer):
             _internal_call: set by transformers for a checkpoint.
         """
         folder = Path(output_dir or self.args.output_dir)
-        if not self.args.should_save:
+        if not self._saves:
             return
         for name, trainee in self.trainees.items():
             with trainee.in_model_unit():
-                trainee.sae.save_pretrained(folder / name)
-        self.args.write_recipe(folder)
+                save_whole(trainee.sae, folder / name)
+        if self.args.should_save:
+            self.args.write_recipe(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Write the state of the optimiser, of the schedule and of a scaler of gradients."""
-        if self.args.should_save:
-            write_state(Path(output_dir), OPTIMIZER_FILE, self._shared_state())
+        if self._saves:
+            write_state(Path(output_dir), self._optimizer_file, self._shared_state())
 
     def _shared_state(self) -> dict[str, Any]:
         optimizer = self.optimizer.state_dict()
@@ -119,6 +121,16 @@ class Resumable(Trainer):
             "seconds": self.seconds,
         }
         write_state(Path(output_dir), self._process_file, state)
+
+    @property
+    def _saves(self) -> bool:
+        """Whether this process takes part in writing the SAEs: one does, or those that share them."""
+        return self.args.should_save if self.grid.latents.alone else self.grid.data.rank == 0
+
+    @property
+    def _optimizer_file(self) -> str:
+        rank = self.grid.latents.rank
+        return f"{OPTIMIZER_FILE}-{rank}" if rank else OPTIMIZER_FILE
 
     @property
     def _process_file(self) -> str:
@@ -173,7 +185,7 @@ class Resumable(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load the SAEs' weights, in the model's unit."""
         for name, trainee in self.trainees.items():
-            stored = SAEModel.from_pretrained(Path(resume_from_checkpoint) / name)
+            stored = load_part(Path(resume_from_checkpoint) / name, processes=self.grid.latents)
             mine, other = trainee.sae, stored.state_dict()
             want, have = mine.config, stored.config
             shapes = {key: tuple(tensor.shape) for key, tensor in mine.state_dict().items()}
@@ -189,7 +201,13 @@ class Resumable(Trainer):
         """Restore what `_save_optimizer_and_scheduler` wrote."""
         if checkpoint is None:
             return
-        state = read_state(Path(checkpoint), OPTIMIZER_FILE)
+        shared = len(list(Path(checkpoint).glob(f"{OPTIMIZER_FILE}*.json")))
+        if shared != self.args.latent_parallel:
+            raise CheckpointError(
+                f"{checkpoint} was written with latent_parallel={shared}, and it is {self.args.latent_parallel} now: "
+                "resume with the same."
+            )
+        state = read_state(Path(checkpoint), self._optimizer_file)
         if state["processes"] != self.args.world_size:
             raise CheckpointError(
                 f"{checkpoint} was written by {state['processes']} processes, and these are {self.args.world_size}: "

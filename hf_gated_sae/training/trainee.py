@@ -21,6 +21,7 @@ from .dead_latents import DeadLatents
 from .objective import build_objective
 from .remedies import DeadLatentRemedy, remedies
 from .schedules import LearningRateDip, linear_warmup
+from .sharding import Grid
 from .statistics import ActivationStatistics
 from .streams import ActivationStream
 from .units import change_unit, require_two_units, unit_tensors
@@ -39,8 +40,10 @@ class Trainee:
         sae: on the device that it is trained on.
         args: the run's arguments.
         stream: where its activations come from.
+        grid: the processes that train together; this one alone by default.
 
     Attributes:
+        common: names of the parameters that processes which share the SAE hold alike, if it is shared.
         reads: the stream's name of the site that is encoded.
         writes: the stream's name of the site that is reconstructed: the same, unless the SAE is a transcoder.
         objective: what is minimised.
@@ -56,11 +59,20 @@ class Trainee:
         UnknownNameError: if the stream lacks its site, or the arguments name something unknown.
     """
 
-    def __init__(self, name: str, sae: SAEModel, args: SAETrainingArguments, stream: ActivationStream) -> None:
+    def __init__(
+        self,
+        name: str,
+        sae: SAEModel,
+        args: SAETrainingArguments,
+        stream: ActivationStream,
+        grid: Grid | None = None,
+    ) -> None:
         require_trainable(sae)
         self.name = name
         self.sae = sae
         self.args = args
+        self.grid = grid or Grid()
+        self.common = frozenset() if self.grid.latents.alone else type(sae).shared_names(sae.config)
         self.reads = self.writes = stream.key(sae.config.site)
         self.objective = build_objective(sae, args.of_sae("objective", name, {}))
         self.coefficient = float(args.of_sae("sparsity_coefficient", name))
@@ -75,11 +87,11 @@ class Trainee:
             if args.activation_scale != "none":
                 require_two_units(sae)
         self._check()
-        self.dead = DeadLatents(sae.config.d_sae, args.dead_after_activations, sae.device)
+        self.dead = DeadLatents(sae.config.d_sae, args.dead_after_activations, sae.device, self.grid.data)
         self.dip = LearningRateDip(low=args.lr_dip, steps=args.lr_dip_steps)
         self.remedy: DeadLatentRemedy | None = None
         if args.dead_latent_remedy is not None:
-            self.remedy = remedies[args.dead_latent_remedy](args, self.dead, self.dip)
+            self.remedy = remedies[args.dead_latent_remedy](args, self.dead, self.dip, self.grid)
         self.annealing = PowerAnnealing(
             args.sparsity_power_end,
             first=args.sparsity_power_steps[0],
@@ -117,9 +129,11 @@ class Trainee:
         before = {name: parameter.requires_grad for name, parameter in parameters.items()}
         for parameter in parameters.values():
             parameter.requires_grad_(False)
+        self.sae.peers = None if self.grid.data.alone else self.grid.data
         try:
             yield
         finally:
+            self.sae.peers = None
             for name, parameter in parameters.items():
                 parameter.requires_grad_(before[name])
             self.sae.zero_grad()
@@ -221,7 +235,7 @@ class Trainee:
         if self.remedy is not None:
             self.remedy.after_step(step, self.sae, optimizer)
         self.objective.constrain(self.sae)
-        self.annealing.advance(step, self._penalty)
+        self.annealing.advance(step, self._penalty, self.grid.data)
 
     @torch.no_grad()
     def _penalty(self, power: float, x: Tensor, target: Tensor) -> float:
@@ -231,15 +245,17 @@ class Trainee:
         return float(loss.terms["sparsity"])
 
     def metrics(self, x: Tensor, target: Tensor, loss: TrainingLoss) -> dict[str, float]:
-        """Return what is worth watching of one batch, by name."""
+        """Return what is worth watching of one batch, by name; means over processes that see other batches."""
         accumulator = FidelityAccumulator(self.sae.config.d_sae, self.sae.b_dec)
         accumulator.update(target, loss.reconstruction.detach(), loss.latents)
         found = accumulator.compute()
-        return {
+        metrics = {
             **{f"loss_{name}": term.item() for name, term in loss.terms.items()},
             **{name: getattr(found, name) for name in WATCHED},
-            "dead_latents": int(self.dead.mask.sum()),
         }
+        counted = torch.tensor([metrics["l0"], int(self.dead.mask.sum())], dtype=torch.float64)
+        l0, dead = self.grid.latents.sum(counted.to(self.grid.latents.device)).tolist()  # of the latents of all
+        return {**self.grid.data.numbers({**metrics, "l0": l0}), "dead_latents": int(dead)}
 
     # ------------------------------------------------------------------ disk
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...functional.sparse import decode
 from ...modeling import SAEModel, TrainingLoss
 from ..pre_latents import pre_latents
+from ..processes import Processes
 from .base import DeadLatentRemedy
 
 
@@ -47,12 +48,15 @@ class AuxK(DeadLatentRemedy):
             values = torch.relu(values)
         chosen = torch.zeros(len(x), len(dead), dtype=values.dtype, device=values.device).scatter(-1, best, values)
         left = (error - decode(chosen, sae.W_dec.index_select(0, dead))).square().sum(-1).mean()
-        unexplained, whole = _variance(error), _variance(target)
+        unexplained, whole = _variances(error, target, self.grid.data)
         share = torch.where(unexplained > 0, left / unexplained.clamp_min(torch.finfo(left.dtype).tiny), 0.0)
         return {"auxk": self.args.auxk_coefficient * whole * share}
 
 
-def _variance(x: Tensor) -> Tensor:
-    """Return ``E|x - mean x|^2`` of ``x [n, d]``, without a gradient."""
-    x = x.detach()
-    return (x - x.mean(0)).square().sum(-1).mean()
+@torch.no_grad()
+def _variances(x: Tensor, y: Tensor, processes: Processes) -> Tensor:
+    """Return ``E|x - mean x|^2`` and that of y, both ``[n, d]``, over the batch of all processes, ``[2]``."""
+    means = processes.mean(torch.stack([x.mean(0), y.mean(0)]))
+    return processes.mean(
+        torch.stack([(each - mean).square().sum(-1).mean() for each, mean in zip((x, y), means, strict=True)])
+    )

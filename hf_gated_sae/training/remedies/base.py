@@ -12,6 +12,7 @@ from ...modeling import SAEModel, TrainingLoss
 from ...registry import Registry
 from ..dead_latents import DeadLatents
 from ..schedules import LearningRateDip
+from ..sharding import Grid
 
 if TYPE_CHECKING:
     from ..arguments import SAETrainingArguments
@@ -27,14 +28,19 @@ class DeadLatentRemedy:
         args: the run's arguments.
         dead: which latents are dead.
         dip: lowers the learning rate after a disturbance.
+        grid: the processes that train together; this one alone by default. All of them see the same dead latents, or,
+            where they share an SAE, those that they hold.
     """
 
     name: ClassVar[str]
 
-    def __init__(self, args: SAETrainingArguments, dead: DeadLatents, dip: LearningRateDip) -> None:
+    def __init__(
+        self, args: SAETrainingArguments, dead: DeadLatents, dip: LearningRateDip, grid: Grid | None = None
+    ) -> None:
         self.args = args
         self.dead = dead
         self.dip = dip
+        self.grid = grid or Grid()
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         """Register the remedy under its name."""

@@ -43,4 +43,5 @@ class GhostGradients(DeadLatentRemedy):
         ghost = ghost * (norm / (2 * ghost.detach().norm(dim=-1, keepdim=True)).clamp_min(tiny))
         error = (residual - ghost).square().sum(-1).mean()
         ours = residual.square().sum(-1).mean()
-        return {"ghost": error * (ours / error.detach().clamp_min(tiny))}
+        of_all = self.grid.data.mean(torch.stack([ours, error.detach()]))
+        return {"ghost": error * (of_all[0] / of_all[1].clamp_min(tiny))}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ...modeling import SAEModel
+from ..sharding import Grid
 from .base import DeadLatentRemedy
 
 
@@ -25,7 +26,7 @@ class Resample(DeadLatentRemedy):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._steps = frozenset(self.args.resample_steps)
-        self._window = math.ceil(self.args.resample_inputs / self.args.activation_batch_size)
+        self._window = math.ceil(self.args.resample_inputs / self.args.activations_per_step)
         self._recent: list[tuple[Tensor, Tensor]] = []
         self._generator = torch.Generator().manual_seed(self.args.seed)
         self.resampled = 0
@@ -43,8 +44,10 @@ class Resample(DeadLatentRemedy):
         inputs = torch.cat([x for x, _ in self._recent])
         targets = torch.cat([target for _, target in self._recent]) if sae.config.is_transcoder else None
         self._recent.clear()
-        if len(dead):
-            revived = resample(sae, dead, inputs, optimizer, targets=targets, generator=self._generator)
+        if int(self.grid.latents.sum(torch.tensor(len(dead), device=dead.device))):
+            revived = resample(
+                sae, dead, inputs, optimizer, targets=targets, generator=self._generator, grid=self.grid
+            )
             self.dead.forgive(revived)
             self.dip.start(step)
             self.resampled += len(revived)
@@ -72,6 +75,7 @@ def resample(
     targets: Tensor | None = None,
     encoder_scale: float = 0.2,
     generator: torch.Generator | None = None,
+    grid: Grid | None = None,
 ) -> Tensor:
     """Give dead latents new directions; nothing but their rows, and the optimiser's moments of these rows, is touched.
 
@@ -88,7 +92,8 @@ def resample(
         optimizer: its state for the dead rows is set to zero.
         targets: what a transcoder is to write for each input, ``[m, d_out]``.
         encoder_scale: how loud a new encoder row is.
-        generator: source of randomness, on the CPU.
+        generator: source of randomness, on the CPU; in the same state in all processes.
+        grid: the processes that train together. Inputs are drawn from those of all, the same ones in each.
 
     Returns:
         The indices that were resampled: all of `dead`, unless there are fewer inputs.
@@ -97,20 +102,27 @@ def resample(
     targets = inputs if targets is None else targets
     written = targets - sae.b_dec if sae.config.is_transcoder else directions
     has_direction = (directions.norm(dim=-1) > 0) & (written.norm(dim=-1) > 0)
-    weights = _reconstruction_errors(sae, inputs, targets).square() * has_direction
-    drawn = min(len(dead), int((weights > 0).sum()))
+    grid = grid or Grid()
+    weights = grid.data.rows(_reconstruction_errors(sae, inputs, targets).square() * has_direction)
+    counts = grid.latents.rows(torch.tensor([len(dead)], device=dead.device))  # each process has its own dead latents
+    drawn = min(int(counts.sum()), int((weights > 0).sum()))
     if not drawn:
         return dead[:0]
     alive = torch.ones(sae.config.d_sae, dtype=torch.bool, device=dead.device)
     alive[dead] = False
-    dead = dead[:drawn]
     # Scaled by the largest so that the squares of large errors stay representable.
     chosen = torch.multinomial((weights / weights.max()).double().cpu(), drawn, generator=generator)
-    chosen = chosen.to(directions.device)
-    reads, writes = (nn.functional.normalize(each[chosen], dim=-1).to(sae.dtype) for each in (directions, written))
+    chosen = chosen[int(counts[: grid.latents.rank].sum()) :][: len(dead)].to(directions.device)
+    dead = dead[: len(chosen)]
+    directions, written = (grid.data.chosen(each, chosen) for each in (directions, written))
+    reads, writes = (nn.functional.normalize(each, dim=-1).to(sae.dtype) for each in (directions, written))
 
     norms = sae.W_enc.norm(dim=0)
-    loudness = encoder_scale * (norms[alive] if alive.any() else norms).mean()
+    lengths = torch.stack(
+        [norms[alive].sum(), alive.sum(), norms.sum(), alive.new_tensor(len(alive), dtype=norms.dtype)]
+    )
+    lengths = grid.latents.sum(lengths)
+    loudness = encoder_scale * (lengths[0] / lengths[1] if lengths[1] else lengths[2] / lengths[3])
     fresh = _fresh_vectors(sae)
     for name, parameter in sae.named_parameters():
         if not parameter.requires_grad:
@@ -120,7 +132,7 @@ def resample(
         elif name == "W_enc_T":
             parameter[dead] = reads * loudness
         elif name in fresh:
-            parameter[dead] = fresh[name][dead]
+            parameter[dead] = fresh[name][dead].to(parameter.dtype)
         else:
             continue
         forget_moments(optimizer, parameter, dead)

@@ -202,7 +202,7 @@ def _common(config: RunConfig, saes: Mapping[str, SAEModel], args: Any) -> dict[
         "memory": TrainingMemory.of(saes.values()),
         "available": _available(args.device),
         "steps": args.max_steps,
-        "batch": args.activation_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "batch": args.activations_per_step,
     }
 
 

@@ -75,6 +75,13 @@ class Run:
         """The SAEs, by the name of their section."""
         return self.parts.saes
 
+    def trained(self, name: str) -> SAEModel:
+        """Return an SAE of the finished run: that on the disk where processes share it, and none holds it whole."""
+        if self.parts.arguments.latent_parallel == 1:
+            return self.saes[name]
+        sae: SAEModel = SAEModel.from_pretrained(self.folder(name))
+        return sae
+
     def folder(self, name: str) -> Path:
         """Return where an SAE is left: `output_dir` itself, or, of several, a folder of its name in it."""
         return Path(self.config.output_dir, name)
@@ -83,13 +90,12 @@ class Run:
         """Return what is about to be trained, for people."""
         config, args = self.config, self.parts.arguments
         places = {name or "SAE": _described(sae) for name, sae in self.saes.items()}
-        per_step = args.activation_batch_size * args.gradient_accumulation_steps * args.world_size
         start = f"from {self.checkpoint.name}" if self.checkpoint else "from the beginning"
         return {
             **({"model": _at(config.model.name, config.model.revision)} if config.model else {}),
             "data": _at(config.data.name, config.data.revision),
             **places,
-            "steps": f"{args.max_steps:,} of {per_step:,} activations, {start}",
+            "steps": f"{args.max_steps:,} of {args.activations_per_step:,} activations, {start}",
         }
 
     def train(self, callbacks: list[TrainerCallback] | None = None, *, quiet: bool = False) -> TrainOutput:

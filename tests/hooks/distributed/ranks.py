@@ -18,7 +18,7 @@ SOON = timedelta(seconds=30)  # a rank that waits longer than this for the other
 ROOT = Path(__file__).parents[3]
 
 
-def launch(module, folder, timeout=120):
+def launch(module, folder, timeout=120, count=RANKS):
     """Run the checks of a module on all ranks.
 
     Returns what became of each check, by name and rank. Nothing of a check that is missing is known: an earlier one
@@ -28,12 +28,12 @@ def launch(module, folder, timeout=120):
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", module, str(folder)],
-            env=known | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)},
+            env=known | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)},
             cwd=ROOT,
             stdout=(Path(folder) / f"{rank}.log").open("wb"),
             stderr=subprocess.STDOUT,
         )
-        for rank in range(RANKS)
+        for rank in range(count)
     ]
     until = time.monotonic() + timeout
     try:
@@ -46,19 +46,19 @@ def launch(module, folder, timeout=120):
             rank.kill()
             rank.wait()
     ended = {}
-    for number in range(RANKS):
+    for number in range(count):
         path = Path(folder) / f"{number}.json"
         for name, outcome in (json.loads(path.read_text()) if path.exists() else {}).items():
             ended.setdefault(name, {})[number] = outcome
-    for number in range(RANKS):
+    for number in range(count):
         ended[f"log of rank {number}"] = (Path(folder) / f"{number}.log").read_text(errors="replace")[-3000:]
     return ended
 
 
-def require_passed(ended, check):
+def require_passed(ended, check, count=RANKS):
     """Fail unless a check has passed on every rank."""
     outcome = ended.get(check, {})
-    if outcome != dict.fromkeys(range(RANKS), PASSED):
+    if outcome != dict.fromkeys(range(count), PASSED):
         known = "\n".join(f"rank {rank}: {text}" for rank, text in outcome.items()) or "it did not run"
         logs = "\n".join(f"{name}: {text}" for name, text in ended.items() if name.startswith("log of"))
         raise AssertionError(f"{check}: {known}\n{logs}")
@@ -67,9 +67,9 @@ def require_passed(ended, check):
 def run(checks, prepare):
     """Run the checks on this rank, up to the first that fails; what `prepare` returns is given to each."""
     torch.set_num_threads(1)
-    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    folder, rank, count = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = f"file://{folder / 'store'}"
-    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS, timeout=SOON)
+    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=count, timeout=SOON)
     given = prepare(folder)
     ended = {}
     for name, check in checks.items():
@@ -87,7 +87,7 @@ def run(checks, prepare):
 
 def gathered(value):
     """Return what every rank holds."""
-    every = [None] * RANKS
+    every = [None] * distributed.get_world_size()
     distributed.all_gather_object(every, value)
     return every
 

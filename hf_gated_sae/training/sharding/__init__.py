@@ -1,0 +1,8 @@
+"""SAEs that are wider than one device: every process holds some of the latents."""
+
+from .gathered import GatheredActivations
+from .grid import Grid
+from .parts import latents_of, load_part, new_part, split
+from .saving import save_whole
+
+__all__ = ["GatheredActivations", "Grid", "latents_of", "load_part", "new_part", "save_whole", "split"]

@@ -1,0 +1,139 @@
+"""One process's part of an SAE: some of its latents, and all that is not one row per latent.
+
+The processes see the same tokens. What their latents write is summed, and so is what they pay for sparsity; all else,
+the moments of the optimiser included, never leaves its process. A step sends ``tokens * d_out`` numbers for every
+reconstruction of the objective, however wide the SAE is.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+
+import torch
+
+from ...errors import InputError
+from ...modeling import KeptObjective, SAEConfig, SAEModel
+from ...modeling.loading import open_checkpoint
+from ...modeling.model import architectures
+from ..processes import Processes
+
+
+def latents_of(d_sae: int, processes: Processes) -> range:
+    """Return which latents this process holds.
+
+    Args:
+        d_sae: of the whole SAE.
+        processes: between which they are split.
+
+    Raises:
+        InputError: unless all get the same number.
+    """
+    if d_sae % processes.count:
+        wider = -(-d_sae // processes.count) * processes.count
+        raise InputError(
+            f"d_sae = {d_sae:,} latents cannot be split evenly over {processes.count} processes; the next number that "
+            f"can is {wider:,}."
+        )
+    each = d_sae // processes.count
+    return range(processes.rank * each, (processes.rank + 1) * each)
+
+
+@torch.no_grad()
+def split(sae: SAEModel, processes: Processes) -> SAEModel:
+    """Return this process's part of an SAE that it holds whole; of a process that is alone, the SAE itself.
+
+    Args:
+        sae: the whole one, the same in all processes.
+        processes: between which the latents are split.
+
+    Raises:
+        InputError: if the latents are not independent of each other, or cannot be split evenly.
+    """
+    if processes.alone:
+        return sae
+    held = latents_of(sae.config.d_sae, processes)
+    with torch.device("meta"):
+        part = _empty(type(sae), sae.config, processes)
+    shared = type(sae).shared_names(sae.config)
+    own = {name: x if name in shared else x[held.start : held.stop] for name, x in sae.state_dict().items()}
+    part.load_state_dict({name: x.clone() for name, x in own.items()}, assign=True)
+    for name, parameter in sae.named_parameters():
+        part.get_parameter(name).requires_grad_(parameter.requires_grad)
+    return part.train(sae.training)
+
+
+def new_part(config: SAEConfig, processes: Processes, *, seed: int = 0) -> SAEModel:
+    """Return this process's part of a new SAE, which no process ever holds whole.
+
+    Args:
+        config: of the whole SAE.
+        processes: between which the latents are split.
+        seed: of the initial weights; every part's are different.
+
+    Raises:
+        InputError: as for `split`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed * processes.count + processes.rank)
+        return _empty(architectures[config.architecture], config, processes)
+
+
+def load_part(folder: str | os.PathLike[str], subfolder: str = "", *, processes: Processes) -> SAEModel:
+    """Return this process's part of a stored SAE, of which no more than that part is read.
+
+    Args:
+        folder: or a repository id, as for `SAEModel.from_pretrained`.
+        subfolder: of the SAE inside it.
+        processes: between which the latents are split.
+
+    Raises:
+        InputError: as for `split`.
+    """
+    if processes.alone:
+        return SAEModel.from_pretrained(folder, subfolder)
+    whole = open_checkpoint(os.fspath(folder), subfolder).config
+    require_splittable(architectures[whole.architecture])
+    part: SAEModel = SAEModel.from_pretrained(folder, subfolder, latents=latents_of(whole.d_sae, processes))
+    rows = part.config.rows
+    part.config.kept_latents = None
+    part.config.d_sae = rows
+    part.others = processes
+    return part
+
+
+def whole_config(part: SAEModel) -> SAEConfig:
+    """Return the configuration of the SAE that this is a part of."""
+    config = copy.deepcopy(part.config)
+    if isinstance(part.others, Processes):
+        config.d_sae *= part.others.count
+    return config
+
+
+def require_splittable(sae_class: type[SAEModel]) -> None:
+    """Raise unless the latents of an architecture are independent of each other.
+
+    Raises:
+        InputError: saying why not.
+    """
+    why = ""
+    if not sae_class.elementwise or issubclass(sae_class.objective_class, KeptObjective):
+        why = "which latents are on is decided among all of them"
+    elif not (sae_class.sliceable and sae_class.one_site and sae_class.per_token):
+        why = "its tensors are not one row per latent"
+    if why:
+        raise InputError(
+            f"The latents of a {sae_class.__name__} cannot be split over processes: {why}. Train it in data parallel, "
+            "or a GatedSAE, StandardSAE or JumpReLUSAE."
+        )
+
+
+def _empty(sae_class: type[SAEModel], config: SAEConfig, processes: Processes) -> SAEModel:
+    """Return a new part."""
+    require_splittable(sae_class)
+    config = copy.deepcopy(config)
+    config.d_sae = len(latents_of(config.d_sae, processes))
+    part = sae_class(config)
+    if not processes.alone:
+        part.others = processes
+    return part

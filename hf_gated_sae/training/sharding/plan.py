@@ -1,0 +1,180 @@
+"""What training a wide SAE on a large model takes on many devices, on paper."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ...architectures import architectures
+from ..memory import TrainingMemory
+
+PRODUCTS = 7
+"""Of ``tokens x width x latents`` in a dense Gated step: the encoder's, two reconstructions, the gradients of the
+latents through each of them, and those of W_dec and W_enc. The auxiliary term's decoder is frozen."""
+
+RECONSTRUCTIONS = 2
+"""Sums over the processes that share a Gated SAE, each ``[tokens, width]``."""
+
+UPDATE_BYTES = 48
+"""Read and written per parameter: 28 by Adam, 14 by the unit norm of half of them, 6 by a copy in bfloat16."""
+
+PASSES = 16
+"""Over an array ``[tokens, latents]`` in float32, for all that is no matrix product."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Devices and what joins them; all but the first two numbers are assumptions.
+
+    Attributes:
+        operations: of a large product in bfloat16, per second.
+        bandwidth: of a device's memory, bytes per second.
+        memory: of a device, bytes.
+        node: devices that the fast links join.
+        link: bytes per second and device within a node, as collectives reach them.
+        network: the same between nodes.
+        utilisation: share of `operations` that is reached.
+        price: of a device and hour.
+    """
+
+    operations: float = 790e12
+    bandwidth: float = 4.3e12
+    memory: float = 141e9
+    node: int = 8
+    link: float = 300e9
+    network: float = 40e9
+    utilisation: float = 0.5
+    price: float = 3.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be trained.
+
+    Attributes:
+        base_parameters: of the base model.
+        base_layers: that it has.
+        layer: after which it is stopped.
+        width: of the site.
+        d_sae: latents.
+        tokens: activations per step, of all processes.
+        buffer: activations that every reader holds for shuffling.
+    """
+
+    base_parameters: float = 70.6e9
+    base_layers: int = 80
+    layer: int = 40
+    width: int = 8192
+    d_sae: int = 1_048_576
+    tokens: int = 65_536
+    buffer: int = 1_000_000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to lay a job over devices.
+
+    Attributes:
+        devices: in all.
+        latents: devices that share an SAE.
+        model: devices that share a base model.
+        memory: bytes per device, by what takes them.
+        seconds: per step, by what takes them; nothing is assumed to overlap.
+        tokens: activations per step.
+        price: per device and hour.
+    """
+
+    devices: int
+    latents: int
+    model: int
+    memory: dict[str, float]
+    seconds: dict[str, float]
+    tokens: int
+    price: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all devices together."""
+        return self.tokens / sum(self.seconds.values())
+
+    @property
+    def price_per_billion(self) -> float:
+        """Of a billion tokens."""
+        return 1e9 / self.tokens_per_second / 3600 * self.devices * self.price
+
+
+def plan(
+    devices: int, latents: int, *, model: int = 8, job: Job | None = None, machine: Machine | None = None
+) -> Plan:
+    """Return what a step takes.
+
+    Args:
+        devices: in all.
+        latents: over how many of them the latents are split; the rest is data parallel.
+        model: over how many of them the base model is split.
+        job: what is trained.
+        machine: on what.
+    """
+    job, machine = job or Job(), machine or Machine()
+    rows, readers = devices // latents, latents // model
+    seen = job.tokens / rows  # by every device
+    speed = machine.operations * machine.utilisation
+    share = job.layer / job.base_layers
+    gated = architectures["gated"]
+    with torch.device("meta"):
+        part = gated(gated.config_class(d_in=job.width, d_sae=job.d_sae // latents))
+    parameters = sum(each.numel() for each in part.parameters())
+    step = TrainingMemory.of([part])
+    between_latents = machine.link if latents <= machine.node else machine.network
+    summed = RECONSTRUCTIONS * seen * job.width * 4
+    through_model = 2 * job.layer * job.width * 2 * job.tokens * model / devices  # two sums per layer, in bfloat16
+    return Plan(
+        devices,
+        latents,
+        model,
+        memory={
+            "SAE": float(step.total(0)),
+            "SAE in bfloat16": 2.0 * parameters,
+            "step": float(step.per_activation * seen),
+            "base model": 2 * job.base_parameters / model,
+            "buffer": 2.0 * job.buffer * job.width,
+        },
+        seconds={
+            "base model": 2 * job.base_parameters * share * job.tokens / devices / speed
+            + _all_reduce(through_model, model) / machine.link,
+            "SAE": PRODUCTS * 2 * job.width * job.d_sae / latents * seen / speed
+            + PASSES * 4 * job.d_sae / latents * seen / machine.bandwidth,
+            "sums over latents": _all_reduce(summed, latents) / between_latents,
+            "exchange of activations": seen * job.width * 4 * (1 - 1 / readers) / machine.network,
+            "gradients": _all_reduce(4.0 * parameters, rows) / machine.network,
+            "update": UPDATE_BYTES * parameters / machine.bandwidth,
+        },
+        tokens=job.tokens,
+        price=machine.price,
+    )
+
+
+def table(plans: list[Plan]) -> str:
+    """Return plans as a table in Markdown, as it stands in the README of this room."""
+    lines = [
+        "| GPUs | share an SAE | data parallel | tokens/step | GB per GPU | s/step | tokens/s | $ per 10⁹ tokens |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {each.devices} | {each.latents} | {each.devices // each.latents} | {each.tokens:,} "
+        f"| {sum(each.memory.values()) / 1e9:.0f} | {sum(each.seconds.values()):.2f} "
+        f"| {_rounded(each.tokens_per_second)} | {_rounded(each.price_per_billion)} |"
+        for each in plans
+    ]
+    return "\n".join(lines)
+
+
+def _rounded(number: float) -> str:
+    """Return two digits, which is more than paper knows."""
+    return f"{float(f'{number:.2g}'):,.0f}"
+
+
+def _all_reduce(amount: float, among: int) -> float:
+    """Return the bytes that a device sends where so many sum so many bytes in a ring."""
+    return 2 * amount * (among - 1) / among

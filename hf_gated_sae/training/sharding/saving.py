@@ -1,0 +1,121 @@
+"""Writing an SAE that no process holds whole as one ordinary checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from ...modeling import SAEModel
+from ...modeling.saving import replaced_together
+from ..processes import Processes
+from .parts import whole_config
+
+BYTES_PER_FILE = 40 * 10**9
+"""The Hub takes files of up to 50 GB."""
+
+BYTES_AT_ONCE = 1 << 28
+"""Of one tensor, what is handed over and written together."""
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+
+
+def save_whole(part: SAEModel, folder: str | Path, *, bytes_per_file: int = BYTES_PER_FILE) -> None:
+    """Write the SAE of which this is a part, as `SAEModel.from_pretrained` reads it.
+
+    The first process writes; the others hand it their rows, a piece of one tensor at a time. An SAE that is no part is
+    simply saved.
+
+    Args:
+        part: see `split`; to be called in all of its processes.
+        folder: to write into, which only the first process needs to reach.
+        bytes_per_file: a tensor that is larger has a file for itself.
+    """
+    processes = part.others
+    if not isinstance(processes, Processes):
+        part.save_pretrained(folder)
+        return
+    shared = type(part).shared_names(part.config)
+    tensors = {name: tensor.detach() for name, tensor in part.state_dict().items()}
+    rows = {name: 1 if name in shared else processes.count for name in tensors}
+    files = _files({name: tensor.nbytes * rows[name] for name, tensor in tensors.items()}, bytes_per_file)
+    if processes.rank:
+        for names in files.values():
+            for name in names:
+                for _ in _pieces(tensors[name], processes if rows[name] > 1 else Processes()):
+                    pass
+        return
+    with replaced_together(Path(folder)) as staging:
+        _write_config(part, staging)
+        for file, names in files.items():
+            chosen = {name: tensors[name] for name in names}
+            with (staging / file).open("wb") as out:
+                out.write(_header({name: (tensor, rows[name]) for name, tensor in chosen.items()}))
+                for name, tensor in chosen.items():
+                    _write(tensor, processes if rows[name] > 1 else Processes(), out)
+        if len(files) > 1:
+            places = {name: file for file, names in files.items() for name in names}
+            size = sum(tensor.nbytes * rows[name] for name, tensor in tensors.items())
+            index = {"metadata": {"total_size": size}, "weight_map": places}
+            (staging / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_config(part: SAEModel, folder: Path) -> None:
+    config = whole_config(part)
+    config.architectures = [type(part).__name__]
+    config.dtype = part.dtype
+    config.save_pretrained(folder)
+
+
+def _files(sizes: Mapping[str, int], most: int) -> dict[str, list[str]]:
+    """Return which tensors stand in which file."""
+    groups: list[list[str]] = []
+    left = 0
+    for name, size in sizes.items():
+        if size > left or not groups:
+            groups.append([])
+            left = most
+        groups[-1].append(name)
+        left -= size
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{k:05}-of-{len(groups):05}.safetensors": names for k, names in enumerate(groups, start=1)}
+
+
+def _header(tensors: Mapping[str, tuple[Tensor, int]]) -> bytes:
+    """Return the beginning of a safetensors file; each tensor is given with how many times its rows there are."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (tensor, times) in tensors.items():
+        shape = [tensor.shape[0] * times, *tensor.shape[1:]] if tensor.ndim else []
+        begin, end = end, end + tensor.nbytes * times
+        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": shape, "data_offsets": [begin, end]}
+    content = json.dumps(entries, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % 8)
+    return struct.pack("<Q", len(content)) + content
+
+
+def _write(tensor: Tensor, processes: Processes, out: BinaryIO) -> None:
+    for piece in _pieces(tensor, processes):
+        if piece is not None:
+            out.write(piece.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+
+
+def _pieces(tensor: Tensor, processes: Processes) -> Iterator[Tensor | None]:
+    """Yield, in the first process, the rows of all processes' tensors piece by piece, in their order."""
+    rows = tensor.reshape(1) if not tensor.ndim else tensor
+    step = max(1, BYTES_AT_ONCE // max(1, math.prod(rows.shape[1:]) * rows.element_size()))
+    for source in range(processes.count):
+        for piece in rows.split(step):
+            yield processes.to_first(piece, source)

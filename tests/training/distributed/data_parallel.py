@@ -1,0 +1,272 @@
+"""Runs of `SAETrainer` that two processes carry out together, or one alone with batches twice as large."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PrinterCallback
+from transformers.distributed import DistributedConfig
+
+from hf_gated_sae import SAEModel
+from hf_gated_sae.errors import CheckpointError, InputError, TrainingError
+from hf_gated_sae.training import ModelActivations, SAETrainer, SAETrainingArguments, TensorActivations
+from hf_gated_sae.training.processes import Processes
+from hf_gated_sae.training.sharding import load_part
+from tests.hooks.distributed.ranks import RANKS, gathered, require_alike, run
+from tests.support.tiny_models import tiny_model
+from tests.training.worlds import D_IN, activations, build
+
+STEPS = 24
+RESAMPLED = {"resample_steps": [9, 17], "resample_inputs": 256, "lr_dip_steps": 9}
+ANNEALED = {
+    "sparsity_power_end": 0.7,
+    "sparsity_power_steps": [5, 15],
+    "sparsity_power_changes": 3,
+    "sparsity_power_batches": 4,
+}
+RUNS = {
+    "resampled": (("gated", "standard", "jumprelu"), {**RESAMPLED, "initial_b_dec": "geometric_median"}),
+    "annealed": (("gated", "standard"), {**ANNEALED, "dead_latent_remedy": None}),
+    "by the batch": (("batch_topk", "topk"), {"dead_latent_remedy": "auxk"}),
+    "auxk": (("gated",), {"dead_latent_remedy": "auxk", "auxk_coefficient": 1.0}),
+    "ghosts": (("standard",), {"dead_latent_remedy": "ghost_gradients"}),
+    "pulled": (("gated",), {"dead_latent_remedy": "pre_activation_pull", "pull_coefficient": 0.1}),
+    "accumulated": (("gated",), {**RESAMPLED, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5}),
+}
+SPLIT = {
+    "resampled": RUNS["resampled"],
+    "annealed": RUNS["annealed"],
+    "accumulated": (
+        ("gated", "standard"),
+        {**RESAMPLED, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "recorded_activations": 300},
+    ),
+}
+"""Those that can be carried out by processes that share the SAEs."""
+CLOSE = 1e-8  # in float64; only the order of sums differs
+
+
+def trainer(folder, architectures, batch=32, stream=None, **changes):
+    saes = dict(architectures) if isinstance(architectures, dict) else {}
+    for name in () if saes else architectures:
+        sae = build(name, D_IN, 48).to(torch.float64)
+        for bias in ("b_gate", "b_enc"):
+            if hasattr(sae, bias):
+                getattr(sae, bias).data[::5] = -1e4  # latents that are dead from the beginning
+        saes[name] = sae
+    settings = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "max_steps": STEPS,
+        "activation_batch_size": batch,
+        "learning_rate": 3e-3,
+        "warmup_steps": 4,
+        "sparsity_warmup_steps": 4,
+        "sparsity_coefficient": 0.5,
+        "dead_after_activations": 200,
+        "resample_steps": [],
+        "logging_steps": 6,
+        "statistics_activations": 600,
+        "recorded_activations": 0,
+    }
+    given = TensorActivations(activations(700, seed=0, scale=20.0).double(), seed=1) if stream is None else stream
+    made = SAETrainer(saes.get("", saes), SAETrainingArguments(**{**settings, **changes}), given)
+    made.remove_callback(PrinterCallback)
+    return made
+
+
+def logged(made):
+    return [entry for entry in made.state.log_history if "grad_norm" in entry]
+
+
+def read_from(folder, model, batch=32, **changes):
+    """Train on what a language model computes; nothing is measured beforehand."""
+    ids = torch.randint(3, 90, (12, 4, 16), generator=torch.Generator().manual_seed(5))
+    stream = ModelActivations(model, "resid_post.1", list(ids), buffer_size=256)
+    sae = build("gated", model.config.hidden_size, 48, site="resid_post.1").to(torch.float64)
+    settings = {"activation_scale": "none", "initial_b_dec": "zero", "statistics_activations": 64, "max_steps": 12}
+    made = trainer(folder, {"": sae}, batch, stream, **settings, **changes)
+    made.train()
+    return made
+
+
+def alone(folder):
+    """Carry every run out in one process, and leave what came of it."""
+    model = tiny_model("llama").double()
+    model.save_pretrained(folder / "llama")
+    read_from(folder / "read", model)
+    for name, (architectures, settings) in RUNS.items():
+        made = trainer(folder / name, architectures, 64, **settings)
+        made.train()
+        (folder / name / "log.json").write_text(json.dumps(logged(made)))
+    architectures, settings = SPLIT["accumulated"]
+    trainer(folder / "recorded", architectures, 64, **settings).train()
+
+
+def require_same(folder, made, name):
+    """Fail unless the SAEs in a folder and what was logged are those of the process that was alone."""
+    for sae in made.trainees:
+        expected = SAEModel.from_pretrained(folder / name / sae).state_dict()
+        found = SAEModel.from_pretrained(Path(made.args.output_dir) / sae).state_dict()
+        start = build(sae, D_IN, 48).state_dict()
+        for key, tensor in expected.items():
+            scale = max(1.0, tensor.abs().max().item())
+            assert (found[key] - tensor).abs().max() <= CLOSE * scale, (sae, key)
+        assert (expected["W_dec"] - start["W_dec"]).abs().max() > 1e-2
+    for found, expected in zip(logged(made), json.loads((folder / name / "log.json").read_text()), strict=True):
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            if not key.endswith(("fvu", "bias")):  # which are means of those of the processes
+                assert found[key] == pytest.approx(value, rel=1e-5, abs=1e-8), key
+
+
+def prepare(folder):
+    return folder, Processes.all()
+
+
+CHECKS = {}
+
+
+def check(function):
+    CHECKS[function.__name__] = function
+    return function
+
+
+@check
+def half_the_batch_in_each_of_two_processes(given):
+    folder, everyone = given
+    for name, (architectures, settings) in RUNS.items():
+        made = trainer(folder / f"{name}, together", architectures, 32, **settings)
+        assert made.args.world_size == RANKS
+        made.train()
+        everyone.together()
+        require_same(folder, made, name)
+        for trainee in made.trainees.values():
+            require_alike(trainee.dead.silent_for)
+            for tensor in trainee.sae.state_dict().values():
+                require_alike(tensor)
+        if "resample_steps" in settings:
+            assert gathered(made.trainees["gated"].remedy.resampled)[0] > 5
+
+
+@check
+def half_the_latents_in_each_of_two_processes(given):
+    folder, everyone = given
+    for name, (architectures, settings) in SPLIT.items():
+        made = trainer(folder / f"{name}, split", architectures, 64, latent_parallel=2, **settings)
+        made.train()
+        everyone.together()
+        require_same(folder, made, name) if name != "accumulated" else None
+        for trainee in made.trainees.values():
+            assert trainee.sae.W_dec.shape == (24, D_IN)
+            require_alike(trainee.sae.b_dec.detach())
+        if "resample_steps" in settings:
+            assert sum(gathered(made.trainees["gated"].remedy.resampled)) > 5
+    for sae in ("gated", "standard"):
+        expected, found = (SAEModel.from_pretrained(folder / run / sae) for run in ("recorded", "accumulated, split"))
+        for key, tensor in expected.state_dict().items():
+            assert (found.state_dict()[key] - tensor).abs().max() <= CLOSE * max(1.0, tensor.abs().max().item()), key
+        for fact in ("recorded_l0", "recorded_fvu", "recorded_norm", "recorded_tokens"):
+            assert getattr(found.config, fact) == pytest.approx(getattr(expected.config, fact), rel=1e-5), fact
+
+
+@check
+def a_run_goes_on_bit_by_bit(given):
+    folder, everyone = given
+    for latents in (1, 2):
+        settings = {**RESAMPLED, "latent_parallel": latents, "save_strategy": "steps", "save_steps": 8}
+        place = folder / f"resumed {latents}"
+        made = trainer(place, ("gated",), 32, **settings)
+        made.train()
+        expected = {name: tensor.clone() for name, tensor in made.trainees["gated"].sae.state_dict().items()}
+        everyone.together()
+        again = trainer(place, ("gated",), 32, **settings)
+        again.train(resume_from_checkpoint=str(place / "checkpoint-8"))
+        for name, tensor in again.trainees["gated"].sae.state_dict().items():
+            assert torch.equal(tensor, expected[name]), name
+        other = trainer(place, ("gated",), 32, **{**settings, "latent_parallel": 3 - latents})
+        with pytest.raises(CheckpointError, match=f"latent_parallel={latents}, and it is {3 - latents} now"):
+            other.train(resume_from_checkpoint=str(place / "checkpoint-8"))
+        everyone.together()
+    part = load_part(folder / "resumed 2", "gated", processes=everyone)
+    assert torch.equal(part.W_dec, made.trainees["gated"].sae.W_dec)
+
+
+@check
+def a_base_model_split_over_the_same_processes_reads_one_text(given):
+    folder, _ = given
+    split = AutoModelForCausalLM.from_pretrained(
+        folder / "llama", distributed_config=DistributedConfig(tp_size=RANKS), dtype=torch.float64
+    ).eval()
+    made = read_from(folder / "read, split", split, 32, latent_parallel=2)
+    assert made.grid.together == 2
+    assert made.grid.readers.alone
+    expected, found = (SAEModel.from_pretrained(folder / run) for run in ("read", "read, split"))
+    for key, tensor in expected.state_dict().items():
+        assert (found.state_dict()[key] - tensor).abs().max() <= CLOSE, key
+    with pytest.raises(InputError, match="split over 2 processes, which all read the same text, and 1 share an SAE"):
+        read_from(folder / "refused", split)
+
+
+class Poisoned(TensorActivations):
+    """Gives one process a NaN, once it has been read often enough."""
+
+    calls = 0
+
+    def rows(self, rows):
+        self.calls += 1
+        found = super().rows(rows)
+        return {site: x * torch.nan if self.rank == 1 and self.calls > 5 else x for site, x in found.items()}
+
+
+@check
+def what_is_not_finite_in_one_stops_both(given):
+    folder, _ = given
+    for latents in (1, 2):
+        stream = Poisoned(activations(700, seed=0).double(), seed=1)
+        made = trainer(folder / f"nan {latents}", ("gated", "standard"), 32, stream, latent_parallel=latents)
+        with pytest.raises(TrainingError, match=r"was stopped before it changed any weight: activation") as caught:
+            made.train()
+        first, second = gathered(str(caught.value))
+        assert first == second
+        assert f"in process {2 - latents} of 2" in first  # those that share an SAE have seen it both
+
+
+@check
+def no_more_is_sent_than_needed(given):
+    folder, _ = given
+
+    def messages(steps, **settings):
+        made = trainer(folder / "counted", ("gated", "standard"), 32, **{"max_steps": steps, **settings})
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            made.train()
+        return sum(event.count for event in profile.key_averages() if event.key.startswith("c10d::"))
+
+    def per_step(**settings):
+        return (messages(18, **settings) - messages(12, **settings)) / 6
+
+    assert per_step(logging_steps=100) == 2  # gradients, and one more
+    shared = per_step(logging_steps=100, latent_parallel=2)
+    # The batch; of each SAE its reconstructions (two, and one), its sparsity, and the gradient of b_dec; one norm.
+    assert shared == 1 + (2 + 1 + 1) + (1 + 1 + 1) + 1
+
+
+@check
+def what_cannot_be_is_refused(given):
+    folder, _ = given
+    for settings, why in (
+        ({"latent_parallel": 3}, "latent_parallel is 3, and there are 2 processes; expected a divisor"),
+        ({"latent_parallel": 2, "dead_latent_remedy": "auxk"}, "whose term is of all dead latents together"),
+    ):
+        with pytest.raises(InputError, match=why):
+            trainer(folder / "refused", ("gated",), **settings)
+    with pytest.raises(InputError, match="which latents are on is decided among all of them"):
+        trainer(folder / "refused", ("topk",), latent_parallel=2)
+
+
+if __name__ == "__main__":
+    # As torchrun sets them; the processes have found each other already.
+    os.environ |= {"LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    run(CHECKS, prepare)

@@ -1,0 +1,37 @@
+"""`SAETrainer` in several processes trains what it trains in one."""
+
+import pytest
+import torch
+
+from tests.hooks.distributed.ranks import launch, require_passed
+from tests.training.distributed import data_parallel, grid
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What one process makes of every run."""
+    folder = tmp_path_factory.mktemp("data_parallel")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        data_parallel.alone(folder)
+    finally:
+        torch.set_num_threads(threads)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ended(folder):
+    return launch(data_parallel.__name__, folder)
+
+
+@pytest.mark.parametrize("check", data_parallel.CHECKS)
+def test_on_two_ranks(ended, check):
+    require_passed(ended, check)
+
+
+def test_on_a_grid_of_four_ranks(folder):
+    place = folder / "grid"
+    place.mkdir()
+    [check] = grid.CHECKS
+    require_passed(launch(grid.__name__, place, count=grid.RANKS), check, grid.RANKS)

@@ -1,0 +1,16 @@
+"""Two processes that hold parts of an SAE, or of a batch, compute what one does that holds all of it."""
+
+import pytest
+
+from tests.hooks.distributed.ranks import launch, require_passed
+from tests.training.distributed import sharded
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    return launch(sharded.__name__, tmp_path_factory.mktemp("sharded"))
+
+
+@pytest.mark.parametrize("check", sharded.CHECKS)
+def test_on_two_ranks(ended, check):
+    require_passed(ended, check)

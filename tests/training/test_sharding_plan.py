@@ -1,0 +1,65 @@
+"""The page in the training room's README says what the arithmetic gives, and the arithmetic what the code does."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import hf_gated_sae
+from hf_gated_sae.training.sharding.plan import PRODUCTS, Job, Machine, plan, table
+from tests.training.worlds import build
+
+README = (Path(hf_gated_sae.__file__).parent / "training" / "README.md").read_text(encoding="utf-8")
+LAYOUTS = ((8, 8, 16_384), (16, 8, 32_768), (16, 16, 32_768), (64, 8, 131_072), (64, 16, 131_072), (64, 64, 131_072))
+
+
+def plans():
+    return [plan(devices, latents, job=Job(tokens=tokens)) for devices, latents, tokens in LAYOUTS]
+
+
+def test_the_readme_has_the_table():
+    assert table(plans()) in README
+
+
+def test_the_readme_states_the_assumptions():
+    machine, job = Machine(), Job()
+    for number in (
+        f"{machine.operations / 1e12:.0f} TFLOP/s",
+        f"{machine.bandwidth / 1e12:.1f} TB/s",
+        f"{machine.memory / 1e9:.0f} GB",
+        f"{machine.link / 1e9:.0f} GB/s",
+        f"{machine.network / 1e9:.0f} GB/s",
+        f"{machine.utilisation:.0%}",
+        f"${machine.price:.0f}",
+        f"{job.d_sae:,}",
+        f"layer {job.layer}",
+    ):
+        assert number in README, number
+
+
+def test_the_layouts_fit():
+    for each in plans():
+        assert sum(each.memory.values()) < Machine().memory
+
+
+def test_a_dense_step_takes_so_many_products():
+    sae = build("gated", 8, 48).requires_grad_(True)
+    x = torch.randn(16, 8)
+    with FlopCounterMode(display=False) as counter:
+        sae.training_loss(x, sparsity_coefficient=1.0).total.backward()
+    product = 2 * 16 * 8 * 48
+    assert PRODUCTS <= counter.get_total_flops() / product < PRODUCTS + 0.1  # and what centres the input
+
+
+def test_twice_the_devices_do_no_more_than_twice_the_work():
+    job = Job(tokens=131_072)
+    one, two = (plan(devices, 8, job=job) for devices in (8, 16))
+    assert 1 < two.tokens_per_second / one.tokens_per_second < 2
+    assert two.seconds["SAE"] == pytest.approx(one.seconds["SAE"] / 2)
+
+
+@pytest.mark.parametrize("path", re.findall(r"\]\((?!http)([^)#]+)\)", README))
+def test_links_lead_somewhere(path):
+    assert (Path(hf_gated_sae.__file__).parent / "training" / path).exists()
