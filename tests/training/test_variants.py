@@ -12,6 +12,7 @@ from hf_gated_sae.architectures.gated import GatedSAE
 from hf_gated_sae.errors import InputError, UnknownNameError
 from hf_gated_sae.training import SAETrainer
 from hf_gated_sae.training.annealing import PowerAnnealing
+from hf_gated_sae.training.processes import Processes
 
 from .test_trainer import measured, quiet
 from .worlds import D_IN, activations, build
@@ -97,7 +98,7 @@ def test_the_power_is_annealed_and_the_pressure_kept():
 
     for step, x in batches.items():
         annealing.observe(step, x, x)
-        annealing.advance(step + 1, penalty)
+        annealing.advance(step + 1, penalty, Processes())
         powers.append(annealing.power)
     assert powers == pytest.approx([1] * 3 + [0.8] * 3 + [0.6] * 3 + [0.4] * 3)
     # at the change after 4 steps the batches of the last two, seen after 2 and 3 steps, are asked for
