@@ -47,6 +47,11 @@ class AbsTopKSAE(KeepingSAE):
     def _activate(self, projection: Tensor, latents: Tensor | None) -> Tensor:
         return projection + self._take(self.b_enc, latents)
 
+    @property
+    def kept_per_token(self) -> int:
+        """Number of latents that are kept of a token."""
+        return self.config.k
+
     def _choose(self, values: Tensor) -> tuple[Tensor, Tensor]:
         indices = values.abs().topk(self.config.k, dim=-1, sorted=False).indices
         return indices, values.gather(-1, indices)

@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..functional import jumprelu
 from ..functional.activations import largest
 from ..functional.search import lowest_projection
-from ..functional.support import LiveSupport, Support
+from ..functional.support import DENSEST, LiveSupport, Support
 from ..modeling import KeptObjective, SAEConfig, SAEModel, Sparsity, TrainingLoss
 
 SAMPLE = 64
@@ -32,7 +32,9 @@ class BatchTopKObjective(KeptObjective):
         """Return the objective on some activations; arguments as for `Objective.loss`."""
         support, latents, lowest = sae.largest(x)
         with torch.no_grad():
-            moved = sae.threshold.lerp(lowest.to(sae.threshold.dtype), 1 - sae.config.threshold_momentum)
+            lowest = lowest.to(sae.threshold.dtype)
+            moved = sae.threshold.lerp(lowest, 1 - sae.config.threshold_momentum)
+            moved = torch.where(sae.threshold > 0, moved, lowest)  # a mean that began at 0 would lag for long
             sae.threshold.copy_(torch.where(lowest > 0, moved, sae.threshold))
         return self._reconstruction(sae, x, target, support, latents)
 
@@ -94,6 +96,10 @@ class BatchTopKSAE(SAEModel):
     def _cut(self) -> Tensor:
         return lowest_projection(torch.relu(self.threshold), self.b_enc)
 
+    def margins(self, x: Tensor, latents: Tensor) -> Tensor:
+        """Return the pre-latents of some latents, which compete in training; see `SAEModel.margins`."""
+        return self._project(x, latents) + self._take(self.b_enc, latents)
+
     def largest(self, x: Tensor) -> tuple[Support, Tensor, Tensor]:
         """Return the support of the objective, the batch's ``k * tokens`` largest latents on it, and their lowest.
 
@@ -102,7 +108,8 @@ class BatchTopKSAE(SAEModel):
         """
         wanted = self.config.k * math.prod(x.shape[:-1])
         alone = self.peers is None  # others may have their share of the largest below what is guessed here
-        guess = self._guess(x) if alone and LiveSupport.serves(x, self.W_enc_T) else None
+        few = self.config.k <= DENSEST * self.config.d_sae
+        guess = self._guess(x) if alone and few and LiveSupport.serves(x, self.W_enc_T) else None
         support = self._support(x, None if guess is None else lowest_projection(guess, self.b_enc))
         pre_latents = support.projection + self._take(self.b_enc, support.latents)
         if guess is not None and support.latents is not None and int((pre_latents > guess).sum()) < wanted:

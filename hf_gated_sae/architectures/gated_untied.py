@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import transformers.initialization as init
@@ -51,6 +52,7 @@ class UntiedGatedSAE(SAEModel):
     config: UntiedGatedSAEConfig
     config_class = UntiedGatedSAEConfig
     objective_class = UntiedGatedObjective
+    encoder_names: ClassVar[tuple[str, ...]] = ("W_enc_T", "W_mag_T")
 
     def __init__(self, config: UntiedGatedSAEConfig) -> None:
         """Allocate the parameters."""
@@ -73,6 +75,12 @@ class UntiedGatedSAE(SAEModel):
             latents: rows of the selected latents; None for all.
         """
         return torch.relu(projection + self._take(self.b_mag, latents))
+
+    def margins(self, x: Tensor, latents: Tensor) -> Tensor:
+        """Return the smaller pre-activation of the two halves; see `SAEModel.margins`."""
+        gate = self._project(x, latents) + self._take(self.b_gate, latents)
+        magnitude = linear(self._centred(x), self._take(self.W_mag_T, latents)) + self._take(self.b_mag, latents)
+        return torch.minimum(gate, magnitude)
 
     def _encode(self, x: Tensor, latents: Tensor | None) -> Tensor:
         gate = self._project(x, latents) + self._take(self.b_gate, latents)

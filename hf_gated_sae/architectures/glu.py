@@ -69,6 +69,10 @@ class GLUSAE(SAEModel):
         gate = nn.functional.linear(self._centred(x), weight, bias)
         return (projection + self._take(self.b_enc, latents)) * torch.sigmoid(gate)
 
+    def margins(self, x: Tensor, latents: Tensor) -> Tensor:
+        """Return how far gated pre-latents are above their thresholds; see `SAEModel.margins`."""
+        return self._gated(x, self._project(x, latents), latents) - self._take(self.threshold, latents)
+
     def _encode(self, x: Tensor, latents: Tensor | None) -> Tensor:
         pre_latents = self._gated(x, self._project(x, latents), latents)
         return jumprelu(pre_latents, self._take(self.threshold, latents), bandwidth=self.config.bandwidth)

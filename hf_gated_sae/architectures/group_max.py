@@ -42,6 +42,11 @@ class GroupMaxSAE(KeepingSAE):
     config: GroupMaxSAEConfig
     config_class = GroupMaxSAEConfig
 
+    @property
+    def kept_per_token(self) -> int:
+        """Number of latents that are kept of a token: one of each group."""
+        return self.config.groups
+
     def _choose(self, values: Tensor) -> tuple[Tensor, Tensor]:
         grouped = values.unflatten(-1, (self.config.groups, -1))
         largest, place = grouped.max(-1)

@@ -10,6 +10,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor
 
 from ..errors import InputError
+from ..functional.linear import linear
 from ..modeling import SAEConfig, SAEModel
 
 
@@ -70,6 +71,10 @@ class MatchingPursuitSAE(SAEModel):
         found = self._pursue(centred.reshape(-1, self.config.d_in))
         found = found.reshape(*x.shape[:-1], self.config.d_sae)
         return found if latents is None else found[..., latents]
+
+    def margins(self, x: Tensor, latents: Tensor) -> Tensor:
+        """Return the first scores of some latents, which compete; see `SAEModel.margins`."""
+        return linear(self._centred(x), self.W_dec.index_select(0, latents))
 
     def _pursue(self, residual: Tensor) -> Tensor:
         """Pursue each row of ``[tokens, d_in]`` until all are done; return the latents ``[tokens, d_sae]``."""

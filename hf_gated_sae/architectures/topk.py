@@ -60,6 +60,11 @@ class TopKSAE(KeepingSAE):
         pre_latents = projection + self._take(self.b_enc, latents)
         return torch.relu(pre_latents) if self.config.rectified else pre_latents
 
+    @property
+    def kept_per_token(self) -> int:
+        """Number of latents that are kept of a token."""
+        return self.config.k
+
     def _choose(self, values: Tensor) -> tuple[Tensor, Tensor]:
         weights = self.W_dec.detach().norm(dim=-1) if self.config.rank_by_decoder_norm else None
         return topk_places(values, self.config.k, rectified=False, weights=weights)

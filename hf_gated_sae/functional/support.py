@@ -24,6 +24,9 @@ from .sparse import sum_rows
 DENSEST = 1 / 16
 """Share of live latents above which a dense training step is the faster one."""
 
+SAMPLE = 32
+"""Tokens from which it is told how many latents are on."""
+
 FEWEST = 1 << 20
 """Projections below which it does not matter."""
 
@@ -158,7 +161,9 @@ class LiveSupport(Support):
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             flat = x.reshape(-1, x.shape[-1])
             centred = flat if shift is None else flat - shift
-            found = above(centred, W_enc_T, cut, most=DENSEST)
+            if _sampled_share(centred, W_enc_T, cut) > DENSEST:
+                return None
+            found = above(centred, W_enc_T, cut, most=2 * DENSEST)
         if found is None:
             return None
         tokens, latents, projections = found
@@ -285,6 +290,13 @@ class _LiveDecoded(torch.autograd.Function):
         support, grad = ctx.support, grad.contiguous()
         grad_values = dots(W_dec, grad, support.latents, support.tokens) if ctx.needs_input_grad[0] else None
         return grad_values, support.summed_by_latent(values, grad) if ctx.needs_input_grad[1] else None, None
+
+
+def _sampled_share(centred: Tensor, W_enc_T: Tensor, cut: Tensor) -> float:
+    """Return the share of projections above their cut, on a few tokens: to search them all in vain would cost more."""
+    sample = centred[:: max(1, len(centred) // SAMPLE)]
+    projections = linear(sample, W_enc_T)
+    return int((projections > cut).sum()) / max(1, projections.numel())
 
 
 def _offsets(ascending_owner: Tensor, owners: int) -> Tensor:

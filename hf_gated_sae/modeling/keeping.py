@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional.activations import scattered
-from ..functional.support import DenseSupport, LiveSupport, Support
+from ..functional.support import DENSEST, DenseSupport, LiveSupport, Support
 from .config import SAEConfig
 from .model import SAEModel
 from .objective import KeptObjective
@@ -18,7 +18,8 @@ from .objective import KeptObjective
 class KeepingSAE(SAEModel):
     """``latents = v * [v is kept]`` with ``v = activate((x - b_dec) @ W_enc + b_enc)``.
 
-    A subclass defines `_activate` and `_choose`; if latents can be negative, it says so.
+    A subclass defines `kept_per_token` and `_choose`, and `_activate` where it is no ReLU; if latents can be negative,
+    it says so.
 
     Attributes:
         b_enc: encoder bias ``[d_sae]``.
@@ -33,9 +34,18 @@ class KeepingSAE(SAEModel):
         self.b_enc = nn.Parameter(torch.empty(config.rows))
         self.post_init()
 
+    @property
+    @abstractmethod
+    def kept_per_token(self) -> int:
+        """Number of latents that are kept of a token."""
+
     @abstractmethod
     def _choose(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return which latents are kept of activated projections ``[..., d_sae]``, and their values."""
+
+    def margins(self, x: Tensor, latents: Tensor) -> Tensor:
+        """Return the pre-latents of some latents; see `SAEModel.margins`."""
+        return self._project(x, latents) + self._take(self.b_enc, latents)
 
     def _activate(self, projection: Tensor, latents: Tensor | None) -> Tensor:
         return torch.relu(projection + self._take(self.b_enc, latents))
@@ -55,7 +65,8 @@ class KeepingSAE(SAEModel):
         """
         shift = self.b_dec if self.config.apply_b_dec_to_input else None
         live = None
-        if LiveSupport.serves(x, self.W_enc_T):
+        few = self.kept_per_token <= DENSEST * self.config.d_sae
+        if few and LiveSupport.serves(x, self.W_enc_T):
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                 live = self._few_kept(x.reshape(-1, x.shape[-1]))
         if live is None:

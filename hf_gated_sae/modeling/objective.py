@@ -55,6 +55,9 @@ class Objective:
     penalises: ClassVar[bool] = False
     """Whether the sparsity's coefficient has a meaning."""
 
+    competes: ClassVar[bool] = False
+    """Whether a latent that is above the point where it turns on may still be left out for others."""
+
     def loss(self, sae: SAEModel, x: Tensor, target: Tensor, sparsity: Sparsity) -> TrainingLoss:
         """Return the objective on some activations.
 
@@ -88,6 +91,8 @@ class KeptObjective(Objective):
     Source: Gao et al. 2024 (arXiv 2406.04093), section 2; Bussmann et al. 2025 (arXiv 2503.17547) for the prefixes.
     """
 
+    competes: ClassVar[bool] = True
+
     prefixes: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
@@ -109,9 +114,14 @@ class KeptObjective(Objective):
         reconstruction = support.decode(latents, sae.W_dec) + constant
         terms = {"reconstruction": squared_error(target, reconstruction)}
         d_sae = sae.config.d_sae
+        widths = [max(1, round(share * d_sae)) for share in self.prefixes]
+        if len({*widths, d_sae}) <= len(widths):
+            raise InputError(
+                f"Of {d_sae} latents the prefixes {list(self.prefixes)} are the first {widths}; expected different "
+                "numbers, each less than all."
+            )
         numbers = torch.arange(d_sae, device=x.device) if support.latents is None else support.latents
-        for share in self.prefixes:
-            first = max(1, round(share * d_sae))
+        for first in widths:
             part = support.decode(latents * (numbers < first), sae.W_dec) + constant
             terms[f"reconstruction_{first}"] = squared_error(target, part)
         return TrainingLoss.of(terms, reconstruction, support.code(latents))

@@ -97,6 +97,23 @@ class Sparse:
         support = DenseSupport(x, shift, self.W_enc_T) if live is None else live
         return support if self.others is None else PartialSupport(support, self.others)
 
+    def margins(self: SAEModel | Any, x: Tensor, latents: Tensor) -> Tensor:
+        """Return how far some latents are above the point where they turn on; below it they are negative.
+
+        Where latents compete to be kept, that point is the pre-latent 0.
+
+        Args:
+            x: activations ``[n, d_in]``.
+            latents: rows ``[m]``.
+
+        Returns:
+            ``[n, m]``, with gradients to the encoder and to what decides that point.
+        """
+        cut = self._cut()
+        if cut is None:
+            raise NotImplementedError(f"{type(self).__name__} must define margins.")
+        return linear(self._centred(x), self.W_enc_T.index_select(0, latents)) - cut.index_select(0, latents)
+
     def _few(self: SAEModel | Any, x: Tensor, most: float) -> LiveLatents | None:
         """Return the live latents of framed activations ``[tokens, d_in]`` without computing the others.
 

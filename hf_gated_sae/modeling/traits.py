@@ -28,5 +28,8 @@ class Traits:
     tied: ClassVar[bool] = False
     """Whether the encoder is the decoder's transpose: there is no `W_enc_T`, and `d_out` is `d_in`."""
 
+    encoder_names: ClassVar[tuple[str, ...]] = ("W_enc_T",)
+    """Matrices ``[d_sae, d_in]`` of which a row is a direction that is read; a new latent's are all the same."""
+
     homogeneous: ClassVar[bool] = True
     """Whether input, biases and thresholds times a positive factor give latents and output times that factor."""

@@ -18,6 +18,7 @@ from . import decoder_norm
 from .annealing import PowerAnnealing
 from .arguments import SAETrainingArguments
 from .dead_latents import DeadLatents
+from .fresh import fresh_vectors
 from .objective import build_objective
 from .remedies import DeadLatentRemedy, remedies
 from .schedules import LearningRateDip, linear_warmup
@@ -155,15 +156,24 @@ class Trainee:
                 f"The stream gives activations of width {widths[0]}; this SAE reads d_in = {sae.config.d_in} and "
                 f"writes d_out = {sae.d_out}, for which it gives a width of {widths[1]}. Expected equal widths."
             )
-        if not sae.b_dec.any():  # an SAE that was trained before knows its centre
+        if sae.b_dec.requires_grad and not sae.b_dec.any():  # an SAE that was trained before knows its centre
             sae.b_dec.data.copy_(written.centre)
         new = decoder_norm.have_unit_norm(sae.W_dec)  # a transcoder's rows change with the units
+        untouched = {name: each for name, each in self._vectors() if torch.equal(getattr(sae, name), each)}
         self.scale_in = read.scale(self.args.activation_scale)
         self.scale_out = written.scale(self.args.activation_scale)
         change_unit(sae, self.scale_in, self.scale_out)
+        for name, initial in untouched.items():  # a threshold starts, as the kernel around it, in the training's unit
+            getattr(sae, name).data.copy_(initial)
         self.objective.constrain(sae)
         if self.args.unit_norm_decoder and sae.W_dec.requires_grad:
             decoder_norm.normalise_first(sae.W_dec, expected=new)
+
+    def _vectors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what the SAE's per-latent vectors are when it is new."""
+        for name, vector in fresh_vectors(self.sae).items():
+            if vector.ndim == 1:
+                yield name, vector.to(getattr(self.sae, name).dtype)
 
     def leave_unit(self) -> None:
         """Let the SAE read activations as the model produces them."""

@@ -138,6 +138,11 @@ class SAETrainer(Resumable):
                 suffice, saying what would.
         """
         checkpoint = self.find_checkpoint(resume_from_checkpoint)
+        if checkpoint is None and self.state.global_step:
+            raise InputError(
+                "This trainer has trained already, and its optimiser, schedules and counters are where that ended: "
+                "make a new one, or go on with resume_from_checkpoint=."
+            )
         if self.args.should_save:
             checkpoints.remove_unfinished(Path(self.args.output_dir))
         saes = [trainee.sae for trainee in self.trainees.values()]

@@ -256,6 +256,21 @@ def test_prefixes_reconstruct_alone() -> None:
     torch.testing.assert_close(loss.terms[f"reconstruction_{D_SAE // 4}"], expected)
     with pytest.raises(InputError, match=r"prefixes is \[1.5\]"):
         KeptObjective(prefixes=(1.5,))
+    for alike in ((0.5, 0.50001), (0.99999,)):
+        with pytest.raises(InputError, match="expected different numbers, each less than all"):
+            sae.training_loss(x, objective=KeptObjective(prefixes=alike))
+
+
+def test_a_batchs_threshold_begins_with_the_first_batch() -> None:
+    sae = example("batch_topk")
+    sae.threshold.zero_()
+    latents = sae.training_loss(activations()).latents
+    assert sae.threshold == latents.values.min()
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk"])
+def test_many_kept_latents_take_the_dense_step(architecture: str) -> None:
+    assert isinstance(example(architecture, k=D_SAE // 8).training_loss(activations()).latents, Tensor)
 
 
 def test_a_batch_keeps_its_largest_however_wrong_the_guess(monkeypatch: pytest.MonkeyPatch) -> None:

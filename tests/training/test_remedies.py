@@ -9,7 +9,6 @@ import torch
 
 from hf_gated_sae.training import SAETrainer
 from hf_gated_sae.training.dead_latents import DeadLatents
-from hf_gated_sae.training.pre_latents import pre_latents
 from hf_gated_sae.training.remedies import remedies
 from hf_gated_sae.training.schedules import LearningRateDip
 
@@ -56,14 +55,14 @@ def test_nothing_is_added_while_no_latent_is_dead(architecture, name):
     assert gradients(name, architecture, dead=DEAD[:0])[1] == {}
 
 
-def test_pre_latents_are_positive_exactly_where_a_latent_is_on(architecture):
+def test_margins_are_positive_exactly_where_a_latent_is_on(architecture):
     sae = build(architecture, randomise=True)
-    if not sae.elementwise or sae._cut() is None:
+    if not sae.elementwise or sae.objective_class.competes:
         pytest.skip("its latents depend on each other")
     x = torch.randn(200, 8)
     on = sae.encode(x) > 0
     assert 0.1 < on.float().mean() < 0.9
-    assert torch.equal(pre_latents(sae, x, torch.arange(48)) > 0, on)
+    assert torch.equal(sae.margins(x, torch.arange(48)) > 0, on)
 
 
 def test_auxk_is_the_sources_equation():

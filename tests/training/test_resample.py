@@ -51,6 +51,12 @@ def test_only_dead_rows_and_their_moments_are_touched(architecture):
     assert per_latent >= (3 if sae.tied else 9)  # encoder, decoder, at least one bias, each with two moments
 
 
+def test_both_encoders_of_an_untied_sae_read_the_new_direction():
+    sae, _ = trained("gated_untied")
+    resample(sae, DEAD, torch.randn(50, 8), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(sae.W_mag_T[DEAD], sae.W_enc_T[DEAD])
+
+
 def test_a_resampled_latent_points_at_an_input_and_fires_on_it(architecture):
     sae, _ = trained(architecture)
     inputs = torch.randn(50, 8)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import HfArgumentParser, PrinterCallback, TrainerCallback
 
-from hf_gated_sae import SAEModel
+from hf_gated_sae import GatedSAE, SAEModel
 from hf_gated_sae.errors import InputError, ShapeError, UnknownNameError
 from hf_gated_sae.functional import FidelityAccumulator
 from hf_gated_sae.training import ModelActivations, SAETrainer, SAETrainingArguments
@@ -171,11 +171,12 @@ def test_training_sees_activations_of_the_wanted_size(arguments, scale, norm):
     assert seen == pytest.approx([expected] * 10, rel=0.05)
 
 
-def test_the_unit_of_the_activations_does_not_matter(arguments):
+@pytest.mark.parametrize("name", ["gated", "jumprelu", "batch_topk"])
+def test_the_unit_of_the_activations_does_not_matter(arguments, name):
     """The same run on activations a thousand times larger gives the same SAE in their unit."""
     saes = []
     for scale in (1.0, 1000.0):
-        sae = build("gated", D_IN)
+        sae = build(name, D_IN)
         quiet(SAETrainer(sae, arguments(max_steps=30), activations(2000, seed=0, scale=scale))).train()
         saes.append(sae)
     x = activations(100, seed=5, scale=1.0)
@@ -192,6 +193,23 @@ def test_b_dec_starts_from_the_mean(arguments):
     sae.b_dec.data.fill_(3.0)  # what an earlier training found is not thrown away
     quiet(SAETrainer(sae, args, x)).train()
     torch.testing.assert_close(sae.b_dec.data, torch.full((D_IN,), 3.0))
+
+
+def test_a_b_dec_that_does_not_learn_stays(arguments):
+    baseline = build("standard", D_IN)
+    sae = GatedSAE.from_standard(baseline)
+    args = arguments(objective={"rescale_and_shift": True}, dead_latent_remedy=None, learning_rate=1e-2)
+    quiet(SAETrainer(sae, args, activations(500, seed=0) + 7)).train()
+    for name in ("W_enc_T", "W_dec", "b_dec"):
+        assert torch.equal(getattr(sae, name), getattr(baseline, name)), name
+    assert sae.r_mag.any()
+
+
+def test_a_trainer_trains_once(arguments):
+    trainer = quiet(SAETrainer(build("gated", D_IN), arguments(), activations(500, seed=0)))
+    trainer.train()
+    with pytest.raises(InputError, match="has trained already"):
+        trainer.train()
 
 
 def test_a_decoder_that_has_to_be_normalised_first_is_warned_of(arguments):

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ...functional.sparse import decode
 from ...modeling import SAEModel, TrainingLoss
-from ..pre_latents import pre_latents
 from ..processes import Processes
 from .base import DeadLatentRemedy
 
@@ -37,12 +36,12 @@ class AuxK(DeadLatentRemedy):
         if not len(dead):
             return {}
         error = (target - loss.reconstruction).detach()
-        values = pre_latents(sae, x, dead)
+        values = sae.margins(x, dead)
         wanted = self.args.auxk_latents or max(1, sae.config.d_in // 2)
         ranks = values.abs() if sae.signed else values
         best = ranks.topk(min(wanted, len(dead)), dim=-1, sorted=False).indices
         values = values.gather(-1, best)
-        if sae.elementwise:
+        if not sae.objective_class.competes:
             values = torch.nn.functional.softplus(values)
         elif not sae.signed:
             values = torch.relu(values)

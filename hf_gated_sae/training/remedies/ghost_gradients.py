@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ...functional.linear import linear
 from ...modeling import SAEModel, TrainingLoss
-from ..pre_latents import pre_latents
 from .base import DeadLatentRemedy
 
 
@@ -34,7 +33,7 @@ class GhostGradients(DeadLatentRemedy):
         if not len(dead):
             return {}
         residual = (target - loss.reconstruction).detach()
-        values = pre_latents(sae, x, dead)
+        values = sae.margins(x, dead)
         # The scale of each token is divided out below; without the largest the exponential would overflow.
         values = (values - values.detach().amax(-1, keepdim=True)).exp()
         ghost = linear(values, sae.W_dec.index_select(0, dead).T)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ...modeling import SAEModel, TrainingLoss
-from ..pre_latents import pre_latents
 from .base import DeadLatentRemedy
 
 
@@ -30,5 +29,5 @@ class PreActivationPull(DeadLatentRemedy):
         if not len(dead):
             return {}
         weights = sae.W_dec.detach().index_select(0, dead).norm(dim=-1)
-        missing = torch.relu(-pre_latents(sae, x, dead)) @ weights
+        missing = torch.relu(-sae.margins(x, dead)) @ weights
         return {"pull": self.args.pull_coefficient * missing.mean()}

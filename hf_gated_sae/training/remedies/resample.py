@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ...modeling import SAEModel
+from ..fresh import fresh_vectors
 from ..sharding import Grid
 from .base import DeadLatentRemedy
 
@@ -123,13 +124,13 @@ def resample(
     )
     lengths = grid.latents.sum(lengths)
     loudness = encoder_scale * (lengths[0] / lengths[1] if lengths[1] else lengths[2] / lengths[3])
-    fresh = _fresh_vectors(sae)
+    fresh = fresh_vectors(sae)
     for name, parameter in sae.named_parameters():
         if not parameter.requires_grad:
             continue
         if name == "W_dec":
             parameter[dead] = writes
-        elif name == "W_enc_T":
+        elif name in sae.encoder_names:
             parameter[dead] = reads * loudness
         elif name in fresh:
             parameter[dead] = fresh[name][dead].to(parameter.dtype)
@@ -157,20 +158,3 @@ def _reconstruction_errors(sae: SAEModel, inputs: Tensor, targets: Tensor, chunk
     """Return ``|y - y^|^2`` for every input, ``[m]``."""
     pieces = zip(inputs.split(chunk), targets.split(chunk), strict=True)
     return torch.cat([(target - sae.reconstruct(x)).square().sum(-1) for x, target in pieces])
-
-
-def _fresh_vectors(sae: SAEModel) -> dict[str, Tensor]:
-    """Return what a new SAE of this architecture has in its per-latent vectors (a threshold does not start at 0).
-
-    Further matrices, such as the second encoder of a GLU, start with rows of one value, of which there is one here.
-    """
-    settings = {name: getattr(sae.config, name) for name in sae.config.own_fields()}
-    thin = {**settings, "d_in": 1, "d_out": 1}  # only vectors of length d_sae are wanted, not the matrices
-    with torch.random.fork_rng(devices=[]):
-        new = type(sae)(type(sae.config)(**thin))
-    device = sae.W_dec.device
-    return {
-        name: parameter.detach().to(device)
-        for name, parameter in new.named_parameters()
-        if parameter.shape in ((sae.config.d_sae,), (sae.config.d_sae, 1))
-    }

@@ -1,0 +1,33 @@
+"""What a latent starts from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..modeling import SAEModel
+
+
+def fresh_vectors(sae: SAEModel) -> dict[str, Tensor]:
+    """Return what a new SAE of this architecture has in its per-latent parameters that are no directions.
+
+    Biases, mostly 0, and thresholds, which are not; and further matrices that start with one value everywhere, such as
+    the second encoder of a GLU, as a column ``[d_sae, 1]``.
+
+    Args:
+        sae: of the architecture and width; nothing of its own is looked at.
+
+    Returns:
+        ``[d_sae]`` or ``[d_sae, 1]`` by name, on the SAE's device.
+    """
+    settings = {name: getattr(sae.config, name) for name in sae.config.own_fields()}
+    thin = {**settings, "d_in": 1, "d_out": 1}  # only what does not depend on the widths is wanted
+    with torch.random.fork_rng(devices=[]):
+        new = type(sae)(type(sae.config)(**thin))
+    device, d_sae = sae.W_dec.device, sae.config.d_sae
+    directions = {"b_dec", "W_dec", "W_skip", *sae.encoder_names}
+    return {
+        name: parameter.detach().to(device)
+        for name, parameter in new.named_parameters()
+        if name not in directions and parameter.shape in ((d_sae,), (d_sae, 1))
+    }
