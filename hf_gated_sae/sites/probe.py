@@ -276,12 +276,36 @@ class Trace:
             if side == port and name.startswith(prefix) and self.calls[name] == 1:
                 yield from items
 
+    def not_finite(self) -> str | None:
+        """Return where numbers first ceased to be finite, as the reason why nothing is proven; None if they did not.
+
+        Minus infinity alone is no reason: models write it over logits that they rule out.
+        """
+        if self.output is None or not _is_unwell(self.output):
+            return None
+        rows = (item for items in self.seen.values() for item in items if item.is_tokens)
+        for item in sorted(rows, key=lambda item: item.place.order):
+            value = self.values[item.value]
+            if _is_unwell(value):
+                where = f"the {item.place.port} of {item.place.path or 'the model'}, in {value.dtype}"
+                break
+        else:
+            where = f"its logits, in {self.output.dtype}"
+        return (
+            f"the model itself computes NaN or infinity, first seen at {where}: check that its weights are whole, and "
+            "run it in bfloat16 or float32 rather than float16"
+        )
+
     def forget_but(self, width: int) -> None:
         """Keep the contents only of what is as wide as the residual stream; of the rest, shapes and types."""
         elements = self.tokens[0] * self.tokens[1] * width
         for number, content in self.values.items():
             if content.numel() != elements or content.shape[-1] != width:
                 self.values[number] = content.to("meta")
+
+
+def _is_unwell(values: Tensor) -> bool:
+    return bool(values.isnan().any() or values.isposinf().any())
 
 
 def number_of(content: Tensor) -> str:

@@ -39,11 +39,13 @@ class _Found:
         scaled: the paths of blocks that may have learned factors, so that the map holds only for their present values.
         lacking: the paths of blocks in which a contribution may be missing because a module gave zeros, so that the
             map holds only until their weights change.
+        lasting: whether the map is worth keeping; not if the model's numbers were not finite.
     """
 
     sites: SiteMap
     scaled: tuple[str, ...] = ()
     lacking: tuple[str, ...] = ()
+    lasting: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,7 @@ def resolve(model: nn.Module, *, inputs: Mapping[str, Any] | None = None) -> Sit
         with quiet(root):
             found = _probe(subject)
         _CACHE.pop(root, None)
-        if _is_watchable(root, found.lacking):
+        if found.lasting and _is_watchable(root, found.lacking):
             _CACHE[root] = _Kept(key, _state(root, found), found)
     return found.sites
 
@@ -161,13 +163,14 @@ def _probe(subject: Subject) -> _Found:
     seen = trace(subject)
     ranks = _ranks(subject, seen)
     paths = {key: _over(ranks, root, place) for key, place in _path_places(seen).items()}
-    chain = find_chain(root, seen)
+    unwell = seen.not_finite()
+    chain = unwell or find_chain(root, seen)
     if ranks is not None:  # each of the forwards to come takes all ranks, so that all have to go on alike
         ranks.require_same(_stream(chain), "a residual stream")
     if isinstance(chain, str):
-        return _Found(
-            SiteMap(root, {}, {}, paths, 0, _text_path(subject, seen, None), chain, Norms(subject, seen), {})
-        )
+        text_path = _text_path(subject, seen, None)
+        sites = SiteMap(root, {}, {}, paths, 0, text_path, chain, Norms(subject, seen), {})
+        return _Found(sites, lasting=unwell is None)
     config = getattr(root, "config", None)
     count = len(chain.layers) + len(chain.idle)
     blocks = dict(zip(chain.layers, chain.paths, strict=True))

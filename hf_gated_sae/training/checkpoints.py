@@ -116,6 +116,25 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(steps, key=lambda path: steps[path], reverse=True)
 
 
+def rotate(newest: Path, limit: int | None) -> None:
+    """Remove the oldest checkpoints of a run; only those that an `SAETrainer` wrote are counted and removed.
+
+    Args:
+        newest: the checkpoint that was written just now; those with more steps are of another run, and stay.
+        limit: how many to leave; None for all.
+    """
+    if not limit or limit < 0:
+        return
+    own = [path for path in checkpoints(newest.parent) if not is_foreign(path)]
+    for path in own[own.index(newest) + limit :]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def is_foreign(checkpoint: Path) -> bool:
+    """Whether a folder that is named as checkpoints are was not written by an `SAETrainer`."""
+    return not (checkpoint / MANIFEST).is_file()
+
+
 def advice(run: Path, but: Path | None = None) -> str:
     """Return the sentence that says from where to resume.
 
@@ -125,7 +144,10 @@ def advice(run: Path, but: Path | None = None) -> str:
     """
     for checkpoint in checkpoints(run):
         if checkpoint != but and _problem(checkpoint) is None:
-            return f"The newest whole checkpoint is {checkpoint}: pass it as resume_from_checkpoint."
+            return (
+                f"The newest whole checkpoint is {checkpoint}: pass it as resume_from_checkpoint; on the command "
+                "line, go on with --resume."
+            )
     return f"There is no {'other ' if but else ''}whole checkpoint in {run}."
 
 

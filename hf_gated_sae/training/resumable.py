@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer
-from transformers.trainer_utils import rotate_checkpoints
 
-from ..errors import CheckpointError, MissingFileError
+from ..errors import CheckpointError, InputError, MissingFileError, TrainingError
 from . import checkpoints
-from .arguments import SAETrainingArguments
+from .arguments import ARGUMENTS_FILE, SAETrainingArguments
 from .randomness import random_state, restore_random_state
 from .sharding import Grid, load_part, save_whole
 from .state_files import read_state, write_state
@@ -25,6 +26,9 @@ OPTIMIZER_FILE = "optimizer"
 
 PROCESS_FILE = "process-{rank}"
 """What each process has for itself: its stream, its generators, and what its SAEs remember."""
+
+MAY_CHANGE = frozenset({"max_steps", "recorded_activations"})
+"""What may be another when a run goes on: how far it goes, and what is measured at its end."""
 
 _log = logging.getLogger(__name__)
 
@@ -53,9 +57,11 @@ class Resumable(Trainer):
 
         Raises:
             CheckpointError: if the disk is full or cannot be written; older checkpoints stay.
+            TrainingError: if a weight is not finite, from which nothing could go on.
         """
         run = Path(self._get_output_dir(trial))
         target = run / f"checkpoint-{self.state.global_step}"
+        self._require_finite_weights(target)
         with checkpoints.writing(target):
             if self.args.should_save:
                 checkpoints.begin(target)
@@ -70,7 +76,18 @@ class Resumable(Trainer):
                 checkpoints.complete(target)
             self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            rotate_checkpoints(output_dir=str(run), save_total_limit=self.args.save_total_limit)
+            checkpoints.rotate(target, self.args.save_total_limit)
+
+    def _require_finite_weights(self, target: Path) -> None:
+        """Raise if there is a weight from which no run could go on: older checkpoints are worth more."""
+        for name, trainee in self.trainees.items():
+            for parameter, values in trainee.sae.named_parameters():
+                if not torch.isfinite(values).all():
+                    of = f" of the SAE {name!r}" if name else ""
+                    raise TrainingError(
+                        f"The parameter {parameter}{of} is no longer finite after step {self.state.global_step}, so "
+                        f"that no checkpoint was written. {checkpoints.advice(target.parent)}"
+                    )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the SAEs in the model's unit, each in the subfolder of its name if there are several.
@@ -155,12 +172,20 @@ class Resumable(Trainer):
             given: a folder; True for the newest whole one of ``output_dir``; None or False for none.
 
         Raises:
+            InputError: if none is asked for, and others wrote checkpoints into ``output_dir``.
             MissingFileError: if there is none.
             CheckpointError: if the given one is broken, naming the file and the newest whole one.
         """
         run = Path(self.args.output_dir)
         if given is None or given is False:
-            if others := checkpoints.checkpoints(run):
+            others = checkpoints.checkpoints(run)
+            if foreign := [path.name for path in others if checkpoints.is_foreign(path)]:
+                raise InputError(
+                    f"{run} holds {', '.join(foreign[:3])}, which no SAETrainer has written (there is no "
+                    f"{checkpoints.MANIFEST} in it), and which checkpoints of this run could replace: choose another "
+                    "output_dir."
+                )
+            if others:
                 _log.warning(
                     "%s holds checkpoints of an earlier run, such as %s: to resume would take the one with the most "
                     "steps, whichever run it is of. Remove them, or choose another output_dir.",
@@ -180,7 +205,20 @@ class Resumable(Trainer):
             raise CheckpointError(
                 f"{checkpoint} holds the SAEs alone (save_only_model=True): load them and start anew."
             )
+        self._require_same_recipe(checkpoint)
         return checkpoint
+
+    def _require_same_recipe(self, checkpoint: Path) -> None:
+        """Raise if the run was begun with other arguments, of which some would be used and others would not."""
+        before = json.loads((checkpoint / ARGUMENTS_FILE).read_text(encoding="utf-8"))
+        now = json.loads(json.dumps(self.args.recipe()))
+        changed = [name for name in now if name not in MAY_CHANGE and before.get(name) != now[name]]
+        if changed:
+            each = "; ".join(f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in changed[:4])
+            raise CheckpointError(
+                f"{checkpoint} is of a run with other arguments: {each}. Resume with the same, or load its SAE and "
+                "start anew."
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load the SAEs' weights, in the model's unit."""
@@ -243,7 +281,12 @@ class Resumable(Trainer):
         self._seconds = state["seconds"]
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Train, unless the checkpoint is of a run that was through: transformers would take one more step."""
+        """Train, unless the checkpoint is of a run that was through: transformers would take one more step.
+
+        A run that begins anew begins the stream anew, too, whatever was read or loaded before.
+        """
+        if kwargs["resume_from_checkpoint"] is None:
+            self.stream.rewind()
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
             return

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -17,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
-from ..errors import InputError, TrainingError, unknown_name
+from ..errors import CheckpointError, InputError, TrainingError, unknown_name
 from ..modeling import SAEModel, TrainingLoss
 from . import checkpoints
 from .arguments import SAETrainingArguments
@@ -178,12 +179,24 @@ class SAETrainer(Resumable):
             trainee.start(statistics)
 
     def _finish(self) -> None:
-        """Record the activations of the finished SAEs, and leave everything in the run's folder."""
+        """Record the activations of the finished SAEs, and leave everything in the run's folder.
+
+        Raises:
+            CheckpointError: if the folder cannot be written.
+        """
         trainees, count = list(self.trainees.values()), self.args.recorded_activations
         metrics = record_activations(trainees, self.stream.sample(count)) if count else None
-        self.save_model()
-        if self.args.should_save:
-            write_training_facts(Path(self.args.output_dir), trainees, self.state, self.args, self._seconds, metrics)
+        folder = Path(self.args.output_dir)
+        try:
+            self.save_model()
+            if self.args.should_save:
+                write_training_facts(folder, trainees, self.state, self.args, self._seconds, metrics)
+        except (OSError, SafetensorError) as error:
+            why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            raise CheckpointError(
+                f"The training is done, but its result could not be written to {folder} ({why}). It is still in "
+                "memory: make room, and call save_model(), or save_pretrained() of the SAE."
+            ) from error
 
     def _forget(self) -> None:
         """Let go of the latest batch."""

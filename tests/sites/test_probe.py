@@ -57,3 +57,38 @@ def test_what_is_no_batch(llama, inputs, error, hint):
 )
 def test_what_is_a_batch(llama, inputs):
     assert "resid_mid.1" in resolve(llama, inputs=inputs)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "place"),
+    [
+        ("model.layers.0.mlp.down_proj.weight", float("nan"), "the output of model.layers.0.mlp.down_proj"),
+        ("model.norm.weight", float("inf"), "the output of model.norm"),
+        ("model.embed_tokens.weight", float("nan"), "the output of model.embed_tokens"),
+    ],
+)
+def test_a_model_that_computes_nan_is_named_as_such_after_one_forward(name, value, place):
+    model = tiny_model("llama")
+    weight = model.get_parameter(name)
+    before = weight.detach().clone()
+    weight.data.fill_(value)
+    forwards = []
+    counting = model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    sites = resolve(model)
+    counting.remove()
+    assert len(forwards) == 1
+    with pytest.raises(
+        SiteError, match=f"because the model itself computes NaN or infinity, first seen at {place}, in"
+    ):
+        sites["resid_post.1"]
+    assert sites["model.layers.0.output"].width == HIDDEN  # to look for where it comes from
+    weight.data.copy_(before)
+    assert "resid_post.1" in resolve(model)
+
+
+def test_logits_that_a_model_rules_out_are_no_illness():
+    model = tiny_model("llama")
+    model.lm_head.register_forward_hook(
+        lambda module, args, logits: logits.index_fill(-1, torch.tensor([3]), -torch.inf)
+    )
+    assert "because the model itself" not in resolve(model).evidence

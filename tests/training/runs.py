@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 
 from hf_gated_sae.modeling import SAEModel
-from hf_gated_sae.training import SAETrainer, SAETrainingArguments
+from hf_gated_sae.training import ActivationStream, SAETrainer, SAETrainingArguments
 
 from .worlds import D_IN, activations, build
 
@@ -36,7 +36,9 @@ class Noise(TrainerCallback):
             sae.b_dec.data += 1e-3 * (torch.randn_like(sae.b_dec) + random.random() + np.random.rand())
 
 
-def trainer(folder: Path, *callbacks: TrainerCallback, **changes: Any) -> SAETrainer:
+def trainer(
+    folder: Path, *callbacks: TrainerCallback, stream: ActivationStream | None = None, **changes: Any
+) -> SAETrainer:
     """Two SAEs, one of them with latents that die, resampling, dips and an annealed power; a checkpoint every 4 steps.
 
     What happens between steps 4 and 36 is decided by what was seen up to 10 steps before.
@@ -71,7 +73,7 @@ def trainer(folder: Path, *callbacks: TrainerCallback, **changes: Any) -> SAETra
     made = SAETrainer(
         saes,
         SAETrainingArguments(**{**settings, **changes}),
-        activations(700, seed=0, scale=20.0),
+        activations(700, seed=0, scale=20.0) if stream is None else stream,
         [Noise(), *callbacks],
     )
     made.remove_callback(PrinterCallback)

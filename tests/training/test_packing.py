@@ -116,6 +116,17 @@ def test_separators_do_not_count_even_if_the_model_does_not_know_them_for_specia
     assert len(everything) == sum(batch["input_ids"].numel() for batch in tokens) > count
 
 
+def test_all_that_the_tokenizer_calls_special_is_left_out_but_unknown_words():
+    tokenizer = word_tokenizer(unk_token="w3", extra_special_tokens=["w70", "w71"])
+    tokens = TextTokens(["w3 w70 w4 w5", "w6 w71 w7 w8"], tokenizer, context_length=5, bos="none")
+    assert tokens.special_ids == (PAD, BOS, EOS, 70, 71)
+    [found] = harvest(tiny_model("llama"), "resid_post.0", tokens)
+    expected = torch.stack([x for x, token in zip(found["resid_post.0"], found.token_ids, strict=True) if token < 70])
+    assert found.token_ids.tolist() == [3, 70, 4, 5, 6, 71, 7, 8]
+    assert torch.equal(collect(tiny_model("llama"), ["resid_post.0"], tokens)["resid_post.0"], expected)
+    assert TextTokens(THREE, word_tokenizer(unk_token="<eos>")).special_ids == (PAD, BOS, EOS)  # as GPT-2 has it
+
+
 def test_processes_read_different_documents():
     texts = [f"w{n} w{n} w{n}" for n in range(3, 15)]
     tokens = TextTokens(texts, TOKENIZER, context_length=4, bos="none")

@@ -128,6 +128,20 @@ def test_a_position_that_was_loaded_is_used_once_and_saved_as_it_is_before(kinds
     assert equal(first(stream, BATCH, 8), whole)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stream_begins_at_the_beginning_unless_a_position_was_just_loaded(kinds, kind):
+    stream = kinds[kind]()
+    whole = first(stream, BATCH, 6)
+    first(stream, BATCH, 3)
+    state = stream.state_dict()
+    stream.load_state_dict(state)
+    assert equal(first(stream, BATCH, 3), whole[3:])
+    assert equal(first(stream, BATCH, 6), whole)
+    stream.load_state_dict(state)
+    stream.rewind()
+    assert equal(first(stream, BATCH, 6), whole)
+
+
 def test_a_streaming_data_set_goes_on_from_its_own_position(monkeypatch):
     read: list[int] = []
 

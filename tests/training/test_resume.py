@@ -14,10 +14,13 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from hf_gated_sae.errors import CheckpointError, MissingFileError
+from hf_gated_sae.errors import CheckpointError, InputError, MissingFileError, TrainingError
 from hf_gated_sae.modeling import SAEModel
+from hf_gated_sae.training import SAETrainer, TensorActivations
 
 from .runs import STEPS, log, run, trainer, weights
+from .test_trainer import quiet
+from .worlds import D_IN, activations, build
 
 
 class StopAt(TrainerCallback):
@@ -116,7 +119,9 @@ def test_a_broken_checkpoint_is_refused_by_name_and_passed_over(broken_off, whol
         (None, f"{file} is missing"),
     ):
         path.unlink() if damaged is None else path.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=f"checkpoint-8 is broken: {why}.*newest whole.*checkpoint-4: pass"):
+        with pytest.raises(
+            CheckpointError, match=f"checkpoint-8 is broken: {why}.*newest whole.*checkpoint-4: pass.*--resume"
+        ):
             trainer(broken_off).train(resume_from_checkpoint=str(broken_off / "checkpoint-8"))
     trainer(broken_off).train(resume_from_checkpoint=True)  # from 4
     require_equal(broken_off, whole)
@@ -147,6 +152,52 @@ def test_no_more_checkpoints_are_kept_than_wanted(tmp_path):
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-36", "checkpoint-39"}
 
 
+def test_checkpoints_of_others_are_neither_counted_nor_removed(tmp_path):
+    settings = {"save_total_limit": 2, "max_steps": 39, "resample_steps": []}
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, StopAt(14), **settings).train()
+    for other in ("checkpoint-1", "checkpoint-500", "checkpoint-final"):
+        (tmp_path / other).mkdir()
+        (tmp_path / other / "model.safetensors").write_text(other)
+    trainer(tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+    kept = {"checkpoint-36", "checkpoint-39", "checkpoint-1", "checkpoint-500", "checkpoint-final"}
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == kept
+    assert (tmp_path / "checkpoint-1" / "model.safetensors").read_text() == "checkpoint-1"
+    with pytest.raises(InputError, match="holds checkpoint-500, checkpoint-1, which no SAETrainer has written"):
+        trainer(tmp_path, **settings).train()
+
+
+def test_a_new_run_keeps_what_it_wrote_beside_later_checkpoints_of_another(broken_off):
+    made = trainer(broken_off, StopAt(7), save_steps=3, save_total_limit=1)
+    with pytest.raises(KeyboardInterrupt):
+        made.train()
+    assert {path.name for path in broken_off.glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-8"}
+
+
+def test_a_stream_that_is_used_again_begins_at_the_beginning(tmp_path):
+    settings = {"max_steps": 8, "resample_steps": [], "sparsity_power_end": 1.0}
+    read = []
+
+    class Watched(TensorActivations):
+        def rows(self, rows):
+            read.append(rows.clone())
+            return super().rows(rows)
+
+    def steps(made, **how):
+        read.clear()
+        made.train(**how)
+        return torch.stack([rows for rows in read if len(rows) == 32])
+
+    stream = Watched(activations(700, seed=0))
+    first = steps(trainer(tmp_path, stream=stream, **settings))
+    again = steps(trainer(tmp_path, stream=stream, **settings), resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert torch.equal(again, first[4:])
+    assert torch.equal(steps(trainer(tmp_path, stream=stream, **settings)), first)
+    trainer(tmp_path, stream=stream, **settings).train(resume_from_checkpoint=True)
+    assert stream.state_dict()["position"] is not None  # of a run that was through: loaded, and nothing was read
+    assert torch.equal(steps(trainer(tmp_path, stream=stream, **settings)), first)
+
+
 def test_a_new_run_beside_checkpoints_of_another_is_warned_of(broken_off, caplog):
     with pytest.raises(KeyboardInterrupt):
         trainer(broken_off, StopAt(1)).train()
@@ -157,3 +208,30 @@ def test_checkpoints_without_a_training_state_cannot_be_resumed(tmp_path):
     trainer(tmp_path, save_only_model=True).train()
     with pytest.raises(CheckpointError, match="save_only_model"):
         trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_a_run_goes_on_with_the_arguments_that_it_was_begun_with(arguments, tmp_path):
+    """Of other ones some would act, others not, and the recipe that is written down would be true of neither."""
+    settings = {"save_strategy": "steps", "save_steps": 5, "recorded_activations": 0}
+    x = activations(500, seed=0)
+    quiet(SAETrainer(build("gated", D_IN), arguments(**settings), x)).train()
+    for change in ({"learning_rate": 1.0}, {"sparsity_coefficient": 3.0}, {"optim": "sgd"}, {"seed": 4}):
+        made = quiet(SAETrainer(build("gated", D_IN), arguments(**settings, **change), x))
+        with pytest.raises(CheckpointError, match=f"other arguments: {next(iter(change))} was"):
+            made.train(resume_from_checkpoint=True)
+    longer = quiet(SAETrainer(build("gated", D_IN), arguments(**settings, max_steps=12), x))
+    longer.train(resume_from_checkpoint=True)
+    assert longer.state.global_step == 12
+
+
+def test_weights_that_are_no_numbers_never_reach_a_checkpoint(arguments, tmp_path):
+    class Poison(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 10:
+                kwargs["model"].W_dec.data[3, 1] = float("nan")
+
+    settings = {"save_strategy": "steps", "save_steps": 5, "recorded_activations": 0, "save_total_limit": 1}
+    made = quiet(SAETrainer(build("gated", D_IN), arguments(**settings), activations(500, seed=0), [Poison()]))
+    with pytest.raises(TrainingError, match="W_dec is no longer finite after step 10.*checkpoint-5"):
+        made.train()
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-5"]

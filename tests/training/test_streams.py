@@ -12,6 +12,8 @@ from hf_gated_sae.errors import InputError, MissingFileError, ShapeError, SiteEr
 from hf_gated_sae.hooks import capture
 from hf_gated_sae.hooks.saving import save_activations
 from hf_gated_sae.training import ModelActivations, ShardActivations, TensorActivations, collect, harvest
+from hf_gated_sae.training.processes import Processes
+from hf_gated_sae.training.sharding import GatheredActivations
 from tests.support.tiny_models import tiny_model
 
 SITES = ["resid_post.0", "resid_post.1"]
@@ -194,6 +196,8 @@ def test_activations_come_in_the_wanted_precision_and_the_size_of_the_buffer_is_
     assert {x.dtype for x in batch.values()} == {torch.bfloat16}
     assert stream.buffer_bytes == 1000 * 2 * 32 * 2
     assert ModelActivations(model, SITES[0], batches, buffer_size=1000).buffer_bytes == 1000 * 32 * 4
+    assert GatheredActivations(stream, Processes(), Processes()).buffer_bytes == stream.buffer_bytes
+    assert TensorActivations(torch.zeros(9, 4)).buffer_bytes == 0
 
 
 def test_a_model_in_bfloat16_is_read_as_it_is(batches):

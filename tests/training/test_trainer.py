@@ -9,7 +9,7 @@ import torch
 from transformers import HfArgumentParser, PrinterCallback, TrainerCallback
 
 from hf_gated_sae import GatedSAE, SAEModel
-from hf_gated_sae.errors import InputError, ShapeError, UnknownNameError
+from hf_gated_sae.errors import CheckpointError, InputError, ShapeError, UnknownNameError
 from hf_gated_sae.functional import FidelityAccumulator
 from hf_gated_sae.training import ModelActivations, SAETrainer, SAETrainingArguments
 from hf_gated_sae.training.streams import TensorActivations
@@ -203,6 +203,18 @@ def test_a_b_dec_that_does_not_learn_stays(arguments):
     for name in ("W_enc_T", "W_dec", "b_dec"):
         assert torch.equal(getattr(sae, name), getattr(baseline, name)), name
     assert sae.r_mag.any()
+
+
+def test_a_result_that_cannot_be_written_stays_in_memory(arguments, tmp_path):
+    class Block(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            (tmp_path / "run" / "config.json").mkdir(parents=True)  # where a file is to be
+
+    sae = build("gated", D_IN)
+    with pytest.raises(CheckpointError, match="could not be written .* still in memory: make room"):
+        quiet(SAETrainer(sae, arguments(), activations(500, seed=0), callbacks=[Block()])).train()
+    sae.save_pretrained(tmp_path / "elsewhere")
+    assert SAEModel.from_pretrained(tmp_path / "elsewhere").config.recorded_tokens
 
 
 def test_a_trainer_trains_once(arguments):

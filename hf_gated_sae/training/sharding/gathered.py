@@ -32,6 +32,11 @@ class GatheredActivations(ActivationStream):
         self.sharing_batches = batches
         self.sites = own.sites
 
+    @property
+    def buffer_bytes(self) -> int:
+        """What this process's own part holds."""
+        return self.own.buffer_bytes
+
     def facts(self) -> dict[str, Any]:
         """Return what is to be the same when a run goes on."""
         return {**self.own.facts(), "of": type(self.own).__name__, "shared_by": self.sharing_batches.count}

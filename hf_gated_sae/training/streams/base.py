@@ -77,6 +77,11 @@ class ActivationStream(ABC):
             world_size: how many there are.
         """
 
+    @property
+    def buffer_bytes(self) -> int:
+        """What it holds of activations beside those of a batch, for shuffling; 0 if it reads them where they are."""
+        return 0
+
     def facts(self) -> Mapping[str, Any]:
         """Return what a saved position and this stream have to agree in, besides class and sites."""
         return {}
@@ -137,6 +142,10 @@ class ActivationStream(ABC):
         if "position" not in state:
             raise CheckpointError("The saved state of the stream has no position: resume from an earlier checkpoint.")
         self._resumed, self._cursor = state["position"], None
+
+    def rewind(self) -> None:
+        """Forget a position that was loaded: the next `batches` begins at the beginning."""
+        self._resumed = self._cursor = None
 
     def key(self, site: str | None) -> str:
         """Return under which name the activations for an SAE stand in a batch.

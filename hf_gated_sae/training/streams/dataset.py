@@ -229,8 +229,8 @@ def _open_path(path: Path, split: str, column: str | None, streaming: bool, docu
         seen = ", ".join(sorted({file.suffix or file.name for file in files})[:10]) or "nothing"
         found = "files of several kinds" if kinds else "no text that is known by its name"
         raise InputError(
-            f"{path} has {found}: {seen}. Expected one of .txt, {', '.join(BUILDERS)}; for other plain text, pass "
-            "TextFiles([paths])."
+            f"{path} has {found}: {seen}. Expected one of .txt, {', '.join(BUILDERS)}; give other "
+            "plain text file by file, as TextFiles([paths]); in a configuration, as a list under data.files."
         )
     [(kind, chosen)] = kinds.items()
     if kind == "txt":
@@ -299,7 +299,7 @@ def _text_column(dataset: Any, column: str | None, name: str) -> str:
             found = "several columns of strings" if texts else "no column of strings"
             raise InputError(
                 f"The text ({name}) has {found}, and none called 'text'. Its columns: {', '.join(columns) or 'none'}. "
-                "Name one: column=..."
+                "Name one as column; in a configuration, as data.text_column."
             )
         return "text" if "text" in texts else texts[0]
     if column not in texts:

@@ -120,7 +120,7 @@ class ModelActivations(ActivationStream):
         special = torch.tensor(() if self.special_tokens else self.tokens.special_ids, dtype=torch.int64)
         harvests = harvest(self.model, self.sites, _known(self.model, batches), special_tokens=self.special_tokens)
         for number, found in enumerate(harvests):
-            # Those between documents are the tokenizer's; the model may not know them for special.
+            # They are the tokenizer's; the model may not know them for special.
             drop = torch.isin(found.token_ids, special.to(found.token_ids.device))
             keep = ~drop if len(special) and bool(drop.any()) else None
             chunk = {}

@@ -51,6 +51,9 @@ class TextTokens(TokenStream):
     before the beginning of the next. What is left at the end of the text, less than a sequence, is dropped. Not
     packed, each document is a sequence of its own, cut off at `context_length` and padded at its end.
 
+    Special are all tokens that the tokenizer calls so, such as the marks of turns in a chat, wherever they stand; but
+    not the one for unknown text, unless it is BOS, EOS or padding as well.
+
     Args:
         text: anything that `open_text` opens with its defaults, or a `Text`.
         tokenizer: the model's.
@@ -93,8 +96,7 @@ class TextTokens(TokenStream):
         self.layout = _layout(tokenizer, context_length, packing, bos, eos)
         if sequences_per_batch < 1:
             raise InputError(f"sequences_per_batch is {sequences_per_batch}; expected at least 1.")
-        ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-        self.special_ids = tuple(sorted({token for token in ids if token is not None}))
+        self.special_ids = _special_ids(tokenizer)
 
     @property
     def context_length(self) -> int:
@@ -266,6 +268,13 @@ class _Padder:
     def load_state_dict(self, state: State) -> None:
         """Go on with sequences."""
         self._waiting = [each.clone() for each in state["flow"].split(state["lengths"])] if state["lengths"] else []
+
+
+def _special_ids(tokenizer: Any) -> tuple[int, ...]:
+    """Return the tokens that are no text, in ascending order."""
+    marks = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}
+    unknown = {tokenizer.unk_token_id}  # which stands for words of the text
+    return tuple(sorted(marks | (set(tokenizer.all_special_ids) - unknown)))
 
 
 def _layout(tokenizer: Any, length: int, packed: bool, bos: str | None, eos: bool | None) -> Layout:

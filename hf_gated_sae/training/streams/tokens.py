@@ -17,7 +17,7 @@ class TokenStream(ABC):
     """Batches of tokens that can be read again, and from any position.
 
     Attributes:
-        special_ids: tokens that were put between documents, whose activations do not count.
+        special_ids: tokens that are no text, such as those between documents; their activations do not count.
     """
 
     special_ids: tuple[int, ...] = ()

@@ -1,8 +1,9 @@
 """Run checks on two ranks of this machine, each a process of its own, and tell how every check ended on each rank."""
 
 import json
+import multiprocessing
 import os
-import subprocess
+import runpy
 import sys
 import time
 import traceback
@@ -15,7 +16,6 @@ from torch import distributed
 RANKS = 2
 PASSED = "passed"
 SOON = timedelta(seconds=30)  # a rank that waits longer than this for the others waits for ever
-ROOT = Path(__file__).parents[3]
 
 
 def launch(module, folder, timeout=120, count=RANKS):
@@ -24,27 +24,21 @@ def launch(module, folder, timeout=120, count=RANKS):
     Returns what became of each check, by name and rank. Nothing of a check that is missing is known: an earlier one
     failed or hung.
     """
-    known = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", TQDM_DISABLE="1")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", module, str(folder)],
-            env=known | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)},
-            cwd=ROOT,
-            stdout=(Path(folder) / f"{rank}.log").open("wb"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(count)
-    ]
+    context = multiprocessing.get_context("forkserver")  # which imports torch and transformers once for all
+    context.set_forkserver_preload(["tests.training.runs"])
+    ranks = [context.Process(target=_be, args=(rank, count, module, str(folder))) for rank in range(count)]
+    for rank in ranks:
+        rank.start()
     until = time.monotonic() + timeout
     try:
-        while any(rank.poll() is None for rank in ranks) and time.monotonic() < until:
-            if any(rank.poll() for rank in ranks):  # one has failed: the others may wait for it in vain
+        while any(rank.is_alive() for rank in ranks) and time.monotonic() < until:
+            if any(rank.exitcode for rank in ranks):  # one has failed: the others may wait for it in vain
                 until = min(until, time.monotonic() + 5)
             time.sleep(0.05)
     finally:
         for rank in ranks:
             rank.kill()
-            rank.wait()
+            rank.join()
     ended = {}
     for number in range(count):
         path = Path(folder) / f"{number}.json"
@@ -53,6 +47,17 @@ def launch(module, folder, timeout=120, count=RANKS):
     for number in range(count):
         ended[f"log of rank {number}"] = (Path(folder) / f"{number}.log").read_text(errors="replace")[-3000:]
     return ended
+
+
+def _be(rank, count, module, folder):
+    """Run a module in this process as one of several ranks."""
+    log = os.open(Path(folder) / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "TQDM_DISABLE": "1"}
+    sys.argv = [module, folder]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def require_passed(ended, check, count=RANKS):
