@@ -18,11 +18,9 @@ from hf_gated_sae import SAEModel, evaluate
 from hf_gated_sae.errors import SAEError
 from hf_gated_sae.evaluation import FidelityReport
 from hf_gated_sae.publishing import CardFacts
+from hf_gated_sae.publishing.push import create_repository
 from hf_gated_sae.publishing.trained import leave, training_facts
 from hf_gated_sae.training.run import Run, assemble, read_flags
-from hf_gated_sae.training.run.reading import merged
-from hf_gated_sae.training.run.text import open_tokens
-from hf_gated_sae.training.streams.dataset import open_text
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -51,12 +49,13 @@ def main(
         "model": {"name": model},
         "data": source,
     }
-    run = Run.prepare(assemble(merged(given, read_flags(context.args))), resume=resume)
+    run = Run.prepare(assemble(given, read_flags(context.args)), resume=resume)
     for name, value in run.facts().items():
         console.print(f"{name}: {value}")
-    # Opened before the training, which would be in vain without it.
-    other = open_text(held_out, split=held_out_split, column=run.config.data.text_column)
-    batches = open_tokens(run.config.data, run.parts.tokenizer, run.parts.model, other)
+    # Before the training, which would be in vain without them.
+    batches = run.held_out(held_out, held_out_split)
+    if run.parts.arguments.should_save:
+        create_repository(repository, private=private or None)
     run.train()
     if not run.parts.arguments.should_save:
         return  # of several processes, the first one goes on alone

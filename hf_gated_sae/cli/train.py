@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperCommand
 
-from ..errors import InputError
+from ..errors import InputError, did_you_mean
 from .app import app
 from .tables import facts_grid
 
@@ -21,6 +25,12 @@ if TYPE_CHECKING:
 
 class _WithSettings(TyperCommand):
     """Lists, below its own options, the settings of a run, each of which is a flag."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Rich would keep the line breaks of the source.
+        paragraphs = inspect.cleandoc(self.help or "").split("\n\n")
+        self.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help."""
@@ -58,6 +68,7 @@ def train(
         raise InputError("--no-measure says how a --dry-run is done; pass both.")
     if config is None and not context.args:
         raise InputError("Nothing to train: pass --config run.yaml, or the settings as flags (see --help).")
+    _require_known(context)
     run = read_run(config, read_flags(context.args))
     if dry_run:
         _estimate(console, run, measure=not no_measure)
@@ -65,12 +76,47 @@ def train(
         _train(console, run, resume)
 
 
+def _require_known(context: typer.Context) -> None:
+    """Raise for a word that is neither an option of the command nor a setting of a run."""
+    from ..training.run import RunConfig
+
+    options = [option for each in context.command.params for option in each.opts]
+    known = [*options, *(f"--{each.name}" for each in fields(RunConfig))]
+    for word in context.args:
+        name = word.partition("=")[0]
+        if name.startswith("--") and "." not in name and name not in known:
+            raise InputError(f"Unknown option {name}.{did_you_mean(name, known) or ' See --help.'}")
+
+
+def _how_to_go_on(run: RunConfig) -> str:
+    """Return the sentence that says what an interrupted run has left."""
+    from ..training.checkpoints import checkpoints
+
+    if not checkpoints(Path(run.output_dir)):
+        return "There is no checkpoint yet."
+    return "Go on from the latest checkpoint with --resume."
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep transformers' own bars out of what is shown."""
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            logging.enable_progress_bar()
+
+
 def _estimate(console: Console, run: RunConfig, *, measure: bool) -> None:
     """Print what a run will cost."""
     from ..training.run import estimate, measured
     from .training.settings import show_estimate
 
-    with console.status("measuring" if measure else "estimating"):
+    with console.status("measuring" if measure else "estimating"), _without_bars():
         found = measured(run) if measure else estimate(run)
     show_estimate(console, found)
 
@@ -82,11 +128,15 @@ def _train(console: Console, run: RunConfig, resume: bool) -> None:
     from .training.progress import LiveProgress
 
     console.quiet = os.environ.get("RANK", "0") != "0"  # of several processes, the first one speaks
-    with console.status("loading"):
+    with console.status("loading"), _without_bars():
         ready = Run.prepare(run, resume=resume)
     console.print(facts_grid(ready.facts()))
-    with LiveProgress(console) as progress:
-        ready.train([progress], quiet=True)
+    try:
+        with LiveProgress(console) as progress:
+            ready.train([progress], quiet=True)
+    except KeyboardInterrupt as interrupted:
+        Console(stderr=True, soft_wrap=True).print(f"Interrupted. {_how_to_go_on(run)}", highlight=False, markup=False)
+        raise typer.Exit(130) from interrupted
     if not ready.parts.arguments.should_save:
         return
     for name, folder in leave(ready).items():

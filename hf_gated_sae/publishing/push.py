@@ -88,6 +88,24 @@ def push_to_hub(
         )
 
 
+def create_repository(
+    repo_id: str, *, private: bool | None = None, token: str | bool | None = None, endpoint: str | None = None
+) -> str:
+    """Create a repository if need be, before the work that is to be published there; return its full id.
+
+    Args:
+        repo_id: as for `push_to_hub`.
+        private: likewise.
+        token: likewise.
+        endpoint: likewise.
+
+    Raises:
+        PublishError: if it cannot be written to.
+    """
+    with _translated(repo_id):
+        return _Target.prepare(HfApi(endpoint=endpoint, token=token), repo_id, private, None).repo_id
+
+
 def _require_one_target(create_pr: bool, revision: str | None) -> None:
     """Raise if a pull request is asked for, and a branch, too.
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
+import torch
+from transformers import TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
 
 from ..errors import InputError, unknown_name
 from .remedies import remedies
@@ -22,8 +26,16 @@ _INHERITED_RECIPE = (
 
 _POSITIVE = (
     *("max_steps", "activation_batch_size", "latent_parallel", "dead_after_activations", "statistics_activations"),
-    *("sparsity_power_changes", "sparsity_power_batches", "auxk_latents"),
+    *("sparsity_power_changes", "sparsity_power_batches", "auxk_latents", "resample_inputs"),
+    *("gradient_accumulation_steps", "save_total_limit"),
 )
+
+_NOT_NEGATIVE = (
+    *("learning_rate", "adam_epsilon", "weight_decay", "max_grad_norm", "warmup_steps", "sparsity_warmup_steps"),
+    *("lr_dip_steps", "recorded_activations", "auxk_coefficient", "pull_coefficient"),
+)
+
+_SHARES = ("adam_beta1", "adam_beta2", "lr_dip")
 
 ARGUMENTS_FILE = "training_args.json"
 
@@ -39,6 +51,7 @@ class SAETrainingArguments(TrainingArguments):
     unit. (The paper's tables divide the squared error by the width: multiply their Gated lambda by ``d_in``.)
 
     Attributes:
+        max_steps: changes of the weights in all.
         activation_batch_size: activations per device and forward pass.
         latent_parallel: how many processes share an SAE, each with its part of the latents; 1 for data parallel alone.
         objective: variants of the architecture's objective, such as ``{"frozen_decoder": False}``, which are the
@@ -128,14 +141,15 @@ class SAETrainingArguments(TrainingArguments):
         ):
             if value not in known:
                 raise unknown_name(name, value, known)
-        for name in _POSITIVE:
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; expected a positive number.")
+        self._check_ranges()
+        self._check_supported()
         self.objective = _from_flag("objective", self.objective or {}, Mapping)
         self.sparsity_coefficient = _from_flag(
             "sparsity_coefficient", self.sparsity_coefficient, (int, float, Mapping)
         )
+        _require_lambdas(self.sparsity_coefficient)
         self._check_annealing()
+        self._check_schedule()
         if self.world_size % self.latent_parallel:
             raise InputError(
                 f"latent_parallel is {self.latent_parallel}, and there are {self.world_size} processes; expected a "
@@ -152,6 +166,63 @@ class SAETrainingArguments(TrainingArguments):
         """Of all processes, between two changes of the weights."""
         rows = self.world_size // self.latent_parallel
         return self.activation_batch_size * self.gradient_accumulation_steps * rows
+
+    def _check_ranges(self) -> None:
+        for names, least, most, expected in (
+            (_POSITIVE, 1, math.inf, "a positive number"),
+            (_NOT_NEGATIVE, 0, sys.float_info.max, "0 or a positive number"),
+            (_SHARES, 0, 1, "a number from 0 to 1"),
+            (("seed",), 0, 2**32 - 1, "a whole number from 0 to 4294967295"),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not least <= value <= most:
+                    raise InputError(f"{name} is {value}; expected {expected}.")
+        if 1 in (self.adam_beta1, self.adam_beta2):
+            raise InputError(
+                f"adam_beta1 is {self.adam_beta1} and adam_beta2 {self.adam_beta2}; expected less than 1."
+            )
+        if self.save_steps <= 0:
+            raise InputError(f"save_steps is {self.save_steps}; expected a positive number, or save_strategy='no'.")
+        if any(step < 1 for step in self.resample_steps):
+            raise InputError(f"resample_steps is {self.resample_steps}; expected steps from 1 on.")
+
+    def _check_supported(self) -> None:
+        """Raise for what transformers' trainer does with data sets, and for a device that lacks something."""
+        evaluates = str(_plain(self.eval_strategy)) != "no" or self.do_eval or self.load_best_model_at_end
+        if evaluates or str(_plain(self.save_strategy)) == "best":
+            raise InputError(
+                "eval_strategy, do_eval, load_best_model_at_end and save_strategy='best' need a data set to evaluate "
+                "on, and a stream has none: evaluate(model, sae, tokens) measures the trained SAE."
+            )
+        if self.dataloader_num_workers:
+            raise InputError(
+                f"dataloader_num_workers is {self.dataloader_num_workers}; expected 0: activations are made by the "
+                "process that trains."
+            )
+        if self.fp16 and self.device.type == "cpu":
+            raise InputError("fp16=True means nothing on a CPU: take bf16=True, or neither.")
+        try:
+            get_reporting_integration_callbacks(self.report_to)
+        except ValueError as error:
+            raise InputError(f"report_to is {self.report_to}: {error}") from error
+
+    def _check_schedule(self) -> None:
+        """Raise if transformers cannot make the schedule, which it would say after the model has been loaded."""
+        unused = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        try:
+            get_scheduler(
+                self.lr_scheduler_type,
+                unused,
+                self.get_warmup_steps(self.max_steps),
+                self.max_steps,
+                self.lr_scheduler_kwargs or {},
+            )
+        except (TypeError, ValueError, KeyError) as error:
+            raise InputError(
+                f"lr_scheduler_type {_plain(self.lr_scheduler_type)!r} with lr_scheduler_kwargs "
+                f"{self.lr_scheduler_kwargs or {}} cannot be made: {error}."
+            ) from error
 
     def _check_annealing(self) -> None:
         if not 0 < self.sparsity_power_end <= 1:
@@ -212,6 +283,13 @@ class SAETrainingArguments(TrainingArguments):
 def _plain(value: Any) -> Any:
     """Turn transformers' enumerations into their strings."""
     return getattr(value, "value", value)
+
+
+def _require_lambdas(given: float | str | Mapping[str, Any]) -> None:
+    """Raise unless every lambda is a number that is not negative."""
+    for value in given.values() if isinstance(given, Mapping) else [given]:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise InputError(f"sparsity_coefficient is {value!r}; expected 0 or a positive number.")
 
 
 def _from_flag(name: str, value: Any, kinds: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -28,12 +28,7 @@ class SAEGroup(nn.Module):
         super().__init__()
         if not saes or len({id(sae) for sae in saes.values()}) < len(saes):
             raise InputError(f"Given the SAEs {list(saes)}; expected at least one, and each of them once.")
-        for name in saes:
-            if not _NAME.fullmatch(name) or name.startswith("checkpoint-"):
-                raise InputError(
-                    f"The SAE's name {name!r} cannot be the folder that it is saved in; expected letters, digits and "
-                    "any of _ . + = | - between slashes, such as 'resid_post.12/l1_2'."
-                )
+        require_names(saes)
         self.names = tuple(saes)
         self.saes = nn.ModuleList(saes.values())  # by number: a name may have dots
 
@@ -44,3 +39,17 @@ class SAEGroup(nn.Module):
     def forward(self, x: Any) -> Any:
         """Refuse: several SAEs have no common input; call them one by one."""
         raise InputError(f"A group of SAEs cannot be called; call one of {', '.join(self.names)}.")
+
+
+def require_names(names: Iterable[str]) -> None:
+    """Raise unless each of several SAEs can be saved in a folder of its name.
+
+    Raises:
+        InputError: naming the first that cannot.
+    """
+    for name in names:
+        if not _NAME.fullmatch(name) or name.startswith("checkpoint-"):
+            raise InputError(
+                f"The SAE's name {name!r} cannot be the folder that it is saved in; expected letters, digits and "
+                "any of _ . + = | - between slashes, such as 'resid_post.12/l1_2'."
+            )

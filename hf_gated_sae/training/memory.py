@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import psutil
 import torch
 
+from ..errors import TrainingError
 from ..modeling import SAEModel
 
 MOMENTS = 2
@@ -59,16 +61,22 @@ class TrainingMemory:
             available: bytes; None if that is not known.
         """
         text = (
-            f"Weights, gradients and moments take {_gigabytes(self.total(0))}, a step on {batch} activations up to "
-            f"{_gigabytes(batch * self.per_activation)} more."
+            f"Weights, gradients and moments take {in_bytes(self.total(0))}, a step on {batch} activations up to "
+            f"{in_bytes(batch * self.per_activation)} more."
         )
         if available is None:
             return f"{text} Make activation_batch_size or d_sae smaller."
-        fits = min(self.largest_batch(available), batch // 2)  # the whole did not fit, whatever the paper says
-        if fits >= 1:
-            return f"{text} Into {_gigabytes(available)} would fit activation_batch_size={_round(fits)}."
+        largest = self.largest_batch(available)
+        if largest >= batch > 1:  # on paper all of it fits, so that something else has taken the room
+            return (
+                f"{text} Into {in_bytes(available)}, of which the language model and the buffer of its activations "
+                f"take their part, would fit activation_batch_size={_round(batch // 2)}; or make buffer_size or "
+                "sequences_per_batch smaller."
+            )
+        if largest >= 1:
+            return f"{text} Into {in_bytes(available)} would fit activation_batch_size={_round(largest)}."
         share = available / self.total(0)
-        return f"{text} Into {_gigabytes(available)} would fit about {share:.0%} of the latents."
+        return f"{text} Into {in_bytes(available)} would fit about {100 * share:.2g}% of the latents."
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -90,8 +98,52 @@ def available_memory(device: torch.device) -> int | None:
     return None
 
 
-def _gigabytes(count: int) -> str:
-    return f"{count / 2**30:.3g} GiB"
+def require_room(memory: TrainingMemory, beside: Mapping[str, int], device: torch.device) -> None:
+    """Raise if memory cannot hold what a run holds throughout, before it has begun to fill up.
+
+    Args:
+        memory: what the SAEs take.
+        beside: bytes of what is held beside them, by what decides how many.
+        device: where all of it is.
+
+    Raises:
+        TrainingError: naming what takes most.
+    """
+    available = available_memory(device)
+    if available is None:
+        return
+    if device.type == "cpu":
+        available += psutil.swap_memory().free
+    parts = {"d_sae, with weights, gradients and moments": memory.total(0), **beside}
+    if sum(parts.values()) > available:
+        largest = max(parts, key=lambda name: parts[name])
+        takes = ", ".join(f"{name}: {in_bytes(count)}" for name, count in parts.items())
+        raise TrainingError(
+            f"The run would hold {in_bytes(sum(parts.values()))}, and {in_bytes(available)} are free ({takes}). "
+            f"Make {re.split('[,=]', largest)[0]} smaller."
+        )
+
+
+def in_bytes(count: float) -> str:
+    """Return a size for people.
+
+    >>> in_bytes(1_234_567)
+    '1.23 MB'
+    """
+    return f"{short(count)}B"
+
+
+def short(number: float) -> str:
+    """Return three digits of a number and the letter for its thousands.
+
+    >>> short(12_345)
+    '12.3 k'
+    """
+    letters = ("", "k", "M", "G", "T", "P", "E")
+    power = 0
+    while abs(number) >= 999.5 and power < len(letters) - 1:
+        number, power = number / 1000, power + 1
+    return f"{number:.3g} {letters[power]}"
 
 
 def _round(number: int) -> int:

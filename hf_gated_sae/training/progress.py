@@ -27,17 +27,26 @@ class TrainingProgress(ProgressCallback):
             self.training_bar.set_postfix_str(postfix(logs), refresh=False)
 
 
+def numbers(logs: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Return what is worth showing of a line of logs, by SAE and by title; nothing of a line without losses.
+
+    >>> numbers({"loss": 1.5, "loss_sparsity": 0.25, "l0": 31.0, "learning_rate": 3e-4, "dead_latents": 1200})
+    {'': {'loss': '1.5', 'sparsity': '0.25', 'L0': '31', 'dead': '1200'}}
+    """
+    found: dict[str, dict[str, str]] = {}
+    for key, value in logs.items() if "loss" in logs else ():
+        sae, _, name = key.rpartition("/")
+        title = name.removeprefix("loss_") if name.startswith("loss_") else SHOWN.get(name)
+        if title is not None:
+            found.setdefault(sae, {})[title] = str(value) if isinstance(value, int) else f"{value:.3g}"
+    return found
+
+
 def postfix(logs: dict[str, Any]) -> str:
     """Return what a bar shows of a line of logs.
 
     >>> postfix({"loss": 1.5, "loss_sparsity": 0.25, "l0": 31.0, "learning_rate": 3e-4, "dead_latents": 2})
     'loss 1.5, sparsity 0.25, L0 31, dead 2'
     """
-    shown: dict[str, list[str]] = {}
-    for key, value in logs.items():
-        sae, _, name = key.rpartition("/")
-        if name.startswith("loss_"):
-            shown.setdefault(sae, []).append(f"{name.removeprefix('loss_')} {value:.3g}")
-        elif name in SHOWN:
-            shown.setdefault(sae, []).append(f"{SHOWN[name]} {value:.3g}")
-    return " | ".join(f"{sae}: {', '.join(numbers)}" if sae else ", ".join(numbers) for sae, numbers in shown.items())
+    texts = {sae: ", ".join(f"{title} {value}" for title, value in of.items()) for sae, of in numbers(logs).items()}
+    return " | ".join(f"{sae}: {text}" if sae else text for sae, text in texts.items())

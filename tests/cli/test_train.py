@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from rich.console import Console
+from transformers.utils import logging
 
 from hf_gated_sae import SAEModel, SAESet
 from hf_gated_sae.cli import main
+from hf_gated_sae.cli.training.progress import LiveProgress, table
 from hf_gated_sae.demo import bundled, corpus
 from hf_gated_sae.publishing import read_facts
 from hf_gated_sae.training.presets import presets
@@ -107,6 +110,41 @@ def test_help_lists_every_setting(monkeypatch, capsys) -> None:
     assert max(map(len, said.splitlines())) <= 80
 
 
+def test_no_flag_is_broken_and_no_text_ragged(monkeypatch, capsys) -> None:
+    assert run(monkeypatch, "--help") == 0
+    said = capsys.readouterr().out
+    assert "--training.gradient_accumulation_steps " in said
+    assert "1e-4, which \n comes before the file" in said, "lines end where the terminal does"
+
+
+def test_an_interrupted_run_says_how_to_go_on(here: Path, monkeypatch, capsys) -> None:
+    def interrupt(*args: object, **kwargs: object) -> None:
+        if (here / "out" / "checkpoint-2").exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(LiveProgress, "on_step_end", interrupt)
+    assert run(monkeypatch, "--config", "run.yaml", "--training.save_steps", "1") == 130
+    said = capsys.readouterr()
+    assert "Go on from the latest checkpoint with --resume." in said.err and "Traceback" not in said.err
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    assert run(monkeypatch, "--config", "out/run.yaml", "--resume") == 0
+
+
+def test_no_bars_stand_among_the_facts(monkeypatch, capsys) -> None:
+    logging.enable_progress_bar()
+    assert run(monkeypatch, "--config", "run.yaml") == 0
+    said = capsys.readouterr()
+    assert "Loading weights" not in said.out + said.err
+
+
+def test_the_numbers_of_several_saes_fit_a_terminal(capsys) -> None:
+    row = dict.fromkeys(("loss", "reconstruction", "sparsity", "auxiliary", "L0", "FVU", "gamma", "dead"), "0.123")
+    Console(width=80).print(table({"resid_post.12/l1_2": row, "resid_post.13/l1_2": row}))
+    said = capsys.readouterr().out
+    assert all(title in said for title in row)
+
+
 def test_presets_are_described(monkeypatch, capsys) -> None:
     assert run(monkeypatch, "--presets") == 0
     said = capsys.readouterr().out
@@ -128,6 +166,11 @@ def test_presets_are_described(monkeypatch, capsys) -> None:
         (("--config", "run.yaml", "--data.buffer_size", "33"), "buffer_size is 33"),
         (("--config", "run.yaml", "--resume"), "There is no run in out to resume"),
         (("--config", "run.yaml", "word"), "Given 'word'; expected a flag"),
+        (("--config", "run.yaml", "--dryrun"), "Unknown option --dryrun. Did you mean '--dry-run'?"),
+        (("--config", "run.yaml", "--resum"), "Did you mean '--resume'"),
+        (("--config", "run.yaml", "--sae.d_sae", "2000000000"), "The SAEs do not fit into memory"),
+        (("--config", "run.yaml", "--sae.d_sae", "2000000000", "--dry-run"), "The SAEs do not fit into memory"),
+        (("--config", "run.yaml", "--output_dir", "/dev/null/x"), "nothing can be written to"),
     ],
 )
 def test_wrong_inputs_are_one_line(here: Path, monkeypatch, capsys, words: tuple[str, ...], phrase: str) -> None:

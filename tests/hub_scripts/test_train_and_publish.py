@@ -83,3 +83,14 @@ def test_nothing_is_published_without_held_out_text(hub: MiniHub, repo_id: str, 
     assert not Path(repo_id.split("/")[-1]).exists(), "the training would have been in vain"
     with pytest.raises(SAEError, match="Unknown key"):
         run(str(bundled.MODEL), *texts, repo_id, *FLAGS, "--sae.widht", "3")
+
+
+def test_what_stands_in_the_way_of_publishing_is_said_before_training(hub: MiniHub, repo_id: str, texts) -> None:
+    Path("empty.txt").write_text("")
+    with pytest.raises(SAEError, match="empty"):
+        run(str(bundled.MODEL), "train.txt", "empty.txt", repo_id, *FLAGS)
+    with pytest.raises(SAEError, match="expected 'owner/name'"):
+        run(str(bundled.MODEL), *texts, "me/no such name!", *FLAGS)
+    with pytest.raises(SAEError, match="may not be written with this token"):
+        run(str(bundled.MODEL), *texts, "somebody-else/sae", *FLAGS)
+    assert not [path for path in Path().iterdir() if path.is_dir()], "nothing was trained"

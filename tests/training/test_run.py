@@ -12,14 +12,16 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import TrainerCallback
 
 from hf_gated_sae.architectures import architectures
 from hf_gated_sae.demo import bundled, corpus
-from hf_gated_sae.errors import InputError, MissingFileError, SAEError, SiteError
+from hf_gated_sae.errors import CheckpointError, InputError, MissingFileError, SAEError, SiteError, TrainingError
 from hf_gated_sae.hooks.saving import save_activations
+from hf_gated_sae.training.memory import TrainingMemory, in_bytes
 from hf_gated_sae.training.run import Run, assemble, estimate, measured, plain, read_flags, read_run
 from hf_gated_sae.training.run.assembly import arguments
-from hf_gated_sae.training.run.estimate import in_bytes, in_time
+from hf_gated_sae.training.run.estimate import in_time
 from hf_gated_sae.training.run.parts import build
 from hf_gated_sae.training.run.reading import leaves, merged
 from tests.support.mini_hub import MiniHub
@@ -151,6 +153,49 @@ def test_merging_replaces_what_is_given_and_nothing_else(base: dict, over: dict)
         ("--training.max_steps 0", "max_steps is 0; expected a positive number"),
         ("--model gpt2", "model is 'gpt2'; expected a mapping"),
         ("--saes.wide 3", "saes.wide is '3'; expected a mapping"),
+        ('--saes {"":{},"a":{}}', "The SAE's name '' cannot be the folder"),
+        ('--saes {"../esc":{}}', "The SAE's name '../esc' cannot be the folder"),
+        ('--saes {"a":{"d_sae":3,"expansion_factor":2}}', "both saes.a.d_sae and saes.a.expansion_factor"),
+        ('--saes {"a":{"d_sae":3,"d_sae":4}}', "the key 'd_sae' is given twice"),
+        ("--sae.site_out resid_post.1", "sae.site_out is resid_post.1, where it reads"),
+        ("--sae.dtype float64", "sae.dtype is 'float64'; expected float32 or bfloat16"),
+        ("--sae.dtype float16", "sae.dtype is 'float16'; expected float32 or bfloat16"),
+        ("--sae.sparsity_coefficient -1", "sparsity_coefficient is -1; expected 0 or a positive number"),
+        ("--sae.d_sae 2000000000", "The SAEs do not fit into memory"),
+        ("--model.revision main", "model.revision means nothing with"),
+        ("--data.text_column text", "data.text_column means nothing with data.files"),
+        ("--data.context_length 0", "context_length is 0"),
+        ("--data.files a.jsonl --data.documents line", "data.documents means nothing with data.files: a.jsonl"),
+        ("--output_dir=", "output_dir is empty"),
+        ("--data.buffer_size 63", "data.buffer_size is 63; expected at least two batches, 64"),
+        ("--seed -1", "seed is -1"),
+        ("--seed 4294967296", "seed is 4294967296"),
+        ("--training.hub_token secret", "training.hub_token means nothing"),
+        ("--training.learning_rate -1", "learning_rate is -1; expected 0 or a positive number"),
+        ("--training.learning_rate .nan", "learning_rate is nan; expected"),
+        ("--training.adam_beta2 2", "adam_beta2 is 2; expected a number from 0 to 1"),
+        ("--training.adam_epsilon -1", "adam_epsilon is -1"),
+        ("--training.weight_decay -1", "weight_decay is -1"),
+        ("--training.max_grad_norm -1", "max_grad_norm is -1"),
+        ("--training.gradient_accumulation_steps 0", "gradient_accumulation_steps is 0"),
+        ("--training.recorded_activations -1", "recorded_activations is -1"),
+        ("--training.sparsity_warmup_steps -5", "sparsity_warmup_steps is -5"),
+        ("--training.lr_dip -1", "lr_dip is -1"),
+        ("--training.lr_dip_steps -1", "lr_dip_steps is -1"),
+        ("--training.resample_steps [-5]", "resample_steps is [-5]"),
+        ("--training.resample_inputs 0", "resample_inputs is 0"),
+        ("--training.save_total_limit -1", "save_total_limit is -1"),
+        ("--training.save_steps 0", "save_steps is 0"),
+        ("--training.save_strategy best", "need a data set to evaluate"),
+        ("--training.eval_strategy steps", "need a data set to evaluate"),
+        ("--training.warmup_steps 150%", "Given 150% of the 4 steps of training"),
+        ("--training.dataloader_num_workers 2", "dataloader_num_workers is 2; expected 0"),
+        ("--training.fp16", "fp16=True means nothing on a CPU"),
+        ("--training.report_to foo", "foo is not supported"),
+        (
+            "--training.lr_scheduler_type warmup_stable_decay",
+            "'warmup_stable_decay' with lr_scheduler_kwargs {} cannot",
+        ),
     ],
 )
 def test_wrong_settings_are_named(small: dict, flags: str, phrase: str) -> None:
@@ -174,6 +219,41 @@ def test_missing_sections_are_named(small: dict, missing: str, phrase: str) -> N
     del small[missing]
     with pytest.raises(InputError, match=phrase):
         assemble(small)
+
+
+def test_a_flag_that_is_a_whole_section_lies_over_that_of_the_file(small: dict, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(small))
+    config = read_run(tmp_path / "run.yaml", read_flags(["--training", "{max_steps: 3}"]))
+    assert config.training["max_steps"] == 3 and config.training["activation_batch_size"] == 32
+
+
+def test_a_section_s_own_size_replaces_the_common_one(small: dict) -> None:
+    small["saes"] = {"wide": {"expansion_factor": 2}}
+    [wide] = build(assemble(small)).saes.values()
+    assert wide.config.d_sae == 2 * 128
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("seed: 1\nsae: {d_sae: 3}\nsae: {site: resid_post.1}\n")
+    with pytest.raises(InputError, match="key 'sae' is given twice.*line 3"):
+        read_run(tmp_path / "run.yaml")
+
+
+def test_home_is_one_folder(small: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    small |= {"output_dir": "~/out", "model": {"name": "~/lm"}, "data": {"files": "~/a.txt"}}
+    config = assemble(small)
+    assert (config.output_dir, config.model.name, config.data.files) == tuple(
+        str(tmp_path / name) for name in ("out", "lm", "a.txt")
+    )
+    small["model"]["name"] = "./lm"
+    assert assemble(small).model.name == "./lm", "which is no id of the Hub"
+
+
+def test_rows_of_a_table_are_written_and_read_back(small: dict) -> None:
+    small["data"]["files"] = "a.jsonl"
+    written = plain(assemble(small))
+    assert "documents" not in written["data"] and plain(assemble(written)) == written
 
 
 def test_files_that_are_no_runs(tmp_path: Path) -> None:
@@ -257,6 +337,8 @@ def test_a_model_that_is_not_there(small: dict) -> None:
 
 def test_text_that_is_not_there(small: dict, tmp_path: Path) -> None:
     small["data"]["files"] = [str(tmp_path / "*.md")]
+    (tmp_path / "lm").mkdir()
+    small["model"]["name"] = str(tmp_path / "lm")  # of which nothing can be loaded
     with pytest.raises(MissingFileError, match="data.files: there is no"):
         build(assemble(small))
 
@@ -296,6 +378,82 @@ def test_an_earlier_run_is_not_overwritten(small: dict) -> None:
     Run.prepare(assemble(small)).train()
     with pytest.raises(InputError, match="holds a run already"):
         Run.prepare(assemble(small))
+
+
+@pytest.mark.parametrize("theirs", ["checkpoint-1/weights.bin", "config.json", "model.safetensors", "a/config.json"])
+def test_what_is_of_something_else_is_not_touched(small: dict, theirs: str) -> None:
+    file = Path(small["output_dir"], theirs)
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    small["saes"] = {"a": {}}
+    small["model"]["name"] = "./nowhere"  # it is refused before the model is looked for
+    with pytest.raises(InputError, match="no run.yaml: it is of something else"):
+        Run.prepare(assemble(small))
+    assert file.read_text() == "mine"
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_begun_again(small: dict) -> None:
+    Run.prepare(assemble(small)).train()
+    folder = Path(small["output_dir"])
+    for checkpoint in folder.glob("checkpoint-*"):
+        (checkpoint / "manifest.json").write_text("{}")
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(CheckpointError, match="None of the checkpoints in .* is whole"):
+        Run.prepare(assemble(small), resume=True)
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_two_runs_do_not_share_a_folder(small: dict) -> None:
+    folder = Path(small["output_dir"])
+    first, second = (Run.prepare(assemble(small)) for _ in range(2))
+
+    class Meanwhile(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            with pytest.raises(InputError, match="Another process is carrying out a run"):
+                second.train()
+
+    first.train([Meanwhile()])
+    with pytest.raises(InputError, match="holds a run already"):
+        second.train()
+    assert not (folder / ".running").exists()
+
+
+@pytest.mark.parametrize("place", ["/dev/null/x", "/proc/zzz"])
+def test_a_folder_that_cannot_be_written_is_refused_first(small: dict, place: str) -> None:
+    small["model"]["name"] = "./nowhere"
+    with pytest.raises(InputError, match="nothing can be written to"):
+        Run.prepare(assemble({**small, "output_dir": place}))
+
+
+def test_a_start_that_fails_leaves_no_folder(small: dict, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("import os")
+    small["data"]["files"] = str(tmp_path / "short.txt")
+    with pytest.raises(InputError):
+        Run.prepare(assemble(small)).train()
+    assert not Path(small["output_dir"]).exists()
+
+
+def test_a_buffer_that_does_not_fit_is_named(small: dict) -> None:
+    small["data"]["buffer_size"] = 10**15
+    with pytest.raises(TrainingError, match="data.buffer_size=10{15}: 512 PB.* Make data.buffer_size smaller"):
+        Run.prepare(assemble(small))
+
+
+def test_where_the_saes_would_fit_the_rest_is_named() -> None:
+    memory = TrainingMemory(weights=10, gradients=10, moments=20, per_activation=1)
+    roomy, tight = memory.advice(64, 1000), memory.advice(64, 70)
+    assert "buffer_size" in roomy and "activation_batch_size=32" in roomy
+    assert "buffer_size" not in tight and "activation_batch_size=16" in tight
+    assert "40 B" in roomy, "and not 0 GiB"
+
+
+def test_other_text_is_cut_as_the_run_s_own(small: dict, tmp_path: Path) -> None:
+    run = Run.prepare(assemble(small))
+    (tmp_path / "other.txt").write_text("import os\n" * 400)
+    assert next(iter(run.held_out(str(tmp_path / "other.txt"))))["input_ids"].shape == (4, 32)
+    (tmp_path / "other.txt").write_text("")
+    with pytest.raises(InputError, match="empty|no text"):
+        run.held_out(str(tmp_path / "other.txt"))
 
 
 def test_only_a_run_is_resumed(small: dict, tmp_path: Path) -> None:
@@ -345,6 +503,20 @@ def test_the_cost_is_measured_on_real_steps(small: dict) -> None:
     assert found.tokens == pytest.approx(32 * 32 / 31, rel=0.1), "of 32 tokens, the BOS is not learned"
     assert found.steps == 4 and found.batch == 32
     assert 0 < found.activations < 10**7
+
+
+def test_the_cost_of_an_annealed_run_is_measured(small: dict) -> None:
+    small["training"] |= {"max_steps": 20, "sparsity_power_end": 0.5, "sparsity_power_steps": [10, 18]}
+    found = measured(assemble(small))
+    assert found.steps == 20 and found.training.seconds > 0
+
+
+def test_the_size_of_a_checkpoint_is_told(small: dict) -> None:
+    whole = estimate(assemble(small))
+    small["data"]["save_buffer"] = False
+    lean = estimate(assemble(small))
+    assert whole.checkpoint - lean.checkpoint == whole.buffer == 128 * 128 * 4
+    assert lean.checkpoint == 3 * 4 * lean.parameters[""]
 
 
 def test_the_cost_is_estimated_without_the_weights(small: dict, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers import TrainerCallback
 
-from ...training.progress import SHOWN
+from ...training.progress import numbers
 
 COLUMNS = (BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
 
@@ -45,7 +45,7 @@ class LiveProgress(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Show the latest numbers."""
-        rows = numbers(logs or {})
+        rows = _rows(logs or {})
         if not rows:
             return
         if self.console.is_terminal:
@@ -57,22 +57,11 @@ class LiveProgress(TrainerCallback):
             self.console.print(f"step {where}: {text}", soft_wrap=True, markup=False, highlight=False)
 
 
-def numbers(logs: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """Return what is worth showing of a line of logs, by SAE and by title; nothing of a line without losses.
-
-    >>> numbers({"loss": 1.5, "loss_sparsity": 0.25, "l0": 31.0, "learning_rate": 3e-4, "dead_latents": 1200})
-    {'': {'loss': '1.5', 'sparsity': '0.25', 'L0': '31', 'dead': '1200'}}
-    """
-    found: dict[str, dict[str, str]] = {}
-    for key, value in logs.items() if "loss" in logs else ():
-        sae, _, name = key.rpartition("/")
-        title = name.removeprefix("loss_") if name.startswith("loss_") else SHOWN.get(name)
-        if title is not None:
-            found.setdefault(sae, {})[title] = str(value) if isinstance(value, int) else f"{value:.3g}"
-    total = found.get("", {})
+def _rows(logs: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Return the numbers of each SAE; of several, those of all of them come last."""
+    found = numbers(logs)
     if len(found) > 1:  # of several SAEs, the loss is the sum of all
-        del found[""]
-        found["all"] = total
+        found["all"] = found.pop("", {})
     return found
 
 
@@ -83,7 +72,7 @@ def table(rows: dict[str, dict[str, str]]) -> Table:
     if len(rows) > 1:
         made.add_column("SAE", overflow="fold")
     for title in titles:
-        made.add_column(title, justify="right", overflow="fold")
+        made.add_column(title, justify="right", no_wrap=True)
     for name, found in rows.items():
         made.add_row(*([name] if len(rows) > 1 else []), *(found.get(title, "") for title in titles))
     return made

@@ -99,7 +99,7 @@ def show_estimate(console: Console, found: Estimate) -> None:
 def _panel(console: Console, title: str, introduction: str, rows: Mapping[str, tuple[str, str]]) -> None:
     """Print flags with what they mean, and their defaults."""
     table = Table.grid(padding=(0, 1))
-    table.add_column(style="cyan", overflow="fold", max_width=38)
+    table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for flag, (description, default) in rows.items():
         table.add_row(flag, f"{escape(description)} [dim]\\[{escape(default)}][/]" if default else escape(description))

@@ -13,6 +13,7 @@ from ...architectures import architectures
 from ...errors import InputError, SAEError, unknown_name
 from ...modeling import SAEConfig, SAEModel
 from ..arguments import SAETrainingArguments
+from ..group import require_names
 from ..presets import presets
 from ..remedies import remedies
 from .config import DataSettings, RunConfig, SAESettings
@@ -52,12 +53,17 @@ FOREIGN = {
     "shards": ("config", "split", "revision", "streaming", *NOT_OF_SHARDS),
 }
 """Settings of the data that mean nothing for a source."""
+TABLES = (".json", ".jsonl", ".parquet", ".csv", ".arrow")
+"""How files end that have columns, and in which a row is a document."""
 OF_REMEDIES = {
     "resample": ("resample_steps", "resample_inputs", "lr_dip", "lr_dip_steps"),
     "auxk": ("auxk_latents", "auxk_coefficient"),
     "pre_activation_pull": ("pull_coefficient",),
 }
 """Arguments of the trainer that mean something with one remedy for dead latents only."""
+
+DTYPES = ("float32", "bfloat16")
+"""What the weights of an SAE can be trained in: float16 has no room for its moments, and float64 no use."""
 
 _SHARE = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 
@@ -73,13 +79,12 @@ def read_run(path: str | Path | None = None, flags: Mapping[str, Any] | None = N
         MissingFileError: if there is no such file.
         InputError: for an unknown key, a wrong value, or two that contradict each other; the message says where.
     """
-    given = merged({} if path is None else read_yaml(path), flags or {})
-    return assemble(given)
+    return assemble({} if path is None else read_yaml(path), flags)
 
 
-def assemble(given: Mapping[str, Any]) -> RunConfig:
-    """Return the run that a nested mapping describes; errors as for `read_run`."""
-    given = _sections(given)
+def assemble(given: Mapping[str, Any], flags: Mapping[str, Any] | None = None) -> RunConfig:
+    """Return the run that a nested mapping describes, with flags laid over it; errors as for `read_run`."""
+    given = merged(_sections(given), _sections(flags or {}))  # a flag may be a whole section, and lies over one
     explicit = dict(leaves(given))
     below = _preset(given.get("preset"))
     for pair in ALTERNATIVES:
@@ -93,15 +98,23 @@ def assemble(given: Mapping[str, Any]) -> RunConfig:
     whole = merged(merged(RUN_DEFAULTS, below), given)
     saes = whole.get("saes") or {}
     if saes:
-        whole["saes"] = {name: merged(whole.get("sae") or {}, section or {}) for name, section in saes.items()}
-    config = read_section(RunConfig, whole)
+        common = whole.get("sae") or {}
+        whole["saes"] = {name: _laid_over(common, section or {}, name) for name, section in saes.items()}
+    config = _at_home(read_section(RunConfig, whole))
     _check_data(config.data, explicit)
     if config.model is None and config.data.shards is None:
         raise InputError("model.name is missing: text becomes activations only in a model.")
+    if config.saes:
+        require_names(config.saes)
     for name, sae in config.named.items():
         _check_sae(sae, f"saes.{name}." if name else "sae.")
     config = dataclasses.replace(config, training=_read_training(config.training))
-    arguments(config)  # what it refuses is refused now
+    args = arguments(config)  # what it refuses is refused now
+    if config.data.shards is None and config.data.buffer_size < 2 * args.activation_batch_size:
+        raise InputError(
+            f"data.buffer_size is {config.data.buffer_size}; expected at least two batches, "
+            f"{2 * args.activation_batch_size}, to shuffle."
+        )
     return config
 
 
@@ -113,7 +126,7 @@ def plain(config: RunConfig) -> dict[str, Any]:
     else:
         whole["sae"] = _flat(whole["sae"])
     whole.pop("sae" if config.saes else "saes")
-    foreign = FOREIGN[next(name for name in SOURCES if getattr(config.data, name) is not None)]
+    foreign = _foreign(config.data)
     for section in ("model", "data"):
         found = whole.get(section, {})
         whole[section] = {name: value for name, value in found.items() if value is not None and name not in foreign}
@@ -183,6 +196,47 @@ def _sections(given: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _laid_over(common: Mapping[str, Any], section: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return the section of one of several SAEs over what they have in common.
+
+    Raises:
+        InputError: if it gives two settings of which at most one can be given.
+    """
+    below = dict(common)
+    pairs = [[place.removeprefix("sae.") for place in pair] for pair in ALTERNATIVES if pair[0].startswith("sae.")]
+    for pair in pairs:
+        chosen = [each for each in pair if section.get(each) is not None]
+        if len(chosen) == len(pair):
+            raise InputError(f"Given both saes.{name}.{pair[0]} and saes.{name}.{pair[1]}; expected one of them.")
+        for each in pair if chosen else ():
+            below.pop(each, None)
+    return merged(below, section)
+
+
+def _at_home(config: RunConfig) -> RunConfig:
+    """Return a run with the user's own folder for ~, which would else be another folder for each who reads it."""
+    if not config.output_dir:
+        raise InputError("output_dir is empty; expected a folder.")
+    data, model, files = config.data, config.model, config.data.files
+    found = _home(files) if isinstance(files, str) else None if files is None else [_home(each) for each in files]
+    shards = None if data.shards is None else _home(data.shards)
+    return dataclasses.replace(
+        config,
+        output_dir=_home(config.output_dir),
+        data=dataclasses.replace(data, files=found, shards=shards),
+        model=None if model is None else dataclasses.replace(model, name=_home(model.name)),
+    )
+
+
+def _home(path: str) -> str:
+    if not path.startswith("~"):
+        return path
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError as error:
+        raise InputError(f"Given {path!r}, and there is no such home folder ({error}).") from error
+
+
 def _preset(name: Any) -> dict[str, Any]:
     """Return what a preset lays under a run."""
     return presets[str(name)].settings if name is not None else {}
@@ -213,9 +267,19 @@ def _check_data(data: DataSettings, explicit: Mapping[str, Any]) -> None:
     if len(chosen) != 1:
         given = " and ".join(f"data.{name}" for name in chosen) or "none"
         raise InputError(f"Activations come from one of data.dataset, data.files and data.shards; given {given}.")
-    for name in FOREIGN[chosen[0]]:
+    for name in _foreign(data):
         if f"data.{name}" in explicit:
-            raise InputError(f"data.{name} means nothing with data.{chosen[0]}: remove it.")
+            what = "" if name in FOREIGN[chosen[0]] else f": {data.name}"
+            raise InputError(f"data.{name} means nothing with data.{chosen[0]}{what}: remove it.")
+
+
+def _foreign(data: DataSettings) -> tuple[str, ...]:
+    """Return the settings of the data that mean nothing for its source."""
+    source = next(name for name in SOURCES if getattr(data, name) is not None)
+    plain_text = isinstance(data.files, list) or str(data.files).endswith(".txt")
+    tables = isinstance(data.files, str) and Path(data.files).suffix in TABLES
+    of_files = ("text_column",) if plain_text else ("documents",) if tables else ()
+    return FOREIGN[source] + (of_files if source == "files" else ())
 
 
 def _check_sae(sae: SAESettings, place: str) -> None:
@@ -243,6 +307,12 @@ def _check_sae(sae: SAESettings, place: str) -> None:
         )
     if sae.site is None:
         raise InputError(f"{place}site is missing: where in the model is it to read? Such as resid_post.6.")
+    if sae.site_out == sae.site:
+        raise InputError(
+            f"{place}site_out is {sae.site_out}, where it reads: remove it for an SAE; a transcoder writes elsewhere."
+        )
+    if sae.dtype not in DTYPES:
+        raise InputError(f"{place}dtype is {sae.dtype!r}; expected {' or '.join(DTYPES)}.")
     if sae.d_sae is None and sae.expansion_factor is None:
         raise InputError(f"{place}d_sae is missing: how many latents? Or give {place}expansion_factor.")
     variants = [each.name for each in fields(sae_class.objective_class)]
@@ -282,6 +352,8 @@ def _read_training(training: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in training.items():
         if name in ELSEWHERE:
             raise InputError(f"training.{name} is given as {ELSEWHERE[name]}: remove it.")
+        if name.startswith("hub_"):
+            raise InputError(f"training.{name} means nothing: training publishes nothing. Remove it.")
         if name not in hints:
             raise unknown_key(name, "training.", list(hints))
         found[name] = read_value(hints[name], _steps(value, steps), f"training.{name}")
@@ -295,4 +367,8 @@ def _steps(value: Any, steps: int) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_steps(each, steps) for each in value]
     share = _SHARE.fullmatch(value) if isinstance(value, str) else None
-    return round(float(share[1]) / 100 * steps) if share else value
+    if share is None:
+        return value
+    if float(share[1]) > 100:
+        raise InputError(f"Given {value} of the {steps} steps of training; expected at most 100%.")
+    return round(float(share[1]) / 100 * steps)

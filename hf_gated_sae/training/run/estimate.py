@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -18,7 +17,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from ...errors import InputError
 from ...modeling import SAEModel
 from ...sites import Site
-from ..memory import TrainingMemory
+from ..memory import TrainingMemory, available_memory, in_bytes, short
 from ..streams import ModelActivations, TensorActivations
 from ..trainer import SAETrainer
 from .assembly import arguments
@@ -53,8 +52,9 @@ class Estimate:
         memory: what the SAEs take.
         activations: bytes that a step holds between forward and backward.
         buffer: bytes of the activations held for shuffling.
+        saved: of those, the bytes that are written into every checkpoint.
         model: bytes of the base model; 0 without one.
-        available: bytes of memory where the SAEs are; and of the device.
+        available: bytes that a run could have on the device of the SAEs; None if that cannot be told.
         steps: in all.
         batch: activations per step, of all processes.
         tokens: of text per step, about.
@@ -67,8 +67,9 @@ class Estimate:
     memory: TrainingMemory
     activations: int
     buffer: int
+    saved: int
     model: int
-    available: int
+    available: int | None
     steps: int
     batch: int
     tokens: float
@@ -80,12 +81,23 @@ class Estimate:
         """Bytes in all, at the peak, if everything is on one device."""
         return self.memory.total(0) + self.activations + self.buffer + self.model
 
+    @property
+    def checkpoint(self) -> int:
+        """Bytes of each checkpoint on the disk."""
+        return self.memory.weights + self.memory.moments + self.saved
+
+    @property
+    def _fits(self) -> str:
+        if self.available is None:
+            return ""
+        fits = "fits" if self.total < self.available else "DOES NOT FIT"
+        return f"{fits} {in_bytes(self.available)} that are free here"
+
     def tables(self) -> dict[str, list[tuple[str, str, str]]]:
         """Return the estimate for people: by title, rows of name, value and remark."""
         how = "measured" if self.measured else "estimated"
         seconds = self.training.seconds + self.reading.seconds
         operations = self.training.operations + self.reading.operations
-        fits = "fits" if self.total < self.available else "DOES NOT FIT"
         size = [(f"parameters{f' of {name}' if name else ''}", f"{n:,}", "") for name, n in self.parameters.items()]
         return {
             "Memory": [
@@ -96,18 +108,19 @@ class Estimate:
                 ("activations", in_bytes(self.activations), f"of one step, {how}"),
                 ("shuffle buffer", in_bytes(self.buffer), ""),
                 *([("base model", in_bytes(self.model), "weights alone")] if self.model else []),
-                ("in all", in_bytes(self.total), f"{fits} {in_bytes(self.available)} that are free here"),
+                ("in all", in_bytes(self.total), self._fits),
             ],
             f"Time and operations ({how})": [
-                ("SAE step", in_time(self.training.seconds), f"{_short(self.training.operations)}FLOP"),
-                ("base model", in_time(self.reading.seconds), f"{_short(self.reading.operations)}FLOP, per step"),
-                ("both", in_time(seconds), f"{_short(operations)}FLOP, {_short(operations / seconds)}FLOP/s"),
+                ("SAE step", in_time(self.training.seconds), f"{short(self.training.operations)}FLOP"),
+                ("base model", in_time(self.reading.seconds), f"{short(self.reading.operations)}FLOP, per step"),
+                ("both", in_time(seconds), f"{short(operations)}FLOP, {short(operations / seconds)}FLOP/s"),
             ],
             "The whole run": [
                 ("steps", f"{self.steps:,}", f"of {self.batch:,} activations"),
                 ("activations", f"{self.steps * self.batch:,}", ""),
                 ("tokens", f"{round(self.steps * self.tokens):,}", "of text, with those that are not learned"),
-                ("operations", f"{_short(self.steps * operations)}FLOP", ""),
+                ("operations", f"{short(self.steps * operations)}FLOP", ""),
+                ("checkpoint", in_bytes(self.checkpoint), f"on the disk, {in_bytes(self.saved)} of it the buffer"),
                 ("time", in_time(self.steps * seconds), f"{self.batch / seconds:,.0f} activations per second"),
             ],
         }
@@ -132,16 +145,17 @@ def estimate(config: RunConfig) -> Estimate:
     widths = {site: _width(site, text.hidden_size) for sae in config.named.values() for site in _sites(sae)}
     with torch.device("meta"):
         saes = new_saes(config, widths, {"base_model": base_model(config.model)}, torch.device("meta"))
-    batch = args.activation_batch_size * args.gradient_accumulation_steps * args.world_size
+    batch = args.activations_per_step
+    buffer = config.data.buffer_size * sum(widths.values()) * _dtype(config, model).itemsize
     reading = _share_of_layers(widths, model.config) * _reading_operations(model) * batch
     training = _learning_operations(saes) * batch
-    dtype = getattr(torch, config.model.dtype, None) or model.dtype
     return Estimate(
         measured=False,
         **_common(config, saes, args),
         activations=TrainingMemory.of(saes.values()).per_activation * args.activation_batch_size,
-        buffer=config.data.buffer_size * sum(widths.values()) * dtype.itemsize,
-        model=sum(each.numel() for each in model.parameters()) * dtype.itemsize,
+        buffer=buffer,
+        saved=buffer if config.data.save_buffer else 0,
+        model=sum(each.numel() for each in model.parameters()) * _dtype(config, model).itemsize,
         tokens=float(batch),
         training=Cost(training, training / rate),
         reading=Cost(reading, reading / rate),
@@ -161,19 +175,27 @@ def measured(config: RunConfig) -> Estimate:
     reading, tokens, x = _read(parts)
     training, activations = _train(parts, x)
     here = args.activation_batch_size * args.gradient_accumulation_steps
-    batch = here * args.world_size
+    batch = args.activations_per_step
     model = parts.model
+    buffer = parts.stream.buffer_bytes if isinstance(parts.stream, ModelActivations) else 0
     share = 0.0 if model is None else _share_of_layers(parts.stream.sites, model.config)
     return Estimate(
         measured=True,
         **_common(config, parts.saes, args),
         activations=activations,
-        buffer=parts.stream.buffer_bytes if isinstance(parts.stream, ModelActivations) else 0,
+        buffer=buffer,
+        saved=buffer if config.data.save_buffer else 0,
         model=0 if model is None else sum(each.numel() * each.element_size() for each in model.parameters()),
         tokens=tokens * batch,
         training=Cost(_learning_operations(parts.saes) * batch, training),
         reading=Cost(share * _reading_operations(model) * tokens * batch, reading * here),
     )
+
+
+def _dtype(config: RunConfig, model: Any) -> torch.dtype:
+    """Return the type of a model's weights, as the run says or as its configuration does."""
+    named = getattr(torch, config.model.dtype, None) if config.model else None
+    return named or model.dtype
 
 
 def _learning_operations(saes: Mapping[str, SAEModel]) -> float:
@@ -200,7 +222,7 @@ def _common(config: RunConfig, saes: Mapping[str, SAEModel], args: Any) -> dict[
     return {
         "parameters": {name: sum(each.numel() for each in sae.parameters()) for name, sae in saes.items()},
         "memory": TrainingMemory.of(saes.values()),
-        "available": _available(args.device),
+        "available": available_memory(args.device),
         "steps": args.max_steps,
         "batch": args.activations_per_step,
     }
@@ -246,9 +268,8 @@ def _train(parts: Parts, x: Mapping[str, Tensor]) -> tuple[float, int]:
 def _timed(parts: Parts, stream: TensorActivations, scratch: str) -> float:
     """Return the median time of a trainer's step."""
     quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "logging_strategy": "no"}
-    args = arguments(
-        parts.config, output_dir=scratch, max_steps=STEPS, recorded_activations=0, **quiet, resample_steps=[]
-    )
+    calm = {"resample_steps": [], "sparsity_power_end": 1.0, "sparsity_warmup_steps": 0}  # what later steps have
+    args = arguments(parts.config, output_dir=scratch, max_steps=STEPS, recorded_activations=0, **quiet, **calm)
     clock = _Clock(args.device)
     saes = {name: copy.deepcopy(sae) for name, sae in parts.saes.items()}
     alone = saes.get("")
@@ -295,11 +316,6 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _available(device: torch.device) -> int:
-    """Return the bytes that are free."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-
-
 def _rate(device: torch.device, size: int = 1024) -> float:
     """Return the operations per second of a matrix product."""
     a = torch.randn(size, size, device=device)
@@ -327,15 +343,6 @@ def _width(site: str, hidden: int) -> int:
     return hidden
 
 
-def in_bytes(count: float) -> str:
-    """Return a size for people.
-
-    >>> in_bytes(1_234_567)
-    '1.23 MB'
-    """
-    return f"{_short(count)}B"
-
-
 def in_time(seconds: float) -> str:
     """Return a duration for people.
 
@@ -346,12 +353,3 @@ def in_time(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / min(size, 86_400):.1f} {unit}"
     return f"{seconds * 1000:.1f} ms"
-
-
-def _short(number: float) -> str:
-    """Return three digits of a number and the letter for its thousands."""
-    letters = ("", "k", "M", "G", "T", "P", "E")
-    power = 0
-    while abs(number) >= 999.5 and power < len(letters) - 1:
-        number, power = number / 1000, power + 1
-    return f"{number:.3g} {letters[power]}"

@@ -77,6 +77,8 @@ def pinned_model(settings: ModelSettings) -> ModelSettings:
     """Return the settings with the commit that the model's revision leads to; errors as for `commit_on_hub`."""
     _require_folder(settings.name)
     if is_folder(settings.name):
+        if settings.revision is not None:
+            raise InputError(f"model.revision means nothing with {settings.name!r}, which is a folder: remove it.")
         return settings
     commit = commit_on_hub(settings.name, settings.revision, "model", "model.name")
     return dataclasses.replace(settings, revision=commit)

@@ -12,16 +12,17 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...architectures import architectures
-from ...errors import InputError, SAEError
+from ...errors import InputError, SAEError, TrainingError
 from ...hooks.dispatch import prove
 from ...hooks.shards import ActivationShards
 from ...modeling import SAEModel
 from ..arguments import SAETrainingArguments
+from ..memory import TrainingMemory, available_memory, is_out_of_memory
 from ..streams import ActivationStream, ModelActivations, ShardActivations
 from .assembly import arguments, settings_of
 from .config import ModelSettings, RunConfig, SAESettings
 from .models import is_folder, load_model, load_tokenizer, pinned_model
-from .text import open_tokens, pinned_data
+from .text import open_documents, open_tokens, pinned_data
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,12 @@ def build(config: RunConfig) -> Parts:
         return _from_shards(config, chosen, sites)
     assert config.model is not None  # `assemble` has seen to it
     settings = pinned_model(config.model)
+    data = pinned_data(config.data)
+    text = open_documents(data)  # before the model, which takes longer
     model = load_model(settings, chosen.device)
     widths = {site: slot.width for site, slot in prove(model, sites).items()}
     tokenizer = load_tokenizer(settings)
-    data = pinned_data(config.data)
-    tokens = open_tokens(data, tokenizer, model)
+    tokens = open_tokens(data, tokenizer, model, text)
     pinned = dataclasses.replace(config, model=settings, data=data)
     stream = ModelActivations(
         model,
@@ -115,13 +117,36 @@ def new_saes(
         widths: of the activations at each site.
         facts: further fields of their configurations.
         device: where they go.
+
+    Raises:
+        InputError: if an architecture refuses its settings.
+        TrainingError: if they do not fit into memory, saying what would.
     """
-    made = {}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        for name, sae in config.named.items():
-            made[name] = _new_sae(sae, widths, facts, f"saes.{name}." if name else "sae.").to(device)
-    return made
+    available = available_memory(device)
+    with torch.device("meta"):
+        memory = TrainingMemory.of(_made(config, widths, facts, torch.device("meta")).values())
+    advice = memory.advice(
+        int(config.training.get("activation_batch_size", SAETrainingArguments.activation_batch_size)), available
+    )
+    if available is not None and memory.weights > available:
+        raise TrainingError(f"The SAEs do not fit into memory. {advice}")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            return _made(config, widths, facts, device)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(f"The SAEs do not fit into memory. {advice}") from error
+
+
+def _made(
+    config: RunConfig, widths: Mapping[str, int], facts: Mapping[str, Any], device: torch.device
+) -> dict[str, SAEModel]:
+    return {
+        name: _new_sae(sae, widths, facts, f"saes.{name}." if name else "sae.").to(device)
+        for name, sae in config.named.items()
+    }
 
 
 def _new_sae(sae: SAESettings, widths: Mapping[str, int], facts: Mapping[str, Any], place: str) -> SAEModel:
@@ -132,13 +157,10 @@ def _new_sae(sae: SAESettings, widths: Mapping[str, int], facts: Mapping[str, An
     out = {"site_out": sae.site_out, "d_out": widths[sae.site_out]} if sae.site_out else {}
     if sae.site_out and "apply_b_dec_to_input" not in sae.settings:
         out["apply_b_dec_to_input"] = False  # b_dec belongs to the other site
-    dtype = getattr(torch, sae.dtype, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise InputError(f"{place}dtype is {sae.dtype!r}; expected float32 or bfloat16.")
     try:
         settings = {**out, **settings_of(sae, place)}
         made = sae_class(sae_class.config_class(d_in=d_in, d_sae=wanted, site=sae.site, **facts, **settings))
     except SAEError as error:
         message = str(error)
         raise InputError(message if message.startswith(place) else f"{place}{message}") from error
-    return made.to(dtype)
+    return made.to(getattr(torch, sae.dtype))

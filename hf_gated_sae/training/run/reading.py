@@ -22,6 +22,23 @@ REST = {"rest": True}
 _WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", types.NoneType: "null"}
 
 
+class _GivenTwice(yaml.constructor.ConstructorError):
+    """A key that is given twice."""
+
+
+class _Strict(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would silently drop the first."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        seen: set[str] = set()
+        for key in keys:
+            if key.value in seen:
+                raise _GivenTwice(None, None, f"the key {key.value!r} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 class FlagText(str):
     """The value of a flag: text that a field of another type reads as YAML."""
 
@@ -37,12 +54,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise MissingFileError(f"There is no file {file}; expected the YAML file of a run.")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = _loaded(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{file} is no YAML ({' '.join(str(error).split())}).") from error
     if not isinstance(content, dict):
         raise InputError(f"{file} holds {shown(content)}; expected a mapping such as 'model: ...'.")
     return content
+
+
+def _loaded(text: str) -> Any:
+    return yaml.load(text, Loader=_Strict)  # noqa: S506  # a SafeLoader
 
 
 def read_flags(words: Sequence[str]) -> dict[str, Any]:
@@ -175,7 +196,9 @@ def _candidates(value: Any, place: str) -> list[Any]:
     if not isinstance(value, FlagText):
         return [value]
     try:
-        return [yaml.safe_load(value), str(value)]
+        return [_loaded(value), str(value)]
+    except _GivenTwice as error:
+        raise InputError(f"{place} is no YAML ({' '.join(str(error).split())}).") from error
     except (yaml.YAMLError, RecursionError):
         return [str(value)]
 

@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from ...errors import InputError
+from ...errors import CheckpointError, InputError, SAEError
 from ...modeling import SAEModel
 from ...modeling.saving import replaced_together
-from ..checkpoints import newest_whole
+from ..checkpoints import checkpoints, newest_whole
+from ..memory import TrainingMemory, require_room
 from ..progress import TrainingProgress
+from ..streams import ModelActivations, TextTokens
+from ..streams.dataset import open_text
 from ..trainer import SAETrainer
 from .assembly import assemble, plain
 from .config import RunConfig
 from .parts import Parts, build
 from .reading import leaves, read_yaml
+from .text import open_tokens
 
 RUN_FILE = "run.yaml"
+LOCK_FILE = ".running"
+RESULTS = ("checkpoint-*", "config.json", "*.safetensors")
+"""What a run writes over, or removes when there are too many: of somebody else's it must find none."""
 MAY_CHANGE = ("logging", "save_", "report_to", "run_name", "project", "disable_tqdm", "log_level", "use_cpu")
 """How the arguments begin that a resumed run may have otherwise; all others decide the weights."""
 
@@ -35,10 +46,12 @@ class Run:
     Attributes:
         parts: what it is made of.
         checkpoint: folder to go on from; None to begin.
+        resumed: whether it has been begun before.
     """
 
     parts: Parts
     checkpoint: Path | None = None
+    resumed: bool = False
 
     @classmethod
     def prepare(cls, config: RunConfig, *, resume: bool = False) -> Run:
@@ -49,21 +62,28 @@ class Run:
             resume: go on with what is in `output_dir`.
 
         Raises:
-            InputError: if `output_dir` holds a run and `resume` is False, or none or another one and it is True.
+            CheckpointError: if none of the checkpoints to go on from is whole.
+            InputError: if `output_dir` holds a run and `resume` is False, or none or another one and it is True; or
+                if nothing can be written there.
+            TrainingError: if memory cannot hold what the run holds throughout.
             SiteError: if the model does not have a site.
         """
         folder = Path(config.output_dir)
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"output_dir is {folder}, which is a file; expected a folder, or nothing yet.")
+        _require_writable(folder)
         stored = folder / RUN_FILE
         if not resume:
-            if stored.exists():
-                raise InputError(f"{folder} holds a run already ({RUN_FILE}): go on with --resume, or choose another.")
-            return cls(build(config))
+            _require_free(config)
+            return cls(_fitting(build(config)))
         if not stored.exists():
             raise InputError(f"There is no run in {folder} to resume (no {RUN_FILE}); start it without --resume.")
-        parts = build(_same_run(config, assemble(read_yaml(stored))))
-        return cls(parts, newest_whole(folder))
+        same = _same_run(config, assemble(read_yaml(stored)))
+        checkpoint = newest_whole(folder)
+        if checkpoint is None and checkpoints(folder):
+            raise CheckpointError(
+                f"None of the checkpoints in {folder} is whole, and from the beginning the run would replace them: "
+                f"remove them and {RUN_FILE} to begin again, or choose another output_dir."
+            )
+        return cls(_fitting(build(same)), checkpoint, resumed=True)
 
     @property
     def config(self) -> RunConfig:
@@ -81,6 +101,24 @@ class Run:
             return self.saes[name]
         sae: SAEModel = SAEModel.from_pretrained(self.folder(name))
         return sae
+
+    def held_out(self, text: str, split: str = "test") -> TextTokens:
+        """Return tokens of other text, cut as the run's own are.
+
+        Args:
+            text: file, folder or data set's Hub id.
+            split: of a data set.
+
+        Raises:
+            InputError: if it is empty or cannot be opened, or if the run reads activations on disk.
+            MissingFileError: if a path is not there.
+        """
+        parts, data = self.parts, self.config.data
+        if parts.model is None or parts.tokenizer is None:
+            raise InputError("The run reads activations from disk, without a model that could read other text.")
+        found = open_tokens(data, parts.tokenizer, parts.model, open_text(text, split=split, column=data.text_column))
+        next(iter(found))  # which is refused now if there is nothing
+        return found
 
     def folder(self, name: str) -> Path:
         """Return where an SAE is left: `output_dir` itself, or, of several, a folder of its name in it."""
@@ -104,15 +142,30 @@ class Run:
         Args:
             callbacks: further callbacks of the trainer.
             quiet: show neither the trainer's bar nor its lines.
+
+        Raises:
+            InputError: if the trainer cannot be set up, or another process is carrying out a run in `output_dir`.
+            SAEError: what `SAETrainer.train` raises.
         """
+        with _alone_in(Path(self.config.output_dir), writes=self.parts.arguments.should_save):
+            if not self.resumed and self.parts.arguments.should_save:
+                _require_free(self.config)  # another run may have come and gone while the model was loaded
+            trainer = self._trainer(callbacks)
+            for loud in (PrinterCallback, TrainingProgress) if quiet else ():
+                trainer.remove_callback(loud)
+            trainer.add_callback(_WritesRun(self.config))
+            return trainer.train(resume_from_checkpoint=self.checkpoint)
+
+    def _trainer(self, callbacks: list[TrainerCallback] | None) -> SAETrainer:
         alone = self.saes.get("")
-        trainer = SAETrainer(
-            self.saes if alone is None else alone, self.parts.arguments, self.parts.stream, callbacks=callbacks
-        )
-        for loud in (PrinterCallback, TrainingProgress) if quiet else ():
-            trainer.remove_callback(loud)
-        trainer.add_callback(_WritesRun(self.config))
-        return trainer.train(resume_from_checkpoint=self.checkpoint)
+        try:
+            return SAETrainer(
+                self.saes if alone is None else alone, self.parts.arguments, self.parts.stream, callbacks=callbacks
+            )
+        except SAEError:
+            raise
+        except (ValueError, OSError, ImportError, RuntimeError) as error:  # what transformers refuses only now
+            raise InputError(f"The trainer cannot be set up: {' '.join(str(error).split())}") from error
 
 
 class _WritesRun(TrainerCallback):
@@ -125,6 +178,84 @@ class _WritesRun(TrainerCallback):
         if self.config is not None and state.is_world_process_zero:
             write_run(self.config)
         self.config = None
+
+
+def _require_writable(folder: Path) -> None:
+    """Raise unless a folder is there, or can be made, and be written to; nothing is left there."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output_dir is {folder}, which is a file; expected a folder, or nothing yet.")
+    nearest = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK) or not _takes_files(nearest):
+        raise InputError(f"output_dir is {folder}, and nothing can be written to {nearest.absolute()}.")
+
+
+def _takes_files(folder: Path) -> bool:
+    """Whether a file can be made in a folder; for a file system that cannot be written, permissions say nothing."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def _require_free(config: RunConfig) -> None:
+    """Raise if `output_dir` holds a run, or results of something else that this run would replace."""
+    folder = Path(config.output_dir)
+    if (folder / RUN_FILE).exists():
+        raise InputError(f"{folder} holds a run already ({RUN_FILE}): go on with --resume, or choose another.")
+    for place in dict.fromkeys([folder, *(folder / name for name in config.named)]):
+        found = next((path for pattern in RESULTS for path in sorted(place.glob(pattern))), None)
+        if found is not None:
+            raise InputError(
+                f"output_dir is {folder}, where there is {found.relative_to(folder)} but no {RUN_FILE}: it is of "
+                "something else and would be replaced. Choose another folder."
+            )
+
+
+def _fitting(parts: Parts) -> Parts:
+    """Return the parts of a run.
+
+    Raises:
+        TrainingError: if memory cannot hold what they hold throughout.
+    """
+    if isinstance(parts.stream, ModelActivations):
+        buffer = f"data.buffer_size={parts.stream.buffer_size}"
+        memory = TrainingMemory.of(parts.saes.values())
+        require_room(memory, {buffer: parts.stream.buffer_bytes}, parts.arguments.device)
+    return parts
+
+
+@contextmanager
+def _alone_in(folder: Path, *, writes: bool) -> Iterator[None]:
+    """Let no other run write into a folder; the system lets go of the lock however this process ends.
+
+    Args:
+        folder: the run's `output_dir`; one that is left empty is removed.
+        writes: whether this process, of several, is the one that writes.
+
+    Raises:
+        InputError: if another process has it.
+    """
+    if not writes:
+        yield
+        return
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK_FILE, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(
+            f"Another process is carrying out a run in {folder}: wait for it, or choose another."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+        (folder / LOCK_FILE).unlink(missing_ok=True)
+        if made:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
 
 
 def write_run(config: RunConfig) -> Path:

@@ -39,9 +39,9 @@ def open_tokens(
     """
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST_CONTEXT
     return TextTokens(
-        _text(data) if text is None else text,
+        open_documents(data) if text is None else text,
         tokenizer,
-        context_length=data.context_length or min(longest, LONGEST_CONTEXT),
+        context_length=min(longest, LONGEST_CONTEXT) if data.context_length is None else data.context_length,
         sequences_per_batch=data.sequences_per_batch,
         packing=data.packing,
         bos=data.bos,
@@ -49,8 +49,8 @@ def open_tokens(
     )
 
 
-def _text(data: DataSettings) -> Text:
-    """Return the documents."""
+def open_documents(data: DataSettings) -> Text:
+    """Return the documents of a run's text; errors as for `open_text`."""
     if data.dataset is not None:
         return open_text(
             data.dataset,
