@@ -109,21 +109,13 @@ def resample(
     drawn = min(int(counts.sum()), int((weights > 0).sum()))
     if not drawn:
         return dead[:0]
-    alive = torch.ones(sae.config.d_sae, dtype=torch.bool, device=dead.device)
-    alive[dead] = False
+    loudness = encoder_scale * _live_norm(sae, dead, grid)
     # Scaled by the largest so that the squares of large errors stay representable.
     chosen = torch.multinomial((weights / weights.max()).double().cpu(), drawn, generator=generator)
     chosen = chosen[int(counts[: grid.latents.rank].sum()) :][: len(dead)].to(directions.device)
     dead = dead[: len(chosen)]
     directions, written = (grid.data.chosen(each, chosen) for each in (directions, written))
     reads, writes = (nn.functional.normalize(each, dim=-1).to(sae.dtype) for each in (directions, written))
-
-    norms = sae.W_enc.norm(dim=0)
-    lengths = torch.stack(
-        [norms[alive].sum(), alive.sum(), norms.sum(), alive.new_tensor(len(alive), dtype=norms.dtype)]
-    )
-    lengths = grid.latents.sum(lengths)
-    loudness = encoder_scale * (lengths[0] / lengths[1] if lengths[1] else lengths[2] / lengths[3])
     fresh = fresh_vectors(sae)
     for name, parameter in sae.named_parameters():
         if not parameter.requires_grad:
@@ -152,6 +144,16 @@ def forget_moments(optimizer: Optimizer | None, parameter: nn.Parameter, rows: T
     for value in state.values():
         if isinstance(value, Tensor) and value.shape == parameter.shape:
             value[rows] = 0
+
+
+def _live_norm(sae: SAEModel, dead: Tensor, grid: Grid) -> Tensor:
+    """Return the mean norm of the encoder rows of live latents, ``[]``; of all if none is alive."""
+    alive = torch.ones(sae.config.d_sae, dtype=torch.bool, device=dead.device)
+    alive[dead] = False
+    norms = sae.W_enc.norm(dim=0)
+    of_all = alive.new_tensor(len(alive), dtype=norms.dtype)
+    sums = grid.latents.sum(torch.stack([norms[alive].sum(), alive.sum(), norms.sum(), of_all]))
+    return sums[0] / sums[1] if sums[1] else sums[2] / sums[3]
 
 
 def _reconstruction_errors(sae: SAEModel, inputs: Tensor, targets: Tensor, chunk: int = 4096) -> Tensor:
