@@ -24,8 +24,8 @@ from .sparse import sum_rows
 DENSEST = 1 / 16
 """Share of live latents above which a dense training step is the faster one."""
 
-SAMPLE = 32
-"""Tokens from which it is told how many latents are on."""
+SAMPLE = 64
+"""Tokens, and the square root of latents, from which it is told how many are on."""
 
 FEWEST = 1 << 20
 """Projections below which it does not matter."""
@@ -293,10 +293,11 @@ class _LiveDecoded(torch.autograd.Function):
 
 
 def _sampled_share(centred: Tensor, W_enc_T: Tensor, cut: Tensor) -> float:
-    """Return the share of projections above their cut, on a few tokens: to search them all in vain would cost more."""
-    sample = centred[:: max(1, len(centred) // SAMPLE)]
-    projections = linear(sample, W_enc_T)
-    return int((projections > cut).sum()) / max(1, projections.numel())
+    """Return the share of projections above their cut, on a few: to search them all in vain would cost more."""
+    tokens = slice(None, None, max(1, len(centred) // SAMPLE))
+    latents = slice(None, None, max(1, len(W_enc_T) // (SAMPLE * SAMPLE)))  # of which most need not even be read
+    projections = linear(centred[tokens], W_enc_T[latents].contiguous())
+    return int((projections > cut[latents]).sum()) / max(1, projections.numel())
 
 
 def _offsets(ascending_owner: Tensor, owners: int) -> Tensor:
