@@ -239,12 +239,6 @@ class Resumable(Trainer):
         """Restore what `_save_optimizer_and_scheduler` wrote."""
         if checkpoint is None:
             return
-        shared = len(list(Path(checkpoint).glob(f"{OPTIMIZER_FILE}*.json")))
-        if shared != self.args.latent_parallel:
-            raise CheckpointError(
-                f"{checkpoint} was written with latent_parallel={shared}, and it is {self.args.latent_parallel} now: "
-                "resume with the same."
-            )
         state = read_state(Path(checkpoint), self._optimizer_file)
         if state["processes"] != self.args.world_size:
             raise CheckpointError(

@@ -187,7 +187,7 @@ def a_run_goes_on_bit_by_bit(given):
         for name, tensor in again.trainees["gated"].sae.state_dict().items():
             assert torch.equal(tensor, expected[name]), name
         other = trainer(place, ("gated",), 32, **{**settings, "latent_parallel": 3 - latents})
-        with pytest.raises(CheckpointError, match=f"latent_parallel={latents}, and it is {3 - latents} now"):
+        with pytest.raises(CheckpointError, match=f"latent_parallel was {latents} and is {3 - latents}"):
             other.train(resume_from_checkpoint=str(place / "checkpoint-8"))
         everyone.together()
     part = load_part(folder / "resumed 2", "gated", processes=everyone)
