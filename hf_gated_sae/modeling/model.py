@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import transformers.initialization as init
@@ -21,6 +21,7 @@ from ..functional.metrics import FidelityMetrics
 from ..functional.sparse import decode
 from ..registry import LateBound, Registry
 from .config import SAEConfig
+from .learning import Learning
 from .loading import (
     Origin,
     assembled,
@@ -29,8 +30,7 @@ from .loading import (
     require_complete,
     require_finite,
 )
-from .objective import Objective, Sparsity
-from .output import SAEOutput, TrainingLoss
+from .output import SAEOutput
 from .quiet import quiet_transformers
 from .saving import replaced_together
 from .sparse import Sparse
@@ -41,7 +41,7 @@ architectures: Registry[type[SAEModel]] = Registry("architecture", "hf_gated_sae
 _push_to_hub = LateBound("hf_gated_sae.publishing.push", "push_to_hub")
 
 
-class SAEModel(Traits, Wiring, Sparse, PreTrainedModel):
+class SAEModel(Traits, Wiring, Learning, Sparse, PreTrainedModel):
     """An SAE: ``latents = encode(x)``, ``reconstruction = latents @ W_dec + b_dec``.
 
     A new architecture is one file in `architectures/`: a configuration class, and a subclass of this one that names
@@ -66,7 +66,6 @@ class SAEModel(Traits, Wiring, Sparse, PreTrainedModel):
     config_class = SAEConfig
     base_model_prefix = ""
     main_input_name = "x"
-    objective_class: ClassVar[type[Objective]] = Objective
     _keep_in_fp32_modules_strict = ["max_activation", "mean_activation"]
 
     W_enc_T: nn.Parameter
@@ -103,38 +102,6 @@ class SAEModel(Traits, Wiring, Sparse, PreTrainedModel):
         self.register_buffer("mean_activation", torch.empty(config.rows, dtype=torch.float32))
 
     # ------------------------------------------------------------------ the equations
-
-    def training_loss(
-        self,
-        x: Tensor,
-        *,
-        target: Tensor | None = None,
-        sparsity_coefficient: float = 0.0,
-        sparsity_power: float = 1.0,
-        objective: Objective | None = None,
-    ) -> TrainingLoss:
-        """Return the objective that the architecture is trained with, term by term.
-
-        Args:
-            x: activations ``[..., d_in]``.
-            target: what is to be written, ``[..., d_out]``; `x` itself by default.
-            sparsity_coefficient: weight of the sparsity term, in units of a squared error summed over the width.
-            sparsity_power: power of the latents in it, for objectives that anneal it.
-            objective: a variant; ``objective_class()`` by default.
-
-        Raises:
-            ShapeError: if activations or target are not as wide as the SAE.
-        """
-        target = x if target is None else target
-        fits = x.shape[-1:] == (self.config.d_in,) and target.shape == (*x.shape[:-1], self.d_out)
-        if self.one_site and not fits:
-            raise ShapeError(
-                f"Given activations {list(x.shape)} and a target {list(target.shape)}, but this SAE reads d_in = "
-                f"{self.config.d_in} and writes d_out = {self.d_out}: expected [..., {self.config.d_in}] and "
-                f"[..., {self.d_out}]."
-            )
-        objective = self.objective_class() if objective is None else objective
-        return objective.loss(self, x, target, Sparsity(sparsity_coefficient, sparsity_power))
 
     def encode(self, x: Tensor, latents: Sequence[int] | Tensor | None = None) -> Tensor:
         """Turn activations into latents.
@@ -214,17 +181,6 @@ class SAEModel(Traits, Wiring, Sparse, PreTrainedModel):
     def _skipped(self, x: Tensor) -> Tensor:
         """Return what a skip connection writes."""
         return nn.functional.linear(self._framed(x), self.W_skip)
-
-    def constant(self, x: Tensor) -> Tensor:
-        """Return what is written when no latent is on, in the SAE's own frame.
-
-        Args:
-            x: activations ``[..., d_in]``.
-
-        Returns:
-            ``[d_out]``; ``[..., d_out]`` where there is a skip connection.
-        """
-        return self.b_dec + self._skipped(x) if self.config.skip_connection else self.b_dec
 
     def frame(self, x: Tensor) -> Frame | None:
         """Return shift and scale of the normalisation of every token of ``x [..., d_in]``; None if there is none."""

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from ..functional.linear import is_plain, linear, only_values
 from ..functional.live import LiveLatents
-from ..functional.others import OtherLatents, OtherTokens, PartialSupport
+from ..functional.others import OtherLatents, OtherTokens
 from ..functional.search import above
 from ..functional.sparse import DENSEST
-from ..functional.support import DenseSupport, LiveSupport, Support
 
 if TYPE_CHECKING:
     from .model import SAEModel
@@ -84,35 +83,6 @@ class Sparse:
     def _take(parameter: Tensor, latents: Tensor | None) -> Tensor:
         """Select rows of a per-latent parameter."""
         return parameter if latents is None else parameter.index_select(0, latents)  # half the overhead of [latents]
-
-    def _support(self: SAEModel | Any, x: Tensor, cut: Tensor | None) -> Support:
-        """Return the projections that an objective is computed from.
-
-        Args:
-            x: activations ``[..., d_in]``.
-            cut: ``[d_sae]``; what is at or below it has no part in the objective. None if everything may have.
-        """
-        shift = self._shift()
-        live = None if cut is None else LiveSupport.above(x, shift, self.W_enc_T, cut.detach())
-        support = DenseSupport(x, shift, self.W_enc_T) if live is None else live
-        return support if self.others is None else PartialSupport(support, self.others)
-
-    def margins(self: SAEModel | Any, x: Tensor, latents: Tensor) -> Tensor:
-        """Return how far some latents are above the point where they turn on; below it they are negative.
-
-        Where latents compete to be kept, that point is the pre-latent 0.
-
-        Args:
-            x: activations ``[n, d_in]``.
-            latents: rows ``[m]``.
-
-        Returns:
-            ``[n, m]``, with gradients to the encoder and to what decides that point.
-        """
-        cut = self._cut()
-        if cut is None:
-            raise NotImplementedError(f"{type(self).__name__} must define margins.")
-        return linear(self._centred(x), self.W_enc_T.index_select(0, latents)) - cut.index_select(0, latents)
 
     def _few(self: SAEModel | Any, x: Tensor, most: float) -> LiveLatents | None:
         """Return the live latents of framed activations ``[tokens, d_in]`` without computing the others.

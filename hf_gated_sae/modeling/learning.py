@@ -1,0 +1,100 @@
+"""What training needs of an SAE: its objective, and what that is computed from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from ..errors import ShapeError
+from ..functional.linear import linear
+from ..functional.others import PartialSupport
+from ..functional.support import DenseSupport, LiveSupport, Support
+from .objective import Objective, Sparsity
+from .output import TrainingLoss
+
+if TYPE_CHECKING:
+    from .model import SAEModel
+
+
+class Learning:
+    """An SAE while it is trained.
+
+    Attributes:
+        objective_class: what the architecture is trained with; its fields are the variants.
+    """
+
+    objective_class: ClassVar[type[Objective]] = Objective
+
+    def training_loss(
+        self: SAEModel | Any,
+        x: Tensor,
+        *,
+        target: Tensor | None = None,
+        sparsity_coefficient: float = 0.0,
+        sparsity_power: float = 1.0,
+        objective: Objective | None = None,
+    ) -> TrainingLoss:
+        """Return the objective that the architecture is trained with, term by term.
+
+        Args:
+            x: activations ``[..., d_in]``.
+            target: what is to be written, ``[..., d_out]``; `x` itself by default.
+            sparsity_coefficient: weight of the sparsity term, in units of a squared error summed over the width.
+            sparsity_power: power of the latents in it, for objectives that anneal it.
+            objective: a variant; ``objective_class()`` by default.
+
+        Raises:
+            ShapeError: if activations or target are not as wide as the SAE.
+        """
+        target = x if target is None else target
+        fits = x.shape[-1:] == (self.config.d_in,) and target.shape == (*x.shape[:-1], self.d_out)
+        if self.one_site and not fits:
+            raise ShapeError(
+                f"Given activations {list(x.shape)} and a target {list(target.shape)}, but this SAE reads d_in = "
+                f"{self.config.d_in} and writes d_out = {self.d_out}: expected [..., {self.config.d_in}] and "
+                f"[..., {self.d_out}]."
+            )
+        chosen: Objective = self.objective_class() if objective is None else objective
+        return chosen.loss(self, x, target, Sparsity(sparsity_coefficient, sparsity_power))
+
+    def constant(self: SAEModel | Any, x: Tensor) -> Tensor:
+        """Return what is written when no latent is on, in the SAE's own frame.
+
+        Args:
+            x: activations ``[..., d_in]``.
+
+        Returns:
+            ``[d_out]``; ``[..., d_out]`` where there is a skip connection.
+        """
+        written: Tensor = self.b_dec
+        return written + self._skipped(x) if self.config.skip_connection else written
+
+    def _support(self: SAEModel | Any, x: Tensor, cut: Tensor | None) -> Support:
+        """Return the projections that an objective is computed from.
+
+        Args:
+            x: activations ``[..., d_in]``.
+            cut: ``[d_sae]``; what is at or below it has no part in the objective. None if everything may have.
+        """
+        shift = self._shift()
+        live = None if cut is None else LiveSupport.above(x, shift, self.W_enc_T, cut.detach())
+        support = DenseSupport(x, shift, self.W_enc_T) if live is None else live
+        return support if self.others is None else PartialSupport(support, self.others)
+
+    def margins(self: SAEModel | Any, x: Tensor, latents: Tensor) -> Tensor:
+        """Return how far some latents are above the point where they turn on; below it they are negative.
+
+        Where latents compete to be kept, that point is the pre-latent 0.
+
+        Args:
+            x: activations ``[n, d_in]``.
+            latents: rows ``[m]``.
+
+        Returns:
+            ``[n, m]``, with gradients to the encoder and to what decides that point.
+        """
+        cut = self._cut()
+        if cut is None:
+            raise NotImplementedError(f"{type(self).__name__} must define margins.")
+        return linear(self._centred(x), self.W_enc_T.index_select(0, latents)) - cut.index_select(0, latents)
