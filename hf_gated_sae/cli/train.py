@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -97,38 +95,26 @@ def _how_to_go_on(run: RunConfig) -> str:
     return "Go on from the latest checkpoint with --resume."
 
 
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Keep transformers' own bars out of what is shown."""
-    from transformers.utils import logging
-
-    before = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if before:
-            logging.enable_progress_bar()
-
-
 def _estimate(console: Console, run: RunConfig, *, measure: bool) -> None:
     """Print what a run will cost."""
+    from ..modeling.quiet import without_bars
     from ..training.run import estimate, measured
     from .training.settings import show_estimate
 
-    with console.status("measuring" if measure else "estimating"), _without_bars():
+    with console.status("measuring" if measure else "estimating"), without_bars():
         found = measured(run) if measure else estimate(run)
     show_estimate(console, found)
 
 
 def _train(console: Console, run: RunConfig, resume: bool) -> None:
     """Train, leave the SAEs, and say where they are and how they did."""
+    from ..modeling.quiet import without_bars
     from ..publishing.trained import leave
     from ..training.run import Run
     from .training.progress import LiveProgress
 
     console.quiet = os.environ.get("RANK", "0") != "0"  # of several processes, the first one speaks
-    with console.status("loading"), _without_bars():
+    with console.status("loading"), without_bars():
         ready = Run.prepare(run, resume=resume)
     console.print(facts_grid(ready.facts()))
     try:

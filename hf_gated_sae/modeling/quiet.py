@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,12 +21,23 @@ def quiet_transformers() -> Iterator[None]:
     """
     with _one_at_a_time:
         verbosity = transformers_logging.get_verbosity()
-        bar = transformers_logging.is_progress_bar_enabled()
         transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
         try:
-            yield
+            with without_bars():
+                yield
         finally:
             transformers_logging.set_verbosity(verbosity)
-            if bar:
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keep transformers' own progress bars out of what is shown."""
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            with warnings.catch_warnings():  # the Hub's client says each time that the environment forbids its own
+                warnings.simplefilter("ignore", UserWarning)
                 transformers_logging.enable_progress_bar()

@@ -132,8 +132,9 @@ def test_an_interrupted_run_says_how_to_go_on(here: Path, monkeypatch, capsys) -
 
 
 def test_no_bars_stand_among_the_facts(monkeypatch, capsys) -> None:
-    logging.enable_progress_bar()
+    monkeypatch.setattr(logging, "_tqdm_active", True)
     assert run(monkeypatch, "--config", "run.yaml") == 0
+    assert logging.is_progress_bar_enabled()
     said = capsys.readouterr()
     assert "Loading weights" not in said.out + said.err
 
