@@ -67,8 +67,7 @@ def push_to_hub(
         PublishError: if the repository may not be written, or changed meanwhile.
     """
     _require_one_target(create_pr, revision)
-    subfolder = clean_subfolder(subfolder)
-    facts = read_facts(sae) if facts is None else facts
+    subfolder, facts = clean_subfolder(subfolder), read_facts(sae) if facts is None else facts
     saving: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     with tempfile.TemporaryDirectory() as staging, _translated(repo_id):
         folder = Path(staging)

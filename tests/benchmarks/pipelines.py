@@ -48,6 +48,25 @@ def language_model(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder / "model").eval()
 
 
+def bare_run(folder: str, steps: int, tokens: int, rate: float = RATE) -> dict[str, Any]:
+    """Return arguments of a run that does nothing but steps."""
+    return {
+        "output_dir": folder,
+        "use_cpu": True,
+        "max_steps": steps,
+        "activation_batch_size": tokens,
+        "sparsity_coefficient": COEFFICIENT,
+        "activation_scale": "none",
+        "learning_rate": rate,
+        "warmup_steps": 0,
+        "sparsity_warmup_steps": 0,
+        "statistics_activations": tokens,
+        "recorded_activations": 0,
+        "logging_steps": 10**6,
+        "disable_tqdm": True,
+    }
+
+
 def ours(architecture: str, folder: Path, w: Weights, ids: Tensor, **settings: Any) -> Run:
     from hf_gated_sae.architectures import architectures
     from hf_gated_sae.training import ModelActivations, SAETrainer, SAETrainingArguments
@@ -61,22 +80,7 @@ def ours(architecture: str, folder: Path, w: Weights, ids: Tensor, **settings: A
         if architecture == "gated":
             filled(sae, {name: w[name] for name in ("b_gate", "b_mag", "r_mag")})
         with tempfile.TemporaryDirectory() as output:
-            args = SAETrainingArguments(
-                output_dir=output,
-                use_cpu=True,
-                max_steps=steps,
-                activation_batch_size=TOKENS,
-                sparsity_coefficient=COEFFICIENT,
-                activation_scale="none",
-                learning_rate=RATE,
-                warmup_steps=0,
-                sparsity_warmup_steps=0,
-                statistics_activations=TOKENS,
-                recorded_activations=0,
-                dead_latent_remedy=None,
-                logging_steps=10**6,
-                disable_tqdm=True,
-            )
+            args = SAETrainingArguments(**bare_run(output, steps, TOKENS), dead_latent_remedy=None)
             stream = ModelActivations(model, site, list(ids.split(ROWS)), buffer_size=BUFFER * TOKENS)
             SAETrainer(sae, args, stream).train()
 

@@ -22,7 +22,7 @@ from tests.benchmarks import pipelines
 from tests.benchmarks.measure import ratio, show
 from tests.benchmarks.models import gpt2_small
 from tests.benchmarks.test_attach import realistic
-from tests.benchmarks.train import COEFFICIENT, RATE, our_sae, ours
+from tests.benchmarks.train import RATE, our_sae, ours
 from tests.benchmarks.training_steps import weights
 from tests.benchmarks.workers import ROUNDS, Worker
 
@@ -59,21 +59,7 @@ def test_what_the_trainer_adds(tmp_path: Path, d_in: int, d_sae: int, tokens: in
     """From the end of one step to that of the next: batch, step, counters, schedule and callbacks; logging is off."""
     w = weights("sparse", d_in, d_sae, 4 * tokens)
     x = w["x"]
-    args = SAETrainingArguments(
-        output_dir=str(tmp_path),
-        use_cpu=True,
-        max_steps=steps,
-        activation_batch_size=tokens,
-        sparsity_coefficient=COEFFICIENT,
-        activation_scale="none",
-        learning_rate=RATE,
-        warmup_steps=0,
-        sparsity_warmup_steps=0,
-        statistics_activations=tokens,
-        recorded_activations=0,
-        logging_steps=10**6,
-        disable_tqdm=True,
-    )
+    args = SAETrainingArguments(**pipelines.bare_run(str(tmp_path), steps, tokens, RATE))
     step, _ = ours(our_sae("gated", w))
     clock = Interleaved(lambda: step(x[:tokens]))
     trainer = SAETrainer(our_sae("gated", w), args, TensorActivations(x), callbacks=[clock])

@@ -99,15 +99,13 @@ def resample(
     Returns:
         The indices that were resampled: all of `dead`, unless there are fewer inputs.
     """
-    directions = inputs - sae.b_dec if sae.config.apply_b_dec_to_input else inputs
     targets = inputs if targets is None else targets
-    written = targets - sae.b_dec if sae.config.is_transcoder else directions
+    directions, written = _directions(sae, inputs, targets)
     has_direction = (directions.norm(dim=-1) > 0) & (written.norm(dim=-1) > 0)
     grid = grid or Grid()
     weights = grid.data.rows(_reconstruction_errors(sae, inputs, targets).square() * has_direction)
     counts = grid.latents.rows(torch.tensor([len(dead)], device=dead.device))  # each process has its own dead latents
-    drawn = min(int(counts.sum()), int((weights > 0).sum()))
-    if not drawn:
+    if not (drawn := min(int(counts.sum()), int((weights > 0).sum()))):
         return dead[:0]
     loudness = encoder_scale * _live_norm(sae, dead, grid)
     # Scaled by the largest so that the squares of large errors stay representable.
@@ -117,9 +115,7 @@ def resample(
     directions, written = (grid.data.chosen(each, chosen) for each in (directions, written))
     reads, writes = (nn.functional.normalize(each, dim=-1).to(sae.dtype) for each in (directions, written))
     fresh = fresh_vectors(sae)
-    for name, parameter in sae.named_parameters():
-        if not parameter.requires_grad:
-            continue
+    for name, parameter in ((name, each) for name, each in sae.named_parameters() if each.requires_grad):
         if name == "W_dec":
             parameter[dead] = writes
         elif name in sae.encoder_names:
@@ -144,6 +140,12 @@ def forget_moments(optimizer: Optimizer | None, parameter: nn.Parameter, rows: T
     for value in state.values():
         if isinstance(value, Tensor) and value.shape == parameter.shape:
             value[rows] = 0
+
+
+def _directions(sae: SAEModel, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what new latents could read, ``[m, d_in]``, and write, ``[m, d_out]``, as encoder and decoder see it."""
+    read = inputs - sae.b_dec if sae.config.apply_b_dec_to_input else inputs
+    return read, targets - sae.b_dec if sae.config.is_transcoder else read
 
 
 def _live_norm(sae: SAEModel, dead: Tensor, grid: Grid) -> Tensor:
