@@ -9,7 +9,6 @@ from torch import Tensor
 from ..errors import InputError
 from ..functional import screen
 from ..functional.activations import topk_places
-from ..functional.live import LiveLatents
 from ..modeling import KeepingSAE, SAEConfig
 
 
@@ -69,13 +68,7 @@ class TopKSAE(KeepingSAE):
         weights = self.W_dec.detach().norm(dim=-1) if self.config.rank_by_decoder_norm else None
         return topk_places(values, self.config.k, rectified=False, weights=weights)
 
-    def _few_kept(self, x: Tensor) -> LiveLatents | None:
-        found = None
-        if not self.config.rank_by_decoder_norm:
-            found = screen.highest(self._centred(x), self.W_enc_T, self.b_enc, self.config.k)
-        if found is None:
-            return super()._few_kept(x)
-        indices, values = found
-        return LiveLatents.from_places(
-            indices, torch.relu(values) if self.config.rectified else values, self.config.d_sae
-        )
+    def _highest(self, x: Tensor, *, rounding: bool = False) -> tuple[Tensor, Tensor] | None:
+        if self.config.rank_by_decoder_norm:
+            return None
+        return screen.highest(self._centred(x), self.W_enc_T, self.b_enc, self.config.k, rounding=rounding)

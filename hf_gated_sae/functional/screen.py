@@ -4,6 +4,8 @@ Rounding changes a projection by at most ``|x^ - x| |w^| + |x| |w^ - w|``, hats 
 bound, and the cut, are columns of the rounded matrices themselves: the product of ``[x^, |x^ - x|, |x|, 1]`` and
 ``[w^, |w^|, |w^ - w|, -cut]`` is negative only where the exact projection is below the cut. No pass over the result
 is needed but for its signs.
+
+Where autocast asks for products in bfloat16 the rounded product itself tells, and nothing is bounded.
 """
 
 from __future__ import annotations
@@ -40,23 +42,57 @@ def serves(x: Tensor, weight: Tensor, cut: Tensor) -> bool:
     return weight.stride(-1) == 1 and is_plain(x, weight, cut) and bool(torch.backends.mkldnn.enabled)
 
 
+def rounding_tells(x: Tensor) -> bool:
+    """Whether autocast asks for products in bfloat16 where `x` is."""
+    kind = x.device.type
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+
+
 class Screen:
-    """Some tokens, rounded.
+    """Some tokens, and what the product of rounded matrices tells of their projections.
 
     Args:
         x: ``[tokens, d_in]`` float32.
     """
 
     def __init__(self, x: Tensor) -> None:
-        """Round them, and measure what that loses."""
+        """Round them."""
         self.x = x
-        self.rounded, lost, length = _rounded(x)
-        self.rounded[:, -3] = (lost * UP + TINY) * UP
-        self.rounded[:, -2] = (length * UP + TINY) * UP
-        self.rounded[:, -1] = 1
-        self.finite = bool(length.isfinite().all())
-        # Sums in float32, of all columns; twice the usual bound, as hardware may round each product and each sum.
-        self.summing = 2 * self.rounded.shape[1] * 2**-24
+        self.rounded, self.finite = self._round(x)
+
+    def _round(self, x: Tensor) -> tuple[Tensor, bool]:
+        """Return the matrix that stands for the tokens, and whether all of it is finite."""
+        rounded = _with_room(x, 2)
+        rounded[:, :-2].copy_(x)
+        rounded[:, -2:] = 1
+        return rounded, _is_finite(rounded)
+
+    def columns(self, weight: Tensor, bias: Tensor) -> Tensor | None:
+        """Return the matrix whose product with the rounded tokens is compared: here, the projections plus a bias.
+
+        Args:
+            weight: ``[n, d_in]``.
+            bias: ``[n]``.
+
+        Returns:
+            ``[n, columns of the tokens]`` bfloat16; None where something is not finite.
+        """
+        columns = _with_room(weight, 2)
+        columns[:, :-2].copy_(weight)
+        columns[:, -2] = bias  # in two parts: rounded in one, it would move a latent at all tokens alike
+        columns[:, -1] = bias - columns[:, -2]
+        return columns if self.finite and _is_finite(columns) else None
+
+    def least(self, kth: Tensor, columns: Tensor, bias: Tensor, tokens: slice) -> Tensor:
+        """Return what is told, at least, of a projection plus bias that is not below one of which `kth` is told.
+
+        Args:
+            kth: of each token ``[n]``.
+            columns: of all latents.
+            bias: of all latents ``[d_sae]``.
+            tokens: which of the tokens these are.
+        """
+        return kth
 
     def above(self, weight: Tensor, cut: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return the candidates among some latents, or None where there are too many.
@@ -66,14 +102,12 @@ class Screen:
             cut: ``[n]``.
 
         Returns:
-            Tokens, latents and exact projections, ``[candidates]`` each; every projection above its cut is there.
+            Tokens, latents and exact projections, ``[candidates]`` each; every projection that is told to be above
+            its cut is there.
         """
-        columns, lost, length = _rounded(weight)
-        if not self.finite or not bool((length + cut).isfinite().all()):
+        columns = self.columns(weight, -cut)
+        if columns is None:
             return None
-        columns[:, -3] = (length * UP + TINY) * UP  # rounded, a vector may be longer
-        columns[:, -2] = ((lost + self.summing * length) * UP + TINY) * UP
-        columns[:, -1] = cut.abs() * (UP - 1 + self.summing) - cut
         signs = torch.nn.functional.linear(columns, self.rounded).view(torch.int16)
         places = true_places(signs >= 0)
         if len(places) > DENSEST * signs.numel():
@@ -83,7 +117,50 @@ class Screen:
         return tokens, latents, dots(weight, self.x, latents, tokens)
 
 
-def highest(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
+class BoundedScreen(Screen):
+    """The same, telling upper limits, so that no projection is lost.
+
+    Args:
+        x: ``[tokens, d_in]`` float32.
+    """
+
+    @property
+    def summing(self) -> float:
+        """Error of sums in float32, of all columns; twice the usual, as hardware may round products and sums alike."""
+        return 2 * self.rounded.shape[1] * 2**-24
+
+    def _round(self, x: Tensor) -> tuple[Tensor, bool]:
+        rounded, lost, length = _measured(x)
+        rounded[:, -3] = (lost * UP + TINY) * UP
+        rounded[:, -2] = (length * UP + TINY) * UP
+        rounded[:, -1] = 1
+        return rounded, bool(length.isfinite().all())
+
+    def columns(self, weight: Tensor, bias: Tensor) -> Tensor | None:
+        """Return the matrix whose product with the rounded tokens is an upper limit; see `Screen.columns`."""
+        columns, lost, length = _measured(weight)
+        if not self.finite or not bool((length + bias).isfinite().all()):
+            return None
+        columns[:, -3] = (length * UP + TINY) * UP  # rounded, a vector may be longer
+        columns[:, -2] = ((lost + self.summing * length) * UP + TINY) * UP
+        columns[:, -1] = bias.abs() * (UP - 1 + self.summing) + bias
+        return columns
+
+    def least(self, kth: Tensor, columns: Tensor, bias: Tensor, tokens: slice) -> Tensor:
+        """Return `kth` less what limits and values can differ by; see `Screen.least`."""
+        wide = columns[:, -3:-1].amax(0).float()
+        slack = 2 * (self.rounded[tokens, -3:-1].float() @ wide) + 4 * bias.abs().max() * (UP - 1 + self.summing)
+        return kth - slack - 4 * (UP - 1) * (kth.abs() + slack)
+
+
+def screen_of(x: Tensor, *, rounding: bool) -> Screen:
+    """Return the screen for some tokens; with `rounding`, what is lost by rounding is not missed."""
+    return Screen(x) if rounding else BoundedScreen(x)
+
+
+def highest(
+    x: Tensor, weight: Tensor, bias: Tensor, k: int, *, rounding: bool = False
+) -> tuple[Tensor, Tensor] | None:
     """Return the `k` highest of ``x @ weight.T + bias`` of each token, the others never being computed exactly.
 
     The product of the rounded matrices, with the bound and the bias as columns, gives upper limits. At least k of them
@@ -95,64 +172,69 @@ def highest(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Te
         weight: ``[d_sae, d_in]``.
         bias: ``[d_sae]``.
         k: how many.
+        rounding: whether rounding may decide between those that are close to the k-th highest.
 
     Returns:
-        Latents and values ``[tokens, k]`` each; None where `serves` says no, where numbers are not finite, or where
-        too many are close to the k-th highest.
+        Latents and their projections, without the bias, ``[tokens, k]`` each; None where `serves` says no, where
+        numbers are not finite, or where too many are close to the k-th highest.
     """
     block = len(weight) // (_BLOCKS_PER_KEPT * k)
-    screened = Screen(x) if block and serves(x, weight, bias) else None
-    columns, lost, length = _rounded(weight) if screened is not None and screened.finite else (weight, bias, bias)
-    if screened is None or not screened.finite or not bool((length + bias).isfinite().all()):
+    screen = screen_of(x, rounding=rounding) if block and serves(x, weight, bias) else None
+    columns = None if screen is None else screen.columns(weight, bias)
+    if screen is None or columns is None:
         return None
-    columns[:, -3] = (length * UP + TINY) * UP
-    columns[:, -2] = ((lost + screened.summing * length) * UP + TINY) * UP
-    columns[:, -1] = bias.abs() * (UP - 1 + screened.summing) + bias
-    wide = columns[:, -3:-1].amax(0).float()
-    slack = 2 * (screened.rounded[:, -3:-1].float() @ wide) + 4 * bias.abs().max() * (UP - 1 + screened.summing)
     parts = []
     for first in range(0, len(x), _TOKENS_AT_ONCE):
         chunk = slice(first, first + _TOKENS_AT_ONCE)
-        limits = torch.nn.functional.linear(columns, screened.rounded[chunk])
-        maxima = limits[: len(weight) // block * block].unflatten(0, (-1, block)).amax(1)
+        told = torch.nn.functional.linear(columns, screen.rounded[chunk])
+        maxima = told[: len(weight) // block * block].unflatten(0, (-1, block)).amax(1)
         kth = maxima.topk(k, dim=0, sorted=False).values.amin(0).float()
-        least = kth - slack[chunk] - 4 * (UP - 1) * (kth.abs() + slack[chunk])
-        places = true_places(limits >= least.to(limits.dtype))
-        if len(places) > DENSEST * limits.numel():
+        places = true_places(told >= screen.least(kth, columns, bias, chunk).to(told.dtype))
+        if len(places) > DENSEST * told.numel():
             return None
         parts.append(_highest_of(places, x[chunk], weight, bias, k))
-    latents, values = (torch.cat(column) for column in zip(*parts, strict=True))
-    return latents, values
+    latents, projections = (torch.cat(column) for column in zip(*parts, strict=True))
+    return latents, projections
 
 
 def _highest_of(places: Tensor, x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return which latents are the `k` highest of each token, and their values, given places in ``[d_sae, tokens]``.
+    """Return which latents are the `k` highest of each token, and their projections.
 
-    The places ascend, so that each row of the weights is read once, and there are at least `k` of every token.
+    The places, in ``[d_sae, tokens]``, ascend, so that each row of the weights is read once; there are at least `k` of
+    every token.
     """
     latents = places // len(x)
     tokens = places - latents * len(x)
-    exact = dots(weight, x, latents, tokens) + bias[latents]
+    projections = dots(weight, x, latents, tokens)
     tokens, order = tokens.sort(stable=True)
     counts = torch.bincount(tokens, minlength=len(x))
     within = torch.arange(len(places)) - (counts.cumsum(0) - counts)[tokens]
     table = x.new_full((len(x), int(counts.max())), -torch.inf)
-    table[tokens, within] = exact[order]
-    owners = tokens.new_zeros(table.shape)
-    owners[tokens, within] = latents[order]
-    top = table.topk(k, sorted=False)
-    return owners.gather(1, top.indices), top.values
+    table[tokens, within] = (projections + bias[latents])[order]
+    candidates = order.new_zeros(table.shape)
+    candidates[tokens, within] = order
+    kept = candidates.gather(1, table.topk(k, sorted=False).indices)
+    return latents[kept], projections[kept]
 
 
-def _rounded(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _with_room(rows: Tensor, columns: int) -> Tensor:
+    """Return an empty matrix in bfloat16 for rows ``[n, d]`` and so many more columns."""
+    return torch.empty(len(rows), rows.shape[1] + columns, dtype=torch.bfloat16)
+
+
+def _measured(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return rows ``[n, d]`` in bfloat16 with room for three more columns, the norms of what that lost, and theirs."""
-    n, d = rows.shape
-    rounded, lost = torch.empty(n, d + 3, dtype=torch.bfloat16), torch.empty(n)
-    for first in range(0, n, BLOCK):
-        block, own = rows[first : first + BLOCK], rounded[first : first + BLOCK, :d]
+    rounded, lost = _with_room(rows, 3), torch.empty(len(rows))
+    for first in range(0, len(rows), BLOCK):
+        block, own = rows[first : first + BLOCK], rounded[first : first + BLOCK, :-3]
         own.copy_(block)
         torch.linalg.vector_norm(own.float().sub_(block), dim=1, out=lost[first : first + BLOCK])
     return rounded, lost, torch.linalg.vector_norm(rows, dim=1)
+
+
+def _is_finite(rounded: Tensor) -> bool:
+    """Whether all numbers are, of a matrix that lies in a cache; a sum of them would cost more to get right."""
+    return not rounded.numel() or bool(torch.stack(rounded.aminmax()).isfinite().all())
 
 
 def dots(rows: Tensor, others: Tensor, row: Tensor, other: Tensor) -> Tensor:

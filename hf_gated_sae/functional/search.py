@@ -13,7 +13,9 @@ TILE = 1 << 21
 """Projections computed at once: few enough to stay in a cache, where memory is used again before it is lost."""
 
 
-def above(x: Tensor, weight: Tensor, cut: Tensor, *, most: float = 1.0) -> tuple[Tensor, Tensor, Tensor] | None:
+def above(
+    x: Tensor, weight: Tensor, cut: Tensor, *, most: float = 1.0, rounding: bool = False
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """Return all projections ``x @ weight.T`` that are above a cut, and perhaps some that are not.
 
     A projection that is not a number is above every cut, and so is every projection above a cut that is none.
@@ -23,13 +25,14 @@ def above(x: Tensor, weight: Tensor, cut: Tensor, *, most: float = 1.0) -> tuple
         weight: ``[d_sae, d_in]``.
         cut: ``[d_sae]``.
         most: share of the projections above which to give up.
+        rounding: whether rounding to bfloat16 may decide where a projection is close to its cut.
 
     Returns:
-        Tokens, latents and projections, ``[found]`` each, in no order of tokens but ascending latents for each; None
-        if there are more than `most`.
+        Tokens, latents and projections, ``[found]`` each, in ascending order of latents, and of tokens for each of
+        them; None if there are more than `most`.
     """
     tokens, d_sae = x.shape[0], weight.shape[0]
-    screened = screen.Screen(x) if screen.serves(x, weight, cut) else None
+    screened = screen.screen_of(x, rounding=rounding) if screen.serves(x, weight, cut) else None
     width = max(1, TILE // max(tokens, 1))
     parts, left = [], most * tokens * d_sae
     for first in range(0, d_sae, width):
@@ -51,12 +54,12 @@ def above(x: Tensor, weight: Tensor, cut: Tensor, *, most: float = 1.0) -> tuple
 
 def _multiplied(x: Tensor, weight: Tensor, cut: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Search one tile by computing all of it."""
-    projections = linear(x, weight)
+    projections = linear(weight, x)
     # Halves are compared in float32, which is faster; what is not above or below anything stays.
     wide = torch.promote_types(x.dtype, torch.float32)
-    places = true_places((projections.to(wide) <= cut.to(wide)).logical_not_())
-    tokens = places // max(len(weight), 1)
-    return tokens, places - tokens * len(weight), projections.reshape(-1)[places]
+    places = true_places((projections.to(wide) <= cut.to(wide)[:, None]).logical_not_())
+    latents = places // max(len(x), 1)
+    return places - latents * len(x), latents, projections.reshape(-1)[places]
 
 
 def lowest_projection(threshold: Tensor, bias: Tensor) -> Tensor:

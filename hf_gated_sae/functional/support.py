@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .linear import by_hand, linear
-from .live import LiveLatents
-from .screen import dots
+from .live import LiveLatents, true_places
+from .screen import dots, rounding_tells
 from .search import above
 from .sparse import sum_rows
 
@@ -158,15 +158,19 @@ class LiveSupport(Support):
         """
         if not cls.serves(x, W_enc_T):
             return None
+        rounding = rounding_tells(x)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             flat = x.reshape(-1, x.shape[-1])
             centred = flat if shift is None else flat - shift
             if _sampled_share(centred, W_enc_T, cut) > DENSEST:
                 return None
-            found = above(centred, W_enc_T, cut, most=2 * DENSEST)
-        if found is None:
-            return None
-        tokens, latents, projections = found
+            found = above(centred, W_enc_T, cut, most=2 * DENSEST, rounding=rounding)
+            if found is None:
+                return None
+            tokens, latents, projections = found
+            on = true_places((projections <= cut.index_select(0, latents)).logical_not_())
+            if len(on) < len(projections):  # all that follows would go on with those that only might have been
+                tokens, latents, projections = (each.index_select(0, on) for each in found)
         return cls(x, shift, W_enc_T, tokens, latents, projections)
 
     @staticmethod

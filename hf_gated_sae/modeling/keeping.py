@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..functional.activations import scattered
+from ..functional.live import LiveLatents
+from ..functional.screen import rounding_tells
 from ..functional.support import DENSEST, DenseSupport, LiveSupport, Support
 from .config import SAEConfig
 from .model import SAEModel
@@ -57,6 +59,43 @@ class KeepingSAE(SAEModel):
         kept = scattered(*self._kept(x), self.config.d_sae)
         return kept if latents is None else kept[..., latents]
 
+    def _highest(self, x: Tensor, *, rounding: bool = False) -> tuple[Tensor, Tensor] | None:
+        """Return which latents are kept, and their projections, without computing those of all others.
+
+        Args:
+            x: activations ``[tokens, d_in]``.
+            rounding: whether rounding to bfloat16 may decide which of two close latents is kept.
+
+        Returns:
+            ``[tokens, k]`` each; None where there is no such way.
+        """
+        return None
+
+    def _few_kept(self, x: Tensor) -> LiveLatents | None:
+        found = self._highest(x)
+        if found is None:
+            return super()._few_kept(x)
+        indices, projections = found
+        values = self._activate(projections.reshape(-1), indices.reshape(-1))
+        return LiveLatents.from_places(indices, values.view_as(indices), self.config.d_sae)
+
+    def _live_support(self, x: Tensor, shift: Tensor | None) -> LiveSupport | None:
+        """Return the projections of what is kept alone; None where a dense step is faster, or needed."""
+        few = self.kept_per_token <= DENSEST * self.config.d_sae
+        if not few or not LiveSupport.serves(x, self.W_enc_T):
+            return None
+        rounding, flat = rounding_tells(x), x.reshape(-1, x.shape[-1])
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            found = self._highest(flat, rounding=rounding)
+            live = super()._few_kept(flat) if found is None else None
+        if live is not None:
+            return LiveSupport(x, shift, self.W_enc_T, live.tokens, live.indices)
+        if found is None:
+            return None
+        tokens = torch.arange(len(flat)).repeat_interleave(found[0].shape[1])
+        latents, projections = (each.reshape(-1) for each in found)
+        return LiveSupport(x, shift, self.W_enc_T, tokens, latents, projections)
+
     def kept_support(self, x: Tensor) -> tuple[Support, Tensor]:
         """Return the projections that an objective is computed from, and the latents made of them.
 
@@ -64,14 +103,9 @@ class KeepingSAE(SAEModel):
             x: activations ``[..., d_in]``.
         """
         shift = self.b_dec if self.config.apply_b_dec_to_input else None
-        live = None
-        few = self.kept_per_token <= DENSEST * self.config.d_sae
-        if few and LiveSupport.serves(x, self.W_enc_T):
-            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                live = self._few_kept(x.reshape(-1, x.shape[-1]))
-        if live is None:
-            support: Support = DenseSupport(x, shift, self.W_enc_T)
-            kept = self._choose(self._activate(support.projection, None))
-            return support, scattered(*kept, self.config.d_sae)
-        support = LiveSupport(x, shift, self.W_enc_T, live.tokens, live.indices)
-        return support, self._activate(support.projection, support.latents)
+        live = self._live_support(x, shift)
+        if live is not None:
+            return live, self._activate(live.projection, live.latents)
+        support = DenseSupport(x, shift, self.W_enc_T)
+        kept = self._choose(self._activate(support.projection, None))
+        return support, scattered(*kept, self.config.d_sae)

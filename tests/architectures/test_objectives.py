@@ -15,6 +15,7 @@ from hf_gated_sae.architectures.gated_untied import UntiedGatedSAE
 from hf_gated_sae.architectures.jumprelu import JumpReLUObjective
 from hf_gated_sae.architectures.standard import StandardObjective
 from hf_gated_sae.errors import InputError, ShapeError
+from hf_gated_sae.functional import screen
 from hf_gated_sae.functional import support as supports
 from hf_gated_sae.functional.live import LiveLatents
 from hf_gated_sae.modeling import KeptObjective, Objective
@@ -50,9 +51,10 @@ def activations(dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(TOKENS, D_IN, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
 
 
-def step(sae: SAEModel, x: Tensor, **settings: Any) -> tuple[Any, dict[str, Tensor]]:
+def step(sae: SAEModel, x: Tensor, *, bf16: bool = False, **settings: Any) -> tuple[Any, dict[str, Tensor]]:
     sae.zero_grad()
-    loss = sae.training_loss(x, **{"sparsity_coefficient": 0.3, **settings})
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss = sae.training_loss(x, **{"sparsity_coefficient": 0.3, **settings})
     loss.total.backward()
     return loss, {name: p.grad.clone() for name, p in sae.named_parameters() if p.grad is not None}
 
@@ -93,7 +95,10 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize(
+    "dtype, tolerance, screened",
+    [(torch.float64, 1e-12, False), (torch.float32, 1e-6, False), (torch.float32, 1e-6, True)],
+)
 @pytest.mark.parametrize("architecture, settings, options", CASES)
 def test_a_step_over_the_live_latents_is_the_dense_step(
     architecture: str,
@@ -101,8 +106,10 @@ def test_a_step_over_the_live_latents_is_the_dense_step(
     options: dict[str, Any],
     dtype: torch.dtype,
     tolerance: float,
+    screened: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(screen, "_AVAILABLE", screened)  # a CPU without bfloat16 only takes longer
     if options.get("sparsity_power") and dtype == torch.float32:
         tolerance *= 20  # the slope of a root magnifies how the projections themselves are rounded
     x = activations(dtype)
@@ -120,6 +127,30 @@ def test_a_step_over_the_live_latents_is_the_dense_step(
     for name, gradient in found.items():
         error = (gradient - wanted[name]).norm() / wanted[name].norm().clamp_min(1e-30)
         assert error <= tolerance, (name, float(error))
+
+
+@pytest.mark.parametrize("screened", [False, True])
+@pytest.mark.parametrize("architecture", ["gated", "standard", "jumprelu", "topk", "batch_topk"])
+def test_under_autocast_rounding_may_decide_which_latents_are_on(
+    architecture: str, screened: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is on is computed in float32 all the same, and gradients are closer than those of rounded products."""
+    monkeypatch.setattr(screen, "_AVAILABLE", screened)
+    x, settings = activations(torch.float32), {"bandwidth": 0.2} if architecture == "jumprelu" else {}
+
+    def errors(gradients: dict[str, Tensor]) -> dict[str, float]:
+        return {name: float((each - wanted[name]).norm() / wanted[name].norm()) for name, each in gradients.items()}
+
+    plain, wanted = step(example(architecture, torch.float32, **settings), x)
+    rounded, found = step(example(architecture, torch.float32, **settings), x, bf16=True)
+    assert isinstance(rounded.latents, LiveLatents) and rounded.latents.values.dtype == torch.float32
+    on, was = rounded.latents.dense() != 0, plain.latents.dense() != 0
+    assert (on != was).sum() <= (0.02 if screened else 0) * was.sum()
+    assert torch.equal(rounded.latents.dense()[on & was], plain.latents.dense()[on & was])
+    dense(monkeypatch)
+    _, products = step(example(architecture, torch.float32, **settings), x, bf16=True)
+    for name, error in errors(found).items():
+        assert error <= (errors(products)[name] if screened else 1e-6), name
 
 
 def test_many_live_latents_take_the_dense_step() -> None:

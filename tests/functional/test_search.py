@@ -11,7 +11,13 @@ from hf_gated_sae.functional import screen, search
 from hf_gated_sae.functional.search import above, lowest_projection
 
 same_for_all = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-needs_bf16 = pytest.mark.skipif(not screen._AVAILABLE, reason="this CPU does not multiply bfloat16")
+roundings = pytest.mark.parametrize("rounding", [False, True])
+
+
+@pytest.fixture
+def screened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Screen where it would not pay, too: a CPU without bfloat16 only takes longer for the same product."""
+    monkeypatch.setattr(screen, "_AVAILABLE", True)
 
 
 @pytest.fixture
@@ -47,15 +53,16 @@ def test_every_projection_above_the_cut(
     x = torch.randn(tokens, d_in, generator=generator, dtype=torch.float64).to(dtype)
     weight = torch.randn(d_sae, d_in, generator=generator, dtype=torch.float64).to(dtype)
     cut = (torch.randn(d_sae, generator=generator, dtype=torch.float64) + level * d_in**0.5).to(dtype)
-    table, wanted = dense(above(x, weight, cut), x, weight), x.double() @ weight.double().T
+    found, wanted = above(x, weight, cut), x.double() @ weight.double().T
+    table = dense(found, x, weight)
     slack = 1e-13 if dtype == torch.float64 else 1e-5 if dtype == torch.float32 else 4e-2
     surely = wanted > cut.double() + slack * (1 + wanted.abs())
     assert (table > -torch.inf)[surely].all()
     there = table > -torch.inf
+    assert (found[1].diff() >= 0).all(), "latents ascend"
     torch.testing.assert_close(table[there].double(), wanted[there], rtol=slack, atol=10 * slack)
 
 
-@needs_bf16
 @same_for_all
 @given(
     d_in=st.integers(1, 300),
@@ -63,7 +70,9 @@ def test_every_projection_above_the_cut(
     kind=st.sampled_from(["normal", "ones", "all rounded down", "one large"]),
     seed=st.integers(0, 9999),
 )
-def test_the_screen_loses_nothing_at_the_very_cut(small: None, d_in: int, scale: float, kind: str, seed: int) -> None:
+def test_the_screen_loses_nothing_at_the_very_cut(
+    small: None, screened: None, d_in: int, scale: float, kind: str, seed: int
+) -> None:
     """Cuts lie just below exact projections, where rounding to bfloat16 decides wrongly in about half of them."""
     generator = torch.Generator().manual_seed(seed)
     x, weight = torch.randn(40, d_in, generator=generator), torch.randn(24, d_in, generator=generator)
@@ -79,29 +88,32 @@ def test_the_screen_loses_nothing_at_the_very_cut(small: None, d_in: int, scale:
     token = torch.randint(0, 40, (24,), generator=generator)
     at = exact[token, torch.arange(24)]
     cut = (at - 1e-7 * at.abs() - 1e-38).float()
-    found = screen.Screen(x).above(weight, cut)
+    found = screen.BoundedScreen(x).above(weight, cut)
     assert found is not None
     table = dense(found, x, weight)
     assert (table[token, torch.arange(24)] > -torch.inf).all()
     assert (table > -torch.inf)[exact > cut.double()].all()
 
 
-@needs_bf16
-def test_the_screen_computes_few_of_them() -> None:
+@roundings
+def test_the_screen_computes_few_of_them(screened: None, rounding: bool) -> None:
     """And those exactly: what is found agrees with float64 as closely as a product in float32 does."""
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(512, 768, generator=generator), torch.randn(2048, 768, generator=generator) / 768**0.5
     cut = torch.full((2048,), 2.66)
     assert screen.serves(x, weight, cut)
-    tokens, latents, projections = above(x, weight, cut)
+    tokens, latents, projections = above(x, weight, cut, rounding=rounding)
     exact = x.double() @ weight.double().T
-    assert (exact > 2.66).sum() < len(tokens) < 2 * (exact > 2.66).sum()
+    on = exact > 2.66
+    if rounding:  # as many are lost as are found in vain
+        assert 0.99 < len(tokens) / on.sum() < 1.01 and on[tokens, latents].float().mean() > 0.98
+    else:
+        assert on.sum() < len(tokens) < 2 * on.sum() and on[tokens, latents].sum() == on.sum()
     torch.testing.assert_close(projections.double(), exact[tokens, latents], rtol=1e-5, atol=1e-5)
 
 
-@needs_bf16
 @pytest.mark.parametrize("why", ["few tokens", "dtype", "gradient", "width"])
-def test_where_the_screen_does_not_serve(why: str) -> None:
+def test_where_the_screen_does_not_serve(screened: None, why: str) -> None:
     tokens, dtype = 4 if why == "few tokens" else 512, torch.float64 if why == "dtype" else torch.float32
     x, weight, cut = torch.ones(tokens, 8, dtype=dtype), torch.ones(16, 8, dtype=dtype), torch.ones(16, dtype=dtype)
     if why == "width":
@@ -111,31 +123,32 @@ def test_where_the_screen_does_not_serve(why: str) -> None:
     assert not screen.serves(x, weight, cut)
 
 
-@pytest.mark.parametrize("screened", [False, True])
+@pytest.mark.parametrize("how", ["multiplied", "bounded", "rounded"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e38])
 @pytest.mark.parametrize("where", ["x", "weight", "cut"])
 def test_what_is_not_finite_is_found(
-    small: None, monkeypatch: pytest.MonkeyPatch, screened: bool, bad: float, where: str
+    small: None, monkeypatch: pytest.MonkeyPatch, how: str, bad: float, where: str
 ) -> None:
-    monkeypatch.setattr(screen, "_AVAILABLE", screened and screen._AVAILABLE)
+    monkeypatch.setattr(screen, "_AVAILABLE", how != "multiplied")
     tensors = {"x": torch.ones(5, 7), "weight": torch.ones(9, 7), "cut": torch.zeros(9)}
     tensors[where].reshape(-1)[3] = bad
-    table = dense(above(**tensors), tensors["x"], tensors["weight"])
+    table = dense(above(**tensors, rounding=how == "rounded"), tensors["x"], tensors["weight"])
     plain = tensors["x"] @ tensors["weight"].T
     wanted = ~(plain <= tensors["cut"])
     assert torch.equal((table != -torch.inf)[wanted], torch.ones(int(wanted.sum()), dtype=torch.bool))
     assert torch.equal(table[wanted].isnan(), plain[wanted].isnan())
 
 
-@pytest.mark.parametrize("screened", [False, True])
-def test_giving_up(small: None, monkeypatch: pytest.MonkeyPatch, screened: bool) -> None:
-    monkeypatch.setattr(screen, "_AVAILABLE", screened and screen._AVAILABLE)
+@pytest.mark.parametrize("available", [False, True])
+@roundings
+def test_giving_up(small: None, monkeypatch: pytest.MonkeyPatch, available: bool, rounding: bool) -> None:
+    monkeypatch.setattr(screen, "_AVAILABLE", available)
     x, weight = torch.randn(20, 6), torch.randn(32, 6)
-    assert above(x, weight, torch.full((32,), -100.0), most=0.5) is None
-    assert above(x, weight, torch.full((32,), 100.0), most=0.5) is not None
+    assert above(x, weight, torch.full((32,), -100.0), most=0.5, rounding=rounding) is None
+    assert above(x, weight, torch.full((32,), 100.0), most=0.5, rounding=rounding) is not None
 
 
-def test_a_dense_tile_is_multiplied(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dense_tile_is_multiplied(small: None, screened: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(screen, "DENSEST", 0.1)
     x, weight, cut = torch.randn(20, 6), torch.randn(32, 6), torch.full((32,), -100.0)
     found = above(x, weight, cut)
