@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -139,6 +140,21 @@ class FidelityAccumulator:
         self.max_activation.scatter_reduce_(0, latents.indices, latents.values.float(), "amax")
         self._sum_latents.index_add_(0, latents.indices, latents.values.double())
         return fired.sum()
+
+    @torch.no_grad()
+    def pool(self, total: Callable[[Tensor], Tensor], largest: Callable[[Tensor], Tensor]) -> None:
+        """Take in what the accumulators of other processes have seen, each of which calls this at the same time.
+
+        Args:
+            total: returns the sum of a tensor over the processes.
+            largest: returns its element-wise maximum over them.
+        """
+        seen = self._sums.new_tensor([self.tokens])
+        columns = (seen, self._sums, self._sum_x, self.fired.double(), self._sum_latents)
+        pooled = total(torch.cat(columns)).split([len(column) for column in columns])
+        seen, self._sums, self._sum_x, fired, self._sum_latents = pooled
+        self.tokens, self.fired = int(seen), fired.long()
+        self.max_activation = largest(self.max_activation)
 
     @property
     def density(self) -> Tensor:

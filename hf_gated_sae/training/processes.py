@@ -62,6 +62,11 @@ class Processes(OtherLatents, OtherTokens):
         return values if self.alone else self._reduced(values, ReduceOp.SUM) / self.count
 
     @torch.no_grad()
+    def largest(self, values: Tensor) -> Tensor:
+        """Return the maximum of each number over the processes, any shape."""
+        return self._reduced(values, ReduceOp.MAX)
+
+    @torch.no_grad()
     def any(self, flags: Tensor) -> Tensor:
         """Return which flags are set in some process, any shape, bool."""
         return flags if self.alone else self._reduced(flags.to(torch.uint8), ReduceOp.MAX).bool()

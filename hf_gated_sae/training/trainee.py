@@ -255,17 +255,17 @@ class Trainee:
         return float(loss.terms["sparsity"])
 
     def metrics(self, x: Tensor, target: Tensor, loss: TrainingLoss) -> dict[str, float]:
-        """Return what is worth watching of one batch, by name; means over processes that see other batches."""
+        """Return what is worth watching of one batch, by name: of the batches of all processes together."""
         accumulator = FidelityAccumulator(self.sae.config.d_sae, self.sae.b_dec)
         accumulator.update(target, loss.reconstruction.detach(), loss.latents)
+        if not self.grid.data.alone:
+            accumulator.pool(self.grid.data.sum, self.grid.data.largest)
         found = accumulator.compute()
-        metrics = {
-            **{f"loss_{name}": term.item() for name, term in loss.terms.items()},
-            **{name: getattr(found, name) for name in WATCHED},
-        }
-        counted = torch.tensor([metrics["l0"], int(self.dead.mask.sum())], dtype=torch.float64)
+        counted = torch.tensor([found.l0, int(self.dead.mask.sum())], dtype=torch.float64)
         l0, dead = self.grid.latents.sum(counted.to(self.grid.latents.device)).tolist()  # of the latents of all
-        return {**self.grid.data.numbers({**metrics, "l0": l0}), "dead_latents": int(dead)}
+        watched = {name: getattr(found, name) for name in WATCHED}
+        terms = self.grid.data.numbers({f"loss_{name}": term.item() for name, term in loss.terms.items()})
+        return {**terms, **watched, "l0": l0, "dead_latents": int(dead)}
 
     # ------------------------------------------------------------------ disk
 

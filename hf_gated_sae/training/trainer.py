@@ -338,6 +338,8 @@ class SAETrainer(Resumable):
         if self._logged is not None and "loss" in logs:
             for name, (batch, loss) in self._logged.items():
                 metrics = self.trainees[name].metrics(*batch, loss)
+                terms = [value for key, value in metrics.items() if key.startswith("loss_")]
+                logs |= {f"{name}/loss": sum(terms)} if name else {}  # transformers' own is that of all SAEs
                 logs |= {f"{name}/{key}" if name else key: value for key, value in metrics.items()}
             self._logged = None
         self.state.epoch = self.state.global_step / self.state.max_steps  # a stream has no epochs, only a share done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict
 
 import pytest
@@ -44,3 +45,21 @@ def test_leading_axes_are_kept_apart_from_latents():
     assert shaped.compute() == whole.compute()
     with pytest.raises(ShapeError, match=r"latents \[6, 12\]"):
         shaped.update(x.view(2, 3, 5), y.view(2, 3, 5), LiveLatents.from_dense(latents))
+
+
+def test_pooled_accumulators_have_seen_what_all_have():
+    parts, whole = [FidelityAccumulator(12, torch.ones(5)) for _ in range(3)], FidelityAccumulator(12, torch.ones(5))
+    for number, part in enumerate(parts):
+        given = batch(4 + number, number, False)
+        part.update(*given)
+        whole.update(*given)
+    sent = []
+    for part in parts:  # each hands over its tensors, and gets those of all
+        given = []
+        FidelityAccumulator.pool(copy.deepcopy(part), lambda x: given.append(x) or x, lambda x: given.append(x) or x)
+        sent.append(given)
+    total, largest = sum(each[0] for each in sent), torch.stack([each[1] for each in sent]).amax(0)
+    parts[1].pool(lambda x: total, lambda x: largest)
+    assert asdict(parts[1].compute()) == pytest.approx(asdict(whole.compute()), rel=1e-12)
+    assert torch.equal(parts[1].fired, whole.fired) and torch.equal(parts[1].max_activation, whole.max_activation)
+    torch.testing.assert_close(parts[1].mean_activation, whole.mean_activation)

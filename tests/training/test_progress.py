@@ -52,5 +52,5 @@ def test_several_saes_are_told_apart(tmp_path):
     assert made.pop_callback(PrinterCallback) is None
     made.train()
     first, second = postfix(spy.lines[0]).split(" | ")[1:]
-    assert first.startswith("gated: reconstruction") and second.startswith("a/standard: reconstruction")
+    assert first.startswith("gated: loss ") and second.startswith("a/standard: loss ")
     assert [line["epoch"] for line in spy.lines[:3]] == pytest.approx([3 / 32, 6 / 32, 9 / 32])

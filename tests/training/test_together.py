@@ -72,6 +72,8 @@ def test_each_is_logged_and_saved_under_its_name(arguments, tmp_path):
     [_, last] = [entry for entry in trainer.state.log_history if "loss" in entry]
     total = 0.0
     for name in four():
+        terms = sum(value for key, value in last.items() if key.startswith(f"{name}/loss_"))
+        assert last[f"{name}/loss"] == pytest.approx(terms) != 0
         assert {f"{name}/l0", f"{name}/fvu", f"{name}/dead_latents", f"{name}/relative_reconstruction_bias"} <= set(
             last
         )

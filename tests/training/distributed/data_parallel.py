@@ -118,8 +118,7 @@ def require_same(folder, made, name):
     for found, expected in zip(logged(made), json.loads((folder / name / "log.json").read_text()), strict=True):
         assert found.keys() == expected.keys()
         for key, value in expected.items():
-            if not key.endswith(("fvu", "bias")):  # which are means of those of the processes
-                assert found[key] == pytest.approx(value, rel=1e-5, abs=1e-8), key
+            assert found[key] == pytest.approx(value, rel=1e-5, abs=1e-8), key
 
 
 def prepare(folder):
