@@ -15,6 +15,7 @@ from transformers import TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..errors import InputError, unknown_name
+from .processes import require_launched
 from .remedies import remedies
 from .statistics import CENTRES
 
@@ -142,6 +143,7 @@ class SAETrainingArguments(TrainingArguments):
             if value not in known:
                 raise unknown_name(name, value, known)
         self._check_ranges()
+        require_launched(self)
         self._check_supported()
         self.objective = _from_flag("objective", self.objective or {}, Mapping)
         self.sparsity_coefficient = _from_flag(
@@ -202,6 +204,16 @@ class SAETrainingArguments(TrainingArguments):
             )
         if self.fp16 and self.device.type == "cpu":
             raise InputError("fp16=True means nothing on a CPU: take bf16=True, or neither.")
+        if self.fp16 and self.latent_parallel > 1:
+            raise InputError(
+                f"fp16=True skips steps that overflow, which each of the {self.latent_parallel} processes that share "
+                "an SAE would decide for itself: take bf16=True, which needs no scaling."
+            )
+        if self.save_on_each_node:
+            raise InputError(
+                "save_on_each_node=True would leave a checkpoint on every machine, and a whole one on none of them: "
+                "leave it out, and give an output_dir on a disk that all processes see."
+            )
         try:
             get_reporting_integration_callbacks(self.report_to)
         except ValueError as error:

@@ -8,13 +8,14 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from ..errors import CheckpointError, MissingFileError
+from .processes import Processes
 
 MANIFEST = "manifest.json"
 """Name, size and sha256 of every other file of a checkpoint."""
@@ -31,11 +32,12 @@ def unfinished(target: Path) -> Path:
 
 
 @contextmanager
-def writing(target: Path) -> Iterator[None]:
+def writing(target: Path, *, clean: bool = True) -> Iterator[None]:
     """Turn the error of a disk that is full, or cannot be written, into one sentence; what was written is removed.
 
     Args:
         target: the checkpoint that is being written into ``unfinished(target)``.
+        clean: whether this process, of several, is the one that removes it.
 
     Raises:
         CheckpointError: naming the last whole checkpoint.
@@ -43,13 +45,15 @@ def writing(target: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        remove_unfinished(target.parent)
+        if clean:
+            remove_unfinished(target.parent)
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise CheckpointError(
             f"{target} could not be written ({why}) and is not there; make room and resume. {advice(target.parent)}"
         ) from error
     except BaseException:
-        remove_unfinished(target.parent)
+        if clean:
+            remove_unfinished(target.parent)
         raise
 
 
@@ -59,23 +63,31 @@ def begin(target: Path) -> None:
     unfinished(target).mkdir(parents=True)
 
 
-def complete(target: Path) -> None:
+def complete(target: Path, everyone: Processes | None = None) -> None:
     """Let the checkpoint in ``unfinished(target)`` appear under its name, once all of it has reached the disk.
 
     Args:
         target: the checkpoint; an older one of that name is replaced.
+        everyone: the processes that wrote it, all of which call this and read a part of it; one by default.
     """
-    staging = unfinished(target)
-    manifest = {name: _fingerprint(staging / name) for name in _files(staging)}
-    (staging / MANIFEST).write_text(json.dumps({"files": manifest}, indent=2) + "\n", encoding="utf-8")
-    for path in [staging / name for name in _files(staging)] + [each for each in staging.rglob("*") if each.is_dir()]:
-        _to_disk(path)
-    _to_disk(staging)
-    if target.exists():
-        target.replace(staging.with_name(f"replaced-{target.name}"))
-    staging.replace(target)
-    remove_unfinished(target.parent)
-    _to_disk(target.parent)
+    staging, everyone = unfinished(target), everyone or Processes()
+    everyone.together()
+    own = {}
+    for name in everyone.dealt(_files(staging)):
+        own[name] = _fingerprint(staging / name)
+        _to_disk(staging / name)
+    manifest = everyone.merged(own)
+    if everyone.rank == 0:
+        text = json.dumps({"files": dict(sorted(manifest.items()))}, indent=2) + "\n"
+        (staging / MANIFEST).write_text(text, encoding="utf-8")
+        for path in (staging / MANIFEST, *(each for each in staging.rglob("*") if each.is_dir()), staging):
+            _to_disk(path)
+        if target.exists():
+            target.replace(staging.with_name(f"replaced-{target.name}"))
+        staging.replace(target)
+        remove_unfinished(target.parent)
+        _to_disk(target.parent)
+    everyone.together()
 
 
 def remove_unfinished(run: Path) -> None:
@@ -83,26 +95,31 @@ def remove_unfinished(run: Path) -> None:
     shutil.rmtree(run / _UNFINISHED, ignore_errors=True)
 
 
-def verify(checkpoint: Path) -> None:
+def verify(checkpoint: Path, everyone: Processes | None = None) -> None:
     """Read every file of a checkpoint and compare it with what was written.
+
+    Args:
+        checkpoint: the folder.
+        everyone: processes that all call this, and read a part of it each; one by default.
 
     Raises:
         MissingFileError: if there is no such folder.
         CheckpointError: naming the first file that is missing, of another size, or changed; and a whole checkpoint.
     """
-    if problem := _problem(checkpoint):
+    if problem := _problem(checkpoint, everyone):
         error = CheckpointError if checkpoint.is_dir() else MissingFileError
         raise error(f"{checkpoint} {problem}. {advice(checkpoint.parent, but=checkpoint)}")
 
 
-def newest_whole(run: Path) -> Path | None:
+def newest_whole(run: Path, everyone: Processes | None = None) -> Path | None:
     """Return the checkpoint of a run with the most steps that is whole; None if there is none.
 
     Args:
         run: the run's ``output_dir``.
+        everyone: processes that all call this, and read a part of it each; one by default.
     """
     for checkpoint in checkpoints(run):
-        problem = _problem(checkpoint)
+        problem = _problem(checkpoint, everyone)
         if problem is None:
             return checkpoint
         _log.warning("%s %s and is passed over.", checkpoint, problem)
@@ -151,14 +168,28 @@ def advice(run: Path, but: Path | None = None) -> str:
     return f"There is no {'other ' if but else ''}whole checkpoint in {run}."
 
 
-def _problem(checkpoint: Path) -> str | None:
-    """Return what is wrong with a checkpoint, as the rest of a sentence; None if it is whole."""
+def _problem(checkpoint: Path, everyone: Processes | None = None) -> str | None:
+    """Return what is wrong with a checkpoint, as the rest of a sentence; None if it is whole.
+
+    Args:
+        checkpoint: the folder.
+        everyone: processes that all call this, and read a part of it each; one by default.
+    """
+    everyone = everyone or Processes()
+    if everyone.alone:
+        return _problem_of(checkpoint, lambda files: files)
+    mine = _problem_of(checkpoint, everyone.dealt)
+    return everyone.first(mine)
+
+
+def _problem_of(checkpoint: Path, chosen: Callable[[list[str]], list[str]]) -> str | None:
+    """Return what is wrong with the files of a checkpoint that are chosen among all of their names."""
     if not checkpoint.is_dir():
         return "is no folder"
     try:
         files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
-        for name, expected in files.items():
-            path = checkpoint / name
+        for name in chosen(list(files)):
+            path, expected = checkpoint / name, files[name]
             if not path.is_file():
                 return f"is broken: {name} is missing"
             if path.stat().st_size != expected["size"]:

@@ -11,6 +11,9 @@ from .processes import Processes
 class DeadLatents:
     """Counts, for every latent, the activations seen since it last fired.
 
+    Which latents are dead changes between steps only: whatever the parts of a batch are, and whoever computes them,
+    all of them see the same dead latents.
+
     Args:
         d_sae: number of latents.
         dead_after: a latent that was silent for this many activations is dead.
@@ -18,7 +21,7 @@ class DeadLatents:
         processes: those that see other activations; a latent is alive if it fires in one of them.
 
     Attributes:
-        fired: which latents were on since processes last agreed, ``[d_sae]`` bool; None in a process that is alone.
+        fired: which latents were on since the last step, in this process, ``[d_sae]`` bool; None before any batch.
     """
 
     def __init__(
@@ -30,31 +33,33 @@ class DeadLatents:
     ) -> None:
         self.dead_after = dead_after
         self.fired: Tensor | None = None
+        self._seen = 0
         self._processes = processes or Processes()
         self.silent_for = torch.zeros(d_sae, dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def update(self, fired: Tensor, activations: int) -> None:
-        """Count a batch.
+        """See a batch, or a part of it.
 
         Args:
             fired: which latents were on for some activation of it, ``[d_sae]`` bool.
             activations: how many there were, in this process and as many in each of the others.
         """
-        self.silent_for += activations * self._processes.count
-        self.silent_for.masked_fill_(fired, 0)
-        if not self._processes.alone:
-            self.fired = fired if self.fired is None else self.fired | fired
+        self.fired = fired if self.fired is None else self.fired | fired
+        self._seen += activations * self._processes.count
 
     @torch.no_grad()
-    def agree(self, fired: Tensor) -> None:
-        """Take in, at every step, what all processes have seen since the last one.
+    def advance(self, fired: Tensor | None = None) -> None:
+        """Count, at every step, what was seen since the last one.
 
         Args:
-            fired: which latents were on in some process, ``[d_sae]`` bool.
+            fired: which latents were on in some process, ``[d_sae]`` bool; by default, in this one.
         """
-        self.silent_for.masked_fill_(fired, 0)
-        self.fired = None
+        fired = self.fired if fired is None else fired
+        self.silent_for += self._seen
+        if fired is not None:
+            self.silent_for.masked_fill_(fired.to(self.silent_for.device), 0)
+        self.fired, self._seen = None, 0
 
     @property
     def mask(self) -> Tensor:

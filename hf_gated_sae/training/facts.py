@@ -22,6 +22,7 @@ FACTS_FILE = "training_facts.json"
 def write_training_facts(
     folder: Path,
     trainees: Sequence[Trainee],
+    dead: Sequence[int],
     state: TrainerState,
     args: SAETrainingArguments,
     seconds: float,
@@ -32,6 +33,7 @@ def write_training_facts(
     Args:
         folder: the run's ``output_dir``.
         trainees: what was trained.
+        dead: how many latents of each SAE are dead.
         state: the trainer's, after the last step.
         args: the recipe.
         seconds: how long the run took.
@@ -44,7 +46,7 @@ def write_training_facts(
                 "steps": state.global_step,
                 "activations": state.global_step * args.activations_per_step,
                 "seconds": round(seconds, 1),
-                "dead_latents": int(trainee.dead.mask.sum()),
+                "dead_latents": dead[number],
                 "objective": asdict(trainee.objective),
                 "sparsity_coefficient": trainee.coefficient,
             }

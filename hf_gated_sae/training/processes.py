@@ -5,14 +5,21 @@ All of it does nothing, and costs nothing, in a process that is alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import ReduceOp
 
+from ..errors import InputError, SAEError
 from ..functional.others import OtherLatents, OtherTokens
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+Item = TypeVar("Item")
 
 GRADIENTS_AT_ONCE = 1 << 26
 """Numbers of gradients that are sent together: few messages, and little memory beside the gradients."""
@@ -95,6 +102,10 @@ class Processes(OtherLatents, OtherTokens):
         distributed.all_reduce(reduced, operation, group=self.group)
         return reduced
 
+    def same(self, number: int) -> int:
+        """Return the first process's number."""
+        return number if self.alone else self.smallest(number if self.rank == 0 else 1 << 62)
+
     # ------------------------------------------------------------------ rows
 
     @torch.no_grad()
@@ -142,9 +153,20 @@ class Processes(OtherLatents, OtherTokens):
             return
         gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
         for gradient in gradients:
-            for piece in gradient.view(-1).split(GRADIENTS_AT_ONCE):
+            whole = gradient.contiguous()
+            for piece in whole.view(-1).split(GRADIENTS_AT_ONCE):
                 distributed.all_reduce(piece, ReduceOp.SUM, group=self.group)
                 piece.div_(self.count)
+            if whole is not gradient:
+                gradient.copy_(whole)
+
+    @torch.no_grad()
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Give some tensors, in place, the values that they have in the first process."""
+        for tensor in () if self.alone else tensors:
+            values = tensor.detach().contiguous()
+            distributed.broadcast(values, group=self.group, group_src=0)
+            tensor.detach().copy_(values)
 
     # ------------------------------------------------------------------ one SAE over several processes
 
@@ -206,6 +228,32 @@ class Processes(OtherLatents, OtherTokens):
         said = ((rank, each) for rank, each in enumerate(texts) if each is not None)
         return next((f"{each} (in process {rank} of {self.count})" for rank, each in said), None)
 
+    def dealt(self, items: Sequence[Item]) -> list[Item]:
+        """Return this process's share of what all of them have to do."""
+        return list(items[self.rank :: self.count])
+
+    def merged(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what all processes have by name, in all of them; small things, such as can be pickled."""
+        if self.alone:
+            return dict(own)
+        every: list[Mapping[str, Any]] = [{}] * self.count
+        distributed.all_gather_object(every, dict(own), group=self.group)
+        return {name: value for each in every for name, value in each.items()}
+
+    def raise_first(self, error: SAEError | None, kind: type[SAEError] = InputError) -> None:
+        """Raise, in all processes, what one of them could not do; a process that is alone raises its own error.
+
+        Args:
+            error: of this process; None if it has none.
+            kind: of the error in those that have none themselves.
+
+        Raises:
+            SAEError: with the text of the first error.
+        """
+        text = self.first(None if error is None else str(error))
+        if text is not None:
+            raise (kind if error is None else type(error))(text) from error
+
     def together(self) -> None:
         """Wait for all."""
         if not self.alone:
@@ -234,6 +282,23 @@ class Processes(OtherLatents, OtherTokens):
         received = torch.empty_like(tensor, memory_format=torch.contiguous_format)
         distributed.recv(received, group=self.group, group_src=source)
         return received
+
+
+def require_launched(args: TrainingArguments) -> None:
+    """Raise if there are other processes, and transformers does not know of them.
+
+    Raises:
+        InputError: saying how to launch them.
+    """
+    started = max(Processes.all().count, int(os.environ.get("WORLD_SIZE") or 1))
+    if started == args.world_size:
+        return
+    on_cpu = " On CPUs pass use_cpu=True (--training.use_cpu true on the command line)." if not args.use_cpu else ""
+    raise InputError(
+        f"{started} processes were started, and transformers takes them for {args.world_size}, so that each would "
+        f"train and write for itself.{on_cpu} Launch them with torchrun or accelerate launch; "
+        "hf_gated_sae/training/README.md says how."
+    )
 
 
 class _Summed(torch.autograd.Function):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from ..errors import CheckpointError, InputError, MissingFileError, TrainingError
+from ..errors import CheckpointError, InputError, MissingFileError, SAEError, TrainingError
 from . import checkpoints
 from .arguments import ARGUMENTS_FILE, SAETrainingArguments
 from .randomness import random_state, restore_random_state
@@ -61,8 +62,8 @@ class Resumable(Trainer):
         """
         run = Path(self._get_output_dir(trial))
         target = run / f"checkpoint-{self.state.global_step}"
-        self._require_finite_weights(target)
-        with checkpoints.writing(target):
+        self.grid.everyone.raise_first(self._nonfinite_weight(target), TrainingError)
+        with checkpoints.writing(target, clean=self.args.should_save):
             if self.args.should_save:
                 checkpoints.begin(target)
             self.accelerator.wait_for_everyone()
@@ -71,23 +72,47 @@ class Resumable(Trainer):
                 super()._save_checkpoint(model, trial)
             finally:
                 self._writing = False
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                checkpoints.complete(target)
-            self.accelerator.wait_for_everyone()
+            checkpoints.complete(target, self.grid.everyone)
         if self.args.should_save:
             checkpoints.rotate(target, self.args.save_total_limit)
 
-    def _require_finite_weights(self, target: Path) -> None:
-        """Raise if there is a weight from which no run could go on: older checkpoints are worth more."""
+    def _nonfinite_weight(self, target: Path) -> TrainingError | None:
+        """Return the error of a weight from which no run could go on: older checkpoints are worth more."""
         for name, trainee in self.trainees.items():
             for parameter, values in trainee.sae.named_parameters():
                 if not torch.isfinite(values).all():
                     of = f" of the SAE {name!r}" if name else ""
-                    raise TrainingError(
+                    return TrainingError(
                         f"The parameter {parameter}{of} is no longer finite after step {self.state.global_step}, so "
                         f"that no checkpoint was written. {checkpoints.advice(target.parent)}"
                     )
+        return None
+
+    def _require_one_disk(self) -> None:
+        """Raise, before the first step, unless all processes see the folder into which all of them write checkpoints.
+
+        Raises:
+            InputError: in all of them.
+        """
+        everyone, folder = self.grid.everyone, Path(self.args.output_dir)
+        if everyone.alone or self.args.save_strategy == "no":
+            return
+        sign = folder / f".seen-by-all-{everyone.same(secrets.randbits(48))}"
+        error: SAEError | None = None
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            sign.touch()
+        everyone.together()
+        if not sign.exists():
+            error = InputError(
+                f"output_dir is {folder.absolute()}, where not all processes see what the first one writes: "
+                "checkpoints have to go to a disk that all of them share."
+            )
+        try:
+            everyone.raise_first(error)
+        finally:
+            if self.args.should_save:
+                sign.unlink()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the SAEs in the model's unit, each in the subfolder of its name if there are several.
@@ -176,6 +201,16 @@ class Resumable(Trainer):
             MissingFileError: if there is none.
             CheckpointError: if the given one is broken, naming the file and the newest whole one.
         """
+        found, error = None, None
+        try:
+            found = self._find_checkpoint(given)
+        except SAEError as why:
+            error = why
+        self.grid.everyone.raise_first(error, CheckpointError)
+        return found
+
+    def _find_checkpoint(self, given: str | Path | bool | None) -> Path | None:
+        everyone = self.grid.everyone
         run = Path(self.args.output_dir)
         if given is None or given is False:
             others = checkpoints.checkpoints(run)
@@ -194,13 +229,13 @@ class Resumable(Trainer):
                 )
             return None
         if given is True:
-            newest = checkpoints.newest_whole(run)
+            newest = checkpoints.newest_whole(run, everyone)
             if newest is None:
                 raise MissingFileError(f"There is no whole checkpoint in {run}; start anew, without resuming.")
             checkpoint = newest
         else:
             checkpoint = Path(given)
-            checkpoints.verify(checkpoint)
+            checkpoints.verify(checkpoint, everyone)
         if not (checkpoint / f"{OPTIMIZER_FILE}.json").is_file():
             raise CheckpointError(
                 f"{checkpoint} holds the SAEs alone (save_only_model=True): load them and start anew."

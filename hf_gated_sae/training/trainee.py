@@ -261,11 +261,14 @@ class Trainee:
         if not self.grid.data.alone:
             accumulator.pool(self.grid.data.sum, self.grid.data.largest)
         found = accumulator.compute()
-        counted = torch.tensor([found.l0, int(self.dead.mask.sum())], dtype=torch.float64)
-        l0, dead = self.grid.latents.sum(counted.to(self.grid.latents.device)).tolist()  # of the latents of all
+        l0 = torch.tensor(found.l0, dtype=torch.float64, device=self.grid.latents.device)
         watched = {name: getattr(found, name) for name in WATCHED}
         terms = self.grid.data.numbers({f"loss_{name}": term.item() for name, term in loss.terms.items()})
-        return {**terms, **watched, "l0": l0, "dead_latents": int(dead)}
+        return {**terms, **watched, "l0": float(self.grid.latents.sum(l0)), "dead_latents": self.count_dead()}
+
+    def count_dead(self) -> int:
+        """Return how many latents are dead, of those of all processes that share the SAE."""
+        return int(self.grid.latents.sum(self.dead.mask.sum().to(self.grid.latents.device)))
 
     # ------------------------------------------------------------------ disk
 

@@ -27,11 +27,12 @@ from .group import SAEGroup
 from .memory import TrainingMemory, available_memory, is_out_of_memory
 from .nonfinite import find_nonfinite, find_nonfinite_gradient
 from .objective import called_through
+from .processes import Processes, require_launched
 from .progress import TrainingProgress
 from .recording import record_activations
 from .resumable import Resumable
 from .schedules import LearningRateDip
-from .sharding import Grid, split
+from .sharding import GatheredActivations, Grid, split
 from .statistics import measure
 from .streams import ActivationStream, TensorActivations
 from .trainee import Trainee
@@ -76,6 +77,7 @@ class SAETrainer(Resumable):
         stream = (
             TensorActivations(train_dataset, seed=args.seed) if isinstance(train_dataset, Tensor) else train_dataset
         )
+        require_launched(args)
         self.grid = Grid.arrange(args.latent_parallel, stream, args.device.type)
         self.stream = self.grid.part(stream)
         given = {"": model} if isinstance(model, SAEModel) else dict(model)
@@ -113,6 +115,18 @@ class SAETrainer(Resumable):
             dead.silent_for = dead.silent_for.to(sae.device)  # where transformers has put the SAE
             if hasattr(sae.config, "use_cache"):
                 del sae.config.use_cache  # set by transformers on every model; means nothing to an SAE
+            self._share_start(sae)
+            if isinstance(self.stream, GatheredActivations):
+                trainee = self.trainees[name]
+                for site, width in ((trainee.reads, sae.config.d_in), (trainee.writes, sae.d_out)):
+                    self.stream.like[site] = torch.empty(0, width, device=sae.device, dtype=sae.dtype)
+
+    def _share_start(self, sae: SAEModel) -> None:
+        """Let all processes begin with the same SAE, even if each has made its own."""
+        held = sae.state_dict()
+        self.grid.data.share(held.values())
+        if not self.grid.latents.alone:
+            self.grid.latents.share(held[name] for name in sorted(type(sae).shared_names(sae.config)))
 
     # ------------------------------------------------------------------ the run
 
@@ -146,6 +160,7 @@ class SAETrainer(Resumable):
             )
         if self.args.should_save:
             checkpoints.remove_unfinished(Path(self.args.output_dir))
+        self._require_one_disk()
         saes = [trainee.sae for trainee in self.trainees.values()]
         with ExitStack() as stack:
             for trainee in self.trainees.values():
@@ -186,17 +201,18 @@ class SAETrainer(Resumable):
         """
         trainees, count = list(self.trainees.values()), self.args.recorded_activations
         metrics = record_activations(trainees, self.stream.sample(count)) if count else None
-        folder = Path(self.args.output_dir)
+        folder, dead = Path(self.args.output_dir), [trainee.count_dead() for trainee in trainees]
         try:
             self.save_model()
             if self.args.should_save:
-                write_training_facts(folder, trainees, self.state, self.args, self._seconds, metrics)
+                write_training_facts(folder, trainees, dead, self.state, self.args, self._seconds, metrics)
         except (OSError, SafetensorError) as error:
             why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise CheckpointError(
                 f"The training is done, but its result could not be written to {folder} ({why}). It is still in "
                 "memory: make room, and call save_model(), or save_pretrained() of the SAE."
             ) from error
+        self.grid.everyone.together()  # the folder is whole for all of them
 
     def _forget(self) -> None:
         """Let go of the latest batch."""
@@ -248,8 +264,10 @@ class SAETrainer(Resumable):
         """Clip the gradient of each SAE by itself, and return the norm of all before that.
 
         Raises:
+            InputError: if one of several processes cannot go on reading.
             TrainingError: if it, or the loss, is not finite.
         """
+        self.accelerator.unscale_gradients()
         norms = self._gradient_norms()
         whole = torch.linalg.vector_norm(norms)
         self._require_finite(whole)  # scaling would hide where it comes from
@@ -267,6 +285,7 @@ class SAETrainer(Resumable):
             TrainingError: if it, or the loss, is not finite.
         """
         if grad_norm is None:
+            self.accelerator.unscale_gradients()
             grad_norm = torch.linalg.vector_norm(self._gradient_norms(whole=self._logs_at(self.state.global_step + 1)))
             self._require_finite(grad_norm)
         return grad_norm
@@ -294,13 +313,14 @@ class SAETrainer(Resumable):
     def _require_finite(self, norm: Tensor) -> None:
         """Raise if loss or gradients are not finite; that is one number per step, unless it has happened."""
         loss = self._agree()
-        if self.accelerator.scaler is not None:
-            return  # which skips steps that overflow, on purpose
         flag = norm if loss is None else norm + loss
         if torch.isfinite(flag):
             return
         step = self.state.global_step
         trainees, everyone = self.trainees.values(), self.grid.everyone
+        everyone.raise_first(self.stream.failure)
+        if self.accelerator.scaler is not None:
+            return  # which skips steps that overflow, on purpose
         found = everyone.first(find_nonfinite(trainees, self._inputs, step))
         found = found or everyone.first(find_nonfinite_gradient(trainees))  # which all have, whosever it is
         if found is None:
@@ -316,14 +336,16 @@ class SAETrainer(Resumable):
     def _agree(self) -> Tensor | None:
         """Let processes tell each other which latents fired; return the loss, NaN if it is not finite in one."""
         loss, self._loss_sum = self._loss_sum, None
-        if self.grid.data.alone or loss is None:
-            return loss
         dead = [trainee.dead for trainee in self.trainees.values()]
+        if self.grid.data.alone or loss is None:
+            for each in dead:
+                each.advance()
+            return loss
         own = [each.fired.to(loss.device) for each in dead if each.fired is not None]
         flags = [*own, ~torch.isfinite(loss)[None]]
         *fired, lost = self.grid.data.any(torch.cat(flags)).split([len(each) for each in flags])
         for each, anywhere in zip(dead, fired, strict=True):
-            each.agree(anywhere.to(each.silent_for.device))
+            each.advance(anywhere)
         return loss.masked_fill(lost[0], torch.nan)
 
     # ------------------------------------------------------------------ what is logged
@@ -425,6 +447,12 @@ def _part(sae: SAEModel, grid: Grid, args: SAETrainingArguments) -> SAEModel:
     Raises:
         InputError: if it cannot be split, or trained so.
     """
+    others = sae.others
+    if isinstance(others, Processes) and (others.count, others.rank) != (grid.latents.count, grid.latents.rank):
+        raise InputError(
+            f"This is the part of an SAE that {others.count} processes share (number {others.rank} of them), and "
+            f"latent_parallel is {args.latent_parallel}: pass latent_parallel={others.count}, or the whole SAE."
+        )
     if grid.latents.alone:
         return sae
     if args.dead_latent_remedy not in (None, "resample"):

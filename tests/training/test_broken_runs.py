@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import resource
@@ -172,3 +173,25 @@ def test_every_run_leaves_what_a_card_needs(arguments, tmp_path):
     assert facts.training["objective"]["frozen_decoder"] is True
     assert facts.metrics["l0"] == pytest.approx(saved.config.recorded_l0) and facts.evaluation["tokens"] == 500
     assert facts.training["seconds"] > 0 and str(tmp_path) not in json.dumps(facts.to_dict())
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_gradients_are_unscaled_before_they_are_clipped(arguments, monkeypatch, clip):
+    """As with fp16 on a GPU, which scales the loss by 65,536; here on a CPU, with everything else left in float32."""
+    moved, norms = [], []
+    for scale in (None, 1024.0):
+        sae = build("standard", D_IN).double()
+        before = sae.W_enc_T.detach().clone()
+        args = arguments(max_steps=1, max_grad_norm=clip, optim="sgd", learning_rate=1.0, logging_steps=1)
+        made = quiet(SAETrainer(sae, args, activations(500, seed=0).double()))
+        if scale is not None:
+            made.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+            monkeypatch.setattr(made.accelerator, "native_amp", True)
+            monkeypatch.setattr(type(made.accelerator), "mixed_precision", "fp16")
+            monkeypatch.setattr(made.accelerator, "autocast", contextlib.nullcontext)
+            monkeypatch.setattr(made.accelerator, "prepare_model", lambda model, **_: model)
+        made.train()
+        moved.append(sae.W_enc_T.detach() * made.trainees[""].scale_in - before)
+        norms.append(made.state.log_history[0]["grad_norm"])
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+    torch.testing.assert_close(moved[1], moved[0], rtol=1e-4, atol=1e-6)

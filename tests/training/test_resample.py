@@ -110,9 +110,13 @@ def test_dead_latents_count_activations_since_they_fired(batch):
     for _ in range(100 // batch):
         assert not dead.mask.any()
         dead.update(firing, batch)
+        dead.advance()
     assert dead.silent_for.tolist() == [0, 100, 100]
     assert dead.mask.tolist() == [False, True, True]
     dead.forgive(torch.tensor([2]))
     assert dead.mask.tolist() == [False, True, False]
     dead.update(torch.tensor([False, True, False]), 1)
+    dead.update(torch.tensor([False, False, False]), 0)
+    assert dead.mask.tolist() == [False, True, False], "until the step is taken"
+    dead.advance()
     assert dead.silent_for.tolist() == [1, 0, 1]

@@ -6,9 +6,10 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ...errors import InputError
+from ...errors import InputError, SAEError
 from ..processes import Processes
 from ..streams import ActivationStream
 from ..streams.base import Cursor, State
@@ -24,6 +25,9 @@ class GatheredActivations(ActivationStream):
         own: this process's part; see `ActivationStream.shard`.
         samples: the processes that share samples.
         batches: the processes that share batches, too.
+
+    Attributes:
+        like: by site, a tensor of the width, dtype and device of its activations; `SAETrainer` knows it of its SAEs.
     """
 
     def __init__(self, own: ActivationStream, samples: Processes, batches: Processes) -> None:
@@ -31,6 +35,11 @@ class GatheredActivations(ActivationStream):
         self.sharing_samples = samples
         self.sharing_batches = batches
         self.sites = own.sites
+        self.like: dict[str, Tensor] = {}
+
+    def lost(self, batch_size: int) -> dict[str, Tensor]:
+        """Return a batch that is not numbers, of the widths that the SAEs read and write."""
+        return {site: x.new_full((batch_size, *x.shape[1:]), torch.nan) for site, x in self.like.items()}
 
     @property
     def buffer_bytes(self) -> int:
@@ -53,18 +62,44 @@ class GatheredActivations(ActivationStream):
                 f"Batches of {batch_size} activations cannot come in equal parts from the {count} processes that "
                 "share them; choose a multiple."
             )
-        return _Gathered(self.own.open(batch_size // count, state), self.sharing_batches)
+        error, cursor = None, None
+        try:
+            cursor = self.own.open(batch_size // count, state)
+        except SAEError as found:
+            error = found
+        self.failure = None
+        self.sharing_samples.raise_first(error)
+        assert cursor is not None
+        return _Gathered(cursor, self, batch_size // count)
 
     def sample(self, count: int) -> Iterator[dict[str, Tensor]]:
         """Yield about `count` activations, every process's share of what it would have sampled alone."""
         sharing, pieces = self.sharing_samples, self.own.sample(count)
+        left: dict[str, Tensor] = {}
+        ended, error = False, None
         while True:
-            piece = next(pieces, {})
-            rows = min((len(x) // sharing.count for x in piece.values()), default=0)
-            rows = sharing.smallest(rows)
-            if not rows:  # one of them has no more
+            rows = min((len(x) // sharing.count for x in left.values()), default=0)
+            if not rows and not ended:
+                try:
+                    piece = next(pieces, None)
+                except SAEError as found:
+                    piece, error = None, found
+                ended = piece is None
+                left = {site: torch.cat([left[site], x]) if left else x for site, x in (piece or left).items()}
+                rows = min((len(x) // sharing.count for x in left.values()), default=0)
+            # In one number: failed, at the end, not yet as many rows as processes, or so many for each of them.
+            said = sharing.smallest(-1 if error else rows + 1 if rows else 0 if ended else 1)
+            if said < 0:
+                sharing.raise_first(error)
+            if said < 1:
                 return
-            yield {site: sharing.rows(x[sharing.rank :: sharing.count][:rows]) for site, x in piece.items()}
+            rows = said - 1
+            if rows:
+                yield {
+                    site: sharing.rows(x[sharing.rank : rows * sharing.count : sharing.count])
+                    for site, x in left.items()
+                }
+                left = {site: x[rows * sharing.count :] for site, x in left.items()}
 
     def shard(self, rank: int, world_size: int) -> ActivationStream:
         """Return the stream of which every process reads one of `world_size` parts of what it reads now."""
@@ -75,15 +110,27 @@ class GatheredActivations(ActivationStream):
 
 
 class _Gathered(Cursor[dict[str, Tensor]]):
-    """Batches of one process, with the rows of others."""
+    """Batches of one process, with the rows of others.
 
-    def __init__(self, own: Cursor[dict[str, Tensor]], sharing: Processes) -> None:
+    A process that cannot go on gives rows that are not numbers, until all have come to where they stop together: the
+    others wait for its part of each batch, and of the gradients.
+    """
+
+    def __init__(self, own: Cursor[dict[str, Tensor]], stream: GatheredActivations, batch_size: int) -> None:
         self.own = own
-        self.sharing = sharing
+        self.stream = stream
+        self.batch_size = batch_size
+        self._latest: dict[str, Tensor] = {}
 
     def __next__(self) -> dict[str, Tensor]:
         """Return the next batch."""
-        return {site: self.sharing.rows(x) for site, x in next(self.own).items()}
+        if self.stream.failure is None:
+            try:
+                self._latest = next(self.own)
+            except SAEError as error:
+                self.stream.failure = error
+                self._latest = self.stream.lost(self.batch_size)
+        return {site: self.stream.sharing_batches.rows(x) for site, x in self._latest.items()}
 
     def state_dict(self) -> State:
         """Return where this process's own part is."""

@@ -9,7 +9,7 @@ from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 
 from ...errors import InputError
-from ...sites.sharding import tensor_ranks
+from ...sites.sharding import ranks_of, tensor_ranks
 from ..processes import Processes
 from ..streams import ActivationStream, ModelActivations
 from .gathered import GatheredActivations
@@ -52,7 +52,14 @@ class Grid:
                 f"{everyone.count} processes cannot be arranged in rows of {latents} that share an SAE; expected a "
                 f"divisor of {everyone.count}."
             )
-        together = _together(everyone, tensor_ranks(stream.model) if isinstance(stream, ModelActivations) else ())
+        split = tensor_ranks(stream.model) if isinstance(stream, ModelActivations) else ()
+        if isinstance(stream, ModelActivations) and set(ranks_of(stream.model)) - set(split):
+            raise InputError(
+                f"Every forward of the {type(stream.model).__name__} takes the processes "
+                f"{list(ranks_of(stream.model))} together (FSDP), and each of them reads text of its own, not always "
+                "in as many forwards: load the whole model in each, or split it by tensor parallelism."
+            )
+        together = _together(everyone, split)
         if latents % together:
             raise InputError(
                 f"The base model is split over {together} processes, which all read the same text, and {latents} "

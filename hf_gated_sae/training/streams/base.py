@@ -43,9 +43,11 @@ class ActivationStream(ABC):
 
     Attributes:
         sites: where the activations are from; `""` for activations that fit any SAE.
+        failure: why this process could not go on reading, where it has to tell others; its batches are NaN from then.
     """
 
     sites: tuple[str, ...]
+    failure: SAEError | None = None
     _resumed: State | None = None
     _cursor: Cursor[dict[str, Tensor]] | None = None
 

@@ -11,9 +11,9 @@ from transformers.distributed import DistributedConfig
 
 from hf_gated_sae import SAEModel
 from hf_gated_sae.errors import CheckpointError, InputError, TrainingError
-from hf_gated_sae.training import ModelActivations, SAETrainer, SAETrainingArguments, TensorActivations
+from hf_gated_sae.training import ModelActivations, SAETrainer, SAETrainingArguments, TensorActivations, checkpoints
 from hf_gated_sae.training.processes import Processes
-from hf_gated_sae.training.sharding import load_part
+from hf_gated_sae.training.sharding import GatheredActivations, load_part, split
 from tests.hooks.distributed.ranks import RANKS, gathered, require_alike, run
 from tests.support.tiny_models import tiny_model
 from tests.training.worlds import D_IN, activations, build
@@ -26,6 +26,8 @@ ANNEALED = {
     "sparsity_power_changes": 3,
     "sparsity_power_batches": 4,
 }
+DYING = {"gradient_accumulation_steps": 2, "dead_after_activations": 130}
+"""Latents die and come back within a step, for its parts in different processes at different times."""
 RUNS = {
     "resampled": (("gated", "standard", "jumprelu"), {**RESAMPLED, "initial_b_dec": "geometric_median"}),
     "annealed": (("gated", "standard"), {**ANNEALED, "dead_latent_remedy": None}),
@@ -34,6 +36,9 @@ RUNS = {
     "ghosts": (("standard",), {"dead_latent_remedy": "ghost_gradients"}),
     "pulled": (("gated",), {"dead_latent_remedy": "pre_activation_pull", "pull_coefficient": 0.1}),
     "accumulated": (("gated",), {**RESAMPLED, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5}),
+    "auxk, accumulated": (("gated", "topk"), {**DYING, "dead_latent_remedy": "auxk", "auxk_coefficient": 1.0}),
+    "ghosts, accumulated": (("standard",), {**DYING, "dead_latent_remedy": "ghost_gradients"}),
+    "pulled, accumulated": (("gated",), {**DYING, "dead_latent_remedy": "pre_activation_pull"}),
 }
 SPLIT = {
     "resampled": RUNS["resampled"],
@@ -233,6 +238,125 @@ def what_is_not_finite_in_one_stops_both(given):
         assert f"in process {2 - latents} of 2" in first  # those that share an SAE have seen it both
 
 
+class Breaking(TensorActivations):
+    """Cannot go on in one process, once it has been read often enough, or from the beginning."""
+
+    after, calls = 5, 0
+
+    def rows(self, rows):
+        self.calls += 1
+        if self.rank == 1 and self.calls > self.after:
+            raise InputError("The text is gone. Bring it back.")
+        return super().rows(rows)
+
+
+@check
+def what_one_cannot_read_stops_both_with_its_reason(given):
+    folder, _ = given
+    for latents in (1, 2):
+        for after, settings in ((5, {"gradient_accumulation_steps": 2}), (5, {}), (-1, {})):
+            stream = Breaking(activations(700, seed=0).double(), seed=1)
+            stream.after = after
+            made = trainer(folder / "broken", ("gated",), 32, stream, latent_parallel=latents, **settings)
+            with pytest.raises(InputError, match=r"The text is gone. Bring it back. \(in process 1 of 2\)") as caught:
+                made.train()
+            first, second = gathered(str(caught.value))
+            assert first == second
+
+
+class Uneven(TensorActivations):
+    """Gives samples in pieces, of which some have fewer rows than there are processes, or none."""
+
+    def sample(self, count):
+        for piece in super().sample(count):
+            for site, x in piece.items():
+                for part in x.split([100, 1, 0, 1, 1, *[7] * ((len(x) - 103) // 7), (len(x) - 103) % 7]):
+                    yield {site: part}
+
+
+@check
+def a_sample_does_not_end_with_a_small_piece(given):
+    _, everyone = given
+    x = activations(700, seed=0)
+    for wanted in (300, 700):
+        own = Uneven(x, seed=3).shard(everyone.rank, RANKS)
+        sample = torch.cat([each[""] for each in GatheredActivations(own, everyone, everyone).sample(wanted)])
+        assert wanted - 4 <= len(sample) <= wanted
+        require_alike(sample)
+        assert len(torch.cdist(sample, x).min(1).indices.unique()) == len(sample), "no row twice"
+
+
+@check
+def every_process_begins_with_the_saes_of_the_first(given):
+    folder, everyone = given
+    for latents in (1, 2):
+        mine = build("gated", D_IN, 48).double()
+        for tensor in mine.state_dict().values():
+            tensor += 0.01 * everyone.rank
+        mine.W_dec = torch.nn.Parameter(mine.W_dec.detach().T.contiguous().T)  # in memory, any order will do
+        made = trainer(folder / "alike", {"": mine}, 32, latent_parallel=latents, max_steps=4)
+        made.train()
+        for name in ("b_dec", *(("W_dec", "b_gate") if latents == 1 else ())):
+            require_alike(made.trainees[""].sae.state_dict()[name])
+
+
+@check
+def gradients_of_any_order_in_memory_are_averaged(given):
+    _, everyone = given
+    module = torch.nn.Linear(6, 4, bias=False)
+    module.weight.grad = torch.full((6, 4), float(everyone.rank)).T
+    everyone.average_gradients(module)
+    assert torch.equal(module.weight.grad, torch.full((4, 6), 0.5))
+
+
+@check
+def dead_latents_are_counted_in_all_parts(given):
+    folder, everyone = given
+    made = trainer(folder / "counted", ("standard",), 64, latent_parallel=2, dead_latent_remedy=None, max_steps=6)
+    made.trainees["standard"].sae.b_enc.data[:10] = -1e4
+    made.train()
+    facts = json.loads((folder / "counted" / "standard" / "training_facts.json").read_text())  # all have waited for it
+    assert facts["training"]["dead_latents"] == logged(made)[-1]["standard/dead_latents"] >= 20
+    require_alike(torch.tensor(made.trainees["standard"].count_dead()))
+
+
+@check
+def each_reads_a_part_of_a_checkpoint(given):
+    folder, everyone = given
+    place = folder / "shared"
+    trainer(place, ("gated",), 32, save_strategy="steps", save_steps=STEPS).train()
+    checkpoint, read = place / f"checkpoint-{STEPS}", []
+    fingerprint = checkpoints._fingerprint
+    checkpoints._fingerprint = lambda path: read.append(path.name) or fingerprint(path)
+    try:
+        checkpoints.verify(checkpoint, everyone)
+        names = gathered(read)
+        expected = {path.name for path in checkpoint.rglob("*") if path.is_file()} - {checkpoints.MANIFEST}
+        assert {*names[0], *names[1]} == expected and abs(len(names[0]) - len(names[1])) <= 1
+        if everyone.rank == 0:
+            (checkpoint / "process-1.safetensors").write_bytes(b"")
+        everyone.together()
+        with pytest.raises(CheckpointError, match="process-1.safetensors has 0 bytes") as caught:
+            trainer(place, ("gated",), 32, save_strategy="steps", save_steps=STEPS).train(str(checkpoint))
+    finally:
+        checkpoints._fingerprint = fingerprint
+    first, second = gathered(str(caught.value))
+    assert first == second
+
+
+@check
+def checkpoints_need_a_disk_that_all_see(given):
+    folder, everyone = given
+    here = folder / f"machine {everyone.rank}"
+    made = trainer(here, ("gated",), 32, save_strategy="steps", save_steps=4)
+    with pytest.raises(InputError, match="where not all processes see what the first one writes"):
+        made.train()
+    assert not here.exists() or not list(here.iterdir())
+    made = trainer(here, ("gated",), 32, max_steps=4)
+    made.train()  # without checkpoints the first process alone writes
+    assert (here / "gated").exists() == (everyone.rank == 0)
+
+
 @check
 def no_more_is_sent_than_needed(given):
     folder, _ = given
@@ -263,6 +387,18 @@ def what_cannot_be_is_refused(given):
             trainer(folder / "refused", ("gated",), **settings)
     with pytest.raises(InputError, match="which latents are on is decided among all of them"):
         trainer(folder / "refused", ("topk",), latent_parallel=2)
+    part = split(build("gated", D_IN, 48), Processes.all())
+    with pytest.raises(InputError, match="latent_parallel is 1: pass latent_parallel=2, or the whole SAE"):
+        trainer(folder / "refused", {"": part})
+    with pytest.raises(InputError, match="save_on_each_node=True would leave a checkpoint on every machine"):
+        trainer(folder / "refused", ("gated",), save_on_each_node=True)
+
+
+@check
+def processes_that_transformers_does_not_know_are_refused(given):
+    folder, _ = given
+    with pytest.raises(InputError, match="2 processes were started, and transformers takes them for 1.*use_cpu=True"):
+        trainer(folder / "refused", ("gated",), use_cpu=False)
 
 
 if __name__ == "__main__":
