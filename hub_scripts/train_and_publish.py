@@ -60,7 +60,8 @@ def main(
     if not run.parts.arguments.should_save:
         return  # of several processes, the first one goes on alone
     leave(run)
-    for name, sae in run.saes.items():
+    for name in run.saes:
+        sae = run.trained(name)
         some = islice(batches, max(1, tokens // (batches.context_length * batches.sequences_per_batch)))
         report = evaluate(run.parts.model, sae, some)
         console.print(f"{name or 'SAE'}: {_summary(report)}")

@@ -13,6 +13,9 @@ from rich.markup import escape
 
 from ..errors import SAEError
 
+INTERRUPTED = 130
+"""Exit status of a program that Ctrl-C has ended."""
+
 app = typer.Typer(
     name="hf-gated-sae",
     help="Pretrained sparse autoencoders, hooked into any Hugging Face causal language model.",
@@ -28,7 +31,22 @@ def _root() -> None:
 
 
 def main() -> None:
-    """Run the command; an error of this package becomes one line and exit status 1."""
+    """Run the command; an error of this package becomes one line and exit status 1, Ctrl-C one and status 130."""
+    try:
+        _run()
+    except KeyboardInterrupt:
+        say_interrupted()
+        sys.exit(INTERRUPTED)
+
+
+def say_interrupted(more: str = "") -> None:
+    """Say, in a line of its own, that Ctrl-C was understood, and what can be done now."""
+    text = f"Interrupted. {more}".rstrip()
+    Console(stderr=True, soft_wrap=True).print(text, highlight=False, markup=False)
+
+
+def _run() -> None:
+    """Import every subcommand and carry one out."""
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
         if module.name != "app":
             importlib.import_module(f"{__package__}.{module.name}")

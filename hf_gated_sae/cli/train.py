@@ -14,7 +14,7 @@ from rich.markup import escape
 from typer.core import TyperCommand
 
 from ..errors import InputError, did_you_mean
-from .app import app
+from .app import INTERRUPTED, app, say_interrupted
 from .tables import facts_grid
 
 if TYPE_CHECKING:
@@ -55,23 +55,28 @@ def train(
     comes before its preset. The SAEs are left in output_dir, beside a run.yaml that names the commits of model and
     data and trains the same again.
     """
-    from ..training.run import read_flags, read_run  # here, so that --help does not wait for torch
-    from .training.settings import show_presets
+    run: RunConfig | None = None
+    try:
+        from ..training.run import read_flags, read_run  # here, so that --help does not wait for torch
+        from .training.settings import show_presets
 
-    console = Console()
-    if presets:
-        show_presets(console)
-        return
-    if no_measure and not dry_run:
-        raise InputError("--no-measure says how a --dry-run is done; pass both.")
-    if config is None and not context.args:
-        raise InputError("Nothing to train: pass --config run.yaml, or the settings as flags (see --help).")
-    _require_known(context)
-    run = read_run(config, read_flags(context.args))
-    if dry_run:
-        _estimate(console, run, measure=not no_measure)
-    else:
-        _train(console, run, resume)
+        console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of several processes, the first one speaks
+        if presets:
+            show_presets(console)
+            return
+        if no_measure and not dry_run:
+            raise InputError("--no-measure says how a --dry-run is done; pass both.")
+        if config is None and not context.args:
+            raise InputError("Nothing to train: pass --config run.yaml, or the settings as flags (see --help).")
+        _require_known(context)
+        run = read_run(config, read_flags(context.args))
+        if dry_run:
+            _estimate(console, run, measure=not no_measure)
+        else:
+            _train(console, run, resume)
+    except KeyboardInterrupt as interrupted:
+        say_interrupted("" if run is None or dry_run else _how_to_go_on(run))
+        raise typer.Exit(INTERRUPTED) from interrupted
 
 
 def _require_known(context: typer.Context) -> None:
@@ -113,16 +118,11 @@ def _train(console: Console, run: RunConfig, resume: bool) -> None:
     from ..training.run import Run
     from .training.progress import LiveProgress
 
-    console.quiet = os.environ.get("RANK", "0") != "0"  # of several processes, the first one speaks
     with console.status("loading"), without_bars():
         ready = Run.prepare(run, resume=resume)
     console.print(facts_grid(ready.facts()))
-    try:
-        with LiveProgress(console) as progress:
-            ready.train([progress], quiet=True)
-    except KeyboardInterrupt as interrupted:
-        Console(stderr=True, soft_wrap=True).print(f"Interrupted. {_how_to_go_on(run)}", highlight=False, markup=False)
-        raise typer.Exit(130) from interrupted
+    with LiveProgress(console) as progress:
+        ready.train([progress], quiet=True)
     if not ready.parts.arguments.should_save:
         return
     for name, folder in leave(ready).items():

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments, get_scheduler
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
 from ..errors import InputError, unknown_name
 from .processes import require_launched
@@ -35,6 +35,9 @@ _NOT_NEGATIVE = (
     *("learning_rate", "adam_epsilon", "weight_decay", "max_grad_norm", "warmup_steps", "sparsity_warmup_steps"),
     *("lr_dip_steps", "recorded_activations", "auxk_coefficient", "pull_coefficient"),
 )
+
+TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow", "comet_ml", "swanlab", "clearml", "codecarbon", "dvclive")
+"""What ``report_to`` can name of packages that are installed under the same name."""
 
 _SHARES = ("adam_beta1", "adam_beta2", "lr_dip")
 
@@ -218,6 +221,9 @@ class SAETrainingArguments(TrainingArguments):
             get_reporting_integration_callbacks(self.report_to)
         except ValueError as error:
             raise InputError(f"report_to is {self.report_to}: {error}") from error
+        for name in self.report_to or ():  # of which transformers would hear once the model is loaded
+            if name in TRACKERS and name not in get_available_reporting_integrations():
+                raise InputError(f"report_to is {name!r}, which is not installed here: pip install {name}.")
 
     def _check_schedule(self) -> None:
         """Raise if transformers cannot make the schedule, which it would say after the model has been loaded."""

@@ -7,11 +7,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 from ..errors import InputError
 from ..modeling import SAEModel
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=|-]*(/[A-Za-z0-9_][A-Za-z0-9_.+=|-]*)*")
+
+
+class SAEGroupConfig(PreTrainedConfig):
+    """The configurations of several SAEs, by name, for trackers that write down what is trained."""
+
+    model_type = "sae_group"
+    saes: dict[str, Any] | None = None
 
 
 class SAEGroup(nn.Module):
@@ -30,6 +38,7 @@ class SAEGroup(nn.Module):
             raise InputError(f"Given the SAEs {list(saes)}; expected at least one, and each of them once.")
         require_names(saes)
         self.names = tuple(saes)
+        self.config = SAEGroupConfig(saes={name: sae.config.to_dict() for name, sae in saes.items()})
         self.saes = nn.ModuleList(saes.values())  # by number: a name may have dots
 
     def items(self) -> Iterator[tuple[str, SAEModel]]:

@@ -44,6 +44,10 @@ class Processes(OtherLatents, OtherTokens):
         if group is not None and "gloo" not in distributed.get_backend_config(group):
             self.device = torch.device(torch.accelerator.current_accelerator() or "cpu")
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Processes:
+        """Return the same: a copy of an SAE is shared by the same processes."""
+        return self
+
     @classmethod
     def all(cls) -> Processes:
         """Return the processes of this run, as `torchrun` or `accelerate launch` has started them."""

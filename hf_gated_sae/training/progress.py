@@ -30,11 +30,15 @@ class TrainingProgress(ProgressCallback):
 def numbers(logs: dict[str, Any]) -> dict[str, dict[str, str]]:
     """Return what is worth showing of a line of logs, by SAE and by title; nothing of a line without losses.
 
-    >>> numbers({"loss": 1.5, "loss_sparsity": 0.25, "l0": 31.0, "learning_rate": 3e-4, "dead_latents": 1200})
-    {'': {'loss': '1.5', 'sparsity': '0.25', 'L0': '31', 'dead': '1200'}}
+    All of it is of the latest batch; ``logs["loss"]`` is the mean since the line before, to which no terms add up.
+
+    >>> numbers({"loss": 1.5, "loss_sparsity": 0.25, "loss_reconstruction": 1.0, "l0": 31.0, "dead_latents": 1200})
+    {'': {'loss': '1.25', 'sparsity': '0.25', 'reconstruction': '1', 'L0': '31', 'dead': '1200'}}
     """
     found: dict[str, dict[str, str]] = {}
-    for key, value in logs.items() if "loss" in logs else ():
+    terms = [value for key, value in logs.items() if key.rpartition("/")[2].startswith("loss_")]
+    batch = {**logs, "loss": sum(terms) if terms else logs.get("loss")}
+    for key, value in batch.items() if "loss" in logs else ():
         sae, _, name = key.rpartition("/")
         title = name.removeprefix("loss_") if name.startswith("loss_") else SHOWN.get(name)
         if title is not None:
@@ -46,7 +50,7 @@ def postfix(logs: dict[str, Any]) -> str:
     """Return what a bar shows of a line of logs.
 
     >>> postfix({"loss": 1.5, "loss_sparsity": 0.25, "l0": 31.0, "learning_rate": 3e-4, "dead_latents": 2})
-    'loss 1.5, sparsity 0.25, L0 31, dead 2'
+    'loss 0.25, sparsity 0.25, L0 31, dead 2'
     """
     texts = {sae: ", ".join(f"{title} {value}" for title, value in of.items()) for sae, of in numbers(logs).items()}
     return " | ".join(f"{sae}: {text}" if sae else text for sae, text in texts.items())

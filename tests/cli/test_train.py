@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from hf_gated_sae import SAEModel, SAESet
 from hf_gated_sae.cli import main
-from hf_gated_sae.cli.training.progress import LiveProgress, table
+from hf_gated_sae.cli.training.progress import SHORT, LiveProgress, table
 from hf_gated_sae.demo import bundled, corpus
 from hf_gated_sae.publishing import read_facts
 from hf_gated_sae.training.presets import presets
@@ -131,6 +131,28 @@ def test_an_interrupted_run_says_how_to_go_on(here: Path, monkeypatch, capsys) -
     assert run(monkeypatch, "--config", "out/run.yaml", "--resume") == 0
 
 
+@pytest.mark.parametrize("words", [(), ("--dry-run",)])
+def test_interrupted_before_it_trains_it_says_so_too(monkeypatch, capsys, words: tuple[str, ...]) -> None:
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_gated_sae.training.run.parts.load_model", interrupt)
+    assert run(monkeypatch, "--config", "run.yaml", *words) == 130
+    said = capsys.readouterr().err
+    assert "Interrupted." in said and "Traceback" not in said and ("no checkpoint yet" in said) == (not words)
+    monkeypatch.setattr("importlib.import_module", interrupt)
+    assert run(monkeypatch, "--config", "run.yaml") == 130
+    assert capsys.readouterr().err == "Interrupted.\n"
+
+
+def test_a_tracker_that_is_not_installed_is_named_at_once(monkeypatch, capsys) -> None:
+    known = "hf_gated_sae.training.arguments.get_available_reporting_integrations"
+    monkeypatch.setattr(known, lambda: ["trackio"])
+    assert run(monkeypatch, "--config", "run.yaml", "--training.report_to", "tensorboard", "--model.name", "none") == 1
+    said = capsys.readouterr().err
+    assert "report_to is 'tensorboard', which is not installed here: pip install tensorboard." in said
+
+
 def test_no_bars_stand_among_the_facts(monkeypatch, capsys) -> None:
     monkeypatch.setattr(logging, "_tqdm_active", True)
     assert run(monkeypatch, "--config", "run.yaml") == 0
@@ -143,7 +165,7 @@ def test_the_numbers_of_several_saes_fit_a_terminal(capsys) -> None:
     row = dict.fromkeys(("loss", "reconstruction", "sparsity", "auxiliary", "L0", "FVU", "gamma", "dead"), "0.123")
     Console(width=80).print(table({"resid_post.12/l1_2": row, "resid_post.13/l1_2": row}))
     said = capsys.readouterr().out
-    assert all(title in said for title in row)
+    assert all(SHORT.get(title, title) in said for title in row) and "resid_post.12/l1_2" in said
 
 
 def test_presets_are_described(monkeypatch, capsys) -> None:

@@ -16,7 +16,15 @@ from transformers import TrainerCallback
 
 from hf_gated_sae.architectures import architectures
 from hf_gated_sae.demo import bundled, corpus
-from hf_gated_sae.errors import CheckpointError, InputError, MissingFileError, SAEError, SiteError, TrainingError
+from hf_gated_sae.errors import (
+    CheckpointError,
+    InputError,
+    MissingFileError,
+    SAEError,
+    SiteError,
+    TrainingError,
+    UnknownNameError,
+)
 from hf_gated_sae.hooks.saving import save_activations
 from hf_gated_sae.training.memory import TrainingMemory, in_bytes
 from hf_gated_sae.training.run import Run, assemble, estimate, measured, plain, read_flags, read_run
@@ -65,6 +73,48 @@ def test_flags_come_before_the_file_and_the_file_before_its_preset(small: dict, 
     assert (args.max_steps, config.sae.d_sae, config.seed, args.seed, args.bf16) == (7, 96, 3, 3, True)
     assert args.learning_rate == 2e-4
     assert args.activation_scale == "none", "the preset's, where nothing else is said"
+
+
+@pytest.mark.parametrize("flags", [["--sae.d_sae", "96"], ["--sae", "{d_sae: 96}"], ["--saes", "{a: {d_sae: 96}}"]])
+def test_a_flag_replaces_the_alternative_of_the_file(small: dict, flags: list[str]) -> None:
+    small["sae"] = {"site": "resid_post.1", "expansion_factor": 4}
+    for preset in (None, "gated-modern"):
+        [sae] = assemble({**small, "preset": preset}, read_flags(flags)).named.values()
+        assert (sae.d_sae, sae.expansion_factor) == (96, None)
+    with pytest.raises(InputError, match="Given both sae.d_sae and sae.expansion_factor"):
+        assemble(small, read_flags(["--sae.d_sae", "96", "--sae.expansion_factor", "2"]))
+    with pytest.raises(InputError, match="sae.d_sae is 'abc'; expected a whole number"):
+        assemble(small, read_flags(["--sae.d_sae", "abc"]))
+
+
+def test_a_flag_of_one_sae_lies_over_its_own_section(small: dict) -> None:
+    small["saes"] = {"low": {"expansion_factor": 2}, "high": {"sparsity_coefficient": 8}}
+    config = assemble(small, read_flags(["--saes.low.d_sae", "16"]))
+    assert [(sae.d_sae, sae.expansion_factor) for sae in config.named.values()] == [(16, None), (48, None)]
+    with pytest.raises(UnknownNameError, match="'lo'.*Did you mean 'low'"):
+        assemble(small, read_flags(["--saes.lo.sparsity_coefficient", "1"]))
+    with pytest.raises(InputError, match="Given both saes.low.d_sae and saes.low.expansion_factor"):
+        assemble(small, read_flags(["--saes.low.d_sae", "16", "--saes.low.expansion_factor", "3"]))
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_preset_says_nothing_to_another_architecture_that_it_cannot_know(small: dict, several: bool) -> None:
+    small["preset"], topk = "gated-modern", {"architecture": "topk", "k": 8}
+    if several:
+        small["saes"] = {"g": {}, "t": topk, "s": {"architecture": "standard"}}
+    else:
+        small["sae"] |= topk
+    config = assemble(small)
+    sae = config.named["t" if several else ""]
+    assert (sae.sparsity_coefficient, sae.objective) == (None, {})
+    if several:
+        assert config.named["g"].objective == {"frozen_decoder": True, "weighted_by_decoder_norm": True}
+        assert config.named["s"].objective == {"weighted_by_decoder_norm": True}
+        assert [each.sparsity_coefficient for each in config.named.values()] == [2.0, None, 2.0]
+    assert plain(assemble(yaml.safe_load(yaml.safe_dump(plain(config))))) == plain(config)
+    mine = {**small["sae"], "architecture": "topk", "objective": {"frozen_decoder": True}}
+    with pytest.raises(InputError, match="has no 'frozen_decoder'"):  # what is said in the run itself has to fit
+        assemble({**small, "saes": {}, "sae": mine})
 
 
 def test_a_number_that_yaml_takes_for_text_is_a_number(small: dict) -> None:
@@ -350,6 +400,24 @@ def test_patterns_stand_for_files(small: dict, tmp_path: Path) -> None:
     assert len(build(assemble(small)).stream.tokens.text.files) == 2
 
 
+def test_a_list_of_tables_is_read_by_rows(small: dict, tmp_path: Path) -> None:
+    for number in range(3):
+        lines = [json.dumps({"story": each, "id": 7}) for each in corpus.texts("training", 4000 * (number + 1))]
+        (tmp_path / f"{number}.jsonl").write_text("\n".join(lines))
+    for files in ([str(tmp_path / "0.jsonl"), str(tmp_path / "2.jsonl")], [str(tmp_path / "*.jsonl")]):
+        run = {**small, "data": {**small["data"], "files": files, "text_column": "story"}}
+        read = list(build(assemble(run)).stream.tokens.text.documents())
+        assert len(read) > 2 and not any('"id"' in each for each in read)
+    with pytest.raises(InputError, match="data.documents means nothing with data.files"):
+        assemble({**small, "data": {**small["data"], "files": files, "documents": "line"}})
+    with pytest.raises(InputError, match=r"train.txt is not of the kind of .*0.jsonl, whose rows are documents"):
+        build(
+            assemble(
+                {**small, "data": {**small["data"], "files": [str(tmp_path / "0.jsonl"), small["data"]["files"]]}}
+            )
+        )
+
+
 def test_activations_on_disk_need_no_model(small: dict, tmp_path: Path) -> None:
     model = tiny_model("llama")
     save_activations(tmp_path / "shards", model, ["resid_post.0"], [torch.randint(5, 90, (8, 32)) for _ in range(4)])
@@ -380,7 +448,17 @@ def test_an_earlier_run_is_not_overwritten(small: dict) -> None:
         Run.prepare(assemble(small))
 
 
-@pytest.mark.parametrize("theirs", ["checkpoint-1/weights.bin", "config.json", "model.safetensors", "a/config.json"])
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        "checkpoint-1/weights.bin",
+        "config.json",
+        "model.safetensors",
+        "a/config.json",
+        "README.md",
+        "training_args.json",
+    ],
+)
 def test_what_is_of_something_else_is_not_touched(small: dict, theirs: str) -> None:
     file = Path(small["output_dir"], theirs)
     file.parent.mkdir(parents=True)

@@ -13,6 +13,9 @@ from transformers import TrainerCallback
 
 from ...training.progress import numbers
 
+SHORT = {"reconstruction": "recon", "auxiliary": "aux"}
+"""Titles of columns that would leave no room for the names of SAEs."""
+
 COLUMNS = (BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
 
 
@@ -72,7 +75,7 @@ def table(rows: dict[str, dict[str, str]]) -> Table:
     if len(rows) > 1:
         made.add_column("SAE", overflow="fold")
     for title in titles:
-        made.add_column(title, justify="right", no_wrap=True)
+        made.add_column(SHORT.get(title, title), justify="right", no_wrap=True)
     for name, found in rows.items():
         made.add_row(*([name] if len(rows) > 1 else []), *(found.get(title, "") for title in titles))
     return made

@@ -16,6 +16,7 @@ from ..arguments import SAETrainingArguments
 from ..group import require_names
 from ..presets import presets
 from ..remedies import remedies
+from ..streams.dataset import BUILDERS, kind_of
 from .config import DataSettings, RunConfig, SAESettings
 from .reading import hints_of, leaves, merged, read_section, read_value, read_yaml, unknown_key
 
@@ -40,7 +41,7 @@ ELSEWHERE = {
 """Arguments of the trainer that a run states in another place."""
 
 ALTERNATIVES = (("sae.d_sae", "sae.expansion_factor"), ("model.device", "model.device_map"))
-"""Of these at most one can be given; one that is given replaces the other in a preset."""
+"""Of these at most one can be given; one that is given replaces the other in what lies below it."""
 
 SOURCES = ("dataset", "files", "shards")
 NOT_OF_SHARDS = (
@@ -53,8 +54,6 @@ FOREIGN = {
     "shards": ("config", "split", "revision", "streaming", *NOT_OF_SHARDS),
 }
 """Settings of the data that mean nothing for a source."""
-TABLES = (".json", ".jsonl", ".parquet", ".csv", ".arrow")
-"""How files end that have columns, and in which a row is a document."""
 OF_REMEDIES = {
     "resample": ("resample_steps", "resample_inputs", "lr_dip", "lr_dip_steps"),
     "auxk": ("auxk_latents", "auxk_coefficient"),
@@ -84,22 +83,19 @@ def read_run(path: str | Path | None = None, flags: Mapping[str, Any] | None = N
 
 def assemble(given: Mapping[str, Any], flags: Mapping[str, Any] | None = None) -> RunConfig:
     """Return the run that a nested mapping describes, with flags laid over it; errors as for `read_run`."""
-    given = merged(_sections(given), _sections(flags or {}))  # a flag may be a whole section, and lies over one
+    given = _under_flags(_sections(given), _sections(flags or {}))  # a flag may be a whole section, and lies over one
     explicit = dict(leaves(given))
     below = _preset(given.get("preset"))
-    for pair in ALTERNATIVES:
-        chosen = [place for place in pair if explicit.get(place) is not None]
-        if len(chosen) == len(pair):
-            raise InputError(f"Given both {pair[0]} and {pair[1]}; expected one of them.")
-        for place in pair if chosen else ():
-            section, name = place.split(".")
-            below.get(section, {}).pop(name, None)
     _settle_remedy(explicit, below.setdefault("training", {}))
-    whole = merged(merged(RUN_DEFAULTS, below), given)
-    saes = whole.get("saes") or {}
-    if saes:
-        common = whole.get("sae") or {}
-        whole["saes"] = {name: _laid_over(common, section or {}, name) for name, section in saes.items()}
+    common = below.pop("sae", {})
+    whole = _over(merged(RUN_DEFAULTS, below), given)
+    if saes := whole.get("saes"):
+        mine = whole.get("sae") or {}
+        each = {name: _over({"sae": mine}, {"sae": section or {}}, f"saes.{name}.") for name, section in saes.items()}
+        whole["saes"] = {name: _over_preset(common, section["sae"]) for name, section in each.items()}
+        whole.pop("sae", None)
+    else:
+        whole["sae"] = _over_preset(common, whole.get("sae") or {})
     config = _at_home(read_section(RunConfig, whole))
     _check_data(config.data, explicit)
     if config.model is None and config.data.shards is None:
@@ -196,21 +192,60 @@ def _sections(given: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _laid_over(common: Mapping[str, Any], section: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return the section of one of several SAEs over what they have in common.
+def _over(below: Mapping[str, Any], above: Mapping[str, Any], place: str = "sae.") -> dict[str, Any]:
+    """Return settings laid over others, of which they replace alternatives as well.
+
+    Args:
+        below: nested mapping.
+        above: nested mapping.
+        place: where its section "sae" stands, for errors.
 
     Raises:
         InputError: if it gives two settings of which at most one can be given.
     """
-    below = dict(common)
-    pairs = [[place.removeprefix("sae.") for place in pair] for pair in ALTERNATIVES if pair[0].startswith("sae.")]
-    for pair in pairs:
-        chosen = [each for each in pair if section.get(each) is not None]
+    found = {name: dict(value) if isinstance(value, Mapping) else value for name, value in below.items()}
+    for pair in ALTERNATIVES:
+        section = pair[0].partition(".")[0]
+        names = [each.partition(".")[2] for each in pair]
+        chosen = [name for name in names if (above.get(section) or {}).get(name) is not None]
         if len(chosen) == len(pair):
-            raise InputError(f"Given both saes.{name}.{pair[0]} and saes.{name}.{pair[1]}; expected one of them.")
-        for each in pair if chosen else ():
-            below.pop(each, None)
-    return merged(below, section)
+            first, second = (f"{place if section == 'sae' else section + '.'}{name}" for name in names)
+            raise InputError(f"Given both {first} and {second}; expected one of them.")
+        for name in names if chosen and found.get(section) else ():
+            found[section].pop(name, None)
+    return merged(found, above)
+
+
+def _under_flags(given: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a file with flags laid over them.
+
+    Raises:
+        UnknownNameError: for a flag of an SAE that the file does not name, among others that it does.
+        InputError: as for `_over`.
+    """
+    found, saes = _over(given, flags), given.get("saes") or {}
+    for name, section in (flags.get("saes") or {}).items() if saes else ():
+        if name not in saes:
+            raise unknown_name("SAE of the file's section saes:", name, saes)
+        found["saes"][name] = _over({"sae": saes[name] or {}}, {"sae": section or {}}, f"saes.{name}.")["sae"]
+    return found
+
+
+def _over_preset(preset: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of an SAE over those of a preset, without what these say of another architecture."""
+    whole = _over({"sae": preset}, {"sae": section})["sae"]
+    name = whole.get("architecture", SAESettings.architecture)
+    if name not in architectures:
+        return whole  # which is refused later, in the words for it
+    sae_class = architectures[name]
+    variants = {each.name for each in fields(sae_class.objective_class)}
+    known = {each.name for each in fields(SAESettings)} | set(setting_names(sae_class))
+    if not sae_class.objective_class.penalises:
+        known.discard("sparsity_coefficient")
+    kept = {key: value for key, value in preset.items() if key in known}
+    if "objective" in kept:
+        kept["objective"] = {key: value for key, value in kept["objective"].items() if key in variants}
+    return _over({"sae": kept}, {"sae": section})["sae"]
 
 
 def _at_home(config: RunConfig) -> RunConfig:
@@ -276,9 +311,13 @@ def _check_data(data: DataSettings, explicit: Mapping[str, Any]) -> None:
 def _foreign(data: DataSettings) -> tuple[str, ...]:
     """Return the settings of the data that mean nothing for its source."""
     source = next(name for name in SOURCES if getattr(data, name) is not None)
-    plain_text = isinstance(data.files, list) or str(data.files).endswith(".txt")
-    tables = isinstance(data.files, str) and Path(data.files).suffix in TABLES
-    of_files = ("text_column",) if plain_text else ("documents",) if tables else ()
+    given = data.files or []
+    kinds = {kind_of(Path(each)) for each in ([given] if isinstance(given, str) else given)}
+    if kinds & set(BUILDERS.values()):
+        of_files: tuple[str, ...] = ("documents",)
+    else:  # what has no known ending, one by one, is plain text, unless it is a pattern or a folder
+        unknown = isinstance(given, str) or any("*" in each for each in given)
+        of_files = () if None in kinds and unknown else ("text_column",)
     return FOREIGN[source] + (of_files if source == "files" else ())
 
 

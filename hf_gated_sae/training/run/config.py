@@ -68,8 +68,8 @@ class DataSettings:
         split: its split.
         revision: branch, tag or commit of it; the commit that it leads to is recorded.
         streaming: read a data set as it comes, rather than download it first.
-        files: a file or folder of .txt, JSON (lines), Parquet, CSV or Arrow; or a list of paths and patterns of plain
-            text, whatever they are called.
+        files: a file or folder of .txt, JSON (lines), Parquet, CSV or Arrow; or a list of paths and patterns, of one
+            such kind or of plain text, whatever it is called.
         shards: folder that save_activations() wrote.
         text_column: column with the text; by default text, else the only one of strings.
         documents: of plain text, what is one document, file, paragraph or line.

@@ -18,6 +18,7 @@ from ...errors import InputError
 from ...modeling import SAEModel
 from ...sites import Site
 from ..memory import TrainingMemory, available_memory, in_bytes, short
+from ..sharding import whole_config
 from ..streams import ModelActivations, TensorActivations
 from ..trainer import SAETrainer
 from .assembly import arguments
@@ -48,7 +49,7 @@ class Estimate:
 
     Attributes:
         measured: whether steps were run; else everything follows from sizes and the speed of one matrix product.
-        parameters: of each SAE by name.
+        parameters: of each SAE by name; where processes share it, of this process's part, as all that follows.
         memory: what the SAEs take.
         activations: bytes that a step holds between forward and backward.
         buffer: bytes of the activations held for shuffling.
@@ -200,7 +201,7 @@ def _dtype(config: RunConfig, model: Any) -> torch.dtype:
 
 def _learning_operations(saes: Mapping[str, SAEModel]) -> float:
     """Return the operations per activation of forward and backward passes on all latents: 6 per weight."""
-    return sum(6.0 * (sae.config.d_in + sae.d_out) * sae.config.d_sae for sae in saes.values())
+    return sum(6.0 * (sae.config.d_in + sae.d_out) * whole_config(sae).d_sae for sae in saes.values())
 
 
 def _reading_operations(model: Any) -> float:

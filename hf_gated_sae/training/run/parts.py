@@ -15,9 +15,11 @@ from ...architectures import architectures
 from ...errors import InputError, SAEError, TrainingError
 from ...hooks.dispatch import prove
 from ...hooks.shards import ActivationShards
-from ...modeling import SAEModel
+from ...modeling import SAEConfig, SAEModel
 from ..arguments import SAETrainingArguments
 from ..memory import TrainingMemory, available_memory, is_out_of_memory
+from ..processes import Processes
+from ..sharding import Grid, new_part
 from ..streams import ActivationStream, ModelActivations, ShardActivations
 from .assembly import arguments, settings_of
 from .config import ModelSettings, RunConfig, SAESettings
@@ -33,7 +35,7 @@ class Parts:
         config: the run, with the commits that model and data set were resolved to.
         arguments: of the trainer.
         stream: where activations come from.
-        saes: the new SAEs, by the name of their section.
+        saes: the new SAEs, by the name of their section; where processes share them, this process's parts.
         model: the causal LM; None if activations come from shards.
         tokenizer: its tokenizer; likewise.
     """
@@ -80,7 +82,13 @@ def build(config: RunConfig) -> Parts:
         save_buffer=data.save_buffer,
     )
     facts = {"base_model": base_model(pinned.model), "base_model_revision": settings.revision}
-    return Parts(pinned, chosen, stream, new_saes(pinned, widths, facts, chosen.device), model, tokenizer)
+    saes = new_saes(pinned, widths, facts, chosen.device, _sharing(chosen, stream))
+    return Parts(pinned, chosen, stream, saes, model, tokenizer)
+
+
+def _sharing(chosen: SAETrainingArguments, stream: ActivationStream) -> Processes:
+    """Return the processes that share an SAE with this one."""
+    return Grid.arrange(chosen.latent_parallel, stream, chosen.device.type).latents
 
 
 def _from_shards(config: RunConfig, chosen: SAETrainingArguments, sites: list[str]) -> Parts:
@@ -96,7 +104,7 @@ def _from_shards(config: RunConfig, chosen: SAETrainingArguments, sites: list[st
         )
     settings = config.model or (ModelSettings(written) if written else None)
     facts = {"base_model": base_model(settings), "base_model_revision": shards.index.get("base_model_revision")}
-    return Parts(config, chosen, stream, new_saes(config, widths, facts, chosen.device))
+    return Parts(config, chosen, stream, new_saes(config, widths, facts, chosen.device, _sharing(chosen, stream)))
 
 
 def base_model(settings: ModelSettings | None) -> str | None:
@@ -108,7 +116,11 @@ def base_model(settings: ModelSettings | None) -> str | None:
 
 
 def new_saes(
-    config: RunConfig, widths: Mapping[str, int], facts: Mapping[str, Any], device: torch.device
+    config: RunConfig,
+    widths: Mapping[str, int],
+    facts: Mapping[str, Any],
+    device: torch.device,
+    sharing: Processes | None = None,
 ) -> dict[str, SAEModel]:
     """Return the SAEs as they start, by the name of their section; the same ones for the same seed.
 
@@ -117,14 +129,20 @@ def new_saes(
         widths: of the activations at each site.
         facts: further fields of their configurations.
         device: where they go.
+        sharing: the processes that share them, each of which makes its own part; this one alone by default.
 
     Raises:
-        InputError: if an architecture refuses its settings.
+        InputError: if an architecture refuses its settings, or cannot be shared.
         TrainingError: if they do not fit into memory, saying what would.
     """
+    configs = {
+        name: _configuration(sae, widths, facts, f"saes.{name}." if name else "sae.")
+        for name, sae in config.named.items()
+    }
+    sharing = sharing or Processes()
     available = available_memory(device)
     with torch.device("meta"):
-        memory = TrainingMemory.of(_made(config, widths, facts, torch.device("meta")).values())
+        memory = TrainingMemory.of(_made(config, configs, torch.device("meta"), sharing).values())
     advice = memory.advice(
         int(config.training.get("activation_batch_size", SAETrainingArguments.activation_batch_size)), available
     )
@@ -133,7 +151,7 @@ def new_saes(
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            return _made(config, widths, facts, device)
+            return _made(config, configs, device, sharing)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -141,15 +159,19 @@ def new_saes(
 
 
 def _made(
-    config: RunConfig, widths: Mapping[str, int], facts: Mapping[str, Any], device: torch.device
+    config: RunConfig, configs: Mapping[str, SAEConfig], device: torch.device, sharing: Processes
 ) -> dict[str, SAEModel]:
-    return {
-        name: _new_sae(sae, widths, facts, f"saes.{name}." if name else "sae.").to(device)
-        for name, sae in config.named.items()
-    }
+    made = {}
+    for number, (name, sae) in enumerate(config.named.items()):
+        if sharing.alone:
+            new = architectures[sae.architecture](configs[name])
+        else:
+            new = new_part(configs[name], sharing, seed=config.seed + number)
+        made[name] = new.to(device=device, dtype=getattr(torch, sae.dtype))
+    return made
 
 
-def _new_sae(sae: SAESettings, widths: Mapping[str, int], facts: Mapping[str, Any], place: str) -> SAEModel:
+def _configuration(sae: SAESettings, widths: Mapping[str, int], facts: Mapping[str, Any], place: str) -> SAEConfig:
     sae_class = architectures[sae.architecture]
     assert sae.site is not None  # `assemble` has seen to it
     d_in = widths[sae.site]
@@ -159,8 +181,7 @@ def _new_sae(sae: SAESettings, widths: Mapping[str, int], facts: Mapping[str, An
         out["apply_b_dec_to_input"] = False  # b_dec belongs to the other site
     try:
         settings = {**out, **settings_of(sae, place)}
-        made = sae_class(sae_class.config_class(d_in=d_in, d_sae=wanted, site=sae.site, **facts, **settings))
+        return sae_class.config_class(d_in=d_in, d_sae=wanted, site=sae.site, **facts, **settings)
     except SAEError as error:
         message = str(error)
         raise InputError(message if message.startswith(place) else f"{place}{message}") from error
-    return made.to(getattr(torch, sae.dtype))

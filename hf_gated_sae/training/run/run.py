@@ -19,9 +19,12 @@ from transformers.trainer_utils import TrainOutput
 from ...errors import CheckpointError, InputError, SAEError
 from ...modeling import SAEModel
 from ...modeling.saving import replaced_together
+from ..arguments import ARGUMENTS_FILE
 from ..checkpoints import checkpoints, newest_whole
+from ..facts import FACTS_FILE
 from ..memory import TrainingMemory, require_room
 from ..progress import TrainingProgress
+from ..sharding import whole_config
 from ..streams import ModelActivations, TextTokens
 from ..streams.dataset import open_text
 from ..trainer import SAETrainer
@@ -33,7 +36,7 @@ from .text import open_tokens
 
 RUN_FILE = "run.yaml"
 LOCK_FILE = ".running"
-RESULTS = ("checkpoint-*", "config.json", "*.safetensors")
+RESULTS = ("checkpoint-*", "config.json", "*.safetensors", "README.md", ARGUMENTS_FILE, FACTS_FILE)
 """What a run writes over, or removes when there are too many: of somebody else's it must find none."""
 MAY_CHANGE = ("logging", "save_", "report_to", "run_name", "project", "disable_tqdm", "log_level", "use_cpu")
 """How the arguments begin that a resumed run may have otherwise; all others decide the weights."""
@@ -92,7 +95,7 @@ class Run:
 
     @property
     def saes(self) -> Mapping[str, SAEModel]:
-        """The SAEs, by the name of their section."""
+        """The SAEs, by the name of their section; where processes share them, this process's parts."""
         return self.parts.saes
 
     def trained(self, name: str) -> SAEModel:
@@ -302,6 +305,6 @@ def _at(name: str, revision: str | None) -> str:
 
 
 def _described(sae: SAEModel) -> str:
-    config = sae.config
+    config = whole_config(sae)
     sites = " to ".join(dict.fromkeys((", ".join(config.sites_read), ", ".join(config.sites_written))))
     return f"{type(sae).__name__} at {sites}, {config.d_in} wide, {config.d_sae:,} latents"

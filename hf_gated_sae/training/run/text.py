@@ -8,9 +8,9 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...errors import MissingFileError
-from ..streams.dataset import open_text
+from ..streams.dataset import open_files, open_text
 from ..streams.packing import TextTokens
-from ..streams.text import Text, TextFiles
+from ..streams.text import Text
 from .config import DataSettings
 from .pinning import commit_on_hub
 
@@ -62,7 +62,8 @@ def open_documents(data: DataSettings) -> Text:
         )
     if isinstance(data.files, str):
         return open_text(Path(data.files), column=data.text_column, streaming=data.streaming, documents=data.documents)
-    return TextFiles(_matching(data.files or []), split=data.documents)
+    files = _matching(data.files or [])
+    return open_files(files, column=data.text_column, streaming=data.streaming, documents=data.documents)
 
 
 def _matching(patterns: list[str]) -> list[str]:

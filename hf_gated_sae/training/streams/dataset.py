@@ -6,7 +6,7 @@ import copy
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from ...errors import InputError, MissingFileError, SAEError, did_you_mean, shown
 from .base import State, require_rank
-from .text import IterableText, Text, TextFiles, TextReader, visible_files
+from .text import PACKED, IterableText, Text, TextFiles, TextReader, visible_files
 
 BUILDERS = {
     ".json": "json",
@@ -223,7 +223,7 @@ def _open_path(path: Path, split: str, column: str | None, streaming: bool, docu
         return DatasetText(saved, column=column, name=str(path))
     files = visible_files(path) if path.is_dir() else [path]
     kinds = {
-        kind: [file for file in files if _kind(file) == kind] for kind in {_kind(file) for file in files} - {None}
+        kind: [file for file in files if kind_of(file) == kind] for kind in {kind_of(file) for file in files} - {None}
     }
     if len(kinds) != 1:
         seen = ", ".join(sorted({file.suffix or file.name for file in files})[:10]) or "nothing"
@@ -235,10 +235,52 @@ def _open_path(path: Path, split: str, column: str | None, streaming: bool, docu
     [(kind, chosen)] = kinds.items()
     if kind == "txt":
         return TextFiles(chosen, split=documents)
-    options = {"sep": "\t"} if chosen[0].suffix.lower() == ".tsv" else {}
-    names = [str(file) for file in chosen]
-    dataset = _loaded(str(path), kind, data_files=names, split="train", streaming=streaming, **options)
-    return DatasetText(dataset, column=column, name=str(path))
+    return _open_tables(str(kind), chosen, str(path), column, streaming)
+
+
+def open_files(
+    files: Sequence[str | Path],
+    *,
+    column: str | None = None,
+    streaming: bool = True,
+    documents: Literal["file", "paragraph", "line"] = "file",
+) -> Text:
+    """Open files that were chosen one by one: tables of one kind, or plain text, whatever it is called.
+
+    Args:
+        files: their paths.
+        column: as for `open_text`.
+        streaming: as for `open_text`.
+        documents: as for `open_text`.
+
+    Raises:
+        InputError: if there are tables among plain text, or tables of several kinds; or as for `open_text`.
+        MissingFileError: if a file is not there.
+    """
+    paths = [Path(file) for file in files]
+    tables = {path: kind for path in paths if (kind := kind_of(path)) in BUILDERS.values()}
+    if not tables:
+        return TextFiles(paths, split=documents)
+    first, kind = next(iter(tables.items()))
+    for path in paths:
+        if kind_of(path) != kind:
+            raise InputError(
+                f"{path} is not of the kind of {first}, whose rows are documents: give files of one kind, or convert "
+                "them."
+            )
+        if not path.is_file():
+            raise MissingFileError(f"There is no file {path}.")
+    return _open_tables(str(kind), paths, ", ".join(map(str, paths)), column, streaming)
+
+
+def _open_tables(kind: str, files: Sequence[Path], name: str, column: str | None, streaming: bool) -> DatasetText:
+    """Open files in which a row is a document."""
+    options = {"sep": "\t"} if files[0].suffix.lower() == ".tsv" else {}
+    if all(not file.stat().st_size for file in files):
+        raise InputError(f"The text ({name}) is empty: it has no rows.")
+    names = [str(file) for file in files]
+    dataset = _loaded(name, kind, data_files=names, split="train", streaming=streaming, **options)
+    return DatasetText(dataset, column=column, name=name)
 
 
 def _loaded(what: str, *args: Any, **options: Any) -> Any:
@@ -248,8 +290,8 @@ def _loaded(what: str, *args: Any, **options: Any) -> Any:
         raise
     except Exception as error:  # the library, its file formats, the Hub's client and HTTP have errors of their own
         raise InputError(
-            f"The text {what!r} cannot be opened: {type(error).__name__}: {error} Check the name, config, split and "
-            "revision."
+            f"The text {what!r} cannot be opened: {type(error).__name__}: {str(error).rstrip('.')}. Check the name, "
+            "config, split and revision, or that the file is what its name says."
         ) from error
 
 
@@ -269,15 +311,17 @@ def _rows(dataset: Any, name: str) -> Iterator[Any]:
         yield row
 
 
-def _kind(file: Path) -> str | None:
+def kind_of(file: Path) -> str | None:
+    """Return, by a file's name, the builder of `datasets` that reads it, "txt" for plain text, or None."""
     suffix = file.suffix.lower()
     if suffix in _PACKED:
-        return BUILDERS.get(Path(file.stem).suffix.lower())
+        inner = Path(file.stem).suffix.lower()
+        return "txt" if inner == ".txt" and suffix in PACKED else BUILDERS.get(inner)
     return "txt" if suffix == ".txt" else BUILDERS.get(suffix)
 
 
 def _looks_like_a_path(source: str) -> bool:
-    return source.startswith((".", "/", "~")) or "\\" in source or _kind(Path(source)) is not None
+    return source.startswith((".", "/", "~")) or "\\" in source or kind_of(Path(source)) is not None
 
 
 def _text_column(dataset: Any, column: str | None, name: str) -> str:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import copy
+import gzip
 import hashlib
+import lzma
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -14,6 +18,9 @@ from ...errors import CheckpointError, InputError, MissingFileError, shown, unkn
 from .base import State, require_rank
 
 SPLITS = ("file", "paragraph", "line")
+
+PACKED: Mapping[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+"""What opens compressed text, by the file's ending."""
 
 
 class Text(ABC):
@@ -138,7 +145,7 @@ class IterableText(Text):
 
 
 class TextFiles(Text):
-    """Plain text files in UTF-8.
+    """Plain text files in UTF-8, which may be compressed (.gz, .bz2, .xz).
 
     Args:
         files: their paths, or a folder, whose ``.txt`` files are read in the order of their names.
@@ -171,9 +178,9 @@ class TextFiles(Text):
         """Yield all documents."""
         for path in self.files:
             try:
-                with path.open(encoding="utf-8") as file:
+                with PACKED.get(path.suffix.lower(), open)(path, "rt", encoding="utf-8") as file:
                     yield from [file.read()] if self.split == "file" else _pieces(file, self.split)
-            except (OSError, UnicodeDecodeError) as error:
+            except (OSError, UnicodeDecodeError, EOFError, lzma.LZMAError, zlib.error) as error:
                 raise InputError(
                     f"{path} cannot be read as text in UTF-8 ({error}): convert or leave it out."
                 ) from error

@@ -10,9 +10,11 @@ from transformers import AutoModelForCausalLM, PrinterCallback
 from transformers.distributed import DistributedConfig
 
 from hf_gated_sae import SAEModel
+from hf_gated_sae.demo import bundled, corpus
 from hf_gated_sae.errors import CheckpointError, InputError, TrainingError
 from hf_gated_sae.training import ModelActivations, SAETrainer, SAETrainingArguments, TensorActivations, checkpoints
 from hf_gated_sae.training.processes import Processes
+from hf_gated_sae.training.run import Run, assemble, measured
 from hf_gated_sae.training.sharding import GatheredActivations, load_part, split
 from tests.hooks.distributed.ranks import RANKS, gathered, require_alike, run
 from tests.support.tiny_models import tiny_model
@@ -355,6 +357,37 @@ def checkpoints_need_a_disk_that_all_see(given):
     made = trainer(here, ("gated",), 32, max_steps=4)
     made.train()  # without checkpoints the first process alone writes
     assert (here / "gated").exists() == (everyone.rank == 0)
+
+
+@check
+def a_run_makes_no_whole_sae_in_any_process(given):
+    folder, everyone = given
+    text = folder / "train.txt"
+    if everyone.rank == 0:
+        text.write_text("\n\n".join(corpus.texts("training", 40_000)), encoding="utf-8")
+    everyone.together()
+    given = {
+        "output_dir": str(folder / "run"),
+        "model": {"name": str(bundled.MODEL)},
+        "data": {"files": str(text), "documents": "paragraph", "context_length": 32, "sequences_per_batch": 4},
+        "sae": {"site": "resid_post.1"},
+        "saes": {"a": {"d_sae": 48}, "b": {"d_sae": 64, "architecture": "standard"}},
+        "training": {"latent_parallel": 2, "max_steps": 3, "activation_batch_size": 32, "use_cpu": True},
+    }
+    given["data"]["buffer_size"] = 128
+    given["training"] |= {"statistics_activations": 100, "recorded_activations": 100, "disable_tqdm": True}
+    ready = Run.prepare(assemble(given))
+    assert [sae.W_dec.shape[0] for sae in ready.saes.values()] == [24, 32]
+    assert "48 latents" in ready.facts()["a"]
+    assert measured(ready.config).parameters["a"] == sum(each.numel() for each in ready.saes["a"].parameters())
+    ready.train(quiet=True)
+    everyone.together()
+    trained = ready.trained("a")
+    assert trained.W_dec.shape[0] == 48 and torch.equal(
+        trained.W_dec[24 * everyone.rank :][:24], ready.saes["a"].W_dec
+    )
+    first, second = gathered(ready.saes["a"].W_dec.detach())
+    assert (first @ second.T).abs().max() < 0.999, "no direction twice"
 
 
 @check
