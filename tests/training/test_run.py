@@ -451,12 +451,8 @@ def test_an_earlier_run_is_not_overwritten(small: dict) -> None:
 @pytest.mark.parametrize(
     "theirs",
     [
-        "checkpoint-1/weights.bin",
-        "config.json",
-        "model.safetensors",
-        "a/config.json",
-        "README.md",
-        "training_args.json",
+        *("checkpoint-1/weights.bin", "config.json", "model.safetensors", "a/config.json"),
+        *("README.md", "training_args.json"),
     ],
 )
 def test_what_is_of_something_else_is_not_touched(small: dict, theirs: str) -> None:
