@@ -193,6 +193,8 @@ def test_merging_replaces_what_is_given_and_nothing_else(base: dict, over: dict)
         ("--data.dataset wikitext", "data.dataset and data.files"),
         ("--data.shards there", "data.files and data.shards"),
         ("--data.split test", "data.split means nothing with data.files"),
+        (f"--data.dataset {__file__} --data.files null", "test_run.py, a file here, and no id of the Hub: give it as"),
+        ("--training.warmup_steps 500%", "training.warmup_steps is 500% of the 4 steps of training; expected at most"),
         ("--training.seed 3", "training.seed is given as seed, beside training"),
         ("--training.sparsity_coefficient 3", "is given as sae.sparsity_coefficient"),
         ("--training.per_device_train_batch_size 3", "is given as training.activation_batch_size"),
@@ -398,6 +400,12 @@ def test_patterns_stand_for_files(small: dict, tmp_path: Path) -> None:
         (tmp_path / name).write_text("import os\n" * 200)
     small["data"]["files"] = [str(tmp_path / "*.md")]
     assert len(build(assemble(small)).stream.tokens.text.files) == 2
+
+
+def test_a_pattern_alone_is_told_to_stand_in_a_list(small: dict, tmp_path: Path) -> None:
+    small["data"]["files"] = str(tmp_path / "*.txt")
+    with pytest.raises(MissingFileError, match=r"expected a pattern in a list, \[.*\*.txt\]"):
+        build(assemble(small))
 
 
 def test_a_list_of_tables_is_read_by_rows(small: dict, tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_the_column_of_text_is_found_or_asked_for():
         match="several columns of strings, .* Its columns: id, content, title. Name one .* data.text_column",
     ):
         open_text(data.remove_columns("text"))
-    with pytest.raises(InputError, match="no column of strings, .* Its columns: id"):
+    with pytest.raises(InputError, match="no column of strings. Its columns: id. Give other text."):
         open_text(data.select_columns("id"))
     with pytest.raises(InputError, match="'contnet' is no column .* Did you mean 'content'. Its columns: id, content"):
         open_text(data, column="contnet")

@@ -302,6 +302,10 @@ def _check_data(data: DataSettings, explicit: Mapping[str, Any]) -> None:
     if len(chosen) != 1:
         given = " and ".join(f"data.{name}" for name in chosen) or "none"
         raise InputError(f"Activations come from one of data.dataset, data.files and data.shards; given {given}.")
+    if data.dataset is not None and Path(data.dataset).is_file():
+        raise InputError(
+            f"data.dataset is {data.dataset}, a file; expected a data set's id on the Hub: use data.files."
+        )
     for name in _foreign(data):
         if f"data.{name}" in explicit:
             what = "" if name in FOREIGN[chosen[0]] else f": {data.name}"
@@ -395,19 +399,19 @@ def _read_training(training: Mapping[str, Any]) -> dict[str, Any]:
             raise InputError(f"training.{name} means nothing: training publishes nothing. Remove it.")
         if name not in hints:
             raise unknown_key(name, "training.", list(hints))
-        found[name] = read_value(hints[name], _steps(value, steps), f"training.{name}")
+        found[name] = read_value(hints[name], _steps(value, steps, f"training.{name}"), f"training.{name}")
     return found
 
 
-def _steps(value: Any, steps: int) -> Any:
+def _steps(value: Any, steps: int, place: str) -> Any:
     """Return a value with shares such as ``5%`` in it as numbers of steps."""
     if isinstance(value, Mapping):
-        return {name: _steps(each, steps) for name, each in value.items()}
+        return {name: _steps(each, steps, f"{place}.{name}") for name, each in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_steps(each, steps) for each in value]
+        return [_steps(each, steps, place) for each in value]
     share = _SHARE.fullmatch(value) if isinstance(value, str) else None
     if share is None:
         return value
     if float(share[1]) > 100:
-        raise InputError(f"Given {value} of the {steps} steps of training; expected at most 100%.")
+        raise InputError(f"{place} is {value} of the {steps} steps of training; expected at most 100%.")
     return round(float(share[1]) / 100 * steps)

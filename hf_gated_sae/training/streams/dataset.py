@@ -340,11 +340,9 @@ def _text_column(dataset: Any, column: str | None, name: str) -> str:
     columns, texts = list(held), [each for each, is_text in held.items() if is_text]
     if column is None:
         if "text" not in texts and len(texts) != 1:
-            found = "several columns of strings" if texts else "no column of strings"
-            raise InputError(
-                f"The text ({name}) has {found}, and none called 'text'. Its columns: {', '.join(columns) or 'none'}. "
-                "Name one as column; in a configuration, as data.text_column."
-            )
+            found = "several columns of strings, and none called 'text'" if texts else "no column of strings"
+            advice = "Name one as column; in a configuration, as data.text_column." if texts else "Give other text."
+            raise InputError(f"The text ({name}) has {found}. Its columns: {', '.join(columns) or 'none'}. {advice}")
         return "text" if "text" in texts else texts[0]
     if column not in texts:
         why = "is no column of strings" if column in columns else "is no column"
