@@ -303,9 +303,7 @@ def _check_data(data: DataSettings, explicit: Mapping[str, Any]) -> None:
         given = " and ".join(f"data.{name}" for name in chosen) or "none"
         raise InputError(f"Activations come from one of data.dataset, data.files and data.shards; given {given}.")
     if data.dataset is not None and Path(data.dataset).is_file():
-        raise InputError(
-            f"data.dataset is {data.dataset}, a file; expected a data set's id on the Hub: use data.files."
-        )
+        raise InputError(f"data.dataset is {data.dataset}, a file here, and no id of the Hub: give it as data.files.")
     for name in _foreign(data):
         if f"data.{name}" in explicit:
             what = "" if name in FOREIGN[chosen[0]] else f": {data.name}"

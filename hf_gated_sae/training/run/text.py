@@ -62,9 +62,7 @@ def open_documents(data: DataSettings) -> Text:
         )
     if isinstance(data.files, str):
         if "*" in data.files and not Path(data.files).exists():
-            raise MissingFileError(
-                f"There is no {data.files}; a pattern stands in a list: data.files: [{data.files}]."
-            )
+            raise MissingFileError(f"There is no {data.files}; expected a pattern in a list, [{data.files}].")
         return open_text(Path(data.files), column=data.text_column, streaming=data.streaming, documents=data.documents)
     files = _matching(data.files or [])
     return open_files(files, column=data.text_column, streaming=data.streaming, documents=data.documents)
