@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .gradient_memory import memory_for
 from .linear import by_hand, linear
 from .live import LiveLatents, true_places
 from .screen import dots, rounding_tells
@@ -29,6 +31,9 @@ SAMPLE = 64
 
 FEWEST = 1 << 20
 """Projections below which it does not matter."""
+
+LATENTS_AT_ONCE = 1024
+"""Rows of a gradient that are computed together: they are still in a cache when they are written where they belong."""
 
 
 class Support(ABC):
@@ -199,9 +204,25 @@ class LiveSupport(Support):
         offsets = _offsets(self.tokens[order], math.prod(self.leading))
         return LiveLatents(offsets, self.latents[order], values[order], shape)
 
-    def summed_by_latent(self, values: Tensor, rows: Tensor) -> Tensor:
-        """Return, for each latent, the sum of its tokens' rows ``[tokens, d]`` times its values, ``[d_sae, d]``."""
-        return sum_rows(self.tokens, self.by_latent, values, rows)
+    def gradient_of(self, weight: Tensor, values: Tensor, rows: Tensor) -> Tensor:
+        """Return, for each latent, the sum of its tokens' rows times its values.
+
+        Args:
+            weight: whose gradient that is, ``[d_sae, d]``.
+            values: ``[live]``.
+            rows: ``[tokens, d]``.
+        """
+        found, first = memory_for(weight), 0
+        for block, ends in zip(found.split(LATENTS_AT_ONCE), self._block_ends(), strict=True):
+            offsets = self.by_latent[first : first + len(block) + 1]
+            own = slice(*ends)
+            block.copy_(sum_rows(self.tokens[own], offsets - ends[0], values[own], rows))
+            first += len(block)
+        return found
+
+    def _block_ends(self) -> list[tuple[int, int]]:
+        """Return where the values of each block of latents begin and end."""
+        return list(pairwise([*self.by_latent[:-1:LATENTS_AT_ONCE].tolist(), len(self.latents)]))
 
     def summed_by_token(self, values: Tensor, rows: Tensor) -> Tensor:
         """Return, for each token, the sum of its latents' rows ``[d_sae, d]`` times its values, ``[tokens, d]``."""
@@ -274,7 +295,7 @@ class _LiveProjection(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             pulls = torch.bincount(support.latents, grad, minlength=support.d_sae).to(grad.dtype)
             grad_shift = -(pulls @ W_enc_T)
-        grad_weight = support.summed_by_latent(grad, centred) if ctx.needs_input_grad[2] else None
+        grad_weight = support.gradient_of(W_enc_T, grad, centred) if ctx.needs_input_grad[2] else None
         return grad_x, grad_shift, grad_weight, None, None, None
 
 
@@ -293,7 +314,7 @@ class _LiveDecoded(torch.autograd.Function):
         values, W_dec = ctx.saved_tensors
         support, grad = ctx.support, grad.contiguous()
         grad_values = dots(W_dec, grad, support.latents, support.tokens) if ctx.needs_input_grad[0] else None
-        return grad_values, support.summed_by_latent(values, grad) if ctx.needs_input_grad[1] else None, None
+        return grad_values, support.gradient_of(W_dec, values, grad) if ctx.needs_input_grad[1] else None, None
 
 
 def _sampled_share(centred: Tensor, W_enc_T: Tensor, cut: Tensor) -> float:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from ..errors import CheckpointError, InputError, ShapeError
 from ..functional import FidelityAccumulator
+from ..functional.gradient_memory import forget
 from ..modeling import SAEModel, TrainingLoss
 from . import decoder_norm
 from .annealing import PowerAnnealing
@@ -138,6 +139,7 @@ class Trainee:
             for name, parameter in parameters.items():
                 parameter.requires_grad_(before[name])
             self.sae.zero_grad()
+            forget(self.sae.parameters())
             self.sae.eval()
 
     def start(self, statistics: Mapping[str, ActivationStatistics]) -> None:
