@@ -1,4 +1,4 @@
-"""Telling in bfloat16, at half the time, which projections cannot be above their cut; the others are computed exactly.
+"""Telling in bfloat16, at half the time, which projections are not above their cut; the others are computed exactly.
 
 Rounding changes a projection by at most ``|x^ - x| |w^| + |x| |w^ - w|``, hats for what is rounded to bfloat16. That
 bound, and the cut, are columns of the rounded matrices themselves: the product of ``[x^, |x^ - x|, |x|, 1]`` and
@@ -19,6 +19,9 @@ from .live import true_places
 UP = 1 + 2**-7
 """Times this, a positive number rounds to no less than itself in bfloat16."""
 
+MOST = 1e37
+"""Above this a product is left to float32: bounds and sums might no longer be finite."""
+
 TINY = 1e-16
 """Longer than any vector of numbers so small that their squares vanish, and their norm with them."""
 
@@ -36,7 +39,7 @@ BLOCK = 128
 
 
 def serves(x: Tensor, weight: Tensor, cut: Tensor) -> bool:
-    """Whether screening is exact here, and saves time: many tokens in float32, on a CPU that multiplies bfloat16."""
+    """Whether screening works here, and saves time: many tokens in float32, on a CPU that multiplies bfloat16."""
     if not _AVAILABLE or x.shape[0] < FEWEST_TOKENS or not x.dtype == weight.dtype == cut.dtype == torch.float32:
         return False
     return weight.stride(-1) == 1 and is_plain(x, weight, cut) and bool(torch.backends.mkldnn.enabled)
@@ -58,14 +61,14 @@ class Screen:
     def __init__(self, x: Tensor) -> None:
         """Round them."""
         self.x = x
-        self.rounded, self.finite = self._round(x)
+        self.rounded, self.largest = self._round(x)
 
-    def _round(self, x: Tensor) -> tuple[Tensor, bool]:
-        """Return the matrix that stands for the tokens, and whether all of it is finite."""
+    def _round(self, x: Tensor) -> tuple[Tensor, float]:
+        """Return the matrix that stands for the tokens, and what bounds it: here, its largest number."""
         rounded = _with_room(x, 2)
         rounded[:, :-2].copy_(x)
         rounded[:, -2:] = 1
-        return rounded, _is_finite(rounded)
+        return rounded, _largest(rounded)
 
     def columns(self, weight: Tensor, bias: Tensor) -> Tensor | None:
         """Return the matrix whose product with the rounded tokens is compared: here, the projections plus a bias.
@@ -75,13 +78,13 @@ class Screen:
             bias: ``[n]``.
 
         Returns:
-            ``[n, columns of the tokens]`` bfloat16; None where something is not finite.
+            ``[n, columns of the tokens]`` bfloat16; None where something in the product might not be finite.
         """
         columns = _with_room(weight, 2)
         columns[:, :-2].copy_(weight)
         columns[:, -2] = bias  # in two parts: rounded in one, it would move a latent at all tokens alike
         columns[:, -1] = bias - columns[:, -2]
-        return columns if self.finite and _is_finite(columns) else None
+        return columns if self.largest * _largest(columns) * columns.shape[1] < MOST else None
 
     def least(self, kth: Tensor, columns: Tensor, bias: Tensor, tokens: slice) -> Tensor:
         """Return what is told, at least, of a projection plus bias that is not below one of which `kth` is told.
@@ -129,17 +132,17 @@ class BoundedScreen(Screen):
         """Error of sums in float32, of all columns; twice the usual, as hardware may round products and sums alike."""
         return 2 * self.rounded.shape[1] * 2**-24
 
-    def _round(self, x: Tensor) -> tuple[Tensor, bool]:
+    def _round(self, x: Tensor) -> tuple[Tensor, float]:
         rounded, lost, length = _measured(x)
         rounded[:, -3] = (lost * UP + TINY) * UP
         rounded[:, -2] = (length * UP + TINY) * UP
         rounded[:, -1] = 1
-        return rounded, bool(length.isfinite().all())
+        return rounded, float(length.max()) if len(x) else 0.0
 
     def columns(self, weight: Tensor, bias: Tensor) -> Tensor | None:
         """Return the matrix whose product with the rounded tokens is an upper limit; see `Screen.columns`."""
         columns, lost, length = _measured(weight)
-        if not self.finite or not bool((length + bias).isfinite().all()):
+        if not bool((self.largest * length + bias.abs() < MOST).all()):
             return None
         columns[:, -3] = (length * UP + TINY) * UP  # rounded, a vector may be longer
         columns[:, -2] = ((lost + self.summing * length) * UP + TINY) * UP
@@ -232,9 +235,9 @@ def _measured(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return rounded, lost, torch.linalg.vector_norm(rows, dim=1)
 
 
-def _is_finite(rounded: Tensor) -> bool:
-    """Whether all numbers are, of a matrix that lies in a cache; a sum of them would cost more to get right."""
-    return not rounded.numel() or bool(torch.stack(rounded.aminmax()).isfinite().all())
+def _largest(rounded: Tensor) -> float:
+    """Return the largest absolute number of a matrix that lies in a cache; NaN if there is one in it."""
+    return float(torch.stack(rounded.aminmax()).float().abs().max()) if rounded.numel() else 0.0
 
 
 def dots(rows: Tensor, others: Tensor, row: Tensor, other: Tensor) -> Tensor:

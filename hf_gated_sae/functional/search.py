@@ -9,6 +9,9 @@ from . import screen
 from .linear import linear
 from .live import true_places
 
+FEW = 64
+"""Tokens up to which a product with weights of other strides is faster as it is than with a copy of them."""
+
 TILE = 1 << 21
 """Projections computed at once: few enough to stay in a cache, where memory is used again before it is lost."""
 
@@ -54,10 +57,11 @@ def above(
 
 def _multiplied(x: Tensor, weight: Tensor, cut: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Search one tile by computing all of it."""
-    projections = linear(weight, x)
+    # Of weights that lie the other way, as mapped from a file, few tokens read each number once and copy none.
+    projections = linear(x, weight).T if weight.stride(-1) != 1 and len(x) <= FEW else linear(weight, x)
     # Halves are compared in float32, which is faster; what is not above or below anything stays.
     wide = torch.promote_types(x.dtype, torch.float32)
-    places = true_places((projections.to(wide) <= cut.to(wide)[:, None]).logical_not_())
+    places = true_places((projections.to(wide) <= cut.to(wide)[:, None]).logical_not_().contiguous())
     latents = places // max(len(x), 1)
     return places - latents * len(x), latents, projections.reshape(-1)[places]
 

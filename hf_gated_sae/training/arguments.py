@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import sys
@@ -222,7 +223,8 @@ class SAETrainingArguments(TrainingArguments):
         except ValueError as error:
             raise InputError(f"report_to is {self.report_to}: {error}") from error
         for name in self.report_to or ():  # of which transformers would hear once the model is loaded
-            if name in TRACKERS and name not in get_available_reporting_integrations():
+            available = name in get_available_reporting_integrations() or importlib.util.find_spec(name) is not None
+            if name in TRACKERS and not available:
                 raise InputError(f"report_to is {name!r}, which is not installed here: pip install {name}.")
 
     def _check_schedule(self) -> None:

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,7 +33,9 @@ def unfinished(target: Path) -> Path:
 
 @contextmanager
 def writing(target: Path, *, clean: bool = True) -> Iterator[None]:
-    """Turn the error of a disk that is full, or cannot be written, into one sentence; what was written is removed.
+    """Turn the error of a disk that is full, or cannot be written, into one sentence.
+
+    What was written is removed, by the process that is to, now or when the next run begins.
 
     Args:
         target: the checkpoint that is being written into ``unfinished(target)``.
@@ -176,19 +178,16 @@ def _problem(checkpoint: Path, everyone: Processes | None = None) -> str | None:
         everyone: processes that all call this, and read a part of it each; one by default.
     """
     everyone = everyone or Processes()
-    if everyone.alone:
-        return _problem_of(checkpoint, lambda files: files)
-    mine = _problem_of(checkpoint, everyone.dealt)
-    return everyone.first(mine)
+    return everyone.first(_problem_with_own(checkpoint, everyone))
 
 
-def _problem_of(checkpoint: Path, chosen: Callable[[list[str]], list[str]]) -> str | None:
-    """Return what is wrong with the files of a checkpoint that are chosen among all of their names."""
+def _problem_with_own(checkpoint: Path, everyone: Processes) -> str | None:
+    """Return what is wrong with those files of a checkpoint that this process reads."""
     if not checkpoint.is_dir():
         return "is no folder"
     try:
         files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
-        for name in chosen(list(files)):
+        for name in everyone.dealt(list(files)):
             path, expected = checkpoint / name, files[name]
             if not path.is_file():
                 return f"is broken: {name} is missing"

@@ -32,10 +32,14 @@ class DeadLatents:
         processes: Processes | None = None,
     ) -> None:
         self.dead_after = dead_after
-        self.fired: Tensor | None = None
-        self._seen = 0
+        self.reset()
         self._processes = processes or Processes()
         self.silent_for = torch.zeros(d_sae, dtype=torch.int64, device=device)
+
+    def reset(self) -> None:
+        """Forget what was seen since the last step, which will not be taken."""
+        self.fired: Tensor | None = None
+        self._seen = 0
 
     @torch.no_grad()
     def update(self, fired: Tensor, activations: int) -> None:
@@ -59,7 +63,7 @@ class DeadLatents:
         self.silent_for += self._seen
         if fired is not None:
             self.silent_for.masked_fill_(fired.to(self.silent_for.device), 0)
-        self.fired, self._seen = None, 0
+        self.reset()
 
     @property
     def mask(self) -> Tensor:

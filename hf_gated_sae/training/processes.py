@@ -108,7 +108,9 @@ class Processes(OtherLatents, OtherTokens):
 
     def same(self, number: int) -> int:
         """Return the first process's number."""
-        return number if self.alone else self.smallest(number if self.rank == 0 else 1 << 62)
+        held = torch.tensor(number, device=self.device)
+        self.share([held])
+        return int(held)
 
     # ------------------------------------------------------------------ rows
 
@@ -227,10 +229,14 @@ class Processes(OtherLatents, OtherTokens):
         """Return, in all processes, what the first of them says that says anything, and which one that is."""
         if self.alone:
             return text
-        texts: list[str | None] = [None] * self.count
-        distributed.all_gather_object(texts, text, group=self.group)
-        said = ((rank, each) for rank, each in enumerate(texts) if each is not None)
+        said = ((rank, each) for rank, each in enumerate(self._all(text)) if each is not None)
         return next((f"{each} (in process {rank} of {self.count})" for rank, each in said), None)
+
+    def _all(self, own: Any) -> list[Any]:
+        """Return what each process has, something small that can be pickled."""
+        every: list[Any] = [None] * self.count
+        distributed.all_gather_object(every, own, group=self.group)
+        return every
 
     def dealt(self, items: Sequence[Item]) -> list[Item]:
         """Return this process's share of what all of them have to do."""
@@ -240,9 +246,7 @@ class Processes(OtherLatents, OtherTokens):
         """Return what all processes have by name, in all of them; small things, such as can be pickled."""
         if self.alone:
             return dict(own)
-        every: list[Mapping[str, Any]] = [{}] * self.count
-        distributed.all_gather_object(every, dict(own), group=self.group)
-        return {name: value for each in every for name, value in each.items()}
+        return {name: value for each in self._all(dict(own)) for name, value in each.items()}
 
     def raise_first(self, error: SAEError | None, kind: type[SAEError] = InputError) -> None:
         """Raise, in all processes, what one of them could not do; a process that is alone raises its own error.
@@ -252,11 +256,18 @@ class Processes(OtherLatents, OtherTokens):
             kind: of the error in those that have none themselves.
 
         Raises:
-            SAEError: with the text of the first error.
+            SAEError: with the text of the first error, and which process had it, unless all have the same.
         """
-        text = self.first(None if error is None else str(error))
-        if text is not None:
-            raise (kind if error is None else type(error))(text) from error
+        if self.alone:
+            if error is not None:
+                raise error
+            return
+        texts = self._all(None if error is None else str(error))
+        rank = next((rank for rank, text in enumerate(texts) if text is not None), None)
+        if rank is None:
+            return
+        where = f" (in process {rank} of {self.count})" if len({*texts}) > 1 else ""
+        raise (kind if error is None else type(error))(f"{texts[rank]}{where}") from error
 
     def together(self) -> None:
         """Wait for all."""
@@ -294,7 +305,7 @@ def require_launched(args: TrainingArguments) -> None:
     Raises:
         InputError: saying how to launch them.
     """
-    started = max(Processes.all().count, int(os.environ.get("WORLD_SIZE") or 1))
+    started = max(Processes.all().count, int(given) if (given := os.environ.get("WORLD_SIZE", "")).isdigit() else 1)
     if started == args.world_size:
         return
     on_cpu = " On CPUs pass use_cpu=True (--training.use_cpu true on the command line)." if not args.use_cpu else ""

@@ -88,31 +88,37 @@ class Resumable(Trainer):
                     )
         return None
 
-    def _require_one_disk(self) -> None:
-        """Raise, before the first step, unless all processes see the folder into which all of them write checkpoints.
+    def _require_one_disk(self, *, resumes: bool) -> None:
+        """Raise, before anything else, unless all processes see the folder in which the checkpoints of all are.
+
+        Args:
+            resumes: whether one is to be read.
 
         Raises:
             InputError: in all of them.
         """
         everyone, folder = self.grid.everyone, Path(self.args.output_dir)
-        if everyone.alone or self.args.save_strategy == "no":
+        if everyone.alone or (self.args.save_strategy == "no" and not resumes):
             return
         sign = folder / f".seen-by-all-{everyone.same(secrets.randbits(48))}"
         error: SAEError | None = None
-        if self.args.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
-            sign.touch()
-        everyone.together()
-        if not sign.exists():
-            error = InputError(
-                f"output_dir is {folder.absolute()}, where not all processes see what the first one writes: "
-                "checkpoints have to go to a disk that all of them share."
-            )
+        try:
+            if everyone.rank == 0:
+                folder.mkdir(parents=True, exist_ok=True)
+                sign.touch()
+        except OSError as why:
+            error = InputError(f"output_dir is {folder}, and nothing can be written there ({why.strerror}).")
         try:
             everyone.raise_first(error)
+            if not sign.exists():
+                error = InputError(
+                    f"output_dir is {folder.absolute()}, where not all processes see what the first one writes: "
+                    "checkpoints have to be on a disk that all of them share."
+                )
+            everyone.raise_first(error)
         finally:
-            if self.args.should_save:
-                sign.unlink()
+            if everyone.rank == 0:
+                sign.unlink(missing_ok=True)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the SAEs in the model's unit, each in the subfolder of its name if there are several.

@@ -304,6 +304,7 @@ class Trainee:
             # The vectors as they were in training: dividing and multiplying again would not give the same bits.
             tensor.copy_(state["unit"][name])
         self.dead.silent_for.copy_(state["silent_for"])
+        self.dead.reset()
         self.dip.since = state["dip_since"]
         self.annealing.load_state_dict(state["annealing"], self.sae.device)
         if self.remedy is not None:

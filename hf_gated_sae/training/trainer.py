@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
-from ..errors import CheckpointError, InputError, TrainingError, unknown_name
+from ..errors import CheckpointError, InputError, SAEError, TrainingError, unknown_name
 from ..modeling import SAEModel, TrainingLoss
 from . import checkpoints
 from .arguments import SAETrainingArguments
@@ -32,7 +32,7 @@ from .progress import TrainingProgress
 from .recording import record_activations
 from .resumable import Resumable
 from .schedules import LearningRateDip
-from .sharding import GatheredActivations, Grid, split
+from .sharding import Grid, split
 from .statistics import measure
 from .streams import ActivationStream, TensorActivations
 from .trainee import Trainee
@@ -116,10 +116,6 @@ class SAETrainer(GradientsOfSAEs, Resumable):
             if hasattr(sae.config, "use_cache"):
                 del sae.config.use_cache  # set by transformers on every model; means nothing to an SAE
             self._share_start(sae)
-            if isinstance(self.stream, GatheredActivations):
-                trainee = self.trainees[name]
-                for site, width in ((trainee.reads, sae.config.d_in), (trainee.writes, sae.d_out)):
-                    self.stream.like[site] = torch.empty(0, width, device=sae.device, dtype=sae.dtype)
 
     def _share_start(self, sae: SAEModel) -> None:
         """Let all processes begin with the same SAE, even if each has made its own."""
@@ -152,6 +148,7 @@ class SAETrainer(GradientsOfSAEs, Resumable):
             TrainingError: if loss or gradients are no longer finite, naming what is not; or if memory does not
                 suffice, saying what would.
         """
+        self._require_one_disk(resumes=bool(resume_from_checkpoint))
         checkpoint = self.find_checkpoint(resume_from_checkpoint)
         if checkpoint is None and self.state.global_step:
             raise InputError(
@@ -160,7 +157,6 @@ class SAETrainer(GradientsOfSAEs, Resumable):
             )
         if self.args.should_save:
             checkpoints.remove_unfinished(Path(self.args.output_dir))
-        self._require_one_disk()
         saes = [trainee.sae for trainee in self.trainees.values()]
         with ExitStack() as stack:
             for trainee in self.trainees.values():
@@ -202,23 +198,27 @@ class SAETrainer(GradientsOfSAEs, Resumable):
         trainees, count = list(self.trainees.values()), self.args.recorded_activations
         metrics = record_activations(trainees, self.stream.sample(count)) if count else None
         folder, dead = Path(self.args.output_dir), [trainee.count_dead() for trainee in trainees]
+        failed: CheckpointError | None = None
         try:
             self.save_model()
             if self.args.should_save:
                 write_training_facts(folder, trainees, dead, self.state, self.args, self._seconds, metrics)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, SAEError) as error:
             why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            raise CheckpointError(
+            failed = CheckpointError(
                 f"The training is done, but its result could not be written to {folder} ({why}). It is still in "
                 "memory: make room, and call save_model(), or save_pretrained() of the SAE."
-            ) from error
-        self.grid.everyone.together()  # the folder is whole for all of them
+            )
+            failed.__cause__ = error
+        self.grid.everyone.raise_first(failed, CheckpointError)  # or the folder is whole for all of them
 
     def _forget(self) -> None:
         """Let go of the latest batch."""
         self._seconds, self._since = self.seconds, 0.0
         self._logged, self._loss_sum = None, None
         self._inputs = {}
+        for trainee in self.trainees.values():
+            trainee.dead.reset()
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None

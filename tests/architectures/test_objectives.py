@@ -63,6 +63,15 @@ def dense(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supports.LiveSupport, "serves", staticmethod(lambda *_: False))
 
 
+def screens(monkeypatch: pytest.MonkeyPatch, available: bool) -> list[Any]:
+    """Let there be screens or none, and return those made; a CPU without bfloat16 only takes longer for them."""
+    made: list[Any] = []
+    of = screen.screen_of
+    monkeypatch.setattr(screen, "_AVAILABLE", available)
+    monkeypatch.setattr(screen, "screen_of", lambda x, rounding: made.append(of(x, rounding=rounding)) or made[-1])
+    return made
+
+
 CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("gated", {}, {}),
     ("gated", {"apply_b_dec_to_input": False}, {}),
@@ -109,7 +118,7 @@ def test_a_step_over_the_live_latents_is_the_dense_step(
     screened: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(screen, "_AVAILABLE", screened)  # a CPU without bfloat16 only takes longer
+    used = screens(monkeypatch, screened)
     if options.get("sparsity_power") and dtype == torch.float32:
         tolerance *= 20  # the slope of a root magnifies how the projections themselves are rounded
     x = activations(dtype)
@@ -118,6 +127,8 @@ def test_a_step_over_the_live_latents_is_the_dense_step(
     dense(monkeypatch)
     plain, wanted = step(example(architecture, dtype, **settings), x, **{**options, **target})
     assert isinstance(live.latents, LiveLatents) and isinstance(plain.latents, Tensor)
+    sorts = architecture in ("abs_topk", "group_max") or "rank_by_decoder_norm" in settings
+    assert len(used) == (screened and not sorts)
     torch.testing.assert_close(live.latents.dense(), plain.latents, rtol=1e-5, atol=1e-5)
     assert torch.equal(live.fired, plain.fired) and live.l0 == plain.l0 and 0 < live.l0 < 0.05 * D_SAE
     assert live.terms.keys() == plain.terms.keys()
@@ -135,7 +146,7 @@ def test_under_autocast_rounding_may_decide_which_latents_are_on(
     architecture: str, screened: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is on is computed in float32 all the same, and gradients are closer than those of rounded products."""
-    monkeypatch.setattr(screen, "_AVAILABLE", screened)
+    used = screens(monkeypatch, screened)
     x, settings = activations(torch.float32), {"bandwidth": 0.2} if architecture == "jumprelu" else {}
 
     def errors(gradients: dict[str, Tensor]) -> dict[str, float]:
@@ -143,6 +154,7 @@ def test_under_autocast_rounding_may_decide_which_latents_are_on(
 
     plain, wanted = step(example(architecture, torch.float32, **settings), x)
     rounded, found = step(example(architecture, torch.float32, **settings), x, bf16=True)
+    assert [type(each) for each in used] == [screen.BoundedScreen, screen.Screen] * screened
     assert isinstance(rounded.latents, LiveLatents) and rounded.latents.values.dtype == torch.float32
     on, was = rounded.latents.dense() != 0, plain.latents.dense() != 0
     assert (on != was).sum() <= (0.02 if screened else 0) * was.sum()

@@ -92,6 +92,21 @@ def test_what_is_not_finite_is_left_to_the_product(small: None, what: str, value
     assert screen.highest(**tensors, k=2, rounding=rounding) is None
 
 
+@pytest.mark.parametrize("rounding", [False, True])
+@pytest.mark.parametrize(
+    "x, weight, bias", [(1e19, 1e19, 0.0), (1e30, 1e25, 1.0), (1.0, 1.0, 3.39e38), (1.0, 1.0, -3e38)]
+)
+def test_what_would_overflow_is_left_to_the_product(
+    small: None, x: float, weight: float, bias: float, rounding: bool
+) -> None:
+    biases = torch.zeros(64)
+    biases[5] = bias
+    found = screen.highest(torch.randn(20, 8) * x, torch.randn(64, 8) * weight, biases, 2, rounding=rounding)
+    assert found is None
+    tokens = torch.randn(20, 8) * x
+    assert screen.screen_of(tokens, rounding=rounding).above(torch.randn(64, 8) * weight, -biases) is None
+
+
 def test_where_too_many_are_close_it_is_left_to_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(screen, "FEWEST_TOKENS", 1)
     assert screen.highest(torch.ones(20, 8), torch.ones(640, 8), torch.zeros(640), 2) is None

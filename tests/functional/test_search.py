@@ -155,6 +155,16 @@ def test_a_dense_tile_is_multiplied(small: None, screened: None, monkeypatch: py
     torch.testing.assert_close(dense(found, x, weight), x @ weight.T)
 
 
+@pytest.mark.parametrize("tokens", [1, search.FEW, search.FEW + 1])
+def test_weights_that_lie_the_other_way(tokens: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(tokens, 6, generator=generator), torch.randn(6, 300, generator=generator).T
+    cut = torch.full((300,), 1.0)
+    found, plain = above(x, weight, cut), above(x, weight.contiguous(), cut)
+    assert torch.equal(found[0], plain[0]) and torch.equal(found[1], plain[1]) and len(found[0]) > 0
+    torch.testing.assert_close(found[2], plain[2])
+
+
 @pytest.mark.parametrize("tokens, d_sae", [(0, 5), (3, 0), (0, 0)])
 def test_nothing(tokens: int, d_sae: int) -> None:
     found = above(torch.ones(tokens, 4), torch.ones(d_sae, 4), torch.zeros(d_sae))

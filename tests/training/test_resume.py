@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from hf_gated_sae.errors import CheckpointError, InputError, MissingFileError, TrainingError
 from hf_gated_sae.modeling import SAEModel
 from hf_gated_sae.training import SAETrainer, TensorActivations
+from hf_gated_sae.training.trainee import Trainee
 
 from .runs import STEPS, log, run, trainer, weights
 from .test_trainer import quiet
@@ -80,6 +81,35 @@ def test_a_resumed_run_ends_bit_by_bit_as_an_uninterrupted_one(tmp_path, whole, 
     require_equal(tmp_path, whole)
     files = {path.name for path in tmp_path.rglob("*")}
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_what_was_seen_of_a_step_that_was_not_taken_is_forgotten(arguments, tmp_path, monkeypatch, parts):
+    """Ctrl-C in the middle of a step, and on with the same trainer."""
+    settings = {"gradient_accumulation_steps": parts, "dead_after_activations": 200, "max_steps": 12}
+    settings |= {"save_strategy": "steps", "save_steps": 4, "logging_steps": 1}
+    x = activations(500, seed=0)
+    made = []
+    for name in ("whole", "interrupted"):
+        sae = build("gated", D_IN)
+        sae.b_gate.data[::5] = -1e4  # silent from the beginning
+        made.append(quiet(SAETrainer(sae, arguments(output_dir=str(tmp_path / name), **settings), x.clone())))
+    made[0].train()
+    loss, calls = Trainee.observe, []
+
+    def observe(trainee, *args):
+        loss(trainee, *args)
+        calls.append(1)
+        if len(calls) == 6 * parts:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainee, "observe", observe)
+    with pytest.raises(KeyboardInterrupt):
+        made[1].train()
+    made[1].train(resume_from_checkpoint=True)
+    first, second = (each.trainees[""] for each in made)
+    assert torch.equal(first.dead.silent_for, second.dead.silent_for) and first.dead.silent_for.any()
+    assert torch.equal(first.sae.W_dec, second.sae.W_dec)
 
 
 def test_a_run_that_is_killed_at_any_moment_can_be_resumed(tmp_path, whole):

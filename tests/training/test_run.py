@@ -284,6 +284,13 @@ def test_a_section_s_own_size_replaces_the_common_one(small: dict) -> None:
     assert wide.config.d_sae == 2 * 128
 
 
+@pytest.mark.parametrize("given", [["topk"], {"a": "topk"}])
+def test_an_architecture_that_is_no_name(small: dict, given: Any) -> None:
+    small["sae"]["architecture"] = given
+    with pytest.raises(InputError, match=r"sae.architecture is .*topk.*; expected text"):
+        assemble({**small, "preset": "gated-modern"})
+
+
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("seed: 1\nsae: {d_sae: 3}\nsae: {site: resid_post.1}\n")
     with pytest.raises(InputError, match="key 'sae' is given twice.*line 3"):

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 import sys
 
 import datasets
@@ -9,6 +12,7 @@ import pytest
 from hf_gated_sae.errors import InputError, MissingFileError, UnknownNameError
 from hf_gated_sae.training import open_text
 from hf_gated_sae.training.streams import DatasetText, IterableText, TextFiles
+from hf_gated_sae.training.streams.dataset import open_files
 
 TEXTS = ["one", "two three", "", "four\n\nfive", "sechs zäh"]
 
@@ -54,6 +58,33 @@ def test_text_is_read_from_files(tmp_path, monkeypatch, kind, streaming):
     expected = [each or None for each in TEXTS] if kind in ("csv", "tsv") else TEXTS  # csv has no empty strings
     assert list(text.documents()) == expected
     assert list(text.documents(3)) == expected[3:] and list(text.documents(99)) == []
+
+
+@pytest.mark.parametrize("ending", ["gz", "bz2", "xz"])
+def test_plain_text_may_be_compressed(tmp_path, ending):
+    packed = {"gz": gzip, "bz2": bz2, "xz": lzma}[ending].compress("über\n\nzwei".encode())
+    (tmp_path / f"a.txt.{ending}").write_bytes(packed)
+    assert list(open_text(tmp_path / f"a.txt.{ending}", documents="line").documents()) == ["über", "", "zwei"]
+    assert list(open_text(tmp_path).documents()) == ["über\n\nzwei"]
+    (tmp_path / f"a.txt.{ending}").write_bytes(packed[:-6])
+    with pytest.raises(InputError, match="cannot be read as text in UTF-8"):
+        list(open_text(tmp_path).documents())
+
+
+def test_tables_of_different_separators_are_not_mixed(tmp_path):
+    (tmp_path / "a.csv").write_text("text\nonly")
+    (tmp_path / "b.tsv").write_text("text\tnumber\nfirst, second\t1")
+    assert list(open_files([tmp_path / "b.tsv"]).documents()) == ["first, second"]
+    with pytest.raises(InputError, match="b.tsv is not of the kind of .*a.csv"):
+        open_files([tmp_path / "a.csv", tmp_path / "b.tsv"])
+    with pytest.raises(InputError, match="files of several kinds"):
+        open_text(tmp_path)
+
+
+def test_a_table_without_rows_is_empty(tmp_path):
+    (tmp_path / "a.jsonl").write_text("")
+    with pytest.raises(InputError, match="a.jsonl\\) is empty: it has no rows"):
+        open_text(tmp_path / "a.jsonl")
 
 
 @pytest.mark.parametrize(

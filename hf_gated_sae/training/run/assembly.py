@@ -64,6 +64,9 @@ OF_REMEDIES = {
 DTYPES = ("float32", "bfloat16")
 """What the weights of an SAE can be trained in: float16 has no room for its moments, and float64 no use."""
 
+NOTHING = (None, "null", "~")
+"""What stands for no value, in a file or as the text of a flag."""
+
 _SHARE = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 
 
@@ -207,7 +210,7 @@ def _over(below: Mapping[str, Any], above: Mapping[str, Any], place: str = "sae.
     for pair in ALTERNATIVES:
         section = pair[0].partition(".")[0]
         names = [each.partition(".")[2] for each in pair]
-        chosen = [name for name in names if (above.get(section) or {}).get(name) is not None]
+        chosen = [name for name in names if (above.get(section) or {}).get(name) not in NOTHING]
         if len(chosen) == len(pair):
             first, second = (f"{place if section == 'sae' else section + '.'}{name}" for name in names)
             raise InputError(f"Given both {first} and {second}; expected one of them.")
@@ -235,7 +238,7 @@ def _over_preset(preset: Mapping[str, Any], section: Mapping[str, Any]) -> dict[
     """Return the settings of an SAE over those of a preset, without what these say of another architecture."""
     whole = _over({"sae": preset}, {"sae": section})["sae"]
     name = whole.get("architecture", SAESettings.architecture)
-    if name not in architectures:
+    if not isinstance(name, str) or name not in architectures:
         return whole  # which is refused later, in the words for it
     sae_class = architectures[name]
     variants = {each.name for each in fields(sae_class.objective_class)}
@@ -318,7 +321,7 @@ def _foreign(data: DataSettings) -> tuple[str, ...]:
     if kinds & set(BUILDERS.values()):
         of_files: tuple[str, ...] = ("documents",)
     else:  # what has no known ending, one by one, is plain text, unless it is a pattern or a folder
-        unknown = isinstance(given, str) or any("*" in each for each in given)
+        unknown = isinstance(given, str) or any(set("*?[") & set(each) for each in given)
         of_files = () if None in kinds and unknown else ("text_column",)
     return FOREIGN[source] + (of_files if source == "files" else ())
 

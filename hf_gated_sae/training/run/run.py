@@ -23,6 +23,7 @@ from ..arguments import ARGUMENTS_FILE
 from ..checkpoints import checkpoints, newest_whole
 from ..facts import FACTS_FILE
 from ..memory import TrainingMemory, require_room
+from ..processes import Processes
 from ..progress import TrainingProgress
 from ..sharding import whole_config
 from ..streams import ModelActivations, TextTokens
@@ -80,7 +81,7 @@ class Run:
         if not stored.exists():
             raise InputError(f"There is no run in {folder} to resume (no {RUN_FILE}); start it without --resume.")
         same = _same_run(config, assemble(read_yaml(stored)))
-        checkpoint = newest_whole(folder)
+        checkpoint = newest_whole(folder, Processes.all())
         if checkpoint is None and checkpoints(folder):
             raise CheckpointError(
                 f"None of the checkpoints in {folder} is whole, and from the beginning the run would replace them: "

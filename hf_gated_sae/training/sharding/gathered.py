@@ -25,9 +25,6 @@ class GatheredActivations(ActivationStream):
         own: this process's part; see `ActivationStream.shard`.
         samples: the processes that share samples.
         batches: the processes that share batches, too.
-
-    Attributes:
-        like: by site, a tensor of the width, dtype and device of its activations; `SAETrainer` knows it of its SAEs.
     """
 
     def __init__(self, own: ActivationStream, samples: Processes, batches: Processes) -> None:
@@ -35,11 +32,6 @@ class GatheredActivations(ActivationStream):
         self.sharing_samples = samples
         self.sharing_batches = batches
         self.sites = own.sites
-        self.like: dict[str, Tensor] = {}
-
-    def lost(self, batch_size: int) -> dict[str, Tensor]:
-        """Return a batch that is not numbers, of the widths that the SAEs read and write."""
-        return {site: x.new_full((batch_size, *x.shape[1:]), torch.nan) for site, x in self.like.items()}
 
     @property
     def buffer_bytes(self) -> int:
@@ -70,7 +62,7 @@ class GatheredActivations(ActivationStream):
         self.failure = None
         self.sharing_samples.raise_first(error)
         assert cursor is not None
-        return _Gathered(cursor, self, batch_size // count)
+        return _Gathered(cursor, self)
 
     def sample(self, count: int) -> Iterator[dict[str, Tensor]]:
         """Yield about `count` activations, every process's share of what it would have sampled alone."""
@@ -116,21 +108,27 @@ class _Gathered(Cursor[dict[str, Tensor]]):
     others wait for its part of each batch, and of the gradients.
     """
 
-    def __init__(self, own: Cursor[dict[str, Tensor]], stream: GatheredActivations, batch_size: int) -> None:
+    def __init__(self, own: Cursor[dict[str, Tensor]], stream: GatheredActivations) -> None:
         self.own = own
         self.stream = stream
-        self.batch_size = batch_size
         self._latest: dict[str, Tensor] = {}
 
     def __next__(self) -> dict[str, Tensor]:
-        """Return the next batch."""
-        if self.stream.failure is None:
+        """Return the next batch.
+
+        Raises:
+            SAEError: in all processes, if one of them cannot give the first one.
+        """
+        stream, begins = self.stream, not self._latest
+        if stream.failure is None:
             try:
                 self._latest = next(self.own)
             except SAEError as error:
-                self.stream.failure = error
-                self._latest = self.stream.lost(self.batch_size)
-        return {site: self.stream.sharing_batches.rows(x) for site, x in self._latest.items()}
+                stream.failure = error
+                self._latest = {site: torch.full_like(x, torch.nan) for site, x in self._latest.items()}
+        if begins:
+            stream.sharing_samples.raise_first(stream.failure)
+        return {site: stream.sharing_batches.rows(self._latest[site]) for site in stream.sites}
 
     def state_dict(self) -> State:
         """Return where this process's own part is."""

@@ -6,12 +6,14 @@ import json
 import math
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
+from ...errors import CheckpointError, SAEError
 from ...modeling import SAEModel
 from ...modeling.saving import replaced_together
 from ..processes import Processes
@@ -50,13 +52,22 @@ def save_whole(part: SAEModel, folder: str | Path, *, bytes_per_file: int = BYTE
     tensors = {name: tensor.detach() for name, tensor in part.state_dict().items()}
     rows = {name: 1 if name in shared else processes.count for name in tensors}
     files = _files({name: tensor.nbytes * rows[name] for name, tensor in tensors.items()}, bytes_per_file)
-    if processes.rank:
-        for names in files.values():
-            for name in names:
+    with ExitStack() as stack:
+        error: SAEError | None = None
+        staging = Path()
+        try:
+            if not processes.rank:
+                staging = stack.enter_context(replaced_together(Path(folder)))
+        except SAEError as why:
+            error = why
+        except OSError as why:
+            error = CheckpointError(f"{folder} cannot be written ({why.strerror}).")
+        processes.raise_first(error, CheckpointError)  # before the others wait for somebody to take their rows
+        if processes.rank:
+            for name in tensors:
                 for _ in _pieces(tensors[name], processes if rows[name] > 1 else Processes()):
                     pass
-        return
-    with replaced_together(Path(folder)) as staging:
+            return
         _write_config(part, staging)
         for file, names in files.items():
             chosen = {name: tensors[name] for name in names}
@@ -107,9 +118,16 @@ def _header(tensors: Mapping[str, tuple[Tensor, int]]) -> bytes:
 
 
 def _write(tensor: Tensor, processes: Processes, out: BinaryIO) -> None:
+    """Write the rows of all processes; all of them are taken, even if the disk is full after the first."""
+    full: OSError | None = None
     for piece in _pieces(tensor, processes):
-        if piece is not None:
-            out.write(piece.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        try:
+            if piece is not None and full is None:
+                out.write(piece.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        except OSError as error:
+            full = error
+    if full is not None:
+        raise full
 
 
 def _pieces(tensor: Tensor, processes: Processes) -> Iterator[Tensor | None]:

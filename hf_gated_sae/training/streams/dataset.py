@@ -22,10 +22,10 @@ BUILDERS = {
     ".ndjson": "json",
     ".parquet": "parquet",
     ".csv": "csv",
-    ".tsv": "csv",
+    ".tsv": "tsv",
     ".arrow": "arrow",
 }
-"""Which builder of `datasets` reads which files."""
+"""Kinds of files, which are what builders of `datasets` are called, but for tables separated by tabs."""
 
 _PACKED = (".gz", ".bz2", ".xz", ".zst")
 _STRINGS = ("string", "large_string")
@@ -270,16 +270,17 @@ def open_files(
             )
         if not path.is_file():
             raise MissingFileError(f"There is no file {path}.")
-    return _open_tables(str(kind), paths, ", ".join(map(str, paths)), column, streaming)
+    more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+    return _open_tables(str(kind), paths, f"{paths[0]}{more}", column, streaming)
 
 
 def _open_tables(kind: str, files: Sequence[Path], name: str, column: str | None, streaming: bool) -> DatasetText:
     """Open files in which a row is a document."""
-    options = {"sep": "\t"} if files[0].suffix.lower() == ".tsv" else {}
+    builder, options = ("csv", {"sep": "\t"}) if kind == "tsv" else (kind, {})
     if all(not file.stat().st_size for file in files):
         raise InputError(f"The text ({name}) is empty: it has no rows.")
     names = [str(file) for file in files]
-    dataset = _loaded(name, kind, data_files=names, split="train", streaming=streaming, **options)
+    dataset = _loaded(name, builder, data_files=names, split="train", streaming=streaming, **options)
     return DatasetText(dataset, column=column, name=name)
 
 
@@ -312,7 +313,7 @@ def _rows(dataset: Any, name: str) -> Iterator[Any]:
 
 
 def kind_of(file: Path) -> str | None:
-    """Return, by a file's name, the builder of `datasets` that reads it, "txt" for plain text, or None."""
+    """Return, by a file's name, its kind in `BUILDERS`, "txt" for plain text, or None."""
     suffix = file.suffix.lower()
     if suffix in _PACKED:
         inner = Path(file.stem).suffix.lower()

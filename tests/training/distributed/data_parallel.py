@@ -266,6 +266,40 @@ def what_one_cannot_read_stops_both_with_its_reason(given):
             assert first == second
 
 
+class BreakingSites(Breaking):
+    """The same, of sites of different widths, in an order of its own, in half precision."""
+
+    def __init__(self):
+        x = activations(700, seed=0).bfloat16()
+        super().__init__({"mlp_out.0": x[:, :8], "resid_post.1": x, "mlp_out.2": x}, seed=1)
+
+
+@check
+def what_one_cannot_read_stops_both_whatever_the_sites(given):
+    folder, _ = given
+    for after in (5, 0):
+        stream = BreakingSites()
+        stream.after = after
+        saes = {site: build("gated", D_IN, 48, site=site) for site in ("mlp_out.2", "resid_post.1")}
+        made = trainer(folder / "broken", saes, 32, stream, latent_parallel=2)
+        with pytest.raises(InputError, match=r"The text is gone. Bring it back. \(in process 1 of 2\)"):
+            made.train()
+
+
+@check
+def a_result_that_cannot_be_written_stops_both(given):
+    folder, everyone = given
+    for latents in (1, 2):
+        place = folder / f"full {latents}"
+        made = trainer(place, ("gated",), 32, latent_parallel=latents, max_steps=2)
+        if everyone.rank == 0:
+            place.mkdir(exist_ok=True)
+            (place / "gated").write_text("a file")
+        everyone.together()
+        with pytest.raises(CheckpointError, match=r"The training is done, but .*in process 0 of 2.*"):
+            made.train()
+
+
 class Uneven(TensorActivations):
     """Gives samples in pieces, of which some have fewer rows than there are processes, or none."""
 
