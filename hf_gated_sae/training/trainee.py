@@ -198,10 +198,12 @@ class Trainee:
 
     def batch(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return input and target ``[n, d_in]``, ``[n, d_out]`` in the unit of training, out of a batch by site."""
-        x = inputs[self.reads].to(self.sae.dtype) * self.scale_in
-        if self.reads == self.writes:
-            return x, x
-        return x, inputs[self.writes].to(self.sae.dtype) * self.scale_out
+        x = self._scaled(inputs[self.reads], self.scale_in)
+        return x, x if self.reads == self.writes else self._scaled(inputs[self.writes], self.scale_out)
+
+    def _scaled(self, x: Tensor, scale: float) -> Tensor:
+        converted = x.to(self.sae.dtype)
+        return converted if scale == 1 else converted * scale
 
     def loss(self, step: int, x: Tensor, target: Tensor) -> TrainingLoss:
         """Return the objective on a batch, with the terms of the remedy.

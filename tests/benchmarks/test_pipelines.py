@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -61,7 +62,8 @@ def test_what_the_trainer_adds(tmp_path: Path, d_in: int, d_sae: int, tokens: in
     x = w["x"]
     args = SAETrainingArguments(**pipelines.bare_run(str(tmp_path), steps, tokens, RATE))
     step, _ = ours(our_sae("gated", w))
-    clock = Interleaved(lambda: step(x[:tokens]))
+    batches = itertools.cycle(x.split(tokens))  # other ones at every step, as the trainer has them
+    clock = Interleaved(lambda: step(next(batches)))
     trainer = SAETrainer(our_sae("gated", w), args, TensorActivations(x), callbacks=[clock])
     trainer.remove_callback(PrinterCallback)
     trainer.train()
