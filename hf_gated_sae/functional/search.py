@@ -31,8 +31,8 @@ def above(
         rounding: whether rounding to bfloat16 may decide where a projection is close to its cut.
 
     Returns:
-        Tokens, latents and projections, ``[found]`` each, in ascending order of latents, and of tokens for each of
-        them; None if there are more than `most`.
+        Tokens, latents and projections, ``[found]`` each, in no order of tokens but ascending latents for each; None
+        if there are more than `most`.
     """
     tokens, d_sae = x.shape[0], weight.shape[0]
     screened = screen.screen_of(x, rounding=rounding) if screen.serves(x, weight, cut) else None
@@ -57,13 +57,14 @@ def above(
 
 def _multiplied(x: Tensor, weight: Tensor, cut: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Search one tile by computing all of it."""
-    # Of weights that lie the other way, as mapped from a file, few tokens read each number once and copy none.
-    projections = linear(x, weight).T if weight.stride(-1) != 1 and len(x) <= FEW else linear(weight, x)
+    # The product that encoding takes, so that both come to the same bits. Weights that lie the other way, as mapped
+    # from a file, are read as they are by few tokens, and copied for many.
+    projections = linear(x, weight if weight.stride(-1) == 1 or len(x) <= FEW else weight.contiguous())
     # Halves are compared in float32, which is faster; what is not above or below anything stays.
     wide = torch.promote_types(x.dtype, torch.float32)
-    places = true_places((projections.to(wide) <= cut.to(wide)[:, None]).logical_not_().contiguous())
-    latents = places // max(len(x), 1)
-    return places - latents * len(x), latents, projections.reshape(-1)[places]
+    places = true_places((projections.to(wide) <= cut.to(wide)).logical_not_())
+    tokens = places // max(len(weight), 1)
+    return tokens, places - tokens * len(weight), projections.reshape(-1)[places]
 
 
 def lowest_projection(threshold: Tensor, bias: Tensor) -> Tensor:

@@ -59,7 +59,6 @@ def test_every_projection_above_the_cut(
     surely = wanted > cut.double() + slack * (1 + wanted.abs())
     assert (table > -torch.inf)[surely].all()
     there = table > -torch.inf
-    assert (found[1].diff() >= 0).all(), "latents ascend"
     torch.testing.assert_close(table[there].double(), wanted[there], rtol=slack, atol=10 * slack)
 
 
