@@ -51,16 +51,18 @@ class GateObjective(Objective):
     def loss(self, sae: SAEModel, x: Tensor, target: Tensor, sparsity: Sparsity) -> TrainingLoss:
         """Return the objective on some activations; arguments as for `Objective.loss`."""
         support, gate, latents = self._halves(sae, x)
-        reconstruction = support.decode(latents, sae.W_dec) + sae.constant(x)
+        opened, constant = torch.relu(gate), sae.constant(x)
+        values, frozen = ([latents, opened], [False, self.frozen_decoder]) if self.auxiliary else ([latents], [False])
+        written = support.decode_each(values, sae.W_dec, frozen)
+        reconstruction = written[0] + constant
         terms = {"reconstruction": squared_error(target, reconstruction)}
-        opened, written = torch.relu(gate), (sae.W_dec, sae.constant(x))
-        W_dec, constant = (each.detach() for each in written) if self.frozen_decoder else written
+        W_dec, frozen_constant = (each.detach() if self.frozen_decoder else each for each in (sae.W_dec, constant))
         penalty = sparsity.penalty(opened)
         if self.weighted_by_decoder_norm:
             penalty = penalty * sae._take(W_dec.norm(dim=-1), support.latents)
         terms["sparsity"] = sparsity.coefficient * support.mean_sum(penalty)
         if self.auxiliary:
-            terms["auxiliary"] = squared_error(target, support.decode(opened, W_dec) + constant)
+            terms["auxiliary"] = squared_error(target, written[1] + frozen_constant)
         return TrainingLoss.of(terms, reconstruction, support.code(latents))
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, ShapeError, shown
+from .places import true_places
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,16 +171,3 @@ def _integers(latents: object) -> Tensor:
         seen = f"as a tensor of {found.dtype}" if isinstance(latents, Tensor) else shown(latents)
         raise InputError(f"Given the latents {seen}, expected integers, such as [3, 7].")
     return found.to(torch.int64)
-
-
-def true_places(mask: Tensor) -> Tensor:
-    """Return the places of what is true in ``mask [...]``, counted through all axes, in order, ``[n]`` int64.
-
-    Eight places at once are skipped where all are false, which most are.
-    """
-    flat = mask.reshape(-1)
-    if flat.numel() % 8 or mask.device.type != "cpu" or flat.storage_offset() % 8:
-        return flat.nonzero().squeeze(1)
-    eights = flat.view(torch.int64).nonzero().squeeze(1)
-    which, within = flat.view(-1, 8)[eights].nonzero(as_tuple=True)
-    return eights[which] * 8 + within

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -58,6 +59,10 @@ class PartialSupport(Support):
     def decode(self, values: Tensor, W_dec: Tensor) -> Tensor:
         """Return what the values of all processes write, ``[..., d_out]``."""
         return self._others.summed(self._own.decode(values, W_dec))
+
+    def decode_each(self, values: Sequence[Tensor], W_dec: Tensor, frozen: Sequence[bool]) -> Sequence[Tensor]:
+        """Decode several values of all processes; see `Support.decode_each`."""
+        return [self._others.summed(each) for each in self._own.decode_each(values, W_dec, frozen)]
 
     def mean_sum(self, values: Tensor) -> Tensor:
         """Return the mean over tokens of the sum over the latents of all processes, ``[]``."""

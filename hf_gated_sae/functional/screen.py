@@ -1,11 +1,11 @@
-"""Telling in bfloat16, at half the time, which projections are not above their cut; the others are computed exactly.
+"""Telling in bfloat16, in less than half the time, which projections are above their cut; these are computed exactly.
 
 Rounding changes a projection by at most ``|x^ - x| |w^| + |x| |w^ - w|``, hats for what is rounded to bfloat16. That
 bound, and the cut, are columns of the rounded matrices themselves: the product of ``[x^, |x^ - x|, |x|, 1]`` and
 ``[w^, |w^|, |w^ - w|, -cut]`` is negative only where the exact projection is below the cut. No pass over the result
 is needed but for its signs.
 
-Where autocast asks for products in bfloat16 the rounded product itself tells, and nothing is bounded.
+Where autocast asks for products in bfloat16 the rounded product itself tells, and what it tells is used as it is.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .linear import is_plain
-from .live import true_places
+from .places import MEMBERS, Reaching
 
 UP = 1 + 2**-7
 """Times this, a positive number rounds to no less than itself in bfloat16."""
@@ -33,6 +33,8 @@ FEWEST_TOKENS = 384
 
 _BLOCKS_PER_KEPT = 4  # with fewer blocks their k-th highest maximum lies further below the k-th highest of all
 _TOKENS_AT_ONCE = 512
+
+_ZERO = torch.tensor(0, dtype=torch.int16)
 
 BLOCK = 128
 """Rows whose rounding errors are computed at once: few enough to stay in a core's own cache."""
@@ -62,6 +64,7 @@ class Screen:
         """Round them."""
         self.x = x
         self.rounded, self.largest = self._round(x)
+        self.reaching = Reaching()
 
     def _round(self, x: Tensor) -> tuple[Tensor, float]:
         """Return the matrix that stands for the tokens, and what bounds it: here, its largest number."""
@@ -105,19 +108,38 @@ class Screen:
             cut: ``[n]``.
 
         Returns:
-            Tokens, latents and exact projections, ``[candidates]`` each; every projection that is told to be above
-            its cut is there.
+            Tokens, latents and projections, ``[candidates]`` each; every projection that is told to be above its cut
+            is there.
         """
         columns = self.columns(weight, -cut)
         if columns is None:
             return None
-        signs = torch.nn.functional.linear(columns, self.rounded).view(torch.int16)
-        places = true_places(signs >= 0)
-        if len(places) > DENSEST * signs.numel():
+        told = torch.nn.functional.linear(columns, self.rounded)
+        # Groups of tokens, so that the latents of what is found ascend.
+        tile = told.view(torch.int16).unflatten(1, (Reaching.members(len(self.x)), -1))
+        places = self.reaching.places(tile, self.reaching.largest(tile), _ZERO)
+        if len(places) > DENSEST * told.numel():
             return None
         latents = places // len(self.x)
         tokens = places - latents * len(self.x)
-        return tokens, latents, dots(weight, self.x, latents, tokens)
+        return tokens, latents, self.projections(told, places, weight, -cut, tokens, latents)
+
+    def projections(
+        self, told: Tensor, places: Tensor, weight: Tensor, bias: Tensor, tokens: Tensor, latents: Tensor
+    ) -> Tensor:
+        """Return some projections: here, as they are told.
+
+        What is told is rounded with the bias in it, which loses less than to round the projections.
+
+        Args:
+            told: ``[n, tokens]``.
+            places: which of these, ``[found]``.
+            weight: ``[n, d_in]``.
+            bias: ``[n]``.
+            tokens: of each place ``[found]``, counted from the first one of the screen.
+            latents: of each place ``[found]``.
+        """
+        return told.view(-1).index_select(0, places) - bias.index_select(0, latents)
 
 
 class BoundedScreen(Screen):
@@ -155,6 +177,12 @@ class BoundedScreen(Screen):
         slack = 2 * (self.rounded[tokens, -3:-1].float() @ wide) + 4 * bias.abs().max() * (UP - 1 + self.summing)
         return kth - slack - 4 * (UP - 1) * (kth.abs() + slack)
 
+    def projections(
+        self, told: Tensor, places: Tensor, weight: Tensor, bias: Tensor, tokens: Tensor, latents: Tensor
+    ) -> Tensor:
+        """Return the exact projections; see `Screen.projections`."""
+        return dots(weight, self.x, latents, tokens)
+
 
 def screen_of(x: Tensor, *, rounding: bool) -> Screen:
     """Return the screen for some tokens; with `rounding`, what is lost by rounding is not missed."""
@@ -182,37 +210,47 @@ def highest(
         numbers are not finite, or where too many are close to the k-th highest.
     """
     block = len(weight) // (_BLOCKS_PER_KEPT * k)
+    members = Reaching.members(len(weight)) if block >= MEMBERS else 1
+    block //= members
     screen = screen_of(x, rounding=rounding) if block and serves(x, weight, bias) else None
     columns = None if screen is None else screen.columns(weight, bias)
     if screen is None or columns is None:
         return None
-    parts = []
+    parts, room = [], torch.empty(len(weight) * min(len(x), _TOKENS_AT_ONCE), dtype=torch.bfloat16)
     for first in range(0, len(x), _TOKENS_AT_ONCE):
         chunk = slice(first, first + _TOKENS_AT_ONCE)
-        told = torch.nn.functional.linear(columns, screen.rounded[chunk])
-        maxima = told[: len(weight) // block * block].unflatten(0, (-1, block)).amax(1)
-        kth = maxima.topk(k, dim=0, sorted=False).values.amin(0).float()
-        places = true_places(told >= screen.least(kth, columns, bias, chunk).to(told.dtype))
+        rounded = screen.rounded[chunk]
+        told = room[: len(weight) * len(rounded)].view(len(weight), len(rounded))
+        torch.mm(columns, rounded.T, out=told)
+        # As integers, which are compared faster, numbers above 0 are in the same order.
+        for numbers in (told.view(torch.int16), told):
+            tile = numbers.unflatten(0, (-1, members))
+            largest = screen.reaching.largest(tile)
+            maxima = largest[: len(largest) // block * block].unflatten(0, (-1, block)).amax(1)
+            kth = maxima.topk(k, dim=0, sorted=False).values.amin(0)
+            least = screen.least(kth.view(told.dtype).float(), columns, bias, chunk).to(told.dtype)
+            if bool((least > 0).all()):
+                break
+        places = screen.reaching.places(tile, largest, least.view(numbers.dtype))
         if len(places) > DENSEST * told.numel():
             return None
-        parts.append(_highest_of(places, x[chunk], weight, bias, k))
+        latents = places // told.shape[1]
+        tokens = places - latents * told.shape[1]
+        projections = screen.projections(told, places, weight, bias, tokens + first, latents)
+        parts.append(_highest_of(tokens, latents, projections, bias, k, told.shape[1]))
     latents, projections = (torch.cat(column) for column in zip(*parts, strict=True))
     return latents, projections
 
 
-def _highest_of(places: Tensor, x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return which latents are the `k` highest of each token, and their projections.
-
-    The places, in ``[d_sae, tokens]``, ascend, so that each row of the weights is read once; there are at least `k` of
-    every token.
-    """
-    latents = places // len(x)
-    tokens = places - latents * len(x)
-    projections = dots(weight, x, latents, tokens)
-    tokens, order = tokens.sort(stable=True)
-    counts = torch.bincount(tokens, minlength=len(x))
-    within = torch.arange(len(places)) - (counts.cumsum(0) - counts)[tokens]
-    table = x.new_full((len(x), int(counts.max())), -torch.inf)
+def _highest_of(
+    tokens: Tensor, latents: Tensor, projections: Tensor, bias: Tensor, k: int, count: int
+) -> tuple[Tensor, Tensor]:
+    """Return which latents are the `k` highest of each of `count` tokens, of which each has at least as many."""
+    order = tokens.to(torch.int32).argsort(stable=True)
+    counts = torch.bincount(tokens, minlength=count)
+    tokens = tokens.index_select(0, order)
+    within = torch.arange(len(order)) - (counts.cumsum(0) - counts)[tokens]
+    table = projections.new_full((count, int(counts.max())), -torch.inf)
     table[tokens, within] = (projections + bias[latents])[order]
     candidates = order.new_zeros(table.shape)
     candidates[tokens, within] = order
@@ -246,7 +284,7 @@ def dots(rows: Tensor, others: Tensor, row: Tensor, other: Tensor) -> Tensor:
     Args:
         rows: ``[n, d]``.
         others: ``[m, d]``.
-        row: of each pair, in ascending order, ``[pairs]`` int64.
+        row: of each pair ``[pairs]`` int64; in ascending order each row is read once.
         other: of each pair, ``[pairs]`` int64.
 
     Returns:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import screen
 from .linear import linear
-from .live import true_places
+from .places import Reaching
 
 FEW = 64
 """Tokens up to which a product with weights of other strides is faster as it is than with a copy of them."""
@@ -36,14 +36,16 @@ def above(
     """
     tokens, d_sae = x.shape[0], weight.shape[0]
     screened = screen.screen_of(x, rounding=rounding) if screen.serves(x, weight, cut) else None
-    width = max(1, TILE // max(tokens, 1))
+    # Of the numbers that a screen looks at twice as many fit the same cache.
+    width = max(1, TILE * (1 if screened is None else 2) // max(tokens, 1))
+    reaching = Reaching()
     parts, left = [], most * tokens * d_sae
     for first in range(0, d_sae, width):
         rows, cuts = weight[first : first + width], cut[first : first + width]
         found = screened.above(rows, cuts) if screened is not None else None
         if found is None:
             screened = None  # where one tile is dense, or not finite, others will be
-            found = _multiplied(x, rows, cuts)
+            found = _multiplied(x, rows, cuts, reaching)
         left -= len(found[0])
         if left < 0:
             return None
@@ -55,14 +57,16 @@ def above(
     return token, latent, projection
 
 
-def _multiplied(x: Tensor, weight: Tensor, cut: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _multiplied(x: Tensor, weight: Tensor, cut: Tensor, reaching: Reaching) -> tuple[Tensor, Tensor, Tensor]:
     """Search one tile by computing all of it."""
     # The product that encoding takes, so that both come to the same bits. Weights that lie the other way, as mapped
     # from a file, are read as they are by few tokens, and copied for many.
     projections = linear(x, weight if weight.stride(-1) == 1 or len(x) <= FEW else weight.contiguous())
-    # Halves are compared in float32, which is faster; what is not above or below anything stays.
+    members = Reaching.members(len(x))
+    tile = projections.reshape(len(x) // members, members, len(weight))
     wide = torch.promote_types(x.dtype, torch.float32)
-    places = true_places((projections.to(wide) <= cut.to(wide)).logical_not_())
+    level = cut.to(wide).nextafter(cut.new_full((), torch.inf, dtype=wide))
+    places = reaching.places(tile, reaching.largest(tile), level)
     tokens = places // max(len(weight), 1)
     return tokens, places - tokens * len(weight), projections.reshape(-1)[places]
 

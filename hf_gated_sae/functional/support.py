@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from .gradient_memory import memory_for
 from .linear import by_hand, linear
-from .live import LiveLatents, true_places
+from .live import LiveLatents
+from .places import true_places
 from .screen import dots, rounding_tells
 from .search import above
 from .sparse import sum_rows
@@ -26,8 +28,8 @@ from .sparse import sum_rows
 DENSEST = 1 / 16
 """Share of live latents above which a dense training step is the faster one."""
 
-SAMPLE = 64
-"""Tokens, and the square root of latents, from which it is told how many are on."""
+SAMPLE = 64, 1024
+"""Tokens and latents from which it is told how many are on."""
 
 FEWEST = 1 << 20
 """Projections below which it does not matter."""
@@ -54,6 +56,20 @@ class Support(ABC):
     @abstractmethod
     def decode(self, values: Tensor, W_dec: Tensor) -> Tensor:
         """Return ``values @ W_dec``, ``[..., d_out]``."""
+
+    def decode_each(self, values: Sequence[Tensor], W_dec: Tensor, frozen: Sequence[bool]) -> Sequence[Tensor]:
+        """Decode several values, which may be faster than one after the other.
+
+        Args:
+            values: each in the shape of `projection`.
+            W_dec: ``[d_sae, d_out]``.
+            frozen: of each, whether its gradient leaves the decoder alone.
+
+        Returns:
+            ``values @ W_dec`` of each, ``[..., d_out]``.
+        """
+        pairs = zip(values, frozen, strict=True)
+        return [self.decode(each, W_dec.detach() if still else W_dec) for each, still in pairs]
 
     @abstractmethod
     def mean_sum(self, values: Tensor) -> Tensor:
@@ -113,6 +129,7 @@ class LiveSupport(Support):
         tokens: the token of each projection, counted through all leading axes, ``[live]`` int64.
         latents: the latent of each projection ``[live]`` int64.
         projections: their values ``[live]``; computed if not given.
+        centred: ``x - shift``, ``[tokens, d_in]``; computed if not given.
     """
 
     latents: Tensor
@@ -125,6 +142,7 @@ class LiveSupport(Support):
         tokens: Tensor,
         latents: Tensor,
         projections: Tensor | None = None,
+        centred: Tensor | None = None,
     ) -> None:
         self.leading, self.d_sae = x.shape[:-1], len(W_enc_T)
         count = math.prod(self.leading)
@@ -137,15 +155,16 @@ class LiveSupport(Support):
         self.order = tokens.to(torch.int32).argsort(stable=True)
         self.by_token = _offsets(tokens, count)
         self._x, self._shift = x.reshape(-1, x.shape[-1]), shift
+        with torch.no_grad():
+            self._centred = _centred(self._x, shift) if centred is None else centred
         self.projection = self.project(W_enc_T, projections)
 
     def project(self, W_enc_T: Tensor, projections: Tensor | None = None) -> Tensor:
         """Return the projections through another encoder ``[d_sae, d_in]``, ``[live]``; perhaps known already."""
-        with torch.no_grad():
-            centred = self._x if self._shift is None else self._x - self._shift
-            if projections is None:
-                projections = dots(W_enc_T, centred, self.latents, self.tokens)
-        projection: Tensor = _LiveProjection.apply(self._x, self._shift, W_enc_T, centred, projections, self)
+        if projections is None:
+            with torch.no_grad():
+                projections = dots(W_enc_T, self._centred, self.latents, self.tokens)
+        projection: Tensor = _LiveProjection.apply(self._x, self._shift, W_enc_T, self._centred, projections, self)
         return projection
 
     @classmethod
@@ -165,8 +184,7 @@ class LiveSupport(Support):
             return None
         rounding = rounding_tells(x)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            flat = x.reshape(-1, x.shape[-1])
-            centred = flat if shift is None else flat - shift
+            centred = _centred(x.reshape(-1, x.shape[-1]), shift)
             if _sampled_share(centred, W_enc_T, cut) > DENSEST:
                 return None
             found = above(centred, W_enc_T, cut, most=2 * DENSEST, rounding=rounding)
@@ -176,7 +194,7 @@ class LiveSupport(Support):
             on = true_places((projections <= cut.index_select(0, latents)).logical_not_())
             if len(on) < len(projections):  # all that follows would go on with those that only might have been
                 tokens, latents, projections = (each.index_select(0, on) for each in found)
-        return cls(x, shift, W_enc_T, tokens, latents, projections)
+        return cls(x, shift, W_enc_T, tokens, latents, projections, centred)
 
     @staticmethod
     def serves(x: Tensor, W_enc_T: Tensor) -> bool:
@@ -187,8 +205,17 @@ class LiveSupport(Support):
 
     def decode(self, values: Tensor, W_dec: Tensor) -> Tensor:
         """Return ``values @ W_dec``, ``[..., d_out]``."""
-        decoded: Tensor = _LiveDecoded.apply(values, W_dec, self)
-        return decoded.reshape(*self.leading, W_dec.shape[1])
+        [decoded] = self.decode_each([values], W_dec, [False])
+        return decoded
+
+    def decode_each(self, values: Sequence[Tensor], W_dec: Tensor, frozen: Sequence[bool]) -> Sequence[Tensor]:
+        """Decode several values, reading each row of the decoder once; see `Support.decode_each`."""
+        with torch.no_grad():
+            written = self.summed_by_token(values, W_dec)
+        decoded: list[Tensor] = []
+        for each, still, own in zip(values, frozen, written.unbind(1), strict=True):
+            decoded.append(_LiveDecoded.apply(each, W_dec.detach() if still else W_dec, own, self))
+        return [each.reshape(*self.leading, W_dec.shape[1]) for each in decoded]
 
     def mean_sum(self, values: Tensor) -> Tensor:
         """Return the mean over tokens of the sum over latents, ``[]``."""
@@ -224,9 +251,28 @@ class LiveSupport(Support):
         """Return where the values of each block of latents begin and end."""
         return list(pairwise([*self.by_latent[:-1:LATENTS_AT_ONCE].tolist(), len(self.latents)]))
 
-    def summed_by_token(self, values: Tensor, rows: Tensor) -> Tensor:
-        """Return, for each token, the sum of its latents' rows ``[d_sae, d]`` times its values, ``[tokens, d]``."""
-        return sum_rows(self.latents[self.order], self.by_token, values[self.order], rows)
+    def summed_by_token(self, values: Sequence[Tensor], rows: Tensor) -> Tensor:
+        """Return, for each token, the sums of its latents' rows times its values.
+
+        Args:
+            values: several, ``[live]`` each.
+            rows: ``[d_sae, d]``.
+
+        Returns:
+            ``[tokens, values, d]``.
+        """
+        count, several = len(self.by_token) - 1, len(values)
+        # All sums of one token follow each other: its rows are then still in a cache.
+        starts, lengths = self.by_token[:-1, None], self.by_token.diff().unsqueeze(1)
+        skipped = starts * (several - 1) + lengths * torch.arange(several)
+        offsets = torch.cat([(starts + skipped).view(-1), self.by_token[-1:] * several])
+        total = several * len(self.latents)
+        which = torch.arange(count * several).repeat_interleave(offsets.diff(), output_size=total)
+        live = self.order.index_select(0, torch.arange(total) - skipped.view(-1).index_select(0, which))
+        latents = self.latents.index_select(0, live)
+        own = live.add_(which.remainder_(several), alpha=len(self.latents))
+        weights = torch.cat(tuple(values)).index_select(0, own)
+        return sum_rows(latents, offsets, weights, rows).view(count, several, -1)
 
 
 class _Projection(torch.autograd.Function):
@@ -290,7 +336,7 @@ class _LiveProjection(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         W_enc_T, centred = ctx.saved_tensors
         support = ctx.support
-        grad_x = support.summed_by_token(grad, W_enc_T) if ctx.needs_input_grad[0] else None
+        grad_x = support.summed_by_token([grad], W_enc_T).squeeze(1) if ctx.needs_input_grad[0] else None
         grad_shift = None
         if ctx.needs_input_grad[1]:
             pulls = torch.bincount(support.latents, grad, minlength=support.d_sae).to(grad.dtype)
@@ -300,13 +346,13 @@ class _LiveProjection(torch.autograd.Function):
 
 
 class _LiveDecoded(torch.autograd.Function):
-    """``values @ W_dec`` for the values of a few latents."""
+    """``values @ W_dec`` for the values of a few latents, where it was computed already."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, W_dec: Tensor, support: LiveSupport) -> Tensor:
+    def forward(ctx: Any, values: Tensor, W_dec: Tensor, written: Tensor, support: LiveSupport) -> Tensor:
         ctx.save_for_backward(values, W_dec)
         ctx.support = support
-        return support.summed_by_token(values, W_dec)
+        return written.view_as(written)
 
     @staticmethod
     @once_differentiable
@@ -314,13 +360,19 @@ class _LiveDecoded(torch.autograd.Function):
         values, W_dec = ctx.saved_tensors
         support, grad = ctx.support, grad.contiguous()
         grad_values = dots(W_dec, grad, support.latents, support.tokens) if ctx.needs_input_grad[0] else None
-        return grad_values, support.gradient_of(W_dec, values, grad) if ctx.needs_input_grad[1] else None, None
+        grad_W_dec = support.gradient_of(W_dec, values, grad) if ctx.needs_input_grad[1] else None
+        return grad_values, grad_W_dec, None, None
+
+
+def _centred(x: Tensor, shift: Tensor | None) -> Tensor:
+    """Return ``x - shift``."""
+    return x if shift is None else x - shift
 
 
 def _sampled_share(centred: Tensor, W_enc_T: Tensor, cut: Tensor) -> float:
     """Return the share of projections above their cut, on a few: to search them all in vain would cost more."""
-    tokens = slice(None, None, max(1, len(centred) // SAMPLE))
-    latents = slice(None, None, max(1, len(W_enc_T) // (SAMPLE * SAMPLE)))  # of which most need not even be read
+    both = zip((centred, W_enc_T), SAMPLE, strict=True)
+    tokens, latents = (slice(None, None, max(1, len(each) // few)) for each, few in both)  # most are not even read
     projections = linear(centred[tokens], W_enc_T[latents].contiguous())
     return int((projections > cut[latents]).sum()) / max(1, projections.numel())
 

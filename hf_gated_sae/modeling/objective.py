@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..functional.squared_error import squared_error
 from ..functional.support import Support
 from .output import TrainingLoss
 
@@ -125,13 +126,3 @@ class KeptObjective(Objective):
             part = support.decode(latents * (numbers < first), sae.W_dec) + constant
             terms[f"reconstruction_{first}"] = squared_error(target, part)
         return TrainingLoss.of(terms, reconstruction, support.code(latents))
-
-
-def squared_error(target: Tensor, reconstruction: Tensor) -> Tensor:
-    """Return the mean over tokens of ``|target - reconstruction|^2``, ``[]``.
-
-    Args:
-        target: ``[..., d_out]``.
-        reconstruction: ``[..., d_out]``.
-    """
-    return (target - reconstruction).square().sum(-1).mean()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hf_gated_sae.errors import InputError, ShapeError
 from hf_gated_sae.functional import sparse
-from hf_gated_sae.functional.live import LiveLatents, true_places
+from hf_gated_sae.functional.live import LiveLatents
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
 axes = st.lists(st.integers(0, 4), max_size=3)
@@ -135,11 +135,3 @@ def test_halves_are_summed_as_the_product_sums_them(dtype: torch.dtype) -> None:
     latents[:, :1000] = 1
     found = sparse.decode(LiveLatents.from_dense(latents), torch.ones(20_000, 64, dtype=dtype))
     assert torch.equal(found, torch.full((2, 64), 1000, dtype=dtype))
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=3), shares, st.integers(0, 1))
-def test_true_places(shape: list[int], share: float, offset: int) -> None:
-    mask = (latents_of([*shape, 8], share) != 0)[offset * (shape[0] > 1) :]
-    assert torch.equal(true_places(mask), mask.reshape(-1).nonzero().squeeze(1))
-    assert torch.equal(true_places(mask[..., 1:]), mask[..., 1:].reshape(-1).nonzero().squeeze(1))

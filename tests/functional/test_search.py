@@ -96,7 +96,7 @@ def test_the_screen_loses_nothing_at_the_very_cut(
 
 @roundings
 def test_the_screen_computes_few_of_them(screened: None, rounding: bool) -> None:
-    """And those exactly: what is found agrees with float64 as closely as a product in float32 does."""
+    """And those as exactly as a product in float32 does, or as one in bfloat16."""
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(512, 768, generator=generator), torch.randn(2048, 768, generator=generator) / 768**0.5
     cut = torch.full((2048,), 2.66)
@@ -108,7 +108,8 @@ def test_the_screen_computes_few_of_them(screened: None, rounding: bool) -> None
         assert 0.99 < len(tokens) / on.sum() < 1.01 and on[tokens, latents].float().mean() > 0.98
     else:
         assert on.sum() < len(tokens) < 2 * on.sum() and on[tokens, latents].sum() == on.sum()
-    torch.testing.assert_close(projections.double(), exact[tokens, latents], rtol=1e-5, atol=1e-5)
+    slack = 2e-2 if rounding else 1e-5
+    torch.testing.assert_close(projections.double(), exact[tokens, latents], rtol=0, atol=slack)
 
 
 @pytest.mark.parametrize("why", ["few tokens", "dtype", "gradient", "width"])
