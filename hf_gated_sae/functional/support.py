@@ -262,6 +262,9 @@ class LiveSupport(Support):
             ``[tokens, values, d]``.
         """
         count, several = len(self.by_token) - 1, len(values)
+        if several == 1:
+            latents, weights = (each.index_select(0, self.order) for each in (self.latents, values[0]))
+            return sum_rows(latents, self.by_token, weights, rows).unsqueeze(1)
         # All sums of one token follow each other: its rows are then still in a cache.
         starts, lengths = self.by_token[:-1, None], self.by_token.diff().unsqueeze(1)
         skipped = starts * (several - 1) + lengths * torch.arange(several)
