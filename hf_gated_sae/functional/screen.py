@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .kept_memory import KeptMemory
 from .linear import is_plain
 from .places import MEMBERS, Reaching
 
@@ -33,6 +34,9 @@ FEWEST_TOKENS = 384
 
 _BLOCKS_PER_KEPT = 4  # with fewer blocks their k-th highest maximum lies further below the k-th highest of all
 _TOKENS_AT_ONCE = 512
+
+ROUNDED = KeptMemory()
+"""Of matrices that are rounded whole at every step; those of their parts go with the parts."""
 
 _ZERO = torch.tensor(0, dtype=torch.int16)
 
@@ -83,7 +87,7 @@ class Screen:
         Returns:
             ``[n, columns of the tokens]`` bfloat16; None where something in the product might not be finite.
         """
-        columns = _with_room(weight, 2)
+        columns = ROUNDED.of(weight, (len(weight), weight.shape[1] + 2), torch.bfloat16)
         columns[:, :-2].copy_(weight)
         columns[:, -2] = bias  # in two parts: rounded in one, it would move a latent at all tokens alike
         columns[:, -1] = bias - columns[:, -2]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .gradient_memory import memory_for
+from .kept_memory import KeptMemory
 from .linear import by_hand, linear
 from .live import LiveLatents
 from .places import true_places
@@ -36,6 +36,8 @@ FEWEST = 1 << 20
 
 LATENTS_AT_ONCE = 1024
 """Rows of a gradient that are computed together: they are still in a cache when they are written where they belong."""
+
+GRADIENTS = KeptMemory()
 
 
 class Support(ABC):
@@ -239,7 +241,7 @@ class LiveSupport(Support):
             values: ``[live]``.
             rows: ``[tokens, d]``.
         """
-        found, first = memory_for(weight), 0
+        found, first = GRADIENTS.of(weight), 0
         for block, ends in zip(found.split(LATENTS_AT_ONCE), self._block_ends(), strict=True):
             offsets = self.by_latent[first : first + len(block) + 1]
             own = slice(*ends)

@@ -53,9 +53,7 @@ class TrainingLoss:
     def fired(self) -> Tensor:
         """Which latents are on for some token, ``[d_sae]`` bool."""
         if isinstance(self.latents, LiveLatents):
-            on = torch.zeros(self.latents.d_sae, dtype=torch.bool, device=self.latents.indices.device)
-            on[self.latents.indices] = True
-            return on
+            return torch.bincount(self.latents.indices, minlength=self.latents.d_sae) > 0
         return (self.latents != 0).reshape(-1, self.latents.shape[-1]).any(0)
 
     @property

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .taking import take_rows
+
 COPIED_AT_ONCE = 1 << 16
 
 
@@ -101,4 +103,4 @@ class ShuffleBuffer:
             self.add(held)
 
     def _rows(self, slots: Tensor) -> dict[str, Tensor]:
-        return {site: pool[slots.to(pool.device)] for site, pool in self._pools.items()}
+        return {site: take_rows(pool, slots) for site, pool in self._pools.items()}

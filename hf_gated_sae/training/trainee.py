@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from ..errors import CheckpointError, InputError, ShapeError
 from ..functional import FidelityAccumulator
-from ..functional.gradient_memory import forget
+from ..functional.kept_memory import forget
 from ..modeling import SAEModel, TrainingLoss
 from . import decoder_norm
 from .annealing import PowerAnnealing

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ...errors import InputError, ShapeError
+from ..taking import take_rows
 from .base import ANY_SITE
 from .rows import RowActivations
 
@@ -47,4 +48,4 @@ class TensorActivations(RowActivations):
 
     def rows(self, rows: Tensor) -> dict[str, Tensor]:
         """Return some rows, site -> ``[n, d]``."""
-        return {site: x[rows.to(x.device)] for site, x in self.activations.items()}
+        return {site: take_rows(x, rows) for site, x in self.activations.items()}

@@ -1,4 +1,4 @@
-"""Memory of gradients is used again when nobody sees it any more, and never before."""
+"""Memory is used again when nobody sees it any more, and never before."""
 
 from __future__ import annotations
 
@@ -10,30 +10,45 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_gated_sae.functional import gradient_memory
-from hf_gated_sae.functional.gradient_memory import forget, memory_for
+from hf_gated_sae.functional import kept_memory
+from hf_gated_sae.functional.kept_memory import KeptMemory, forget
 from hf_gated_sae.functional.support import LATENTS_AT_ONCE, LiveSupport
 
 D_SAE, TOKENS = 2 * LATENTS_AT_ONCE + 300, 700
 
 
 def test_this_build_of_torch_tells_who_holds_memory() -> None:
-    assert gradient_memory._ALONE is not None
+    assert kept_memory._ALONE is not None
 
 
 def test_memory_is_given_out_again() -> None:
-    weight = nn.Parameter(torch.ones(5, 3))
-    first = memory_for(weight)
+    weight, memory = nn.Parameter(torch.ones(5, 3)), KeptMemory()
+    first = memory.of(weight)
     place = first.data_ptr()
-    assert first.shape == (5, 3) and first.dtype == torch.float32
+    assert first.shape == (5, 3) and first.dtype == torch.float32 and not first.requires_grad
     del first
-    again = memory_for(weight)
+    again = memory.of(weight)
     assert again.data_ptr() == place
-    assert memory_for(weight).data_ptr() != place, "it is in use"
-    assert memory_for(nn.Parameter(torch.ones(5, 3))).data_ptr() != place
+    assert memory.of(weight).data_ptr() != place, "it is in use"
+    assert memory.of(nn.Parameter(torch.ones(5, 3))).data_ptr() != place
+    assert KeptMemory().of(weight).data_ptr() != place, "for another purpose"
     del again
     forget([weight, nn.Parameter(torch.ones(2))])
-    assert weight not in gradient_memory._kept
+    assert weight not in memory.kept
+
+
+def test_as_much_is_kept_as_is_in_use_at_a_time() -> None:
+    held, memory = torch.ones(40, 3), KeptMemory(several=2)
+    places, before = [], memory.of(held, (8, 3))
+    for _ in range(6):
+        following = memory.of(held, (8, 3), torch.float32)
+        places.append(following.data_ptr())
+        before = following
+    assert len(set(places)) == 2 and before.shape == (8, 3)
+    others = [memory.of(held, (8, 3)) for _ in range(3)]
+    assert len({each.data_ptr() for each in (before, *others)}) == 4 and len(memory.kept[held]) == 2
+    assert memory.of(held, (4, 3), torch.bfloat16).shape == (4, 3), "and what is wanted no more is let go of"
+    assert [each.shape for each in memory.kept[held]] == [(4, 3)]
 
 
 @pytest.mark.parametrize(
@@ -51,32 +66,32 @@ def test_memory_is_given_out_again() -> None:
     ids=["itself", "detached", "view", "transposed", "array", "storage", "buffer", "dlpack"],
 )
 def test_what_somebody_still_sees_is_left_alone(hold: Callable[[Tensor], Any]) -> None:
-    weight = nn.Parameter(torch.ones(5, 3))
-    grad = memory_for(weight).zero_()
+    weight, memory = nn.Parameter(torch.ones(5, 3)), KeptMemory()
+    grad = memory.of(weight).zero_()
     held = hold(grad)
     del grad
-    memory_for(weight).fill_(7.0)
-    kept = gradient_memory._kept[weight]
+    memory.of(weight).fill_(7.0)
+    [kept] = memory.kept[weight]
     assert (kept == 0).all()
     del held
     gc.collect()
-    assert memory_for(weight).data_ptr() == kept.data_ptr()
+    assert memory.of(weight).data_ptr() == kept.data_ptr()
 
 
 def test_memory_goes_with_the_weights() -> None:
-    weight = nn.Parameter(torch.ones(5, 3))
-    memory_for(weight)
-    before = len(gradient_memory._kept)
+    weight, memory = nn.Parameter(torch.ones(5, 3)), KeptMemory()
+    memory.of(weight)
+    assert len(memory.kept) == 1
     del weight
     gc.collect()
-    assert len(gradient_memory._kept) == before - 1
+    assert len(memory.kept) == 0
 
 
 def test_weights_that_have_become_others_get_other_memory() -> None:
-    weight = nn.Parameter(torch.ones(5, 3))
-    memory_for(weight)
+    weight, memory = nn.Parameter(torch.ones(5, 3)), KeptMemory()
+    memory.of(weight)
     weight.data = torch.ones(4, 2, dtype=torch.float64)
-    assert (memory_for(weight).shape, memory_for(weight).dtype) == ((4, 2), torch.float64)
+    assert (memory.of(weight).shape, memory.of(weight).dtype) == ((4, 2), torch.float64)
 
 
 def backward(W_enc_T: nn.Parameter, W_dec: nn.Parameter, seed: int) -> None:
@@ -97,7 +112,7 @@ def test_gradients_are_the_same_at_every_step(monkeypatch: pytest.MonkeyPatch, a
     """In the memory of an earlier gradient, with one that is held, and with one that is added to."""
     mine, held, places = weights(), [], []
     for step in range(6):
-        monkeypatch.setattr(gradient_memory, "_ALONE", gradient_memory._alone() if available else None)
+        monkeypatch.setattr(kept_memory, "_ALONE", kept_memory._alone() if available else None)
         for part in range(1 + step % 2):
             backward(*mine, seed=10 * step + part)
         fresh = weights()
