@@ -8,6 +8,7 @@ it belongs to, and given out again once nobody can see what is in it any more, w
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterable, MutableMapping, Sequence
 
 import torch
@@ -39,18 +40,20 @@ class KeptMemory:
             A contiguous tensor, seen by nobody else.
         """
         shape, dtype = owner.shape if shape is None else torch.Size(shape), dtype or owner.dtype
-        kept = [each for each in self.kept.get(owner, ()) if (each.shape, each.dtype) == (shape, dtype)]
-        for each in kept:
-            if _is_unseen(each):
-                return each.detach()
-        fresh = torch.empty(shape, dtype=dtype)
-        if _ALONE is None or len(kept) == self.several:  # all of it is in use: parts of a batch are added up, say
-            return fresh
-        self.kept[owner] = [*kept, fresh]
-        return fresh.detach()
+        with _ONE_AT_A_TIME, torch.inference_mode(False):  # in that mode, nobody could write to it any more later
+            kept = [each for each in self.kept.get(owner, ()) if (each.shape, each.dtype) == (shape, dtype)]
+            for each in kept:
+                if _is_unseen(each):
+                    return each.detach()
+            fresh = torch.empty(shape, dtype=dtype)
+            if _ALONE is None or len(kept) == self.several:  # all of it is in use: parts of a batch are added up, say
+                return fresh
+            self.kept[owner] = [*kept, fresh]
+            return fresh.detach()
 
 
 _PURPOSES: list[KeptMemory] = []
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def forget(owners: Iterable[Tensor]) -> None:

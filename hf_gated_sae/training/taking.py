@@ -19,9 +19,9 @@ def take_rows(held: Tensor, rows: Tensor) -> Tensor:
         rows: ``[n]`` int64, on any device.
 
     Returns:
-        ``[n, d]``, on the device of what is held.
+        ``[n, d]``, on the device of what is held, without a gradient.
     """
     if held.device.type != "cpu":
-        return held.index_select(0, rows.to(held.device))
+        return held.detach().index_select(0, rows.to(held.device))
     taken = BATCHES.of(held, (len(rows), held.shape[1]))
-    return torch.index_select(held, 0, rows.to(held.device), out=taken)  # a third of the time of held[rows]
+    return torch.index_select(held.detach(), 0, rows.to(held.device), out=taken)  # a third of the time of held[rows]

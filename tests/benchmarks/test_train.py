@@ -114,17 +114,17 @@ def test_gated(folders: dict[str, Path], tokens: int) -> None:
 
 
 @pytest.mark.parametrize("tokens", SIZES)
-def test_gated_in_bfloat16(folders: dict[str, Path], tokens: int) -> None:
-    """Weights and moments in float32, products in bfloat16; dictionary_learning has no such way on a CPU."""
+@pytest.mark.parametrize("ours, peers", [("ours_gated", ["saelens_gated_bf16"]), ("ours_topk", [])])
+def test_in_bfloat16(folders: dict[str, Path], ours: str, peers: list[str], tokens: int) -> None:
+    """Weights and moments in float32, products in bfloat16; the other peers have no such way on a CPU."""
+    candidate, product = f"{ours}_bf16", "torch_product_bf16"
     compare(
         f"{title(tokens)}, bfloat16 autocast",
-        medians(
-            folders["sparse"], ("ours_gated_bf16", "saelens_gated_bf16", "torch_product_bf16", "ours_gated"), tokens
-        ),
+        medians(folders["sparse"], (candidate, product, ours, *peers), tokens),
         [
-            ("ours_gated_bf16", "saelens_gated_bf16", 0.1),
-            ("ours_gated_bf16", "torch_product_bf16", 2.5),
-            ("ours_gated_bf16", "ours_gated", NONE),
+            *((candidate, peer, 0.1) for peer in peers),
+            (candidate, product, 2.5),
+            (candidate, ours, NONE),
         ],
     )
 
@@ -133,7 +133,7 @@ def test_gated_in_bfloat16(folders: dict[str, Path], tokens: int) -> None:
 def test_topk(folders: dict[str, Path], tokens: int) -> None:
     """sparsify with its default optimiser, which keeps one moment where Adam keeps two, and with Adam."""
     peers = ("sparsify_topk", "sparsify_topk_adam", "saelens_topk", "dictionary_learning_topk")
-    ours = ("ours_topk", "ours_topk_bf16", "ours_product", "torch_product_bf16")
+    ours = ("ours_topk", "ours_product")
     compare(
         title(tokens),
         medians(folders["sparse"], (*ours, *peers), tokens),
@@ -141,7 +141,6 @@ def test_topk(folders: dict[str, Path], tokens: int) -> None:
             ("ours_topk", "sparsify_topk", 0.6),
             *(("ours_topk", peer, NONE) for peer in peers[1:]),
             ("ours_topk", "ours_product", 2.5),
-            ("ours_topk_bf16", "torch_product_bf16", 2.5),
         ],
     )
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -76,6 +78,30 @@ def test_what_somebody_still_sees_is_left_alone(hold: Callable[[Tensor], Any]) -
     del held
     gc.collect()
     assert memory.of(weight).data_ptr() == kept.data_ptr()
+
+
+def test_memory_that_inference_mode_has_asked_for_can_be_trained_on() -> None:
+    held, memory = torch.ones(5, 3), KeptMemory()
+    with torch.inference_mode():
+        memory.of(held).fill_(1.0)
+    again = memory.of(held).fill_(2.0)
+    with torch.inference_mode():
+        assert memory.of(held).data_ptr() != again.data_ptr()
+    weight = torch.ones(3, requires_grad=True)
+    (again @ weight).sum().backward()
+    assert torch.equal(weight.grad, torch.full((3,), 10.0))
+
+
+def test_threads_do_not_get_the_same_memory() -> None:
+    held, memory = torch.ones(5, 3), KeptMemory(several=2)
+
+    def differ(number: int) -> bool:
+        mine = memory.of(held).fill_(number)
+        time.sleep(1e-4)
+        return bool((mine == number).all())
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(differ, range(400)))
 
 
 def test_memory_goes_with_the_weights() -> None:

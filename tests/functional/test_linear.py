@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.autograd import forward_ad
@@ -20,13 +20,23 @@ def _however_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SMALLEST", 1)
 
 
-@settings(deadline=None)
-@given(rows=sides, d_in=sides, n=sides, strided=st.booleans(), seed=st.integers(0, 2**16))
-def test_equals_the_product_in_float64(rows: int, d_in: int, n: int, strided: bool, seed: int) -> None:
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=sides, d_in=sides, n=sides, strided=st.tuples(st.booleans(), st.booleans()), seed=st.integers(0, 2**16))
+@pytest.mark.parametrize("blas_is_fast", [False, True])
+def test_equals_the_product_in_float64(
+    monkeypatch: pytest.MonkeyPatch,
+    blas_is_fast: bool,
+    rows: int,
+    d_in: int,
+    n: int,
+    strided: tuple[bool, bool],
+    seed: int,
+) -> None:
+    monkeypatch.setattr(module, "_BLAS_IS_FAST", blas_is_fast)
     generator = torch.Generator().manual_seed(seed)
     x, weight = torch.randn(rows, d_in, generator=generator), torch.randn(n, d_in, generator=generator)
-    given_weight = weight.T.contiguous().T if strided else weight
-    found = linear(x, given_weight)
+    laid = [each.T.contiguous().T if other else each for each, other in zip((x, weight), strided, strict=True)]
+    found = linear(*laid)
     torch.testing.assert_close(found.double(), x.double() @ weight.double().T, rtol=1e-5, atol=1e-5)
 
 

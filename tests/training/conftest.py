@@ -1,14 +1,21 @@
-"""Every architecture, and the arguments of a small run."""
+"""Every architecture, and small runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hf_gated_sae.architectures import architectures
+from hf_gated_sae.demo import bundled, corpus
 from hf_gated_sae.training import SAETrainingArguments
+
+SMALL = {
+    **{"max_steps": 4, "activation_batch_size": 32, "statistics_activations": 100, "recorded_activations": 100},
+    **{"use_cpu": True, "disable_tqdm": True, "warmup_steps": 0, "logging_steps": 2},
+}
 
 
 @pytest.fixture(
@@ -40,3 +47,22 @@ def arguments(tmp_path) -> Callable[..., SAETrainingArguments]:
         return SAETrainingArguments(**{**settings, **changes})
 
     return make
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "train.txt"
+    path.write_text("\n".join(corpus.texts("training", 40_000)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def small(text: Path, tmp_path: Path) -> dict[str, Any]:
+    """A run that takes a second."""
+    return {
+        "output_dir": str(tmp_path / "out"),
+        "model": {"name": str(bundled.MODEL), "hub_id": "me/python-lm"},
+        "data": {"files": str(text), "context_length": 32, "sequences_per_batch": 4, "buffer_size": 128},
+        "sae": {"site": "resid_post.1", "d_sae": 48},
+        "training": dict(SMALL),
+    }

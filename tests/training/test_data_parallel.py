@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.hooks.distributed.ranks import launch, require_passed
-from tests.training.distributed import data_parallel, grid
+from tests.training.distributed import data_parallel, failing, grid
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +28,16 @@ def ended(folder):
 @pytest.mark.parametrize("check", data_parallel.CHECKS)
 def test_on_two_ranks(ended, check):
     require_passed(ended, check)
+
+
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory):
+    return launch(failing.__name__, tmp_path_factory.mktemp("failing"))
+
+
+@pytest.mark.parametrize("check", failing.CHECKS)
+def test_what_stops_two_ranks(failed, check):
+    require_passed(failed, check)
 
 
 def test_on_a_grid_of_four_ranks(folder):

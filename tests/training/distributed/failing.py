@@ -1,0 +1,149 @@
+"""Runs of `SAETrainer` that two processes carry out together and that cannot go on, or not even begin."""
+
+import os
+
+import pytest
+import torch
+
+from hf_gated_sae.errors import CheckpointError, InputError, TrainingError
+from hf_gated_sae.training import TensorActivations
+from hf_gated_sae.training.processes import Processes
+from hf_gated_sae.training.sharding import split
+from tests.hooks.distributed.ranks import RANKS, gathered, run
+from tests.training.distributed.data_parallel import prepare, trainer
+from tests.training.worlds import D_IN, activations, build
+
+CHECKS = {}
+
+
+def check(function):
+    CHECKS[function.__name__] = function
+    return function
+
+
+class Poisoned(TensorActivations):
+    """Gives one process a NaN, once it has been read often enough."""
+
+    calls = 0
+
+    def rows(self, rows):
+        self.calls += 1
+        found = super().rows(rows)
+        return {site: x * torch.nan if self.rank == 1 and self.calls > 5 else x for site, x in found.items()}
+
+
+@check
+def what_is_not_finite_in_one_stops_both(given):
+    folder, _ = given
+    for latents in (1, 2):
+        stream = Poisoned(activations(700, seed=0).double(), seed=1)
+        made = trainer(folder / f"nan {latents}", ("gated", "standard"), 32, stream, latent_parallel=latents)
+        with pytest.raises(TrainingError, match=r"was stopped before it changed any weight: activation") as caught:
+            made.train()
+        first, second = gathered(str(caught.value))
+        assert first == second
+        assert f"in process {2 - latents} of 2" in first  # those that share an SAE have seen it both
+
+
+class Breaking(TensorActivations):
+    """Cannot go on in one process, once it has been read often enough, or from the beginning."""
+
+    after, calls = 5, 0
+
+    def rows(self, rows):
+        self.calls += 1
+        if self.rank == 1 and self.calls > self.after:
+            raise InputError("The text is gone. Bring it back.")
+        return super().rows(rows)
+
+
+@check
+def what_one_cannot_read_stops_both_with_its_reason(given):
+    folder, _ = given
+    for latents in (1, 2):
+        for after, settings in ((5, {"gradient_accumulation_steps": 2}), (5, {}), (-1, {})):
+            stream = Breaking(activations(700, seed=0).double(), seed=1)
+            stream.after = after
+            made = trainer(folder / "broken", ("gated",), 32, stream, latent_parallel=latents, **settings)
+            with pytest.raises(InputError, match=r"The text is gone. Bring it back. \(in process 1 of 2\)") as caught:
+                made.train()
+            first, second = gathered(str(caught.value))
+            assert first == second
+
+
+class BreakingSites(Breaking):
+    """The same, of sites of different widths, in an order of its own, in half precision."""
+
+    def __init__(self):
+        x = activations(700, seed=0).bfloat16()
+        super().__init__({"mlp_out.0": x[:, :8], "resid_post.1": x, "mlp_out.2": x}, seed=1)
+
+
+@check
+def what_one_cannot_read_stops_both_whatever_the_sites(given):
+    folder, _ = given
+    for after in (5, 0):
+        stream = BreakingSites()
+        stream.after = after
+        saes = {site: build("gated", D_IN, 48, site=site) for site in ("mlp_out.2", "resid_post.1")}
+        made = trainer(folder / "broken", saes, 32, stream, latent_parallel=2)
+        with pytest.raises(InputError, match=r"The text is gone. Bring it back. \(in process 1 of 2\)"):
+            made.train()
+
+
+@check
+def a_result_that_cannot_be_written_stops_both(given):
+    folder, everyone = given
+    for latents in (1, 2):
+        place = folder / f"full {latents}"
+        made = trainer(place, ("gated",), 32, latent_parallel=latents, max_steps=2)
+        if everyone.rank == 0:
+            place.mkdir(exist_ok=True)
+            (place / "gated").write_text("a file")
+        everyone.together()
+        with pytest.raises(CheckpointError, match=r"The training is done, but .*in process 0 of 2.*"):
+            made.train()
+
+
+@check
+def checkpoints_need_a_disk_that_all_see(given):
+    folder, everyone = given
+    here = folder / f"machine {everyone.rank}"
+    made = trainer(here, ("gated",), 32, save_strategy="steps", save_steps=4)
+    with pytest.raises(InputError, match="where not all processes see what the first one writes"):
+        made.train()
+    assert not here.exists() or not list(here.iterdir())
+    made = trainer(here, ("gated",), 32, max_steps=4)
+    made.train()  # without checkpoints the first process alone writes
+    assert (here / "gated").exists() == (everyone.rank == 0)
+
+
+@check
+def what_cannot_be_is_refused(given):
+    folder, _ = given
+    for settings, why in (
+        ({"latent_parallel": 3}, "latent_parallel is 3, and there are 2 processes; expected a divisor"),
+        ({"latent_parallel": 2, "dead_latent_remedy": "auxk"}, "whose term is of all dead latents together"),
+    ):
+        with pytest.raises(InputError, match=why):
+            trainer(folder / "refused", ("gated",), **settings)
+    with pytest.raises(InputError, match="which latents are on is decided among all of them"):
+        trainer(folder / "refused", ("topk",), latent_parallel=2)
+    part = split(build("gated", D_IN, 48), Processes.all())
+    with pytest.raises(InputError, match="latent_parallel is 1: pass latent_parallel=2, or the whole SAE"):
+        trainer(folder / "refused", {"": part})
+    with pytest.raises(InputError, match="save_on_each_node=True would leave a checkpoint on every machine"):
+        trainer(folder / "refused", ("gated",), save_on_each_node=True)
+
+
+@check
+def processes_that_transformers_does_not_know_are_refused(given):
+    folder, _ = given
+    with pytest.raises(InputError, match="2 processes were started, and transformers takes them for 1.*use_cpu=True"):
+        trainer(folder / "refused", ("gated",), use_cpu=False)
+
+
+if __name__ == "__main__":
+    # As torchrun sets them; the processes have found each other already.
+    os.environ |= {"LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    run(CHECKS, prepare)
