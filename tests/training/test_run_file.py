@@ -151,7 +151,7 @@ def test_merging_replaces_what_is_given_and_nothing_else(base: dict, over: dict)
         ("--data.dataset wikitext", "data.dataset and data.files"),
         ("--data.shards there", "data.files and data.shards"),
         ("--data.split test", "data.split means nothing with data.files"),
-        (f"--data.dataset {__file__} --data.files null", "test_run_file.py, a file here, and no id of the Hub: give it as"),
+        (f"--data.dataset {__file__} --data.files null", "_file.py, a file here, and no id of the Hub: give it as"),
         ("--training.seed 3", "training.seed is given as seed, beside training"),
         ("--training.sparsity_coefficient 3", "is given as sae.sparsity_coefficient"),
         ("--training.per_device_train_batch_size 3", "is given as training.activation_batch_size"),
