@@ -52,8 +52,8 @@ class GateObjective(Objective):
         """Return the objective on some activations; arguments as for `Objective.loss`."""
         support, gate, latents = self._halves(sae, x)
         opened, constant = torch.relu(gate), sae.constant(x)
-        values, frozen = ([latents, opened], [False, self.frozen_decoder]) if self.auxiliary else ([latents], [False])
-        written = support.decode_each(values, sae.W_dec, frozen)
+        values = [latents, opened] if self.auxiliary else [latents]
+        written = support.decode_each(values, sae.W_dec, [False, self.frozen_decoder][: len(values)])
         reconstruction = written[0] + constant
         terms = {"reconstruction": squared_error(target, reconstruction)}
         W_dec, frozen_constant = (each.detach() if self.frozen_decoder else each for each in (sae.W_dec, constant))

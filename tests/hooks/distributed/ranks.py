@@ -55,6 +55,8 @@ def _be(rank, count, module, folder):
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+    # As torchrun sets them; the processes have found each other already.
+    os.environ |= {"LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "TQDM_DISABLE": "1"}
     sys.argv = [module, folder]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

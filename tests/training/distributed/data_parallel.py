@@ -1,7 +1,6 @@
 """Runs of `SAETrainer` that two processes carry out together, or one alone with batches twice as large."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -347,6 +346,4 @@ def no_more_is_sent_than_needed(given):
 
 
 if __name__ == "__main__":
-    # As torchrun sets them; the processes have found each other already.
-    os.environ |= {"LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     run(CHECKS, prepare)

@@ -1,7 +1,5 @@
 """Runs of `SAETrainer` that two processes carry out together and that cannot go on, or not even begin."""
 
-import os
-
 import pytest
 import torch
 
@@ -9,7 +7,7 @@ from hf_gated_sae.errors import CheckpointError, InputError, TrainingError
 from hf_gated_sae.training import TensorActivations
 from hf_gated_sae.training.processes import Processes
 from hf_gated_sae.training.sharding import split
-from tests.hooks.distributed.ranks import RANKS, gathered, run
+from tests.hooks.distributed.ranks import gathered, run
 from tests.training.distributed.data_parallel import prepare, trainer
 from tests.training.worlds import D_IN, activations, build
 
@@ -144,6 +142,4 @@ def processes_that_transformers_does_not_know_are_refused(given):
 
 
 if __name__ == "__main__":
-    # As torchrun sets them; the processes have found each other already.
-    os.environ |= {"LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     run(CHECKS, prepare)

@@ -1,7 +1,5 @@
 """Four processes in two rows that each share the SAEs: what `data_parallel` checks of two, of both at once."""
 
-import os
-
 from hf_gated_sae.training.processes import Processes
 from tests.hooks.distributed.ranks import require_alike, run
 from tests.training.distributed.data_parallel import SPLIT, require_same, trainer
@@ -27,6 +25,4 @@ CHECKS = {"two_rows_of_two_train_what_one_process_does": two_rows_of_two_train_w
 
 
 if __name__ == "__main__":
-    # As torchrun sets them; the processes have found each other already.
-    os.environ |= {"LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     run(CHECKS, lambda folder: folder)
