@@ -10,6 +10,9 @@ Where autocast asks for products in bfloat16 the rounded product itself tells, a
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -213,10 +216,8 @@ def highest(
         Latents and their projections, without the bias, ``[tokens, k]`` each; None where `serves` says no, where
         numbers are not finite, or where too many are close to the k-th highest.
     """
-    block = len(weight) // (_BLOCKS_PER_KEPT * k)
-    members = Reaching.members(len(weight)) if block >= MEMBERS else 1
-    block //= members
-    screen = screen_of(x, rounding=rounding) if block and serves(x, weight, bias) else None
+    blocks = _BLOCKS_PER_KEPT * k
+    screen = screen_of(x, rounding=rounding) if len(weight) >= blocks and serves(x, weight, bias) else None
     columns = None if screen is None else screen.columns(weight, bias)
     if screen is None or columns is None:
         return None
@@ -226,16 +227,8 @@ def highest(
         rounded = screen.rounded[chunk]
         told = room[: len(weight) * len(rounded)].view(len(weight), len(rounded))
         torch.mm(columns, rounded.T, out=told)
-        # As integers, which are compared faster, numbers above 0 are in the same order.
-        for numbers in (told.view(torch.int16), told):
-            tile = numbers.unflatten(0, (-1, members))
-            largest = screen.reaching.largest(tile)
-            maxima = largest[: len(largest) // block * block].unflatten(0, (-1, block)).amax(1)
-            kth = maxima.topk(k, dim=0, sorted=False).values.amin(0)
-            least = screen.least(kth.view(told.dtype).float(), columns, bias, chunk).to(told.dtype)
-            if bool((least > 0).all()):
-                break
-        places = screen.reaching.places(tile, largest, least.view(numbers.dtype))
+        least = functools.partial(screen.least, columns=columns, bias=bias, tokens=chunk)
+        places = _candidates(told, k, blocks, screen.reaching, least)
         if len(places) > DENSEST * told.numel():
             return None
         latents = places // told.shape[1]
@@ -244,6 +237,30 @@ def highest(
         parts.append(_highest_of(tokens, latents, projections, bias, k, told.shape[1]))
     latents, projections = (torch.cat(column) for column in zip(*parts, strict=True))
     return latents, projections
+
+
+def _candidates(told: Tensor, k: int, blocks: int, reaching: Reaching, least: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the places of what may be among the `k` highest of its column, of which each has at least as many.
+
+    Args:
+        told: ``[n, columns]`` bfloat16.
+        k: how many.
+        blocks: of how many blocks, at least, the maxima are taken that tell how high the highest are.
+        reaching: what finds them.
+        least: of the k-th highest maximum of each column, what a candidate is told to be at least, ``[columns]`` each.
+    """
+    members = Reaching.members(len(told)) if len(told) >= MEMBERS * blocks else 1
+    block = len(told) // (members * blocks)
+    # As integers, which are compared faster, numbers above 0 are in the same order.
+    for numbers in (told.view(torch.int16), told):
+        tile = numbers.unflatten(0, (-1, members))
+        largest = reaching.largest(tile)
+        maxima = largest[: len(largest) // block * block].unflatten(0, (-1, block)).amax(1)
+        kth = maxima.topk(k, dim=0, sorted=False).values.amin(0)
+        level = least(kth.view(told.dtype).float()).to(told.dtype)
+        if bool((level > 0).all()):
+            break
+    return reaching.places(tile, largest, level.view(numbers.dtype))
 
 
 def _highest_of(

@@ -150,10 +150,10 @@ class ActivationShards:
 def _examples(folder: str, names: tuple[str, ...], identity: str) -> Iterator[dict[str, Any]]:
     """Yield every token as plain numbers."""
     for batch in ActivationShards(folder).batches(1024, names=names):
-        columns: dict[str, list[Any]] = {name: getattr(batch, name).tolist() for name in TOKENS}
+        columns: dict[str, Any] = {name: getattr(batch, name).tolist() for name in TOKENS}
         for name, value in batch.values.items():
             if isinstance(value, Tensor):
-                columns[name] = value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy()  # type: ignore[assignment]
+                columns[name] = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
             else:
                 ends = value.offsets.tolist()
                 columns[name] = [

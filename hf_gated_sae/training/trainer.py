@@ -54,6 +54,7 @@ class SAETrainer(GradientsOfSAEs, Resumable):
         args: the recipe.
         train_dataset: where activations come from; a tensor ``[n, d_in]`` is read as `TensorActivations`.
         callbacks: further callbacks, called after our own.
+        grid: which processes share what, where they were arranged already to make the SAEs.
 
     Attributes:
         trainees: the SAEs with what belongs to their training, by name; an SAE that is alone has the name "".
@@ -73,12 +74,14 @@ class SAETrainer(GradientsOfSAEs, Resumable):
         args: SAETrainingArguments,
         train_dataset: ActivationStream | Tensor,
         callbacks: list[TrainerCallback] | None = None,
+        *,
+        grid: Grid | None = None,
     ) -> None:
         stream = (
             TensorActivations(train_dataset, seed=args.seed) if isinstance(train_dataset, Tensor) else train_dataset
         )
         require_launched(args)
-        self.grid = Grid.arrange(args.latent_parallel, stream, args.device.type)
+        self.grid = grid or Grid.arrange(args.latent_parallel, stream, args.device.type)
         self.stream = self.grid.part(stream)
         given = {"": model} if isinstance(model, SAEModel) else dict(model)
         _require_known(args, given)

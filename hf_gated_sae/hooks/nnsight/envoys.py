@@ -158,7 +158,7 @@ def _envoy_class(values: _Latents) -> type:
         def latents(self, latents: Any) -> Any:
             return values.write(latents, Mediator.value(f"{self.path}.{port}"))
 
-        @latents.transform  # type: ignore[no-redef]
+        @latents.transform  # type: ignore[no-redef]  # likewise
         def latents(self, latents: Any, value: Any) -> Any:
             return values.write(latents, value)
 

@@ -28,11 +28,11 @@ def sent(root: Any, stops: Any, special: Any, steps: Any, names: Any, get: Any, 
         put: `put_tensor`.
     """
 
-    def carry():  # type: ignore[no-untyped-def]
+    def carry() -> None:
         prompt = None
         for _ in steps[:]:
             args, kwargs = root.inputs
-            call = dict(zip(names, args))  # noqa: B905
+            call = dict(zip(names, args, strict=False))
             call.update(kwargs)
             tokens, prompt = tokens_of(call, prompt, special)
             seen = []

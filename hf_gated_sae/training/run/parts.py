@@ -35,6 +35,7 @@ class Parts:
         config: the run, with the commits that model and data set were resolved to.
         arguments: of the trainer.
         stream: where activations come from.
+        grid: which processes share what of it.
         saes: the new SAEs, by the name of their section; where processes share them, this process's parts.
         model: the causal LM; None if activations come from shards.
         tokenizer: its tokenizer; likewise.
@@ -43,6 +44,7 @@ class Parts:
     config: RunConfig
     arguments: SAETrainingArguments
     stream: ActivationStream
+    grid: Grid
     saes: Mapping[str, SAEModel]
     model: PreTrainedModel | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -82,13 +84,9 @@ def build(config: RunConfig) -> Parts:
         save_buffer=data.save_buffer,
     )
     facts = {"base_model": base_model(pinned.model), "base_model_revision": settings.revision}
-    saes = new_saes(pinned, widths, facts, chosen.device, _sharing(chosen, stream))
-    return Parts(pinned, chosen, stream, saes, model, tokenizer)
-
-
-def _sharing(chosen: SAETrainingArguments, stream: ActivationStream) -> Processes:
-    """Return the processes that share an SAE with this one."""
-    return Grid.arrange(chosen.latent_parallel, stream, chosen.device.type).latents
+    grid = Grid.arrange(chosen.latent_parallel, stream, chosen.device.type)
+    saes = new_saes(pinned, widths, facts, chosen.device, grid.latents)
+    return Parts(pinned, chosen, stream, grid, saes, model, tokenizer)
 
 
 def _from_shards(config: RunConfig, chosen: SAETrainingArguments, sites: list[str]) -> Parts:
@@ -104,7 +102,8 @@ def _from_shards(config: RunConfig, chosen: SAETrainingArguments, sites: list[st
         )
     settings = config.model or (ModelSettings(written) if written else None)
     facts = {"base_model": base_model(settings), "base_model_revision": shards.index.get("base_model_revision")}
-    return Parts(config, chosen, stream, new_saes(config, widths, facts, chosen.device, _sharing(chosen, stream)))
+    grid = Grid.arrange(chosen.latent_parallel, stream, chosen.device.type)
+    return Parts(config, chosen, stream, grid, new_saes(config, widths, facts, chosen.device, grid.latents))
 
 
 def base_model(settings: ModelSettings | None) -> str | None:

@@ -161,11 +161,10 @@ class Run:
             return trainer.train(resume_from_checkpoint=self.checkpoint)
 
     def _trainer(self, callbacks: list[TrainerCallback] | None) -> SAETrainer:
-        alone = self.saes.get("")
+        alone, parts = self.saes.get(""), self.parts
+        model = self.saes if alone is None else alone
         try:
-            return SAETrainer(
-                self.saes if alone is None else alone, self.parts.arguments, self.parts.stream, callbacks=callbacks
-            )
+            return SAETrainer(model, parts.arguments, parts.stream, callbacks, grid=parts.grid)
         except SAEError:
             raise
         except (ValueError, OSError, ImportError, RuntimeError) as error:  # what transformers refuses only now
@@ -255,8 +254,9 @@ def _alone_in(folder: Path, *, writes: bool) -> Iterator[None]:
     try:
         yield
     finally:
+        with suppress(OSError):  # while it is held: later it might be another's
+            (folder / LOCK_FILE).unlink(missing_ok=True)
         lock.release()
-        (folder / LOCK_FILE).unlink(missing_ok=True)
         if made:
             with suppress(OSError):  # it is not empty
                 folder.rmdir()
