@@ -10,20 +10,18 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .kept_memory import KeptMemory
 from .linear import by_hand, linear
 from .live import LiveLatents
+from .pairs import LivePairs
 from .places import true_places
-from .screen import dots, rounding_tells
+from .screen import rounding_tells
 from .search import above
-from .sparse import sum_rows
 
 DENSEST = 1 / 16
 """Share of live latents above which a dense training step is the faster one."""
@@ -33,11 +31,6 @@ SAMPLE = 64, 1024
 
 FEWEST = 1 << 20
 """Projections below which it does not matter."""
-
-LATENTS_AT_ONCE = 1024
-"""Rows of a gradient that are computed together: they are still in a cache when they are written where they belong."""
-
-GRADIENTS = KeptMemory()
 
 
 class Support(ABC):
@@ -146,16 +139,12 @@ class LiveSupport(Support):
         projections: Tensor | None = None,
         centred: Tensor | None = None,
     ) -> None:
-        self.leading, self.d_sae = x.shape[:-1], len(W_enc_T)
-        count = math.prod(self.leading)
+        self._leading = x.shape[:-1]
         if bool((latents.diff() < 0).any()):
             order = latents.to(torch.int32).argsort(stable=True)
             tokens, latents = tokens[order], latents[order]
             projections = None if projections is None else projections[order]
-        self.tokens, self.latents = tokens, latents
-        self.by_latent = _offsets(latents, self.d_sae)
-        self.order = tokens.to(torch.int32).argsort(stable=True)
-        self.by_token = _offsets(tokens, count)
+        self._pairs, self.latents = LivePairs(tokens, latents, math.prod(self._leading), len(W_enc_T)), latents
         self._x, self._shift = x.reshape(-1, x.shape[-1]), shift
         with torch.no_grad():
             self._centred = _centred(self._x, shift) if centred is None else centred
@@ -165,8 +154,10 @@ class LiveSupport(Support):
         """Return the projections through another encoder ``[d_sae, d_in]``, ``[live]``; perhaps known already."""
         if projections is None:
             with torch.no_grad():
-                projections = dots(W_enc_T, self._centred, self.latents, self.tokens)
-        projection: Tensor = _LiveProjection.apply(self._x, self._shift, W_enc_T, self._centred, projections, self)
+                projections = self._pairs.dots(W_enc_T, self._centred)
+        projection: Tensor = _LiveProjection.apply(
+            self._x, self._shift, W_enc_T, self._centred, projections, self._pairs
+        )
         return projection
 
     @classmethod
@@ -213,71 +204,19 @@ class LiveSupport(Support):
     def decode_each(self, values: Sequence[Tensor], W_dec: Tensor, frozen: Sequence[bool]) -> Sequence[Tensor]:
         """Decode several values, reading each row of the decoder once; see `Support.decode_each`."""
         with torch.no_grad():
-            written = self.summed_by_token(values, W_dec)
+            written = self._pairs.summed_by_token(values, W_dec)
         decoded: list[Tensor] = []
         for each, still, own in zip(values, frozen, written.unbind(1), strict=True):
-            decoded.append(_LiveDecoded.apply(each, W_dec.detach() if still else W_dec, own, self))
-        return [each.reshape(*self.leading, W_dec.shape[1]) for each in decoded]
+            decoded.append(_LiveDecoded.apply(each, W_dec.detach() if still else W_dec, own, self._pairs))
+        return [each.reshape(*self._leading, W_dec.shape[1]) for each in decoded]
 
     def mean_sum(self, values: Tensor) -> Tensor:
         """Return the mean over tokens of the sum over latents, ``[]``."""
-        return values.sum() / math.prod(self.leading)
+        return values.sum() / self._pairs.count
 
     def code(self, values: Tensor) -> LiveLatents:
         """Return values as the latents of an SAE, without a gradient; zeros are left out."""
-        values, shape = values.detach(), (*self.leading, self.d_sae)
-        on = values[self.order] != 0
-        if bool(on.all()):
-            return LiveLatents(self.by_token, self.latents[self.order], values[self.order], shape)
-        order = self.order[on]
-        offsets = _offsets(self.tokens[order], math.prod(self.leading))
-        return LiveLatents(offsets, self.latents[order], values[order], shape)
-
-    def gradient_of(self, weight: Tensor, values: Tensor, rows: Tensor) -> Tensor:
-        """Return, for each latent, the sum of its tokens' rows times its values.
-
-        Args:
-            weight: whose gradient that is, ``[d_sae, d]``.
-            values: ``[live]``.
-            rows: ``[tokens, d]``.
-        """
-        found, first = GRADIENTS.of(weight), 0
-        for block, ends in zip(found.split(LATENTS_AT_ONCE), self._block_ends(), strict=True):
-            offsets = self.by_latent[first : first + len(block) + 1]
-            own = slice(*ends)
-            block.copy_(sum_rows(self.tokens[own], offsets - ends[0], values[own], rows))
-            first += len(block)
-        return found
-
-    def _block_ends(self) -> list[tuple[int, int]]:
-        """Return where the values of each block of latents begin and end."""
-        return list(pairwise([*self.by_latent[:-1:LATENTS_AT_ONCE].tolist(), len(self.latents)]))
-
-    def summed_by_token(self, values: Sequence[Tensor], rows: Tensor) -> Tensor:
-        """Return, for each token, the sums of its latents' rows times its values.
-
-        Args:
-            values: several, ``[live]`` each.
-            rows: ``[d_sae, d]``.
-
-        Returns:
-            ``[tokens, values, d]``.
-        """
-        count, several = len(self.by_token) - 1, len(values)
-        if several == 1:
-            latents, weights = (each.index_select(0, self.order) for each in (self.latents, values[0]))
-            return sum_rows(latents, self.by_token, weights, rows).unsqueeze(1)
-        # All sums of one token follow each other: its rows are then still in a cache.
-        starts, lengths = self.by_token[:-1, None], self.by_token.diff().unsqueeze(1)
-        skipped = starts * (several - 1) + lengths * torch.arange(several)
-        offsets = torch.cat([(starts + skipped).view(-1), self.by_token[-1:] * several])
-        total = several * len(self.latents)
-        which = torch.arange(count * several).repeat_interleave(offsets.diff(), output_size=total)
-        live = self.order.index_select(0, torch.arange(total) - skipped.view(-1).index_select(0, which))
-        latents = self.latents.index_select(0, live)
-        own = live.add_(which.remainder_(several), alpha=len(self.latents))
-        weights = torch.cat(tuple(values)).index_select(0, own)
-        return sum_rows(latents, offsets, weights, rows).view(count, several, -1)
+        return self._pairs.code(values.detach(), self._leading)
 
 
 class _Projection(torch.autograd.Function):
@@ -297,7 +236,7 @@ class _Projection(torch.autograd.Function):
         grad_x = linear(grad, W_enc_T.T) if ctx.needs_input_grad[0] else None
         grad_shift = -(flat.sum(0) @ W_enc_T) if ctx.needs_input_grad[1] else None
         wanted = ctx.needs_input_grad[2]
-        return grad_x, grad_shift, linear(flat.T, centred.reshape(len(flat), -1).T) if wanted else None
+        return grad_x, grad_shift, linear(flat.T, centred.reshape(-1, centred.shape[-1]).T) if wanted else None
 
 
 class _Decoded(torch.autograd.Function):
@@ -316,7 +255,7 @@ class _Decoded(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return grad_values, None
         flat = grad.reshape(-1, grad.shape[-1])
-        return grad_values, linear(values.reshape(len(flat), -1).T, flat.T)
+        return grad_values, linear(values.reshape(-1, values.shape[-1]).T, flat.T)
 
 
 class _LiveProjection(torch.autograd.Function):
@@ -330,23 +269,20 @@ class _LiveProjection(torch.autograd.Function):
         W_enc_T: Tensor,
         centred: Tensor,
         projections: Tensor,
-        support: LiveSupport,
+        pairs: LivePairs,
     ) -> Tensor:
         ctx.save_for_backward(W_enc_T, centred)
-        ctx.support = support
+        ctx.pairs = pairs
         return projections.view_as(projections)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         W_enc_T, centred = ctx.saved_tensors
-        support = ctx.support
-        grad_x = support.summed_by_token([grad], W_enc_T).squeeze(1) if ctx.needs_input_grad[0] else None
-        grad_shift = None
-        if ctx.needs_input_grad[1]:
-            pulls = torch.bincount(support.latents, grad, minlength=support.d_sae).to(grad.dtype)
-            grad_shift = -(pulls @ W_enc_T)
-        grad_weight = support.gradient_of(W_enc_T, grad, centred) if ctx.needs_input_grad[2] else None
+        pairs: LivePairs = ctx.pairs
+        grad_x = pairs.summed_by_token([grad], W_enc_T).squeeze(1) if ctx.needs_input_grad[0] else None
+        grad_shift = -(pairs.by_latent(grad) @ W_enc_T) if ctx.needs_input_grad[1] else None
+        grad_weight = pairs.gradient_of(W_enc_T, grad, centred) if ctx.needs_input_grad[2] else None
         return grad_x, grad_shift, grad_weight, None, None, None
 
 
@@ -354,18 +290,19 @@ class _LiveDecoded(torch.autograd.Function):
     """``values @ W_dec`` for the values of a few latents, where it was computed already."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, W_dec: Tensor, written: Tensor, support: LiveSupport) -> Tensor:
+    def forward(ctx: Any, values: Tensor, W_dec: Tensor, written: Tensor, pairs: LivePairs) -> Tensor:
         ctx.save_for_backward(values, W_dec)
-        ctx.support = support
+        ctx.pairs = pairs
         return written.view_as(written)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, W_dec = ctx.saved_tensors
-        support, grad = ctx.support, grad.contiguous()
-        grad_values = dots(W_dec, grad, support.latents, support.tokens) if ctx.needs_input_grad[0] else None
-        grad_W_dec = support.gradient_of(W_dec, values, grad) if ctx.needs_input_grad[1] else None
+        pairs: LivePairs = ctx.pairs
+        grad = grad.contiguous()
+        grad_values = pairs.dots(W_dec, grad) if ctx.needs_input_grad[0] else None
+        grad_W_dec = pairs.gradient_of(W_dec, values, grad) if ctx.needs_input_grad[1] else None
         return grad_values, grad_W_dec, None, None
 
 
@@ -380,10 +317,3 @@ def _sampled_share(centred: Tensor, W_enc_T: Tensor, cut: Tensor) -> float:
     tokens, latents = (slice(None, None, max(1, len(each) // few)) for each, few in both)  # most are not even read
     projections = linear(centred[tokens], W_enc_T[latents].contiguous())
     return int((projections > cut[latents]).sum()) / max(1, projections.numel())
-
-
-def _offsets(ascending_owner: Tensor, owners: int) -> Tensor:
-    """Return where the values of each owner begin, and the end, ``[owners + 1]`` int64."""
-    offsets = ascending_owner.new_zeros(owners + 1)
-    torch.cumsum(torch.bincount(ascending_owner, minlength=owners), 0, out=offsets[1:])
-    return offsets

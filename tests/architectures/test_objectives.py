@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from hf_gated_sae.functional import screen
 from hf_gated_sae.functional import support as supports
 from hf_gated_sae.functional.live import LiveLatents
 from hf_gated_sae.modeling import KeptObjective, Objective
+from hf_gated_sae.training.taking import take_rows
 
 D_IN, D_SAE, TOKENS = 24, 2048, 520
 FEW = 2.2
@@ -138,6 +140,38 @@ def test_a_step_over_the_live_latents_is_the_dense_step(
     for name, gradient in found.items():
         error = (gradient - wanted[name]).norm() / wanted[name].norm().clamp_min(1e-30)
         assert error <= tolerance, (name, float(error))
+
+
+@pytest.mark.parametrize("architecture, settings, options", CASES)
+def test_a_batch_is_let_go_of_with_its_loss(
+    architecture: str, settings: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """At once, and not when Python next looks for cycles: a batch may be large."""
+    sae, held, places = example(architecture, **settings), activations(), []
+    gc.disable()
+    try:
+        for _ in range(6):
+            x = take_rows(held, torch.arange(TOKENS))
+            places.append(x.data_ptr())
+            loss, _ = step(sae, x, **{**options, **({"target": x} if options.get("target") else {})})
+            assert isinstance(loss.latents, LiveLatents)
+            del x, loss
+    finally:
+        gc.enable()
+    assert len(set(places)) <= 2
+
+
+@pytest.mark.parametrize("architecture, settings, options", CASES)
+def test_no_activations_give_zero_gradients(
+    architecture: str, settings: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """As one process of several may have, or a caller who filters."""
+    x = activations()[:0]
+    loss, found = step(
+        example(architecture, **settings), x, **{**options, **({"target": x} if options.get("target") else {})}
+    )
+    assert loss.fired.shape == (D_SAE,) and not loss.fired.any()
+    assert not any(gradient.nan_to_num().any() for gradient in found.values())
 
 
 @pytest.mark.parametrize("screened", [False, True])

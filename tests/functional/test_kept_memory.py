@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from hf_gated_sae.functional import kept_memory
 from hf_gated_sae.functional.kept_memory import KeptMemory, forget
-from hf_gated_sae.functional.support import LATENTS_AT_ONCE, LiveSupport
+from hf_gated_sae.functional.pairs import LATENTS_AT_ONCE
+from hf_gated_sae.functional.support import LiveSupport
 
 D_SAE, TOKENS = 2 * LATENTS_AT_ONCE + 300, 700
 
