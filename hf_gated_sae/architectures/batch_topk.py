@@ -26,16 +26,16 @@ MARGIN = 1.25
 
 @dataclass(frozen=True)
 class BatchTopKObjective(KeptObjective):
-    """``|y - y^|^2`` on the batch's largest latents, which also moves the running threshold."""
+    """``|y - y^|^2`` on the batch's largest latents.
+
+    Where gradients are recorded it also moves the running threshold; where they are not, nothing is learnt.
+    """
 
     def loss(self, sae: BatchTopKSAE, x: Tensor, target: Tensor, sparsity: Sparsity) -> TrainingLoss:
         """Return the objective on some activations; arguments as for `Objective.loss`."""
         support, latents, lowest = sae.largest(x)
-        with torch.no_grad():
-            lowest = lowest.to(sae.threshold.dtype)
-            moved = sae.threshold.lerp(lowest, 1 - sae.config.threshold_momentum)
-            moved = torch.where(sae.threshold > 0, moved, lowest)  # a mean that began at 0 would lag for long
-            sae.threshold.copy_(torch.where(lowest > 0, moved, sae.threshold))
+        if torch.is_grad_enabled():
+            sae.move_threshold(lowest)
         return self._reconstruction(sae, x, target, support, latents)
 
 
@@ -122,6 +122,14 @@ class BatchTopKSAE(SAEModel):
             return support, latents, kept.min() if len(kept) else kept.new_zeros(())
         lowest = self.peers.lowest_of_largest(pre_latents.detach(), wanted)
         return support, torch.relu(pre_latents) * (pre_latents >= lowest), lowest
+
+    @torch.no_grad()
+    def move_threshold(self, lowest: Tensor) -> None:
+        """Let the running threshold follow the smallest latent that a batch kept, ``[]``; 0 if it kept none."""
+        lowest = lowest.to(self.threshold.dtype)
+        moved = self.threshold.lerp(lowest, 1 - self.config.threshold_momentum)
+        moved = torch.where(self.threshold > 0, moved, lowest)  # a mean that began at 0 would lag for long
+        self.threshold.copy_(torch.where(lowest > 0, moved, self.threshold))
 
     @torch.no_grad()
     def _guess(self, x: Tensor) -> Tensor | None:

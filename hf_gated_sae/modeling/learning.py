@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from ..errors import ShapeError
+from ..errors import InputError, ShapeError
 from ..functional.linear import linear
 from ..functional.others import PartialSupport
 from ..functional.support import DenseSupport, LiveSupport, Support
@@ -45,8 +45,11 @@ class Learning:
             objective: a variant; ``objective_class()`` by default.
 
         Raises:
+            InputError: if the SAE normalises its input, or holds only some of its latents.
             ShapeError: if activations or target are not as wide as the SAE.
         """
+        if obstacle := self.learning_obstacle():
+            raise InputError(f"This {type(self).__name__} has no training loss; it {obstacle}.")
         target = x if target is None else target
         fits = x.shape[-1:] == (self.config.d_in,) and target.shape == (*x.shape[:-1], self.d_out)
         if self.one_site and not fits:
@@ -57,6 +60,19 @@ class Learning:
             )
         chosen: Objective = self.objective_class() if objective is None else objective
         return chosen.loss(self, x, target, Sparsity(sparsity_coefficient, sparsity_power))
+
+    def learning_obstacle(self: SAEModel | Any) -> str:
+        """Return why no objective can be computed of this SAE; empty if one can."""
+        config = self.config
+        if config.kept_latents is not None:
+            return f"holds only {config.rows} of its {config.d_sae} latents: load it without latents="
+        if config.normalization != "none":
+            return (
+                f"normalises each token ({config.normalization}), and is therefore no homogeneous function of its "
+                "input, as the training in another unit needs: train one with normalization='none', scaled by "
+                "activation_scale="
+            )
+        return ""
 
     def constant(self: SAEModel | Any, x: Tensor) -> Tensor:
         """Return what is written when no latent is on, in the SAE's own frame.

@@ -320,17 +320,10 @@ def require_trainable(sae: SAEModel) -> None:
         InputError: saying why.
     """
     config = sae.config
-    why = ""
-    if config.kept_latents is not None:
-        why = f"holds only {config.rows} of its {config.d_sae} latents: load it without latents="
-    elif config.skip_connection and not config.is_transcoder:
+    why = sae.learning_obstacle()
+    if config.skip_connection and not config.is_transcoder:
         why = "has a skip connection from a site to itself, which learns to copy: name the site_out of a transcoder"
     elif len(config.sites_read) > 1 or not sae.per_token:
         why = "reads several sites, or several tokens, at once, and the stream gives single activations"
-    elif config.normalization != "none":
-        why = (
-            f"normalises each token ({config.normalization}), and is therefore no homogeneous function of its input, "
-            "as the training in another unit needs: train one with normalization='none', scaled by activation_scale="
-        )
     if why:
         raise InputError(f"This {type(sae).__name__} cannot be trained here; it {why}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from typing import Any
 
 import pytest
@@ -377,3 +378,25 @@ def test_a_target_of_another_width_is_refused() -> None:
     sae = example("gated")
     with pytest.raises(ShapeError, match=r"a target \[520, 7\]"):
         sae.training_loss(activations(), target=torch.zeros(TOKENS, 7, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"normalization": "layer_norm"}, "normalises each token (layer_norm)"),
+        ({"kept_latents": [3, 5]}, "holds only 2 of its 2048 latents"),
+    ],
+)
+def test_an_sae_that_an_objective_would_take_for_another_is_refused(change: dict[str, Any], said: str) -> None:
+    for architecture in ("gated", "standard", "jumprelu", "topk", "batch_topk"):
+        with pytest.raises(InputError, match=re.escape(said)):
+            example(architecture, **change).training_loss(activations())
+
+
+def test_measuring_moves_no_threshold() -> None:
+    sae, x = example("batch_topk"), activations()
+    before = sae.threshold.clone()
+    with torch.no_grad():
+        measured = sae.training_loss(x)
+    assert torch.equal(sae.threshold, before)
+    assert torch.equal(sae.training_loss(x).total, measured.total) and not torch.equal(sae.threshold, before)
