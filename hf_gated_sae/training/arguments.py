@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import sys
@@ -11,17 +10,25 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import TrainingArguments, get_scheduler
-from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
+from transformers import TrainingArguments
 
 from ..errors import InputError, unknown_name
 from .processes import require_launched
 from .remedies import remedies
 from .statistics import CENTRES
+from .supported import plain, require_makeable, require_possible, require_supported
 
 _INHERITED_RECIPE = (
-    *("learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm", "optim"),
+    *(
+        "learning_rate",
+        "adam_beta1",
+        "adam_beta2",
+        "adam_epsilon",
+        "weight_decay",
+        "max_grad_norm",
+        "optim",
+        "optim_args",
+    ),
     *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "gradient_accumulation_steps"),
     *("seed", "bf16", "fp16"),
 )
@@ -36,9 +43,6 @@ _NOT_NEGATIVE = (
     *("learning_rate", "adam_epsilon", "weight_decay", "max_grad_norm", "warmup_steps", "sparsity_warmup_steps"),
     *("lr_dip_steps", "recorded_activations", "auxk_coefficient", "pull_coefficient"),
 )
-
-TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow", "comet_ml", "swanlab", "clearml", "codecarbon", "dvclive")
-"""What ``report_to`` can name of packages that are installed under the same name."""
 
 _SHARES = ("adam_beta1", "adam_beta2", "lr_dip")
 
@@ -105,7 +109,7 @@ class SAETrainingArguments(TrainingArguments):
     per_device_train_batch_size: int = 1  # an item of the stream is a whole batch
     remove_unused_columns: bool = False
     dataloader_pin_memory: bool = False  # fails for activations that are on a GPU already
-    ignore_data_skip: bool = True  # skipping would run the language model over everything again
+    ignore_data_skip: bool = True  # the stream itself goes on from where it was
     logging_nan_inf_filter: bool = False  # would hide a diverged run, and waits for the device at every step
 
     ddp_find_unused_parameters: bool | None = False  # an objective uses all that learn
@@ -135,10 +139,12 @@ class SAETrainingArguments(TrainingArguments):
     pull_coefficient: float = 3e-6
 
     def __post_init__(self) -> None:
-        """Check what transformers cannot know."""
+        """Check what transformers cannot know, before anything is loaded."""
+        require_supported(self, {each.name: each.default for each in fields(SAETrainingArguments)})
         # By default one process would read text for all others.
         self.accelerator_config: Any = self.accelerator_config or {"dispatch_batches": False}
         super().__post_init__()
+        self.max_grad_norm = self.max_grad_norm or 0.0  # transformers compares it, None too
         for name, value, known in (
             ("activation scale", self.activation_scale, SCALES),
             ("initial b_dec", self.initial_b_dec, CENTRES),
@@ -148,23 +154,18 @@ class SAETrainingArguments(TrainingArguments):
                 raise unknown_name(name, value, known)
         self._check_ranges()
         require_launched(self)
-        self._check_supported()
+        require_possible(self)
         self.objective = _from_flag("objective", self.objective or {}, Mapping)
         self.sparsity_coefficient = _from_flag(
             "sparsity_coefficient", self.sparsity_coefficient, (int, float, Mapping)
         )
         _require_lambdas(self.sparsity_coefficient)
         self._check_annealing()
-        self._check_schedule()
+        require_makeable(self)
         if self.world_size % self.latent_parallel:
             raise InputError(
                 f"latent_parallel is {self.latent_parallel}, and there are {self.world_size} processes; expected a "
                 "divisor."
-            )
-        if self.push_to_hub:
-            raise InputError(
-                "push_to_hub=True would publish transformers' own card and a pickle of these arguments; train first, "
-                "then call sae.push_to_hub(...)."
             )
 
     @property
@@ -192,57 +193,6 @@ class SAETrainingArguments(TrainingArguments):
             raise InputError(f"save_steps is {self.save_steps}; expected a positive number, or save_strategy='no'.")
         if any(step < 1 for step in self.resample_steps):
             raise InputError(f"resample_steps is {self.resample_steps}; expected steps from 1 on.")
-
-    def _check_supported(self) -> None:
-        """Raise for what transformers' trainer does with data sets, and for a device that lacks something."""
-        evaluates = str(_plain(self.eval_strategy)) != "no" or self.do_eval or self.load_best_model_at_end
-        if evaluates or str(_plain(self.save_strategy)) == "best":
-            raise InputError(
-                "eval_strategy, do_eval, load_best_model_at_end and save_strategy='best' need a data set to evaluate "
-                "on, and a stream has none: evaluate(model, sae, tokens) measures the trained SAE."
-            )
-        if self.dataloader_num_workers:
-            raise InputError(
-                f"dataloader_num_workers is {self.dataloader_num_workers}; expected 0: activations are made by the "
-                "process that trains."
-            )
-        if self.fp16 and self.device.type == "cpu":
-            raise InputError("fp16=True means nothing on a CPU: take bf16=True, or neither.")
-        if self.fp16 and self.latent_parallel > 1:
-            raise InputError(
-                f"fp16=True skips steps that overflow, which each of the {self.latent_parallel} processes that share "
-                "an SAE would decide for itself: take bf16=True, which needs no scaling."
-            )
-        if self.save_on_each_node:
-            raise InputError(
-                "save_on_each_node=True would leave a checkpoint on every machine, and a whole one on none of them: "
-                "leave it out, and give an output_dir on a disk that all processes see."
-            )
-        try:
-            get_reporting_integration_callbacks(self.report_to)
-        except ValueError as error:
-            raise InputError(f"report_to is {self.report_to}: {error}") from error
-        for name in self.report_to or ():  # of which transformers would hear once the model is loaded
-            available = name in get_available_reporting_integrations() or importlib.util.find_spec(name) is not None
-            if name in TRACKERS and not available:
-                raise InputError(f"report_to is {name!r}, which is not installed here: pip install {name}.")
-
-    def _check_schedule(self) -> None:
-        """Raise if transformers cannot make the schedule, which it would say after the model has been loaded."""
-        unused = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-        try:
-            get_scheduler(
-                self.lr_scheduler_type,
-                unused,
-                self.get_warmup_steps(self.max_steps),
-                self.max_steps,
-                self.lr_scheduler_kwargs or {},
-            )
-        except (TypeError, ValueError, KeyError) as error:
-            raise InputError(
-                f"lr_scheduler_type {_plain(self.lr_scheduler_type)!r} with lr_scheduler_kwargs "
-                f"{self.lr_scheduler_kwargs or {}} cannot be made: {error}."
-            ) from error
 
     def _check_annealing(self) -> None:
         if not 0 < self.sparsity_power_end <= 1:
@@ -293,16 +243,11 @@ class SAETrainingArguments(TrainingArguments):
     def recipe(self) -> dict[str, Any]:
         """Return what decided the weights, as plain JSON without paths, for cards and `training_args.json`."""
         own = {f.name for f in fields(SAETrainingArguments)} - {f.name for f in fields(TrainingArguments)}
-        return {name: _plain(getattr(self, name)) for name in (*_INHERITED_RECIPE, *sorted(own))}
+        return {name: plain(getattr(self, name)) for name in (*_INHERITED_RECIPE, *sorted(own))}
 
     def write_recipe(self, folder: Path) -> None:
         """Write ``training_args.json``, which is no pickle, into a folder."""
         (folder / ARGUMENTS_FILE).write_text(json.dumps(self.recipe(), indent=2) + "\n", encoding="utf-8")
-
-
-def _plain(value: Any) -> Any:
-    """Turn transformers' enumerations into their strings."""
-    return getattr(value, "value", value)
 
 
 def _require_lambdas(given: float | str | Mapping[str, Any]) -> None:

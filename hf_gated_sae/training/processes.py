@@ -124,10 +124,12 @@ class Processes(OtherLatents, OtherTokens):
             own: ``[n, ...]``, as many in every process.
 
         Returns:
-            ``[n * count, ...]``.
+            ``[n * count, ...]``, on the device of the messages, or where the rows are if that is a CPU.
         """
         if self.alone:
             return own
+        if self.device.type != "cpu":  # of memory elsewhere its messages know nothing
+            own = own.to(self.device)
         every = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(self.count)]
         distributed.all_gather(every, own.contiguous(), group=self.group)
         return torch.stack(every, dim=1).flatten(0, 1)

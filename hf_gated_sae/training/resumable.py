@@ -322,6 +322,8 @@ class Resumable(Trainer):
         """
         if kwargs["resume_from_checkpoint"] is None:
             self.stream.rewind()
+        else:  # how often to save and to log is this run's own, and was that of the checkpoint
+            self.state.compute_steps(self.args, self.state.max_steps)
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
             return

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import DynamoBackend
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.optim import Optimizer
@@ -19,6 +20,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
 from ..errors import CheckpointError, InputError, SAEError, TrainingError, unknown_name
+from ..functional import FidelityMetrics
 from ..modeling import SAEModel, TrainingLoss
 from . import checkpoints
 from .arguments import SAETrainingArguments
@@ -110,6 +112,11 @@ class SAETrainer(GradientsOfSAEs, Resumable):
                 "SAEs are not trained with fsdp or deepspeed here: pass latent_parallel=, which splits their latents "
                 "over processes. hf_gated_sae/training/README.md says when, and shows a loop of one's own with FSDP2."
             )
+        if self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:  # around what averages gradients
+            raise InputError(
+                "accelerate would compile the SAEs, which are not trained so: launch without --dynamo_backend, or "
+                "take dynamo_config out of the configuration that `accelerate config` wrote."
+            )
         self.loss_is_scaled_for_ga = False  # the loss is a mean over the batch
         # On several GPUs without torchrun, transformers would split every batch and copy the SAE at every step.
         self.args._n_gpu = min(self.args.n_gpu, 1)
@@ -197,9 +204,15 @@ class SAETrainer(GradientsOfSAEs, Resumable):
 
         Raises:
             CheckpointError: if the folder cannot be written.
+            TrainingError: if activations cannot be recorded; the SAEs are in the folder without.
         """
         trainees, count = list(self.trainees.values()), self.args.recorded_activations
-        metrics = record_activations(trainees, self.stream.sample(count)) if count else None
+        metrics: list[FidelityMetrics] | None = None
+        unrecorded: BaseException | None = None
+        try:
+            metrics = record_activations(trainees, self.stream.sample(count)) if count else None
+        except (SAEError, OSError, RuntimeError, MemoryError, KeyboardInterrupt) as error:
+            unrecorded = error
         folder, dead = Path(self.args.output_dir), [trainee.count_dead() for trainee in trainees]
         failed: CheckpointError | None = None
         try:
@@ -214,6 +227,14 @@ class SAETrainer(GradientsOfSAEs, Resumable):
             )
             failed.__cause__ = error
         self.grid.everyone.raise_first(failed, CheckpointError)  # or the folder is whole for all of them
+        if isinstance(unrecorded, KeyboardInterrupt):
+            raise unrecorded
+        if unrecorded is not None:
+            raise TrainingError(
+                f"The training is done and its result is in {folder}, but without the strengths at which latents "
+                f"fire, which steering counts in: they could not be recorded ({unrecorded}). evaluate(model, sae, "
+                "tokens, record=True) records them, and save_pretrained() keeps them."
+            ) from unrecorded
 
     def _forget(self) -> None:
         """Let go of the latest batch."""
@@ -306,9 +327,16 @@ class SAETrainer(GradientsOfSAEs, Resumable):
             # Schedules that follow a metric are the only ones of another class, and transformers refuses them here.
             scheduler = cast(LambdaLR, super().create_scheduler(num_training_steps, optimizer))
             dips = [trainee.dip for trainee in self.trainees.values()]
-            scheduler.lr_lambdas = [_dipped(*each) for each in zip(scheduler.lr_lambdas, dips, strict=True)]
+            scheduler.lr_lambdas = [self._dipped(*each) for each in zip(scheduler.lr_lambdas, dips, strict=True)]
             return scheduler
         return self.lr_scheduler
+
+    def _dipped(self, factor: Any, dip: LearningRateDip) -> Any:
+        """Multiply a schedule by the dip; a plain function, because torch would save an object's attributes.
+
+        A dip begins at a step of the run, of which the schedule has seen fewer where some overflowed in float16.
+        """
+        return lambda scheduled: factor(scheduled) * dip.factor(self.state.global_step + 1)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: transformers would write a card of its own over ours."""
@@ -374,8 +402,3 @@ def _require_known(args: SAETrainingArguments, saes: Mapping[str, SAEModel]) -> 
         for name in names or ():
             if name not in saes:
                 raise unknown_name("SAE", name, saes)
-
-
-def _dipped(factor: Any, dip: LearningRateDip) -> Any:
-    """Multiply a schedule by the dip; a plain function, because torch would save an object's attributes."""
-    return lambda step: factor(step) * dip.factor(step)

@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from hf_gated_sae.errors import CheckpointError, TrainingError
+from hf_gated_sae import SAEModel
+from hf_gated_sae.errors import CheckpointError, InputError, TrainingError
 from hf_gated_sae.training import SAETrainer, TensorActivations
 from hf_gated_sae.training.memory import TrainingMemory
 
@@ -155,7 +156,6 @@ def test_memory_on_paper():
 
 
 def test_every_run_leaves_what_a_card_needs(arguments, tmp_path):
-    from hf_gated_sae import SAEModel
     from hf_gated_sae.publishing.facts import CardFacts
 
     sae = build("gated", D_IN)
@@ -173,6 +173,35 @@ def test_every_run_leaves_what_a_card_needs(arguments, tmp_path):
     assert facts.training["objective"]["frozen_decoder"] is True
     assert facts.metrics["l0"] == pytest.approx(saved.config.recorded_l0) and facts.evaluation["tokens"] == 500
     assert facts.training["seconds"] > 0 and str(tmp_path) not in json.dumps(facts.to_dict())
+
+
+class SampledOnce(TensorActivations):
+    """Is sampled for its scale and centre, and never again."""
+
+    error: BaseException | None = None
+
+    def sample(self, count):
+        if self.error is not None:
+            raise self.error
+        self.error = self.later
+        return super().sample(count)
+
+
+@pytest.mark.parametrize("error", [InputError("the data set answers no more"), KeyboardInterrupt()])
+def test_a_result_whose_strengths_cannot_be_recorded_is_saved_without(arguments, tmp_path, error):
+    stream = SampledOnce(activations(500, seed=0), seed=0)
+    stream.later = error
+    sae = build("gated", D_IN)
+    with pytest.raises((TrainingError, KeyboardInterrupt)) as ended:
+        quiet(SAETrainer(sae, arguments(), stream)).train()
+    if isinstance(error, InputError):
+        assert "could not be recorded (the data set answers no more)" in str(ended.value)
+        assert ended.value.__cause__ is error
+    saved = SAEModel.from_pretrained(tmp_path / "run")
+    assert all(torch.equal(tensor, sae.state_dict()[name]) for name, tensor in saved.state_dict().items())
+    assert not saved.config.recorded_tokens and sae.W_dec.grad is None
+    facts = json.loads((tmp_path / "run" / "training_facts.json").read_text())
+    assert facts["training"]["steps"] == 10 and "metrics" not in facts
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.5])

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from hf_gated_sae.errors import CheckpointError, InputError, MissingFileError, TrainingError
 from hf_gated_sae.modeling import SAEModel
 from hf_gated_sae.training import SAETrainer, TensorActivations
+from hf_gated_sae.training.remembered import RememberedBatches
 from hf_gated_sae.training.trainee import Trainee
 
 from .runs import STEPS, log, run, trainer, weights
@@ -69,6 +70,28 @@ def test_the_run_has_everything_that_can_be_forgotten(whole):
     late = json.loads((whole / "checkpoint-40" / "process-0.json").read_text())["saes"]
     assert late["gated"]["remedy"]["resampled"] >= 10 and late["gated"]["dip_since"] == 15
     assert late["a/standard"]["remedy"]["resampled"] != late["gated"]["remedy"]["resampled"]
+
+
+def test_what_is_remembered_of_a_batch_is_stored_once(whole):
+    for step in (12, 28):
+        saes = json.loads((whole / f"checkpoint-{step}" / "process-0.json").read_text())["saes"]
+        assert all(len(batch) == 1 for sae in saes.values() for batch in sae["annealing"]["recent"])
+        assert all(len(batch) == 1 for sae in saes.values() for batch in sae["remedy"]["recent"])
+
+
+def test_batches_are_remembered_as_they_were():
+    x, y = torch.randn(5, 2), torch.randn(5, 3)
+    batches, again = RememberedBatches(), RememberedBatches()
+    batches.observe(x, x)
+    batches.observe(x, y)
+    again.load_state_dict(batches.state_dict(), x.device)
+    for held in (batches, again):
+        [(first, same), (second, target)] = held
+        assert same is first and torch.equal(first, x) and torch.equal(second, x) and torch.equal(target, y)
+    again.load_state_dict({"recent": [[x, x.clone()]]}, x.device)  # as they were stored once
+    assert len(again) == 1 and len(batches) == 2
+    again.clear()
+    assert not again
 
 
 @pytest.mark.parametrize("step", [5, 14, 18, 31])
@@ -252,6 +275,18 @@ def test_a_run_goes_on_with_the_arguments_that_it_was_begun_with(arguments, tmp_
     longer = quiet(SAETrainer(build("gated", D_IN), arguments(**settings, max_steps=12), x))
     longer.train(resume_from_checkpoint=True)
     assert longer.state.global_step == 12
+
+
+def test_how_often_a_resumed_run_saves_and_logs_is_its_own(arguments, tmp_path):
+    settings = {"save_strategy": "steps", "recorded_activations": 0, "report_to": "none"}
+    x = activations(500, seed=0)
+    quiet(SAETrainer(build("gated", D_IN), arguments(**settings, save_steps=5, logging_steps=5), x)).train()
+    changed = arguments(**settings, save_steps=2, logging_steps=3, max_steps=16)
+    resumed = quiet(SAETrainer(build("gated", D_IN), changed, x))
+    resumed.train(resume_from_checkpoint=True)
+    assert [each["step"] for each in resumed.state.log_history if "l0" in each] == [5, 10, 12, 15]
+    kept = sorted(int(path.name.split("-")[1]) for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert kept == [5, 10, 12, 14, 16]
 
 
 def test_weights_that_are_no_numbers_never_reach_a_checkpoint(arguments, tmp_path):

@@ -198,7 +198,7 @@ def test_merging_replaces_what_is_given_and_nothing_else(base: dict, over: dict)
         ("--training.save_strategy best", "need a data set to evaluate"),
         ("--training.eval_strategy steps", "need a data set to evaluate"),
         ("--training.warmup_steps 150%", "training.warmup_steps is 150% of the 4 steps of training"),
-        ("--training.dataloader_num_workers 2", "dataloader_num_workers is 2; expected 0"),
+        ("--training.dataloader_num_workers 2", "dataloader_num_workers=2 is to be 0"),
         ("--training.fp16", "fp16=True means nothing on a CPU"),
         ("--training.report_to foo", "foo is not supported"),
         (

@@ -331,6 +331,24 @@ def test_unusable_activations_are_explained(arguments):
         quiet(SAETrainer(build("gated", D_IN), arguments(), torch.zeros(500, D_IN))).train()
 
 
+def test_a_dip_is_counted_in_steps_of_the_run(arguments):
+    """Of which a schedule has seen fewer where some were skipped, as with float16."""
+    made = quiet(SAETrainer(build("gated", D_IN), arguments(lr_dip=0.1, lr_dip_steps=4), activations(500, seed=0)))
+    made.create_optimizer_and_scheduler(10)
+    rates = []
+    for done in range(10):
+        made.state.global_step = done
+        made.optimizer.step()
+        if done == 4:
+            made.trainees[""].dip.start(5)
+        if done not in (1, 2):
+            made.lr_scheduler.step()
+        rates.append(made.lr_scheduler.get_last_lr()[0] / made.args.learning_rate)
+    assert made.lr_scheduler.last_epoch == 8
+    assert rates[:4] == [1.0] * 4 and rates[4] == pytest.approx(0.1) and rates[8:] == [1.0] * 2
+    assert rates[4:9] == sorted(rates[4:9])
+
+
 def test_the_schedules_of_transformers_work(arguments):
     watch = Watch()
     args = arguments(lr_scheduler_type="linear", learning_rate=1.0e-3)

@@ -1,0 +1,139 @@
+"""Which of transformers' settings mean something for SAEs, and whether what they ask for can be had here.
+
+Whatever is refused would otherwise be ignored, or found impossible after a language model had been loaded and read.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
+
+from ..errors import InputError
+
+_EVALUATES = (
+    "would need a data set to evaluate on, and a stream has none: evaluate(model, sae, tokens) measures a trained SAE"
+)
+_COMPILES = "would compile around what keeps processes together, and nothing in one process: leave it out"
+_ONE_LAYER = "is for models of many layers, and an SAE has one: leave it out"
+_LANGUAGE = "is for language models, and an SAE sees neither tokens nor labels: leave it out"
+_LOADS = "is for a loader of data sets, and a stream gives whole batches by itself: leave it out"
+
+UNSUPPORTED: Mapping[str, str] = {
+    **dict.fromkeys(("eval_strategy", "do_eval", "do_predict", "eval_on_start", "load_best_model_at_end"), _EVALUATES),
+    **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode"), _COMPILES),
+    **dict.fromkeys(("gradient_checkpointing", "gradient_checkpointing_kwargs"), _ONE_LAYER),
+    **dict.fromkeys(("activation_checkpointing", "activation_checkpointing_kwargs", "parallelism_config"), _ONE_LAYER),
+    **dict.fromkeys(("neftune_noise_alpha", "label_smoothing_factor", "include_num_input_tokens_seen"), _LANGUAGE),
+    **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), _LANGUAGE),
+    **dict.fromkeys(("train_sampling_strategy", "dataloader_drop_last", "dataloader_persistent_workers"), _LOADS),
+    **dict.fromkeys(("dataloader_prefetch_factor", "dataloader_multiprocessing_context"), _LOADS),
+    "dataloader_num_workers": "is to be 0: activations are made by the process that trains",
+    "per_device_train_batch_size": "counts nothing here: give activation_batch_size",
+    "num_train_epochs": "counts nothing here, as a stream has no end: give max_steps",
+    "auto_find_batch_size": (
+        "would halve a batch that counts nothing here: leave it out; an error says which activation_batch_size fits"
+    ),
+    "data_seed": "is not looked at: the stream has a seed of its own",
+    "ignore_data_skip": "is to be True: the stream itself goes on from where it was",
+    "enable_jit_checkpoint": "would write a checkpoint in the middle of a step: take save_steps",
+    "save_on_each_node": (
+        "would leave a checkpoint on every machine, and a whole one on none of them: leave it out, and give an "
+        "output_dir on a disk that all processes see"
+    ),
+    "push_to_hub": (
+        "would publish transformers' own card and a pickle of these arguments: train first, then call "
+        "sae.push_to_hub(...)"
+    ),
+}
+"""Why an inherited setting has to stay as it is, by its name."""
+
+_OFF = (None, False, "no")
+
+OPTIMISERS_BY_LAYER = ("galore", "apollo", "lomo", "adalomo")
+"""How the names of optimisers begin that take a language model apart by the names of its layers."""
+
+TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow", "comet_ml", "swanlab", "clearml", "codecarbon", "dvclive")
+"""What ``report_to`` can name of packages that are installed under the same name."""
+
+
+def require_supported(args: TrainingArguments, defaults: Mapping[str, Any]) -> None:
+    """Raise for a setting that means nothing here, before transformers acts on it.
+
+    Args:
+        args: not yet changed by transformers.
+        defaults: of the settings, by name.
+
+    Raises:
+        InputError: naming the first, and what to do instead.
+    """
+    for name, why in UNSUPPORTED.items():
+        value, default = (plain(each) for each in (getattr(args, name, None), defaults.get(name)))
+        off = value in _OFF and default in _OFF
+        if name in defaults and value != default and not off:
+            raise InputError(f"{name}={value!r} {why}.")
+    if plain(args.save_strategy) == "best":
+        raise InputError(f"save_strategy='best' {_EVALUATES}.")
+    if any(str(plain(args.optim)).startswith(each) for each in OPTIMISERS_BY_LAYER):
+        raise InputError(f"optim={plain(args.optim)!r} {_ONE_LAYER}.")
+
+
+def require_possible(args: TrainingArguments) -> None:
+    """Raise for what cannot be had on this device, or with this layout of processes.
+
+    Raises:
+        InputError: saying what to take instead.
+    """
+    if args.device.type == "mps":
+        raise InputError(
+            "The sums that activations are measured with are of float64, which Apple's GPUs do not have: pass "
+            "use_cpu=True (--training.use_cpu true on the command line)."
+        )
+    if args.fp16 and args.device.type == "cpu":
+        raise InputError("fp16=True means nothing on a CPU: take bf16=True, or neither.")
+    latent_parallel = getattr(args, "latent_parallel", 1)
+    if args.fp16 and latent_parallel > 1:
+        raise InputError(
+            f"fp16=True skips steps that overflow, which each of the {latent_parallel} processes that share an SAE "
+            "would decide for itself: take bf16=True, which needs no scaling."
+        )
+
+
+def require_makeable(args: TrainingArguments) -> None:
+    """Raise if trackers, schedule or optimiser cannot be made, of which one would hear once the model is loaded.
+
+    Raises:
+        InputError: with the reason.
+    """
+    try:
+        get_reporting_integration_callbacks(args.report_to)
+    except ValueError as error:
+        raise InputError(f"report_to is {args.report_to}: {error}") from error
+    for name in args.report_to or ():
+        available = name in get_available_reporting_integrations() or importlib.util.find_spec(name) is not None
+        if name in TRACKERS and not available:
+            raise InputError(f"report_to is {name!r}, which is not installed here: pip install {name}.")
+    weights = torch.zeros(1, requires_grad=True)
+    warmup, kwargs = args.get_warmup_steps(args.max_steps), args.lr_scheduler_kwargs or {}
+    try:
+        get_scheduler(args.lr_scheduler_type, torch.optim.SGD([weights], lr=1.0), warmup, args.max_steps, kwargs)
+    except (TypeError, ValueError, KeyError) as error:
+        raise InputError(
+            f"lr_scheduler_type {plain(args.lr_scheduler_type)!r} with lr_scheduler_kwargs {kwargs} cannot be made: "
+            f"{error}."
+        ) from error
+    try:
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
+        kind([weights], **settings)
+    except (ImportError, TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        given = f" with optim_args {args.optim_args!r}" if args.optim_args else ""
+        raise InputError(f"optim {plain(args.optim)!r}{given} cannot be made: {error}") from error
+
+
+def plain(value: Any) -> Any:
+    """Turn transformers' enumerations into their strings."""
+    return getattr(value, "value", value)
