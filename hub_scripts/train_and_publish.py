@@ -4,6 +4,7 @@ python hub_scripts/train_and_publish.py openai-community/gpt2 train.txt held_out
     --sae.site resid_post.6 --sae.d_sae 12288 --training.max_steps 50000
 
 Every setting of `hf-gated-sae train` is a flag here, too. With --resume, a run that was interrupted is gone on with.
+A transcoder, of which nothing is measured here, is trained with that command, and published with its `push_to_hub`.
 """
 
 import sys
@@ -17,6 +18,7 @@ from rich.console import Console
 from hf_gated_sae import SAEModel, evaluate
 from hf_gated_sae.errors import SAEError
 from hf_gated_sae.evaluation import FidelityReport
+from hf_gated_sae.evaluation.fidelity import require_reconstructing
 from hf_gated_sae.publishing import CardFacts
 from hf_gated_sae.publishing.push import create_repository
 from hf_gated_sae.publishing.trained import leave, training_facts
@@ -52,7 +54,9 @@ def main(
     run = Run.prepare(assemble(given, read_flags(context.args)), resume=resume)
     for name, value in run.facts().items():
         console.print(f"{name}: {value}")
-    # Before the training, which would be in vain without them.
+    # Before the training, which would be in vain otherwise.
+    for sae in run.saes.values():
+        require_reconstructing(sae)
     batches = run.held_out(held_out, held_out_split)
     if run.parts.arguments.should_save:
         create_repository(repository, private=private or None)

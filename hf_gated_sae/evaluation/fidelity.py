@@ -55,7 +55,7 @@ def evaluate(
         SiteError: if the model does not have the site.
         ShapeError: if what passes the site, or the model's output, does not have one vector for each token.
     """
-    _require_reconstructing(sae)
+    require_reconstructing(sae)
     splice = Splice(sae)
     site = str(splice.place)
     arms: dict[str, Intervention | None] = {"clean": None, "spliced": splice, "zero": AblateSite(site)}
@@ -91,7 +91,7 @@ def evaluate(
     return report
 
 
-def _require_reconstructing(sae: SAEModel) -> None:
+def require_reconstructing(sae: SAEModel) -> None:
     """Raise unless the SAE writes the place that it reads, with all of its latents.
 
     Raises:

@@ -37,6 +37,9 @@ class Learning:
     ) -> TrainingLoss:
         """Return the objective that the architecture is trained with, term by term.
 
+        Where few latents are on, on a CPU, the memory of the large gradients stays with the weights once they are
+        cleared, for the next step; ``functional.kept_memory.forget(sae.parameters())`` lets go of it.
+
         Args:
             x: activations ``[..., d_in]``.
             target: what is to be written, ``[..., d_out]``; `x` itself by default.

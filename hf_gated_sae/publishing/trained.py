@@ -29,7 +29,8 @@ def leave(run: Run) -> dict[str, Path]:
 def training_facts(run: Run, name: str = "") -> CardFacts:
     """Return what is known of an SAE because it was trained here.
 
-    The metrics are those of the last activations that were trained on; replace them by those of held-out text.
+    The metrics are those of a sample of the training stream, the first activations of its text or random ones of those
+    on disk; replace them by those of held-out text.
 
     Args:
         run: carried out.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .processes import Processes
+from .remembered import RememberedBatches
 
 Penalty = Callable[[float, Tensor, Tensor], float]
 """Returns the sparsity term without its coefficient, of a power, ``x [n, d_in]`` and ``target [n, d_out]``."""
@@ -39,7 +40,7 @@ class PowerAnnealing:
         self._batches = batches
         steps = [] if end == 1 else [first + (last - first) * k // max(1, changes - 1) for k in range(changes)]
         self._powers = {step: 1 + (end - 1) * (k + 1) / changes for k, step in enumerate(steps)}
-        self._recent: list[tuple[Tensor, Tensor]] = []
+        self._recent = RememberedBatches()
 
     def observe(self, step: int, x: Tensor, target: Tensor) -> None:
         """See a batch that is being trained on.
@@ -50,7 +51,7 @@ class PowerAnnealing:
             target: ``[n, d_out]``.
         """
         if any(step < change <= step + self._batches for change in self._powers):
-            self._recent.append((x.detach(), target.detach()))
+            self._recent.observe(x, target)
 
     def advance(self, step: int, penalty: Penalty, processes: Processes) -> None:
         """Change the power if this is a step to do so.
@@ -73,11 +74,9 @@ class PowerAnnealing:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to go on."""
-        recent = [[x] if target is x else [x, target] for x, target in self._recent]
-        return {"power": self.power, "factor": self.factor, "recent": recent}
+        return {"power": self.power, "factor": self.factor, **self._recent.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Go on from a saved state, with what is remembered on a device."""
         self.power, self.factor = state["power"], state["factor"]
-        recent = [[tensor.to(device) for tensor in pair] for pair in state["recent"]]
-        self._recent = [(pair[0], pair[-1]) for pair in recent]
+        self._recent.load_state_dict(state, device)

@@ -146,7 +146,7 @@ def test_interrupted_before_it_trains_it_says_so_too(monkeypatch, capsys, words:
 
 
 def test_a_tracker_that_is_not_installed_is_named_at_once(monkeypatch, capsys) -> None:
-    known = "hf_gated_sae.training.arguments.get_available_reporting_integrations"
+    known = "hf_gated_sae.training.supported.get_available_reporting_integrations"
     monkeypatch.setattr(known, lambda: ["trackio"])
     assert run(monkeypatch, "--config", "run.yaml", "--training.report_to", "tensorboard", "--model.name", "none") == 1
     said = capsys.readouterr().err

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from typer.testing import CliRunner
 
 from hf_gated_sae import SAEModel, evaluate
@@ -93,4 +94,7 @@ def test_what_stands_in_the_way_of_publishing_is_said_before_training(hub: MiniH
         run(str(bundled.MODEL), *texts, "me/no such name!", *FLAGS)
     with pytest.raises(SAEError, match="may not be written with this token"):
         run(str(bundled.MODEL), *texts, "somebody-else/sae", *FLAGS)
+    with pytest.raises(SAEError, match="is a transcoder: it reads resid_post.1 .* and writes mlp_out.2"):
+        run(str(bundled.MODEL), *texts, repo_id, *FLAGS, "--sae.site_out", "mlp_out.2")
     assert not [path for path in Path().iterdir() if path.is_dir()], "nothing was trained"
+    assert not HfApi().repo_exists(repo_id)

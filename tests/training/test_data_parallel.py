@@ -40,8 +40,13 @@ def test_what_stops_two_ranks(failed, check):
     require_passed(failed, check)
 
 
-def test_on_a_grid_of_four_ranks(folder):
+@pytest.fixture(scope="module")
+def in_a_grid(folder):
     place = folder / "grid"
     place.mkdir()
-    [check] = grid.CHECKS
-    require_passed(launch(grid.__name__, place, count=grid.RANKS), check, grid.RANKS)
+    return launch(grid.__name__, place, count=grid.RANKS)
+
+
+@pytest.mark.parametrize("check", grid.CHECKS)
+def test_on_four_ranks(in_a_grid, check):
+    require_passed(in_a_grid, check, grid.RANKS)

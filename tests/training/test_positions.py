@@ -205,6 +205,43 @@ def test_a_position_of_another_stream_is_refused(kinds):
         ShardActivations(kinds["shards"]().shards, SITES[1]).load_state_dict(kinds["shards"]().state_dict())
 
 
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"buffer_size": 120}, "buffer_size 100; this one has 120"),
+        ({"special_tokens": True}, "special_tokens False; this one has True"),
+        ({"context_length": 8}, "context_length 16; this one has 8"),
+        ({"packing": False, "eos": True}, "packing True; this one has False"),
+        ({"bos": "document", "eos": True}, "bos 'sequence'; this one has 'document'"),
+        ({"eos": False}, "eos True; this one has False"),
+        ({"batches": list(torch.zeros(2, 2, 16).long())}, "tokens 'TextTokens'; this one has 'GivenTokens'"),
+        ({"save_buffer": False}, None),
+        ({"sequences_per_batch": 2}, None),
+        ({"text": [*DOCUMENTS, "w3 w4"]}, None),
+    ],
+)
+def test_a_position_fits_text_that_is_cut_and_mixed_in_the_same_way(change, said):
+    model, tokenizer = tiny_model("llama"), word_tokenizer()
+
+    def make(
+        text=DOCUMENTS, batches=None, buffer_size=100, special_tokens=False, save_buffer=True, **cutting
+    ) -> ModelActivations:
+        cutting = {"context_length": 16, "sequences_per_batch": 3, **cutting}
+        tokens = TextTokens(text, tokenizer, **cutting) if batches is None else batches
+        mixing = {"buffer_size": buffer_size, "special_tokens": special_tokens, "save_buffer": save_buffer}
+        return ModelActivations(model, SITES, tokens, **mixing)
+
+    stream = make()
+    first(stream, BATCH, 2)
+    state, other = through_files(stream.state_dict()), make(**change)
+    if said is None:
+        other.load_state_dict(state)
+        assert first(other, BATCH, 2)
+    else:
+        with pytest.raises(CheckpointError, match=f"is of a stream with {said}"):
+            other.load_state_dict(state)
+
+
 @pytest.mark.parametrize("kind", ["tensors", "packed"])
 def test_a_position_that_lacks_something_is_refused(kinds, kind):
     stream = kinds[kind]()

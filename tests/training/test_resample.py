@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import re
+import warnings
+
 import pytest
 import torch
 
+from hf_gated_sae.training import SAETrainer
 from hf_gated_sae.training.dead_latents import DeadLatents
 from hf_gated_sae.training.remedies.resample import resample
 
-from .worlds import build
+from .test_trainer import quiet
+from .worlds import D_IN, activations, build
 
 DEAD = torch.tensor([3, 17, 40])
 
@@ -49,6 +54,38 @@ def test_only_dead_rows_and_their_moments_are_touched(architecture):
         if ".exp_avg" in name:
             assert (new[DEAD] == 0).all() and (old[DEAD] != 0).all(), name
     assert per_latent >= (3 if sae.tied else 9)  # encoder, decoder, at least one bias, each with two moments
+
+
+def test_state_that_is_no_float_of_the_parameter_s_shape_stays_and_is_told_of():
+    sae, optimizer = trained("gated")
+    codes = torch.full(sae.W_dec.shape, 7, dtype=torch.uint8)
+    optimizer.state[sae.W_dec]["codes"] = codes
+    with pytest.warns(UserWarning, match=r"torch.optim.adamw.AdamW has codes, of which nothing can be forgotten"):
+        resample(sae, DEAD, torch.randn(100, 8), optimizer)
+    assert (codes == 7).all() and (optimizer.state[sae.W_dec]["exp_avg"][DEAD] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "optim, said",
+    [
+        ("adamw_torch", None),
+        ("adafactor", r"transformers.optimization.Adafactor has exp_avg_sq_col, exp_avg_sq_row, of"),
+        ("adamw_bnb_8bit", r"bitsandbytes.optim.adamw.AdamW has absmax1, absmax2, qmap1, qmap2, state1, state2, of"),
+    ],
+)
+def test_a_run_tells_of_an_optimiser_that_forgets_only_in_part(arguments, optim, said):
+    if "bnb" in optim:
+        pytest.importorskip("bitsandbytes")
+    args = arguments(optim=optim, resample_steps=[5], dead_after_activations=1, recorded_activations=0)
+    sae = build("gated", D_IN, 256)  # large enough for 8 bits
+    sae.b_gate.data[:9] = -1e6
+    trainer = quiet(SAETrainer(sae, args, activations(500, seed=0)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    told = [str(each.message) for each in caught if "resampled ones go on" in str(each.message)]
+    assert trainer.trainees[""].remedy.resampled >= 9
+    assert len(told) == (0 if said is None else 1) and all(re.match(said, each) for each in told)
 
 
 def test_both_encoders_of_an_untied_sae_read_the_new_direction():

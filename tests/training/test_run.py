@@ -224,6 +224,22 @@ def test_other_text_is_cut_as_the_run_s_own(small: dict, tmp_path: Path) -> None
         run.held_out(str(tmp_path / "other.txt"))
 
 
+def test_other_text_has_the_documents_of_the_run_s_own(small: dict, tmp_path: Path) -> None:
+    small["data"] |= {"documents": "line", "packing": False}
+    (tmp_path / "other.txt").write_text("import os\nimport sys, re\n" * 3)
+    [batch, rest] = Run.prepare(assemble(small)).held_out(str(tmp_path / "other.txt"))
+    assert len(batch["input_ids"]) == 4 and len(rest["input_ids"]) == 2, "of six lines"
+    assert batch["attention_mask"].sum(-1).unique().numel() == 2
+
+
+def test_other_text_is_streamed_as_the_run_s_own(small: dict, tmp_path: Path) -> None:
+    (tmp_path / "other.jsonl").write_text(json.dumps({"text": "import os\n" * 400}))
+    for streaming in (True, False):
+        small["data"]["streaming"] = streaming
+        found = Run.prepare(assemble(small)).held_out(str(tmp_path / "other.jsonl"))
+        assert found.text.streaming == streaming
+
+
 def test_only_a_run_is_resumed(small: dict, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no run in .* to resume"):
         Run.prepare(assemble(small), resume=True)
@@ -247,6 +263,22 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(small: dict, tmp_pat
     resumed.train()
     for name, value in whole.saes[""].state_dict().items():
         assert torch.equal(value, resumed.saes[""].state_dict()[name]), name
+
+
+def test_a_run_goes_on_without_the_buffer_in_its_checkpoints(small: dict) -> None:
+    small["data"]["save_buffer"] = False
+    small["training"] |= {"save_steps": 2, "max_steps": 8}
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+            if state.global_step == 5:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Run.prepare(assemble(small)).train([Stop()])
+    resumed = Run.prepare(assemble(small), resume=True)
+    assert resumed.checkpoint.name == "checkpoint-4"
+    assert resumed.train().global_step == 8
 
 
 def test_a_run_is_resumed_as_it_was_begun(small: dict) -> None:

@@ -51,6 +51,23 @@ def test_a_resumed_run_stays_at_its_commits(hub: MiniHub, repo_id: str, on_the_h
     assert Run.prepare(assemble(on_the_hub), resume=True).config.data.revision == before
 
 
+def test_other_text_of_the_run_s_own_data_set_has_its_configuration_and_commit(
+    hub: MiniHub, repo_id: str, on_the_hub: dict
+) -> None:
+    configs, rows = [], {}
+    for name in ("long", "short"):
+        files = {split: f"{name}/{split}.jsonl" for split in ("train", "test")}
+        rows |= {path: json.dumps({"text": f"import {name}_{split}\n" * 400}) for split, path in files.items()}
+        listed = [{"split": split, "path": path} for split, path in files.items()]
+        configs.append({"config_name": name, "data_files": listed})
+    hub.seed(repo_id, {"README.md": f"---\n{yaml.safe_dump({'configs': configs})}---\n", **rows}, type="datasets")
+    on_the_hub["data"]["config"] = "short"
+    run = Run.prepare(assemble(on_the_hub))
+    hub.seed(repo_id, {"short/test.jsonl": json.dumps({"text": "changed since"})}, type="datasets")
+    [document] = run.held_out(repo_id).text.documents()
+    assert "import short_test" in document
+
+
 @pytest.mark.parametrize("section, name", [("model", "name"), ("data", "dataset")])
 def test_what_is_not_on_the_hub_is_named(on_the_hub: dict, section: str, name: str) -> None:
     on_the_hub[section][name] = "alice/nowhere"

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, ClassVar
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ...modeling import SAEModel
 from ..fresh import fresh_vectors
+from ..remembered import RememberedBatches
 from ..sharding import Grid
 from .base import DeadLatentRemedy
 
@@ -28,14 +31,14 @@ class Resample(DeadLatentRemedy):
         super().__init__(*args)
         self._steps = frozenset(self.args.resample_steps)
         self._window = math.ceil(self.args.resample_inputs / self.args.activations_per_step)
-        self._recent: list[tuple[Tensor, Tensor]] = []
+        self._recent = RememberedBatches()
         self._generator = torch.Generator().manual_seed(self.args.seed)
         self.resampled = 0
 
     def observe(self, step: int, x: Tensor, target: Tensor) -> None:
         """Keep the inputs of the last steps before a resampling."""
         if any(step < planned <= step + self._window for planned in self._steps):
-            self._recent.append((x.detach(), target.detach()))
+            self._recent.observe(x, target)
 
     def after_step(self, step: int, sae: SAEModel, optimizer: Optimizer) -> None:
         """Resample if this is one of the steps."""
@@ -55,13 +58,11 @@ class Resample(DeadLatentRemedy):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the inputs kept so far, the state of the generator and the count."""
-        recent = [[x] if target is x else [x, target] for x, target in self._recent]
-        return {"recent": recent, "generator": self._generator.get_state(), "resampled": self.resampled}
+        return {**self._recent.state_dict(), "generator": self._generator.get_state(), "resampled": self.resampled}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
-        device = self.dead.silent_for.device
-        self._recent = [(pair[0].to(device), pair[-1].to(device)) for pair in state["recent"]]
+        self._recent.load_state_dict(state, self.dead.silent_for.device)
         self._generator.set_state(state["generator"])
         self.resampled = state["resampled"]
 
@@ -90,7 +91,8 @@ def resample(
         sae: in the unit of training.
         dead: indices ``[n]``.
         inputs: activations ``[m, d_in]`` to draw from, without replacement.
-        optimizer: its state for the dead rows is set to zero.
+        optimizer: its state for the dead rows is set to zero, where it is floats of the parameter's own shape. A
+            warning names one that has other state as well, such as Adafactor's factors, or codes of 8 bits.
         targets: what a transcoder is to write for each input, ``[m, d_out]``.
         encoder_scale: how loud a new encoder row is.
         generator: source of randomness, on the CPU; in the same state in all processes.
@@ -115,6 +117,7 @@ def resample(
     directions, written = (grid.data.chosen(each, chosen) for each in (directions, written))
     reads, writes = (nn.functional.normalize(each, dim=-1).to(sae.dtype) for each in (directions, written))
     fresh = fresh_vectors(sae)
+    kept: set[str] = set()
     for name, parameter in ((name, each) for name, each in sae.named_parameters() if each.requires_grad):
         if name == "W_dec":
             parameter[dead] = writes
@@ -124,22 +127,40 @@ def resample(
             parameter[dead] = fresh[name][dead].to(parameter.dtype)
         else:
             continue
-        forget_moments(optimizer, parameter, dead)
+        kept |= forget_moments(optimizer, parameter, dead)
+    if kept:
+        kind = type(optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer)
+        warnings.warn(
+            f"{kind.__module__}.{kind.__name__} has {', '.join(sorted(kept))}, of which nothing can be forgotten for "
+            "some latents alone: resampled ones go on with what it remembers of the dead. optim='adamw_torch' would "
+            "forget all of it.",
+            UserWarning,
+            stacklevel=1,  # the caller is the trainer, which knows no more of it
+        )
     return dead
 
 
-def forget_moments(optimizer: Optimizer | None, parameter: nn.Parameter, rows: Tensor) -> None:
-    """Set an optimiser's state to zero for some rows of a parameter.
+def forget_moments(optimizer: Optimizer | None, parameter: nn.Parameter, rows: Tensor) -> set[str]:
+    """Set an optimiser's state to zero for some rows of a parameter, where it is floats of the parameter's own shape.
 
     Args:
         optimizer: None does nothing.
         parameter: one of its parameters.
         rows: indices ``[n]`` along the first axis.
+
+    Returns:
+        The names of other state, which stays as it is; numbers for the whole parameter, such as steps, are none.
     """
     state = {} if optimizer is None else optimizer.state.get(parameter, {})
-    for value in state.values():
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
+    kept = set()
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            continue
+        if value.shape == parameter.shape and value.is_floating_point():
             value[rows] = 0
+        elif value.numel() > 1:  # 0 would be just another code in a table of values
+            kept.add(name)
+    return kept
 
 
 def _directions(sae: SAEModel, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

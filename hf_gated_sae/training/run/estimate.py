@@ -249,21 +249,25 @@ def _read(parts: Parts) -> tuple[float, float, dict[str, Tensor]]:
 
 def _train(parts: Parts, x: Mapping[str, Tensor]) -> tuple[float, int]:
     """Return the seconds that a step of all SAEs takes, and the bytes that it holds for its backward pass."""
-    args = parts.arguments
-    wanted = args.activation_batch_size
-    rows = torch.arange(2 * wanted) % len(next(iter(x.values())))
-    few = {site: values[rows.to(values.device)] for site, values in x.items()}
+    wanted = parts.arguments.activation_batch_size
+    stream = _Repeated(x, max(2, parts.grid.data.count) * wanted)
+    held = _held(parts, stream.rows(torch.arange(wanted)))
+    with tempfile.TemporaryDirectory() as scratch:
+        return _timed(parts, stream, scratch), held
+
+
+def _held(parts: Parts, batch: Mapping[str, Tensor]) -> int:
+    """Return the bytes that a step of all SAEs on a batch ``[n, d]`` by site holds for its backward pass."""
     held = 0
     for sae in parts.saes.values():
-        one = few[parts.stream.key(sae.config.site)][:wanted].to(sae.W_dec)
-        target = few[parts.stream.key(sae.config.site_out)][:wanted].to(sae.W_dec) if sae.config.site_out else None
+        x = batch[parts.stream.key(sae.config.site)].to(sae.W_dec)
+        target = batch[parts.stream.key(sae.config.site_out)].to(sae.W_dec) if sae.config.site_out else None
         saved = _Held(sae)
         with saved:
-            sae.training_loss(one, target=target, sparsity_coefficient=1.0).total.backward()
+            sae.training_loss(x, target=target, sparsity_coefficient=1.0).total.backward()
         held += saved.bytes
         sae.zero_grad(set_to_none=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        return _timed(parts, TensorActivations(few), scratch), held
+    return held
 
 
 def _timed(parts: Parts, stream: TensorActivations, scratch: str) -> float:
@@ -278,6 +282,27 @@ def _timed(parts: Parts, stream: TensorActivations, scratch: str) -> float:
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return sorted(clock.seconds[2:])[(STEPS - 2) // 2]
+
+
+class _Repeated(TensorActivations):
+    """A few activations, over and over: as many rows as a batch of all processes needs, and no more memory.
+
+    Args:
+        activations: ``[n, d]`` by site.
+        count: number of rows.
+    """
+
+    def __init__(self, activations: Mapping[str, Tensor], count: int) -> None:
+        super().__init__(activations)
+        self.count = count
+
+    def __len__(self) -> int:
+        """Number of rows, of which some are the same."""
+        return self.count
+
+    def rows(self, rows: Tensor) -> dict[str, Tensor]:
+        """Return some rows, site -> ``[n, d]``."""
+        return super().rows(rows % super().__len__())
 
 
 class _Clock(TrainerCallback):

@@ -27,13 +27,12 @@ from ..processes import Processes
 from ..progress import TrainingProgress
 from ..sharding import whole_config
 from ..streams import ModelActivations, TextTokens
-from ..streams.dataset import open_text
 from ..trainer import SAETrainer
 from .assembly import assemble, plain
 from .config import RunConfig
 from .parts import Parts, build
 from .reading import leaves, read_yaml
-from .text import open_tokens
+from .text import open_other, open_tokens
 
 RUN_FILE = "run.yaml"
 LOCK_FILE = ".running"
@@ -107,10 +106,10 @@ class Run:
         return sae
 
     def held_out(self, text: str, split: str = "test") -> TextTokens:
-        """Return tokens of other text, cut as the run's own are.
+        """Return tokens of other text, read and cut as the run's own are.
 
         Args:
-            text: file, folder or data set's Hub id.
+            text: file, folder or data set's Hub id; of the run's own data set, its configuration and commit are read.
             split: of a data set.
 
         Raises:
@@ -120,7 +119,7 @@ class Run:
         parts, data = self.parts, self.config.data
         if parts.model is None or parts.tokenizer is None:
             raise InputError("The run reads activations from disk, without a model that could read other text.")
-        found = open_tokens(data, parts.tokenizer, parts.model, open_text(text, split=split, column=data.text_column))
+        found = open_tokens(data, parts.tokenizer, parts.model, open_other(data, text, split))
         next(iter(found))  # which is refused now if there is nothing
         return found
 

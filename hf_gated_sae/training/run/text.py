@@ -68,6 +68,20 @@ def open_documents(data: DataSettings) -> Text:
     return open_files(files, column=data.text_column, streaming=data.streaming, documents=data.documents)
 
 
+def open_other(data: DataSettings, text: str, split: str) -> Text:
+    """Return the documents of another text, read as the run's own; errors as for `open_text`.
+
+    Args:
+        data: where the run's own text is, and how it is read.
+        text: file, folder or data set's Hub id.
+        split: of a data set.
+    """
+    own = {"config": data.config, "revision": data.revision} if text == data.dataset else {}
+    return open_text(
+        text, split=split, column=data.text_column, streaming=data.streaming, documents=data.documents, **own
+    )
+
+
 def _matching(patterns: list[str]) -> list[str]:
     """Return the files that paths and patterns stand for.
 

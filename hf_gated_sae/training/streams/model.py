@@ -82,6 +82,11 @@ class ModelActivations(ActivationStream):
         widths = sum(slot.width for slot in prove(self.model, self.sites).values())
         return self.buffer_size * widths * (self.dtype or self.model.dtype).itemsize
 
+    def facts(self) -> dict[str, Any]:
+        """Return what is held, what is left out and how the text is cut; which text it is, its own position tells."""
+        own = {"buffer_size": self.buffer_size, "special_tokens": self.special_tokens}
+        return {**own, "tokens": type(self.tokens).__name__, **self.tokens.facts()}
+
     def open(self, batch_size: int, state: State | None) -> Cursor[dict[str, Tensor]]:
         """Return an endless iterator over shuffled batches.
 

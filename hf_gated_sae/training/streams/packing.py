@@ -103,6 +103,12 @@ class TextTokens(TokenStream):
         """Tokens per sequence."""
         return self.layout.length
 
+    def facts(self) -> dict[str, Any]:
+        """Return how the text is cut; how many sequences are read at a time does not change what is in them."""
+        layout = self.layout
+        bos = "document" if layout.bos else "sequence" if layout.first else "none"
+        return {"context_length": layout.length, "packing": layout.packed, "bos": bos, "eos": bool(layout.eos)}
+
     def require_fitting(self, model: Any) -> None:
         """Raise if the sequences are longer than the model can read.
 

@@ -39,6 +39,10 @@ class TokenStream(ABC):
             world_size: how many there are.
         """
 
+    def facts(self) -> Mapping[str, Any]:
+        """Return what a saved position and these tokens have to agree in, besides the text; plain JSON."""
+        return {}
+
     def require_fitting(self, model: Any) -> None:  # noqa: B027  # most have nothing to refuse
         """Raise if a causal LM cannot read these tokens, as far as that is known beforehand.
 

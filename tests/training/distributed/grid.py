@@ -1,6 +1,8 @@
-"""Four processes in two rows that each share the SAEs: what `data_parallel` checks of two, of both at once."""
+"""Four processes: what `data_parallel` checks of two, and what begins with more than two of them."""
 
+from hf_gated_sae.demo import bundled, corpus
 from hf_gated_sae.training.processes import Processes
+from hf_gated_sae.training.run import assemble, measured
 from tests.hooks.distributed.ranks import require_alike, run
 from tests.training.distributed.data_parallel import SPLIT, require_same, trainer
 
@@ -21,7 +23,25 @@ def two_rows_of_two_train_what_one_process_does(folder):
             require_alike(trainee.sae.b_dec.detach())
 
 
-CHECKS = {"two_rows_of_two_train_what_one_process_does": two_rows_of_two_train_what_one_process_does}
+def the_cost_of_a_run_on_different_batches_is_measured(folder):
+    text = folder / f"{Processes.all().rank}.txt"
+    text.write_text("\n".join(corpus.texts("training", 20_000)), encoding="utf-8")
+    run = {
+        "output_dir": str(folder / "run"),
+        "model": {"name": str(bundled.MODEL)},
+        "data": {"files": str(text), "context_length": 32, "sequences_per_batch": 4, "buffer_size": 128},
+        "sae": {"site": "resid_post.1", "d_sae": 48},
+        "training": {"max_steps": 4, "activation_batch_size": 64, "use_cpu": True, "disable_tqdm": True},
+    }
+    found = measured(assemble(run))
+    assert found.batch == RANKS * 64 and found.training.seconds > 0 and found.activations > 0
+    assert not (folder / "run").exists()
+
+
+CHECKS = {
+    check.__name__: check
+    for check in (two_rows_of_two_train_what_one_process_does, the_cost_of_a_run_on_different_batches_is_measured)
+}
 
 
 if __name__ == "__main__":
