@@ -16,7 +16,7 @@ from ..errors import InputError, ShapeError, shown, unknown_name
 from ..functional import jumprelu
 from ..functional.live import LiveLatents
 from ..modeling import Objective, SAEConfig, SAEModel, Sparsity, TrainingLoss
-from .jumprelu import INITIAL_THRESHOLD
+from .jumprelu import INITIAL_THRESHOLD, StraightThroughConfig
 
 ACTIVATIONS = ("relu", "jumprelu")
 
@@ -49,7 +49,7 @@ class CrosscoderObjective(Objective):
 
 
 @strict
-class CrossLayerSAEConfig(SAEConfig):
+class CrossLayerSAEConfig(StraightThroughConfig, SAEConfig):
     """Configuration of a `CrossLayerSAE`.
 
     `site` and `site_out`, which name one place, are filled only if nothing but them was given; `sites` and

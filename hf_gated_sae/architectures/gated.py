@@ -31,7 +31,8 @@ class GateObjective(Objective):
     Attributes:
         frozen_decoder: whether the auxiliary term leaves the decoder alone.
         auxiliary: whether there is the auxiliary term.
-        weighted_by_decoder_norm: pay ``|W_dec[i]|`` for a unit of each open gate, for decoders without unit norm; as
+        weighted_by_decoder_norm: pay for ``|W_dec[i]| relu(gate_i)``, what each open gate would write, rather than
+            for ``relu(gate_i)``; for decoders without unit norm, whatever the power of the penalty. The norm is as
             frozen as the decoder is in the auxiliary term.
 
     Source: arXiv 2404.16014, section 3.2.2 and appendix G; section 5.1 for the variants.
@@ -57,10 +58,10 @@ class GateObjective(Objective):
         reconstruction = written[0] + constant
         terms = {"reconstruction": squared_error(target, reconstruction)}
         W_dec, frozen_constant = (each.detach() if self.frozen_decoder else each for each in (sae.W_dec, constant))
-        penalty = sparsity.penalty(opened)
+        paid = opened
         if self.weighted_by_decoder_norm:
-            penalty = penalty * sae._take(W_dec.norm(dim=-1), support.latents)
-        terms["sparsity"] = sparsity.coefficient * support.mean_sum(penalty)
+            paid = opened * sae._take(W_dec.norm(dim=-1), support.latents)
+        terms["sparsity"] = sparsity.coefficient * support.mean_sum(sparsity.penalty(paid))
         if self.auxiliary:
             terms["auxiliary"] = squared_error(target, written[1] + frozen_constant)
         return TrainingLoss.of(terms, reconstruction, support.code(latents))
@@ -184,13 +185,14 @@ class GatedSAE(SAEModel):
 
         Source: arXiv 2404.16014, appendix E.
         """
-        scale = self.r_mag.exp()
+        r_mag, b_mag, b_gate = (_wide(each) for each in (self.r_mag, self.b_mag, self.b_gate))
+        scale = r_mag.exp()
         return converted(
             JumpReLUSAE(JumpReLUSAEConfig(**shared_settings(self.config))),
             self,
             W_enc_T=scale[:, None] * self.W_enc_T,
             b_enc=self.b_mag,
-            threshold=torch.relu(self.b_mag - scale * self.b_gate),
+            threshold=torch.relu(b_mag - scale * b_gate),
         )
 
     @classmethod
@@ -232,7 +234,10 @@ def shared_settings(config: SAEConfig) -> dict[str, Any]:
 
 
 def converted(target: SAE, source: SAEModel, **tensors: Tensor) -> SAE:
-    """Fill `target` with the given tensors and those that both have under the same meaning."""
+    """Fill `target` with the given tensors and those that both have under the same meaning.
+
+    All are of the dtype of the source's decoder; what is kept in float32 is no narrower than that.
+    """
     names = (
         "W_dec",
         "b_dec",
@@ -240,7 +245,15 @@ def converted(target: SAE, source: SAEModel, **tensors: Tensor) -> SAE:
         "mean_activation",
         *(("W_skip",) if source.config.skip_connection else ()),
     )
-    shared = {name: getattr(source, name) for name in names}
+    state = {**{name: getattr(source, name) for name in names}, **tensors}
     nn.Module.to(target, device=source.W_dec.device, dtype=source.W_dec.dtype)
-    target.load_state_dict({**shared, **tensors})
+    for name in target._keep_in_fp32_modules_strict:
+        kept = getattr(target, name)
+        kept.data = kept.data.to(_wide(state[name]).dtype)
+    target.load_state_dict(state)
     return target.train(source.training)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32, or in its own dtype if that is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

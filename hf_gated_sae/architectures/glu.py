@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from ..functional import jumprelu
 from ..functional.support import Support
 from ..modeling import SAEConfig, SAEModel
-from .jumprelu import JumpReLUObjective
+from .jumprelu import JumpReLUObjective, StraightThroughConfig
 
 
 @strict
-class GLUSAEConfig(SAEConfig):
+class GLUSAEConfig(StraightThroughConfig, SAEConfig):
     """Configuration of a `GLUSAE`.
 
     Attributes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -10,6 +11,7 @@ import transformers.initialization as init
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
+from ..errors import InputError
 from ..functional import above_threshold, jumprelu
 from ..functional.search import lowest_projection
 from ..functional.support import Support
@@ -53,9 +55,25 @@ class JumpReLUObjective(Objective):
         }
         return TrainingLoss.of(terms, reconstruction, support.code(latents))
 
+    @torch.no_grad()
+    def constrain(self, sae: JumpReLUSAE | GLUSAE) -> None:
+        """Raise negative thresholds to 0, below which they change no latent."""
+        sae.threshold.clamp_(min=0)
+
+
+class StraightThroughConfig:
+    """The part of a configuration that thresholds need which learn by straight-through gradients."""
+
+    bandwidth: float
+
+    def validate_bandwidth(self) -> None:
+        """Check that the estimator's kernel has a width."""
+        if not 0 < self.bandwidth < math.inf:
+            raise InputError(f"bandwidth is {self.bandwidth}, expected a finite positive number.")
+
 
 @strict
-class JumpReLUSAEConfig(SAEConfig):
+class JumpReLUSAEConfig(StraightThroughConfig, SAEConfig):
     """Configuration of a `JumpReLUSAE`.
 
     Attributes:

@@ -20,7 +20,8 @@ class StandardObjective(Objective):
     """``|y - y^|^2 + lambda |latents|_1``; the decoder's rows are expected to have unit norm.
 
     Attributes:
-        weighted_by_decoder_norm: pay ``|W_dec[i]|`` for a unit of each latent, for decoders that are free to grow.
+        weighted_by_decoder_norm: pay for ``|W_dec[i]| latents_i``, what each latent writes, rather than for
+            ``latents_i``; for decoders that are free to grow, whatever the power of the penalty.
 
     Source: Bricken et al. 2023; Conerly et al. 2024 for the weights.
     """
@@ -35,12 +36,12 @@ class StandardObjective(Objective):
         support = sae._support(x, -sae.b_enc)
         latents = sae._activate(support.projection, support.latents)
         reconstruction = support.decode(latents, sae.W_dec) + sae.constant(x)
-        penalty = sparsity.penalty(latents)
+        paid = latents
         if self.weighted_by_decoder_norm:
-            penalty = penalty * sae._take(sae.W_dec.norm(dim=-1), support.latents)
+            paid = latents * sae._take(sae.W_dec.norm(dim=-1), support.latents)
         terms = {
             "reconstruction": squared_error(target, reconstruction),
-            "sparsity": sparsity.coefficient * support.mean_sum(penalty),
+            "sparsity": sparsity.coefficient * support.mean_sum(sparsity.penalty(paid)),
         }
         return TrainingLoss.of(terms, reconstruction, support.code(latents))
 

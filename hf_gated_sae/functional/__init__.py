@@ -4,7 +4,7 @@ Shape legend: ``d_in``/``d_out`` activation widths, ``d_sae`` number of latents,
 ``...`` any leading axes (batch, position).
 """
 
-from .activations import above_threshold, batch_topk, jumprelu, topk
+from .activations import above_threshold, jumprelu, topk
 from .geometry import remove_parallel_component, unit_norm_rows
 from .live import LiveLatents
 from .metrics import FidelityAccumulator, FidelityMetrics, loss_recovered
@@ -14,7 +14,6 @@ __all__ = [
     "FidelityMetrics",
     "LiveLatents",
     "above_threshold",
-    "batch_topk",
     "jumprelu",
     "loss_recovered",
     "remove_parallel_component",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .linear import is_ordinary
 
 
 class _JumpReLU(torch.autograd.Function):
@@ -17,16 +18,16 @@ class _JumpReLU(torch.autograd.Function):
     def forward(ctx: Any, pre_latents: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
         ctx.save_for_backward(pre_latents, threshold)
         ctx.bandwidth = bandwidth
-        # Computed in the pre-latents' own dtype; the comparison promotes to the wider of the two.
-        return torch.relu(pre_latents) * (pre_latents > threshold)
+        return _above(pre_latents, threshold)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         (grad,) = grads
         pre_latents, threshold = ctx.saved_tensors
         live = (pre_latents > threshold) & (pre_latents > 0)
-        window = (pre_latents - threshold).abs() < ctx.bandwidth / 2
-        grad_threshold = -(threshold / ctx.bandwidth) * window * grad
+        if not ctx.needs_input_grad[1]:
+            return grad * live, None, None
+        grad_threshold = -(threshold / ctx.bandwidth) * _window(pre_latents, threshold, ctx.bandwidth) * grad
         return grad * live, _sum_to(grad_threshold, threshold), None
 
 
@@ -43,9 +44,30 @@ class _AboveThreshold(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
         (grad,) = grads
         pre_latents, threshold = ctx.saved_tensors
-        window = (pre_latents - threshold).abs() < ctx.bandwidth / 2
-        grad_threshold = -(1.0 / ctx.bandwidth) * window * grad
+        grad_threshold = -(1.0 / ctx.bandwidth) * _window(pre_latents, threshold, ctx.bandwidth) * grad
         return None, _sum_to(grad_threshold, threshold), None
+
+
+def _above(pre_latents: Tensor, threshold: Tensor) -> Tensor:
+    """Return ``relu(z) * [z > threshold]`` without a gradient for the threshold."""
+    # Computed in the pre-latents' own dtype; the comparison promotes to the wider of the two.
+    return torch.relu(pre_latents) * (pre_latents > threshold)
+
+
+def _window(pre_latents: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    """Return which pre-latents are inside the kernel around their threshold."""
+    return (pre_latents - threshold).abs() < bandwidth / 2
+
+
+def _estimate(slope: Tensor | float, pre_latents: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    """Return zeros whose derivative in the threshold is a slope inside the kernel, in the shape of the pre-latents.
+
+    Made of operations that every transformation knows, which costs passes over the pre-latents that `backward` of an
+    operation of our own does not.
+    """
+    zero = slope * (threshold - threshold.detach())
+    window = _window(pre_latents.detach(), threshold.detach(), bandwidth)
+    return torch.where(window, zero, 0.0).to(pre_latents.dtype)
 
 
 def _sum_to(gradient: Tensor, parameter: Tensor) -> Tensor:
@@ -57,7 +79,8 @@ def jumprelu(pre_latents: Tensor, threshold: Tensor, *, bandwidth: float = 1e-3)
     r"""Return ``relu(z) * [z > threshold]``, the comparison being strict.
 
     The gradient with respect to the threshold is the straight-through estimate
-    ``-(threshold / bandwidth) * rectangle((z - threshold) / bandwidth)``.
+    ``-(threshold / bandwidth) * rectangle((z - threshold) / bandwidth)``, for `torch.func`, forward derivatives and
+    compilers as well.
 
     Args:
         pre_latents: ``[..., d_sae]``.
@@ -69,6 +92,9 @@ def jumprelu(pre_latents: Tensor, threshold: Tensor, *, bandwidth: float = 1e-3)
 
     Source: Rajamanoharan et al. 2024b (arXiv 2407.14435), section 3.
     """
+    if not is_ordinary(pre_latents, threshold):
+        slope = -(threshold.detach() / bandwidth)
+        return _above(pre_latents, threshold) + _estimate(slope, pre_latents, threshold, bandwidth)
     result: Tensor = _JumpReLU.apply(pre_latents, threshold, bandwidth)
     return result
 
@@ -86,6 +112,9 @@ def above_threshold(pre_latents: Tensor, threshold: Tensor, *, bandwidth: float 
 
     Source: Rajamanoharan et al. 2024b (arXiv 2407.14435), section 3.
     """
+    if not is_ordinary(pre_latents, threshold):
+        on = (pre_latents > threshold).to(pre_latents.dtype)
+        return on + _estimate(-1.0 / bandwidth, pre_latents, threshold, bandwidth)
     result: Tensor = _AboveThreshold.apply(pre_latents, threshold, bandwidth)
     return result
 
@@ -128,21 +157,6 @@ def topk_places(
 def scattered(indices: Tensor, values: Tensor, d_sae: int) -> Tensor:
     """Return latents ``[..., d_sae]`` that have given values ``[..., k]`` at given indices, and are 0 elsewhere."""
     return values.new_zeros(*values.shape[:-1], d_sae).scatter(-1, indices, values)
-
-
-def batch_topk(pre_latents: Tensor, k: int) -> Tensor:
-    """Keep the ``k * tokens`` largest pre-latents of the whole batch, after a ReLU.
-
-    Args:
-        pre_latents: ``[..., d_sae]``.
-        k: mean number of latents to keep per token.
-
-    Returns:
-        Latents ``[..., d_sae]``.
-
-    Source: Bussmann et al. 2024 (arXiv 2412.06410), section 3.
-    """
-    return largest(pre_latents, k * (pre_latents.numel() // pre_latents.shape[-1]))
 
 
 def largest(pre_latents: Tensor, count: int) -> Tensor:

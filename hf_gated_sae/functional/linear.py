@@ -43,7 +43,7 @@ def only_values(*tensors: Tensor) -> bool:
     """
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return False
-    return _ordinary(*tensors)
+    return is_ordinary(*tensors)
 
 
 def by_hand(*tensors: Tensor, autocast: bool = False) -> bool:
@@ -55,10 +55,10 @@ def by_hand(*tensors: Tensor, autocast: bool = False) -> bool:
     """
     if not autocast and torch.is_autocast_enabled("cpu"):
         return False
-    return all(tensor.device.type == "cpu" for tensor in tensors) and _ordinary(*tensors)
+    return all(tensor.device.type == "cpu" for tensor in tensors) and is_ordinary(*tensors)
 
 
-def _ordinary(*tensors: Tensor) -> bool:
+def is_ordinary(*tensors: Tensor) -> bool:
     """Whether no compiler, transformation or forward derivative looks at these tensors."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]  # not in its __all__
         return False

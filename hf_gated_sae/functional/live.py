@@ -123,7 +123,7 @@ class LiveLatents:
             InputError: if they are anything else than integers.
             ShapeError: if a latent is out of range.
         """
-        wanted = _integers(latents)
+        wanted = latent_numbers(latents)
         if wanted.numel() and not 0 <= int(wanted.min()) <= int(wanted.max()) < self.d_sae:
             raise ShapeError(f"Given latents {wanted.tolist()[:8]}, expected numbers from 0 to {self.d_sae - 1}.")
         wanted, n = wanted.to(self.indices.device), len(wanted)
@@ -156,8 +156,8 @@ class LiveLatents:
         return LiveLatents(self.offsets.to(values.device), self.indices.to(values.device), values, self.shape)
 
 
-def _integers(latents: object) -> Tensor:
-    """Return numbers of latents ``[n]`` int64.
+def latent_numbers(latents: object) -> Tensor:
+    """Return numbers of latents ``[n]`` int64, on whatever device they are.
 
     Raises:
         InputError: if they are anything else than integers; a mask is not taken for its zeros and ones.

@@ -26,7 +26,7 @@ class FidelityMetrics:
         relative_reconstruction_bias_centred: the same on ``x - b_dec`` and ``x^ - b_dec`` (or on what is left of
             another constant part), where the constant part cannot hide shrinkage.
         cosine: mean cosine between activation and reconstruction.
-        norm_ratio: mean of ``|x^| / |x|``.
+        norm_ratio: mean of ``|x^| / |x|`` over the tokens whose activation is not zero; NaN if there are none.
         dead_fraction: share of latents that never fired on these tokens.
         dense_fraction: share of latents that fired on more than a tenth of the tokens.
     """
@@ -76,8 +76,8 @@ class FidelityAccumulator:
         self.max_activation = torch.zeros(d_sae, dtype=torch.float32, device=device)
         self._sum_latents = torch.zeros(d_sae, dtype=torch.float64, device=device)
         self._sum_x = torch.zeros_like(self.b_dec)
-        # |x|^2, |x^|^2, x.x^, |x-x^|^2, centred |x^|^2, centred x.x^, cosine, norm ratio, non-zero latents
-        self._sums = torch.zeros(9, dtype=torch.float64, device=device)
+        # |x|^2, |x^|^2, x.x^, |x-x^|^2, centred |x^|^2, centred x.x^, cosine, norm ratio and its tokens, live latents
+        self._sums = torch.zeros(10, dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def update(
@@ -106,6 +106,7 @@ class FidelityAccumulator:
         offset = self.b_dec if constant is None else constant.reshape(x.shape).double()
         y_centred = y - offset
         tiny = torch.finfo(torch.float64).tiny
+        has_norm = x_sq != 0  # what is not a number is counted, and stays visible
         self.tokens += x.shape[0]
         live = self._count_live(latents) if isinstance(latents, LiveLatents) else self._count(latents)
         self._sum_x += x.sum(0)
@@ -118,7 +119,8 @@ class FidelityAccumulator:
                 y_centred.square().sum(),
                 (y_centred * (x - offset)).sum(),
                 (dot / (x_sq * y_sq).sqrt().clamp_min(tiny)).sum(),
-                (y_sq.sqrt() / x_sq.sqrt().clamp_min(tiny)).sum(),
+                (y_sq.sqrt() / x_sq.sqrt()).where(has_norm, 0.0).sum(),
+                has_norm.sum().double(),
                 live.double(),
             ]
         )
@@ -174,7 +176,7 @@ class FidelityAccumulator:
         """
         if not self.tokens:
             raise InputError("No activations were seen: update() the accumulator with at least one token first.")
-        x_sq, y_sq, dot, error, y_sq_c, dot_c, cosine, norm_ratio, live = self._sums.tolist()
+        x_sq, y_sq, dot, error, y_sq_c, dot_c, cosine, norm_ratio, nonzero, live = self._sums.tolist()
         n = self.tokens
         variance = x_sq - self._sum_x.square().sum().item() / n
         return FidelityMetrics(
@@ -185,7 +187,7 @@ class FidelityAccumulator:
             relative_reconstruction_bias=_ratio(y_sq, dot),
             relative_reconstruction_bias_centred=_ratio(y_sq_c, dot_c),
             cosine=cosine / n,
-            norm_ratio=norm_ratio / n,
+            norm_ratio=_ratio(norm_ratio, nonzero),
             dead_fraction=(self.fired == 0).double().mean().item(),
             dense_fraction=(self.density > 0.1).double().mean().item(),
         )

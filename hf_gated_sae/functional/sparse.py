@@ -60,10 +60,12 @@ def _decode_live(latents: LiveLatents, W_dec: Tensor) -> Tensor:
         InputError: if latents and rows are of different dtypes, and no autocast makes them the same.
     """
     given, held = latents.values.dtype, W_dec.dtype
-    if given != held and not torch.is_autocast_enabled(W_dec.device.type):
+    # Autocast rounds what a product is given, and leaves float64 as it is.
+    rounds = torch.is_autocast_enabled(W_dec.device.type) and torch.float64 not in (given, held)
+    if given != held and not rounds:
         raise InputError(f"The live latents are of {given}, the decoder is of {held}: convert them, live.to({held}).")
     tokens = len(latents.offsets) - 1
-    if sums_rows(W_dec) and len(latents.indices) <= DENSEST * tokens * latents.d_sae:
+    if given == held and sums_rows(W_dec) and len(latents.indices) <= DENSEST * tokens * latents.d_sae:
         written = _sum_live(latents, W_dec)
     else:
         starts = range(0, max(tokens, 1), TOKENS_AT_ONCE)

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from ..errors import CheckpointError, InputError, LatentIndexError, ShapeError
 from ..functional.frames import FRAMES, Frame
-from ..functional.live import LiveLatents
+from ..functional.live import LiveLatents, latent_numbers
 from ..functional.metrics import FidelityMetrics
 from ..functional.sparse import decode
 from ..registry import LateBound, Registry
@@ -116,6 +116,7 @@ class SAEModel(Traits, Wiring, Learning, Sparse, PreTrainedModel):
 
         Raises:
             ShapeError: if the last axis of `x` is not `d_in` wide.
+            InputError: if the indices are anything else than integers, such as a mask.
             LatentIndexError: if an index is outside ``0 .. d_sae - 1``.
         """
         self.require_encodable()
@@ -250,10 +251,11 @@ class SAEModel(Traits, Wiring, Learning, Sparse, PreTrainedModel):
             Rows ``[n]``, int64: the indices themselves, unless only some latents were loaded.
 
         Raises:
+            InputError: if they are anything else than integers, such as a mask.
             LatentIndexError: naming the first index that is out of range or was not loaded.
         """
         device, d_sae = self.b_dec.device, self.config.d_sae
-        indices = torch.as_tensor(latents, dtype=torch.int64).reshape(-1)  # a list is checked without a device
+        indices = latent_numbers(latents)  # a list is checked without a device
         lowest, highest = indices.aminmax() if indices.numel() else (0, 0)
         if lowest < 0 or highest >= d_sae:
             outside = indices[(indices < 0) | (indices >= d_sae)]

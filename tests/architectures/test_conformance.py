@@ -125,8 +125,21 @@ def test_wrong_input_says_what_is_wrong(architecture: str) -> None:
     for bad in (D_SAE, -1):
         with pytest.raises(LatentIndexError, match=rf"Latent {bad} does not exist.*0 \.\. {D_SAE - 1}"):
             sae.encode(activations(2), [0, bad])
+    mask = torch.arange(D_SAE) > 3
+    for bad in (mask, mask.tolist(), [1.5], torch.tensor([3.0]), ["3"]):
+        with pytest.raises(InputError, match=r"Given the latents .*, expected integers, such as \[3, 7\]"):
+            sae.encode(activations(2), bad)
     with pytest.raises(InputError, match="d_in is 0, expected a positive number"):
         build(architecture, d_in=0)
+
+
+@pytest.mark.parametrize("bandwidth", [0, -1e-3, float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "architecture", [name for name, each in architectures.items() if "bandwidth" in each.config_class.own_fields()]
+)
+def test_a_kernel_without_a_width_is_refused(architecture: str, bandwidth: float) -> None:
+    with pytest.raises(InputError, match=rf"bandwidth is {float(bandwidth)}, expected a finite positive number"):
+        build(architecture, bandwidth=bandwidth)
 
 
 def test_the_base_class_cannot_be_built() -> None:
@@ -238,6 +251,33 @@ def test_a_few_steps_lower_the_loss(architecture: str) -> None:
         loss.total.backward()
         optimiser.step()
     assert losses[-1] < 0.7 * losses[0]
+
+
+# ---------------------------------------------------------------- derivatives, transformations, compilers
+
+
+@pytest.mark.parametrize("architecture", list(architectures))
+def test_derivatives_are_the_same_whichever_way_they_are_taken(architecture: str) -> None:
+    """By the tape, by `torch.func` in both directions, one in the other, and for a single token of a batch."""
+    sae = example(architecture).double()
+    x = torch.randn(3, *sae.input_shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    wanted = torch.autograd.functional.jacobian(sae.encode, x)
+    for jacobian in (torch.func.jacrev, torch.func.jacfwd):
+        torch.testing.assert_close(jacobian(sae.encode)(x), wanted, rtol=1e-12, atol=1e-12)
+    assert torch.func.jacfwd(torch.func.jacrev(sae.encode))(x).isfinite().all()
+    if sae.per_token and architecture != "matching_pursuit":  # which asks its tokens whether they are done
+        single = torch.func.vmap(torch.func.jacrev(sae.encode))(x)
+        torch.testing.assert_close(single, torch.stack([each[:, at] for at, each in enumerate(wanted)]))
+        torch.testing.assert_close(torch.func.vmap(sae.encode)(x), sae.encode(x), rtol=1e-12, atol=1e-12)
+
+    weights = {name: parameter.detach() for name, parameter in sae.named_parameters()}
+    call = torch.func.functional_call
+    backward, forward = (
+        jacobian(lambda each: call(sae, each, (x,)).reconstruction)(weights)
+        for jacobian in (torch.func.jacrev, torch.func.jacfwd)
+    )
+    for name in weights:
+        torch.testing.assert_close(forward[name], backward[name], rtol=1e-10, atol=1e-10)
 
 
 @every_architecture

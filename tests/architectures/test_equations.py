@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_gated_sae import GatedSAE, GatedSAEConfig
+from hf_gated_sae import GatedSAE, GatedSAEConfig, functional
 from hf_gated_sae.architectures import architectures
+from hf_gated_sae.architectures.gated_untied import UntiedGatedSAE
 from hf_gated_sae.modeling import SAEModel
 from tests.support.example_saes import build, randomised
 
@@ -305,6 +307,22 @@ def test_conversion_keeps_dtype_place_and_records(dtype: torch.dtype) -> None:
         assert torch.equal(other.W_dec, sae.W_dec)
 
 
+def test_conversion_of_halves_rounds_neither_thresholds_nor_records(tmp_path: Path) -> None:
+    gated_sae(2).save_pretrained(tmp_path)
+    sae: Any = SAEModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    jump = sae.to_jumprelu()
+    b_mag, b_gate, r_mag = (each.detach().float() for each in (sae.b_mag, sae.b_gate, sae.r_mag))
+    assert jump.threshold.dtype == torch.float32
+    assert torch.equal(jump.threshold, torch.relu(b_mag - r_mag.exp() * b_gate))
+    assert not torch.equal(jump.threshold, jump.threshold.bfloat16())
+    for other in (jump, GatedSAE.from_jumprelu(jump), UntiedGatedSAE.from_gated(sae)):
+        assert other.W_dec.dtype == other.W_enc_T.dtype == torch.bfloat16
+        for name in ("max_activation", "mean_activation"):
+            assert getattr(other, name).dtype == torch.float32
+            assert torch.equal(getattr(other, name), getattr(sae, name))
+        assert other.threshold.requires_grad if other is jump else other.b_gate.requires_grad
+
+
 # ---------------------------------------------------------------- the loss
 
 
@@ -407,6 +425,45 @@ def test_jumprelu_threshold_learns_by_the_rectangle_estimate() -> None:
     assert sae.threshold.grad is not None
     np.testing.assert_allclose(sae.threshold.grad.numpy(), [-3.0, 0.0, -3.0])
     assert sae.b_enc.grad is None or not sae.b_enc.grad.any()
+
+
+@pytest.mark.parametrize("threshold", [torch.linspace(0.05, 1, 40), torch.tensor(0.4)], ids=["vector", "scalar"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("activation", [functional.jumprelu, functional.above_threshold])
+def test_transformations_take_the_rectangle_estimate_for_thresholds_as_well(
+    activation: Any, dtype: torch.dtype, threshold: torch.Tensor
+) -> None:
+    z = torch.randn(30, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weights = torch.rand(30, 40, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def weighed(threshold: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        return (activation(z, threshold, bandwidth=0.5) * weights).double().sum()
+
+    leaves = [threshold.clone().requires_grad_(), z.clone().requires_grad_()]
+    plain = weighed(*leaves)
+    gradients = torch.autograd.grad(plain, leaves, materialize_grads=True)
+    assert gradients[0].any() and gradients[0].dtype == threshold.dtype
+    torch._dynamo.reset()
+    compiled = torch.compile(weighed, backend="aot_eager", fullgraph=True)
+    ways = {
+        "reverse": torch.func.grad_and_value(weighed, argnums=(0, 1))(threshold, z),
+        "compiled": ((torch.autograd.grad(compiled(*leaves), leaves, materialize_grads=True)), compiled(*leaves)),
+    }
+    for name, (found, value) in ways.items():
+        assert torch.equal(value, plain), name
+        for one, other in zip(found, gradients, strict=True):
+            torch.testing.assert_close(one, other, msg=name)
+    along = torch.rand(threshold.shape, generator=torch.Generator().manual_seed(2))
+    value, tangent = torch.func.jvp(lambda each: weighed(each, z), (threshold,), (along,))
+    assert torch.equal(value, plain)
+    rounding = {"rtol": 1e-5 if dtype == torch.float64 else 1e-2, "atol": 1e-3}
+    torch.testing.assert_close(tangent.float(), (gradients[0] * along).sum(), **rounding)
+
+
+def test_a_threshold_that_nothing_reaches_has_no_derivative() -> None:
+    never = torch.full((3,), float("inf"))
+    value, gradient = torch.func.jvp(lambda t: functional.jumprelu(torch.ones(2, 3), t), (never,), (never * 0 + 1,))
+    assert not value.any() and not gradient.any()
 
 
 def test_gated_configuration_has_two_vectors_more_than_the_baseline() -> None:

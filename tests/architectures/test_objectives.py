@@ -316,6 +316,45 @@ def test_rescale_and_shift_starts_as_the_baseline_and_moves_nothing_else() -> No
         GatedObjective(rescale_and_shift=True, tied_b_mag=True)
 
 
+@pytest.mark.parametrize("architecture", ["jumprelu", "glu"])
+def test_negative_thresholds_become_zero_which_changes_no_latent(architecture: str) -> None:
+    sae, x = example(architecture), activations()
+    sae.threshold.data[::2] *= -1
+    before, kept = sae.encode(x), sae.threshold[1::2].clone()
+    JumpReLUObjective().constrain(sae)
+    assert not sae.threshold[::2].any() and torch.equal(sae.threshold[1::2], kept)
+    assert torch.equal(sae.encode(x), before) and sae.threshold.requires_grad
+
+
+@pytest.mark.parametrize("power", [1.0, 0.5])
+@pytest.mark.parametrize("architecture, objective", [("gated", GatedObjective), ("standard", StandardObjective)])
+def test_weighted_sparsity_sees_what_is_written_and_not_how(architecture: str, objective: Any, power: float) -> None:
+    """What the encoder gains and the decoder loses costs nothing; without weights it does."""
+    sae, x = example(architecture), activations()
+    scaled = example(architecture)
+    factor = 0.5 + torch.rand(D_SAE, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    for name, tensor in scaled.named_parameters():
+        if name == "W_dec":
+            tensor.data /= factor[:, None]
+        elif name in ("W_enc_T", "b_enc", "b_gate", "b_mag"):
+            tensor.data *= factor.reshape(-1, *[1] * (tensor.ndim - 1))
+    for weighted in (True, False):
+        way = objective(weighted_by_decoder_norm=weighted)
+        paid, same = (
+            each.training_loss(x, sparsity_coefficient=0.3, sparsity_power=power, objective=way).terms["sparsity"]
+            for each in (sae, scaled)
+        )
+        assert torch.allclose(paid, same, rtol=1e-10) == weighted
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_weights_of_the_sparsity_are_as_frozen_as_the_decoder(frozen: bool) -> None:
+    sae, objective = example("gated"), GatedObjective(weighted_by_decoder_norm=True, frozen_decoder=frozen)
+    terms = sae.training_loss(activations(), sparsity_coefficient=0.3, sparsity_power=0.5, objective=objective).terms
+    terms["sparsity"].backward()
+    assert (sae.W_dec.grad is None or not sae.W_dec.grad.any()) == frozen
+
+
 def test_a_power_changes_the_penalty_and_nothing_else() -> None:
     sae, x = example("gated"), activations()
     gate, _ = sae.halves(sae._project(x, None), None)

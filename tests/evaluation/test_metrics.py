@@ -71,6 +71,16 @@ def test_fvu_is_one_for_the_mean_and_zero_for_a_copy():
     assert accumulate(x, x, latents).compute().fvu == 0.0
 
 
+def test_an_activation_of_zero_has_no_ratio_of_norms():
+    x = torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+    y = torch.tensor([[3.0, 0.0], [1.0, 1.0], [0.0, 3.0], [0.0, 0.0]])
+    latents = torch.ones(4, 1)
+    assert accumulate(x, y, latents).compute().norm_ratio == pytest.approx((0.6 + 1.5) / 2)
+    assert math.isnan(accumulate(x[1::2], y[1::2], latents[:2]).compute().norm_ratio)
+    x[1, 0] = math.nan  # which stays visible
+    assert math.isnan(accumulate(x, y, latents).compute().norm_ratio)
+
+
 def test_dead_and_dense_latents_are_counted_over_all_tokens():
     latents = torch.zeros(100, 4)
     latents[:5, 0] = latents[:50, 1] = 1.0

@@ -68,6 +68,22 @@ def test_a_decoder_of_another_dtype(share: float) -> None:
     assert sparse.decode(live.to(torch.float32), torch.ones(200, 4)).dtype == torch.float32
 
 
+@pytest.mark.parametrize("share", [0.01, 1.0])
+def test_autocast_makes_dtypes_the_same(share: float) -> None:
+    live, weight = LiveLatents.from_dense(latents_of([3, 200], share)), torch.randn(200, 4)
+    narrow, wide = torch.bfloat16, torch.float32
+    for latents, decoder in (
+        (live.to(narrow), weight),
+        (live.to(wide), weight.to(narrow)),
+        (live.to(wide), weight.half()),
+    ):
+        with torch.autocast("cpu", torch.bfloat16):
+            found, wanted = sparse.decode(latents, decoder), latents.dense() @ decoder
+        assert found.dtype == torch.bfloat16 and torch.equal(found, wanted)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(InputError, match="are of torch.float64"):
+        sparse.decode(live, weight)  # which no autocast touches
+
+
 @settings(deadline=None)
 @given(st.integers(0, 6), st.integers(0, 6), shares)
 def test_some_tokens_and_their_union(first: int, second: int, share: float) -> None:

@@ -231,7 +231,7 @@ WRONG = {
     "an SAE before the first": (["interventions", 0, "sae"], {"sae": -1}, ["SAE -1"]),
     "a value of no kind": (["interventions", 0, "latents"], {"set": [1]}, ["is no value", "tensor"]),
     "a latent that does not exist": (["interventions", 0, "latents"], [64], ["Latent 64"]),
-    "a latent beyond all numbers": (["interventions", 0, "latents"], [10**30], ["built"]),
+    "a latent beyond all numbers": (["interventions", 0, "latents"], [10**30], ["expected integers"]),
     "a tensor without data": (["interventions", 1, "samples"], {"tensor": {}}, ["is no tensor", "dtype"]),
     "a site of no kind": (["interventions", 3, "site"], {"site": "resid_pst.1"}, ["is no site", "Did you mean"]),
     "an SAE without a place": (["saes", 0, "repo"], None, ["repo", "expected text"]),

@@ -56,6 +56,21 @@ def test_a_tie_holds_after_every_step(arguments):
     assert len(seen) == 10 and seen[-1] > 0
 
 
+@pytest.mark.parametrize("name, scale", [("jumprelu", "unit"), ("glu", "none")])
+def test_no_threshold_is_negative_after_any_step(arguments, name, scale):
+    """Steps as large as these would take most of them below zero, in whatever unit they are measured."""
+
+    def check(sae):
+        assert (sae.threshold >= 0).all()
+        moved.append((sae.threshold > 0).float().mean().item())
+
+    moved = []
+    args = arguments(learning_rate=0.1, sparsity_coefficient=0.0, activation_scale=scale, resample_steps=[5])
+    sae = build(name, D_IN, randomise=True, bandwidth=1.0)
+    quiet(SAETrainer(sae, args, activations(500, seed=0), callbacks=[Each(check)])).train()
+    assert len(moved) == 10 and 0 < moved[-1] < 1 and (sae.threshold >= 0).all()
+
+
 def test_variants_can_be_given_as_a_flag(arguments):
     args = arguments(objective=json.dumps({"auxiliary": False}), sparsity_coefficient="0.25")
     trainer = quiet(SAETrainer(build("gated", D_IN), args, activations(500, seed=0)))
