@@ -32,29 +32,33 @@ def unfinished(target: Path) -> Path:
 
 
 @contextmanager
-def writing(target: Path, *, clean: bool = True) -> Iterator[None]:
-    """Turn the error of a disk that is full, or cannot be written, into one sentence.
+def writing(target: Path, everyone: Processes) -> Iterator[None]:
+    """Turn the error of a disk that is full, or cannot be written, into one sentence that all processes raise.
 
-    What was written is removed, by the process that is to, now or when the next run begins.
+    What was written is removed, now or when the next run begins.
 
     Args:
         target: the checkpoint that is being written into ``unfinished(target)``.
-        clean: whether this process, of several, is the one that removes it.
+        everyone: the processes that write it. Where one has such an error inside, it must not keep others waiting
+            there.
 
     Raises:
         CheckpointError: naming the last whole checkpoint.
     """
+    failed: CheckpointError | None = None
     try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if clean:
-            remove_unfinished(target.parent)
-        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise CheckpointError(
-            f"{target} could not be written ({why}) and is not there; make room and resume. {advice(target.parent)}"
-        ) from error
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            failed = CheckpointError(
+                f"{target} could not be written ({why}) and is not there; make room and resume. "
+                f"{advice(target.parent)}"
+            )
+            failed.__cause__ = error
+        everyone.raise_first(failed, CheckpointError)
     except BaseException:
-        if clean:
+        if everyone.rank == 0:
             remove_unfinished(target.parent)
         raise
 
@@ -71,25 +75,28 @@ def complete(target: Path, everyone: Processes | None = None) -> None:
     Args:
         target: the checkpoint; an older one of that name is replaced.
         everyone: the processes that wrote it, all of which call this and read a part of it; one by default.
+
+    Raises:
+        CheckpointError: if the disk is full.
     """
     staging, everyone = unfinished(target), everyone or Processes()
-    everyone.together()
     own = {}
-    for name in everyone.dealt(_files(staging)):
-        own[name] = _fingerprint(staging / name)
-        _to_disk(staging / name)
+    with writing(target, everyone):
+        for name in everyone.dealt(_files(staging)):
+            own[name] = _fingerprint(staging / name)
+            _to_disk(staging / name)
     manifest = everyone.merged(own)
-    if everyone.rank == 0:
-        text = json.dumps({"files": dict(sorted(manifest.items()))}, indent=2) + "\n"
-        (staging / MANIFEST).write_text(text, encoding="utf-8")
-        for path in (staging / MANIFEST, *(each for each in staging.rglob("*") if each.is_dir()), staging):
-            _to_disk(path)
-        if target.exists():
-            target.replace(staging.with_name(f"replaced-{target.name}"))
-        staging.replace(target)
-        remove_unfinished(target.parent)
-        _to_disk(target.parent)
-    everyone.together()
+    with writing(target, everyone):
+        if everyone.rank == 0:
+            text = json.dumps({"files": dict(sorted(manifest.items()))}, indent=2) + "\n"
+            (staging / MANIFEST).write_text(text, encoding="utf-8")
+            for path in (staging / MANIFEST, *(each for each in staging.rglob("*") if each.is_dir()), staging):
+                _to_disk(path)
+            if target.exists():
+                target.replace(staging.with_name(f"replaced-{target.name}"))
+            staging.replace(target)
+            remove_unfinished(target.parent)
+            _to_disk(target.parent)
 
 
 def remove_unfinished(run: Path) -> None:

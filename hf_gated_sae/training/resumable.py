@@ -57,23 +57,23 @@ class Resumable(Trainer):
         """Write a checkpoint beside its place, and move it there when it is whole.
 
         Raises:
-            CheckpointError: if the disk is full or cannot be written; older checkpoints stay.
+            CheckpointError: in all processes, if one of them cannot write; older checkpoints stay.
             TrainingError: if a weight is not finite, from which nothing could go on.
         """
-        run = Path(self._get_output_dir(trial))
+        run, everyone = Path(self._get_output_dir(trial)), self.grid.everyone
         target = run / f"checkpoint-{self.state.global_step}"
-        self.grid.everyone.raise_first(self._nonfinite_weight(target), TrainingError)
-        with checkpoints.writing(target, clean=self.args.should_save):
-            if self.args.should_save:
+        everyone.raise_first(self._nonfinite_weight(target), TrainingError)
+        with checkpoints.writing(target, everyone):
+            if everyone.rank == 0:
                 checkpoints.begin(target)
-            self.accelerator.wait_for_everyone()
-            self._writing = True
-            try:
+        self._writing = True
+        try:
+            with checkpoints.writing(target, everyone):
                 super()._save_checkpoint(model, trial)
-            finally:
-                self._writing = False
-            checkpoints.complete(target, self.grid.everyone)
-        if self.args.should_save:
+        finally:
+            self._writing = False
+        checkpoints.complete(target, everyone)
+        if everyone.rank == 0:
             checkpoints.rotate(target, self.args.save_total_limit)
 
     def _nonfinite_weight(self, target: Path) -> TrainingError | None:

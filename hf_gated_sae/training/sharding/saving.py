@@ -8,7 +8,6 @@ import struct
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -43,6 +42,10 @@ def save_whole(part: SAEModel, folder: str | Path, *, bytes_per_file: int = BYTE
         part: see `split`; to be called in all of its processes.
         folder: to write into, which only the first process needs to reach.
         bytes_per_file: a tensor that is larger has a file for itself.
+
+    Raises:
+        CheckpointError: in all processes, if nothing can be written to the folder.
+        OSError: in the first one, if the disk is full before the end.
     """
     processes = part.others
     if not isinstance(processes, Processes):
@@ -68,18 +71,48 @@ def save_whole(part: SAEModel, folder: str | Path, *, bytes_per_file: int = BYTE
                 for _ in _pieces(tensors[name], processes if rows[name] > 1 else Processes()):
                     pass
             return
-        _write_config(part, staging)
+        full: OSError | None = None
         for file, names in files.items():
             chosen = {name: tensors[name] for name in names}
-            with (staging / file).open("wb") as out:
-                out.write(_header({name: (tensor, rows[name]) for name, tensor in chosen.items()}))
-                for name, tensor in chosen.items():
-                    _write(tensor, processes if rows[name] > 1 else Processes(), out)
+            out = _UntilFull(staging / file)
+            out.append(_header({name: (tensor, rows[name]) for name, tensor in chosen.items()}))
+            for name, tensor in chosen.items():
+                for piece in _pieces(tensor, processes if rows[name] > 1 else Processes()):
+                    if piece is not None:
+                        out.append(piece.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            full = full or out.full
+        if full is not None:  # of which one hears when all rows were taken: nobody waits any more
+            raise full
+        _write_config(part, staging)
         if len(files) > 1:
             places = {name: file for file, names in files.items() for name in names}
             size = sum(tensor.nbytes * rows[name] for name, tensor in tensors.items())
             index = {"metadata": {"total_size": size}, "weight_map": places}
             (staging / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+class _UntilFull:
+    """A file that takes what it is given, and after the disk was full nothing more.
+
+    Args:
+        path: of the file, which is not there yet.
+
+    Attributes:
+        full: the error of the disk; None if there was none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.full: OSError | None = None
+
+    def append(self, data: bytes) -> None:
+        """Write some more at the end."""
+        if self.full is None:
+            try:
+                with self.path.open("ab") as file:
+                    file.write(data)
+            except OSError as error:
+                self.full = error
 
 
 def _write_config(part: SAEModel, folder: Path) -> None:
@@ -115,19 +148,6 @@ def _header(tensors: Mapping[str, tuple[Tensor, int]]) -> bytes:
     content = json.dumps(entries, separators=(",", ":")).encode()
     content += b" " * (-len(content) % 8)
     return struct.pack("<Q", len(content)) + content
-
-
-def _write(tensor: Tensor, processes: Processes, out: BinaryIO) -> None:
-    """Write the rows of all processes; all of them are taken, even if the disk is full after the first."""
-    full: OSError | None = None
-    for piece in _pieces(tensor, processes):
-        try:
-            if piece is not None and full is None:
-                out.write(piece.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        except OSError as error:
-            full = error
-    if full is not None:
-        raise full
 
 
 def _pieces(tensor: Tensor, processes: Processes) -> Iterator[Tensor | None]:

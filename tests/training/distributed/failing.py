@@ -1,5 +1,9 @@
 """Runs of `SAETrainer` that two processes carry out together and that cannot go on, or not even begin."""
 
+import resource
+import signal
+from contextlib import contextmanager, nullcontext
+
 import pytest
 import torch
 
@@ -101,6 +105,42 @@ def a_result_that_cannot_be_written_stops_both(given):
         everyone.together()
         with pytest.raises(CheckpointError, match=r"The training is done, but .*in process 0 of 2.*"):
             made.train()
+
+
+@contextmanager
+def no_file_larger_than(size):
+    """A disk that is nearly full, for this process."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@check
+def a_disk_that_is_full_for_one_stops_both_and_leaves_the_last_good_checkpoint(given):
+    """For the first, which writes the weights, in the midst of them or after; and for the second, of its own state."""
+    folder, everyone = given
+    for latents, rank, size in ((1, 0, 1000), (2, 0, 1000), (2, 0, 12_000), (1, 1, 1000), (2, 1, 1000)):
+        place = folder / f"disk {latents} {rank} {size}"
+        settings = {"save_strategy": "steps", "save_steps": 4, "latent_parallel": latents}
+        whole = trainer(place, ("gated", "standard"), 32, max_steps=4, **settings)
+        whole.train()
+        made = trainer(place, ("gated", "standard"), 32, max_steps=12, **settings)
+        with no_file_larger_than(size) if everyone.rank == rank else nullcontext():
+            with pytest.raises(CheckpointError, match="checkpoint-8 could not be written .*File too large") as caught:
+                made.train(resume_from_checkpoint=True)
+        first, second = gathered(str(caught.value))
+        assert first == second and f"newest whole checkpoint is {place}/checkpoint-4" in first
+        assert first.endswith(f"(in process {rank} of 2)")
+        everyone.together()
+        assert not list(place.glob(".unfinished/*")) and not (place / "checkpoint-8").exists()
+        everyone.together()
+        again = trainer(place, ("gated", "standard"), 32, max_steps=12, **settings)
+        again.train(resume_from_checkpoint=True)
+        assert again.state.global_step == 12
 
 
 @check
