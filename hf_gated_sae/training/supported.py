@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
+from transformers.training_args import OptimizerNames
 
-from ..errors import InputError
+from ..errors import InputError, unknown_name
 
 _EVALUATES = (
     "would need a data set to evaluate on, and a stream has none: evaluate(model, sae, tokens) measures a trained SAE"
@@ -70,6 +71,7 @@ def require_supported(args: TrainingArguments, defaults: Mapping[str, Any]) -> N
 
     Raises:
         InputError: naming the first, and what to do instead.
+        UnknownNameError: for an optimiser that there is not, with close matches.
     """
     for name, why in UNSUPPORTED.items():
         value, default = (plain(each) for each in (getattr(args, name, None), defaults.get(name)))
@@ -78,6 +80,9 @@ def require_supported(args: TrainingArguments, defaults: Mapping[str, Any]) -> N
             raise InputError(f"{name}={value!r} {why}.")
     if plain(args.save_strategy) == "best":
         raise InputError(f"save_strategy='best' {_EVALUATES}.")
+    optimisers = [each.value for each in OptimizerNames]
+    if plain(args.optim) not in optimisers:
+        raise unknown_name("optim", plain(args.optim), optimisers)
     if any(str(plain(args.optim)).startswith(each) for each in OPTIMISERS_BY_LAYER):
         raise InputError(f"optim={plain(args.optim)!r} {_ONE_LAYER}.")
 
@@ -130,7 +135,7 @@ def require_makeable(args: TrainingArguments) -> None:
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
         kind([weights], **settings)
     except (ImportError, TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        given = f" with optim_args {args.optim_args!r}" if args.optim_args else ""
+        given = f" with optim_args {args.optim_args!r} (expected name=value, ...)" if args.optim_args else ""
         raise InputError(f"optim {plain(args.optim)!r}{given} cannot be made: {error}") from error
 
 

@@ -99,7 +99,8 @@ def test_what_means_nothing_is_refused(arguments: Callable[..., SAETrainingArgum
         ),
         ({"save_strategy": "best"}, "need a data set to evaluate"),
         ({"optim": "adamw_anyprecision"}, "optim 'adamw_anyprecision' cannot be made: Please install"),
-        ({"optim_args": "fused"}, "with optim_args 'fused' cannot be made"),
+        ({"optim_args": "fused"}, r"with optim_args 'fused' \(expected name=value, ...\) cannot be made"),
+        ({"optim": "lion_3bit"}, r"lion_3bit.*lion_32bit"),
         ({"optim": "schedule_free_adamw"}, "cannot be made: You need to install"),
     ],
 )

@@ -68,10 +68,8 @@ def _show_training(console: Console) -> None:
         if name not in ELSEWHERE
     }
     _panel(console, "training", "The recipe. Where steps are counted, 5% means 5% of max_steps.", rows)
-    console.print(
-        Padding("--training also takes every other argument of transformers.TrainingArguments.", (0, 2)),
-        highlight=False,
-    )
+    others = "--training also takes every other argument of transformers.TrainingArguments that has a meaning here."
+    console.print(Padding(others, (0, 2)), highlight=False)
 
 
 def show_presets(console: Console) -> None:
