@@ -22,7 +22,7 @@ from hf_gated_sae.hooks.saving import save_activations
 from hf_gated_sae.training.memory import TrainingMemory
 from hf_gated_sae.training.run import Run, assemble, read_run
 from hf_gated_sae.training.run.parts import build
-from hf_gated_sae.training.run.reading import merged
+from hf_gated_sae.training.run.reading import merged, read_yaml
 from tests.support.tiny_models import tiny_model
 
 
@@ -246,6 +246,28 @@ def test_only_a_run_is_resumed(small: dict, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="which is a file"):
         Run.prepare(assemble({**small, "output_dir": str(tmp_path / "file")}))
+
+
+def test_a_run_can_be_prolonged(small: dict, tmp_path: Path) -> None:
+    small["training"] |= {"save_steps": 2, "max_steps": 8}
+    whole = Run.prepare(assemble(small))
+    whole.train()
+    parts = {**small, "output_dir": str(tmp_path / "parts"), "training": {**small["training"], "max_steps": 4}}
+    Run.prepare(assemble(parts)).train()
+    parts["training"] |= {"max_steps": 8}
+    longer = Run.prepare(assemble(parts), resume=True)
+    longer.train()
+    assert longer.checkpoint is not None and longer.checkpoint.name == "checkpoint-4"
+    for name, tensor in whole.saes[""].state_dict().items():
+        assert torch.equal(longer.saes[""].state_dict()[name], tensor), name
+    assert read_yaml(tmp_path / "parts" / "run.yaml")["training"]["max_steps"] == 8
+
+    falling = {**parts, "output_dir": str(tmp_path / "falling")}
+    falling["training"] = {**parts["training"], "lr_scheduler_type": "cosine", "max_steps": 4}
+    Run.prepare(assemble(falling)).train()
+    falling["training"] |= {"max_steps": 8}
+    with pytest.raises(InputError, match="has training.max_steps: 4, and it is to go on with 8"):
+        Run.prepare(assemble(falling), resume=True)
 
 
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(small: dict, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from transformers.trainer_utils import TrainOutput
 from ...errors import CheckpointError, InputError, SAEError
 from ...modeling import SAEModel
 from ...modeling.saving import replaced_together
-from ..arguments import ARGUMENTS_FILE
+from ..arguments import ARGUMENTS_FILE, SAETrainingArguments
 from ..checkpoints import checkpoints, newest_whole
 from ..facts import FACTS_FILE
 from ..memory import TrainingMemory, require_room
@@ -40,6 +40,10 @@ RESULTS = ("checkpoint-*", "config.json", "*.safetensors", "README.md", ARGUMENT
 """What a run writes over, or removes when there are too many: of somebody else's it must find none."""
 MAY_CHANGE = ("logging", "save_", "report_to", "run_name", "project", "disable_tqdm", "log_level", "use_cpu")
 """How the arguments begin that a resumed run may have otherwise; all others decide the weights."""
+AT_THE_END = ("max_steps", "recorded_activations")
+"""Arguments that decide nothing before the end of a run, unless its learning rate falls towards that."""
+ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt")
+"""Schedules of a learning rate that does not."""
 
 
 @dataclass(frozen=True)
@@ -296,7 +300,9 @@ def _same_run(config: RunConfig, stored: RunConfig) -> RunConfig:
 
 def _deciding(config: RunConfig) -> dict[str, Any]:
     """Return the settings that decide the weights, by their place."""
-    ignored = tuple(f"training.{name}" for name in MAY_CHANGE) + ("output_dir", "model.device")
+    endless = config.training.get("lr_scheduler_type", SAETrainingArguments.lr_scheduler_type) in ENDLESS
+    may_change = (*MAY_CHANGE, *(AT_THE_END if endless else ()))
+    ignored = tuple(f"training.{name}" for name in may_change) + ("output_dir", "model.device")
     return {name: value for name, value in leaves(plain(config)) if not name.startswith(ignored)}
 
 
