@@ -62,6 +62,16 @@ class PublishError(SAEError, RuntimeError):
     """An SAE cannot be published as asked."""
 
 
+def reason(error: BaseException) -> str:
+    """Return why something failed, in the system's own words if it was the system that said no."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError) and found.strerror:
+            return found.strerror
+        found = found.__cause__
+    return str(error)
+
+
 def did_you_mean(given: object, known: Iterable[object], *, most: int = 3) -> str:
     """Return `` Did you mean 'a' or 'b'?`` for the known names close to `given`, or an empty string.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..functional import jumprelu
 from ..functional.activations import largest
+from ..functional.linear import is_transformed
 from ..functional.search import lowest_projection
 from ..functional.support import DENSEST, LiveSupport, Support
 from ..modeling import KeptObjective, SAEConfig, SAEModel, Sparsity, TrainingLoss
@@ -28,13 +29,14 @@ MARGIN = 1.25
 class BatchTopKObjective(KeptObjective):
     """``|y - y^|^2`` on the batch's largest latents.
 
-    Where gradients are recorded it also moves the running threshold; where they are not, nothing is learnt.
+    Where gradients are recorded it also moves the running threshold; nothing is learnt where they are not, or where
+    `torch.func` wants a function without such effects.
     """
 
     def loss(self, sae: BatchTopKSAE, x: Tensor, target: Tensor, sparsity: Sparsity) -> TrainingLoss:
         """Return the objective on some activations; arguments as for `Objective.loss`."""
         support, latents, lowest = sae.largest(x)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not is_transformed(lowest):
             sae.move_threshold(lowest)
         return self._reconstruction(sae, x, target, support, latents)
 

@@ -57,7 +57,11 @@ class JumpReLUObjective(Objective):
 
     @torch.no_grad()
     def constrain(self, sae: JumpReLUSAE | GLUSAE) -> None:
-        """Raise negative thresholds to 0, below which they change no latent."""
+        """Raise negative thresholds to 0, below which they change no latent.
+
+        With `tanh_scale` a threshold of 0 stays there, as its derivative is proportional to it; the plain penalty
+        moves it away again.
+        """
         sae.threshold.clamp_(min=0)
 
 

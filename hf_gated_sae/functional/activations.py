@@ -27,7 +27,8 @@ class _JumpReLU(torch.autograd.Function):
         live = (pre_latents > threshold) & (pre_latents > 0)
         if not ctx.needs_input_grad[1]:
             return grad * live, None, None
-        grad_threshold = -(threshold / ctx.bandwidth) * _window(pre_latents, threshold, ctx.bandwidth) * grad
+        inside = _window(pre_latents, threshold, ctx.bandwidth)
+        grad_threshold = torch.where(inside, -(threshold / ctx.bandwidth), 0.0) * grad
         return grad * live, _sum_to(grad_threshold, threshold), None
 
 
@@ -65,9 +66,10 @@ def _estimate(slope: Tensor | float, pre_latents: Tensor, threshold: Tensor, ban
     Made of operations that every transformation knows, which costs passes over the pre-latents that `backward` of an
     operation of our own does not.
     """
-    zero = slope * (threshold - threshold.detach())
     window = _window(pre_latents.detach(), threshold.detach(), bandwidth)
-    return torch.where(window, zero, 0.0).to(pre_latents.dtype)
+    # A threshold may be infinite: then the slope is too, and differences are no numbers.
+    moved = torch.where(window, threshold - threshold.detach(), 0.0)
+    return (torch.where(window, slope, 0.0) * moved).to(pre_latents.dtype)
 
 
 def _sum_to(gradient: Tensor, parameter: Tensor) -> Tensor:

@@ -65,12 +65,14 @@ def is_ordinary(*tensors: Tensor) -> bool:
     for tensor in tensors:
         if type(tensor) not in (Tensor, nn.Parameter):
             return False
-        if (
-            torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-            or forward_ad.unpack_dual(tensor).tangent is not None
-        ):
+        if is_transformed(tensor) or forward_ad.unpack_dual(tensor).tangent is not None:
             return False
     return True
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether a transformation of `torch.func` looks at a tensor, which may then not be written elsewhere."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def _onednn_serves(x: Tensor, weight: Tensor) -> bool:

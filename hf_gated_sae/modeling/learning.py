@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ..errors import InputError, ShapeError
@@ -63,6 +64,10 @@ class Learning:
             )
         chosen: Objective = self.objective_class() if objective is None else objective
         return chosen.loss(self, x, target, Sparsity(sparsity_coefficient, sparsity_power))
+
+    def forget_statistics(self: SAEModel | Any) -> None:
+        """Forget what `record_statistics` remembered: of other weights it would be wrong."""
+        self.record_statistics(torch.zeros_like(self.max_activation), torch.zeros_like(self.mean_activation), 0)
 
     def learning_obstacle(self: SAEModel | Any) -> str:
         """Return why no objective can be computed of this SAE; empty if one can."""

@@ -44,6 +44,9 @@ _NOT_NEGATIVE = (
     *("lr_dip_steps", "recorded_activations", "auxk_coefficient", "pull_coefficient"),
 )
 
+_ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt")
+"""Schedules of a learning rate that does not fall towards an end."""
+
 _SHARES = ("adam_beta1", "adam_beta2", "lr_dip")
 
 ARGUMENTS_FILE = "training_args.json"
@@ -173,6 +176,12 @@ class SAETrainingArguments(TrainingArguments):
         """Of all processes, between two changes of the weights."""
         rows = self.world_size // self.latent_parallel
         return self.activation_batch_size * self.gradient_accumulation_steps * rows
+
+    @property
+    def open_until_the_end(self) -> frozenset[str]:
+        """The names of those that decide nothing before the end of a run, which can go on with others."""
+        looks_ahead = plain(self.lr_scheduler_type) not in _ENDLESS or 0 < self.warmup_steps < 1
+        return frozenset({"recorded_activations"} | (set() if looks_ahead else {"max_steps"}))
 
     def _check_ranges(self) -> None:
         for names, least, most, expected in (

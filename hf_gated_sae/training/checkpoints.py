@@ -12,9 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from ..errors import CheckpointError, MissingFileError
+from ..errors import CheckpointError, MissingFileError, reason
 from .processes import Processes
 
 MANIFEST = "manifest.json"
@@ -39,24 +37,21 @@ def writing(target: Path, everyone: Processes) -> Iterator[None]:
 
     Args:
         target: the checkpoint that is being written into ``unfinished(target)``.
-        everyone: the processes that write it. Where one has such an error inside, it must not keep others waiting
-            there.
+        everyone: the processes that write it; nothing that they do inside may wait for one that has failed there.
 
     Raises:
         CheckpointError: naming the last whole checkpoint.
     """
-    failed: CheckpointError | None = None
+
+    def explained(error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"{target} could not be written ({reason(error)}) and is not there; make room and resume. "
+            f"{advice(target.parent)}"
+        )
+
     try:
-        try:
+        with everyone.agreed(explained):
             yield
-        except (OSError, SafetensorError) as error:
-            why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            failed = CheckpointError(
-                f"{target} could not be written ({why}) and is not there; make room and resume. "
-                f"{advice(target.parent)}"
-            )
-            failed.__cause__ = error
-        everyone.raise_first(failed, CheckpointError)
     except BaseException:
         if everyone.rank == 0:
             remove_unfinished(target.parent)

@@ -6,14 +6,16 @@ All of it does nothing, and costs nothing, in a process that is alone.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, distributed, nn
 from torch.distributed import ReduceOp
 
-from ..errors import InputError, SAEError
+from ..errors import CheckpointError, InputError, SAEError
 from ..functional.others import OtherLatents, OtherTokens
 
 if TYPE_CHECKING:
@@ -270,6 +272,25 @@ class Processes(OtherLatents, OtherTokens):
             return
         where = f" (in process {rank} of {self.count})" if len({*texts}) > 1 else ""
         raise (kind if error is None else type(error))(f"{texts[rank]}{where}") from error
+
+    @contextmanager
+    def agreed(self, explained: Callable[[Exception], SAEError]) -> Iterator[None]:
+        """Raise, in all processes, what one of them could not read, write or make inside, where it met no others.
+
+        Args:
+            explained: turns the error of a disk, or one of ours, into the one that is raised.
+
+        Raises:
+            SAEError: the same in all processes.
+        """
+        failed: SAEError | None = None
+        try:
+            yield
+        except (OSError, SafetensorError, SAEError) as error:
+            failed = explained(error)
+            if failed is not error:
+                failed.__cause__ = error
+        self.raise_first(failed, CheckpointError)
 
     def together(self) -> None:
         """Wait for all."""

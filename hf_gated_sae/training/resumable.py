@@ -28,9 +28,6 @@ OPTIMIZER_FILE = "optimizer"
 PROCESS_FILE = "process-{rank}"
 """What each process has for itself: its stream, its generators, and what its SAEs remember."""
 
-MAY_CHANGE = frozenset({"max_steps", "recorded_activations"})
-"""What may be another when a run goes on: how far it goes, and what is measured at its end."""
-
 _log = logging.getLogger(__name__)
 
 
@@ -253,7 +250,8 @@ class Resumable(Trainer):
         """Raise if the run was begun with other arguments, of which some would be used and others would not."""
         before = json.loads((checkpoint / ARGUMENTS_FILE).read_text(encoding="utf-8"))
         now = json.loads(json.dumps(self.args.recipe()))
-        changed = [name for name in now if name not in MAY_CHANGE and before.get(name) != now[name]]
+        deciding = [name for name in now if name not in self.args.open_until_the_end]
+        changed = [name for name in deciding if before.get(name) != now[name]]
         if changed:
             each = "; ".join(f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in changed[:4])
             raise CheckpointError(
@@ -275,6 +273,7 @@ class Resumable(Trainer):
                     f"{want.d_sae}. Resume the run that wrote it."
                 )
             mine.load_state_dict(other)
+            mine.config.record(have.recorded_tokens, None)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Restore what `_save_optimizer_and_scheduler` wrote."""

@@ -244,6 +244,8 @@ class Trainee:
             step: number of steps done, this one included.
             optimizer: of the run.
         """
+        if self.sae.config.recorded_tokens:
+            self.sae.forget_statistics()  # of the weights that it had
         if self.args.unit_norm_decoder:
             decoder_norm.after_step(self.sae.W_dec)
         if self.remedy is not None:

@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import DynamoBackend
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -19,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
-from ..errors import CheckpointError, InputError, SAEError, TrainingError, unknown_name
+from ..errors import CheckpointError, InputError, SAEError, TrainingError, reason, unknown_name
 from ..functional import FidelityMetrics
 from ..modeling import SAEModel, TrainingLoss
 from . import checkpoints
@@ -84,6 +83,11 @@ class SAETrainer(GradientsOfSAEs, Resumable):
         )
         require_launched(args)
         self.grid = grid or Grid.arrange(args.latent_parallel, stream, args.device.type)
+        if self.grid.latents.count != args.latent_parallel:
+            raise InputError(
+                f"The grid lets {self.grid.latents.count} processes share an SAE, and latent_parallel is "
+                f"{args.latent_parallel}: arrange it with the same number."
+            )
         self.stream = self.grid.part(stream)
         given = {"": model} if isinstance(model, SAEModel) else dict(model)
         _require_known(args, given)
@@ -207,26 +211,26 @@ class SAETrainer(GradientsOfSAEs, Resumable):
             TrainingError: if activations cannot be recorded; the SAEs are in the folder without.
         """
         trainees, count = list(self.trainees.values()), self.args.recorded_activations
+        folder, dead = Path(self.args.output_dir), [trainee.count_dead() for trainee in trainees]
         metrics: list[FidelityMetrics] | None = None
         unrecorded: BaseException | None = None
         try:
             metrics = record_activations(trainees, self.stream.sample(count)) if count else None
         except (SAEError, OSError, RuntimeError, MemoryError, KeyboardInterrupt) as error:
+            if not isinstance(error, SAEError) and not self.grid.everyone.alone:
+                raise  # of which the others do not know, and wait
             unrecorded = error
-        folder, dead = Path(self.args.output_dir), [trainee.count_dead() for trainee in trainees]
-        failed: CheckpointError | None = None
-        try:
+
+        def explained(error: Exception) -> CheckpointError:
+            return CheckpointError(
+                f"The training is done, but its result could not be written to {folder} ({reason(error)}). It is "
+                "still in memory: make room, and call save_model(), or save_pretrained() of the SAE."
+            )
+
+        with self.grid.everyone.agreed(explained):
             self.save_model()
             if self.args.should_save:
                 write_training_facts(folder, trainees, dead, self.state, self.args, self._seconds, metrics)
-        except (OSError, SafetensorError, SAEError) as error:
-            why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            failed = CheckpointError(
-                f"The training is done, but its result could not be written to {folder} ({why}). It is still in "
-                "memory: make room, and call save_model(), or save_pretrained() of the SAE."
-            )
-            failed.__cause__ = error
-        self.grid.everyone.raise_first(failed, CheckpointError)  # or the folder is whole for all of them
         if isinstance(unrecorded, KeyboardInterrupt):
             raise unrecorded
         if unrecorded is not None:

@@ -271,6 +271,23 @@ def test_derivatives_are_the_same_whichever_way_they_are_taken(architecture: str
         torch.testing.assert_close(torch.func.vmap(sae.encode)(x), sae.encode(x), rtol=1e-12, atol=1e-12)
 
     weights = {name: parameter.detach() for name, parameter in sae.named_parameters()}
+    if sae.one_site and sae.per_token:
+
+        class Loss(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.sae = sae
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return self.sae.training_loss(x, sparsity_coefficient=0.3).total
+
+        held = {f"sae.{name}": each for name, each in weights.items()}
+        found = torch.func.grad(lambda each: torch.func.functional_call(Loss(), each, (x,)))(held)
+        sae.zero_grad()
+        sae.training_loss(x, sparsity_coefficient=0.3).total.backward()
+        for name, parameter in sae.named_parameters():
+            taped = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            torch.testing.assert_close(found[f"sae.{name}"], taped, rtol=1e-10, atol=1e-12)
     call = torch.func.functional_call
     backward, forward = (
         jacobian(lambda each: call(sae, each, (x,)).reconstruction)(weights)

@@ -462,8 +462,14 @@ def test_transformations_take_the_rectangle_estimate_for_thresholds_as_well(
 
 def test_a_threshold_that_nothing_reaches_has_no_derivative() -> None:
     never = torch.full((3,), float("inf"))
-    value, gradient = torch.func.jvp(lambda t: functional.jumprelu(torch.ones(2, 3), t), (never,), (never * 0 + 1,))
+
+    def activated(threshold: torch.Tensor) -> torch.Tensor:
+        return functional.jumprelu(torch.ones(2, 3), threshold)
+
+    value, gradient = torch.func.jvp(activated, (never,), (torch.ones(3),))
     assert not value.any() and not gradient.any()
+    assert not torch.func.grad(lambda threshold: activated(threshold).sum())(never).any()
+    assert not torch.autograd.functional.jacobian(activated, never).any()
 
 
 def test_gated_configuration_has_two_vectors_more_than_the_baseline() -> None:

@@ -192,6 +192,8 @@ def test_a_result_whose_strengths_cannot_be_recorded_is_saved_without(arguments,
     stream = SampledOnce(activations(500, seed=0), seed=0)
     stream.later = error
     sae = build("gated", D_IN)
+    strengths = torch.full((sae.config.d_sae,), 7.0)
+    sae.record_statistics(strengths, strengths / 2, 12_345)  # when it was another one
     with pytest.raises((TrainingError, KeyboardInterrupt)) as ended:
         quiet(SAETrainer(sae, arguments(), stream)).train()
     if isinstance(error, InputError):
@@ -199,7 +201,7 @@ def test_a_result_whose_strengths_cannot_be_recorded_is_saved_without(arguments,
         assert ended.value.__cause__ is error
     saved = SAEModel.from_pretrained(tmp_path / "run")
     assert all(torch.equal(tensor, sae.state_dict()[name]) for name, tensor in saved.state_dict().items())
-    assert not saved.config.recorded_tokens and sae.W_dec.grad is None
+    assert not saved.config.recorded_tokens and not saved.max_activation.any() and sae.W_dec.grad is None
     facts = json.loads((tmp_path / "run" / "training_facts.json").read_text())
     assert facts["training"]["steps"] == 10 and "metrics" not in facts
 

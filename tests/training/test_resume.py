@@ -277,6 +277,16 @@ def test_a_run_goes_on_with_the_arguments_that_it_was_begun_with(arguments, tmp_
     assert longer.state.global_step == 12
 
 
+@pytest.mark.parametrize("falling", [{"lr_scheduler_type": "cosine"}, {"warmup_steps": 0.5}])
+def test_a_run_whose_learning_rate_knows_its_end_is_not_prolonged(arguments, falling):
+    settings = {"save_strategy": "steps", "save_steps": 5, "recorded_activations": 0, **falling}
+    x = activations(500, seed=0)
+    quiet(SAETrainer(build("gated", D_IN), arguments(**settings), x)).train()
+    longer = quiet(SAETrainer(build("gated", D_IN), arguments(**settings, max_steps=12), x))
+    with pytest.raises(CheckpointError, match="other arguments: max_steps was 10 and is 12"):
+        longer.train(resume_from_checkpoint=True)
+
+
 def test_how_often_a_resumed_run_saves_and_logs_is_its_own(arguments, tmp_path):
     settings = {"save_strategy": "steps", "recorded_activations": 0, "report_to": "none"}
     x = activations(500, seed=0)

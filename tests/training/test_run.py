@@ -268,6 +268,8 @@ def test_a_run_can_be_prolonged(small: dict, tmp_path: Path) -> None:
     falling["training"] |= {"max_steps": 8}
     with pytest.raises(InputError, match="has training.max_steps: 4, and it is to go on with 8"):
         Run.prepare(assemble(falling), resume=True)
+    falling["training"] |= {"max_steps": 4, "recorded_activations": 50}
+    Run.prepare(assemble(falling), resume=True)
 
 
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(small: dict, tmp_path: Path) -> None:

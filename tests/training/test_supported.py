@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -117,10 +118,9 @@ def test_no_clipping_can_be_said_in_two_ways(arguments: Callable[..., SAETrainin
     assert made.args.max_grad_norm == 0.0
 
 
-def test_what_accelerate_would_compile_is_refused(
-    arguments: Callable[..., SAETrainingArguments], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_accelerate_would_compile_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As `accelerate launch --dynamo_backend` says to every process: DDP's forward would never be called."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", DynamoBackend.INDUCTOR.value)
     code = """
 import torch
@@ -129,7 +129,7 @@ from hf_gated_sae.training import SAETrainer, SAETrainingArguments
 args = SAETrainingArguments(output_dir="never", use_cpu=True, max_steps=2)
 SAETrainer(GatedSAE(GatedSAEConfig(d_in=4, d_sae=8)), args, torch.randn(9, 4))
 """
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert "InputError: accelerate would compile the SAEs" in ended.stderr, ended.stderr
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from transformers.trainer_utils import TrainOutput
 from ...errors import CheckpointError, InputError, SAEError
 from ...modeling import SAEModel
 from ...modeling.saving import replaced_together
-from ..arguments import ARGUMENTS_FILE, SAETrainingArguments
+from ..arguments import ARGUMENTS_FILE
 from ..checkpoints import checkpoints, newest_whole
 from ..facts import FACTS_FILE
 from ..memory import TrainingMemory, require_room
@@ -28,7 +28,7 @@ from ..progress import TrainingProgress
 from ..sharding import whole_config
 from ..streams import ModelActivations, TextTokens
 from ..trainer import SAETrainer
-from .assembly import assemble, plain
+from .assembly import arguments, assemble, plain
 from .config import RunConfig
 from .parts import Parts, build
 from .reading import leaves, read_yaml
@@ -40,10 +40,6 @@ RESULTS = ("checkpoint-*", "config.json", "*.safetensors", "README.md", ARGUMENT
 """What a run writes over, or removes when there are too many: of somebody else's it must find none."""
 MAY_CHANGE = ("logging", "save_", "report_to", "run_name", "project", "disable_tqdm", "log_level", "use_cpu")
 """How the arguments begin that a resumed run may have otherwise; all others decide the weights."""
-AT_THE_END = ("max_steps", "recorded_activations")
-"""Arguments that decide nothing before the end of a run, unless its learning rate falls towards that."""
-ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt")
-"""Schedules of a learning rate that does not."""
 
 
 @dataclass(frozen=True)
@@ -286,7 +282,8 @@ def _same_run(config: RunConfig, stored: RunConfig) -> RunConfig:
     if data.revision is None:
         data = dataclasses.replace(data, revision=stored.data.revision)
     pinned = dataclasses.replace(config, model=model, data=data)
-    mine, theirs = _deciding(pinned), _deciding(stored)
+    free = (*MAY_CHANGE, *arguments(config).open_until_the_end)
+    mine, theirs = _deciding(pinned, free), _deciding(stored, free)
     different = [name for name in {**theirs, **mine} if mine.get(name) != theirs.get(name)]
     if different:
         name = different[0]
@@ -298,11 +295,14 @@ def _same_run(config: RunConfig, stored: RunConfig) -> RunConfig:
     return pinned
 
 
-def _deciding(config: RunConfig) -> dict[str, Any]:
-    """Return the settings that decide the weights, by their place."""
-    endless = config.training.get("lr_scheduler_type", SAETrainingArguments.lr_scheduler_type) in ENDLESS
-    may_change = (*MAY_CHANGE, *(AT_THE_END if endless else ()))
-    ignored = tuple(f"training.{name}" for name in may_change) + ("output_dir", "model.device")
+def _deciding(config: RunConfig, free: Iterable[str]) -> dict[str, Any]:
+    """Return the settings that decide the weights, by their place.
+
+    Args:
+        config: the run.
+        free: how the arguments begin that do not.
+    """
+    ignored = (*(f"training.{name}" for name in free), "output_dir", "model.device")
     return {name: value for name, value in leaves(plain(config)) if not name.startswith(ignored)}
 
 

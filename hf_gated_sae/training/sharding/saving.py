@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...errors import CheckpointError, SAEError
+from ...errors import CheckpointError, SAEError, reason
 from ...modeling import SAEModel
 from ...modeling.saving import replaced_together
 from ..processes import Processes
@@ -44,8 +44,7 @@ def save_whole(part: SAEModel, folder: str | Path, *, bytes_per_file: int = BYTE
         bytes_per_file: a tensor that is larger has a file for itself.
 
     Raises:
-        CheckpointError: in all processes, if nothing can be written to the folder.
-        OSError: in the first one, if the disk is full before the end.
+        CheckpointError: in all processes, if it cannot be written.
     """
     processes = part.others
     if not isinstance(processes, Processes):
@@ -55,59 +54,54 @@ def save_whole(part: SAEModel, folder: str | Path, *, bytes_per_file: int = BYTE
     tensors = {name: tensor.detach() for name, tensor in part.state_dict().items()}
     rows = {name: 1 if name in shared else processes.count for name in tensors}
     files = _files({name: tensor.nbytes * rows[name] for name, tensor in tensors.items()}, bytes_per_file)
+
+    def explained(error: Exception) -> SAEError:
+        if isinstance(error, SAEError):
+            return error
+        return CheckpointError(f"{folder} cannot be written ({reason(error)}).")
+
     with ExitStack() as stack:
-        error: SAEError | None = None
-        staging = Path()
-        try:
+        staging, full = Path(), None
+        with processes.agreed(explained):  # before the others wait for somebody to take their rows
             if not processes.rank:
                 staging = stack.enter_context(replaced_together(Path(folder)))
-        except SAEError as why:
-            error = why
-        except OSError as why:
-            error = CheckpointError(f"{folder} cannot be written ({why.strerror}).")
-        processes.raise_first(error, CheckpointError)  # before the others wait for somebody to take their rows
-        if processes.rank:
-            for name in tensors:
-                for _ in _pieces(tensors[name], processes if rows[name] > 1 else Processes()):
-                    pass
-            return
-        full: OSError | None = None
         for file, names in files.items():
-            chosen = {name: tensors[name] for name in names}
-            out = _UntilFull(staging / file)
-            out.append(_header({name: (tensor, rows[name]) for name, tensor in chosen.items()}))
-            for name, tensor in chosen.items():
-                for piece in _pieces(tensor, processes if rows[name] > 1 else Processes()):
-                    if piece is not None:
-                        out.append(piece.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            out = _UntilFull(None if processes.rank else staging / file)
+            out.append(_header({name: (tensors[name], rows[name]) for name in names}))
+            for name in names:
+                for piece in _pieces(tensors[name], processes if rows[name] > 1 else Processes()):
+                    out.append(b"" if piece is None else _bytes(piece))
             full = full or out.full
-        if full is not None:  # of which one hears when all rows were taken: nobody waits any more
-            raise full
-        _write_config(part, staging)
-        if len(files) > 1:
-            places = {name: file for file, names in files.items() for name in names}
-            size = sum(tensor.nbytes * rows[name] for name, tensor in tensors.items())
-            index = {"metadata": {"total_size": size}, "weight_map": places}
-            (staging / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        with processes.agreed(explained):
+            if full is not None:
+                raise full
+            if not processes.rank:
+                _write_config(part, staging)
+                if len(files) > 1:
+                    places = {name: file for file, names in files.items() for name in names}
+                    size = sum(tensor.nbytes * rows[name] for name, tensor in tensors.items())
+                    index = json.dumps({"metadata": {"total_size": size}, "weight_map": places}, indent=2)
+                    (staging / "model.safetensors.index.json").write_text(index + "\n", encoding="utf-8")
+                stack.close()
 
 
 class _UntilFull:
     """A file that takes what it is given, and after the disk was full nothing more.
 
     Args:
-        path: of the file, which is not there yet.
+        path: of the file, which is not there yet; None for a file of nothing.
 
     Attributes:
         full: the error of the disk; None if there was none.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self.path = path
         self.full: OSError | None = None
 
     def append(self, data: bytes) -> None:
         """Write some more at the end."""
-        if self.full is None:
+        if self.path is not None and self.full is None:
             try:
                 with self.path.open("ab") as file:
                     file.write(data)
@@ -148,6 +142,11 @@ def _header(tensors: Mapping[str, tuple[Tensor, int]]) -> bytes:
     content = json.dumps(entries, separators=(",", ":")).encode()
     content += b" " * (-len(content) % 8)
     return struct.pack("<Q", len(content)) + content
+
+
+def _bytes(piece: Tensor) -> bytes:
+    """Return the numbers of a tensor as they stand in a file."""
+    return piece.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _pieces(tensor: Tensor, processes: Processes) -> Iterator[Tensor | None]:

@@ -93,20 +93,6 @@ def what_one_cannot_read_stops_both_whatever_the_sites(given):
             made.train()
 
 
-@check
-def a_result_that_cannot_be_written_stops_both(given):
-    folder, everyone = given
-    for latents in (1, 2):
-        place = folder / f"full {latents}"
-        made = trainer(place, ("gated",), 32, latent_parallel=latents, max_steps=2)
-        if everyone.rank == 0:
-            place.mkdir(exist_ok=True)
-            (place / "gated").write_text("a file")
-        everyone.together()
-        with pytest.raises(CheckpointError, match=r"The training is done, but .*in process 0 of 2.*"):
-            made.train()
-
-
 @contextmanager
 def no_file_larger_than(size):
     """A disk that is nearly full, for this process."""
@@ -117,6 +103,27 @@ def no_file_larger_than(size):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@check
+def a_result_that_cannot_be_written_stops_both(given):
+    folder, everyone = given
+    for latents in (1, 2):
+        place = folder / f"full {latents}"
+        made = trainer(place, ("gated", "standard"), 32, latent_parallel=latents, max_steps=2)
+        if everyone.rank == 0:
+            place.mkdir(exist_ok=True)
+            (place / "gated").write_text("a file")
+        everyone.together()
+        with pytest.raises(CheckpointError, match=r"The training is done, but .*in process 0 of 2.*"):
+            made.train()
+        place = folder / f"nearly full {latents}"
+        made = trainer(place, ("gated", "standard"), 32, latent_parallel=latents, max_steps=2)
+        with no_file_larger_than(1000) if everyone.rank == 0 else nullcontext():
+            with pytest.raises(CheckpointError, match="The training is done, but .*File too large") as caught:
+                made.train()
+        first, second = gathered(str(caught.value))
+        assert first == second
 
 
 @check

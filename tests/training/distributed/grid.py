@@ -1,10 +1,16 @@
 """Four processes: what `data_parallel` checks of two, and what begins with more than two of them."""
 
+from contextlib import nullcontext
+
+import pytest
+
 from hf_gated_sae.demo import bundled, corpus
+from hf_gated_sae.errors import CheckpointError
 from hf_gated_sae.training.processes import Processes
 from hf_gated_sae.training.run import assemble, measured
-from tests.hooks.distributed.ranks import require_alike, run
+from tests.hooks.distributed.ranks import gathered, require_alike, run
 from tests.training.distributed.data_parallel import SPLIT, require_same, trainer
+from tests.training.distributed.failing import no_file_larger_than
 
 RANKS = 4
 
@@ -38,9 +44,26 @@ def the_cost_of_a_run_on_different_batches_is_measured(folder):
     assert not (folder / "run").exists()
 
 
+def a_disk_that_is_full_for_one_stops_both_rows(folder):
+    """In the midst of the weights of the first of two SAEs, whose row has others to wait for it."""
+    everyone = Processes.all()
+    settings = {"save_strategy": "steps", "save_steps": 4, "max_steps": 4, "latent_parallel": 2}
+    made = trainer(folder / "disk", ("gated", "standard"), 32, **settings)
+    with no_file_larger_than(1000) if everyone.rank == 0 else nullcontext():
+        with pytest.raises(CheckpointError, match="checkpoint-4 could not be written .*File too large") as caught:
+            made.train()
+    assert len(set(gathered(str(caught.value)))) == 1 and str(caught.value).endswith("(in process 0 of 4)")
+    everyone.together()
+    assert not [path for path in (folder / "disk").rglob("*") if path.is_file()]
+
+
 CHECKS = {
     check.__name__: check
-    for check in (two_rows_of_two_train_what_one_process_does, the_cost_of_a_run_on_different_batches_is_measured)
+    for check in (
+        two_rows_of_two_train_what_one_process_does,
+        the_cost_of_a_run_on_different_batches_is_measured,
+        a_disk_that_is_full_for_one_stops_both_rows,
+    )
 }
 
 
