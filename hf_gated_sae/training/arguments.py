@@ -57,7 +57,7 @@ SCALES = ("none", "unit", "sqrt_d_in")
 
 @dataclass
 class SAETrainingArguments(TrainingArguments):
-    """`transformers.TrainingArguments` for SAEs.
+    """`transformers.TrainingArguments` for SAEs; what means nothing for these is refused, with the reason.
 
     Losses are means over activations of squared errors *summed* over the width, and `sparsity_coefficient` is in that
     unit. (The paper's tables divide the squared error by the width: multiply their Gated lambda by ``d_in``.)
