@@ -37,6 +37,11 @@ def main() -> None:
     except KeyboardInterrupt:
         say_interrupted()
         sys.exit(INTERRUPTED)
+    except Exception as error:  # as transformers turns what interrupts an import of its own into another error
+        if not isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):
+            raise
+        say_interrupted()
+        sys.exit(INTERRUPTED)
 
 
 def say_interrupted(more: str = "") -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from ..errors import InputError, unknown_name
 from .processes import require_launched
@@ -104,7 +105,7 @@ class SAETrainingArguments(TrainingArguments):
     lr_scheduler_type: str = "constant_with_warmup"
     warmup_steps: float = 1000
     max_steps: int = 300_000
-    save_strategy: str = "no"
+    save_strategy: SaveStrategy | str = "no"
     logging_steps: float = 100
     report_to: None | str | list[str] = "none"
 

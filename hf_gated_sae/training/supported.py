@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
-from transformers.training_args import OptimizerNames
+from transformers.training_args import OptimizerNames, trainer_log_levels
 
 from ..errors import InputError, unknown_name
 
@@ -26,6 +26,8 @@ _LOADS = "is for a loader of data sets, and a stream gives whole batches by itse
 
 UNSUPPORTED: Mapping[str, str] = {
     **dict.fromkeys(("eval_strategy", "do_eval", "do_predict", "eval_on_start", "load_best_model_at_end"), _EVALUATES),
+    **dict.fromkeys(("eval_steps", "eval_delay", "metric_for_best_model", "greater_is_better"), _EVALUATES),
+    **dict.fromkeys(("per_device_eval_batch_size", "eval_accumulation_steps", "prediction_loss_only"), _EVALUATES),
     **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode"), _COMPILES),
     **dict.fromkeys(("gradient_checkpointing", "gradient_checkpointing_kwargs"), _ONE_LAYER),
     **dict.fromkeys(("activation_checkpointing", "activation_checkpointing_kwargs", "parallelism_config"), _ONE_LAYER),
@@ -71,7 +73,7 @@ def require_supported(args: TrainingArguments, defaults: Mapping[str, Any]) -> N
 
     Raises:
         InputError: naming the first, and what to do instead.
-        UnknownNameError: for an optimiser that there is not, with close matches.
+        UnknownNameError: for an optimiser or a log level that there is not, with close matches.
     """
     for name, why in UNSUPPORTED.items():
         value, default = (plain(each) for each in (getattr(args, name, None), defaults.get(name)))
@@ -80,6 +82,12 @@ def require_supported(args: TrainingArguments, defaults: Mapping[str, Any]) -> N
             raise InputError(f"{name}={value!r} {why}.")
     if plain(args.save_strategy) == "best":
         raise InputError(f"save_strategy='best' {_EVALUATES}.")
+    for name in ("save_strategy", "logging_strategy"):
+        if plain(getattr(args, name)) == "epoch":
+            raise InputError(f"{name}='epoch' counts epochs, which a stream does not have: take 'steps'.")
+    for name in ("log_level", "log_level_replica"):
+        if getattr(args, name) not in trainer_log_levels:
+            raise unknown_name(name, getattr(args, name), trainer_log_levels)
     optimisers = [each.value for each in OptimizerNames]
     if plain(args.optim) not in optimisers:
         raise unknown_name("optim", plain(args.optim), optimisers)
@@ -124,6 +132,11 @@ def require_makeable(args: TrainingArguments) -> None:
             raise InputError(f"report_to is {name!r}, which is not installed here: pip install {name}.")
     weights = torch.zeros(1, requires_grad=True)
     warmup, kwargs = args.get_warmup_steps(args.max_steps), args.lr_scheduler_kwargs or {}
+    if kwargs and plain(args.lr_scheduler_type) in ("constant", "constant_with_warmup"):
+        raise InputError(
+            f"lr_scheduler_kwargs is {kwargs}, and {plain(args.lr_scheduler_type)!r} takes none: leave it out, or "
+            "give another lr_scheduler_type."
+        )
     try:
         get_scheduler(args.lr_scheduler_type, torch.optim.SGD([weights], lr=1.0), warmup, args.max_steps, kwargs)
     except (TypeError, ValueError, KeyError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -140,9 +141,17 @@ def test_interrupted_before_it_trains_it_says_so_too(monkeypatch, capsys, words:
     assert run(monkeypatch, "--config", "run.yaml", *words) == 130
     said = capsys.readouterr().err
     assert "Interrupted." in said and "Traceback" not in said and ("no checkpoint yet" in said) == (not words)
-    monkeypatch.setattr("importlib.import_module", interrupt)
-    assert run(monkeypatch, "--config", "run.yaml") == 130
-    assert capsys.readouterr().err == "Interrupted.\n"
+
+    def disguised(*args: object, **kwargs: object) -> None:
+        try:
+            interrupt()
+        except KeyboardInterrupt as error:
+            raise ModuleNotFoundError("Could not import") from error
+
+    for each in (interrupt, disguised):
+        monkeypatch.setattr(importlib, "import_module", each)
+        assert run(monkeypatch, "--config", "run.yaml") == 130
+        assert capsys.readouterr().err == "Interrupted.\n"
 
 
 def test_a_tracker_that_is_not_installed_is_named_at_once(monkeypatch, capsys) -> None:

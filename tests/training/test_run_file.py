@@ -200,6 +200,14 @@ def test_merging_replaces_what_is_given_and_nothing_else(base: dict, over: dict)
         ("--training.warmup_steps 150%", "training.warmup_steps is 150% of the 4 steps of training"),
         ("--training.dataloader_num_workers 2", "dataloader_num_workers=2 is to be 0"),
         ("--training.fp16", "fp16=True means nothing on a CPU"),
+        ("--training.log_level loud", "Unknown log_level 'loud'"),
+        ("--training.save_strategy epoch", "save_strategy='epoch' counts epochs"),
+        ("--training.lr_scheduler_kwargs {a: 1}", "'constant_with_warmup' takes none"),
+        ("--sae.architecture cross_layer", "sae.architecture is 'cross_layer', which reads several sites"),
+        (
+            "--sae.architecture temporal",
+            "sae.architecture is 'temporal', which reads several sites, or several tokens",
+        ),
         ("--training.report_to foo", "foo is not supported"),
         (
             "--training.lr_scheduler_type warmup_stable_decay",
@@ -209,7 +217,7 @@ def test_merging_replaces_what_is_given_and_nothing_else(base: dict, over: dict)
 )
 def test_wrong_settings_are_named(small: dict, flags: str, phrase: str) -> None:
     with pytest.raises(SAEError) as refused:
-        run = assemble(merged(small, read_flags(flags.split())))
+        run = assemble(merged(small, read_flags(flags.split(maxsplit=1) if "{" in flags else flags.split())))
         build(run)
     assert phrase in str(refused.value), str(refused.value)
     assert not Path(small["output_dir"]).exists()
@@ -296,3 +304,11 @@ def test_a_setting_of_every_architecture_is_known_and_typed(small: dict, archite
         [sae] = build(assemble(merged(small, read_flags(["--sae.apply_b_dec_to_input", "false"])))).saes.values()
         assert sae.config.apply_b_dec_to_input is False
         assert sae.config.architecture == architecture
+
+
+def test_no_is_no_saving_and_no_logging(small: dict, tmp_path: Path) -> None:
+    """Though YAML reads it as false."""
+    (tmp_path / "run.yaml").write_text("training: {save_strategy: no}")
+    config = read_run(tmp_path / "run.yaml", merged(small, read_flags(["--training.logging_strategy", "no"])))
+    args = arguments(config)
+    assert args.save_strategy == "no" and args.logging_strategy == "no"

@@ -42,9 +42,8 @@ USED = {
 REFUSED_BY_THE_TRAINER = {"fsdp", "fsdp_config", "deepspeed"}
 
 OF_SOMETHING_ELSE = {
-    *("eval_steps", "eval_delay", "per_device_eval_batch_size", "prediction_loss_only", "eval_do_concat_batches"),
-    *("eval_use_gather_object", "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics"),
-    *("metric_for_best_model", "greater_is_better", "bf16_full_eval", "fp16_full_eval"),
+    *("eval_do_concat_batches", "eval_use_gather_object", "include_for_metrics", "batch_eval_metrics"),
+    *("bf16_full_eval", "fp16_full_eval"),
     *("hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"),
     *("do_train", "resume_from_checkpoint", "optim_target_modules", "use_cache", "average_tokens_across_devices"),
     *("remove_unused_columns", "label_names", "length_column_name", "dataloader_pin_memory", "dataloader_in_order"),
@@ -68,6 +67,11 @@ OTHERWISE: dict[str, Any] = {
     "per_device_train_batch_size": 8,
     "num_train_epochs": 1.0,
     "data_seed": 3,
+    "eval_steps": 3,
+    "eval_delay": 2,
+    "metric_for_best_model": "loss",
+    "per_device_eval_batch_size": 4,
+    "eval_accumulation_steps": 2,
     "ignore_data_skip": False,
     "parallelism_config": object(),
 }

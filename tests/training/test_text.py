@@ -64,7 +64,7 @@ def test_text_is_read_from_files(tmp_path, monkeypatch, kind, streaming):
 def test_plain_text_may_be_compressed(tmp_path, ending):
     packed = {"gz": gzip, "bz2": bz2, "xz": lzma}[ending].compress("über\n\nzwei".encode())
     (tmp_path / f"a.txt.{ending}").write_bytes(packed)
-    assert list(open_text(tmp_path / f"a.txt.{ending}", documents="line").documents()) == ["über", "", "zwei"]
+    assert list(open_text(tmp_path / f"a.txt.{ending}", documents="line").documents()) == ["über", "zwei"]
     assert list(open_text(tmp_path).documents()) == ["über\n\nzwei"]
     (tmp_path / f"a.txt.{ending}").write_bytes(packed[:-6])
     with pytest.raises(InputError, match="cannot be read as text in UTF-8"):
@@ -111,7 +111,9 @@ def test_a_file_is_one_document_or_one_per_paragraph_or_line(tmp_path):
     path.write_text("a\nb\n\n  \nc\n\nd", encoding="utf-8")
     assert list(open_text(path).documents()) == ["a\nb\n\n  \nc\n\nd"]
     assert list(open_text(path, documents="paragraph").documents()) == ["a\nb\n", "c\n", "d"]
-    assert list(open_text(path, documents="line").documents()) == ["a", "b", "", "  ", "c", "", "d"]
+    lines = open_text(path, documents="line")
+    assert list(lines.documents()) == ["a", "b", "c", "d"]
+    assert [list(lines.shard(rank, 2).documents()) for rank in (0, 1)] == [["a", "c"], ["b", "d"]]
     assert list(TextFiles([path, path], split="paragraph").documents(4)) == ["c\n", "d"]
     with pytest.raises(UnknownNameError, match="Did you mean 'paragraph'"):
         open_text(path, documents="paragraphs")

@@ -331,6 +331,11 @@ def _check_sae(sae: SAESettings, place: str) -> None:
     if sae.architecture not in architectures:
         raise unknown_name(f"{place}architecture", sae.architecture, architectures)
     sae_class = architectures[sae.architecture]
+    if not sae_class.one_site or not sae_class.per_token:
+        raise InputError(
+            f"{place}architecture is {sae.architecture!r}, which reads several sites, or several tokens, at once, and "
+            "the stream gives single activations: choose another."
+        )
     known = setting_names(sae_class)
     for name in sae.settings:
         if name in known:

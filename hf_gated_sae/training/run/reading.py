@@ -227,7 +227,8 @@ def _fit(option: Any, value: Any, place: str) -> tuple[bool, Any]:
         number = _number(value, origin)
         return number is not None, number
     if isinstance(origin, type) and issubclass(origin, Enum):
-        return value in [each.value for each in origin], value
+        said = "no" if value is False else value  # as YAML reads it
+        return said in [each.value for each in origin], said
     if option is Any or not isinstance(origin, type) or is_dataclass(option):
         return option is Any, _plain(value)
     return isinstance(value, origin), value

@@ -287,10 +287,14 @@ def _same_run(config: RunConfig, stored: RunConfig) -> RunConfig:
     different = [name for name in {**theirs, **mine} if mine.get(name) != theirs.get(name)]
     if different:
         name = different[0]
-        others = f", and {', '.join(different[1:])}" if different[1:] else ""
+        others = ", ".join(different[1:])
+        begun = f"--config {Path(config.output_dir, RUN_FILE)}"
+        steps = [pinned.training.get("max_steps"), stored.training.get("max_steps")]
+        if "max_steps" in free and steps[0] != steps[1]:  # of which other steps may have been shares
+            begun += f" --training.max_steps {steps[0]}"
         raise InputError(
             f"The run in {config.output_dir} has {name}: {theirs.get(name)}, and it is to go on with {mine.get(name)}"
-            f"{others}. Resume it as it was begun, with --config {Path(config.output_dir, RUN_FILE)}."
+            f"{others and f'; likewise {others}'}. Resume it as it was begun, with {begun}."
         )
     return pinned
 

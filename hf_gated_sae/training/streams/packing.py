@@ -186,6 +186,11 @@ class _Sequences(Cursor[TokenBatch]):
         text, layout = self.tokens.text, self.tokens.layout
         part = f", the part of process {text.rank} of {text.world_size}" if text.world_size > 1 else ""
         where = f"The text ({text.name}{part})"
+        if not self.reader.count and text.rank:
+            return InputError(
+                f"{where} is empty: there have to be at least as many documents as processes. Give more of them, or "
+                "divide them (documents: paragraph, or line)."
+            )
         if not self.reader.count:
             return InputError(f"{where} is empty: it has no documents. A generator can be read once: pass a list.")
         found = f"{self.reader.count} documents with {self.read} tokens"

@@ -149,8 +149,8 @@ class TextFiles(Text):
 
     Args:
         files: their paths, or a folder, whose ``.txt`` files are read in the order of their names.
-        split: what is one document: a ``"file"``, a ``"paragraph"`` (up to an empty line) or a ``"line"``. A file is
-            in memory as a whole if it is one document.
+        split: what is one document: a ``"file"``, a ``"paragraph"`` (up to an empty line) or a ``"line"`` that is
+            not empty. A file is in memory as a whole if it is one document.
 
     Raises:
         MissingFileError: if a file or folder is not there.
@@ -197,7 +197,8 @@ def _pieces(lines: Iterable[str], split: str) -> Iterator[str]:
     held: list[str] = []
     for line in lines:
         if split == "line":
-            yield line.removesuffix("\n")
+            if line.strip():  # of empty ones, one process of several might read nothing else
+                yield line.removesuffix("\n")
         elif line.strip():
             held.append(line)
         elif held:
