@@ -20,18 +20,9 @@ from .statistics import CENTRES
 from .supported import plain, require_makeable, require_possible, require_supported
 
 _INHERITED_RECIPE = (
-    *(
-        "learning_rate",
-        "adam_beta1",
-        "adam_beta2",
-        "adam_epsilon",
-        "weight_decay",
-        "max_grad_norm",
-        "optim",
-        "optim_args",
-    ),
+    *("optim", "optim_args", "learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"),
     *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "gradient_accumulation_steps"),
-    *("seed", "bf16", "fp16"),
+    *("max_grad_norm", "seed", "bf16", "fp16"),
 )
 
 _POSITIVE = (

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
@@ -15,6 +15,9 @@ from transformers.integrations import get_available_reporting_integrations, get_
 from transformers.training_args import OptimizerNames, trainer_log_levels
 
 from ..errors import InputError, unknown_name
+
+if TYPE_CHECKING:
+    from .arguments import SAETrainingArguments
 
 _EVALUATES = (
     "would need a data set to evaluate on, and a stream has none: evaluate(model, sae, tokens) measures a trained SAE"
@@ -95,7 +98,7 @@ def require_supported(args: TrainingArguments, defaults: Mapping[str, Any]) -> N
         raise InputError(f"optim={plain(args.optim)!r} {_ONE_LAYER}.")
 
 
-def require_possible(args: TrainingArguments) -> None:
+def require_possible(args: SAETrainingArguments) -> None:
     """Raise for what cannot be had on this device, or with this layout of processes.
 
     Raises:
@@ -108,11 +111,10 @@ def require_possible(args: TrainingArguments) -> None:
         )
     if args.fp16 and args.device.type == "cpu":
         raise InputError("fp16=True means nothing on a CPU: take bf16=True, or neither.")
-    latent_parallel = getattr(args, "latent_parallel", 1)
-    if args.fp16 and latent_parallel > 1:
+    if args.fp16 and args.latent_parallel > 1:
         raise InputError(
-            f"fp16=True skips steps that overflow, which each of the {latent_parallel} processes that share an SAE "
-            "would decide for itself: take bf16=True, which needs no scaling."
+            f"fp16=True skips steps that overflow, which each of the {args.latent_parallel} processes that share an "
+            "SAE would decide for itself: take bf16=True, which needs no scaling."
         )
 
 

@@ -96,9 +96,7 @@ class SAETrainer(GradientsOfSAEs, Resumable):
         # They are the same in all processes, and DDP would send them at every step.
         module._ddp_params_and_buffers_to_ignore = [name for name, _ in module.named_buffers()]
         if not self.grid.latents.alone:
-            module._is_accelerate_prepared = (
-                True  # so that it is not wrapped: DDP would give all parts the same weights
-            )
+            module._is_accelerate_prepared = True  # not to be wrapped: DDP would give all parts the same weights
         self.trainees = {name: Trainee(name, sae, args, stream, self.grid) for name, sae in saes.items()}
         self._logged: dict[str, tuple[Batch, TrainingLoss]] | None = None
         self._inputs: dict[str, Tensor] = {}
@@ -111,6 +109,23 @@ class SAETrainer(GradientsOfSAEs, Resumable):
         )
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(TrainingProgress)
+        self._require_bare()
+        self.loss_is_scaled_for_ga = False  # the loss is a mean over the batch
+        # On several GPUs without torchrun, transformers would split every batch and copy the SAE at every step.
+        self.args._n_gpu = min(self.args.n_gpu, 1)
+        for name, sae in saes.items():
+            dead = self.trainees[name].dead
+            dead.silent_for = dead.silent_for.to(sae.device)  # where transformers has put the SAE
+            if hasattr(sae.config, "use_cache"):
+                del sae.config.use_cache  # set by transformers on every model; means nothing to an SAE
+            self._share_start(sae)
+
+    def _require_bare(self) -> None:
+        """Raise if accelerate, whose own configuration may ask for it, would wrap the SAEs in more than DDP.
+
+        Raises:
+            InputError: saying what to take instead.
+        """
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise InputError(
                 "SAEs are not trained with fsdp or deepspeed here: pass latent_parallel=, which splits their latents "
@@ -121,15 +136,6 @@ class SAETrainer(GradientsOfSAEs, Resumable):
                 "accelerate would compile the SAEs, which are not trained so: launch without --dynamo_backend, or "
                 "take dynamo_config out of the configuration that `accelerate config` wrote."
             )
-        self.loss_is_scaled_for_ga = False  # the loss is a mean over the batch
-        # On several GPUs without torchrun, transformers would split every batch and copy the SAE at every step.
-        self.args._n_gpu = min(self.args.n_gpu, 1)
-        for name, sae in saes.items():
-            dead = self.trainees[name].dead
-            dead.silent_for = dead.silent_for.to(sae.device)  # where transformers has put the SAE
-            if hasattr(sae.config, "use_cache"):
-                del sae.config.use_cache  # set by transformers on every model; means nothing to an SAE
-            self._share_start(sae)
 
     def _share_start(self, sae: SAEModel) -> None:
         """Let all processes begin with the same SAE, even if each has made its own."""

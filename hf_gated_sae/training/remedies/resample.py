@@ -129,15 +129,20 @@ def resample(
             continue
         kept |= forget_moments(optimizer, parameter, dead)
     if kept:
-        kind = type(optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer)
-        warnings.warn(
-            f"{kind.__module__}.{kind.__name__} has {', '.join(sorted(kept))}, of which nothing can be forgotten for "
-            "some latents alone: resampled ones go on with what it remembers of the dead. optim='adamw_torch' would "
-            "forget all of it.",
-            UserWarning,
-            stacklevel=1,  # the caller is the trainer, which knows no more of it
-        )
+        _warn_of(optimizer, kept)
     return dead
+
+
+def _warn_of(optimizer: Optimizer | None, kept: set[str]) -> None:
+    """Warn of an optimiser that remembers something of dead latents which cannot be forgotten."""
+    kind = type(optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer)
+    warnings.warn(
+        f"{kind.__module__}.{kind.__name__} has {', '.join(sorted(kept))}, of which nothing can be forgotten for "
+        "some latents alone: resampled ones go on with what it remembers of the dead. optim='adamw_torch' would "
+        "forget all of it.",
+        UserWarning,
+        stacklevel=1,  # the caller is the trainer, which knows no more of it
+    )
 
 
 def forget_moments(optimizer: Optimizer | None, parameter: nn.Parameter, rows: Tensor) -> set[str]:
