@@ -62,6 +62,9 @@ class SAEConfig(PreTrainedConfig):
         recorded_fvu: fraction of variance unexplained there; None if it was not measured.
         recorded_l0: mean number of non-zero latents per token there; None if it was not measured.
         recorded_norm: root mean square of ``|x - mean x|`` of the activations there; None if it was not measured.
+        special_token_ids: ids of the tokens whose activations were left out there and in training; None if unknown.
+        norm_limit: activations with a larger norm were left out there and in training, see `functional.outliers`;
+            None if none were, or if that is unknown.
     """
 
     # transformers would otherwise build a default instance, and a width has no default.
@@ -84,6 +87,8 @@ class SAEConfig(PreTrainedConfig):
     recorded_fvu: float | None = None
     recorded_l0: float | None = None
     recorded_norm: float | None = None
+    special_token_ids: list[int] | None = None
+    norm_limit: float | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill derived values and reject keys that no field has."""

@@ -1,0 +1,37 @@
+"""High-norm tokens: a few activations, such as those at attention sinks, that hold most of the variance of a text.
+
+Metrics that average over tokens, and an SAE trained on them, say little about the other tokens where such activations
+are counted. One rule says everywhere which they are: a norm above a multiple of the median norm.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+OUTLIER_MULTIPLE = 10.0
+"""Norms above this many times the median are outliers, as in dictionary_learning's activation buffer."""
+
+
+def norms(x: Tensor) -> Tensor:
+    """Return the norm of each activation in float32, ``[..., d] -> [...]``."""
+    return x.detach().float().norm(dim=-1)
+
+
+def norm_limit(x: Tensor, multiple: float = OUTLIER_MULTIPLE) -> float:
+    """Return the norm above which an activation is an outlier.
+
+    Args:
+        x: activations ``[..., d]`` of text of the kind; at least one.
+        multiple: how many times the median norm.
+
+    >>> import torch
+    >>> norm_limit(torch.tensor([[3.0, 4.0], [0.0, 5.0], [0.0, 900.0]]))
+    50.0
+    """
+    return multiple * float(norms(x).flatten().median())
+
+
+def is_outlier(x: Tensor, limit: float | None) -> Tensor:
+    """Return which activations are outliers, ``[..., d] -> [...]`` bool; none are where there is no limit."""
+    found = norms(x)
+    return found > (float("inf") if limit is None else limit)
