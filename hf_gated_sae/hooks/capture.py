@@ -18,11 +18,12 @@ from ..sites.probe import unwrap
 from ..sites.sharding import must_finish
 from ..sites.slots import Place
 from ..sites.transforms import view
+from .arguments import cache_in
 from .attach import require_model
 from .carry import exact_dtype
+from .continuation import caches_of
 from .dispatch import prove
 from .observation import Observation, real_tokens
-from .tokens import cache_in
 
 Wanted = Site | str | SAEModel
 """What can be read: a site, or an SAE's latents of the sites that its configuration names."""
@@ -139,7 +140,7 @@ def capture(
     require_fitting(sites, slots)
     if grad:
         return _in_one_graph(model, sites, anchored, slots, inputs)
-    stop = not must_finish(model) and cache_in(inputs) is None
+    stop = not must_finish(model) and cache_in(inputs, caches_of(unwrap(model)[0])) is None
     observation = Observation({slot.place.bare for slot in slots.values()}, stop=stop)
     with torch.no_grad():
         observation.run(model, slots, inputs)

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..errors import ShapeError
+from ..errors import AttachError, ShapeError
 from ..interventions import Call, Edit, Replacement, SiteRun
 from ..modeling import SAEModel
 from ..sites.transforms import view
@@ -37,7 +37,12 @@ def carry_out(x: Tensor, call: Call, records: Iterable[Record], placed: Placed, 
 
     Returns:
         The new activation, or None if no token of this call is meant.
+
+    Raises:
+        AttachError: if it is not known where the call's tokens stand.
     """
+    if call.tokens.unplaced is not None:
+        raise AttachError(f"Nothing can be edited in this call: {call.tokens.unplaced}.")
     base, deltas = x, []
     acted: list[Record] = []
     with exact_dtype(x.device):

@@ -20,6 +20,7 @@ from ..sites.probe import unwrap
 from ..sites.slots import Place
 from ..sites.transforms import Transform, view
 from .carry import carry_out
+from .continuation import caches_of, prove_continuation
 from .report import Record
 from .tokens import TokenTracker
 from .virtual import know_wrapper
@@ -72,7 +73,7 @@ class Dispatcher:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.tracker = TokenTracker(model, self.acting)
+        self.tracker = TokenTracker(model, self.acting, caches_of(model))
         self.sessions: list[Session] = []
         self._handles: dict[Place, RemovableHandle] = {}
         self._users: dict[Place, int] = {}
@@ -170,10 +171,12 @@ def prove(model: nn.Module, sites: Iterable[str]) -> dict[str, Slot]:
 
     Raises:
         SiteError: for a site that does not exist or could not be proven.
+        AttachError: if where tokens stand could not be told in cached decoding.
     """
     know_wrapper(model, unwrap(model)[0])
     with paused():
         resolved = resolve(model)
+        prove_continuation(model)
         return {site: resolved[site] for site in sites}
 
 

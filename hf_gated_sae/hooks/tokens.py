@@ -11,11 +11,11 @@ import dataclasses
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from ..errors import AttachError, InputError
 from ..interventions import Call, TokenContext, special_token_ids
+from ..sites.probe import unwrap
+from .arguments import ForwardArguments, by_name, cache_in, read, tensors_within
 from .frames import call_frame, is_running
 from .layout import describe_tokens
 from .replay import forwards_of, in_backward, node_number
@@ -30,8 +32,6 @@ from .virtual import VirtualTokens, without_virtual
 
 if TYPE_CHECKING:
     from .dispatch import Session
-
-_CACHES = ("past_key_values", "cache_params", "state")
 
 
 @dataclass
@@ -54,11 +54,11 @@ class _Generation:
     _others_turn: bool = False
     _others_prompt: int | None = None
 
-    def prompt_of(self, call: Mapping[str, Any]) -> int | None:
+    def prompt_of(self, call: ForwardArguments) -> int | None:
         """Return where the prompt of one of its calls ends; None if that is this call's end."""
         return self.prompt if self.owns(call) else self._others_prompt
 
-    def learn_prompt(self, call: Mapping[str, Any], end: int) -> None:
+    def learn_prompt(self, call: ForwardArguments, end: int) -> None:
         """Take note of a call that ends at a column, which is its prompt's end if it is the first one."""
         own = self.owns(call)
         if own:
@@ -66,38 +66,53 @@ class _Generation:
         else:
             self._others_prompt = self._others_prompt or end
         if not self._begun:
-            self._cache = cache_in(call)
+            self._cache = call.cache
         self._begun, self._others_turn = True, own
 
-    def owns(self, call: Mapping[str, Any]) -> bool:
+    def owns(self, call: ForwardArguments) -> bool:
         """Whether a call goes on from the prompt; the calls that guide it have a cache of their own."""
         if not self.guided or not self._begun:
             return True
         # Without a cache each step is a call of its own followed by one that guides it.
-        return not self._others_turn if self._cache is None else cache_in(call) is self._cache
+        return not self._others_turn if self._cache is None else call.cache is self._cache
 
 
-_generation: ContextVar[_Generation | None] = ContextVar("generation", default=None)
+# Generations that are running, by the id of the model without wrappers: another model that is called within one, as
+# by a logits processor, has its own prompt and rows.
+_generations: ContextVar[Mapping[int, _Generation]] = ContextVar("generations", default=MappingProxyType({}))
 
 
 @contextmanager
-def generating(prompt: int | None, batch: int | None, *, beams: bool = False, guided: bool = False) -> Iterator[None]:
-    """Let the forwards within be one generation.
+def generating(
+    models: Iterable[nn.Module],
+    prompt: int | None,
+    batch: int | None,
+    *,
+    beams: bool = False,
+    guided: bool = False,
+) -> Iterator[None]:
+    """Let the forwards of models within be one generation.
 
     Args:
+        models: the model that generates, and one that drafts for it, without wrappers.
         prompt: number of the prompt's columns; None if it is what the first forward is given.
         batch: number of rows of the prompt; None if that is not known.
         beams: whether rows are reordered between forwards.
         guided: whether some of the forwards have another prompt, or none (classifier-free guidance).
     """
-    # A model that drafts for itself generates within a generation, from a prompt that holds what is generated.
-    outer = _generation.get()
-    inner = _Generation(outer.prompt, outer.batch, outer.beams) if outer else _Generation(prompt, batch, beams, guided)
-    token = _generation.set(inner)
+    running = _generations.get()
+    begun = {}
+    for model in models:
+        # A model that drafts generates within a generation, from a prompt that holds what is generated.
+        outer = running.get(id(model))
+        begun[id(model)] = (
+            _Generation(outer.prompt, outer.batch, outer.beams) if outer else _Generation(prompt, batch, beams, guided)
+        )
+    token = _generations.set({**running, **begun})
     try:
         yield
     finally:
-        _generation.reset(token)
+        _generations.reset(token)
 
 
 class _Ignore:
@@ -153,7 +168,10 @@ class GenerateBoundary:
         beams = has_beams(self._model, args, kwargs)
         guided = is_guided(self._model, args, kwargs)
         args, kwargs = self._uncompiled(args, kwargs)
-        with generating(columns, rows, beams=beams, guided=guided):
+        models, assistant = [self._model], kwargs.get("assistant_model")
+        if isinstance(assistant, nn.Module) and kwargs.get("assistant_tokenizer") is None:  # then of the same columns
+            models.append(unwrap(assistant)[0])
+        with generating(models, columns, rows, beams=beams, guided=guided):
             return self._generate(*args, **kwargs)
 
     def _uncompiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -220,19 +238,23 @@ class TokenTracker:
     Args:
         model: the causal LM, without wrappers.
         acting: gives what is attached and acts on a call from here.
+        caches: names under which the model takes a cache that is no transformers `Cache`.
     """
 
-    def __init__(self, model: nn.Module, acting: Callable[[], tuple[Session, ...]]) -> None:
+    def __init__(
+        self, model: nn.Module, acting: Callable[[], tuple[Session, ...]], caches: Collection[str] = ()
+    ) -> None:
         self._acting = acting
+        self._caches = tuple(caches)
         # Calls of the model that are running: more than one where the model is called from within its own forward.
         self._running: ContextVar[tuple[_Running, ...]] = ContextVar("running", default=())
         self._forwards = forwards_of(model)
         self._virtual = VirtualTokens(model)
-        self._signature = inspect.signature(type(model).forward)
+        self._forward = type(model).forward
         self._handles: list[Any] = []
         # Caches of purely recurrent models do not know how many tokens they hold; some are mere lists of tensors.
         self._held: weakref.WeakKeyDictionary[Any, Call] = weakref.WeakKeyDictionary()
-        self._last: Call | None = None
+        self._last: tuple[weakref.ref[Tensor], Call] | None = None  # by the first tensor of such a list
         self._special: Tensor | None = None
 
     def install(self, model: nn.Module) -> None:
@@ -335,36 +357,39 @@ class TokenTracker:
         self._running.set((*self._running.get(), running))
         if not running.sessions:
             return
-        named: Mapping[str, Any] = self._signature.bind_partial(model, *args, **kwargs).arguments
-        inner = named.get("kwargs")
-        call = {**(inner if isinstance(inner, dict) else {}), **named}
-        described = self._describe(model, call)
+        described = self.describe(model, args, kwargs)
         self._running.set((*self._running.get()[:-1], dataclasses.replace(running, call=described)))
 
-    def _describe(self, model: nn.Module, call: Mapping[str, Any]) -> Call:
-        """Work out the tokens of a call from its arguments by name."""
-        generation = _generation.get()
+    def describe(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+        """Return what is known of a call's tokens, given its arguments before it runs.
+
+        Raises:
+            AttachError: if an argument is not understood.
+        """
+        call = read(by_name(self._forward, args, kwargs), self._caches)
+        generation = _generations.get().get(id(model))
         # Calls that guide a generation are not prepared by a wrapper, and so have none.
         virtual = self._virtual.of(call, generating=generation is not None and generation.owns(call))
-        past, previous, histories = self._history(cache_in(call), virtual.cached)
-        call = without_virtual(call, virtual, past)
-        if not past or self._special is None:  # a decoding step has no time to ask
+        history = self._history(call.cache, virtual.cached)
+        call = without_virtual(call, virtual, history.past)
+        if not history.past or self._special is None:  # a decoding step has no time to ask
             self._special = torch.tensor(special_token_ids(model))
         prompt = generation.prompt_of(call) if generation else None
         tokens = describe_tokens(
             model,
             call,
-            past=past,
-            previous=previous,
+            past=history.past,
+            previous=history.previous,
             prompt=None if prompt is None else prompt + virtual.columns,
             batch=generation.batch if generation else None,
             beams=bool(generation and generation.beams),
             special_ids=self._special,
             virtual=virtual.columns,
+            unplaced=history.unknown,
         )
         if generation:
             generation.learn_prompt(call, tokens.end - virtual.columns)
-        return Call(tokens, histories)
+        return Call(tokens, history.kept)
 
     def end(self, model: nn.Module, args: Any, output: Any) -> None:
         """Take note that it has ended, with this output; None if it failed."""
@@ -381,28 +406,65 @@ class TokenTracker:
             return
         for session in running.sessions:
             session.completed += 1
-        self._last = running.call
-        cache = cache_in(output if isinstance(output, Mapping) else {})
-        if _can_be_key(cache):
-            self._held[cache] = running.call
+        self.keep(running.call, output)
 
-    def _history(self, cache: Any, virtual: int) -> tuple[int, TokenContext | None, Mapping[Any, Tensor]]:
-        """Return how many columns a call's cache holds, the call that ended with them if known, and the histories."""
+    def keep(self, call: Call, output: Any) -> None:
+        """Remember a call by the cache that it returned, for the call that continues from it."""
+        cache = cache_in(output if isinstance(output, Mapping) else {}, self._caches)
+        if _can_be_key(cache):
+            self._held[cache] = call
+        elif (first := next(tensors_within(cache), None)) is not None:
+            self._last = weakref.ref(first), call
+
+    def _history(self, cache: Any, virtual: int) -> _History:
+        """Return what is known of the columns that a call's cache holds, virtual tokens left out."""
         if cache is None:
-            return 0, None, {}
-        held = self._held.get(cache) if _can_be_key(cache) else self._last
+            return _History()
+        held = self._call_before(cache)
         try:
             past = max(int(cache.get_seq_length()) - virtual, 0)
         except (ValueError, IndexError, TypeError, AttributeError):
-            past = held.tokens.end if held else 0
+            if held is None:
+                return _History(unknown=_UNPLACED if _holds_anything(cache) else None)
+            past = held.tokens.end
         if held is None:
-            return past, None, {}
-        return past, held.tokens if held.tokens.end == past else None, held.histories
+            return _History(past)
+        return _History(past, held.tokens if held.tokens.end == past else None, held.histories, held.tokens.unplaced)
+
+    def _call_before(self, cache: Any) -> Call | None:
+        """Return the call that gave a cache, if it was watched."""
+        if _can_be_key(cache):
+            return self._held.get(cache)
+        first = next(tensors_within(cache), None)
+        return self._last[1] if self._last is not None and first is not None and self._last[0]() is first else None
 
 
-def cache_in(values: Mapping[str, Any]) -> Any:
-    """Return the cache among a call's arguments or a model's outputs, None if there is none."""
-    return next((values[name] for name in _CACHES if values.get(name) is not None), None)
+_UNPLACED = (
+    "the cache holds tokens, but neither it nor an earlier call tells how many, so that it is not known where this "
+    "call's tokens stand: begin with an empty cache while it is attached"
+)
+
+
+@dataclass(frozen=True)
+class _History:
+    """What is known of the columns before a call.
+
+    Attributes:
+        past: how many there are.
+        previous: the call that ended with them, if it is known.
+        kept: the histories of that call, see `Call.remember`.
+        unknown: why it is not known how many there are; None if it is.
+    """
+
+    past: int = 0
+    previous: TokenContext | None = None
+    kept: Mapping[Any, Tensor] = dataclasses.field(default_factory=dict)
+    unknown: str | None = None
+
+
+def _holds_anything(cache: Any) -> bool:
+    """Whether a cache that does not know its length has been written to; an empty one holds zeros, or nothing."""
+    return any(bool(tensor.any()) for tensor in tensors_within(cache))
 
 
 def _can_be_key(cache: Any) -> bool:

@@ -6,11 +6,10 @@ puts them into the call as columns of their own, prefix tuning into the cache.
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AttachError
+from .arguments import ForwardArguments, by_name
 from .frames import call_frame, is_running
 
 # PEFT's names of the methods that fill the cache instead of prepending embeddings.
@@ -96,11 +96,11 @@ class VirtualTokens:
         self._handles.clear()
         self._watched.clear()
 
-    def of(self, call: Mapping[str, Any], *, generating: bool) -> Virtual:
+    def of(self, call: ForwardArguments, *, generating: bool) -> Virtual:
         """Return the virtual tokens of a call of the model.
 
         Args:
-            call: its arguments by name.
+            call: what is known of its arguments.
             generating: whether it is one that `generate` prepares, for which PEFT does so instead of making it.
         """
         entered = self._entered.get()
@@ -118,53 +118,52 @@ class VirtualTokens:
             return _NONE
         if wrapper.active_peft_config.peft_type in _IN_CACHE:
             return Virtual(cached=count)
-        prepended = call.get("input_ids") is None
+        prepended = call.ids is None
         return Virtual(columns=count, now=count if prepended else 0, ids=arguments.get("input_ids"))
 
     def _begin(self, wrapper: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        arguments = inspect.signature(type(wrapper).forward).bind_partial(wrapper, *args, **kwargs).arguments
+        arguments = by_name(type(wrapper).forward, args, kwargs)
         self._entered.set(_Entered(wrapper, arguments, call_frame()))
 
     def _end(self, *_: Any) -> None:
         self._entered.set(None)
 
 
-def without_virtual(call: Mapping[str, Any], virtual: Virtual, past: int) -> Mapping[str, Any]:
+def without_virtual(call: ForwardArguments, virtual: Virtual, past: int) -> ForwardArguments:
     """Return a call's arguments as they would be if the virtual tokens were padding, or not there.
 
     Args:
-        call: arguments of the model's forward by name.
+        call: what is known of the arguments of the model's forward.
         virtual: the virtual tokens.
         past: number of columns before this call, without those that are in the cache alone.
 
     Raises:
         AttachError: if virtual tokens stand between tokens, or it is not known which tokens are padding.
     """
-    mask, places = call.get("attention_mask"), call.get("position_ids")
-    flat = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-    changed = dict(call)
     if virtual.cached:
-        if flat is not None:
-            changed["attention_mask"] = flat[:, virtual.cached :]
-        if isinstance(places, Tensor):
-            changed["position_ids"] = places - virtual.cached
-    elif virtual.columns:
-        if virtual.now and past:
-            raise AttachError(
-                f"PEFT puts its {virtual.now} virtual tokens before every call, and the cache holds {past} columns "
-                "already, so that they would stand between tokens: use generate(), or call without a cache."
-            )
-        if mask is not None and flat is None:
-            raise AttachError(
-                "The attention mask is not [rows, columns], and PEFT's virtual tokens leave no other way to tell "
-                "padding: use the cache that generate() uses by default."
-            )
-        inputs = call["inputs_embeds"] if virtual.now else call["input_ids"]
-        mask = torch.ones(inputs.shape[0], past + inputs.shape[1], device=inputs.device) if mask is None else mask
-        changed["attention_mask"] = torch.cat(
-            [mask.new_zeros(len(mask), virtual.columns), mask[:, virtual.columns :]], 1
+        return replace(
+            call,
+            mask=None if call.mask is None else call.mask[:, virtual.cached :],
+            places=None if call.places is None else call.places - virtual.cached,
         )
-        if virtual.now and virtual.ids is not None:
-            none = virtual.ids.new_full((len(virtual.ids), virtual.now), -1)
-            changed["input_ids"] = torch.cat([none, virtual.ids], 1)
-    return changed
+    inputs = call.inputs
+    if not virtual.columns or inputs is None:
+        return call
+    if virtual.now and past:
+        raise AttachError(
+            f"PEFT puts its {virtual.now} virtual tokens before every call, and the cache holds {past} columns "
+            "already, so that they would stand between tokens: use generate(), or call without a cache."
+        )
+    if call.hidden:
+        raise AttachError(
+            "The attention mask is not [rows, columns], and PEFT's virtual tokens leave no other way to tell "
+            "padding: use the cache that generate() uses by default."
+        )
+    mask = (
+        torch.ones(inputs.shape[0], past + inputs.shape[1], device=inputs.device) if call.mask is None else call.mask
+    )
+    mask = torch.cat([mask.new_zeros(len(mask), virtual.columns), mask[:, virtual.columns :]], 1)
+    ids = call.ids
+    if virtual.now and virtual.ids is not None:
+        ids = torch.cat([virtual.ids.new_full((len(virtual.ids), virtual.now), -1), virtual.ids], 1)
+    return replace(call, mask=mask, ids=ids)

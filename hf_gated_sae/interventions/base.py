@@ -262,10 +262,13 @@ class Conditional(Targeted, Edit):
         counts = (index >= 0) & met
         if tokens.special is not None and not self.special_tokens:
             counts = counts & ~tokens.special.to(met.device)
+        # Counted over the whole row, so that the latest one is the largest number.
+        first = 0 if tokens.before is None else tokens.before.to(met.device)
+        place = index + first
         never = -2 - self.window  # out of reach even of padding, whose index is -1
-        whole = run.call.remember(self, torch.where(counts, index, never))
+        whole = run.call.remember(self, torch.where(counts, place, never))
         latest = whole.cummax(-1).values[:, -index.shape[1] :]
-        return (index - latest < self.window) & (index >= 0)
+        return (place - latest < self.window) & (latest >= first) & (index >= 0)
 
 
 @dataclass(frozen=True, eq=False)

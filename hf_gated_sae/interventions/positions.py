@@ -58,7 +58,8 @@ class TokenContext:
 
     Attributes:
         index: position of each token in its own row, counted over real tokens, ``[B, S]`` int64.
-        prompt_length: number of real tokens in each row's prompt, ``[B, 1]`` int64.
+        prompt_length: number of real tokens in each row's prompt, ``[B, 1]`` int64; in each token's sequence,
+            ``[B, S]``, where rows hold several.
         special: True at padding and special tokens, ``[B, S]`` bool; None if there are none.
         phase: ``"prompt"`` or ``"generated"`` if the whole call is one or the other, ``"mixed"`` if it holds both,
             ``"packed"`` if a row holds several sequences.
@@ -69,6 +70,9 @@ class TokenContext:
         prompt_columns: number of columns of the prompt, padding included; None if it is not known.
         count: number of real tokens of each row up to the end of this call, ``[B, 1]``; None if it is not known.
         virtual: number of each row's first columns that are virtual tokens, of which the caller's batch has none.
+        before: where rows hold several sequences one after the other, the number of tokens before each token's own,
+            ``[B, S]`` int64; None elsewhere.
+        unplaced: why it is not known where the tokens stand; None if it is known.
     """
 
     index: Tensor
@@ -82,6 +86,8 @@ class TokenContext:
     prompt_columns: int | None = None
     count: Tensor | None = None
     virtual: int = 0
+    before: Tensor | None = None
+    unplaced: str | None = None
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """What the tests of the hooks share: models, SAEs of every architecture, and a reference written by hand."""
 
 import contextlib
+import inspect
 
 import torch
 
@@ -115,6 +116,18 @@ def full_path(sae, edit):
 @torch.no_grad()
 def logits_of(model, ids=IDS, **inputs):
     return model(input_ids=ids, **inputs).logits
+
+
+def cache_name(model):
+    """What this version of transformers calls a model's cache."""
+    names = inspect.signature(type(model).forward).parameters
+    return next(name for name in ("cache", "past_key_values", "cache_params", "state") if name in names)
+
+
+def continuing(model, cache):
+    """The keyword argument with which a model continues from a cache, or from that of an output."""
+    name = cache_name(model)
+    return {name: cache[name] if name in getattr(cache, "keys", tuple)() else cache}
 
 
 def close(value, expected, relative):

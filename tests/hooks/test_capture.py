@@ -14,6 +14,7 @@ from tests.hooks.support import (
     IDS,
     block,
     close,
+    continuing,
     full_path,
     hand_made,
     hooks_on,
@@ -282,12 +283,12 @@ def test_a_forward_that_was_stopped_leaves_nothing_behind():
 def test_a_cache_that_is_given_is_filled_in_every_layer():
     model = model_of("llama")
     cache, expected = DynamicCache(config=model.config), DynamicCache(config=model.config)
-    model(IDS, past_key_values=expected)
-    capture(model, "resid_post.0", input_ids=IDS, past_key_values=cache)
+    model(IDS, **continuing(model, expected))
+    capture(model, "resid_post.0", input_ids=IDS, **continuing(model, cache))
     assert [layer.get_seq_length() for layer in cache.layers] == [IDS.shape[1]] * 3
-    later = capture(model, "resid_post.2", input_ids=IDS[:, :1], past_key_values=cache)["resid_post.2"]
+    later = capture(model, "resid_post.2", input_ids=IDS[:, :1], **continuing(model, cache))["resid_post.2"]
     assert torch.equal(
-        later, capture(model, "resid_post.2", input_ids=IDS[:, :1], past_key_values=expected)["resid_post.2"]
+        later, capture(model, "resid_post.2", input_ids=IDS[:, :1], **continuing(model, expected))["resid_post.2"]
     )
 
 

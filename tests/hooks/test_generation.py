@@ -6,7 +6,18 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProce
 
 from hf_gated_sae import Ablate, Clamp, Splice, Steer, attach
 from hf_gated_sae.errors import AttachError
-from tests.hooks.support import FAMILIES, IDS, block, close, hand_made, live_latents, logits_of, make_sae, model_of
+from tests.hooks.support import (
+    FAMILIES,
+    IDS,
+    block,
+    close,
+    continuing,
+    hand_made,
+    live_latents,
+    logits_of,
+    make_sae,
+    model_of,
+)
 from tests.support.tiny_models import tiny_model
 
 NEW = 5
@@ -242,13 +253,12 @@ def test_without_a_prompt_everything_after_the_first_token_is_generated(use_cach
 @pytest.mark.parametrize("family", ["gpt2", "mamba"])
 def test_a_decoding_loop_of_ones_own(family):
     model, sae = model_of(family), make_sae()
-    name = "cache_params" if family == "mamba" else "past_key_values"
     ids, scores = step_by_step(model, family, sae, "generated")
     with attach(model, edit_of(sae)) as handle, torch.no_grad():
         given, cache = IDS, {}
         for step in range(NEW):
             output = model(input_ids=given, use_cache=True, **cache)
-            cache = {name: output[name]}
+            cache = continuing(model, output)
             logits = output.logits[:, -1]
             logits[:, 2] = -torch.inf
             close(logits[:, 3:], scores[step][:, 3:], 1e-4)
@@ -262,7 +272,7 @@ def test_a_conversation_continued_from_its_cache():
     first = model.generate(IDS[:1], **settings)
     ids = torch.cat([first.sequences, torch.tensor([[70, 71]])], dim=1)
     with attach(model, edit_of(sae, "generated")) as handle:
-        second = model.generate(ids, past_key_values=first.past_key_values, **settings)
+        second = model.generate(ids, **continuing(model, first), **settings)
         assert handle.report().interventions[0].positions == {0: [ids.shape[1], ids.shape[1] + 1]}
         assert torch.equal(model.generate(ids, **settings).sequences, second.sequences)
 

@@ -14,7 +14,7 @@ from hf_gated_sae.errors import AttachError, InputError, ShapeError, SiteError
 from hf_gated_sae.hooks.nnsight import edit, report
 from hf_gated_sae.interventions import Ablate, Cap, Floor, Patch, interventions
 from tests.hooks.nnsight_support import wrap, wrapped
-from tests.hooks.support import IDS, SITE, hooks_on, live_latents, logits_of, make_sae, model_of, steer
+from tests.hooks.support import IDS, SITE, continuing, hooks_on, live_latents, logits_of, make_sae, model_of, steer
 from tests.support.tiny_models import HIDDEN, tiny_model
 
 PADDED = torch.cat([torch.zeros(2, 3, dtype=torch.long), IDS], dim=1)
@@ -170,8 +170,8 @@ def test_a_decoding_loop_of_ones_own_goes_on_where_it_was():
     edited, one, other = edit(wrapped("llama"), held), DynamicCache(), DynamicCache()
     for step in (IDS[:, :4], IDS[:, 4:5], IDS[:, 5:]):
         with attach(model, held):
-            expected = logits_of(model, step, past_key_values=one)
-        assert torch.equal(traced(edited, step, past_key_values=other), expected)
+            expected = logits_of(model, step, **continuing(model, one))
+        assert torch.equal(traced(edited, step, **continuing(model, other)), expected)
     assert report(edited).interventions[0].positions == {0: [4, 5], 1: [4, 5]}
 
 

@@ -7,7 +7,17 @@ import torch
 from transformers import StaticCache
 
 from hf_gated_sae import Ablate, Clamp, Splice, Steer, attach
-from tests.hooks.support import FAMILIES, block, close, hand_made, live_latents, logits_of, make_sae, model_of
+from tests.hooks.support import (
+    FAMILIES,
+    block,
+    close,
+    continuing,
+    hand_made,
+    live_latents,
+    logits_of,
+    make_sae,
+    model_of,
+)
 
 # One row of 6 real tokens, one of 4; 1 begins and 2 ends a text, 0 pads.
 LONG, SHORT = [1, 54, 33, 78, 90, 17], [60, 41, 2, 13]
@@ -118,7 +128,7 @@ def test_a_mask_that_is_wider_than_the_call_is_read_where_the_call_stands():
     embeds = model.get_input_embeddings()(LEFT).detach()
     with torch.no_grad(), attach(model, edit_of("all")) as handle:
         first = model(inputs_embeds=embeds[:, :4], attention_mask=REAL["left"][:, :4], use_cache=True)
-        model(inputs_embeds=embeds[:, 4:], attention_mask=REAL["left"], past_key_values=first.past_key_values)
+        model(inputs_embeds=embeds[:, 4:], attention_mask=REAL["left"], **continuing(model, first))
     assert handle.report().interventions[0].positions == {0: [0, 1, 2, 3, 4, 5], 1: [0, 1, 2, 3]}
 
 
@@ -127,8 +137,8 @@ def test_a_mask_as_wide_as_a_static_cache_is_read_where_the_call_stands():
     mask = torch.cat([REAL["left"], torch.zeros(2, 5, dtype=torch.long)], dim=1)
     cache = StaticCache(config=model.config, max_cache_len=12)
     with torch.no_grad(), attach(model, edit_of("all")) as handle:
-        model(LEFT[:, :5], attention_mask=mask, past_key_values=cache, use_cache=True)
-        model(LEFT[:, 5:], attention_mask=mask, past_key_values=cache, use_cache=True)
+        model(LEFT[:, :5], attention_mask=mask, use_cache=True, **continuing(model, cache))
+        model(LEFT[:, 5:], attention_mask=mask, use_cache=True, **continuing(model, cache))
     assert handle.report().interventions[0].positions == CHOSEN["all"]
 
 

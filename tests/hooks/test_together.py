@@ -12,6 +12,7 @@ from hf_gated_sae.interventions import AblateSite
 from tests.hooks.support import (
     IDS,
     close,
+    continuing,
     hooks_on,
     live_latents,
     logits_of,
@@ -93,12 +94,12 @@ def test_a_history_is_not_inherited_by_an_intervention_that_comes_later():
     gates = dict.fromkeys(live_latents(model, sae, count=1), 0.0)
     with attach(model, steer()), torch.no_grad():  # keeps what watches the model
         with attach(model, Steer(sae, 3, unit="raw", when=gates, window=3)):
-            cache = model(IDS, use_cache=True).past_key_values
+            cache = model(IDS, use_cache=True)
         gc.collect()
         later = [Steer(sae, 3, unit="raw", when=gates, window=3) for _ in range(50)]  # some where the first one was
         for edit in later:
             with attach(model, edit), pytest.raises(AttachError, match="begin with an empty cache"):
-                model(IDS[:, :1], past_key_values=cache)
+                model(IDS[:, :1], **continuing(model, cache))
 
 
 @pytest.mark.parametrize("part", [{"positions": [0]}, {"rows": 0}])

@@ -5,7 +5,7 @@ import torch
 
 from hf_gated_sae import Ablate, Clamp, Scale, Splice, Steer, attach, capture
 from hf_gated_sae.errors import AttachError, InputError
-from tests.hooks.support import IDS, block, close, hand_made, logits_of, make_sae, model_of
+from tests.hooks.support import IDS, block, close, continuing, hand_made, logits_of, make_sae, model_of
 from tests.support.tiny_models import tiny_model
 
 DOUBLE = torch.float64
@@ -152,10 +152,10 @@ def test_a_decoding_loop_of_ones_own():
     edit = Steer(sae, 7, strength=6.0, unit="raw", when={latent: bound}, window=6)
     with attach(model, edit, check=False), torch.no_grad():
         expected = model(input_ids=LONG).logits
-        cache, parts = None, []
+        cache, parts = {}, []
         for start in range(0, LONG.shape[1], 3):
-            output = model(input_ids=LONG[:, start : start + 3], past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(input_ids=LONG[:, start : start + 3], **cache, use_cache=True)
+            cache = continuing(model, output)
             parts.append(output.logits)
     close(torch.cat(parts, 1), expected, 1e-4)
 
@@ -195,9 +195,9 @@ def test_a_cache_from_before_is_refused_and_packed_rows_too():
     model, sae = model_of("llama"), make_sae()
     edit = Clamp(sae, {7: 9.0}, when={3: 0.0}, window=4)
     with torch.no_grad():
-        cache = model(input_ids=LONG, use_cache=True).past_key_values
+        cache = model(input_ids=LONG, use_cache=True)
     with attach(model, edit, check=False), pytest.raises(AttachError, match="begin with an empty cache"):
-        logits_of(model, LONG[:, :2], past_key_values=cache)
+        logits_of(model, LONG[:, :2], **continuing(model, cache))
     packed = {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]]), "cu_seq_lens_q": torch.tensor([0, 3, 6])}
     with attach(model, edit, check=False), pytest.raises(AttachError, match="packs several sequences"):
         logits_of(model, IDS[:1], **packed)

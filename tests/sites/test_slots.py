@@ -49,7 +49,7 @@ CONTAINERS = {
     "namedtuple": (lambda x: Pair(x, OTHER), (0,)),
     "dict": (lambda x: {"other": OTHER, "hidden": x}, ("hidden",)),
     "model output": (
-        lambda x: BaseModelOutputWithPast(last_hidden_state=x, past_key_values=None),
+        lambda x: BaseModelOutputWithPast(last_hidden_state=x),
         ("last_hidden_state",),
     ),
     "nested": (lambda x: (OTHER, (x, OTHER)), (1, 0)),

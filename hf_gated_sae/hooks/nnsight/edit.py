@@ -20,6 +20,7 @@ from ...sites.transforms import view
 from ..attach import Attachment, attach, require_fit, sites_of
 from ..carry import carry_out
 from ..check import Check
+from ..continuation import caches_of
 from ..dispatch import is_attached, prove
 from ..report import AttachReport
 from ..tokens import TokenTracker, generating, has_beams, is_guided
@@ -44,7 +45,7 @@ class _Carrier:
         self.attachment = attachment
         self.root = envoys[id(model)]
         self._counts_rows = type(lm)._batch_size is not Envoy._batch_size  # which says one for whatever it is given
-        self._tracker = TokenTracker(model, lambda: (attachment,))
+        self._tracker = TokenTracker(model, lambda: (attachment,), caches_of(model))
         self._stops: list[tuple[Slot, Any, Callable[..., Any]]] = [
             (slot, envoys[id(slot.module)], slot.hook(partial(self._act, slot.place), tokens=self._tracker.shape))
             for slot in attachment.slots
@@ -65,7 +66,7 @@ class _Carrier:
         self._waiting = None
         try:
             beams, guided = self._asks_for(has_beams, run.batcher), self._asks_for(is_guided, run.batcher)
-            with generating(None, self._rows(run.batcher), beams=beams, guided=guided):
+            with generating([self.root._module], None, self._rows(run.batcher), beams=beams, guided=guided):
                 for _ in Iterations()[:]:
                     self._forward(run)
         except OutOfOrderError:  # the run is over: it has no further forward, or was stopped before a site

@@ -10,11 +10,12 @@ import torch
 from ...interventions import special_token_ids
 from ...sites.slots import get_tensor, put_tensor
 from ..attach import Attachment
+from ..continuation import caches_of
 from ..layout import number_tokens
 from .portable import BLOCK, by_value, portable
 
 
-def sent(root: Any, stops: Any, special: Any, steps: Any, names: Any, get: Any, put: Any) -> Any:
+def sent(root: Any, stops: Any, special: Any, steps: Any, names: Any, caches: Any, get: Any, put: Any) -> Any:
     """Return the function that carries recorded interventions out in every forward of a run.
 
     Args:
@@ -24,6 +25,7 @@ def sent(root: Any, stops: Any, special: Any, steps: Any, names: Any, get: Any, 
         special: ids of special tokens.
         steps: nnsight's steps.
         names: names of the model's positional arguments.
+        caches: names of arguments under which this model takes a cache, whatever its type.
         get: `get_tensor`.
         put: `put_tensor`.
     """
@@ -34,7 +36,7 @@ def sent(root: Any, stops: Any, special: Any, steps: Any, names: Any, get: Any, 
             args, kwargs = root.inputs
             call = dict(zip(names, args, strict=False))
             call.update(kwargs)
-            tokens, prompt = tokens_of(call, prompt, special)
+            tokens, prompt = tokens_of(call, prompt, special, caches)
             seen = []
             for envoy, port, keys, in_place, before, recorded, constants in stops:
                 if port == "input":
@@ -63,23 +65,32 @@ def sent(root: Any, stops: Any, special: Any, steps: Any, names: Any, get: Any, 
     return carry
 
 
-def tokens_of(call: Any, prompt: Any, special: Any) -> Any:
+def tokens_of(call: Any, prompt: Any, special: Any, caches: Any) -> Any:
     """Return what is known of each token of a call, and where the prompt ends.
 
     Args:
         call: the call's arguments by name.
         prompt: number of the prompt's columns; None in the first call of a run.
         special: ids of special tokens.
+        caches: names of arguments under which this model takes a cache, whatever its type.
 
     Returns:
         Index, prompt length, mask of special tokens and ids, ``[B * S, 1]`` each; and the prompt's columns.
     """
-    ids, cache = call.get("input_ids"), call.get("past_key_values")
+    ids, mask, places = call.get("input_ids"), call.get("attention_mask"), call.get("position_ids")
     inputs = ids if ids is not None else call["inputs_embeds"]
-    past = int(cache.get_seq_length()) if cache is not None else 0
+    past = 0
+    for name, value in call.items():  # by its type, as names differ between versions of transformers
+        if hasattr(value, "get_seq_length") or (name in caches and value is not None):
+            past = int(value.get_seq_length())
     end = past + inputs.shape[1]
     boundary = prompt if prompt is not None else (past or end)
-    index, absent, padded = number_tokens(call, inputs, past, None, boundary, generating=prompt is not None)
+    hidden = mask is not None and mask.ndim != 2
+    mask = None if hidden else mask
+    places = places if places is not None and places.ndim == 2 else None
+    index, absent, padded = number_tokens(
+        mask, places, hidden, inputs, past, None, boundary, generating=prompt is not None
+    )
     ids = torch.zeros_like(index) - 1 if ids is None else ids
     out = torch.isin(ids, torch.tensor(special, device=ids.device, dtype=ids.dtype))
     out = out | (index < 0) if padded else out
@@ -130,6 +141,7 @@ def to_send(root: Any, envoys: Any, names: list[str], attachment: Attachment) ->
         special_token_ids(root._module),
         Iterations(),
         names,
+        caches_of(root._module),
         by_value(get_tensor),
         by_value(put_tensor),
     )
