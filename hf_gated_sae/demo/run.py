@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..errors import InputError, MissingFileError
+from ..errors import AttachError, InputError, MissingFileError
 from ..evaluation import FidelityReport, evaluate
 from ..modeling import SAEModel
 from ..modeling.quiet import quiet_transformers
@@ -120,6 +120,7 @@ def run_demo(plan: DemoPlan, progress: Progress) -> DemoReport:
     ablation = measure_ablation(model, sae, target, showing)
     tell("steer")
     steering = measure_steering(model, tokenizer, sae, target, showing, replace(plan.steering, strength=strength))
+    require_effect(plan, steering)
     tell("publish")
     files: tuple[str, ...] = ()
     identical = False
@@ -136,6 +137,21 @@ def run_demo(plan: DemoPlan, progress: Progress) -> DemoReport:
         files=files,
         identical=identical,
     )
+
+
+def require_effect(plan: DemoPlan, steering: SteeringEffect) -> None:
+    """Raise unless steering changed what the model writes; the bundled latent must also do so as it is to.
+
+    Raises:
+        AttachError: with what was measured.
+    """
+    changed = sum(each.before != each.after for each in steering.continuations)
+    if not changed or (plan.sae is None and steering.share_after <= steering.share_before):
+        raise AttachError(
+            f"Steering had no effect: {changed} of {len(steering.continuations)} continuations changed, and the share "
+            f"of what the latent stands for went from {steering.share_before:.1%} to {steering.share_after:.1%}. "
+            "Something steers nothing here: try --strength, or check the versions of torch and transformers."
+        )
 
 
 def choose_target(

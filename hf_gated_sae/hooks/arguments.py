@@ -68,6 +68,24 @@ class ForwardArguments:
         return self.ids if self.ids is not None else self.embeds
 
 
+@dataclass(frozen=True)
+class CallFacts:
+    """What was proven of how a model is called, see `continuation`.
+
+    Attributes:
+        caches: names under which it takes and returns a cache that is no transformers `Cache`, such as RWKV's state.
+        padding: what rows that are padded on the left need, to give what each gives alone: ``"position_ids"``, or
+            ``"right"`` where nothing helps but padding on that side; None if they need nothing.
+        wrong: what contradicts how its calls are read; None if nothing does, or it has no cache.
+        differs: how far its logits with a cache are from those without, relative to the largest; None if they agree.
+    """
+
+    caches: tuple[str, ...] = ()
+    padding: str | None = None
+    wrong: str | None = None
+    differs: float | None = None
+
+
 def by_name(forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a forward call by name.
 

@@ -62,7 +62,7 @@ class Attachment(Session):
                 place = slots[str(site)].place
                 self._read[place.bare].append((site, place.transforms))
         self._saes: dict[tuple[int, torch.device], SAEModel] = {}
-        self._before: tuple[int, list[int]] = (0, [])
+        self._before: tuple[int, int, list[int]] = (0, 0, [])
 
     # ------------------------------------------------------------------ for users
 
@@ -78,7 +78,7 @@ class Attachment(Session):
             raise AttachError("The model that was given to attach() no longer exists; attach() to another one.")
         enter(model, self, self._slots.values())
         self.passed_by = False
-        self._before = (self.completed, [record.calls for record in self._records])
+        self._before = (self.completed, self.generations, [record.calls for record in self._records])
         return self
 
     def disable(self) -> None:
@@ -133,10 +133,15 @@ class Attachment(Session):
 
     def _require_effect(self) -> None:
         """Raise if the model ran since `enable` and what was attached did not do what it was to do."""
-        completed, calls = self._before
+        completed, generations, calls = self._before
         model = self._model()
         if model is not None and self.completed > completed:
             self._require_on_all_ranks(model)
+        if self.failure is not None:
+            raise AttachError(
+                f"A call failed in another thread, where only a log may show it, while this was attached: "
+                f"{self.failure}"
+            ) from self.failure
         for record in self._records:
             record.require_sound()
         idle = {record.site for record, before in zip(self._records, calls, strict=True) if record.calls == before}
@@ -151,6 +156,9 @@ class Attachment(Session):
                 "The model was called, but from another thread or task than the one that attached, where nothing is "
                 "edited: call it from the same one, or use attach(..., all_threads=True), as streamers need it."
             )
+        if self.generations > generations:
+            for record in self._records:
+                record.require_reach()
 
     def _require_on_all_ranks(self, model: nn.Module) -> None:
         """Raise if ranks that hold parts of the same model ran it without these interventions."""

@@ -21,7 +21,7 @@ from ..sites.transforms import view
 from .arguments import cache_in
 from .attach import require_model
 from .carry import exact_dtype
-from .continuation import caches_of
+from .continuation import facts_of
 from .dispatch import prove
 from .observation import Observation, real_tokens
 
@@ -140,7 +140,7 @@ def capture(
     require_fitting(sites, slots)
     if grad:
         return _in_one_graph(model, sites, anchored, slots, inputs)
-    stop = not must_finish(model) and cache_in(inputs, caches_of(unwrap(model)[0])) is None
+    stop = not must_finish(model) and cache_in(inputs, facts_of(unwrap(model)[0]).caches) is None
     observation = Observation({slot.place.bare for slot in slots.values()}, stop=stop)
     with torch.no_grad():
         observation.run(model, slots, inputs)

@@ -1,4 +1,4 @@
-"""Prove, once per model, that where tokens stand can be told when the model continues from a cache.
+"""Prove, once per model, how it is called: where tokens stand when it continues from a cache, and what padding does.
 
 How a model takes and returns its cache differs between families, and between versions of transformers. A cache that is
 not recognised would make every token of a generation look like the first one. So the probe's tokens are run in two
@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,41 +20,25 @@ from torch import Tensor, nn
 
 from ..errors import AttachError, SiteError
 from ..sites.probe import Subject, make_subject, quiet, unwrap
-from .arguments import cache_in, is_cache, tensors_within
+from .arguments import MASK, PLACES, CallFacts, cache_in, is_cache, tensors_within
 from .tokens import TokenTracker
 
 NEW = 3
 """Tokens of the probe that are computed from the cache."""
-TOLERANCE = 1e-2
-"""Largest difference, relative to the largest logit, between float32 logits with and without a cache."""
+TOLERANCE, COARSE_TOLERANCE = 1e-2, 5e-2
+"""Largest difference between logits that are to be equal, relative to the largest: in float32, and in 16 bits."""
 _NO_CACHES = ("logits", "loss", "hidden_states", "attentions")
 
-
-@dataclass(frozen=True)
-class Continuation:
-    """How a model continues from a cache.
-
-    Attributes:
-        caches: names under which it takes and returns a cache that is no transformers `Cache`, such as RWKV's state.
-        wrong: what contradicts how its calls are read; None if nothing does, or it has no cache.
-        differs: how far its logits with a cache are from those without, relative to the largest; None if they agree.
-    """
-
-    caches: tuple[str, ...] = ()
-    wrong: str | None = None
-    differs: float | None = None
+_PROVEN: WeakKeyDictionary[nn.Module, CallFacts] = WeakKeyDictionary()
 
 
-_PROVEN: WeakKeyDictionary[nn.Module, Continuation] = WeakKeyDictionary()
+def facts_of(root: nn.Module) -> CallFacts:
+    """Return what was proven of how a model, without wrappers, is called; nothing before `prove_calls`."""
+    return _PROVEN.get(root, CallFacts())
 
 
-def caches_of(root: nn.Module) -> tuple[str, ...]:
-    """Return names under which a model, without wrappers, takes a cache that is no transformers `Cache`."""
-    return _PROVEN[root].caches if root in _PROVEN else ()
-
-
-def prove_continuation(model: nn.Module) -> None:
-    """Prove that cached decoding is understood; once per model.
+def prove_calls(model: nn.Module) -> None:
+    """Prove that a model's calls are understood; once per model.
 
     Args:
         model: the causal LM as the user calls it.
@@ -65,7 +48,7 @@ def prove_continuation(model: nn.Module) -> None:
     """
     root, _ = unwrap(model)
     if root not in _PROVEN:
-        _PROVEN[root] = found = _continue(model)
+        _PROVEN[root] = found = _probe(model)
         if found.differs is not None:
             warnings.warn(
                 f"With its cache, {type(root).__name__} computes other logits than without one (they differ by "
@@ -84,25 +67,26 @@ def prove_continuation(model: nn.Module) -> None:
         )
 
 
-def _continue(model: nn.Module) -> Continuation:
-    """Run the probe's tokens in two calls, and compare."""
+def _probe(model: nn.Module) -> CallFacts:
+    """Run the probe's tokens in two calls and in one, and compare."""
     try:
         subject = make_subject(model, None)
     except SiteError:  # nothing can be run on it; its sites were proven on tokens that the user gave
-        return Continuation()
+        return CallFacts()
     if subject.ids.shape[1] <= NEW:
-        return Continuation()
+        return CallFacts()
     with quiet(subject.root):
         try:
-            first, second, tracked = _two_calls(subject, subject.ids.shape[1] - NEW)
+            first, second, misread = _two_calls(subject, subject.ids.shape[1] - NEW)
         except AttachError as error:
-            return Continuation(wrong=f"the call is not understood: {error}")
+            return CallFacts(wrong=f"the call is not understood: {error}")
         except Exception:  # a model that cannot be run so has no cached decoding that could be misread
-            return Continuation()
-        if second is None:
-            return Continuation()
-        caches = tuple(name for name, value in _caches_returned(subject.root, first).items() if not is_cache(value))
-        return Continuation(caches, tracked or _not_taken(subject, second, caches), _difference(subject, second))
+            return CallFacts()
+        returned = _caches_returned(subject.root, first)
+        caches = tuple(name for name, value in returned.items() if not is_cache(value))
+        padding, differs = _compare(subject, first, second)
+        wrong = misread if second is None else misread or _not_taken(subject, second, caches)
+        return CallFacts(caches, padding, wrong, differs if wrong is None else None)
 
 
 def _two_calls(subject: Subject, count: int) -> tuple[Any, Any, str | None]:
@@ -113,7 +97,9 @@ def _two_calls(subject: Subject, count: int) -> tuple[Any, Any, str | None]:
     caches = _caches_returned(root, first)
     if not caches:
         return first, None, None
-    tracker = TokenTracker(root, tuple, [name for name, value in caches.items() if not is_cache(value)])
+    tracker = TokenTracker(
+        root, tuple, CallFacts(tuple(name for name, value in caches.items() if not is_cache(value)))
+    )
     tracker.keep(tracker.describe(root, (), inputs), first)
     inputs = {"input_ids": ids[:, count:], "use_cache": True, **caches}
     tokens = tracker.describe(root, (), inputs).tokens
@@ -158,26 +144,72 @@ def _not_taken(subject: Subject, output: Any, caches: tuple[str, ...]) -> str | 
     return None if length == expected else f"the cache holds {length} tokens afterwards, not {expected}"
 
 
-@torch.no_grad()
-def _difference(subject: Subject, second: Any) -> float | None:
-    """Return how far logits with a cache are from those without, relative to the largest; None if they agree.
+def _compare(subject: Subject, first: Any, second: Any) -> tuple[str | None, float | None]:
+    """Return what left padding asks for, see `CallFacts.padding`, and how far cached logits are from uncached ones.
 
-    Of 16-bit numbers nothing is said: rounding alone may send a token to other experts. Recurrent models that
-    can only continue token by token are tried so.
+    Args:
+        subject: the model and its tokens.
+        first: the output of the first call.
+        second: the output of the second call, which continued from the cache; None if there was none.
+
+    Returns:
+        The first; and the largest difference relative to the largest logit, None if they agree: of 16-bit numbers
+        nothing is said, since rounding alone may send a token to other experts.
     """
-    whole = _logits(subject.call(input_ids=subject.ids, use_cache=False))
-    given = _logits(second)
-    if whole is None or given is None or whole.dtype != torch.float32:
-        return None
-    if subject.root.dtype in (torch.bfloat16, torch.float16):
-        return None
-    if _apart(given, whole[:, -NEW:]) <= TOLERANCE:
-        return None
-    last = subject.ids.shape[1] - 1
-    _, single, _ = _two_calls(subject, last)
+    exact = subject.root.dtype not in (torch.bfloat16, torch.float16)
+    most = TOLERANCE if exact else COARSE_TOLERANCE
+    parts = [] if second is None else [_logits(first), _logits(second)]
+    stepwise = torch.cat([part for part in parts if part is not None], 1) if _all_there(parts) else None
+    padded = _padded(subject)
+    if stepwise is not None and padded is not None and _apart(padded, stepwise) <= most:
+        return None, None
+    plain = _logits(subject.call(input_ids=subject.ids, use_cache=False))
+    if plain is None:
+        return None, None
+    padding = None
+    if padded is not None and _apart(padded, plain) > most:
+        placed = _padded(subject, places=True)
+        padding = PLACES if placed is not None and _apart(placed, plain) <= most else "right"
+    if stepwise is None or not exact or _apart(stepwise, plain) <= TOLERANCE:
+        return padding, None
+    # Some recurrent models can only continue token by token.
+    _, single, _ = _two_calls(subject, subject.ids.shape[1] - 1)
     alone = _logits(single)
-    apart = torch.inf if alone is None else _apart(alone, whole[:, -1:])
-    return None if apart <= TOLERANCE else float(apart)
+    apart = torch.inf if alone is None else _apart(alone, plain[:, -1:])
+    return padding, None if apart <= TOLERANCE else float(apart)
+
+
+def _all_there(parts: list[Tensor | None]) -> bool:
+    """Whether there are tensors, and none is missing."""
+    return bool(parts) and all(part is not None for part in parts)
+
+
+def _padded(subject: Subject, *, places: bool = False) -> Tensor | None:
+    """Return the logits of all tokens with one token of padding before them, without a cache; None if that fails.
+
+    Args:
+        subject: the model and its tokens.
+        places: also say where they stand.
+    """
+    ids, root = subject.ids, subject.root
+    rows, columns = ids.shape
+    most = getattr(root.config, "max_position_embeddings", None)
+    if isinstance(most, int) and columns >= most:
+        return None
+    mask = torch.ones(rows, columns + 1, dtype=ids.dtype, device=ids.device)
+    mask[:, 0] = 0
+    pad = getattr(root.config, "pad_token_id", None)
+    padding = ids[:, :1] if not isinstance(pad, int) or pad < 0 else torch.full_like(ids[:, :1], pad)
+    inputs = {"input_ids": torch.cat([padding, ids], 1), MASK: mask, "use_cache": False}
+    if places:
+        if PLACES not in inspect.signature(type(root).forward).parameters:
+            return None
+        inputs[PLACES] = (mask.cumsum(-1) - 1).clamp(min=0)
+    try:
+        found = _logits(subject.call(**inputs))
+    except Exception:  # a model that takes no mask cannot be given padding
+        return None
+    return None if found is None else found[:, 1:]
 
 
 def _logits(output: Any) -> Tensor | None:

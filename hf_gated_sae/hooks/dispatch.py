@@ -20,7 +20,7 @@ from ..sites.probe import unwrap
 from ..sites.slots import Place
 from ..sites.transforms import Transform, view
 from .carry import carry_out
-from .continuation import caches_of, prove_continuation
+from .continuation import facts_of, prove_calls
 from .report import Record
 from .tokens import TokenTracker
 from .virtual import know_wrapper
@@ -41,8 +41,22 @@ class Session:
         self.active = False
         self.completed = 0
         """How many forwards have ended without an error while it was active."""
+        self.generations = 0
+        """How many calls of `generate` have computed tokens of their own while it acted."""
+        self.failure: Exception | None = None
+        """What was raised while it acted in another thread than its own, where perhaps only a log shows it."""
+        self._thread: int | None = None
         self.passed_by = False
         """Whether the model was called from a thread or task in which it does not act."""
+
+    def begin(self) -> None:
+        """Take note that it begins, from this thread."""
+        self.active, self.failure, self._thread = True, None, threading.get_ident()
+
+    def fail(self, error: Exception) -> None:
+        """Take note of an error raised while it acted."""
+        if threading.get_ident() != self._thread:
+            self.failure = self.failure or error
 
     def records(self, place: Place) -> Sequence[Record]:
         """Return the interventions at a place."""
@@ -73,7 +87,7 @@ class Dispatcher:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.tracker = TokenTracker(model, self.acting, caches_of(model))
+        self.tracker = TokenTracker(model, self.acting, facts_of(model))
         self.sessions: list[Session] = []
         self._handles: dict[Place, RemovableHandle] = {}
         self._users: dict[Place, int] = {}
@@ -92,7 +106,7 @@ class Dispatcher:
         """Begin a session; if anything fails, everything is as before."""
         done: list[Slot] = []
         self.sessions.append(session)
-        session.active = True
+        session.begin()
         _ACTIVE.set((*(other for other in _ACTIVE.get() if other.active and other is not session), session))
         try:
             self.tracker.install(model)
@@ -120,7 +134,7 @@ class Dispatcher:
 
     def _hold(self, slot: Slot) -> None:
         if slot.place not in self._handles:
-            self._handles[slot.place] = slot.register(self._hook(slot.place), tokens=self.tracker.shape)
+            self._handles[slot.place] = slot.register(self._hook(slot), tokens=self.tracker.shape)
         self._users[slot.place] = self._users.get(slot.place, 0) + 1
 
     def _refuse_second_replacement(self, slot: Slot, sessions: Sequence[Session]) -> None:
@@ -130,12 +144,20 @@ class Dispatcher:
         if len(replacing) > 1:
             raise InputError(f"Both {replacing[0]} and {replacing[1]} replace {slot.site}; attach only one of them.")
 
-    def _hook(self, place: Place) -> Callable[[Tensor], Tensor | None]:
+    def _hook(self, slot: Slot) -> Callable[[Tensor], Tensor | None]:
+        place, held = slot.place, slot.module
+
         def hook(x: Tensor) -> Tensor | None:
             sessions = self.tracker.sessions
             if not sessions:  # a call from another thread, or one that nothing is to act on
                 return None
-            result = self._carry_out(place, x, sessions)
+            try:
+                _require_in_place(slot, held)
+                result = self._carry_out(place, x, sessions)
+            except Exception as error:
+                for session in sessions:
+                    session.fail(error)
+                raise
             for session in sessions:
                 standing = session.observe(place, x if result is None else result)
                 result = result if standing is None else standing
@@ -163,6 +185,20 @@ class Dispatcher:
         return carry_out(x, call, [record for _, record in records], placed, replaying=replaying)
 
 
+def _require_in_place(slot: Slot, held: nn.Module) -> None:
+    """Raise if the module that carries a hook is no longer the one that the model has there.
+
+    Raises:
+        AttachError: since a wrapper around the module, such as a LoRA layer, would read or add something else.
+    """
+    now = slot.module
+    if now is not held:
+        raise AttachError(
+            f"The module {slot.place.path!r}, where {slot.site} is, was replaced by a {type(now).__name__} after it "
+            "was attached to, as get_peft_model() and quantisation do: attach() again, afterwards."
+        )
+
+
 def prove(model: nn.Module, sites: Iterable[str]) -> dict[str, Slot]:
     """Prove sites, with everything that is attached standing aside while the model is probed.
 
@@ -176,7 +212,7 @@ def prove(model: nn.Module, sites: Iterable[str]) -> dict[str, Slot]:
     know_wrapper(model, unwrap(model)[0])
     with paused():
         resolved = resolve(model)
-        prove_continuation(model)
+        prove_calls(model)
         return {site: resolved[site] for site in sites}
 
 

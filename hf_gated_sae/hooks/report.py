@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -69,6 +70,10 @@ class Record:
     forgotten: Tensor | int = 0
     masks: deque[tuple[Tensor, Tensor | bool]] = field(default_factory=deque)
     remembered: int = 0
+    before: int | None = None
+    """How many columns the model had been through, in the cache, when it first saw any."""
+    tokens: int = 0
+    """How many tokens it saw, edited or not."""
     columns: int = 0
     """How many columns the model has been through."""
     lengths: Tensor | None = None
@@ -88,6 +93,9 @@ class Record:
     def add(self, tokens: TokenContext, mask: Tensor | bool) -> None:
         """Remember one call."""
         self.calls += 1
+        first = max(tokens.end - tokens.virtual - tokens.index.shape[1], 0)
+        self.before = first if self.before is None else min(self.before, first)
+        self.tokens += tokens.index.numel()
         self.columns = max(self.columns, tokens.end - tokens.virtual)
         if isinstance(self.intervention.positions, (int, tuple, slice)):
             now = torch.stack([tokens.index.max() + 1, tokens.prompt_length.max()])
@@ -187,10 +195,41 @@ class Record:
                 )
 
         if self._names_tokens() and self.calls and not self._edited():
+            named = f"{type(self.intervention).__name__} at {self.site} edited nothing: positions="
+            if self.before:
+                raise AttachError(
+                    f"{named}{self.intervention.positions!r} are among the {self.before} tokens that were in the "
+                    "cache already, computed before it was attached, or special tokens or padding, which are left "
+                    "alone: begin with an empty cache, or pass special_tokens=True."
+                )
             raise AttachError(
-                f"{type(self.intervention).__name__} at {self.site} edited nothing: positions="
-                f"{self.intervention.positions!r} are special tokens or padding, which are left alone. Pass "
+                f"{named}{self.intervention.positions!r} are special tokens or padding, which are left alone. Pass "
                 "special_tokens=True to act on them, too."
+            )
+
+    def require_reach(self) -> None:
+        """Raise, or warn, if whole generations were not edited as `positions` say; on a GPU this waits for it.
+
+        Raises:
+            AttachError: if all tokens were edited, the prompt's and those generated, where only some are meant.
+        """
+        meant = self.intervention
+        if not self.calls or not meant.acts_at(self.output) or (isinstance(meant, Conditional) and meant.when):
+            return
+        edited, what = self._edited(), f"{type(meant).__name__} at {self.site} with positions={meant.positions!r}"
+        if edited == self.tokens and isinstance(meant.positions, str) and meant.positions != "all":
+            raise AttachError(
+                f"{what} edited all {edited} tokens of a generation, the prompt's and those generated, so that where "
+                "they stand was misread. Call generate() of the model that was given to attach(); if you did, please "
+                "report this with the versions of transformers and hf-gated-sae."
+            )
+        if not edited and self.tokens:
+            warnings.warn(
+                f"{what} edited none of the {self.tokens} tokens that passed in a whole generation: no such token was "
+                "among them, or those were special tokens or padding, which are left alone without "
+                "special_tokens=True. See the attachment's report().",
+                UserWarning,
+                stacklevel=4,
             )
 
     def _names_tokens(self) -> bool:

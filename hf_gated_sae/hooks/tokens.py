@@ -6,26 +6,23 @@ the model's own forward is watched for its arguments, and `generate` for where t
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import functools
-import inspect
+import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from types import FrameType, MappingProxyType
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import AttachError, InputError
+from ..errors import AttachError
 from ..interventions import Call, TokenContext, special_token_ids
-from ..sites.probe import unwrap
-from .arguments import ForwardArguments, by_name, cache_in, read, tensors_within
+from .arguments import PLACES, CallFacts, ForwardArguments, by_name, cache_in, read, tensors_within
 from .frames import call_frame, is_running
+from .generation import GenerateBoundary, generation_of
 from .layout import describe_tokens
 from .replay import forwards_of, in_backward, node_number
 from .virtual import VirtualTokens, without_virtual
@@ -34,85 +31,7 @@ if TYPE_CHECKING:
     from .dispatch import Session
 
 
-@dataclass
-class _Generation:
-    """One call of `generate`.
-
-    Attributes:
-        prompt: number of its prompt's columns; None until the first forward if the arguments do not tell.
-        batch: number of rows of its prompt; None if the arguments do not tell.
-        beams: whether it searches with beams, which reorders rows between calls.
-        guided: whether it also calls the model without the prompt, or with a negative one, to be guided away from it.
-    """
-
-    prompt: int | None
-    batch: int | None
-    beams: bool = False
-    guided: bool = False
-    _cache: Any = None
-    _begun: bool = False
-    _others_turn: bool = False
-    _others_prompt: int | None = None
-
-    def prompt_of(self, call: ForwardArguments) -> int | None:
-        """Return where the prompt of one of its calls ends; None if that is this call's end."""
-        return self.prompt if self.owns(call) else self._others_prompt
-
-    def learn_prompt(self, call: ForwardArguments, end: int) -> None:
-        """Take note of a call that ends at a column, which is its prompt's end if it is the first one."""
-        own = self.owns(call)
-        if own:
-            self.prompt = self.prompt or end
-        else:
-            self._others_prompt = self._others_prompt or end
-        if not self._begun:
-            self._cache = call.cache
-        self._begun, self._others_turn = True, own
-
-    def owns(self, call: ForwardArguments) -> bool:
-        """Whether a call goes on from the prompt; the calls that guide it have a cache of their own."""
-        if not self.guided or not self._begun:
-            return True
-        # Without a cache each step is a call of its own followed by one that guides it.
-        return not self._others_turn if self._cache is None else call.cache is self._cache
-
-
-# Generations that are running, by the id of the model without wrappers: another model that is called within one, as
-# by a logits processor, has its own prompt and rows.
-_generations: ContextVar[Mapping[int, _Generation]] = ContextVar("generations", default=MappingProxyType({}))
-
-
-@contextmanager
-def generating(
-    models: Iterable[nn.Module],
-    prompt: int | None,
-    batch: int | None,
-    *,
-    beams: bool = False,
-    guided: bool = False,
-) -> Iterator[None]:
-    """Let the forwards of models within be one generation.
-
-    Args:
-        models: the model that generates, and one that drafts for it, without wrappers.
-        prompt: number of the prompt's columns; None if it is what the first forward is given.
-        batch: number of rows of the prompt; None if that is not known.
-        beams: whether rows are reordered between forwards.
-        guided: whether some of the forwards have another prompt, or none (classifier-free guidance).
-    """
-    running = _generations.get()
-    begun = {}
-    for model in models:
-        # A model that drafts generates within a generation, from a prompt that holds what is generated.
-        outer = running.get(id(model))
-        begun[id(model)] = (
-            _Generation(outer.prompt, outer.batch, outer.beams) if outer else _Generation(prompt, batch, beams, guided)
-        )
-    token = _generations.set({**running, **begun})
-    try:
-        yield
-    finally:
-        _generations.reset(token)
+_warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class _Ignore:
@@ -133,84 +52,6 @@ class _Watch:
 
     def __reduce__(self) -> tuple[type[_Ignore], tuple[()]]:
         return _Ignore, ()
-
-
-class GenerateBoundary:
-    """Stands in for a model's `generate` while something is attached, to remember where the prompt ends.
-
-    It also keeps `generate` from compiling the forward, as it does on a GPU with a static cache: what was compiled
-    earlier would run without the hooks.
-
-    Args:
-        model: the model whose `generate` is called.
-        acting: gives what is attached and acts on a call from here; if nothing, `generate` runs as ever.
-    """
-
-    def __init__(self, model: nn.Module, acting: Callable[[], tuple[Session, ...]]) -> None:
-        functools.update_wrapper(self, model.generate)  # type: ignore[arg-type]  # pipelines ask for its signature
-        self._acting = acting
-        self.replaced = model.__dict__.get("generate")
-        self._model = model
-        self._generate: Callable[..., Any] = model.generate  # type: ignore[assignment]  # nn.Module says Tensor
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call `generate`."""
-        if not self._acting():
-            return self._generate(*args, **kwargs)
-        ids = args[0] if args else kwargs.get("inputs")
-        known = (kwargs.get("inputs_embeds"), ids, kwargs.get("input_ids"))
-        given = next((each for each in known if each is not None), None)
-        if isinstance(given, Tensor) and given.ndim > 1 and not given.shape[1]:
-            raise InputError(
-                f"generate() was called with an empty prompt, {list(given.shape)}; expected at least one token."
-            )
-        rows, columns = given.shape[:2] if isinstance(given, Tensor) and given.ndim > 1 else (None, None)
-        beams = has_beams(self._model, args, kwargs)
-        guided = is_guided(self._model, args, kwargs)
-        args, kwargs = self._uncompiled(args, kwargs)
-        models, assistant = [self._model], kwargs.get("assistant_model")
-        if isinstance(assistant, nn.Module) and kwargs.get("assistant_tokenizer") is None:  # then of the same columns
-            models.append(unwrap(assistant)[0])
-        with generating(models, columns, rows, beams=beams, guided=guided):
-            return self._generate(*args, **kwargs)
-
-    def _uncompiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        parameters = list(inspect.signature(self._generate).parameters)
-        if "generation_config" not in parameters:  # not transformers' own
-            return args, kwargs
-        at = parameters.index("generation_config")
-        config = copy.copy(args[at] if len(args) > at else kwargs.get("generation_config"))
-        if config is None:
-            return args, {**kwargs, "disable_compile": True}
-        config.disable_compile = True
-        if len(args) > at:
-            return (*args[:at], config, *args[at + 1 :]), kwargs
-        return args, {**kwargs, "generation_config": config}
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Give a copied or unpickled model its own plain `generate`."""
-        return _own_generate, (self._model,)
-
-
-def has_beams(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Return whether a call of `generate` asks for beam search."""
-    return (_setting("num_beams", model, args, kwargs) or 1) > 1
-
-
-def is_guided(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Return whether a call of `generate` asks for classifier-free guidance."""
-    return (_setting("guidance_scale", model, args, kwargs) or 1) != 1
-
-
-def _setting(name: str, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | float | None:
-    """Return a number that a call of `generate` is given, or falls back on."""
-    configs = [*args, kwargs.get("generation_config"), getattr(model, "generation_config", None)]
-    named = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
-    return next((number for number in named if isinstance(number, (int, float))), None)
-
-
-def _own_generate(model: nn.Module) -> Any:
-    return type(model).generate.__get__(model)  # type: ignore[attr-defined]  # only models that have it get here
 
 
 @dataclass(frozen=True)
@@ -238,14 +79,13 @@ class TokenTracker:
     Args:
         model: the causal LM, without wrappers.
         acting: gives what is attached and acts on a call from here.
-        caches: names under which the model takes a cache that is no transformers `Cache`.
+        facts: what was proven of the model's calls.
     """
 
-    def __init__(
-        self, model: nn.Module, acting: Callable[[], tuple[Session, ...]], caches: Collection[str] = ()
-    ) -> None:
+    def __init__(self, model: nn.Module, acting: Callable[[], tuple[Session, ...]], facts: CallFacts) -> None:
         self._acting = acting
-        self._caches = tuple(caches)
+        self._facts = facts
+        self._caches = facts.caches
         # Calls of the model that are running: more than one where the model is called from within its own forward.
         self._running: ContextVar[tuple[_Running, ...]] = ContextVar("running", default=())
         self._forwards = forwards_of(model)
@@ -357,7 +197,12 @@ class TokenTracker:
         self._running.set((*self._running.get(), running))
         if not running.sessions:
             return
-        described = self.describe(model, args, kwargs)
+        try:
+            described = self.describe(model, args, kwargs)
+        except Exception as error:
+            for session in running.sessions:
+                session.fail(error)
+            raise
         self._running.set((*self._running.get()[:-1], dataclasses.replace(running, call=described)))
 
     def describe(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
@@ -367,7 +212,9 @@ class TokenTracker:
             AttachError: if an argument is not understood.
         """
         call = read(by_name(self._forward, args, kwargs), self._caches)
-        generation = _generations.get().get(id(model))
+        generation = generation_of(model)
+        if self._facts.padding and generation is None:
+            self._warn_of_padding(model, call)
         # Calls that guide a generation are not prepared by a wrapper, and so have none.
         virtual = self._virtual.of(call, generating=generation is not None and generation.owns(call))
         history = self._history(call.cache, virtual.cached)
@@ -390,6 +237,23 @@ class TokenTracker:
         if generation:
             generation.learn_prompt(call, tokens.end - virtual.columns)
         return Call(tokens, history.kept)
+
+    def _warn_of_padding(self, model: nn.Module, call: ForwardArguments) -> None:
+        """Warn, once per model, if a batch is padded on the left and the model takes the padding for text."""
+        if call.mask is None or model in _warned or (call.places is not None and self._facts.padding == PLACES):
+            return
+        if bool((call.mask[:, 0] != 0).all()):
+            return
+        _warned.add(model)
+        advice = "pad on the right, or call it row by row"
+        if self._facts.padding == PLACES:
+            advice = "pass position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0), as generate() does"
+        warnings.warn(
+            f"{type(model).__name__} was called with padding on the left, where it computes something else than for "
+            f"each row alone: {advice}.",
+            UserWarning,
+            stacklevel=2,
+        )
 
     def end(self, model: nn.Module, args: Any, output: Any) -> None:
         """Take note that it has ended, with this output; None if it failed."""

@@ -6,6 +6,7 @@ puts them into the call as columns of their own, prefix tuning into the cache.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
@@ -108,6 +109,8 @@ class VirtualTokens:
         arguments: Mapping[str, Any]
         if entered is not None and is_running(entered.frame):
             wrapper, arguments = entered.wrapper, entered.arguments
+        elif (caller := _calling_wrapper(self._model())) is not None:
+            wrapper, arguments = caller
         elif generating:
             prepare = vars(self._model()).get("prepare_inputs_for_generation")
             wrapper, arguments = getattr(prepare, "__self__", None), {}
@@ -127,6 +130,22 @@ class VirtualTokens:
 
     def _end(self, *_: Any) -> None:
         self._entered.set(None)
+
+
+def _calling_wrapper(model: nn.Module | None) -> tuple[nn.Module, Mapping[str, Any]] | None:
+    """Return the PEFT wrapper whose forward calls a model now, and its arguments; None if none does.
+
+    It is not known where the model within was given to attach(), and then the wrapper is called.
+    """
+    frame = sys._getframe(1) if "peft" in sys.modules else None
+    while frame is not None:
+        if frame.f_code.co_name == "forward" and str(frame.f_globals.get("__name__")).startswith("peft."):
+            known = frame.f_locals
+            wrapper: Any = known.get("self")
+            if hasattr(wrapper, "active_peft_config") and wrapper.get_base_model() is model:
+                return wrapper, known
+        frame = frame.f_back
+    return None
 
 
 def without_virtual(call: ForwardArguments, virtual: Virtual, past: int) -> ForwardArguments:

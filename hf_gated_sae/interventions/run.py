@@ -81,8 +81,9 @@ class Call:
             )
         if start and (past is None or past.shape[1] < start or past.shape[0] != now.shape[0]):
             raise AttachError(
-                f"{type(owner).__name__} depends on the {start} tokens before, which are in the cache but were "
-                "computed while it was not attached: begin with an empty cache."
+                f"{type(owner).__name__} depends on the {start} tokens before, which are in a cache that it did not "
+                "see being filled: they were computed before it was attached, or the cache is a copy. Begin with an "
+                "empty cache."
             )
         whole = now if past is None or not start else torch.cat([past[:, :start].to(now.device), now], 1)
         self.histories[owner] = whole.detach()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessor, RwkvConfig, RwkvForCausalLM
 
-from hf_gated_sae import Ablate, Clamp, Splice, Steer, attach
+from hf_gated_sae import Ablate, Clamp, Splice, Steer, TokenIds, attach
 from hf_gated_sae.errors import AttachError
 from tests.hooks.support import (
     FAMILIES,
@@ -355,3 +355,52 @@ def test_the_calls_that_guide_a_generation_have_a_prompt_of_their_own(negative, 
     own = 0 if negative is None else negative.shape[1] - 1
     assert places == {row: sorted({own, PROMPT - 1}) for row in range(2)}
     assert sizes[1] == 4 and sizes[-1] == (4 if use_cache else 16)  # two rows each, once or in each of four steps
+
+
+def test_another_model_that_is_called_while_one_generates_has_its_own_prompt_and_rows():
+    model, other, sae = model_of("llama"), tiny_model("gpt2"), make_sae()
+
+    class Asks(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            with torch.no_grad():
+                other(input_ids[:1, :4])
+            return scores
+
+    plain = Steer(sae, 3, strength=6.0, unit="raw", positions="last_prompt", rows=[0])
+    with attach(model, edit_of(sae)), attach(other, plain) as handle:
+        model.generate(IDS, max_new_tokens=3, min_new_tokens=3, do_sample=False, logits_processor=[Asks()])
+    assert handle.report().interventions[0].positions == {0: [3]}
+
+
+def test_a_generation_in_which_no_token_was_edited_is_told_of():
+    model, sae = model_of("llama"), make_sae()
+    absent = Steer(sae, 3, strength=6.0, unit="raw", positions=TokenIds([96]))
+    with pytest.warns(UserWarning, match="edited none of the 16 tokens"), attach(model, absent):
+        generate(model, IDS, max_new_tokens=3, min_new_tokens=3, suppress_tokens=[96])
+
+
+def test_a_generation_in_which_all_tokens_were_edited_though_some_are_meant_is_an_error(monkeypatch):
+    """As when every step of a generation is taken for its prompt."""
+    model, sae = model_of("llama"), make_sae()
+    monkeypatch.setattr("hf_gated_sae.hooks.layout.ForwardArguments.inputs", property(lambda call: call.ids))
+    with (
+        pytest.raises(AttachError, match="edited all 20 tokens of a generation"),
+        attach(model, edit_of(sae, "prompt")),
+    ):
+        monkeypatch.setattr("hf_gated_sae.hooks.tokens.generation_of", lambda model: None)
+        monkeypatch.setattr("hf_gated_sae.hooks.arguments._the_cache", lambda call, names: None)
+        generate(model)
+
+
+def test_an_error_in_another_thread_is_raised_at_the_end():
+    """Continuous batching runs in a thread of its own and writes errors to a log."""
+    model = tiny_model("llama")
+    config = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=16, block_size=16)
+    with (
+        pytest.raises(AttachError, match="failed in another thread.*packs several sequences"),
+        attach(model, edit_of(make_sae(), "generated"), all_threads=True),
+    ):
+        model.generate_batch(
+            [IDS[0].tolist()], generation_config=config, continuous_batching_config=small, warmup=False
+        )

@@ -12,7 +12,18 @@ from transformers import AutoModelForCausalLM
 
 from hf_gated_sae import Ablate, Clamp, ProjectOut, Splice, Steer, attach, capture
 from hf_gated_sae.errors import AttachError
-from tests.hooks.support import IDS, SHARED, block, close, hand_made, live_latents, logits_of, make_sae, model_of
+from tests.hooks.support import (
+    IDS,
+    SHARED,
+    block,
+    close,
+    hand_made,
+    live_latents,
+    logits_of,
+    make_sae,
+    model_of,
+    steer,
+)
 from tests.support.tiny_models import tiny_model
 
 
@@ -306,3 +317,16 @@ def test_peft():
         model.generate(input_ids=IDS, max_new_tokens=3, min_new_tokens=3)
         assert handle.report().interventions[0].positions[0] == [6, 7]
     assert torch.equal(logits_of(model), clean)
+
+
+@pytest.mark.parametrize("site", ["attn_z.1", "model.layers.1.self_attn.o_proj.output"])
+def test_a_module_that_is_wrapped_while_it_is_attached_to_is_told_of(site):
+    """What LoRA adds beside the module would not see the edit, or not be seen."""
+    model = tiny_model("llama")
+    with attach(model, steer(site=site), check=False):
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["o_proj"]))
+        with pytest.raises(AttachError, match=r"o_proj', where .* is, was replaced by a Linear.*attach\(\) again"):
+            logits_of(model)
+    with attach(model, steer(site="attn_z.1"), check=False) as handle:
+        logits_of(model)
+    assert handle.report().interventions[0].edited == 12

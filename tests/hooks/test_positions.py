@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from hf_gated_sae import Ablate, Clamp, Splice, Steer, attach
+from hf_gated_sae import Ablate, Clamp, Splice, Steer, attach, capture
 from tests.hooks.support import (
     FAMILIES,
     block,
@@ -149,6 +149,56 @@ def test_packed_sequences_count_by_their_position_ids():
         logits_of(model, ids, position_ids=places)
     entry = handle.report().interventions[0]
     assert entry.edited == 2 and entry.positions == {0: [1]}
+
+
+# Two sequences of 4 and 3 tokens in one row, told apart by their places alone, as DataCollatorWithFlattening gives them.
+PACKED = torch.tensor([[11, 54, 33, 78, 60, 41, 22]])
+PLACES = torch.tensor([[0, 1, 2, 3, 0, 1, 2]])
+
+
+@pytest.mark.parametrize(
+    ("positions", "columns"),
+    [
+        ("all", range(7)),
+        ("prompt", range(7)),
+        ("last_prompt", [3, 6]),
+        ([-1], [3, 6]),
+        ([0, 3], [0, 3, 4]),
+        (slice(-2, None), [2, 3, 5, 6]),
+        (slice(1, 3), [1, 2, 5, 6]),
+        ("generated", []),
+    ],
+    ids=str,
+)
+def test_packed_sequences_are_separate(positions, columns):
+    model, sae = model_of("llama"), make_sae()
+    where = torch.zeros(7, 1)
+    where[list(columns)] = 6.0
+    with hand_made(block(model, "llama"), lambda x: x + where * sae.W_dec[3]):
+        expected = logits_of(model, PACKED, position_ids=PLACES)
+    with attach(model, edit_of(positions)):
+        close(logits_of(model, PACKED, position_ids=PLACES), expected, 1e-5)
+
+
+def test_a_window_does_not_reach_into_the_sequence_before():
+    model, sae = model_of("llama"), make_sae()
+    kept = capture(model, sae, input_ids=PACKED, position_ids=PLACES)[sae][0]
+    latent = int(
+        (kept[3] > 0).logical_and((kept[4:] == 0).all(0)).nonzero()[0]
+    )  # on at the first's end, off in the second
+    edit = Clamp(sae, {7: 9.0}, when={latent: 0.0}, window=4)
+    with attach(model, edit, check=False) as handle:
+        logits_of(model, PACKED, position_ids=PLACES)
+    [record] = handle.report().interventions
+    first = [index for index in range(4) if (kept[max(index - 3, 0) : index + 1, latent] > 0).any()]
+    assert record.edited == len(first) and record.positions == {0: first}
+
+
+def test_places_that_begin_elsewhere_count_from_0():
+    model = model_of("llama")
+    with attach(model, edit_of([0, -1])) as handle:
+        logits_of(model, PACKED, position_ids=torch.arange(5, 12)[None])
+    assert handle.report().interventions[0].positions == {0: [0, 6]}
 
 
 def test_the_models_own_special_tokens_count_not_fixed_numbers():

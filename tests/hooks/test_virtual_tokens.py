@@ -155,6 +155,14 @@ def test_the_model_within_called_by_itself_has_no_virtual_tokens():
     assert handle.report().interventions[0].edited == 8
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_wrapper_may_be_called_where_what_it_wraps_was_attached_to(method):
+    model = wrapped(method)
+    with torch.no_grad(), attach(model.get_base_model(), steer(positions=[0, -1])) as handle:
+        model(input_ids=IDS, attention_mask=MASK)
+    assert handle.report().interventions[0].positions == {0: [0, 5], 1: [0, 3]}
+
+
 def test_virtual_tokens_between_tokens_are_refused():
     model = wrapped("prompt")
     with torch.no_grad(), attach(model, steer()):

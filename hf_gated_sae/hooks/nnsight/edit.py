@@ -20,10 +20,11 @@ from ...sites.transforms import view
 from ..attach import Attachment, attach, require_fit, sites_of
 from ..carry import carry_out
 from ..check import Check
-from ..continuation import caches_of
+from ..continuation import facts_of
 from ..dispatch import is_attached, prove
+from ..generation import generating, has_beams, is_guided
 from ..report import AttachReport
-from ..tokens import TokenTracker, generating, has_beams, is_guided
+from ..tokens import TokenTracker
 
 
 class _Carrier:
@@ -45,7 +46,7 @@ class _Carrier:
         self.attachment = attachment
         self.root = envoys[id(model)]
         self._counts_rows = type(lm)._batch_size is not Envoy._batch_size  # which says one for whatever it is given
-        self._tracker = TokenTracker(model, lambda: (attachment,), caches_of(model))
+        self._tracker = TokenTracker(model, lambda: (attachment,), facts_of(model))
         self._stops: list[tuple[Slot, Any, Callable[..., Any]]] = [
             (slot, envoys[id(slot.module)], slot.hook(partial(self._act, slot.place), tokens=self._tracker.shape))
             for slot in attachment.slots

@@ -10,7 +10,7 @@ import torch
 from ...interventions import special_token_ids
 from ...sites.slots import get_tensor, put_tensor
 from ..attach import Attachment
-from ..continuation import caches_of
+from ..continuation import facts_of
 from ..layout import number_tokens
 from .portable import BLOCK, by_value, portable
 
@@ -141,7 +141,7 @@ def to_send(root: Any, envoys: Any, names: list[str], attachment: Attachment) ->
         special_token_ids(root._module),
         Iterations(),
         names,
-        caches_of(root._module),
+        facts_of(root._module).caches,
         by_value(get_tensor),
         by_value(put_tensor),
     )
