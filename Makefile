@@ -1,6 +1,7 @@
 # make demo   installs into .venv and runs the demo
 # make test   installs the test tools too, then lint, types, doctests and the whole suite
 # make fuzz   many more damaged checkpoints of every format than make test tries
+# make test-matrix  the suite with the oldest and the newest versions that are promised, and the wheel as users get it
 # make test-torchao the tests with models that torchao quantised; installed, it would slow down every other start
 # make test-peers   compares with the libraries that write other layouts, which get an environment of their own
 PYTHON ?= python3
@@ -8,9 +9,15 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
 TORCHAO := .venv-torchao
+OLDEST := .venv-oldest
+NEWEST := .venv-newest
+WHEEL := .venv-wheel
+TORCH ?= $$(grep '^torch==' constraints.txt)
+INSTALL := -m pip install --quiet --disable-pip-version-check
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint types suite fuzz test-torchao test-peers benchmark assets cards clean
+.PHONY: demo test lint types suite fuzz test-matrix test-oldest test-newest test-wheel test-torchao test-peers \
+	benchmark assets cards clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hf-gated-sae demo
@@ -33,6 +40,23 @@ test-peers: $(VENV)/.installed-test $(PEERS)/.installed
 		$(PEERS)/bin/python tests/peers/owners/write_$$owner.py build/peers/$$owner || exit 1; \
 	done
 	SAE_PEERS=build/peers $(BIN)/python -m pytest -q tests/peers
+
+test-matrix: test-wheel test-newest test-oldest
+
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest -q -m "not benchmark" tests
+
+test-newest: $(NEWEST)/.installed
+	$(NEWEST)/bin/python -m pytest -q -m "not benchmark" tests
+
+# Without constraints, away from the sources: what `pip install hf-gated-sae` gives has to show an effect.
+test-wheel:
+	rm -rf $(WHEEL) build/wheel
+	$(PYTHON) -m venv $(WHEEL)
+	$(WHEEL)/bin/python $(INSTALL) $(TORCH)
+	$(WHEEL)/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
+	$(WHEEL)/bin/python $(INSTALL) $(TORCH) build/wheel/*.whl
+	cd build/wheel && ../../$(WHEEL)/bin/hf-gated-sae demo
 
 test-torchao: $(TORCHAO)/.installed
 	$(TORCHAO)/bin/python -m pytest -q tests/hooks/test_quantised.py
@@ -60,6 +84,18 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) --editable ".[test]"
 	touch $@
 
+$(OLDEST)/.installed: pyproject.toml tests/matrix/oldest.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python $(INSTALL) $(TORCH)
+	$(OLDEST)/bin/python $(INSTALL) $(TORCH) --requirement tests/matrix/oldest.txt --editable ".[test]"
+	touch $@
+
+$(NEWEST)/.installed: pyproject.toml
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python $(INSTALL) $(TORCH)
+	$(NEWEST)/bin/python $(INSTALL) --upgrade --upgrade-strategy eager $(TORCH) --editable ".[test]"
+	touch $@
+
 $(TORCHAO)/.installed: pyproject.toml constraints.txt
 	test -x $(TORCHAO)/bin/python || $(PYTHON) -m venv $(TORCHAO)
 	$(TORCHAO)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
@@ -76,4 +112,4 @@ $(PEERS)/.installed: tests/peers/requirements.txt constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(TORCHAO) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) $(TORCHAO) $(OLDEST) $(NEWEST) $(WHEEL) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -62,6 +62,10 @@ class PublishError(SAEError, RuntimeError):
     """An SAE cannot be published as asked."""
 
 
+class VersionError(SAEError, ImportError):
+    """Another library is installed in a version that this one is not tested with."""
+
+
 def reason(error: BaseException) -> str:
     """Return why something failed, in the system's own words if it was the system that said no."""
     found: BaseException | None = error

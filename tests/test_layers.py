@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "hf_gated_sae"
 FLOORS = [
-    {"errors", "registry", "auto"},
+    {"errors", "registry", "auto", "versions"},
     {"functional", "storage"},
     {"modeling"},
     {"architectures"},

@@ -1,13 +1,17 @@
 """Back-ends that carry interventions out on a model that the user already holds: torch forward hooks."""
 
-from .attach import Attachment, attach
-from .attribution import Attribution, attribute
-from .capture import capture
-from .check import AttachCheck
-from .harvest import Harvest, harvest
-from .report import AttachReport, InterventionReport
-from .saving import save_activations
-from .shards import ActivationShards
+from ..versions import require_supported
+
+require_supported("torch", "transformers", "accelerate")  # before their modules are asked for what may have moved
+
+from .attach import Attachment, attach  # noqa: E402
+from .attribution import Attribution, attribute  # noqa: E402
+from .capture import capture  # noqa: E402
+from .check import AttachCheck  # noqa: E402
+from .harvest import Harvest, harvest  # noqa: E402
+from .report import AttachReport, InterventionReport  # noqa: E402
+from .saving import save_activations  # noqa: E402
+from .shards import ActivationShards  # noqa: E402
 
 __all__ = [
     "ActivationShards",

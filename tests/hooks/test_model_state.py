@@ -319,6 +319,7 @@ def test_peft():
     assert torch.equal(logits_of(model), clean)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
 @pytest.mark.parametrize("site", ["attn_z.1", "model.layers.1.self_attn.o_proj.output"])
 def test_a_module_that_is_wrapped_while_it_is_attached_to_is_told_of(site):
     """What LoRA adds beside the module would not see the edit, or not be seen."""

@@ -151,7 +151,8 @@ def test_packed_sequences_count_by_their_position_ids():
     assert entry.edited == 2 and entry.positions == {0: [1]}
 
 
-# Two sequences of 4 and 3 tokens in one row, told apart by their places alone, as DataCollatorWithFlattening gives them.
+# Two sequences of 4 and 3 tokens in one row, told apart by their places alone, as DataCollatorWithFlattening gives
+# them.
 PACKED = torch.tensor([[11, 54, 33, 78, 60, 41, 22]])
 PLACES = torch.tensor([[0, 1, 2, 3, 0, 1, 2]])
 
@@ -183,12 +184,11 @@ def test_packed_sequences_are_separate(positions, columns):
 def test_a_window_does_not_reach_into_the_sequence_before():
     model, sae = model_of("llama"), make_sae()
     kept = capture(model, sae, input_ids=PACKED, position_ids=PLACES)[sae][0]
-    latent = int(
-        (kept[3] > 0).logical_and((kept[4:] == 0).all(0)).nonzero()[0]
-    )  # on at the first's end, off in the second
+    # On at the end of the first sequence, off in the second.
+    latent = int((kept[3] > 0).logical_and((kept[4:] == 0).all(0)).nonzero()[0])
     edit = Clamp(sae, {7: 9.0}, when={latent: 0.0}, window=4)
     with attach(model, edit, check=False) as handle:
-        logits_of(model, PACKED, position_ids=PLACES)
+        logits_of(model, PACKED, position_ids=PLACES, use_cache=False)
     [record] = handle.report().interventions
     first = [index for index in range(4) if (kept[max(index - 3, 0) : index + 1, latent] > 0).any()]
     assert record.edited == len(first) and record.positions == {0: first}

@@ -14,7 +14,11 @@ gets a ``save``, and `torch.Tensor.backward` is replaced).
         lm.model.layers[5].latents[..., 42] = 10.0
 """
 
-from .edit import edit, report
-from .envoys import sae_envoys
+from ...versions import require_supported
+
+require_supported("nnsight")
+
+from .edit import edit, report  # noqa: E402
+from .envoys import sae_envoys  # noqa: E402
 
 __all__ = ["edit", "report", "sae_envoys"]
