@@ -244,3 +244,20 @@ def test_a_broken_stored_report_is_refused(model, batches):
         FidelityReport.from_dict({name: value for name, value in values.items() if name != "loss_clean"})
     with pytest.raises(InputError, match="expected a mapping"):
         FidelityReport.from_dict({**values, "metrics": 3})
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_padding_on_the_left_changes_no_number(family):
+    """Positions follow the mask, as in `generate`, where the model counts columns by itself (GPT-2)."""
+    model, generator = tiny_model(family), torch.Generator().manual_seed(0)
+    ids, attention = torch.zeros(4, 12, dtype=torch.long), torch.zeros(4, 12, dtype=torch.long)
+    rows = [torch.randint(3, 97, (length,), generator=generator) for length in (12, 7, 9, 4)]
+    for number, row in enumerate(rows):
+        ids[number, 12 - len(row) :], attention[number, 12 - len(row) :] = row, 1
+    torch.manual_seed(0)
+    sae = sae_with(torch.randn(64, D) * 0.2, F.normalize(torch.randn(64, D), dim=-1))
+    padded = evaluate(model, sae, [{"input_ids": ids, "attention_mask": attention}])
+    alone = evaluate(model, sae, [row[None] for row in rows])
+    assert padded.loss_clean == pytest.approx(alone.loss_clean, rel=1e-5)
+    assert padded.loss_spliced == pytest.approx(alone.loss_spliced, rel=1e-5)
+    assert padded.metrics.fvu == pytest.approx(alone.metrics.fvu, rel=1e-5)
