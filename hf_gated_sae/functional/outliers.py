@@ -31,6 +31,25 @@ def norm_limit(x: Tensor, multiple: float = OUTLIER_MULTIPLE) -> float:
     return multiple * float(norms(x).flatten().median())
 
 
+def largest_share(x: Tensor, tokens: float = 0.01) -> float:
+    """Return which share of the variance the few tokens that are farthest from the mean hold.
+
+    Args:
+        x: activations ``[n, d]``.
+        tokens: how many tokens are few, as a share of all; at least one.
+
+    Returns:
+        From 0 to 1; NaN if there is no variance.
+
+    >>> import torch
+    >>> round(largest_share(torch.tensor([[1.0], [-1.0]] * 99 + [[60.0], [-60.0]])), 4)
+    0.9732
+    """
+    distances = (x.detach().double() - x.detach().double().mean(0)).square().sum(-1)
+    few = distances.topk(max(1, int(tokens * len(distances)))).values if len(distances) else distances
+    return float(few.sum() / distances.sum())
+
+
 def is_outlier(x: Tensor, limit: float | None) -> Tensor:
     """Return which activations are outliers, ``[..., d] -> [...]`` bool; none are where there is no limit."""
     found = norms(x)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import AttachError, InputError, UnknownNameError, unknown_name
 from ..functional.live import LiveLatents
+from ..interventions import special_token_ids
 from ..interventions.base import require_written_width, sites_read, sites_written
 from ..modeling import SAEModel
 from ..sites import Slot
@@ -164,7 +165,8 @@ def attribute(
         metric: given the model's output; returns one number.
         method: ``"gradient"`` or ``"integrated"``.
         steps: number of points on the way, each one more forward and backward; of ``"integrated"`` only.
-        special_tokens: also of the model's BOS, EOS and padding tokens, where SAEs are usually not trained.
+        special_tokens: also of special tokens, on which SAEs are usually not trained: those that an SAE has recorded,
+            or else those of the model, see `special_token_ids`.
         **inputs: the model's inputs, such as ``input_ids`` and ``attention_mask``. Where padding stands before tokens,
             ``position_ids`` are derived from the mask, unless they are given.
 
@@ -187,8 +189,11 @@ def attribute(
     read, slots = _proven(model, chosen)
     whole = _Pass(model, chosen, slots, metric, with_positions(model, inputs))
     value, gradients, seen = whole.run()
-    counted = CountedTokens.of(model, inputs, special_tokens=special_tokens)
-    parts = [_Part(sae, read[sae], slots, seen, counted) for sae in chosen]
+    parts = []
+    for sae in chosen:
+        special = special_token_ids(model, sae)
+        counted = CountedTokens.of(model, inputs, special_tokens=special_tokens, special_ids=special)
+        parts.append(_Part(sae, read[sae], slots, seen, counted))
     if method == "integrated":
         gradients = whole.mean_gradients(parts, steps)
     return Attribution(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -111,13 +111,20 @@ def _first_position(root: nn.Module) -> int | None:
     return _FIRST[root]
 
 
-def counted_positions(model: PreTrainedModel, inputs: Mapping[str, Any], *, special_tokens: bool = False) -> Tensor:
-    """Return which positions count: by default all but padding and the model's BOS, EOS and padding tokens.
+def counted_positions(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Any],
+    *,
+    special_tokens: bool = False,
+    special_ids: Sequence[int] | None = None,
+) -> Tensor:
+    """Return which positions count: by default all but padding and special tokens.
 
     Args:
         model: the causal LM.
         inputs: from `model_inputs`, or what else its forward takes: ``inputs_embeds`` instead of ``input_ids``.
         special_tokens: count special tokens too; padding never counts.
+        special_ids: which tokens are special; those of the model by default, see `special_token_ids`.
 
     Returns:
         Mask ``[B, S]``, True at positions that count.
@@ -128,7 +135,9 @@ def counted_positions(model: PreTrainedModel, inputs: Mapping[str, Any], *, spec
     attention = attention if isinstance(attention, Tensor) and attention.ndim == 2 else None
     if special_tokens:
         return every if attention is None else attention[:, -tokens.shape[1] :].to(tokens.device) != 0
-    special = special_token_mask(model, ids, attention)
+    special = special_token_mask(
+        model, ids, attention, ids=None if special_ids is None else torch.tensor(special_ids, dtype=torch.int64)
+    )
     return every if special is None else ~special[:, -tokens.shape[1] :]
 
 
