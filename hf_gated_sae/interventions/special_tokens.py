@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modeling import SAEModel
-from ..sites.probe import unwrap
+from ..sites.probe import embedding_of, unwrap
 
 _TOKENIZERS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 _OF_TOKENIZER: weakref.WeakKeyDictionary[nn.Module, list[int]] = weakref.WeakKeyDictionary()
@@ -26,11 +26,12 @@ def own_tokenizer(root: nn.Module) -> Any:
         The tokenizer; or the reason why there is none, as a text.
     """
     if root not in _TOKENIZERS:
-        _TOKENIZERS[root] = _found_tokenizer(getattr(root, "config", None))
+        _TOKENIZERS[root] = _found_tokenizer(root)
     return _TOKENIZERS[root]
 
 
-def _found_tokenizer(config: Any) -> Any:
+def _found_tokenizer(root: nn.Module) -> Any:
+    config: Any = getattr(root, "config", None)
     name = getattr(config, "name_or_path", "")
     if not name:
         return "the model does not say where it was loaded from"
@@ -39,9 +40,14 @@ def _found_tokenizer(config: Any) -> Any:
     commit = getattr(config, "_commit_hash", None)
     pinned = {"revision": commit} if commit else {}
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False, **pinned)
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False, **pinned)
+        known = len(tokenizer)
     except Exception as error:  # each kind of tokenizer fails in its own way where files or packages are missing
         return f"{name!r} has no tokenizer on this machine ({type(error).__name__})"
+    weight = getattr(embedding_of(root), "weight", None)
+    if isinstance(weight, Tensor) and 2 * known < weight.shape[0]:  # transformers makes some up without a vocabulary
+        return f"{name!r} has no tokenizer on this machine (one of {known} tokens, for {weight.shape[0]} of the model)"
+    return tokenizer
 
 
 def special_ids_of(tokenizer: Any) -> list[int]:

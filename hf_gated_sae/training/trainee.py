@@ -222,8 +222,10 @@ class Trainee:
         one size; NaN where there is no other.
         """
         given, written = inputs[self.reads], inputs[self.writes]
-        outlier = self.outliers(inputs)
-        self._outliers = int(outlier.sum())
+        self._outliers = 0
+        if self.limits != (None, None):
+            outlier = self.outliers(inputs)
+            self._outliers = int(outlier.sum())
         if self._outliers:
             rows = _instead_of(outlier)
             given, written = (

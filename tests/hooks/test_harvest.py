@@ -158,6 +158,47 @@ def test_special_tokens_can_be_kept_but_never_padding():
     assert any((each.token_ids == 1).any() for each in kept) and all((each.token_ids != 0).all() for each in kept)
 
 
+def test_tokens_can_be_left_out_for_the_norm_of_their_activation():
+    model, sae, [batch] = model_of("llama"), make_sae(), padded_batches(1)
+    [every] = harvest(model, [*SITES, sae], [batch])
+    length = {site: every[site].norm(dim=-1) for site in SITES}
+    limit = float(length[SITES[0]].median())
+    for given, kept in (
+        ({SITES[0]: limit}, length[SITES[0]] <= limit),
+        (dict.fromkeys(SITES, limit), (length[SITES[0]] <= limit) & (length[SITES[1]] <= limit)),
+    ):
+        [some] = harvest(model, [*SITES, sae], [batch], norm_limit=given)
+        assert 0 < len(some) == int(kept.sum()) < len(every)
+        for name in ("token_ids", "documents", "positions"):
+            assert torch.equal(getattr(some, name), getattr(every, name)[kept])
+        assert torch.equal(some[SITES[1]], every[SITES[1]][kept])
+        assert torch.allclose(some[sae].dense(), every[sae].dense()[kept], atol=1e-6)
+    x = next(harvest(model, SITE, [batch]))[SITE].norm(dim=-1)
+    for each in (sae, make_sae("temporal")):  # one number is for all sites that are read
+        [some] = harvest(model, each, [batch], norm_limit=float(x.median()))
+        assert torch.equal(some.token_ids, every.token_ids[x <= x.median()])
+
+
+def test_which_tokens_are_special_can_be_said():
+    [batch] = padded_batches(1)
+    [some] = harvest(model_of("llama"), SITES, [batch], special_ids=[2])
+    real = batch["input_ids"][batch["attention_mask"] == 1]
+    assert torch.equal(some.token_ids, real[real != 2]) and (some.token_ids == 1).any()
+
+
+@pytest.mark.parametrize(
+    ("limit", "error", "message"),
+    [
+        ({"resid_post.1": 3.0}, UnknownNameError, "norm_limit"),
+        (-1.0, InputError, "positive"),
+        ({"resid_post.0": True}, InputError, "positive"),
+    ],
+)
+def test_limits_that_mean_nothing_are_refused(limit, error, message):
+    with pytest.raises(error, match=message):
+        harvest(model_of("llama"), SITES, [], norm_limit=limit)
+
+
 def test_a_batch_may_have_no_token_that_counts():
     empty = {"input_ids": torch.ones(2, 3, dtype=torch.long)}
     [nothing, something] = harvest(model_of("llama"), [SITES[0], make_sae()], [empty, torch.tensor([5, 6, 7])])

@@ -45,6 +45,18 @@ def test_the_tokenizer_is_looked_for_once_and_on_this_machine_only(model, monkey
     assert own_tokenizer(model) is own_tokenizer(model) and calls == [True]
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "bert"])
+def test_a_tokenizer_that_is_made_up_for_want_of_files_says_nothing(tmp_path, family):
+    """Its few tokens would have the ids of other ones."""
+    tiny_model(family).save_pretrained(tmp_path)
+    made_up = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(made_up) < 10 and made_up.all_special_ids
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    model.generation_config.bos_token_id = model.config.bos_token_id = 50
+    model.generation_config.pad_token_id = model.config.pad_token_id = None
+    assert special_token_ids(model) == [2, 50]
+
+
 def test_what_an_sae_recorded_comes_first(model):
     sae, other = make_sae(), make_sae(seed=1)
     sae.config.special_token_ids = [9, 2]

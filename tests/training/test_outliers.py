@@ -12,9 +12,10 @@ import torch
 from hf_gated_sae.errors import CheckpointError, InputError, TrainingError
 from hf_gated_sae.evaluation import evaluate
 from hf_gated_sae.functional.outliers import OUTLIER_MULTIPLE, is_outlier, largest_share, norm_limit
+from hf_gated_sae.hooks import save_activations
 from hf_gated_sae.modeling import SAEModel
 from hf_gated_sae.publishing.trained import leave
-from hf_gated_sae.training import ModelActivations, SAETrainer, TensorActivations
+from hf_gated_sae.training import ModelActivations, SAETrainer, ShardActivations, TensorActivations
 from hf_gated_sae.training.run import Run, assemble
 from hf_gated_sae.training.statistics import measure
 from tests.support.tiny_models import tiny_model
@@ -199,3 +200,17 @@ def test_a_run_file_leaves_them_out_and_its_card_says_so(small, tmp_path):
     assert "outliers left out" in card
     off = assemble({**small, "training": {**small["training"], "outlier_multiple": None}})
     assert off.training["outlier_multiple"] is None
+
+
+def test_shards_say_which_tokens_they_are_without(arguments, tmp_path):
+    model, site = sink_model(), "resid_pre.1"
+    batches = [torch.randint(0, 97, (4, 32), generator=torch.Generator().manual_seed(n)) for n in range(8)]
+    kept = save_activations(tmp_path / "all", model, site, batches, special_tokens=True)
+    some = save_activations(tmp_path / "some", model, site, batches, special_ids=[1, 5], norm_limit=20.0)
+    assert ShardActivations(kept).special_ids == () and ShardActivations(some).special_ids == (1, 5)
+    assert some.index["norm_limit"] == 20.0 and len(some) < len(kept) == 8 * 128
+    del kept.index["special_token_ids"]  # as they were written once
+    assert ShardActivations(kept).special_ids is None
+    sae = build("gated", 32, site=site)
+    quiet(SAETrainer(sae, arguments(), ShardActivations(some))).train()
+    assert sae.config.special_token_ids == [1, 5]
