@@ -14,15 +14,22 @@ from transformers import PreTrainedModel
 
 from ..errors import InputError
 from ..functional import FidelityAccumulator, loss_recovered
+from ..functional.outliers import OUTLIER_MULTIPLE, is_outlier, norm_limit
 from ..hooks import attach, capture
 from ..hooks.observation import CountedTokens
 from ..hooks.token_batches import TokenBatches, model_inputs
-from ..interventions import AblateSite, Intervention, Splice
+from ..interventions import AblateSite, Splice, special_token_ids
 from ..modeling import SAEModel
 from .report import LEFT_OUT, FidelityReport
 
 CHUNK = 4096
 """Activations encoded at a time; what bounds the memory for ``[n, d_sae]`` latents."""
+
+LIMIT_SAMPLE = 4096
+"""Activations, the first ones of the text, of which the median norm is taken where an SAE has recorded no limit."""
+
+MOST = 0.5
+"""Share of the variance from which it is worth a warning that outliers hold it."""
 
 SMALL_GAP = 0.02
 """Nats per token that a zero-ablation must cost before a ratio to it says much."""
@@ -35,6 +42,7 @@ def evaluate(
     batches: TokenBatches,
     *,
     record: bool = False,
+    outlier_multiple: float | None = OUTLIER_MULTIPLE,
     progress: Callable[[int], None] | None = None,
 ) -> FidelityReport:
     """Measure an SAE in its model, in one pass over the text.
@@ -44,11 +52,15 @@ def evaluate(
         sae: the SAE; its configuration names the site.
         batches: token ids ``[B, S]``, or mappings with ``input_ids`` and ``attention_mask``.
         record: also store in the SAE what was measured: `max_activation` and `mean_activation`, and, in its
-            configuration, FVU, L0 and norm, with which `attach` compares what it finds.
+            configuration, FVU, L0 and norm, with which `attach` compares what it finds, and what was left out.
+        outlier_multiple: which activations are outliers, for an SAE that has recorded no `norm_limit`: those with a
+            norm above so many times the median of the first 4,096 of the text. None for none.
         progress: called after each batch with the number of activations measured so far.
 
     Returns:
-        The report. Padding and special tokens are left out everywhere, see `FidelityReport.positions_left_out`.
+        The report. Padding and special tokens are left out everywhere, those that the SAE has recorded or else those
+        of the model, see `special_token_ids`. Outliers are left out of the metrics and of what is recorded, except
+        where a metric's name says otherwise; the three losses are of the model with all tokens that count replaced.
 
     Raises:
         InputError: if the SAE names no site, writes another site than it reads, or the text has no countable token.
@@ -56,10 +68,10 @@ def evaluate(
         ShapeError: if what passes the site, or the model's output, does not have one vector for each token.
     """
     require_reconstructing(sae)
-    splice = Splice(sae)
-    site = str(splice.place)
-    arms: dict[str, Intervention | None] = {"clean": None, "spliced": splice, "zero": AblateSite(site)}
-    accumulator = FidelityAccumulator(sae.config.d_sae, sae.b_dec)
+    site = str(Splice(sae).place)
+    arms = ("clean", "spliced", "zero")
+    special = special_token_ids(model, sae)
+    measured = _Activations(sae, outlier_multiple)
     sums = dict.fromkeys(arms, 0.0)
     left_out = loss_tokens = 0
     was_training = model.training
@@ -67,16 +79,17 @@ def evaluate(
     try:
         for batch in batches:
             inputs = model_inputs(model, batch)
-            counted = CountedTokens.of(model, inputs)
-            _add_activations(accumulator, sae, counted.chosen(capture(model, [site], **inputs)[site], site))
+            counted = CountedTokens.of(model, inputs, special_ids=special)
+            measured.add(counted.chosen(capture(model, [site], **inputs)[site], site))
             targets = next_token_targets(inputs["input_ids"], counted.mask)
-            for name, intervention in arms.items():
+            here: dict[str, Any] = {"positions": counted.mask, "special_tokens": True}  # the same tokens in all arms
+            for name, intervention in zip(arms, (None, Splice(sae, **here), AblateSite(site, **here)), strict=True):
                 with nullcontext() if intervention is None else attach(model, intervention, check=False):
                     sums[name] += summed_loss(counted.columns(model(**inputs).logits, "the model's output"), targets)
             loss_tokens += int((targets >= 0).sum())
             left_out += int((~counted.mask).sum())
             if progress is not None:
-                progress(accumulator.tokens)
+                progress(measured.tokens)
     finally:
         model.train(was_training)
     if not loss_tokens:
@@ -84,10 +97,13 @@ def evaluate(
             "The text has no token to predict from another; expected at least two tokens that are not special."
         )
     losses = {name: total / loss_tokens for name, total in sums.items()}
-    report = _report(sae, accumulator, losses, loss_tokens, left_out)
+    accumulator = measured.finish()
+    left = {"tokens_left_out": left_out, "special_token_ids": tuple(special), "norm_limit": measured.limit}
+    report = _report(sae, accumulator, losses, loss_tokens, left)
     if record:
         latents = (accumulator.max_activation, accumulator.mean_activation)
         sae.record_statistics(*latents, accumulator.tokens, metrics=report.metrics)
+        sae.config.special_token_ids, sae.config.norm_limit = special, measured.limit
     return report
 
 
@@ -144,18 +160,60 @@ def summed_loss(logits: Tensor, targets: Tensor) -> float:
     return float(sum(row.double() for row in rows))
 
 
-def _add_activations(accumulator: FidelityAccumulator, sae: SAEModel, activations: Tensor) -> None:
-    """Add the counted activations of one batch, ``[n, d_in]``."""
-    for x in activations.to(sae.W_dec).split(CHUNK):
-        output, frame = sae(x), sae.frame(x)
-        constant = None if frame is None else frame.leave(sae.b_dec)  # what it writes when no latent is on
-        accumulator.update(x, output.reconstruction, output.latents, constant=constant)
+class _Activations:
+    """Measures an SAE on activations, of which outliers are kept apart.
+
+    Args:
+        sae: the SAE; its configuration may state the norm above which an activation is an outlier.
+        multiple: how many times the median norm that is otherwise; None if there are no outliers.
+
+    Attributes:
+        limit: the largest norm of activations that are no outliers; None if there is none, or while it is not known.
+    """
+
+    def __init__(self, sae: SAEModel, multiple: float | None) -> None:
+        self.sae, self.multiple = sae, multiple
+        self.accumulator = FidelityAccumulator(sae.config.d_sae, sae.b_dec)
+        self.limit = sae.config.norm_limit
+        self._known = self.limit is not None or multiple is None
+        self._waiting: list[Tensor] = []
+
+    @property
+    def tokens(self) -> int:
+        """How many activations were given."""
+        return self.accumulator.tokens + self.accumulator.outliers + sum(map(len, self._waiting))
+
+    def add(self, activations: Tensor) -> None:
+        """Add the counted activations of one batch, ``[n, d_in]``."""
+        self._waiting.append(activations)
+        if self._known or self.tokens >= LIMIT_SAMPLE:
+            self._measure()
+
+    def finish(self) -> FidelityAccumulator:
+        """Return the sums over everything that was added."""
+        if self._waiting:
+            self._measure()
+        return self.accumulator
+
+    def _measure(self) -> None:
+        waiting, self._waiting = torch.cat(self._waiting), []
+        if not self._known and self.multiple is not None and len(waiting):
+            self.limit, self._known = norm_limit(waiting[:LIMIT_SAMPLE], self.multiple), True
+        for given in waiting.split(CHUNK):
+            outlier, x = is_outlier(given, self.limit).to(self.sae.device), given.to(self.sae.W_dec)
+            ordinary = x[~outlier] if bool(outlier.any()) else x
+            output, frame = self.sae(ordinary), self.sae.frame(ordinary)
+            constant = None if frame is None else frame.leave(self.sae.b_dec)  # what it writes when no latent is on
+            self.accumulator.update(ordinary, output.reconstruction, output.latents, constant=constant)
+            if len(ordinary) < len(x):
+                self.accumulator.update_outliers(x[outlier], self.sae(x[outlier]).reconstruction)
 
 
 def _report(
-    sae: SAEModel, accumulator: FidelityAccumulator, losses: dict[str, float], loss_tokens: int, left_out: int
+    sae: SAEModel, accumulator: FidelityAccumulator, losses: dict[str, float], loss_tokens: int, left: dict[str, Any]
 ) -> FidelityReport:
     """Put the sums together, and say what is odd about them."""
+    metrics = accumulator.compute()
     recovered = loss_recovered(losses["clean"], losses["spliced"], losses["zero"])
     gap = losses["zero"] - losses["clean"]
     notes: list[str] = []
@@ -168,6 +226,15 @@ def _report(
         notes.append(
             f"Loss recovered is {recovered:.4f}, above 1: the model predicts this text better with the reconstruction "
             "than with its own activations. Usually the text is unlike the model's training data."
+        )
+    left_out = LEFT_OUT
+    if metrics.outliers:
+        left_out += f"; {metrics.outliers} activations with a norm above {left['norm_limit']:.4g}: not measured"
+    if metrics.outlier_variance > MOST:
+        notes.append(
+            f"{metrics.outliers} of {metrics.tokens + metrics.outliers} activations at {sae.config.site} have a norm "
+            f"above {left['norm_limit']:.4g} and hold {metrics.outlier_variance:.1%} of the variance. Without them "
+            f"FVU is {metrics.fvu:.4f}, with them {metrics.fvu_with_outliers:.4f}, which says little about the others."
         )
     for note in notes:
         python_warnings.warn(note, UserWarning, stacklevel=3)
@@ -182,14 +249,14 @@ def _report(
         base_model_revision=config.base_model_revision,
         d_in=config.d_in,
         d_sae=config.d_sae,
-        tokens_left_out=left_out,
-        positions_left_out=LEFT_OUT,
+        positions_left_out=left_out,
         loss_tokens=loss_tokens,
         loss_clean=losses["clean"],
         loss_spliced=losses["spliced"],
         loss_zero_ablated=losses["zero"],
         loss_recovered=recovered,
-        metrics=accumulator.compute(),
+        metrics=metrics,
         warnings=tuple(notes),
         **values,
+        **left,
     )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from ..errors import InputError, did_you_mean
 from ..functional import FidelityMetrics
 
-LEFT_OUT = "padding and the model's BOS, EOS and padding tokens: neither measured, nor replaced, nor predicted"
+LEFT_OUT = "padding and special tokens: neither measured, nor replaced, nor predicted"
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class FidelityReport:
         max_activation: largest value of each latent, ``d_sae`` values.
         mean_activation: mean value of each latent, zeros included, ``d_sae`` values.
         warnings: what a reader should know before trusting the numbers.
+        special_token_ids: the tokens that were special.
+        norm_limit: activations with a larger norm were outliers, see `FidelityMetrics`; None if none could be.
     """
 
     architecture: str
@@ -58,10 +60,12 @@ class FidelityReport:
     max_activation: tuple[float, ...]
     mean_activation: tuple[float, ...]
     warnings: tuple[str, ...] = ()
+    special_token_ids: tuple[int, ...] = ()
+    norm_limit: float | None = None
 
     @property
     def tokens(self) -> int:
-        """Number of activations behind the metrics."""
+        """Number of activations behind the metrics, without outliers."""
         return self.metrics.tokens
 
     def to_dict(self, *, per_latent: bool = True) -> dict[str, Any]:
@@ -107,7 +111,7 @@ def _fields_of(kind: Any, values: Any) -> dict[str, Any]:
                 f"{kind.__name__} has no value {name!r}.{did_you_mean(name, known)} Expected {', '.join(known)}."
             )
     for name in known:
-        if name not in values and name != "warnings":
+        if name not in values and known[name].default is MISSING:
             raise InputError(f"The stored {kind.__name__} lacks {name!r}; expected {', '.join(known)}.")
     restored = {}
     for name, value in values.items():

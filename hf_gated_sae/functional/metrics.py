@@ -15,10 +15,10 @@ from .live import LiveLatents
 
 @dataclass(frozen=True)
 class FidelityMetrics:
-    """What an SAE does to a set of activations.
+    """What an SAE does to a set of activations; outliers are left out, except where a name says otherwise.
 
     Attributes:
-        tokens: number of activation vectors seen.
+        tokens: number of activation vectors seen, outliers not among them.
         l0: mean number of non-zero latents per token.
         fvu: fraction of variance unexplained, ``sum |x - x^|^2 / sum |x - mean x|^2``.
         mse: mean of ``|x - x^|^2`` per token (a sum over the width, not a mean).
@@ -29,6 +29,10 @@ class FidelityMetrics:
         norm_ratio: mean of ``|x^| / |x|`` over the tokens whose activation is not zero; NaN if there are none.
         dead_fraction: share of latents that never fired on these tokens.
         dense_fraction: share of latents that fired on more than a tenth of the tokens.
+        outliers: number of further activation vectors, which were left out for their norm; see `functional.outliers`.
+        outlier_variance: share of the variance of all activations that is gone without the outliers.
+        fvu_with_outliers: `fvu` of all activations.
+        relative_reconstruction_bias_with_outliers: `relative_reconstruction_bias` of all activations.
     """
 
     tokens: int
@@ -41,6 +45,10 @@ class FidelityMetrics:
     norm_ratio: float
     dead_fraction: float
     dense_fraction: float
+    outliers: int = 0
+    outlier_variance: float = 0.0
+    fvu_with_outliers: float = math.nan
+    relative_reconstruction_bias_with_outliers: float = math.nan
 
     @property
     def centred_norm(self) -> float:
@@ -78,6 +86,10 @@ class FidelityAccumulator:
         self._sum_x = torch.zeros_like(self.b_dec)
         # |x|^2, |x^|^2, x.x^, |x-x^|^2, centred |x^|^2, centred x.x^, cosine, norm ratio and its tokens, live latents
         self._sums = torch.zeros(10, dtype=torch.float64, device=device)
+        # Of outliers, for the numbers that they are part of: the sum of x, |x|^2, |x^|^2, x.x^, |x-x^|^2
+        self.outliers = 0
+        self._outlier_sum_x = torch.zeros_like(self.b_dec)
+        self._outlier_sums = torch.zeros(4, dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def update(
@@ -125,6 +137,28 @@ class FidelityAccumulator:
             ]
         )
 
+    @torch.no_grad()
+    def update_outliers(self, x: Tensor, reconstruction: Tensor) -> None:
+        """Add activations that count for the numbers with outliers alone.
+
+        Args:
+            x: activations ``[..., d_out]``.
+            reconstruction: ``[..., d_out]``.
+
+        Raises:
+            ShapeError: if the two do not belong together.
+        """
+        if x.shape != reconstruction.shape or x.shape[-1:] != self.b_dec.shape:
+            raise ShapeError(
+                f"Given x {list(x.shape)} and reconstruction {list(reconstruction.shape)}; expected "
+                f"[..., {self.b_dec.numel()}] twice."
+            )
+        x = x.reshape(-1, x.shape[-1]).double()
+        y = reconstruction.reshape(x.shape).double()
+        self.outliers += x.shape[0]
+        self._outlier_sum_x += x.sum(0)
+        self._outlier_sums += torch.stack([x.square().sum(), y.square().sum(), (x * y).sum(), (x - y).square().sum()])
+
     def _count(self, latents: Tensor) -> Tensor:
         """Take in the values of all latents ``[..., d_sae]`` and return how many are not zero, ``[]``."""
         latents = latents.reshape(-1, self.d_sae)
@@ -151,11 +185,13 @@ class FidelityAccumulator:
             total: returns the sum of a tensor over the processes.
             largest: returns its element-wise maximum over them.
         """
-        seen = self._sums.new_tensor([self.tokens])
-        columns = (seen, self._sums, self._sum_x, self.fired.double(), self._sum_latents)
+        seen = self._sums.new_tensor([self.tokens, self.outliers])
+        columns = [seen, self._sums, self._sum_x, self.fired.double(), self._sum_latents]
+        columns += [self._outlier_sums, self._outlier_sum_x]
         pooled = total(torch.cat(columns)).split([len(column) for column in columns])
-        seen, self._sums, self._sum_x, fired, self._sum_latents = pooled
-        self.tokens, self.fired = int(seen), fired.long()
+        seen, self._sums, self._sum_x, fired, self._sum_latents, self._outlier_sums, self._outlier_sum_x = pooled
+        self.tokens, self.outliers = map(int, seen.tolist())
+        self.fired = fired.long()
         self.max_activation = largest(self.max_activation)
 
     @property
@@ -179,6 +215,9 @@ class FidelityAccumulator:
         x_sq, y_sq, dot, error, y_sq_c, dot_c, cosine, norm_ratio, nonzero, live = self._sums.tolist()
         n = self.tokens
         variance = x_sq - self._sum_x.square().sum().item() / n
+        x_sq_o, y_sq_o, dot_o, error_o = self._outlier_sums.tolist()
+        sum_x, count = self._sum_x + self._outlier_sum_x, n + self.outliers
+        whole = x_sq + x_sq_o - sum_x.square().sum().item() / count
         return FidelityMetrics(
             tokens=n,
             l0=live / n,
@@ -190,6 +229,10 @@ class FidelityAccumulator:
             norm_ratio=_ratio(norm_ratio, nonzero),
             dead_fraction=(self.fired == 0).double().mean().item(),
             dense_fraction=(self.density > 0.1).double().mean().item(),
+            outliers=self.outliers,
+            outlier_variance=1 - _ratio(variance, whole) if self.outliers else 0.0,
+            fvu_with_outliers=_ratio(error + error_o, whole),
+            relative_reconstruction_bias_with_outliers=_ratio(y_sq + y_sq_o, dot + dot_o),
         )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import AttachError, InputError, UnknownNameError, unknown_name
 from ..functional.live import LiveLatents
+from ..interventions import special_token_ids
 from ..interventions.base import require_written_width, sites_read, sites_written
 from ..modeling import SAEModel
 from ..sites import Slot
@@ -21,6 +22,7 @@ from .capture import on_device_of, require_autograd, require_fitting, run_again,
 from .carry import exact_dtype
 from .dispatch import prove
 from .observation import CountedTokens, Observation
+from .token_batches import with_positions
 
 Metric = Callable[[Any], Tensor]
 """Takes the model's output and returns one number that depends on it, such as a difference of two logits."""
@@ -163,8 +165,10 @@ def attribute(
         metric: given the model's output; returns one number.
         method: ``"gradient"`` or ``"integrated"``.
         steps: number of points on the way, each one more forward and backward; of ``"integrated"`` only.
-        special_tokens: also of the model's BOS, EOS and padding tokens, where SAEs are usually not trained.
-        **inputs: the model's inputs, such as ``input_ids`` and ``attention_mask``.
+        special_tokens: also of special tokens, on which SAEs are usually not trained: those that an SAE has recorded,
+            or else those of the model, see `special_token_ids`.
+        **inputs: the model's inputs, such as ``input_ids`` and ``attention_mask``. Where padding stands before tokens,
+            ``position_ids`` are derived from the mask, unless they are given.
 
     Returns:
         Live latents, derivatives and attributions.
@@ -183,10 +187,13 @@ def attribute(
     _require_method(method, steps)
     chosen: list[SAEModel] = [saes] if isinstance(saes, SAEModel) else list(saes)
     read, slots = _proven(model, chosen)
-    whole = _Pass(model, chosen, slots, metric, inputs)
+    whole = _Pass(model, chosen, slots, metric, with_positions(model, inputs))
     value, gradients, seen = whole.run()
-    counted = CountedTokens.of(model, inputs, special_tokens=special_tokens)
-    parts = [_Part(sae, read[sae], slots, seen, counted) for sae in chosen]
+    parts = []
+    for sae in chosen:
+        special = special_token_ids(model, sae)
+        counted = CountedTokens.of(model, inputs, special_tokens=special_tokens, special_ids=special)
+        parts.append(_Part(sae, read[sae], slots, seen, counted))
     if method == "integrated":
         gradients = whole.mean_gradients(parts, steps)
     return Attribution(

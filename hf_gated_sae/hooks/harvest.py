@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError, UnknownNameError, did_you_mean
+from ..errors import InputError, UnknownNameError, did_you_mean, unknown_name
 from ..functional.live import LiveLatents
+from ..interventions import special_ids_for
 from ..modeling import SAEModel
 from .attach import require_model
 from .capture import Wanted, capture, require_fitting, sae_input, sites_needed
@@ -64,6 +65,8 @@ def harvest(
     batches: TokenSource,
     *,
     special_tokens: bool = False,
+    special_ids: Sequence[int] | None = None,
+    norm_limit: float | Mapping[str, float] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Iterator[Harvest]:
     """Read sites and latents while a model runs through text, one forward per batch that stops after the last of them.
@@ -76,16 +79,22 @@ def harvest(
         what: sites and SAEs, or a single one.
         batches: token ids ``[B, S]``, or mappings with ``input_ids`` and ``attention_mask``; or a function that gives
             an iterable of them.
-        special_tokens: keep the model's BOS, EOS and padding tokens where they are not padding; else they are left
-            out, as padding always is.
+        special_tokens: keep special tokens where they are not padding; else they are left out, as padding always is.
+        special_ids: which tokens are special. By default those that the SAEs have recorded, and for sites and SAEs
+            without a record those of the model, see `special_token_ids`; as rows are the same tokens in everything,
+            a token is left out if it is special for any of them.
+        norm_limit: also leave out tokens whose activation has a larger norm at a site: one number for all sites, or
+            one by site, such as ``{sae.config.site: sae.config.norm_limit}``. None leaves none out.
         dtype: of activations and values of latents; by default that of the model and of the SAE.
 
     Yields:
         For each batch its tokens that count.
 
     Raises:
-        InputError: if nothing is asked for; and, while running, for a batch without token ids.
+        InputError: if nothing is asked for, or a limit is no number; and, while running, for a batch without token
+            ids.
         SiteError: if a site does not exist in this model or could not be proven.
+        UnknownNameError: if there is a limit for a site that is not read.
         ShapeError: if an SAE is not as wide as its site; and, while running, for a batch of another shape, or if what
             passes a site has no vector for each token.
     """
@@ -95,20 +104,43 @@ def harvest(
     require_fitting(sites, slots)
     if dtype is not None and not dtype.is_floating_point:
         raise InputError(f"harvest() was given dtype={dtype}; expected a floating dtype such as torch.float16.")
-    return _harvests(model, sites, batches, special_tokens, dtype)
+    limits = _limits(norm_limit, sites)
+    return _harvests(model, sites, batches, special_tokens, special_ids, limits, dtype)
+
+
+def _limits(given: float | Mapping[str, float] | None, sites: Mapping[Any, list[str]]) -> dict[str, float]:
+    """Return the largest norm of the activations that are kept, by site."""
+    names = list(dict.fromkeys(name for several in sites.values() for name in several))
+    limits = dict(given) if isinstance(given, Mapping) else {} if given is None else dict.fromkeys(names, given)
+    for name, limit in limits.items():
+        if name not in names:
+            raise unknown_name("site with a norm_limit", name, names)
+        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0:
+            raise InputError(f"harvest() was given norm_limit={limit!r} for {name}; expected a positive number.")
+    return limits
 
 
 def _harvests(
-    model: Any, sites: Mapping[Any, list[str]], batches: TokenSource, special_tokens: bool, dtype: torch.dtype | None
+    model: Any,
+    sites: Mapping[Any, list[str]],
+    batches: TokenSource,
+    special_tokens: bool,
+    special_ids: Sequence[int] | None,
+    limits: Mapping[str, float],
+    dtype: torch.dtype | None,
 ) -> Iterator[Harvest]:
     documents = 0
     # What needs whole sequences is encoded by `capture`; of the others only the tokens that count are.
     wanted = [each for key, names in sites.items() for each in ([key] if _needs_sequences(key) else names)]
+    wanted = list(dict.fromkeys([*wanted, *limits]))
     for batch in _iterated(batches):
         inputs = model_inputs(model, batch)
-        counted = CountedTokens.of(model, inputs, special_tokens=special_tokens)
+        special = special_ids_for(model, sites) if special_ids is None else special_ids
+        counted = CountedTokens.of(model, inputs, special_tokens=special_tokens, special_ids=special)
         with evaluating(model, *(key for key in sites if isinstance(key, SAEModel))):
             found = capture(model, wanted, **inputs)
+            for site, limit in limits.items():
+                counted = counted.within(limit, found[site], site)
             with torch.inference_mode(False), torch.no_grad():
                 values = {key: _value(key, names, found, counted) for key, names in sites.items()}
         rows, _ = counted.mask.nonzero(as_tuple=True)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import AttachError, ShapeError
+from ..functional.outliers import is_outlier
 from ..sites import Slot
 from ..sites.probe import Subject
 from ..sites.slots import Place
@@ -120,15 +121,38 @@ class CountedTokens:
     virtual: int = 0
 
     @classmethod
-    def of(cls, model: Any, inputs: Mapping[str, Any], *, special_tokens: bool = False) -> CountedTokens:
+    def of(
+        cls,
+        model: Any,
+        inputs: Mapping[str, Any],
+        *,
+        special_tokens: bool = False,
+        special_ids: Sequence[int] | None = None,
+    ) -> CountedTokens:
         """Return which tokens of a call count.
 
         Args:
             model: the causal LM, as it is called.
             inputs: keyword arguments of its forward.
             special_tokens: count special tokens too; padding never counts.
+            special_ids: which tokens are special; those of the model by default. ``special_token_ids(model, sae)`` are
+                those of an SAE in it.
         """
-        return cls(counted_positions(model, inputs, special_tokens=special_tokens), virtual_tokens(model))
+        mask = counted_positions(model, inputs, special_tokens=special_tokens, special_ids=special_ids)
+        return cls(mask, virtual_tokens(model))
+
+    def within(self, limit: float | None, x: Tensor, site: str) -> CountedTokens:
+        """Return the tokens that count and whose activation is no longer than a limit; see `functional.outliers`.
+
+        Args:
+            limit: the largest norm; None for none.
+            x: the activation ``[B, S, d]``, or ``[B, virtual + S, d]``.
+            site: where it was seen.
+
+        Raises:
+            ShapeError: if it does not have one vector for each token.
+        """
+        return replace(self, mask=self.mask & ~is_outlier(self.columns(x, site), limit).to(self.mask.device))
 
     def columns(self, x: Tensor, site: str) -> Tensor:
         """Return the part ``[B, S, d]`` of an activation that is of the batch's tokens, counted or not.

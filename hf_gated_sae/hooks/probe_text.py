@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..interventions.special_tokens import own_tokenizer
 from ..sites.probe import embedding_of
 
 TEXT = '''The ferry from the northern harbour left at 9:40 with 212 passengers, eleven cars and a very nervous horse.
@@ -49,17 +50,13 @@ def probe_tokens(root: nn.Module) -> Tensor | str:
 def _tokenised(root: nn.Module) -> Tensor | str:
     config: Any = getattr(root, "config", None)
     name = getattr(config, "name_or_path", "")
-    if not name:
-        return "the model does not say where it was loaded from"
-    from transformers import AutoTokenizer  # here, since most models that SAEs are attached to in tests have none
-
-    commit = getattr(config, "_commit_hash", None)
-    pinned = {"revision": commit} if commit else {}
+    tokenizer = own_tokenizer(root)
+    if isinstance(tokenizer, str):
+        return tokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False, **pinned)
         ids = list(tokenizer(TEXT, verbose=False)["input_ids"])
-    except Exception as error:  # each kind of tokenizer fails in its own way where files or packages are missing
-        return f"{name!r} has no tokenizer on this machine ({type(error).__name__})"
+    except Exception as error:  # as for loading it
+        return f"the tokenizer of {name!r} on this machine does not work ({type(error).__name__})"
     if len(set(ids)) < TOKENS // 8:  # where its files are missing, some are made up without a vocabulary
         return f"the tokenizer of {name!r} makes only {len(set(ids))} different tokens of the text"
     first = tokenizer.bos_token_id

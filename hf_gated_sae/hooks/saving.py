@@ -19,8 +19,10 @@ from torch import Tensor
 
 from ..errors import CheckpointError, InputError
 from ..functional.live import LiveLatents
+from ..interventions import special_ids_for
 from ..modeling import SAEModel
 from ..sites.probe import unwrap
+from .attach import require_model
 from .capture import Wanted, sites_needed
 from .harvest import Harvest, TokenSource, harvest, rows_of_live
 from .shards import FORMAT, FORMAT_VERSION, INDEX_FILE, TOKENS, ActivationShards, joined, part_names
@@ -34,6 +36,8 @@ def save_activations(
     *,
     dtype: torch.dtype | None = None,
     special_tokens: bool = False,
+    special_ids: Sequence[int] | None = None,
+    norm_limit: float | Mapping[str, float] | None = None,
     tokenizer: Any = None,
     rows_per_shard: int = 1 << 17,
     progress: Callable[[int], None] | None = None,
@@ -47,6 +51,8 @@ def save_activations(
         batches: token ids, as for `harvest`.
         dtype: of activations and values of latents; by default that of the model and of the SAE.
         special_tokens: keep special tokens, too.
+        special_ids: which tokens are special, as for `harvest`.
+        norm_limit: leave out tokens whose activation has a larger norm, as for `harvest`.
         tokenizer: to note its name in the index.
         rows_per_shard: tokens per file.
         progress: called with the number of tokens so far after each batch.
@@ -60,8 +66,18 @@ def save_activations(
     """
     if rows_per_shard < 1:
         raise InputError(f"rows_per_shard is {rows_per_shard}; expected at least 1.")
-    names = _names(sites_needed("save_activations()", what))
-    harvests = harvest(model, what, batches, special_tokens=special_tokens, dtype=dtype)
+    require_model("save_activations()", model)
+    keys = sites_needed("save_activations()", what)
+    names = _names(keys)
+    special = list(special_ids_for(model, keys) if special_ids is None else special_ids)
+    harvests = harvest(
+        model, what, batches, special_tokens=special_tokens, special_ids=special, norm_limit=norm_limit, dtype=dtype
+    )
+    left_out = {
+        "special_tokens": special_tokens,
+        "special_token_ids": [] if special_tokens else special,
+        "norm_limit": dict(norm_limit) if isinstance(norm_limit, Mapping) else norm_limit,
+    }
     with _appearing_at_once(Path(folder)) as staging:
         writer = _Writer(staging, names, rows_per_shard)
         for each in harvests:
@@ -70,7 +86,7 @@ def save_activations(
                 progress(writer.rows)
         if not writer.rows:
             raise InputError("The text has no token that counts; expected batches with tokens that are not special.")
-        writer.finish(_origin(model, tokenizer, special_tokens))
+        writer.finish({**_origin(model, tokenizer), **left_out})
     return ActivationShards(folder)
 
 
@@ -160,7 +176,7 @@ def _facts(key: Any, value: Any) -> dict[str, Any]:
     }
 
 
-def _origin(model: Any, tokenizer: Any, special_tokens: bool) -> dict[str, Any]:
+def _origin(model: Any, tokenizer: Any) -> dict[str, Any]:
     """Return what the index says of where the values come from."""
     config: Any = unwrap(model)[0].config
     return {
@@ -168,7 +184,6 @@ def _origin(model: Any, tokenizer: Any, special_tokens: bool) -> dict[str, Any]:
         "base_model_revision": getattr(config, "_commit_hash", None),
         "model_type": config.model_type,
         "tokenizer": getattr(tokenizer, "name_or_path", None),
-        "special_tokens": special_tokens,
         "versions": {name: version(name) for name in ("hf-gated-sae", "torch", "transformers")},
     }
 

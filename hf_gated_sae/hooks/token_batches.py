@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import inspect
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import InputError, ShapeError
 from ..interventions import special_token_mask
+from ..sites.probe import unwrap
+from .virtual import takes_positions
 
 TokenBatch: TypeAlias = "Tensor | Mapping[str, Any]"
 """Token ids ``[B, S]`` or ``[S]``, or the keyword arguments of a forward call, ``input_ids`` among them."""
@@ -26,7 +30,8 @@ def model_inputs(model: PreTrainedModel, batch: TokenBatch) -> dict[str, Any]:
         batch: token ids, or a mapping as tokenizers return it; labels in it are left out.
 
     Returns:
-        Keyword arguments on the model's device, ``input_ids [B, S]`` among them.
+        Keyword arguments on the model's device, ``input_ids [B, S]`` among them; with ``position_ids`` where padding
+        stands before tokens, see `with_positions`.
 
     Raises:
         InputError: if there are no token ids.
@@ -52,18 +57,74 @@ def model_inputs(model: PreTrainedModel, batch: TokenBatch) -> dict[str, Any]:
         )
     return {
         key: value.to(model.device) if isinstance(value, Tensor) else value
-        for key, value in given.items()
+        for key, value in with_positions(model, given).items()
         if key != "labels"
     }
 
 
-def counted_positions(model: PreTrainedModel, inputs: Mapping[str, Any], *, special_tokens: bool = False) -> Tensor:
-    """Return which positions count: by default all but padding and the model's BOS, EOS and padding tokens.
+def with_positions(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a call's arguments with the positions of its tokens, if padding stands before some of them.
+
+    Without ``position_ids`` most models count positions over columns, padding included, so that a row that is padded
+    on its left gets other activations than the same row alone. `generate` derives them from the mask; so does this.
+
+    Args:
+        model: the causal LM, as it is called.
+        inputs: keyword arguments of its forward.
+
+    Returns:
+        The arguments; unchanged where no padding stands before a token, where positions are given, or where the
+        forward takes none ``[B, S]``: such models go by the mask.
+    """
+    given = dict(inputs)
+    mask = given.get("attention_mask")
+    tokens = given.get("input_ids")
+    tokens = given.get("inputs_embeds") if tokens is None else tokens
+    if given.get("position_ids") is not None or not isinstance(tokens, Tensor):
+        return given
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < tokens.shape[1] or not takes_positions(model):
+        return given
+    real = mask != 0
+    if not bool((real[:, 1:] & ~real[:, :-1]).any()):
+        return given
+    first = _first_position(unwrap(model)[0])
+    if first is None:
+        return given
+    positions = (real.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+    return {**given, "position_ids": positions.to(tokens.device) + first}
+
+
+_FIRST: weakref.WeakKeyDictionary[nn.Module, int | None] = weakref.WeakKeyDictionary()
+
+
+def _first_position(root: nn.Module) -> int | None:
+    """Return the position of a row's first token; None for a model whose forward takes no positions ``[B, S]``."""
+    if root not in _FIRST:
+        first: int | None = 0 if "position_ids" in inspect.signature(type(root).forward).parameters else None
+        for module in root.modules() if first is not None else ():
+            if hasattr(module, "create_position_ids_from_input_ids"):  # RoBERTa and its kin leave room for padding
+                first = int(module.padding_idx) + 1  # type: ignore[arg-type]  # nn.Module says Tensor
+            elif hasattr(module, "get_rope_index"):  # positions of text and images in several dimensions, of its own
+                first = None
+                break
+        _FIRST[root] = first
+    return _FIRST[root]
+
+
+def counted_positions(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Any],
+    *,
+    special_tokens: bool = False,
+    special_ids: Sequence[int] | None = None,
+) -> Tensor:
+    """Return which positions count: by default all but padding and special tokens.
 
     Args:
         model: the causal LM.
         inputs: from `model_inputs`, or what else its forward takes: ``inputs_embeds`` instead of ``input_ids``.
         special_tokens: count special tokens too; padding never counts.
+        special_ids: which tokens are special; those of the model by default, see `special_token_ids`.
 
     Returns:
         Mask ``[B, S]``, True at positions that count.
@@ -74,7 +135,9 @@ def counted_positions(model: PreTrainedModel, inputs: Mapping[str, Any], *, spec
     attention = attention if isinstance(attention, Tensor) and attention.ndim == 2 else None
     if special_tokens:
         return every if attention is None else attention[:, -tokens.shape[1] :].to(tokens.device) != 0
-    special = special_token_mask(model, ids, attention)
+    special = special_token_mask(
+        model, ids, attention, ids=None if special_ids is None else torch.tensor(special_ids, dtype=torch.int64)
+    )
     return every if special is None else ~special[:, -tokens.shape[1] :]
 
 

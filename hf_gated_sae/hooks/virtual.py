@@ -69,6 +69,12 @@ def virtual_tokens(model: Any) -> int:
     return int(config.num_virtual_tokens) if getattr(config, "is_prompt_learning", False) else 0
 
 
+def takes_positions(model: Any) -> bool:
+    """Return whether a model hands ``position_ids`` on: PEFT drops them where it adds columns to the call."""
+    config: Any = getattr(model, "active_peft_config", None)
+    return not virtual_tokens(model) or config.peft_type in _IN_CACHE
+
+
 class VirtualTokens:
     """Knows the virtual tokens of a model's calls.
 

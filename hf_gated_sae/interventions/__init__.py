@@ -12,10 +12,11 @@ from .clamp import Clamp
 from .floor import Floor
 from .patch import Patch
 from .plan import InterventionPlan
-from .positions import Positions, TokenContext, TokenIds, special_token_ids, special_token_mask
+from .positions import Positions, TokenContext, TokenIds
 from .project_out import ProjectOut
 from .run import Call, SiteRun
 from .scale import Scale
+from .special_tokens import special_ids_for, special_token_ids, special_token_mask
 from .splice import Splice
 from .steer import Steer
 
@@ -43,6 +44,7 @@ __all__ = [
     "TokenContext",
     "TokenIds",
     "interventions",
+    "special_ids_for",
     "special_token_ids",
     "special_token_mask",
 ]

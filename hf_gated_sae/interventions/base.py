@@ -29,8 +29,9 @@ class Intervention(ABC):
     Attributes:
         positions: which tokens; see `Positions`.
         rows: which rows of the batch; all by default. With beams or several return sequences, all of a row's.
-        special_tokens: also act on padding and on the model's BOS, EOS and padding tokens. Off by default: their
-            activations are unlike all others, and SAEs are usually trained without them.
+        special_tokens: also act on padding and on special tokens: those that the SAE has recorded, or else the model's
+            BOS, EOS and padding tokens and its tokenizer's special tokens. Off by default: their activations are
+            unlike all others, and SAEs are usually trained without them.
     """
 
     positions: Positions = "all"
@@ -108,7 +109,14 @@ class Intervention(ABC):
     def mask(self, run: SiteRun) -> Tensor | bool:
         """Return which tokens to act on: ``[B, S]``, or True for all, or False for none."""
         rows = cast("Sequence[int] | None", self.rows)  # as they were checked
-        return run.tokens.select(self.positions, special_tokens=self.special_tokens, rows=rows)
+        return run.tokens.select(
+            self.positions, special_tokens=self.special_tokens, rows=rows, special_ids=self._special_ids
+        )
+
+    @property
+    def _special_ids(self) -> list[int] | None:
+        """The special tokens that the SAE has recorded; None if those of the model are meant."""
+        return None if self.sae_used is None else self.sae_used.config.special_token_ids
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -260,8 +268,9 @@ class Conditional(Targeted, Edit):
             )
         index = tokens.index.to(met.device)
         counts = (index >= 0) & met
-        if tokens.special is not None and not self.special_tokens:
-            counts = counts & ~tokens.special.to(met.device)
+        special = None if self.special_tokens else tokens.special_among(self._special_ids)
+        if special is not None:
+            counts = counts & ~special.to(met.device)
         # Counted over the whole row, so that the latest one is the largest number.
         first = 0 if tokens.before is None else tokens.before.to(met.device)
         place = index + first

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -60,7 +60,7 @@ class TokenContext:
         index: position of each token in its own row, counted over real tokens, ``[B, S]`` int64.
         prompt_length: number of real tokens in each row's prompt, ``[B, 1]`` int64; in each token's sequence,
             ``[B, S]``, where rows hold several.
-        special: True at padding and special tokens, ``[B, S]`` bool; None if there are none.
+        special: True at padding and at the model's special tokens, ``[B, S]`` bool; None if there are none.
         phase: ``"prompt"`` or ``"generated"`` if the whole call is one or the other, ``"mixed"`` if it holds both,
             ``"packed"`` if a row holds several sequences.
         end: number of columns after this call, those in the cache included.
@@ -88,6 +88,9 @@ class TokenContext:
     virtual: int = 0
     before: Tensor | None = None
     unplaced: str | None = None
+    _special_of: dict[tuple[int, ...], Tensor | None] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -95,7 +98,12 @@ class TokenContext:
         return self.index.shape[0], self.index.shape[1]
 
     def select(
-        self, positions: Positions, *, special_tokens: bool, rows: Sequence[int] | None = None
+        self,
+        positions: Positions,
+        *,
+        special_tokens: bool,
+        rows: Sequence[int] | None = None,
+        special_ids: Sequence[int] | None = None,
     ) -> Tensor | bool:
         """Return which tokens are meant.
 
@@ -103,6 +111,7 @@ class TokenContext:
             positions: as an intervention states them.
             special_tokens: whether padding and special tokens count.
             rows: rows of the caller's batch; None for all.
+            special_ids: which tokens are special; None for those of the model.
 
         Returns:
             A mask ``[B, S]``, or True for all tokens, or False for none (known without looking at a tensor).
@@ -113,12 +122,29 @@ class TokenContext:
         parts = [chosen] if isinstance(chosen, Tensor) else []
         if rows is not None:
             parts.append(self.in_rows(rows))
-        if not special_tokens and self.special is not None:
-            parts.append(~self.special)
+        special = None if special_tokens else self.special_among(special_ids)
+        if special is not None:
+            parts.append(~special)
         if not parts:
             return True
         mask = functools.reduce(torch.logical_and, parts)
         return mask if mask.shape == self.shape else mask.expand(self.shape)
+
+    def special_among(self, ids: Sequence[int] | None) -> Tensor | None:
+        """Return which tokens are padding or special, ``[B, S]``; None if there are none.
+
+        Args:
+            ids: of the tokens that are special, such as an SAE has recorded; None for those of the model.
+        """
+        if ids is None:
+            return self.special
+        key = tuple(ids)
+        if key not in self._special_of:
+            parts = [] if self.special is None else [self.index < 0]  # with padding, there would be a mask
+            if key and self.ids is not None:
+                parts.append(torch.isin(self.ids, self.ids.new_tensor(key)))
+            self._special_of[key] = functools.reduce(torch.logical_or, parts) if parts else None
+        return self._special_of[key]
 
     def in_rows(self, rows: Sequence[int]) -> Tensor:
         """Return which rows of this call belong to rows of the caller's batch, ``[B, 1]``.
@@ -340,41 +366,3 @@ def check_rows(rows: Any) -> tuple[int, ...] | None:
     if not found or min(found) < 0:
         raise InputError(f"rows is {shorten(rows)}; expected rows of the batch, such as 0 or [0, 2], or None for all.")
     return tuple(dict.fromkeys(found))
-
-
-def special_token_ids(model: Any) -> list[int]:
-    """Return the BOS, EOS and padding ids that the model's own configurations name."""
-    found: set[int] = set()
-    own = getattr(model, "config", None)
-    text = own.get_text_config() if own is not None else None  # of a model that also sees or hears
-    for config in (own, text, getattr(model, "generation_config", None)):
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            value = getattr(config, name, None)
-            found.update(value if isinstance(value, (list, tuple)) else [] if value is None else [int(value)])
-    return sorted(found)
-
-
-def special_token_mask(
-    model: Any, input_ids: Tensor | None, attention_mask: Tensor | None = None, *, ids: Tensor | None = None
-) -> Tensor | None:
-    """Return which tokens are padding or special, and so are left out of edits and statistics by default.
-
-    Args:
-        model: the causal LM, asked for its special token ids.
-        input_ids: ``[B, S]``; None where the model is fed embeddings.
-        attention_mask: ``[B, T]`` with ``T >= S``, 0 at padding; its last `S` columns belong to `input_ids`.
-        ids: the special token ids ``[n]``, where they are known already.
-
-    Returns:
-        Mask ``[B, S]``, True at tokens to leave out; None if nothing is known to be special.
-    """
-    masks = []
-    if attention_mask is not None and attention_mask.ndim == 2:
-        masks.append(attention_mask == 0)
-    if input_ids is not None:
-        ids = torch.tensor(special_token_ids(model), dtype=input_ids.dtype) if ids is None else ids
-        if len(ids):
-            masks.append(torch.isin(input_ids, ids.to(input_ids.device)))
-    if len(masks) == 2:
-        return masks[0][:, -masks[1].shape[1] :].to(masks[1].device) | masks[1]
-    return masks[0] if masks else None

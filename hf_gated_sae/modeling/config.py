@@ -63,8 +63,9 @@ class SAEConfig(PreTrainedConfig):
         recorded_l0: mean number of non-zero latents per token there; None if it was not measured.
         recorded_norm: root mean square of ``|x - mean x|`` of the activations there; None if it was not measured.
         special_token_ids: ids of the tokens whose activations were left out there and in training; None if unknown.
-        norm_limit: activations with a larger norm were left out there and in training, see `functional.outliers`;
-            None if none were, or if that is unknown.
+        norm_limit: activations with a larger norm at the site that is read were left out there and in training, see
+            `functional.outliers`; None if none were, or if that is unknown.
+        norm_limit_out: for a transcoder, the same at the site that is written; an SAE has one limit.
     """
 
     # transformers would otherwise build a default instance, and a width has no default.
@@ -89,6 +90,7 @@ class SAEConfig(PreTrainedConfig):
     recorded_norm: float | None = None
     special_token_ids: list[int] | None = None
     norm_limit: float | None = None
+    norm_limit_out: float | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill derived values and reject keys that no field has."""
@@ -229,6 +231,16 @@ class SAEConfig(PreTrainedConfig):
                 f"kept_latents is {str(self.kept_latents)[:80]}; expected different numbers, each "
                 f"from 0 to {self.d_sae - 1}."
             )
+
+    def validate_left_out(self) -> None:
+        """Check that what was left out is given by ids of tokens and by norms."""
+        ids = self.special_token_ids
+        if ids is not None and not all(type(number) is int and number >= 0 for number in ids):
+            raise InputError(f"special_token_ids is {shown(ids)}; expected token ids, such as [0, 50256].")
+        for name in ("norm_limit", "norm_limit_out"):
+            limit = getattr(self, name)
+            if limit is not None and not 0 < limit < math.inf:
+                raise InputError(f"{name} is {limit}; expected a positive number, or null.")
 
     def validate_widths(self) -> None:
         """Check that the widths are positive and fit together (run by huggingface_hub's strict dataclasses)."""

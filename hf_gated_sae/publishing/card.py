@@ -24,9 +24,13 @@ HEADLINE = ("l0", "fvu", "loss_recovered", "relative_reconstruction_bias", "dead
 MEANINGS = {
     "l0": "mean number of live latents per token",
     "fvu": "fraction of variance unexplained, 0 is perfect",
+    "fvu_with_outliers": "fvu of all activations, outliers included",
+    "outliers": "activations that were left out for their norm, except where a name says otherwise",
+    "outlier_variance": "share of the variance of all activations that is gone without the outliers",
     "mse": "squared error per token, summed over the width",
     "loss_recovered": "of the loss that zero-ablating the site costs, the share that splicing wins back; 1 is perfect",
     "relative_reconstruction_bias": "gamma; 1 is unbiased, below 1 is shrinkage",
+    "relative_reconstruction_bias_with_outliers": "gamma of all activations, outliers included",
     "relative_reconstruction_bias_centred": "gamma after subtracting the decoder bias",
     "cosine": "mean cosine between activation and reconstruction",
     "norm_ratio": "mean norm of the reconstruction over that of the activation",

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from ..errors import InputError, unknown_name
+from ..functional.outliers import OUTLIER_MULTIPLE
 from .processes import require_launched
 from .remedies import remedies
 from .statistics import CENTRES
@@ -71,7 +72,10 @@ class SAETrainingArguments(TrainingArguments):
             reads what the model produces.
         initial_b_dec: what the `b_dec` of a new SAE (all zeros) starts from: ``"mean"`` or ``"geometric_median"`` of
             the activations, or ``"zero"``.
-        statistics_activations: sample size for the scale and the centre.
+        statistics_activations: sample size for the scale, the centre and the limit of norms.
+        outlier_multiple: activations with a norm above so many times the median of that sample, at the site that is
+            read or the one that is written, are not learned; the limit is recorded with the SAE (`norm_limit`). A few
+            of them, such as those at attention sinks, would else be most of what it learns. None to learn them, too.
         recorded_activations: sample size for the `max_activation` and `mean_activation` that are stored with the SAE.
         unit_norm_decoder: keep decoder rows at unit norm.
         dead_after_activations: a latent silent for this many activations is dead.
@@ -121,6 +125,7 @@ class SAETrainingArguments(TrainingArguments):
     activation_scale: str = "sqrt_d_in"
     initial_b_dec: str = "mean"
     statistics_activations: int = 65_536
+    outlier_multiple: float | None = OUTLIER_MULTIPLE
     recorded_activations: int = 131_072
     unit_norm_decoder: bool = True
     dead_after_activations: int = 51_200_000
@@ -180,6 +185,7 @@ class SAETrainingArguments(TrainingArguments):
             (_POSITIVE, 1, math.inf, "a positive number"),
             (_NOT_NEGATIVE, 0, sys.float_info.max, "0 or a positive number"),
             (_SHARES, 0, 1, "a number from 0 to 1"),
+            (("outlier_multiple",), 1, sys.float_info.max, "a number from 1 on, or None"),
             (("seed",), 0, 2**32 - 1, "a whole number from 0 to 4294967295"),
         ):
             for name in names:

@@ -23,6 +23,7 @@ def write_training_facts(
     folder: Path,
     trainees: Sequence[Trainee],
     dead: Sequence[int],
+    left_out: Sequence[int],
     state: TrainerState,
     args: SAETrainingArguments,
     seconds: float,
@@ -34,6 +35,7 @@ def write_training_facts(
         folder: the run's ``output_dir``.
         trainees: what was trained.
         dead: how many latents of each SAE are dead.
+        left_out: how many activations were not learned for their norm, for each SAE.
         state: the trainer's, after the last step.
         args: the recipe.
         seconds: how long the run took.
@@ -47,6 +49,8 @@ def write_training_facts(
                 "activations": state.global_step * args.activations_per_step,
                 "seconds": round(seconds, 1),
                 "dead_latents": dead[number],
+                "outliers_left_out": left_out[number],
+                "norm_limit": trainee.limits[0],
                 "objective": asdict(trainee.objective),
                 "sparsity_coefficient": trainee.coefficient,
             }

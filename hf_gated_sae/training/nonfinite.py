@@ -28,6 +28,11 @@ def find_nonfinite(trainees: Iterable[Trainee], inputs: Mapping[str, Tensor], st
             row, value = where
             return f"activation {row} of {len(x)} at {site or 'the given site'} is {value}"
     for trainee, loss in losses:
+        if (outliers := trainee.outliers(inputs)).all():
+            return (
+                f"all {len(outliers)} activations of the batch have norms above {trainee.limits}, and are left out"
+                f"{_of(trainee)}: take a larger activation_batch_size or outlier_multiple"
+            )
         for name, tensor in trainee.sae.named_parameters():
             if where := _first_row(tensor.detach()):
                 return f"the parameter {name} at {_place(trainee, tensor, where[0])} is {where[1]}{_of(trainee)}"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..functional import FidelityAccumulator, FidelityMetrics
+from ..modeling import SAEModel
 from .processes import Processes
 from .trainee import Trainee
 
@@ -17,6 +18,8 @@ from .trainee import Trainee
 @torch.no_grad()
 def record_activations(trainees: Sequence[Trainee], pieces: Iterable[Mapping[str, Tensor]]) -> list[FidelityMetrics]:
     """Measure the largest and the mean value of every latent, FVU, L0 and norm, and store them in the SAEs.
+
+    Outliers of a run are left out here, too, but for the metrics that are named to be with them.
 
     Args:
         trainees: SAEs that read the activations as they are; one pass serves all.
@@ -31,12 +34,11 @@ def record_activations(trainees: Sequence[Trainee], pieces: Iterable[Mapping[str
     accumulators = [FidelityAccumulator(trainee.sae.config.d_sae, trainee.sae.b_dec) for trainee in trainees]
     for piece in pieces:
         for trainee, accumulator in zip(trainees, accumulators, strict=True):
-            sae = trainee.sae
-            for x, target in zip(piece[trainee.reads].split(4096), piece[trainee.writes].split(4096), strict=True):
-                given, wanted = x.to(sae.W_dec), target.to(sae.W_dec)
-                latents = sae.live(given)
-                constant = sae.constant(given).expand_as(wanted)
-                accumulator.update(wanted, sae.decode(latents, given), latents, constant=constant)
+            outlier = trainee.outliers(piece)
+            for x, target, apart in zip(
+                piece[trainee.reads].split(4096), piece[trainee.writes].split(4096), outlier.split(4096), strict=True
+            ):
+                _add(trainee.sae, accumulator, x, target, apart)
     measured = []
     for trainee, accumulator in zip(trainees, accumulators, strict=True):
         if not accumulator.tokens:
@@ -45,6 +47,19 @@ def record_activations(trainees: Sequence[Trainee], pieces: Iterable[Mapping[str
         strengths = (accumulator.max_activation, accumulator.mean_activation)
         trainee.sae.record_statistics(*strengths, accumulator.tokens, metrics=measured[-1])
     return measured
+
+
+def _add(sae: SAEModel, accumulator: FidelityAccumulator, x: Tensor, target: Tensor, outlier: Tensor) -> None:
+    """Add activations ``x [n, d_in]``, ``target [n, d_out]``, some of which ``[n]`` are outliers."""
+    given, wanted = x.to(sae.W_dec), target.to(sae.W_dec)
+    if outlier.any():
+        apart, ordinary = outlier.to(given.device), ~outlier.to(given.device)
+        read = given[apart]
+        accumulator.update_outliers(wanted[apart], sae.decode(sae.live(read), read))
+        given, wanted = given[ordinary], wanted[ordinary]
+    latents = sae.live(given)
+    constant = sae.constant(given).expand_as(wanted)
+    accumulator.update(wanted, sae.decode(latents, given), latents, constant=constant)
 
 
 def _of_all_latents(metrics: FidelityMetrics, processes: Processes) -> FidelityMetrics:

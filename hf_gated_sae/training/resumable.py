@@ -274,6 +274,12 @@ class Resumable(Trainer):
                 )
             mine.load_state_dict(other)
             mine.config.record(have.recorded_tokens, None)
+            left_out, ids = have.special_token_ids, trainee.special_ids
+            if left_out is not None and ids is not None and sorted(left_out) != sorted(ids):
+                raise CheckpointError(
+                    f"{Path(resume_from_checkpoint) / name} was trained without the tokens {left_out}, and this run "
+                    f"leaves out {list(ids)}: resume with the same tokenizer at hand."
+                )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Restore what `_save_optimizer_and_scheduler` wrote."""

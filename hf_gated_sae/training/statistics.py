@@ -9,23 +9,26 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, unknown_name
+from ..functional.outliers import is_outlier, norm_limit, norms
 
 CENTRES = ("mean", "geometric_median", "zero")
 
 
 @dataclass(frozen=True)
 class ActivationStatistics:
-    """Size and centre of a sample of activations.
+    """Size and centre of a sample of activations, without its outliers.
 
     Attributes:
-        count: number of activations in the sample.
+        count: number of activations in the sample that are no outliers.
         mean_square_norm: ``E|x|^2``.
         centre: ``[d_in]`` float32.
+        norm_limit: activations with a larger norm are outliers; None if there are none.
     """
 
     count: int
     mean_square_norm: float
     centre: Tensor
+    norm_limit: float | None = None
 
     def scale(self, kind: str) -> float:
         """Return the factor that brings the root mean square norm of the activations to a given one.
@@ -45,13 +48,16 @@ class ActivationStatistics:
 
 
 @torch.no_grad()
-def measure(pieces: Iterable[Tensor], *, centre: str = "mean") -> ActivationStatistics:
+def measure(
+    pieces: Iterable[Tensor], *, centre: str = "mean", outlier_multiple: float | None = None
+) -> ActivationStatistics:
     """Measure a sample.
 
     Args:
         pieces: activations ``[n, d_in]``.
         centre: ``"mean"``, ``"geometric_median"`` (the point with the least summed distance, which a few activations
             of enormous norm cannot drag away) or ``"zero"``.
+        outlier_multiple: an activation with a norm above so many times the median is an outlier; None for none.
 
     Returns:
         The statistics.
@@ -65,14 +71,18 @@ def measure(pieces: Iterable[Tensor], *, centre: str = "mean") -> ActivationStat
     if not sample:
         raise InputError("There are no activations to measure; expected at least one.")
     x = torch.cat(sample)
-    norms = x.norm(dim=-1)
-    if not torch.isfinite(norms).all():
-        bad = int((~torch.isfinite(norms)).sum())
+    length = norms(x)
+    if not torch.isfinite(length).all():
+        bad = int((~torch.isfinite(length)).sum())
         raise InputError(
             f"{bad} of {len(x)} activations are NaN or infinite; expected finite numbers. Run the model in bfloat16 "
             "or float32 rather than float16, and check its weights."
         )
-    return ActivationStatistics(len(x), norms.double().square().mean().item(), _centre(x, centre))
+    limit = None if outlier_multiple is None else norm_limit(x, outlier_multiple)
+    outlier = is_outlier(x, limit)
+    if outlier.any():
+        x, length = x[~outlier], length[~outlier]
+    return ActivationStatistics(len(x), length.double().square().mean().item(), _centre(x, centre), limit)
 
 
 def _centre(x: Tensor, kind: str, iterations: int = 100) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 from ..errors import CheckpointError, InputError, ShapeError
 from ..functional import FidelityAccumulator
 from ..functional.kept_memory import forget
+from ..functional.outliers import is_outlier, largest_share
 from ..modeling import SAEModel, TrainingLoss
 from . import decoder_norm
 from .annealing import PowerAnnealing
@@ -27,6 +29,8 @@ from .sharding import Grid
 from .statistics import ActivationStatistics
 from .streams import ActivationStream
 from .units import change_unit, require_two_units, unit_tensors
+
+_log = logging.getLogger(__name__)
 
 WATCHED = ("l0", "fvu", "relative_reconstruction_bias")
 """Metrics of single batches that are logged."""
@@ -51,6 +55,9 @@ class Trainee:
         objective: what is minimised.
         scale_in: unit of the input while training: activations are multiplied by it.
         scale_out: the same for what is reconstructed.
+        limits: the largest norms, in the model's unit, of what is learned: where it reads, and where it writes; None
+            for no limit.
+        left_out: how many activations were not learned for their norm, in this process.
         dead: which latents are dead.
         dip: of the learning rate.
         remedy: what is done about dead latents, if anything.
@@ -79,6 +86,10 @@ class Trainee:
         self.objective = build_objective(sae, args.of_sae("objective", name, {}))
         self.coefficient = float(args.of_sae("sparsity_coefficient", name))
         self.scale_in = self.scale_out = 1.0
+        self.limits: tuple[float | None, float | None] = (None, None)
+        self.left_out = self._outliers = 0
+        self._said = False
+        self.special_ids = stream.special_ids
         if sae.config.is_transcoder:
             self.writes = stream.key(sae.config.site_out)
             if self.reads == self.writes:
@@ -160,6 +171,7 @@ class Trainee:
             )
         if sae.b_dec.requires_grad and not sae.b_dec.any():  # an SAE that was trained before knows its centre
             sae.b_dec.data.copy_(written.centre)
+        self._limit(read.norm_limit, written.norm_limit)
         new = decoder_norm.have_unit_norm(sae.W_dec)  # a transcoder's rows change with the units
         untouched = {name: each for name, each in self._vectors() if torch.equal(getattr(sae, name), each)}
         self.scale_in = read.scale(self.args.activation_scale)
@@ -170,6 +182,13 @@ class Trainee:
         self.objective.constrain(sae)
         if self.args.unit_norm_decoder and sae.W_dec.requires_grad:
             decoder_norm.normalise_first(sae.W_dec, expected=new)
+
+    def _limit(self, read: float | None, written: float | None) -> None:
+        """Fix, for the whole run, which activations are learned, and record it with the SAE."""
+        config, self.limits = self.sae.config, (read, written)
+        config.norm_limit, config.norm_limit_out = read, written if config.is_transcoder else None
+        if self.special_ids is not None:
+            config.special_token_ids = list(self.special_ids)
 
     def _vectors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield what the SAE's per-latent vectors are when it is new."""
@@ -197,9 +216,29 @@ class Trainee:
     # ------------------------------------------------------------------ one step
 
     def batch(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return input and target ``[n, d_in]``, ``[n, d_out]`` in the unit of training, out of a batch by site."""
-        x = self._scaled(inputs[self.reads], self.scale_in)
-        return x, x if self.reads == self.writes else self._scaled(inputs[self.writes], self.scale_out)
+        """Return input and target ``[n, d_in]``, ``[n, d_out]`` in the unit of training, out of a batch by site.
+
+        In the place of each outlier stands another activation of the batch, so that batches of all processes are of
+        one size; NaN where there is no other.
+        """
+        given, written = inputs[self.reads], inputs[self.writes]
+        self._outliers = 0
+        if self.limits != (None, None):
+            outlier = self.outliers(inputs)
+            self._outliers = int(outlier.sum())
+        if self._outliers:
+            rows = _instead_of(outlier)
+            given, written = (
+                each[rows] if len(rows) else torch.full_like(each, torch.nan) for each in (given, written)
+            )
+        x = self._scaled(given, self.scale_in)
+        return x, x if self.reads == self.writes else self._scaled(written, self.scale_out)
+
+    def outliers(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return which activations of a batch by site are not learned for their norm, ``[n]`` bool."""
+        read, written = self.limits
+        found = is_outlier(inputs[self.reads], read)
+        return found if self.reads == self.writes else found | is_outlier(inputs[self.writes], written)
 
     def _scaled(self, x: Tensor, scale: float) -> Tensor:
         converted = x.to(self.sae.dtype)
@@ -227,6 +266,7 @@ class Trainee:
 
     def observe(self, step: int, x: Tensor, target: Tensor, loss: TrainingLoss) -> None:
         """Remember what is needed of a batch that is trained on."""
+        self.left_out += self._outliers
         self.dead.update(loss.fired, len(x))
         self.annealing.observe(step, x, target)
         if self.remedy is not None:
@@ -272,9 +312,29 @@ class Trainee:
         terms = self.grid.data.numbers({f"loss_{name}": term.item() for name, term in loss.terms.items()})
         return {**terms, **watched, "l0": float(self.grid.latents.sum(l0)), "dead_latents": self.count_dead()}
 
+    def warn_of_few(self, target: Tensor) -> None:
+        """Warn, once in a run, if a hundredth of a batch ``[n, d_out]`` holds most of its variance."""
+        if self._said or len(target) < 100 or not (share := largest_share(target)) > 0.5:
+            return
+        self._said = True
+        multiple = self.args.outlier_multiple
+        advice = f"a smaller outlier_multiple than {multiple:g}" if multiple else "outlier_multiple=10"
+        _log.warning(
+            "One percent of the activations of a batch at %s%s hold %.0f%% of its variance: the SAE learns little but "
+            "these, and FVU and gamma say little about the others. Take %s, which leaves them out.",
+            self.writes or "the given site",
+            f" (of the SAE {self.name!r})" if self.name else "",
+            100 * share,
+            advice,
+        )
+
     def count_dead(self) -> int:
         """Return how many latents are dead, of those of all processes that share the SAE."""
         return int(self.grid.latents.sum(self.dead.mask.sum().to(self.grid.latents.device)))
+
+    def count_left_out(self) -> int:
+        """Return how many activations were not learned for their norm, of those that all processes have read."""
+        return int(self.grid.data.sum(torch.tensor(self.left_out, device=self.grid.data.device)))
 
     # ------------------------------------------------------------------ disk
 
@@ -284,6 +344,8 @@ class Trainee:
             "scale_in": self.scale_in,
             "scale_out": self.scale_out,
             "unit": unit_tensors(self.sae),
+            "limits": self.limits,
+            "left_out": self.left_out,
             "silent_for": self.dead.silent_for,
             "dip_since": self.dip.since,
             "annealing": self.annealing.state_dict(),
@@ -307,12 +369,25 @@ class Trainee:
         for name, tensor in unit_tensors(self.sae).items():
             # The vectors as they were in training: dividing and multiplying again would not give the same bits.
             tensor.copy_(state["unit"][name])
+        self._limit(*state.get("limits", (None, None)))  # there were none in older checkpoints
+        self.left_out = state.get("left_out", 0)
         self.dead.silent_for.copy_(state["silent_for"])
         self.dead.reset()
         self.dip.since = state["dip_since"]
         self.annealing.load_state_dict(state["annealing"], self.sae.device)
         if self.remedy is not None:
             self.remedy.load_state_dict(state["remedy"])
+
+
+def _instead_of(outlier: Tensor) -> Tensor:
+    """Return which rows stand in a batch, ``[n]`` int64, given which are outliers; none if all are."""
+    ordinary = (~outlier).nonzero().squeeze(1)
+    if not len(ordinary):
+        return ordinary
+    rows = torch.arange(len(outlier), device=outlier.device)
+    missing = len(outlier) - len(ordinary)
+    rows[outlier] = ordinary[torch.arange(missing, device=outlier.device) % len(ordinary)]
+    return rows
 
 
 def require_trainable(sae: SAEModel) -> None:

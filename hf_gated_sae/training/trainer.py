@@ -205,7 +205,11 @@ class SAETrainer(GradientsOfSAEs, Resumable):
         for piece in self.stream.sample(self.args.statistics_activations):
             for site in sites:
                 pieces[site].append(piece[site])
-        statistics = {site: measure(pieces.pop(site), centre=self.args.initial_b_dec) for site in sites}
+        settings: dict[str, Any] = {
+            "centre": self.args.initial_b_dec,
+            "outlier_multiple": self.args.outlier_multiple,
+        }
+        statistics = {site: measure(pieces.pop(site), **settings) for site in sites}
         for trainee in self.trainees.values():
             trainee.start(statistics)
 
@@ -218,6 +222,7 @@ class SAETrainer(GradientsOfSAEs, Resumable):
         """
         trainees, count = list(self.trainees.values()), self.args.recorded_activations
         folder, dead = Path(self.args.output_dir), [trainee.count_dead() for trainee in trainees]
+        left_out = [trainee.count_left_out() for trainee in trainees]
         metrics: list[FidelityMetrics] | None = None
         unrecorded: BaseException | None = None
         try:
@@ -236,7 +241,7 @@ class SAETrainer(GradientsOfSAEs, Resumable):
         with self.grid.everyone.agreed(explained):
             self.save_model()
             if self.args.should_save:
-                write_training_facts(folder, trainees, dead, self.state, self.args, self._seconds, metrics)
+                write_training_facts(folder, trainees, dead, left_out, self.state, self.args, self._seconds, metrics)
         if isinstance(unrecorded, KeyboardInterrupt):
             raise unrecorded
         if unrecorded is not None:
@@ -292,6 +297,8 @@ class SAETrainer(GradientsOfSAEs, Resumable):
         if self._logged is not None and "loss" in logs:
             for name, (batch, loss) in self._logged.items():
                 metrics = self.trainees[name].metrics(*batch, loss)
+                if self.state.is_world_process_zero:
+                    self.trainees[name].warn_of_few(batch[1])
                 terms = [value for key, value in metrics.items() if key.startswith("loss_")]
                 logs |= {f"{name}/loss": sum(terms)} if name else {}  # transformers' own is that of all SAEs
                 logs |= {f"{name}/{key}" if name else key: value for key, value in metrics.items()}

@@ -244,3 +244,113 @@ def test_a_broken_stored_report_is_refused(model, batches):
         FidelityReport.from_dict({name: value for name, value in values.items() if name != "loss_clean"})
     with pytest.raises(InputError, match="expected a mapping"):
         FidelityReport.from_dict({**values, "metrics": 3})
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_padding_on_the_left_changes_no_number(family):
+    """Positions follow the mask, as in `generate`, where the model counts columns by itself (GPT-2)."""
+    model, generator = tiny_model(family), torch.Generator().manual_seed(0)
+    ids, attention = torch.zeros(4, 12, dtype=torch.long), torch.zeros(4, 12, dtype=torch.long)
+    rows = [torch.randint(3, 97, (length,), generator=generator) for length in (12, 7, 9, 4)]
+    for number, row in enumerate(rows):
+        ids[number, 12 - len(row) :], attention[number, 12 - len(row) :] = row, 1
+    torch.manual_seed(0)
+    sae = sae_with(torch.randn(64, D) * 0.2, F.normalize(torch.randn(64, D), dim=-1))
+    padded = evaluate(model, sae, [{"input_ids": ids, "attention_mask": attention}])
+    alone = evaluate(model, sae, [row[None] for row in rows])
+    assert padded.loss_clean == pytest.approx(alone.loss_clean, rel=1e-5)
+    assert padded.loss_spliced == pytest.approx(alone.loss_spliced, rel=1e-5)
+    assert padded.metrics.fvu == pytest.approx(alone.metrics.fvu, rel=1e-5)
+
+
+@pytest.fixture
+def sink():
+    """A model that gives token 7 an activation of enormous norm, in one direction."""
+    model = tiny_model("gpt2")
+    with torch.no_grad():
+        model.transformer.wte.weight[7, 0] = 1e5
+    return model
+
+
+@pytest.fixture
+def with_sinks():
+    ids = torch.randint(8, 97, (4, 60), generator=torch.Generator().manual_seed(0))
+    ids[0, 3] = ids[2, 40] = 7
+    return ids
+
+
+def sae_of(site: str) -> StandardSAE:
+    """An SAE that writes the one direction and nothing else."""
+    one = torch.zeros(4, D)
+    one[0, 0] = 1.0
+    sae = sae_with(one, one)
+    sae.config.site = site
+    return sae
+
+
+@pytest.mark.parametrize("split", [1, 2, 4])
+def test_a_few_activations_of_enormous_norm_are_measured_apart(sink, with_sinks, split):
+    site = "resid_pre.0"
+    sae = sae_of(site)
+    x = capture(sink, site, input_ids=with_sinks)[site].reshape(-1, D)
+    limit = 10 * x.norm(dim=-1).median()
+    ordinary = x[x.norm(dim=-1) <= limit]
+    with torch.no_grad():
+        every, few = sae(x), sae(ordinary)
+    with pytest.warns(UserWarning, match="2 of 240 activations at resid_pre.0 have a norm above .* and hold 100.0%"):
+        report = evaluate(sink, sae, with_sinks.split(split), record=True)
+    metrics = report.metrics
+    assert report.norm_limit == pytest.approx(float(limit)) and len(ordinary) == 238 == metrics.tokens == report.tokens
+    assert metrics.outliers == 2 and metrics.outlier_variance > 0.999
+    assert "2 activations with a norm above" in report.positions_left_out
+
+    def fvu(x, y):
+        return float((x - y).double().square().sum() / (x - x.mean(0)).double().square().sum())
+
+    assert metrics.fvu == pytest.approx(fvu(ordinary, few.reconstruction), rel=1e-5) and metrics.fvu > 0.9
+    assert metrics.fvu_with_outliers == pytest.approx(fvu(x, every.reconstruction), rel=1e-4)
+    assert metrics.fvu_with_outliers < 1e-4
+    with_all = float(every.reconstruction.square().sum() / (every.reconstruction * x).sum())
+    assert metrics.relative_reconstruction_bias_with_outliers == pytest.approx(with_all)
+    assert max(report.max_activation) == pytest.approx(float(few.latents.max())) and every.latents.max() > 9e4
+    assert sae.max_activation.max() == pytest.approx(float(few.latents.max()))
+    assert sae.config.norm_limit == report.norm_limit and sae.config.special_token_ids == [0, 1, 2]
+    assert sae.config.recorded_fvu == metrics.fvu and sae.config.recorded_tokens == 238
+
+
+def test_a_recorded_limit_holds_for_other_text(sink, with_sinks):
+    sae = sae_of("resid_pre.0")
+    x = capture(sink, "resid_pre.0", input_ids=with_sinks)["resid_pre.0"].reshape(-1, D).norm(dim=-1)
+    sae.config.norm_limit = float(x.median())
+    report = evaluate(sink, sae, [with_sinks])
+    assert report.norm_limit == float(x.median()) and report.metrics.outliers == int((x > x.median()).sum()) == 120
+
+
+def test_outliers_can_be_counted_in(sink, with_sinks):
+    report = evaluate(sink, sae_of("resid_pre.0"), [with_sinks], outlier_multiple=None)
+    assert report.norm_limit is None and report.metrics.outliers == 0 and report.tokens == 240
+    assert report.metrics.fvu == report.metrics.fvu_with_outliers < 1e-4
+
+
+def test_without_outliers_both_numbers_are_one(model, batches):
+    metrics = evaluate(model, identity_sae(), batches).metrics
+    assert metrics.outliers == 0 and metrics.outlier_variance == 0
+    assert metrics.fvu == metrics.fvu_with_outliers
+    assert metrics.relative_reconstruction_bias == metrics.relative_reconstruction_bias_with_outliers
+
+
+def test_a_report_from_before_there_were_outliers_is_read(model, batches):
+    stored = evaluate(model, identity_sae(), batches).to_dict()
+    for name in ("special_token_ids", "norm_limit"):
+        del stored[name]
+    for name in ("outliers", "outlier_variance", "fvu_with_outliers", "relative_reconstruction_bias_with_outliers"):
+        del stored["metrics"][name]
+    restored = FidelityReport.from_dict(stored)
+    assert restored.metrics.outliers == 0 and math.isnan(restored.metrics.fvu_with_outliers)
+
+
+def test_a_batch_of_special_tokens_alone_changes_nothing(model, batches):
+    alone = evaluate(model, identity_sae(), batches)
+    more = evaluate(model, identity_sae(), [*batches, torch.tensor([[1, 2, 1]])])
+    assert more.loss_spliced == alone.loss_spliced and more.tokens == alone.tokens
+    assert more.tokens_left_out == alone.tokens_left_out + 3

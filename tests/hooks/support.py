@@ -191,6 +191,11 @@ def padded_batches(count=3, rows=4, columns=7, side="left"):
     return batches
 
 
+def placed(batch):
+    """The batch with positions that are counted over real tokens."""
+    return {**batch, "position_ids": (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)}
+
+
 def counted(batch):
     return (batch["attention_mask"] == 1) & (batch["input_ids"] != 1) & (batch["input_ids"] != 2)
 

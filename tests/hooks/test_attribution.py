@@ -353,3 +353,13 @@ def test_an_sae_that_was_not_asked_for():
     found = attribute(model_of("llama"), make_sae(), logit_difference, input_ids=IDS)
     with pytest.raises(UnknownNameError):
         found[make_sae(seed=1)]
+
+
+def test_padding_on_the_left_changes_no_attribution():
+    model, sae = tiny_model("gpt2"), make_sae()
+    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), IDS[:2]], 1)
+    mask = (torch.arange(padded.shape[1]) >= 3).long().expand(2, -1)
+    found = attribute(model, sae, logit_difference, input_ids=padded, attention_mask=mask)
+    alone = attribute(model, sae, logit_difference, input_ids=IDS[:2])
+    assert found.metric == pytest.approx(alone.metric, abs=1e-4)
+    close(found.activations[sae].dense()[:, 3:], alone.activations[sae].dense(), 1e-4)

@@ -17,10 +17,13 @@ from tests.hooks.support import (
     make_sae,
     model_of,
     padded_batches,
+    placed,
 )
-from tests.support.tiny_models import HIDDEN, tiny_model
+from tests.support.tiny_models import HIDDEN, TINY_NAMES, tiny_model
 
 SITES = ["resid_post.0", "mlp_out.1"]
+WITHOUT_PADDING = ("deepseek_v4", "recurrent_gemma", "rwkv")
+"""Families of which padding changes the other tokens, whatever they are called with."""
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -43,11 +46,43 @@ def test_each_row_can_be_traced_back(side):
     assert seen == sum(int(counted(batch).sum()) for batch in batches) == sum(map(len, harvests))
 
 
+@pytest.mark.parametrize("family", [name for name in TINY_NAMES if name not in WITHOUT_PADDING])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_no_activation(family, side):
+    model = tiny_model(family)
+    site, [batch] = "resid_post.2", padded_batches(1, side=side)
+    [each] = harvest(model, site, [batch], special_tokens=True)
+    rows = [ids[mask == 1] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    alone = torch.cat([capture(model, site, input_ids=row[None])[site][0] for row in rows])
+    assert torch.equal(each.token_ids, torch.cat(rows))
+    assert torch.allclose(each[site], alone, atol=1e-4 * float(alone.abs().max()))
+
+
+def test_positions_that_are_given_are_kept():
+    model, [batch] = tiny_model("gpt2"), padded_batches(1)
+    places = torch.arange(7).expand(4, -1)
+    [each] = harvest(model, SITES, [{**batch, "position_ids": places}])
+    expected = capture(model, SITES, **batch)  # which counts columns, as the model's own forward does
+    assert all(torch.equal(each[site], expected[site][counted(batch)]) for site in SITES)
+    [derived] = harvest(model, SITES, [batch])
+    assert not torch.allclose(derived[SITES[0]], each[SITES[0]], atol=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
+def test_padding_changes_no_activation_behind_a_prefix_in_the_cache():
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model, [batch] = peft.get_peft_model(tiny_model("gpt2"), config).eval(), padded_batches(1)
+    [each] = harvest(model, SITES[0], [batch], special_tokens=True)
+    rows = [ids[mask == 1] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    alone = [harvest(model, SITES[0], [row], special_tokens=True) for row in rows]
+    assert torch.allclose(each[SITES[0]], torch.cat([next(one)[SITES[0]] for one in alone]), atol=1e-5)
+
+
 def test_values_are_those_of_capture():
     model, batches = model_of("llama"), padded_batches()
     saes = [make_sae(architecture) for architecture in ARCHITECTURES] + [make_cross_layer()]
     for batch, each in zip(batches, harvest(model, [*SITES, *saes], batches), strict=True):
-        for key, value in capture(model, [*SITES, *saes], **batch).items():
+        for key, value in capture(model, [*SITES, *saes], **placed(batch)).items():
             expected = value[counted(batch)]
             if key in SITES:
                 assert torch.equal(each[key], expected)
@@ -83,7 +118,7 @@ def test_latents_that_depend_on_other_tokens_are_those_of_each_document_by_itsel
             assert torch.allclose(dense[row], alone[position], atol=2e-6) and alone[position].any()
             row += 1
     assert row == len(each)
-    assert torch.equal(capture(model, sae, **batch)[sae][counted(batch)], dense)
+    assert torch.equal(capture(model, sae, **placed(batch))[sae][counted(batch)], dense)
 
 
 def test_autocast_reaches_no_latents():
@@ -101,7 +136,8 @@ def test_autocast_reaches_no_latents():
 def test_virtual_tokens_are_left_out(settings):
     config = settings(task_type="CAUSAL_LM", num_virtual_tokens=4)
     model, sae, [batch] = peft.get_peft_model(tiny_model("llama"), config).eval(), make_sae(), padded_batches(1)
-    expected = capture(model, ["resid_post.1", sae], **batch)
+    given = batch if settings is peft.PromptTuningConfig else placed(batch)  # of which PEFT would drop positions
+    expected = capture(model, ["resid_post.1", sae], **given)
     [each] = harvest(model, ["resid_post.1", sae], [batch])
     assert torch.equal(each["resid_post.1"], expected["resid_post.1"][:, -7:][counted(batch)])
     assert torch.allclose(each[sae].dense(), expected[sae][:, -7:][counted(batch)], atol=1e-6)
@@ -112,7 +148,7 @@ def test_what_has_no_vector_for_each_token_is_refused():
     rotations = "model.rotary_emb.output"
     for what in (rotations, make_sae(site=rotations, d_in=8)):
         with pytest.raises(ShapeError, match=r"\[1, 7, 8\].*4 rows of 7 tokens"):
-            next(harvest(model_of("llama"), what, padded_batches(1)))
+            next(harvest(model_of("llama"), what, padded_batches(1, side="right")))
 
 
 def test_special_tokens_can_be_kept_but_never_padding():
@@ -120,6 +156,47 @@ def test_special_tokens_can_be_kept_but_never_padding():
     kept = list(harvest(model_of("llama"), SITES, batches, special_tokens=True))
     assert sum(map(len, kept)) == sum(int(batch["attention_mask"].sum()) for batch in batches)
     assert any((each.token_ids == 1).any() for each in kept) and all((each.token_ids != 0).all() for each in kept)
+
+
+def test_tokens_can_be_left_out_for_the_norm_of_their_activation():
+    model, sae, [batch] = model_of("llama"), make_sae(), padded_batches(1)
+    [every] = harvest(model, [*SITES, sae], [batch])
+    length = {site: every[site].norm(dim=-1) for site in SITES}
+    limit = float(length[SITES[0]].median())
+    for given, kept in (
+        ({SITES[0]: limit}, length[SITES[0]] <= limit),
+        (dict.fromkeys(SITES, limit), (length[SITES[0]] <= limit) & (length[SITES[1]] <= limit)),
+    ):
+        [some] = harvest(model, [*SITES, sae], [batch], norm_limit=given)
+        assert 0 < len(some) == int(kept.sum()) < len(every)
+        for name in ("token_ids", "documents", "positions"):
+            assert torch.equal(getattr(some, name), getattr(every, name)[kept])
+        assert torch.equal(some[SITES[1]], every[SITES[1]][kept])
+        assert torch.allclose(some[sae].dense(), every[sae].dense()[kept], atol=1e-6)
+    x = next(harvest(model, SITE, [batch]))[SITE].norm(dim=-1)
+    for each in (sae, make_sae("temporal")):  # one number is for all sites that are read
+        [some] = harvest(model, each, [batch], norm_limit=float(x.median()))
+        assert torch.equal(some.token_ids, every.token_ids[x <= x.median()])
+
+
+def test_which_tokens_are_special_can_be_said():
+    [batch] = padded_batches(1)
+    [some] = harvest(model_of("llama"), SITES, [batch], special_ids=[2])
+    real = batch["input_ids"][batch["attention_mask"] == 1]
+    assert torch.equal(some.token_ids, real[real != 2]) and (some.token_ids == 1).any()
+
+
+@pytest.mark.parametrize(
+    ("limit", "error", "message"),
+    [
+        ({"resid_post.1": 3.0}, UnknownNameError, "norm_limit"),
+        (-1.0, InputError, "positive"),
+        ({"resid_post.0": True}, InputError, "positive"),
+    ],
+)
+def test_limits_that_mean_nothing_are_refused(limit, error, message):
+    with pytest.raises(error, match=message):
+        harvest(model_of("llama"), SITES, [], norm_limit=limit)
 
 
 def test_a_batch_may_have_no_token_that_counts():

@@ -94,6 +94,7 @@ def test_the_folder_says_what_it_is(shards):
     latents = index["values"]["latents.resid_post.1#2"]
     assert latents["width"] == D_SAE and latents["sites"] == ["resid_post.1"] and latents["architecture"] == "topk"
     assert index["model_type"] == "llama" and index["special_tokens"] is False
+    assert index["special_token_ids"] == [0, 1, 2] and index["norm_limit"] is None
     assert set(index["versions"]) == {"hf-gated-sae", "torch", "transformers"}
     tensors = load_file(folder / files[0])  # nothing of ours is needed to read it
     assert tensors["resid_post.0"].shape == (13, HIDDEN) and tensors["latents.resid_post.1.offsets"].shape == (14,)

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_gated_sae.errors import AttachError, InputError
-from hf_gated_sae.interventions import TokenContext
-from hf_gated_sae.interventions.positions import check_positions, special_token_ids, special_token_mask
+from hf_gated_sae.interventions import TokenContext, special_token_ids, special_token_mask
+from hf_gated_sae.interventions.positions import check_positions
 from tests.support.tiny_models import tiny_model
 
 

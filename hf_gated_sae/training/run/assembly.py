@@ -26,6 +26,7 @@ RUN_DEFAULTS: dict[str, Any] = {"training": {"save_strategy": "steps", "save_ste
 DECIDED_BY_THE_RUN = frozenset(
     {"d_in", "d_out", "d_sae", "site", "site_out", "base_model", "base_model_revision", "kept_latents"}
     | {"recorded_tokens", "recorded_fvu", "recorded_l0", "recorded_norm", "trained_on_bos"}
+    | {"special_token_ids", "norm_limit", "norm_limit_out"}
 )
 """Fields of an SAE's configuration that follow from the rest of the run."""
 

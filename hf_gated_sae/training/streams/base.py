@@ -43,10 +43,12 @@ class ActivationStream(ABC):
 
     Attributes:
         sites: where the activations are from; `""` for activations that fit any SAE.
+        special_ids: the tokens whose activations are left out; empty if none are, None if that is not known.
         failure: why this process could not go on reading, where it has to tell others; its batches are NaN from then.
     """
 
     sites: tuple[str, ...]
+    special_ids: tuple[int, ...] | None = None
     failure: SAEError | None = None
     _resumed: State | None = None
     _cursor: Cursor[dict[str, Tensor]] | None = None

@@ -14,6 +14,7 @@ from ...hooks.attach import require_model
 from ...hooks.dispatch import prove
 from ...hooks.harvest import Harvest, TokenSource, harvest
 from ...hooks.token_batches import TokenBatch
+from ...interventions import special_token_ids
 from ...sites import Site
 from ...sites.probe import embedding_of, unwrap
 from ..shuffle import ShuffleBuffer
@@ -36,7 +37,8 @@ class ModelActivations(ActivationStream):
         buffer_size: rows held for shuffling, at least two batches; the paper uses a million. `buffer_bytes` says what
             they take.
         seed: of the shuffling.
-        special_tokens: keep the activations of special tokens too.
+        special_tokens: keep the activations of special tokens too. Special are those of the model, see
+            `special_token_ids`, and of the tokenizer of `TextTokens`.
         device: where activations are held and given; by default where the model makes them.
         dtype: of the activations; the model's own by default.
         save_buffer: let `state_dict` have what the buffer holds. Without, checkpoints are small, and a resumed run
@@ -72,6 +74,9 @@ class ModelActivations(ActivationStream):
         self.buffer_size = buffer_size
         self.seed = seed
         self.special_tokens = special_tokens
+        # Those of the tokenizer at hand, too: the model need not know them for special.
+        known = {*special_token_ids(model), *self.tokens.special_ids}
+        self.special_ids = () if special_tokens else tuple(sorted(known))
         self.device = device
         self.dtype = dtype
         self.save_buffer = save_buffer
@@ -122,18 +127,14 @@ class ModelActivations(ActivationStream):
         Raises:
             InputError: if some are not finite.
         """
-        special = torch.tensor(() if self.special_tokens else self.tokens.special_ids, dtype=torch.int64)
-        harvests = harvest(self.model, self.sites, _known(self.model, batches), special_tokens=self.special_tokens)
+        harvests = harvest(self.model, self.sites, _known(self.model, batches), special_ids=self.special_ids)
         for number, found in enumerate(harvests):
-            # They are the tokenizer's; the model may not know them for special.
-            drop = torch.isin(found.token_ids, special.to(found.token_ids.device))
-            keep = ~drop if len(special) and bool(drop.any()) else None
             chunk = {}
             for site in self.sites:
                 x = found[site].to(device=self.device, dtype=self.dtype)
                 if not torch.isfinite(x).all():
                     raise _not_finite(site, number, found, x)
-                chunk[site] = x if keep is None else x[keep.to(x.device)]
+                chunk[site] = x
             yield chunk
 
 

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ...errors import InputError, unknown_name
 from ...hooks.token_batches import TokenBatch
+from ...interventions.special_tokens import special_ids_of
 from ...sites.probe import unwrap
 from .base import Cursor, State
 from .dataset import open_text
@@ -96,7 +97,7 @@ class TextTokens(TokenStream):
         self.layout = _layout(tokenizer, context_length, packing, bos, eos)
         if sequences_per_batch < 1:
             raise InputError(f"sequences_per_batch is {sequences_per_batch}; expected at least 1.")
-        self.special_ids = _special_ids(tokenizer)
+        self.special_ids = tuple(special_ids_of(tokenizer))
 
     @property
     def context_length(self) -> int:
@@ -279,13 +280,6 @@ class _Padder:
     def load_state_dict(self, state: State) -> None:
         """Go on with sequences."""
         self._waiting = [each.clone() for each in state["flow"].split(state["lengths"])] if state["lengths"] else []
-
-
-def _special_ids(tokenizer: Any) -> tuple[int, ...]:
-    """Return the tokens that are no text, in ascending order."""
-    marks = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}
-    unknown = {tokenizer.unk_token_id}  # which stands for words of the text
-    return tuple(sorted(marks | (set(tokenizer.all_special_ids) - unknown)))
 
 
 def _layout(tokenizer: Any, length: int, packed: bool, bos: str | None, eos: bool | None) -> Layout:

@@ -52,6 +52,8 @@ class ShardActivations(RowActivations):
                 f"{self.shards.folder} holds {', '.join(self.shards.names) or 'nothing'}, and no activations: write "
                 "some with save_activations(folder, model, [sites], batches)."
             )
+        special = self.shards.index.get("special_token_ids")  # which older indices do not say
+        self.special_ids = None if special is None else tuple(special)
         self.sites = tuple(known if sites is None else [sites] if isinstance(sites, str) else sites)
         for site in self.sites:
             if site not in known:
