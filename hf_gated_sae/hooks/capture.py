@@ -24,6 +24,7 @@ from .carry import exact_dtype
 from .continuation import facts_of
 from .dispatch import prove
 from .observation import Observation, real_tokens
+from .token_batches import sequences_in_rows
 
 Wanted = Site | str | SAEModel
 """What can be read: a site, or an SAE's latents of the sites that its configuration names."""
@@ -278,8 +279,7 @@ def _read(
         _require_rows(site, x, inputs)
     with exact_dtype(key.b_dec.device):
         x = sae_input(key, seen)
-        real = None if key.per_token else real_tokens(x, inputs)
-        return key.encode(x) if real is None else _encoded_by_row(key, x, real)
+        return key.encode(x) if key.per_token else _encoded_by_sequence(key, x, inputs)
 
 
 def _require_rows(site: str, x: Tensor, inputs: Mapping[str, Any]) -> None:
@@ -296,10 +296,21 @@ def _require_rows(site: str, x: Tensor, inputs: Mapping[str, Any]) -> None:
         )
 
 
-def _encoded_by_row(sae: SAEModel, x: Tensor, real: Tensor) -> Tensor:
-    """Return latents ``[B, S, d_sae]`` that depend on the real tokens of each row alone, and are 0 at padding."""
-    latents = x.new_zeros(*real.shape, sae.config.d_sae)
-    for row, chosen in enumerate(real):
-        if chosen.any():
+def _encoded_by_sequence(sae: SAEModel, x: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """Return latents ``[B, S, d_sae]`` that depend on the real tokens of each sequence, and are 0 at padding."""
+    real = real_tokens(x, inputs)
+    several = None if real is not None or "input_ids" not in inputs else sequences_in_rows(inputs)[0]
+    if several is not None and (several.shape != x.shape[:2] or len(several.unique()) == len(several)):
+        several = None  # each row is one
+    if real is None and several is None:
+        return sae.encode(x)
+    rows = torch.arange(len(x), device=x.device)[:, None]
+    sequence = (rows if several is None else several.to(x.device)).expand(x.shape[:2])
+    sequence = sequence if real is None else sequence.where(real, -1)
+    latents = x.new_zeros(*sequence.shape, sae.config.d_sae)
+    for number in sequence.unique().tolist():
+        if number >= 0:
+            row = int((sequence == number).any(-1).nonzero()[0])
+            chosen = sequence[row] == number
             latents[row, chosen] = sae.encode(x[row : row + 1, chosen])[0]
     return latents

@@ -19,7 +19,7 @@ from .capture import Wanted, capture, require_fitting, sae_input, sites_needed
 from .carry import exact_dtype
 from .dispatch import prove
 from .observation import CountedTokens
-from .token_batches import TokenBatch, TokenBatches, model_inputs, positions_in_row
+from .token_batches import TokenBatch, TokenBatches, model_inputs, sequences_in_rows
 
 TokenSource = TokenBatches | Callable[[], TokenBatches]
 """Batches of tokens, or a function that gives them."""
@@ -143,14 +143,14 @@ def _harvests(
                 counted = counted.within(limit, found[site], site)
             with torch.inference_mode(False), torch.no_grad():
                 values = {key: _value(key, names, found, counted) for key, names in sites.items()}
-        rows, _ = counted.mask.nonzero(as_tuple=True)
+        sequences, positions = sequences_in_rows(inputs)
         yield Harvest(
             values={key: value if dtype is None else value.to(dtype) for key, value in values.items()},
             token_ids=inputs["input_ids"][counted.mask].long(),
-            documents=rows + documents,
-            positions=positions_in_row(inputs)[counted.mask],
+            documents=sequences[counted.mask] + documents,
+            positions=positions[counted.mask],
         )
-        documents += len(counted.mask)
+        documents += int(sequences.max()) + 1
 
 
 def _iterated(batches: TokenSource) -> Iterator[TokenBatch]:

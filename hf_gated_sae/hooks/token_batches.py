@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from ..errors import InputError, ShapeError
 from ..interventions import special_token_mask
 from ..sites.probe import unwrap
+from .arguments import MASK, PLACES
+from .layout import number_sequences
 from .virtual import takes_positions
 
 TokenBatch: TypeAlias = "Tensor | Mapping[str, Any]"
@@ -141,8 +143,25 @@ def counted_positions(
     return every if special is None else ~special[:, -tokens.shape[1] :]
 
 
-def positions_in_row(inputs: Mapping[str, Any]) -> Tensor:
-    """Return the position of each token of ``input_ids [B, S]`` among its row's real tokens, counted from 0."""
-    mask = inputs.get("attention_mask")
-    real = mask != 0 if isinstance(mask, Tensor) and mask.ndim == 2 else torch.ones_like(inputs["input_ids"])
-    return real.long().cumsum(-1) - 1
+def sequences_in_rows(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return which sequence of the batch each token is of, and where in it, counted over real tokens from 0.
+
+    A row is one sequence, unless its `position_ids` begin anew within it and there is no mask, as transformers packs
+    several into one.
+
+    Args:
+        inputs: from `model_inputs`.
+
+    Returns:
+        Numbers of sequences from 0 on, in the order of rows and columns, and positions; ``[B, S]`` int64 each.
+    """
+    ids, mask = inputs["input_ids"], inputs.get(MASK)
+    rows = torch.arange(len(ids), device=ids.device)[:, None]
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return rows.expand_as(ids), (mask != 0).long().cumsum(-1) - 1
+    places = inputs.get(PLACES)
+    packed = number_sequences(places.expand_as(ids)) if isinstance(places, Tensor) and places.ndim == 2 else None
+    if packed is None:
+        return rows.expand_as(ids), torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    positions = packed[0]
+    return (positions == 0).flatten().cumsum(0).view_as(positions) - 1, positions

@@ -11,8 +11,10 @@ from hf_gated_sae.errors import InputError, ShapeError, SiteError, UnknownNameEr
 from tests.hooks.support import (
     ARCHITECTURES,
     SITE,
+    close,
     counted,
     hooks_on,
+    joined,
     make_cross_layer,
     make_sae,
     model_of,
@@ -290,3 +292,19 @@ def test_what_was_not_harvested():
     [each] = harvest(model_of("llama"), SITES, padded_batches(1))
     with pytest.raises(UnknownNameError, match=r"mlp_out\.1"):
         each["mlp_out.0"]
+
+
+def test_sequences_packed_into_one_row_are_documents_of_their_own():
+    """Told apart by their positions alone, as `DataCollatorWithFlattening` gives them."""
+    model = model_of("llama")
+    one, two = torch.tensor([[11, 54, 33, 78]]), torch.tensor([[60, 41, 22]])
+    packed = {"input_ids": torch.cat([one, two], 1), "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2]])}
+    temporal = make_sae("temporal")
+    apart = list(harvest(model, [SITE, temporal], [one, two]))
+    [together] = harvest(model, [SITE, temporal], [packed])
+    assert together.documents.tolist() == [0, 0, 0, 0, 1, 1, 1]
+    assert together.positions.tolist() == [0, 1, 2, 3, 0, 1, 2]
+    close(together[SITE], joined(apart, SITE), 1e-5)
+    close(together[temporal].dense(), joined(apart, temporal), 1e-4)
+    [after] = list(harvest(model, SITE, [packed, one]))[1:]
+    assert after.documents.tolist() == [2, 2, 2, 2]
