@@ -13,7 +13,7 @@ import yaml
 
 from ..errors import CheckpointError, InputError, MissingFileError, did_you_mean
 from ..modeling.loading import Origin
-from ..storage import ByteSource, Content, LocalBytes, StoredTensor, flat, read_content
+from ..storage import LFS, LFS_POINTER, ByteSource, Content, LocalBytes, StoredTensor, flat, read_content
 
 SHOWN_FILES = 12
 JSON_LIMIT = 4 * 1024 * 1024
@@ -225,7 +225,10 @@ class Location(ABC):
         size = path.stat().st_size
         if size > limit:
             raise CheckpointError(f"{name} of {self} has {size} bytes; expected a small description.")
-        return path.read_bytes()
+        content = path.read_bytes()
+        if content.startswith(LFS):
+            raise CheckpointError(f"{name} of {self} {LFS_POINTER}")
+        return content
 
     @abstractmethod
     def sibling(self, repo: str, revision: str | None = None) -> Location:
