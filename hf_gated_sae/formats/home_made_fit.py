@@ -210,7 +210,7 @@ def _take_stated(
             wanted = theirs if theirs in everything or theirs in below else theirs.removesuffix(".T")
             path = wanted if wanted in everything else below.get(wanted)
             if path is None:
-                close = did_you_mean(wanted, [*everything, *below])
+                close = did_you_mean(wanted, [*everything, *below, *(path.rpartition(".")[2] for path in everything)])
                 fit.faults.append(f"there is no {wanted!r}, which names= gives for {key}.{close}")
                 continue
             marks = [key.endswith(TRANSPOSED), parameter.name != parameter.stem, wanted != theirs]
