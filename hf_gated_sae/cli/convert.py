@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,6 +12,9 @@ from rich.markup import escape
 
 from ..errors import InputError
 from .app import app
+
+if TYPE_CHECKING:
+    from ..publishing import Conversion
 
 
 @app.command()
@@ -69,6 +72,16 @@ def convert(
         ignore=ignore or (),
         options=options,
     )
+    _show(console, conversion, site)
+    if out is not None:
+        console.print(f"[bold]written[/] {escape(str(conversion.save(out)))}", highlight=False)
+    elif push is not None:
+        commit = conversion.push(push, subfolder=subfolder, private=private or None, create_pr=create_pr)
+        console.print(f"[bold]pushed[/]  {escape(commit.pr_url or commit.commit_url)}", highlight=False)
+
+
+def _show(console: Console, conversion: Conversion, site: str | None) -> None:
+    """Print what is converted."""
     checkpoint = conversion.checkpoint
     sites = site or ", ".join(checkpoint.config.sites_read) or "a site that is not stated"
     console.print(
@@ -78,11 +91,6 @@ def convert(
         f"[bold]licence[/] {escape(conversion.licence.name or 'unknown')} ({escape(conversion.licence.evidence)})",
         highlight=False,
     )
-    if out is not None:
-        console.print(f"[bold]written[/] {escape(str(conversion.save(out)))}", highlight=False)
-    elif push is not None:
-        commit = conversion.push(push, subfolder=subfolder, private=private or None, create_pr=create_pr)
-        console.print(f"[bold]pushed[/]  {escape(commit.pr_url or commit.commit_url)}", highlight=False)
 
 
 def _pairs(option: str, given: list[str] | None, example: str) -> dict[str, str]:

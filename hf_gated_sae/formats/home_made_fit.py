@@ -273,8 +273,8 @@ def _measure(fit: Fit, content: Content, parameters: Mapping[str, Parameter]) ->
     elif not ways:
         held = ", ".join(f"{fit.found[name].path} {list(shapes[name])}" for name in matrices)
         wanted = ", ".join(str(parameters[name]) for name in matrices)
-        known = ", ".join(f"{name} = {width}" for name, width in fit.widths.items())
-        fit.faults.append(f"{held} cannot be {wanted}, transposed or not{f', where {known}' if known else ''}")
+        said = ", ".join(f"{name} = {width}" for name, width in fit.widths.items())
+        fit.faults.append(f"{held} cannot be {wanted}, transposed or not{f', where {said}' if said else ''}")
     else:
         unsure = [name for name in matrices if len({way[0][name] for way in ways}) > 1]
         fit.faults += [_unknown_orientation(fit, parameters[name], shapes[name]) for name in unsure]

@@ -149,13 +149,8 @@ def described(
     settings |= {"skip_connection": True} if kind.skip else {}
     settings |= {"k": integer(cfg, "k", where)} if kind.k else {}
     own = _own_settings(kind, cfg, where, scale)
-    names = {"W_dec": "W_dec", "b_dec": "b_dec", **{name: name for name in kind.vectors}}
     tuning = finetuning(location, WEIGHTS, cfg, where) if kind.vectors else None
-    names |= {FINETUNED: FINETUNED} if tuning else {}
-    if not kind.model_class.tied and not _is_tied(kind, cfg, where):
-        names["W_enc_T"] = "W_enc.T"
-    names |= {"W_skip": "W_skip"} if kind.skip else {}
-    names |= {"topk_threshold": "topk_threshold"} if kind.batch_threshold else {}
+    names = _names(kind, is_tied=_is_tied(kind, cfg, where), is_tuned=tuning is not None)
     names |= attention_names(own.get("attention_layers", 0))
     stored = renamed(location.tensors(WEIGHTS), names, f"{WEIGHTS} of {location}")
     if _is_tied(kind, cfg, where):
@@ -176,6 +171,16 @@ def described(
         partial(_in_turn, steps=arithmetic),
         unsaid={"site_out": no_output(metadata, where)} if kind.transcoder else {},
     )
+
+
+def _names(kind: Kind, *, is_tied: bool, is_tuned: bool) -> dict[str, str]:
+    """Return the file's name for each tensor of ours, and for those that are folded into them."""
+    same = ["W_dec", "b_dec", *kind.vectors]
+    same += ["W_skip"] if kind.skip else []
+    same += ["topk_threshold"] if kind.batch_threshold else []
+    same += [FINETUNED] if is_tuned else []
+    encoder = {} if kind.model_class.tied or is_tied else {"W_enc_T": "W_enc.T"}
+    return {name: name for name in same} | encoder
 
 
 def _own_settings(kind: Kind, cfg: Mapping[str, Any], where: str, scale: float) -> dict[str, Any]:

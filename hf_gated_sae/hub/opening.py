@@ -154,7 +154,7 @@ def open_at(
             f"Expected the files of one SAE; choose with format={claims[0]!r}, or remove or move the others."
         )
     if not claims:
-        raise _unreadable(unreadable) if unreadable else _nothing_found(location)
+        raise _nothing_found(location, unreadable)
     return formats[claims[0]].open(location, variant=variant)
 
 
@@ -179,14 +179,6 @@ def _require_home_made(location: Location, variant: str | None, format: str | No
             f"{location} is in the layout {name!r}, which says its own architecture: leave architecture=, names= and "
             f"ignore= away. To read its tensors as a home-made checkpoint all the same, pass format={HOME_MADE!r}."
         )
-
-
-def _unreadable(errors: list[CheckpointError]) -> CheckpointError:
-    """Return the error for a folder that nothing claims, and that could not be looked at completely."""
-    messages = list(dict.fromkeys(map(str, errors)))
-    if len(messages) == 1:
-        return errors[0]
-    return CheckpointError(" ".join(messages))
 
 
 def sae_addresses(location: Location) -> list[str]:
@@ -220,19 +212,32 @@ def _no_such_folder(root: Location, location: Location) -> MissingFileError:
     )
 
 
-def _nothing_found(location: Location) -> CheckpointError | MissingFileError:
-    """Explain a folder that no format claims."""
+def _nothing_found(location: Location, unreadable: list[CheckpointError]) -> CheckpointError | MissingFileError:
+    """Explain a folder that no format claims.
+
+    Args:
+        location: the folder or file.
+        unreadable: why formats could not look at what they would have had to.
+    """
     addresses = sae_addresses(location)
     if location.file is not None and location.subfolder in addresses:
         what = f"pass subfolder={location.subfolder!r}" if location.subfolder else "leave subfolder= away"
         return MissingFileError(f"{location} is one file of the SAE in its folder: {what}.")
     below = [address for address in addresses if address != location.address]
-    if below:
+    if below and (not unreadable or location.address not in addresses):
         return MissingFileError(
             f"{location} itself holds no SAE, but what is in it does: pass subfolder= one of {_shown(below)}."
         )
-    reasons = [reason for layout in formats.values() if (reason := layout.near_miss(location))]
     found = advice(location)
+    if unreadable and NEAREST not in found:
+        messages = list(dict.fromkeys(map(str, unreadable)))
+        return unreadable[0] if len(messages) == 1 else CheckpointError(" ".join(messages))
+    reasons = [str(error) for error in unreadable if str(error) not in found] or _near_misses(location)
     known = "" if NEAREST in found else f"; known formats: {', '.join(formats)}"
-    sentences = [*reasons, found] if reasons else [f"It holds {location.listing()}{known}.", found]
+    sentences = [*dict.fromkeys(reasons or [f"It holds {location.listing()}{known}."]), found]
     return CheckpointError(f"{location} holds no SAE in a known format. {' '.join(filter(None, sentences))}")
+
+
+def _near_misses(location: Location) -> list[str]:
+    """Return why layouts that the folder looks like do not claim it."""
+    return [reason for layout in formats.values() if (reason := layout.near_miss(location))]

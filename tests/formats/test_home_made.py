@@ -415,6 +415,16 @@ def test_the_nearest_architecture(change: dict[str, int | None], phrases: list[s
     assert all(phrase in str(raised.value) for phrase in phrases), str(raised.value)
 
 
+def test_what_cannot_be_read_beside_it_does_not_hide_it(tmp_path: Path) -> None:
+    write(linear(), tmp_path / "mine.safetensors")
+    (tmp_path / "optimizer.pt").touch()
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(CheckpointError, match="optimizer.pt.*is empty") as raised:
+        SAEModel.from_pretrained(tmp_path)
+    assert "config.json" in str(raised.value) and "nearest to architecture 'standard'" in str(raised.value)
+    assert_computes(SAEModel.from_pretrained(tmp_path, architecture="standard"), linear())
+
+
 def test_a_file_that_says_k_is_nearest_to_a_topk(tmp_path: Path) -> None:
     write({"state_dict": linear(), "cfg": {"k": 3}}, tmp_path / "mine.pt")
     with pytest.raises(CheckpointError, match="nearest to architecture 'topk'.*architecture='topk', site="):
@@ -425,19 +435,3 @@ def test_what_is_no_sae_at_all(tmp_path: Path) -> None:
     write({"step": torch.tensor(3)}, tmp_path / "mine.pt")
     with pytest.raises(CheckpointError, match=r"mine.pt holds step \[\]. They do not look like an SAE's"):
         SAEModel.from_pretrained(tmp_path)
-
-
-# ---------------------------------------------------------------- a configuration and tensors
-
-
-def test_a_configuration_and_tensors_without_statistics() -> None:
-    original = example("gated")
-    held = {name: tensor for name, tensor in original.state_dict().items() if "activation" not in name}
-    sae = SAEModel.from_pretrained(None, config=original.config, state_dict=held)
-    assert torch.equal(sae.W_enc_T, original.W_enc_T) and not sae.max_activation.any()
-    with pytest.raises(CheckpointError, match="lacks b_gate"):
-        SAEModel.from_pretrained(
-            None, config=original.config, state_dict={name: held[name] for name in held if name != "b_gate"}
-        )
-    with pytest.raises(InputError, match="both config= and architecture="):
-        SAEModel.from_pretrained(None, config=original.config, architecture="gated", state_dict=held)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hf_gated_sae import SAEModel, SAESet
-from hf_gated_sae.errors import CheckpointError, UnknownNameError
+from hf_gated_sae.errors import CheckpointError, MissingFileError, UnknownNameError
 from hf_gated_sae.formats import formats
 from hf_gated_sae.publishing import convert
 from tests.support.example_saes import assert_same, example
@@ -58,6 +58,13 @@ def test_another_layout_beside_what_cannot_be_read(tmp_path: Path) -> None:
     (folder / "optimizer.pt").write_bytes(POINTER)
     (folder / "config.json").write_text("no JSON")
     assert SAEModel.from_pretrained(folder).checkpoint.format == "gemma_scope"
+
+
+def test_what_cannot_be_read_above_saes_does_not_hide_them(tmp_path: Path) -> None:
+    example("gated").save_pretrained(tmp_path / "layer_1")
+    (tmp_path / "optimizer.pt").write_bytes(POINTER)
+    with pytest.raises(MissingFileError, match="itself holds no SAE.*subfolder= one of 'layer_1'"):
+        SAEModel.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin"])
