@@ -115,7 +115,7 @@ class GemmaScope2CrossLayerFormat(CheckpointFormat):
                 (folder / CONFIG).write_text(json.dumps({**places, **more}))
             examples.append(example)
         layer = "params_layer_1.safetensors"
-        return [*examples, *(Example(each.repo, f"{each.address}/{layer}") for each in examples)]
+        return [*(Example(each.repo, f"{each.address}/{layer}") for each in examples), *examples]
 
 
 def layer_files(location: Location, pattern: re.Pattern[str]) -> list[str]:

@@ -10,7 +10,7 @@ from ..hub.location import Location
 from ..modeling import architectures
 from ..storage import TENSOR_FILES
 from .home_made import tensor_files
-from .home_made_content import Content, content_of, listed
+from .home_made_content import MOST_TENSORS, Content, content_of, listed
 from .home_made_fit import Fit, fitted, is_left_out, parameters_of
 from .home_made_options import asked_for, options_of
 
@@ -68,7 +68,7 @@ def _of_file(location: Location, file: str, content: Content) -> str:
 
 
 def nearest(content: Content) -> tuple[Fit, list[str]] | None:
-    """Return the nearest fit, and the names of the architectures that it is a fit of; None if there is no matrix."""
+    """Return the nearest fit, and the names of the architectures that it is a fit of; None if it is no SAE at all."""
     tensors: Mapping[str, Any] = content.tensors
     if sum(len(tensor.shape) == 2 for tensor in tensors.values()) < 1 or not content.roots():
         return None
@@ -83,6 +83,8 @@ def nearest(content: Content) -> tuple[Fit, list[str]] | None:
             ranked.append(((fit.distance[0], -fit.distance[1], *likely), fit, name))
     ranked.sort(key=lambda each: each[0])
     best = ranked[0][1]
+    if best.missing and len(tensors) > MOST_TENSORS:
+        return None
     return best, [name for _, fit, name in ranked if fit.distance == best.distance and fit.found == best.found]
 
 

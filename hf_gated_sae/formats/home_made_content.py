@@ -15,7 +15,7 @@ SHOWN_TENSORS = 12
 MOST_TENSORS = 64
 """An SAE has a handful of tensors; what has more than this is something else, such as a language model."""
 
-_TRAINING = re.compile(r"(optim\w*|opt|opt_state|\w*scheduler\w*|rng\w*|\w+_rng\w*|grad_scaler)(\.|$)")
+_TRAINING = re.compile(r"(optim\w*|opt|opt_state|\w*scheduler\w*|rng\w*|\w+_rng\w*|grad_scaler|callbacks|loops)(\.|$)")
 """Names under which training keeps its own state."""
 
 

@@ -142,6 +142,7 @@ def open_at(
         MissingFileError: if the SAEs are in folders below.
         UnknownNameError: if there is no format of that name.
     """
+    location = location.afresh()
     if stated is not None:
         _require_home_made(location, variant, format)
         return open_home_made(location, stated)

@@ -435,3 +435,6 @@ def test_what_is_no_sae_at_all(tmp_path: Path) -> None:
     write({"step": torch.tensor(3)}, tmp_path / "mine.pt")
     with pytest.raises(CheckpointError, match=r"mine.pt holds step \[\]. They do not look like an SAE's"):
         SAEModel.from_pretrained(tmp_path)
+    write({f"model.layers.{number}.mlp.weight": random(3, 4) for number in range(80)}, tmp_path / "mine.pt")
+    with pytest.raises(CheckpointError, match=r"\.\.\. \(80 tensors\). They do not look like an SAE's"):
+        SAEModel.from_pretrained(tmp_path)

@@ -102,6 +102,18 @@ def test_what_nobody_needs_is_not_fetched(hub: MiniHub, repo_id: str, cache_dir:
     assert not any("optimizer.pt" in path for path in asked)
 
 
+def test_what_is_mended_is_read_again(tmp_path: Path) -> None:
+    sae = example("gated", site="resid_post.1")
+    sae.save_pretrained(tmp_path / "a")
+    saes = SAESet.from_pretrained(tmp_path)
+    sound = (tmp_path / "a" / "model.safetensors").read_bytes()
+    (tmp_path / "a" / "model.safetensors").write_bytes(POINTER)
+    with pytest.raises(CheckpointError, match="git-lfs pointer"):
+        saes["a"]
+    (tmp_path / "a" / "model.safetensors").write_bytes(sound)
+    assert_same(saes["a"], sae)
+
+
 # ---------------------------------------------------------------- format=
 
 
