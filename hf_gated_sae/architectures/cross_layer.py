@@ -105,12 +105,11 @@ class CrossLayerSAEConfig(StraightThroughConfig, SAEConfig):
                 f"latents_per_site is {shown(latents)}; expected {len(sites)} positive numbers that add up to "
                 f"d_sae = {self.d_sae}."
             )
-        paired = {"skip_connection": self.skip_connection, "apply_b_dec_to_input": self.apply_b_dec_to_input}
-        for name, wanted in paired.items():
-            if wanted and len(sites) != len(sites_out):
-                raise InputError(
-                    f"{name} is true with {len(sites)} sites read and {len(sites_out)} written; expected as many."
-                )
+        if self.apply_b_dec_to_input and len(sites) != len(sites_out):
+            raise InputError(
+                f"apply_b_dec_to_input is true with {len(sites)} sites read and {len(sites_out)} written; expected as "
+                "many."
+            )
 
     def validate_activation(self) -> None:
         """Check that the activation is known."""
@@ -132,7 +131,8 @@ class CrossLayerSAE(SAEModel):
     ``y_m = sum_{l <= m} latents_l @ W_dec_{l,m} + b_dec_m (+ x_m @ W_skip_m.T)``.
 
     A cross-layer transcoder reads the MLPs' inputs and writes their outputs; a weakly causal crosscoder writes where
-    it reads. One layer of a transcoder alone is an SAE with one source site and several outputs. The latents of all
+    it reads. One layer of a transcoder alone is an SAE with one source site and several outputs, of which only its own
+    has a skip connection. The latents of all
     sites are concatenated, ``[..., d_sae]``; the output is ``[..., n_sites_out, d_out]``.
 
     The matrices of each site are parameters of their own, so that only pairs ``l <= m`` are stored, and a checkpoint
@@ -283,7 +283,7 @@ class CrossLayerSAE(SAEModel):
         """Return what is written at one output, given the latents of the sources up to it."""
         written = self._written_at(latents, output)
         frame = self.frame(x)
-        if self.config.skip_connection:
+        if self.config.skip_connection and output < len(self.skips):
             written = written + nn.functional.linear(x if frame is None else frame.enter(x), self.skips[output])
         return written if frame is None or self.config.is_transcoder else frame.leave(written)
 
@@ -309,7 +309,8 @@ class CrossLayerSAE(SAEModel):
         written = self._decode(latents)
         if self.config.skip_connection:
             read = zip(self._framed(self._needed(x)).unbind(-2), self.skips, strict=True)
-            written = written + torch.stack([nn.functional.linear(here, skip) for here, skip in read], -2)
+            skipped = torch.stack([nn.functional.linear(here, skip) for here, skip in read], -2)
+            written = written + nn.functional.pad(skipped, (0, 0, 0, len(self.sites_out) - len(self.skips)))
         frame = self._frame_out(x)
         return written if frame is None else frame.leave(written)
 

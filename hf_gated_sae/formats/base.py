@@ -36,9 +36,12 @@ class CheckpointFormat(ABC):
 
     Attributes:
         name: short name, such as ``"native"``; a subclass without one is not registered.
+        any_name: whether its files may have any name, so that it looks into files that may be something else. It is
+            asked only about what no other layout claims.
     """
 
     name: ClassVar[str] = ""
+    any_name: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Register the format."""

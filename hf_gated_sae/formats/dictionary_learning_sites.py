@@ -17,6 +17,8 @@ EMBEDDING = ("embed", "embedding", "embeddings")
 
 _NAME = re.compile(rf"(?<![a-z])({'|'.join((*BLOCK, 'resid_pre', *ATTENTION, *MLP))})_layer_?(\d+)(?!\d)")
 
+_NUMBER = re.compile(r"\d{1,4}", re.ASCII)
+
 SITES = {
     "block": {"in": "resid_pre.{}", "out": "resid_post.{}"},
     "before the block": {"in": "resid_pre.{}", "out": "resid_pre.{}"},
@@ -44,7 +46,7 @@ def place_of(trainer: Mapping[str, Any], buffer: Mapping[str, Any], address: str
     """
     name = text(trainer, "submodule_name", where, None)
     side = text(buffer, "io", where, "out")
-    layer = integer(trainer, "layer", where, None)
+    layer = _layer(trainer, where)
     if name in EMBEDDING and side == "out":
         return {"site": "embed"}
     found = _NAME.search(address if name is None else name)
@@ -60,6 +62,12 @@ def place_of(trainer: Mapping[str, Any], buffer: Mapping[str, Any], address: str
     if side == "in_and_out":
         return {"site": sites["in"].format(found[2]), "site_out": sites["out"].format(found[2])}
     return {"site": sites[side].format(found[2])}
+
+
+def _layer(trainer: Mapping[str, Any], where: object) -> int | None:
+    """Return the number of the block, which some write as a text."""
+    said = trainer.get("layer")
+    return int(said) if isinstance(said, str) and _NUMBER.fullmatch(said) else integer(trainer, "layer", where, None)
 
 
 def _kind(name: str) -> str:

@@ -14,6 +14,7 @@ from ..errors import CheckpointError, MissingFileError
 from ..hub.location import Location
 from ..modeling.loading import Checkpoint
 from .base import CheckpointFormat, Example
+from .circuit_tracer import named_layer
 from .folders import folders_with
 from .gemma_scope_2 import AFFINE, ARCHITECTURE, CONFIG, TENSORS, base_model_of, model_of
 from .layered import Layer, cross_layer_checkpoint
@@ -37,18 +38,28 @@ class GemmaScope2CrossLayerFormat(CheckpointFormat):
     counts all outputs; those before the source site are zero in training and are not read here. ``_affine`` ones add
     ``x_m @ affine_skip_connection_m``.
 
+    The folder is the whole. The file ``params_layer_I.safetensors``, or ``layer_I`` in the folder, is the address of
+    one source site's latents: an SAE that reads one site and writes its own share of all outputs from I on, with
+    ``b_dec`` and the skip connection of output I, so that the source sites add up to the whole.
+
     Source: google/gemma-scope-2-* on the Hub, and its tutorial.
     """
 
     name: ClassVar[str] = "gemma_scope_2_cross_layer"
 
     def addresses(self, location: Location) -> list[str]:
-        """Return the folders with a ``params_layer_0.safetensors``."""
-        return folders_with(location, FIRST)
+        """Return the folders with a ``params_layer_0.safetensors``, and the files of all layers in them."""
+        folders = folders_with(location, FIRST)
+        files = [name for name in location.files if _FILE.fullmatch(name.rpartition("/")[2])]
+        return folders + [name for name in files if name.rpartition("/")[0] in folders]
 
     def claims(self, location: Location) -> bool:
-        """Whether there is a first layer's file with Gemma Scope 2's tensors."""
-        return location.file is None and FIRST in location and set(location.content(FIRST)) - {AFFINE} == TENSORS
+        """Whether there is a first layer's file, or that of the layer that is meant, with Gemma Scope 2's tensors."""
+        folder, layer = _folder_and_layer(location)
+        if location.file is not None and layer is None:
+            return False
+        file = f"params_layer_{layer or 0}.safetensors"
+        return FIRST in folder and file in folder and set(folder.content(file)) - {AFFINE} == TENSORS
 
     def open(self, location: Location, *, variant: str | None = None) -> Checkpoint:
         """Read shapes from the headers, sites from the names of folder and files.
@@ -57,24 +68,27 @@ class GemmaScope2CrossLayerFormat(CheckpointFormat):
             CheckpointError: if the files do not fit each other, or the folder's name.
             MissingFileError: if a layer between others is missing.
         """
-        files = layer_files(location, _FILE)
+        folder, layer = _folder_and_layer(location)
+        everything = layer_files(folder, _FILE)
+        first, files = (0, everything) if layer is None else (layer, everything[layer : layer + 1])
         layers: list[Layer] = []
         for file in files:
-            held = location.tensors(file)
+            held = folder.tensors(file)
             names = {**NAMES, "skip": f"{AFFINE}.T"} if AFFINE in held else NAMES
-            layers.append(renamed(held, names, f"{file} of {location}"))
-        described = location.read_json(CONFIG) if CONFIG in location else {}
-        where = f"{CONFIG} of {location}"
+            layers.append(renamed(held, names, f"{file} of {folder}"))
+        described = folder.read_json(CONFIG) if CONFIG in folder else {}
+        where = f"{CONFIG} of {folder}"
         if (architecture := text(described, "architecture", where, ARCHITECTURE)) != ARCHITECTURE:
             raise CheckpointError(f"{where} says architecture {architecture[:60]!r}; expected {ARCHITECTURE!r}.")
         model = text(described, "model_name", where, None)
-        sites, sites_out = _sites(location, len(files), described)
+        sites, sites_out = _sites(folder, len(everything), described)
         return cross_layer_checkpoint(
             layers,
             location.origin(self.name, [*files, CONFIG] if described else files),
-            sites_out,
+            sites_out[first:],
             absolute=True,
-            sites=sites,
+            before=first,
+            sites=sites[first : first + len(files)],
             base_model=model_of(model) if model else base_model_of(location.repo_id),
         )
 
@@ -100,7 +114,8 @@ class GemmaScope2CrossLayerFormat(CheckpointFormat):
                 more = {"architecture": ARCHITECTURE, "model_name": "gemma-v3-270m-it", "type": "clt"}
                 (folder / CONFIG).write_text(json.dumps({**places, **more}))
             examples.append(example)
-        return examples
+        layer = "params_layer_1.safetensors"
+        return [*(Example(each.repo, f"{each.address}/{layer}") for each in examples), *examples]
 
 
 def layer_files(location: Location, pattern: re.Pattern[str]) -> list[str]:
@@ -116,6 +131,13 @@ def layer_files(location: Location, pattern: re.Pattern[str]) -> list[str]:
             f"{location.listing()}. Expected all from 0 on; fetch it again."
         )
     return [found[number] for number in range(len(found))]
+
+
+def _folder_and_layer(location: Location) -> tuple[Location, int | None]:
+    """Return the folder of the whole, and the layer that is meant; None for all."""
+    if location.file is not None and (match := _FILE.fullmatch(location.file)):
+        return location.at(location.subfolder), int(match[1])
+    return named_layer(location) or (location, None)
 
 
 def _sites(location: Location, number: int, described: dict[str, Any]) -> tuple[list[str], list[str]]:

@@ -23,7 +23,13 @@ there are any, ``threshold`` and ``skip [d_out, d_in]``."""
 
 
 def cross_layer_checkpoint(
-    layers: Sequence[Layer], origin: Origin, sites_out: Sequence[str], *, absolute: bool, **settings: Any
+    layers: Sequence[Layer],
+    origin: Origin,
+    sites_out: Sequence[str],
+    *,
+    absolute: bool,
+    before: int = 0,
+    **settings: Any,
 ) -> Checkpoint:
     """Describe a cross-layer SAE by the headers of its layers' tensors.
 
@@ -32,6 +38,7 @@ def cross_layer_checkpoint(
         origin: where it lies.
         sites_out: what it writes, from the first source site's own output on.
         absolute: whether every decoder has a plane for each output; else from its own output on.
+        before: number of outputs before the first source site's own, for which absolute decoders have planes, too.
         **settings: further fields of the configuration.
 
     Raises:
@@ -72,12 +79,20 @@ def cross_layer_checkpoint(
         for name in (*REQUIRED, *OPTIONAL)
         if name in layer
     }
-    finish = partial(_joined, sources=len(layers), outputs=len(sites_out), absolute=absolute)
+    skipped = before if absolute else None
+    finish = partial(_joined, sources=len(layers), outputs=len(sites_out), before=skipped)
     return Checkpoint(CrossLayerSAE, config, origin, stored, shared=frozenset(stored), finish=finish)
 
 
-def _joined(tensors: dict[str, Tensor], *, sources: int, outputs: int, absolute: bool) -> dict[str, Tensor]:
+def _joined(tensors: dict[str, Tensor], *, sources: int, outputs: int, before: int | None) -> dict[str, Tensor]:
     """Join the layers' vectors; matrices stay where they are.
+
+    Args:
+        tensors: those of all layers.
+        sources: number of source sites.
+        outputs: number of places that are written.
+        before: of decoders that have a plane for each output of the whole, the number of those that are not written;
+            None of decoders that begin with their own.
 
     Raises:
         CheckpointError: if a threshold is negative.
@@ -90,10 +105,11 @@ def _joined(tensors: dict[str, Tensor], *, sources: int, outputs: int, absolute:
     # One layer alone brings the bias of its own output: the layers of a transcoder add up to the whole.
     missing = b_dec.new_zeros(outputs - sources, b_dec.shape[1])
     tensors["b_dec"] = torch.cat([b_dec, missing]) if outputs > sources else b_dec
-    if absolute:
+    if before is not None:
         for at in range(sources):
             planes = tensors[f"decoders.{at}"]
-            tensors[f"decoders.{at}"] = planes[:, at:] if planes.shape[1] == outputs else planes
+            is_whole = planes.shape[1] == before + outputs  # else the shapes are refused as they are
+            tensors[f"decoders.{at}"] = planes[:, before + at :] if is_whole else planes
     if "threshold" in tensors:
         require_not_negative(tensors["threshold"])
     return tensors

@@ -55,6 +55,7 @@ class OpenAIFormat(CheckpointFormat):
     """
 
     name: ClassVar[str] = "openai"
+    any_name: ClassVar[bool] = True
 
     def addresses(self, location: Location) -> list[str]:
         """Return the files whose path is that of the layout."""

@@ -26,7 +26,8 @@ from .folders import again, folders_with
 from .folding import fold_decoder_norms, fold_input_scale
 from .reading import flag, integer, mapping, number, one_of
 from .renaming import renamed
-from .saelens_place import SCALER, normalized, places
+from .saelens_finetuned import FINETUNED, finetuning
+from .saelens_place import SCALER, no_output, normalized, places
 from .temporal import attention_names, attention_settings, matrix_shape
 
 CONFIG = "cfg.json"
@@ -118,9 +119,6 @@ def described(
     kind: Kind,
     cfg: Mapping[str, Any],
     metadata: Mapping[str, Any],
-    *,
-    besides: Sequence[str] = (),
-    steps: Sequence[Step] = (),
 ) -> Checkpoint:
     """Describe an SAE of SAELens by its headers.
 
@@ -130,8 +128,6 @@ def described(
         kind: what its architecture is.
         cfg: its configuration, under the names of version 6.
         metadata: what it says of training.
-        besides: tensors of the file to be read that the architecture does not have, for `steps`.
-        steps: arithmetic before all other.
 
     Raises:
         CheckpointError: if something is missing, unknown or contradictory.
@@ -144,7 +140,8 @@ def described(
     if kind.skip and normalization != implied:
         raise CheckpointError(
             f"{where} says normalize_activations = {shown(cfg.get('normalize_activations'))} of a transcoder whose "
-            "skip connection reads the plain input: such a one cannot be expressed here."
+            "skip connection reads the plain input. It would need a skip connection that reads another input than the "
+            "encoder, which there is none here: it cannot be loaded."
         )
     settings: dict[str, Any] = {"normalization": normalization, **place}
     # A transcoder's bias has another width than its input; SAELens refuses to build one that subtracts it.
@@ -152,23 +149,38 @@ def described(
     settings |= {"skip_connection": True} if kind.skip else {}
     settings |= {"k": integer(cfg, "k", where)} if kind.k else {}
     own = _own_settings(kind, cfg, where, scale)
-    names = {"W_dec": "W_dec", "b_dec": "b_dec", **{name: name for name in (*kind.vectors, *besides)}}
-    if not kind.model_class.tied and not _is_tied(kind, cfg, where):
-        names["W_enc_T"] = "W_enc.T"
-    names |= {"W_skip": "W_skip"} if kind.skip else {}
-    names |= {"topk_threshold": "topk_threshold"} if kind.batch_threshold else {}
+    tuning = finetuning(location, WEIGHTS, cfg, where) if kind.vectors else None
+    names = _names(kind, is_tied=_is_tied(kind, cfg, where), is_tuned=tuning is not None)
     names |= attention_names(own.get("attention_layers", 0))
     stored = renamed(location.tensors(WEIGHTS), names, f"{WEIGHTS} of {location}")
     if _is_tied(kind, cfg, where):
         stored["W_enc_T"] = again(stored["W_dec"], location, WEIGHTS)
     settings |= _agreed(stored, cfg, where)
     config = kind.model_class.config_class(**settings, **own)
-    arithmetic = [*steps, *_arithmetic(kind, cfg, where, scale, settings["apply_b_dec_to_input"])]
+    arithmetic = [
+        *([tuning] if tuning else []),
+        *_arithmetic(kind, cfg, where, scale, settings["apply_b_dec_to_input"]),
+    ]
     read = [CONFIG, WEIGHTS, *([SCALER] if SCALER in location else [])]
-    shared = frozenset({"b_dec", "W_skip"})
     return Checkpoint(
-        kind.model_class, config, location.origin(layout, read), stored, shared, partial(_in_turn, steps=arithmetic)
+        kind.model_class,
+        config,
+        location.origin(layout, read),
+        stored,
+        frozenset({"b_dec", "W_skip"}),
+        partial(_in_turn, steps=arithmetic),
+        unsaid={"site_out": no_output(metadata, where)} if kind.transcoder else {},
     )
+
+
+def _names(kind: Kind, *, is_tied: bool, is_tuned: bool) -> dict[str, str]:
+    """Return the file's name for each tensor of ours, and for those that are folded into them."""
+    same = ["W_dec", "b_dec", *kind.vectors]
+    same += ["W_skip"] if kind.skip else []
+    same += ["topk_threshold"] if kind.batch_threshold else []
+    same += [FINETUNED] if is_tuned else []
+    encoder = {} if kind.model_class.tied or is_tied else {"W_enc_T": "W_enc.T"}
+    return {name: name for name in same} | encoder
 
 
 def _own_settings(kind: Kind, cfg: Mapping[str, Any], where: str, scale: float) -> dict[str, Any]:

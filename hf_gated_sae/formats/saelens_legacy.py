@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 from ..architectures.tanh_relu import TanhReLUSAE
 from ..errors import CheckpointError
 from ..hub.location import Location
-from ..modeling.loading import Checkpoint, Tensors
+from ..modeling.loading import Checkpoint
 from .base import CheckpointFormat, Example
 from .folders import folders_with
-from .reading import flag, integer, mapping, one_of
+from .reading import integer, mapping, one_of
 from .saelens import CONFIG, KINDS, WEIGHTS, Kind, described
 from .saelens_place import EXPECTED_AVERAGE
 
@@ -27,7 +27,6 @@ RENAMED = {
     "activation_fn_str": "activation_fn",
 }
 TANH_RELU = Kind(TanhReLUSAE)
-FINETUNED = "scaling_factor"
 
 
 class SAELensLegacyFormat(CheckpointFormat):
@@ -73,16 +72,7 @@ class SAELensLegacyFormat(CheckpointFormat):
         kind = cfg.pop("kind")
         if isinstance(cfg.get("normalize_activations"), bool):  # version 3
             cfg["normalize_activations"] = EXPECTED_AVERAGE if cfg["normalize_activations"] else "none"
-        finetuned = _is_finetuned(location, cfg, where)
-        return described(
-            location,
-            self.name,
-            kind,
-            cfg,
-            cfg,
-            besides=[FINETUNED] if finetuned is not None else [],
-            steps=[_finetuned] if finetuned else [_not_finetuned],
-        )
+        return described(location, self.name, kind, cfg, cfg)
 
     def examples(self, root: Path) -> list[Example]:
         """Write SAEs of every version, architecture and normalisation."""
@@ -109,33 +99,3 @@ def _activation(cfg: Mapping[str, Any], where: str) -> dict[str, Any]:
             "as nothing else is known of such an SAE."
         )
     return {"kind": KINDS[architecture]}
-
-
-def _is_finetuned(location: Location, cfg: Mapping[str, Any], where: str) -> bool | None:
-    """Return whether the file's factors of fine-tuning are used; None if it has none.
-
-    Raises:
-        CheckpointError: if there are such that the configuration denies.
-    """
-    factors = location.tensors(WEIGHTS).get(FINETUNED)
-    if factors is None:
-        return None
-    said = flag(cfg, "finetuning_scaling_factor", where, False)
-    if not said and bool((factors.small() != 1).any()):
-        raise CheckpointError(
-            f"{WEIGHTS} of {location} holds factors of fine-tuning ({FINETUNED}) that {CONFIG} denies "
-            "(finetuning_scaling_factor is not true): say there whether they are to be used."
-        )
-    return said
-
-
-def _finetuned(tensors: Tensors) -> Tensors:
-    """Multiply the decoder's rows by the factors of fine-tuning."""
-    factors = tensors.pop(FINETUNED)
-    tensors["W_dec"].mul_(factors[:, None].to(tensors["W_dec"].dtype))
-    return tensors
-
-
-def _not_finetuned(tensors: Tensors) -> Tensors:
-    tensors.pop(FINETUNED, None)
-    return tensors

@@ -35,17 +35,18 @@ def places(metadata: Mapping[str, Any], facts: Mapping[str, Any], where: str, *,
         transcoder: whether the output belongs elsewhere.
 
     Returns:
-        ``base_model``, ``site``, for a transcoder ``site_out``, ``trained_on_bos``, and the ``normalization`` that
-        the place implies.
+        ``base_model``, ``site``, for a transcoder ``site_out`` (None if the file does not say), ``trained_on_bos``,
+        and the ``normalization`` that the place implies.
 
     Raises:
-        CheckpointError: if a place has no name here, or the file does not say where a transcoder writes.
+        CheckpointError: if a transcoder writes to a place that cannot be written.
     """
     if metadata.get("hook_head_index") is not None:
         raise CheckpointError(
             f"{where} says hook_head_index = {shown(metadata['hook_head_index'])}: the SAE reads one head of "
-            f"{shown(metadata.get('hook_name'))}, and a site here is all heads side by side. SAEs of single "
-            "heads cannot be loaded."
+            f"{shown(metadata.get('hook_name'))}. It would need a site of that head alone, and a site here is all "
+            "heads side by side. Described as home-made (architecture=, format='home_made') it can be loaded, to "
+            "encode activations of the head that you cut out yourself."
         )
     base_model = repository_of(text(metadata, "model_name", where, None)) or facts.get("base_model")
     site, normalization = _site(metadata, "hook_name", base_model, where)
@@ -56,14 +57,20 @@ def places(metadata: Mapping[str, Any], facts: Mapping[str, Any], where: str, *,
     }
     if transcoder:
         found["site_out"], written = _site(metadata, "hook_name_out", base_model, where)
-        if found["site_out"] is None or written != "none":
-            raise CheckpointError(
-                f"{where} describes a transcoder and says hook_name_out = {shown(metadata.get('hook_name_out'))}; "
-                "expected the place that it writes to, such as 'blocks.5.hook_mlp_out': complete the file."
-            )
+        if written != "none":
+            raise CheckpointError(no_output(metadata, where))
     if _is_centred(metadata, base_model, site, where):
         normalization = "center" if normalization == "none" else normalization
     return {**found, **normalization_of(normalization, base_model, metadata.get("hook_name"), where)}
+
+
+def no_output(metadata: Mapping[str, Any], where: str) -> str:
+    """Return the error for a transcoder of which nobody says where it writes."""
+    return (
+        f"{where} describes a transcoder and says hook_name_out = {shown(metadata.get('hook_name_out'))}; "
+        "expected the place that it writes to, such as 'blocks.5.hook_mlp_out': complete the file, or pass site_out=, "
+        "such as site_out='mlp_out.5'."
+    )
 
 
 def normalized(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,7 +14,7 @@ import yaml
 
 from ..errors import CheckpointError, InputError, MissingFileError, did_you_mean
 from ..modeling.loading import Origin
-from ..storage import ByteSource, Content, LocalBytes, StoredTensor, flat, read_content
+from ..storage import LFS, LFS_POINTER, ByteSource, Content, LocalBytes, StoredTensor, flat, read_content
 
 SHOWN_FILES = 12
 JSON_LIMIT = 4 * 1024 * 1024
@@ -74,6 +75,7 @@ class Location(ABC):
         self.file = file
         self._all_files = all_files
         self._contents: dict[str, Content] = {}
+        self._broken: dict[str, CheckpointError] = {}  # found out once: every layout may ask, and it may take long
 
     @property
     def address(self) -> str:
@@ -109,10 +111,14 @@ class Location(ABC):
     def at(self, address: str) -> Location:
         """Return a folder, or one file of a folder, counted from the root; same repository, same commit."""
         path = clean_subfolder(address)
-        if path in self._all_files:
-            folder, _, file = path.rpartition("/")
-            return self._copy(folder, file)
-        return self._copy(path, None)
+        folder, _, file = path.rpartition("/") if path in self._all_files else (path, "", None)
+        found = self._copy(folder, file)
+        found._broken = self._broken
+        return found
+
+    def afresh(self) -> Location:
+        """Return the same place, of which nothing is known yet to be broken: a file may have been mended since."""
+        return self._copy(self.subfolder, self.file)
 
     def fetch(self, names: Iterable[str]) -> Path:
         """Make files available on this machine.
@@ -165,8 +171,21 @@ class Location(ABC):
             MissingFileError: if it is not in the listing, or cannot be had.
         """
         if name not in self._contents:
-            self._contents[name] = read_content(self.source(name), name)
+            with self._once(name):
+                self._contents[name] = read_content(self.source(name), name)
         return self._contents[name]
+
+    @contextmanager
+    def _once(self, name: str) -> Iterator[None]:
+        """Remember that a file is broken, and raise at once where that is known already."""
+        path = f"{self.subfolder}/{name}"
+        if path in self._broken:
+            raise self._broken[path]
+        try:
+            yield
+        except CheckpointError as error:
+            self._broken[path] = error
+            raise
 
     def tensors(self, name: str) -> dict[str, StoredTensor]:
         """Return the tensors of a file that holds nothing else.
@@ -187,14 +206,15 @@ class Location(ABC):
         Raises:
             CheckpointError: if the file is not a JSON object, or too large to be a description.
         """
-        try:
-            content = json.loads(self._description(name, JSON_LIMIT))
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(
-                f"{name} of {self} is not valid JSON ({str(error)[:200]}): fetch or convert it again."
-            ) from error
-        if not isinstance(content, dict):
-            raise CheckpointError(f"{name} of {self} holds a JSON {type(content).__name__}; expected an object.")
+        with self._once(name):
+            try:
+                content = json.loads(self._description(name, JSON_LIMIT))
+            except (ValueError, RecursionError) as error:
+                raise CheckpointError(
+                    f"{name} of {self} is not valid JSON ({str(error)[:200]}): fetch or convert it again."
+                ) from error
+            if not isinstance(content, dict):
+                raise CheckpointError(f"{name} of {self} holds a JSON {type(content).__name__}; expected an object.")
         return content
 
     def listing(self) -> str:
@@ -209,14 +229,15 @@ class Location(ABC):
         Raises:
             CheckpointError: if the file is not a YAML mapping, or too large to be a description.
         """
-        try:
-            content = yaml.load(self._description(name, YAML_LIMIT), _PlainLoader)
-        except (yaml.YAMLError, ValueError, *_YAML_ERRORS) as error:
-            raise CheckpointError(
-                f"{name} of {self} is not valid YAML ({str(error)[:200]}): fetch it again."
-            ) from error
-        if not isinstance(content, dict):
-            raise CheckpointError(f"{name} of {self} holds a YAML {type(content).__name__}; expected a mapping.")
+        with self._once(name):
+            try:
+                content = yaml.load(self._description(name, YAML_LIMIT), _PlainLoader)
+            except (yaml.YAMLError, ValueError, *_YAML_ERRORS) as error:
+                raise CheckpointError(
+                    f"{name} of {self} is not valid YAML ({str(error)[:200]}): fetch it again."
+                ) from error
+            if not isinstance(content, dict):
+                raise CheckpointError(f"{name} of {self} holds a YAML {type(content).__name__}; expected a mapping.")
         return content
 
     def _description(self, name: str, limit: int) -> bytes:
@@ -225,7 +246,10 @@ class Location(ABC):
         size = path.stat().st_size
         if size > limit:
             raise CheckpointError(f"{name} of {self} has {size} bytes; expected a small description.")
-        return path.read_bytes()
+        content = path.read_bytes()
+        if content.startswith(LFS):
+            raise CheckpointError(f"{name} of {self} {LFS_POINTER}")
+        return content
 
     @abstractmethod
     def sibling(self, repo: str, revision: str | None = None) -> Location:

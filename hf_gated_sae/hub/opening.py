@@ -7,11 +7,16 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, MissingFileError, did_you_mean
+from ..errors import CheckpointError, InputError, MissingFileError, SAEError, did_you_mean
 from ..formats import formats
+from ..formats.home_made import open_home_made
+from ..formats.home_made_advice import NEAREST, advice
 from ..modeling.loading import Checkpoint
+from ..modeling.stated import HOME_MADE, Stated
+from ..storage import TENSOR_FILES
+from .claims import claims_of, is_claimed, the_layout
 from .index import releases, resolve_alias
-from .location import Location, clean_subfolder, locate
+from .location import LocalFolder, Location, clean_subfolder, locate
 
 SHOWN_FOLDERS = 20
 
@@ -19,13 +24,23 @@ SHOWN_FOLDERS = 20
 PLACE = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
-def open_checkpoint(repo: str, subfolder: str = "", *, variant: str | None = None, **arguments: Any) -> Checkpoint:
+def open_checkpoint(
+    repo: str,
+    subfolder: str = "",
+    *,
+    variant: str | None = None,
+    format: str | None = None,
+    stated: Stated | None = None,
+    **arguments: Any,
+) -> Checkpoint:
     """Pin, list, let the one format that claims the folder open it.
 
     Args:
         repo: folder, repository id, or ``repository@revision``; a local folder wins.
         subfolder: folder (or file) of the SAE inside it.
         variant: which of several sets of weights.
+        format: name of the layout, where several share the folder.
+        stated: what the user says of a home-made checkpoint.
         **arguments: those of `place`; what else `from_pretrained` was given says nothing about where it is.
 
     Returns:
@@ -36,7 +51,7 @@ def open_checkpoint(repo: str, subfolder: str = "", *, variant: str | None = Non
         MissingFileError: if there is no such folder, repository, revision or file.
     """
     where = {name: arguments[name] for name in PLACE if name in arguments}
-    return open_at(place(repo, subfolder, **where), variant=variant)
+    return open_at(place(repo, subfolder, **where), variant=variant, format=format, stated=stated)
 
 
 def place(
@@ -55,7 +70,7 @@ def place(
     that the index knows; a local folder of that name, and a folder or file of the repository, win.
 
     Args:
-        repo: folder, repository id, or ``repository@revision``.
+        repo: folder, tensor file, repository id, or ``repository@revision``.
         subfolder: folder (or file) inside it.
         revision: branch, tag, ``refs/pr/1`` or commit.
         token: access token; None uses the stored one, False none.
@@ -70,6 +85,10 @@ def place(
         MissingFileError: if there is no such folder, repository or revision.
     """
     repo, subfolder = _repository(os.fspath(repo), clean_subfolder(subfolder or ""))
+    alone = Path(repo).expanduser()
+    if not subfolder and alone.suffix in TENSOR_FILES and alone.is_file():
+        beside = [path.name for path in alone.parent.iterdir() if path.is_file()]
+        return LocalFolder(str(alone.parent), all_files=beside).at(alone.name)
     try:
         root = locate(
             repo,
@@ -94,7 +113,7 @@ def place(
 
 def _is_there(location: Location) -> bool:
     """Whether there are files, or a small file above gives this name to what lies elsewhere."""
-    return bool(location.files) or any(layout.claims(location) for layout in formats.values())
+    return bool(location.files) or is_claimed(location)
 
 
 def _repository(repo: str, subfolder: str) -> tuple[str, str]:
@@ -106,22 +125,61 @@ def _repository(repo: str, subfolder: str) -> tuple[str, str]:
     return f"{found}{at}{revision}", address
 
 
-def open_at(location: Location, *, variant: str | None = None) -> Checkpoint:
-    """Let the one format that claims a folder (or file) open it.
+def open_at(
+    location: Location, *, variant: str | None = None, format: str | None = None, stated: Stated | None = None
+) -> Checkpoint:
+    """Let the one format that claims a folder (or file) open it, or read it as the user says.
+
+    Args:
+        location: the folder or file.
+        variant: which of several sets of weights.
+        format: name of the layout, where several claim the folder.
+        stated: what the user says of a home-made checkpoint.
 
     Raises:
-        CheckpointError: if no format, or more than one, claims it.
+        CheckpointError: if no format, or more than one, claims it, or not the given one.
+        InputError: if it is described as home-made and is in a known layout.
         MissingFileError: if the SAEs are in folders below.
+        UnknownNameError: if there is no format of that name.
     """
-    claims = [name for name, layout in formats.items() if layout.claims(location)]
+    location = location.afresh()
+    if stated is not None:
+        _require_home_made(location, variant, format)
+        return open_home_made(location, stated)
+    if format is not None:
+        return the_layout(format, location).open(location, variant=variant)
+    claims, unreadable = claims_of(location)
     if len(claims) > 1:
         raise CheckpointError(
             f"{location} could be any of the formats {', '.join(claims)}: it holds {location.listing()}. "
-            "Expected the files of one SAE; remove or move the others."
+            f"Expected the files of one SAE; choose with format={claims[0]!r}, or remove or move the others."
         )
     if not claims:
-        raise _nothing_found(location)
+        raise _nothing_found(location, unreadable)
     return formats[claims[0]].open(location, variant=variant)
+
+
+def _require_home_made(location: Location, variant: str | None, format: str | None) -> None:
+    """Raise if what is described as home-made is in a layout that says for itself what it is.
+
+    Raises:
+        InputError: naming the layout.
+    """
+    if format == HOME_MADE:
+        return
+    if format is not None:
+        raise InputError(
+            f"Given format={format!r} and architecture=, which describes a home-made checkpoint: pass one of them."
+        )
+    for name in claims_of(location)[0]:
+        try:
+            formats[name].open(location, variant=variant)
+        except SAEError:  # its files have the layout's names, and nothing else of it
+            continue
+        raise InputError(
+            f"{location} is in the layout {name!r}, which says its own architecture: leave architecture=, names= and "
+            f"ignore= away. To read its tensors as a home-made checkpoint all the same, pass format={HOME_MADE!r}."
+        )
 
 
 def sae_addresses(location: Location) -> list[str]:
@@ -155,17 +213,32 @@ def _no_such_folder(root: Location, location: Location) -> MissingFileError:
     )
 
 
-def _nothing_found(location: Location) -> CheckpointError | MissingFileError:
-    """Explain a folder that no format claims."""
+def _nothing_found(location: Location, unreadable: list[CheckpointError]) -> CheckpointError | MissingFileError:
+    """Explain a folder that no format claims.
+
+    Args:
+        location: the folder or file.
+        unreadable: why formats could not look at what they would have had to.
+    """
     addresses = sae_addresses(location)
     if location.file is not None and location.subfolder in addresses:
-        advice = f"pass subfolder={location.subfolder!r}" if location.subfolder else "leave subfolder= away"
-        return MissingFileError(f"{location} is one file of the SAE in its folder: {advice}.")
+        what = f"pass subfolder={location.subfolder!r}" if location.subfolder else "leave subfolder= away"
+        return MissingFileError(f"{location} is one file of the SAE in its folder: {what}.")
     below = [address for address in addresses if address != location.address]
-    if below:
+    if below and (not unreadable or location.address not in addresses):
         return MissingFileError(
             f"{location} itself holds no SAE, but what is in it does: pass subfolder= one of {_shown(below)}."
         )
-    reasons = [reason for layout in formats.values() if (reason := layout.near_miss(location))]
-    explained = " ".join(reasons) or f"It holds {location.listing()}; known formats: {', '.join(formats)}."
-    return CheckpointError(f"{location} holds no SAE in a known format. {explained}")
+    found = advice(location)
+    if unreadable and NEAREST not in found:
+        messages = list(dict.fromkeys(map(str, unreadable)))
+        return unreadable[0] if len(messages) == 1 else CheckpointError(" ".join(messages))
+    reasons = [str(error) for error in unreadable if str(error) not in found] or _near_misses(location)
+    known = "" if NEAREST in found else f"; known formats: {', '.join(formats)}"
+    sentences = [*dict.fromkeys(reasons or [f"It holds {location.listing()}{known}."]), found]
+    return CheckpointError(f"{location} holds no SAE in a known format. {' '.join(filter(None, sentences))}")
+
+
+def _near_misses(location: Location) -> list[str]:
+    """Return why layouts that the folder looks like do not claim it."""
+    return [reason for layout in formats.values() if (reason := layout.near_miss(location))]

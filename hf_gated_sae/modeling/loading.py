@@ -1,4 +1,4 @@
-"""Strict loading: transformers only logs a warning for tensors that are missing, extra or of the wrong shape."""
+"""Read a checkpoint that was found: which latents, with which configuration, in which dtype."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from torch import Tensor
 from ..errors import CheckpointError, InputError, LatentIndexError, did_you_mean, shown
 from ..registry import LateBound
 from ..storage import StoredTensor
+from .building import chosen_dtype, largest, ordinary_tensors, require_complete, unrecorded
+from .stated import Stated
 
 if TYPE_CHECKING:
     from .config import SAEConfig
@@ -73,6 +75,8 @@ class Checkpoint:
         shared: names among them of tensors that are not one row per latent.
         finish: turns the tensors read into those of the architecture. It must be row-wise in the latents, may write
             into its input, and must work on the meta device, where shapes are tried before anything is read.
+        unsaid: keys of the configuration that the SAE cannot do without and its files do not say, each with the error
+            to raise if the user does not say it either.
     """
 
     model_class: type[SAEModel]
@@ -81,6 +85,7 @@ class Checkpoint:
     stored: Mapping[str, StoredTensor] = field(default_factory=dict)
     shared: frozenset[str] = frozenset({"b_dec", "W_skip"})
     finish: Callable[[Tensors], Tensors] = as_stored
+    unsaid: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """Return the name to use in messages."""
@@ -149,10 +154,12 @@ class Checkpoint:
         return [place[latent] for latent in wanted]
 
 
-# Say where a checkpoint is: used up once its files are on this machine.
+# Say what a checkpoint is, and where: used up once its files are on this machine.
+OPENING_ARGUMENTS = ("format", "architecture", "names", "ignore")
 PLACE_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "variant")
 
 open_checkpoint = LateBound("hf_gated_sae.hub.opening", "open_checkpoint")
+_described_tensors = LateBound("hf_gated_sae.formats.home_made", "described_tensors")
 
 
 def effective_config(
@@ -166,6 +173,7 @@ def effective_config(
         arguments: what else `from_pretrained` was given, values for keys of the configuration among it.
 
     Raises:
+        CheckpointError: if neither the checkpoint nor the user says something that is needed.
         InputError: if the given configuration is of another architecture, or a given value cannot be used.
     """
     config_class = checkpoint.model_class.config_class
@@ -186,7 +194,11 @@ def effective_config(
             f"a {config_class.__name__}."
         )
     # A copy in any case: the dtype is written into it, and the user's own stays as it is.
-    return (config_class.from_dict({**chosen.to_dict(), **given}) if given else copy.copy(chosen)), settings
+    made = config_class.from_dict({**chosen.to_dict(), **given}) if given else copy.copy(chosen)
+    for name, why in checkpoint.unsaid.items():
+        if getattr(made, name) is None:
+            raise CheckpointError(why)
+    return made, settings
 
 
 def _existing(latents: Any, checkpoint: Checkpoint) -> list[int]:
@@ -223,7 +235,7 @@ def _whole_numbers(latents: Any) -> list[int]:
 
 
 @contextmanager
-def explained(checkpoint: Checkpoint) -> Iterator[None]:
+def explained(config_class: type[SAEConfig]) -> Iterator[None]:
     """Turn what transformers and safetensors raise about arguments and files into a sentence of ours."""
     try:
         yield
@@ -231,39 +243,17 @@ def explained(checkpoint: Checkpoint) -> Iterator[None]:
         unexpected = re.search(r"__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
         if unexpected is None:
             raise
-        fields = list(checkpoint.model_class.config_class.own_fields())
-        known = [*PLACE_ARGUMENTS, *fields, "subfolder", "latents", "config", "dtype", "device_map"]
+        fields = list(config_class.own_fields())
+        known = [
+            *PLACE_ARGUMENTS,
+            *OPENING_ARGUMENTS,
+            *fields,
+            *("subfolder", "latents", "config", "dtype", "device_map"),
+        ]
         raise InputError(
             f"from_pretrained has no argument {unexpected[1]!r}.{did_you_mean(unexpected[1], known)} It takes those "
             f"of transformers, and the configuration's keys {', '.join(fields)}."
         ) from error
-
-
-def require_complete(where: str, info: Mapping[str, Any], expected: list[str]) -> None:
-    """Raise unless every tensor was there, none was left over and all shapes fit.
-
-    Args:
-        where: the checkpoint's name for messages.
-        info: transformers' loading info.
-        expected: names of the tensors that the architecture has.
-
-    Raises:
-        CheckpointError: naming every tensor at fault.
-    """
-    faults = []
-    if missing := sorted(info["missing_keys"]):
-        faults.append(f"lacks {', '.join(missing)}")
-    if unexpected := sorted(info["unexpected_keys"]):
-        faults.append(
-            f"has {', '.join(unexpected)}, which this architecture does not{did_you_mean(unexpected[0], expected)}"
-        )
-    for name, given, wanted in sorted(info["mismatched_keys"]):
-        faults.append(f"holds {name} with shape {list(given)} where the configuration says {list(wanted)}")
-    if faults:
-        raise CheckpointError(
-            f"The checkpoint {where} {'; '.join(faults)}. Expected exactly {', '.join(sorted(expected))}: "
-            "fetch or convert it again, or correct its config.json."
-        )
 
 
 def require_headers(checkpoint: Checkpoint, config: SAEConfig) -> None:
@@ -297,7 +287,7 @@ def _unrecorded(checkpoint: Checkpoint, config: SAEConfig) -> Tensors:
     """Return zeros for the statistics that only our own layout has; nothing was recorded, and the config says so."""
     if checkpoint.origin.format == "native":
         return {}
-    return {name: torch.zeros(config.rows) for name in ("max_activation", "mean_activation")}
+    return unrecorded(config.rows)
 
 
 def read_tensors(checkpoint: Checkpoint, config: SAEConfig, dtypes: Mapping[str, Any]) -> Tensors:
@@ -320,86 +310,6 @@ def read_tensors(checkpoint: Checkpoint, config: SAEConfig, dtypes: Mapping[str,
     return tensors
 
 
-def largest(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Return the tensor with the most values, whose dtype is that of the SAE: small ones may be kept more exactly."""
-    return max(tensors.values(), key=lambda tensor: tensor.numel())
-
-
-def chosen_dtype(given: Mapping[str, Any], stored: torch.dtype) -> torch.dtype:
-    """Return the dtype to load in: the one that `from_pretrained` was given as ``dtype`` or ``torch_dtype``, if any.
-
-    Raises:
-        InputError: if it is none.
-    """
-    wanted = next((dtype for dtype in given.values() if dtype not in (None, "auto")), stored)
-    found = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise InputError(f"dtype is {wanted!r}; expected a floating-point dtype of torch, such as torch.bfloat16.")
-    return found
-
-
-def assembled(
-    model_class: type[SAEModel], where: str, config: SAEConfig, state_dict: Mapping[str, Tensor], **dtypes: Any
-) -> tuple[SAEModel, dict[str, Any]]:
-    """Build an SAE around the tensors as they are, cast where another dtype is asked for.
-
-    Args:
-        model_class: the architecture's class.
-        where: the checkpoint's name for messages.
-        config: its configuration, which stays as it is.
-        state_dict: its tensors.
-        **dtypes: ``dtype`` or ``torch_dtype``, as `from_pretrained` was given them.
-
-    Returns:
-        The SAE, and loading info as transformers gives it.
-
-    Raises:
-        CheckpointError: if the tensors are not those of the architecture.
-        InputError: if the dtype is none.
-    """
-    config = copy.deepcopy(config)
-    with torch.device("meta"):
-        model = model_class(config)
-    expected = model.state_dict()
-    shared = set(expected) & set(state_dict)
-    info = {
-        "missing_keys": set(expected) - shared,
-        "unexpected_keys": set(state_dict) - shared,
-        "mismatched_keys": {
-            (name, tuple(state_dict[name].shape), tuple(expected[name].shape))
-            for name in shared
-            if state_dict[name].shape != expected[name].shape
-        },
-    }
-    require_complete(where, info, list(expected))
-    config.dtype = chosen_dtype(dtypes, config.dtype or largest(state_dict).dtype)
-    exact = model_class._keep_in_fp32_modules_strict
-    tensors = {
-        name: tensor.to(torch.float32 if name in exact else config.dtype) for name, tensor in state_dict.items()
-    }
-    model.load_state_dict(tensors, assign=True)
-    return model.eval(), info
-
-
-def require_finite(where: str, model: SAEModel) -> None:
-    """Raise if a weight is NaN or infinite.
-
-    Raises:
-        CheckpointError: naming the tensor.
-    """
-    for name, tensor in model.state_dict().items():
-        # A sum in its own dtype is one pass without a temporary; only a suspicious one, which may merely have
-        # overflowed, is looked at element by element.
-        if tensor.is_meta or torch.isfinite(tensor.sum()):
-            continue
-        bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
-            raise CheckpointError(
-                f"The checkpoint {where} holds {bad} NaN or infinite values in {name}; expected finite weights: "
-                "fetch it again, or publish a run that did not diverge."
-            )
-
-
 def load(checkpoint: Checkpoint, config: SAEConfig | None, arguments: Mapping[str, Any]) -> tuple[SAEModel, Any]:
     """Read a checkpoint and build its SAE.
 
@@ -416,7 +326,7 @@ def load(checkpoint: Checkpoint, config: SAEConfig | None, arguments: Mapping[st
         InputError: if an argument cannot be used.
     """
     config, settings = effective_config(checkpoint, config, arguments)
-    with explained(checkpoint):
+    with explained(checkpoint.model_class.config_class), ordinary_tensors():
         dtypes: dict[str, Any] = {name: settings[name] for name in ("dtype", "torch_dtype") if name in settings}
         tensors = read_tensors(checkpoint, config, dtypes)
         model, info = checkpoint.model_class._load_strictly(
@@ -425,3 +335,42 @@ def load(checkpoint: Checkpoint, config: SAEConfig | None, arguments: Mapping[st
     model._checkpoint = replace(checkpoint.origin, bytes_read=checkpoint.bytes_read())
     model.name_or_path = model.config.name_or_path = checkpoint.origin.repo
     return model, info
+
+
+def from_tensors(
+    cls: type[SAEModel],
+    config: SAEConfig | None,
+    stated: Stated | None,
+    arguments: Mapping[str, Any],
+) -> tuple[SAEModel, Any]:
+    """Build an SAE from ``state_dict=``; statistics that are not among the tensors are zero.
+
+    Args:
+        cls: the class that `from_pretrained` was called on.
+        config: its configuration; None if the tensors are described by `stated`.
+        stated: what the user says of tensors with names of their own.
+        arguments: what else `from_pretrained` was given.
+
+    Returns:
+        The SAE, and transformers' loading info.
+
+    Raises:
+        CheckpointError: if the tensors are not those of the architecture, or not finite.
+        InputError: if an argument cannot be used, or one is missing.
+    """
+    settings = dict(arguments)
+    if stated is not None:
+        if config is not None:
+            raise InputError("Given both config= and architecture=; pass one: config= says the architecture, too.")
+        config, settings["state_dict"] = _described_tensors(settings.get("state_dict"), stated)
+        settings = {name: value for name, value in settings.items() if name not in stated.options}
+    elif config is None:
+        raise InputError(
+            "Given neither a checkpoint nor config=; pass a repository id, a folder, or both config= (or "
+            "architecture=) and state_dict=."
+        )
+    model_class = cls._of_architecture(config)
+    with explained(model_class.config_class), ordinary_tensors():
+        if isinstance(settings.get("state_dict"), Mapping):
+            settings["state_dict"] = {**unrecorded(config.rows), **settings["state_dict"]}
+        return model_class._load_strictly("given as state_dict", {**settings, "config": config})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +20,15 @@ from ..functional.live import LiveLatents, latent_numbers
 from ..functional.metrics import FidelityMetrics
 from ..functional.sparse import decode
 from ..registry import LateBound, Registry
+from .building import assembled, require_complete, require_finite
 from .config import SAEConfig
 from .learning import Learning
-from .loading import (
-    Origin,
-    assembled,
-    load,
-    open_checkpoint,
-    require_complete,
-    require_finite,
-)
+from .loading import Origin, from_tensors, load, open_checkpoint
 from .output import SAEOutput
 from .quiet import quiet_transformers
 from .saving import replaced_together
 from .sparse import Sparse
+from .stated import stated
 from .traits import Traits
 from .wiring import Wiring
 
@@ -332,20 +327,34 @@ class SAEModel(Traits, Wiring, Learning, Sparse, PreTrainedModel):
         *,
         latents: Sequence[int] | None = None,
         config: SAEConfig | None = None,
+        format: str | None = None,
+        architecture: str | None = None,
+        names: Mapping[str, str | None] | None = None,
+        ignore: str | Sequence[str] = (),
         output_loading_info: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Load an SAE from a folder or the Hub; the architecture is read from the checkpoint.
 
         Args:
-            pretrained_model_name_or_path: repository id or folder; None together with `config` and ``state_dict=``.
+            pretrained_model_name_or_path: repository id, folder or file; None to build one from ``state_dict=`` and
+                either `config`, or `architecture` and `names`.
             subfolder: folder (or file) of the SAE inside the repository.
             latents: read only these latents, a few rows of every tensor, from disk or over HTTP range requests. The
                 SAE keeps their numbers and acts in interventions on them exactly as the full one does.
             config: use this configuration instead of the stored one.
+            format: name of the layout, where several share a folder, such as ``"native"``.
+            architecture: of a home-made checkpoint, such as ``"standard"``: tensors in no known layout, in
+                safetensors, npz or torch files. Widths are read from the shapes; ``k=``, ``site=`` and other keys of
+                the configuration are given by name.
+            names: of a home-made checkpoint, its name of each tensor of ours, where it is not a usual one:
+                ``{"W_enc": "encode.matrix"}``. A matrix is transposed as its shape demands; of a square one, the
+                ``_T`` of ``{"W_enc_T": "encode.matrix"}`` says that one row is one latent (``"encode.matrix.T"``: one
+                column is). None means that there is no such vector: zeros.
+            ignore: of a home-made checkpoint, tensors to leave out, perhaps with ``*``.
             output_loading_info: also return transformers' loading info.
-            **kwargs: as for any transformers model: ``revision``, ``token``, ``cache_dir``, ``local_files_only``,
-                ``force_download``, ``dtype``, ``device_map``, ``state_dict`` ...
+            **kwargs: keys of the configuration, and as for any transformers model: ``revision``, ``token``,
+                ``cache_dir``, ``local_files_only``, ``dtype``, ``device_map``, ``state_dict`` ...
 
         Returns:
             The SAE in evaluation mode, of the checkpoint's class.
@@ -356,25 +365,22 @@ class SAEModel(Traits, Wiring, Learning, Sparse, PreTrainedModel):
             LatentIndexError: if one of `latents` does not exist.
             MissingFileError: if there is no such folder, repository, revision or file.
         """
+        described = stated(architecture, names, ignore, kwargs)
         if pretrained_model_name_or_path is None:
-            if config is None:
-                raise InputError(
-                    "Given neither a checkpoint nor config=; pass a repository id, a folder, or both "
-                    "config= and state_dict=."
-                )
-            return cls._from_tensors(config, output_loading_info, kwargs)
-        checkpoint = open_checkpoint(os.fspath(pretrained_model_name_or_path), subfolder, **kwargs)
-        cls._require_class(checkpoint.model_class, f"checkpoint {checkpoint}")
-        model, info = load(checkpoint, config, {**kwargs, "latents": latents})
+            model, info = from_tensors(cls, config, described, kwargs)
+        else:
+            place = os.fspath(pretrained_model_name_or_path)
+            checkpoint = open_checkpoint(place, subfolder, format=format, stated=described, **kwargs)
+            cls._require_class(checkpoint.model_class, f"checkpoint {checkpoint}")
+            model, info = load(checkpoint, config, {**kwargs, "latents": latents})
         return (model, info) if output_loading_info else model
 
     @classmethod
-    def _from_tensors(cls, config: SAEConfig, output_loading_info: bool, arguments: dict[str, Any]) -> Any:
-        """Build an SAE from a configuration and ``state_dict=``."""
+    def _of_architecture(cls, config: SAEConfig) -> type[SAEModel]:
+        """Return the class of a configuration that the user gave."""
         model_class = architectures[config.architecture]
         cls._require_class(model_class, "given configuration")
-        model, info = model_class._load_strictly("given as state_dict", {**arguments, "config": config})
-        return (model, info) if output_loading_info else model
+        return model_class
 
     @classmethod
     def _require_class(cls, found: type[SAEModel], what: str) -> None:
@@ -439,12 +445,6 @@ class SAEModel(Traits, Wiring, Learning, Sparse, PreTrainedModel):
 
 
 _PUBLISH_ARGUMENTS = (
-    "repo_id",
-    "subfolder",
-    "private",
-    "create_pr",
-    "revision",
-    "token",
-    "commit_message",
-    "commit_description",
+    *("repo_id", "subfolder", "private", "create_pr", "revision", "token"),
+    *("commit_message", "commit_description"),
 )

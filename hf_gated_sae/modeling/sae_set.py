@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-from ..errors import CheckpointError, InputError, did_you_mean, unknown_name
+from ..errors import CheckpointError, InputError, UnknownNameError, did_you_mean, unknown_name
 from ..registry import LateBound
 from .loading import PLACE_ARGUMENTS, Checkpoint, load
 from .model import SAEModel
@@ -21,6 +22,7 @@ LOADING_ARGUMENTS = ("latents", "dtype", "torch_dtype", "device_map", "max_memor
 CONNECTIONS = 8
 SHOWN = 12
 
+_log = logging.getLogger(__name__)
 _place = LateBound("hf_gated_sae.hub.opening", "place")
 _sae_addresses = LateBound("hf_gated_sae.hub.opening", "sae_addresses")
 _open_at = LateBound("hf_gated_sae.hub.opening", "open_at")
@@ -50,6 +52,7 @@ class SAESet(Mapping[str, SAEModel]):
         self._options = dict(options)
         self._variant = variant
         self._described: dict[str, Checkpoint] = {}
+        self._unusable: dict[str, CheckpointError] = {}
         self._loaded: WeakValueDictionary[str, SAEModel] = WeakValueDictionary()
 
     @classmethod
@@ -118,8 +121,11 @@ class SAESet(Mapping[str, SAEModel]):
             UnknownNameError: if nothing is at one of them.
         """
         sites_of = self._sites_of()
-        wanted = _matching("site", sites, self.sites)
-        addresses = [address for address in self._addresses if wanted.intersection(sites_of[address])]
+        try:
+            wanted = _matching("site", sites, self.sites)
+        except UnknownNameError as error:
+            raise next(iter(self._unusable.values()), error) from None
+        addresses = [address for address in self._addresses if wanted.intersection(sites_of.get(address, ()))]
         chosen = type(self)(self.location, addresses, self._options, self._variant)
         chosen._described = {address: self._described[address] for address in addresses}
         return chosen
@@ -143,7 +149,10 @@ class SAESet(Mapping[str, SAEModel]):
 
     @property
     def sites(self) -> list[str]:
-        """Sites of the SAEs, each once, in the order of the addresses; reads every SAE's headers, once."""
+        """Sites of the SAEs, each once, in the order of the addresses; reads every SAE's headers, once.
+
+        One that cannot be opened is left out, with a warning; asked for by its address, it raises.
+        """
         return list(dict.fromkeys(site for sites in self._sites_of().values() for site in sites))
 
     def describe(self, key: str) -> Checkpoint:
@@ -222,6 +231,8 @@ class SAESet(Mapping[str, SAEModel]):
                 f"{len(found)} SAEs of {self.location} are at the site {key!r}: {_shown(found)}. Name one by its "
                 "address, or narrow the set with addresses=."
             )
+        if not found and self._unusable:  # it may be the one
+            raise next(iter(self._unusable.values()))
         if not found:
             below = [address for address in self._addresses if address.startswith(f"{key}/")]
             raise unknown_name("SAE", key, below or {*self.sites, *self._addresses})
@@ -229,11 +240,27 @@ class SAESet(Mapping[str, SAEModel]):
 
     def _sites_of(self) -> dict[str, list[str]]:
         """Return the sites that every SAE reads, by address; what is not known yet is asked for side by side."""
-        unknown = [address for address in self._addresses if address not in self._described]
+        known = {*self._described, *self._unusable}
+        unknown = [address for address in self._addresses if address not in known]
         if unknown:
             with ThreadPoolExecutor(CONNECTIONS) as pool:
-                self._described.update(zip(unknown, pool.map(self._opened, unknown), strict=True))
-        return {address: self._described[address].config.sites_read for address in self._addresses}
+                for address, found in zip(unknown, pool.map(self._looked_at, unknown), strict=True):
+                    if isinstance(found, Checkpoint):
+                        self._described[address] = found
+                    else:
+                        self._unusable[address] = found
+                        _log.warning("Left out of the sites of %s: %s", self.location, found)
+        if self._addresses and not self._described:
+            raise next(iter(self._unusable.values()))
+        usable = [address for address in self._addresses if address in self._described]
+        return {address: self._described[address].config.sites_read for address in usable}
+
+    def _looked_at(self, address: str) -> Checkpoint | CheckpointError:
+        """Return one SAE, or why it cannot be opened, which spoils no other one."""
+        try:
+            return self._opened(address)
+        except CheckpointError as error:
+            return error
 
 
 def _require_known(options: Mapping[str, Any]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,14 @@ from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
 from .. import __version__
-from ..errors import InputError, PublishError, did_you_mean
-from ..formats import formats
+from ..errors import InputError, PublishError, did_you_mean, unknown_name
+from ..hub.claims import claims_of
 from ..hub.location import LocalFolder, Location, clean_subfolder
 from ..hub.opening import open_at, place
 from ..hub.trouble import explained
 from ..modeling import SAEModel
 from ..modeling.loading import load
+from ..modeling.stated import Stated, stated
 from .facts import CardFacts
 from .licence import Licence, stated_licence
 from .push import push_to_hub
@@ -40,6 +43,11 @@ def convert(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
+    format: str | None = None,
+    architecture: str | None = None,
+    names: Mapping[str, str | None] | None = None,
+    ignore: str | Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
 ) -> Conversion:
     """Find a checkpoint of any layout; `Conversion.save` and `Conversion.push` then write it in ours.
 
@@ -52,6 +60,11 @@ def convert(
         token: access token; None uses the stored one.
         cache_dir: folder of the Hub cache.
         local_files_only: use only what is cached.
+        format: name of the layout, where several share the folder.
+        architecture: of a home-made checkpoint; with `names` and `ignore` as for `SAEModel.from_pretrained`.
+        names: see there.
+        ignore: see there.
+        options: keys of the configuration, such as ``{"site": "resid_post.3"}``.
 
     Returns:
         The conversion; no weights have been read yet.
@@ -69,7 +82,8 @@ def convert(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
-    return Conversion(location, dtype=dtype, license=license)
+    said = stated(architecture, names, ignore, options)
+    return Conversion(location, dtype=dtype, license=license, format=format, stated=said, options=options)
 
 
 class Conversion:
@@ -79,19 +93,38 @@ class Conversion:
         location: where it is.
         dtype: what to store it in; None for as it is.
         license: licence identifier, for a source that states none.
+        format: name of the layout, where several share the folder.
+        stated: what the user says of a home-made checkpoint.
+        options: keys of the configuration that the user gives.
 
     Attributes:
         checkpoint: configuration, origin and headers.
         licence: what is known of its licence.
     """
 
-    def __init__(self, location: Location, *, dtype: str | None = None, license: str | None = None) -> None:
+    def __init__(
+        self,
+        location: Location,
+        *,
+        dtype: str | None = None,
+        license: str | None = None,
+        format: str | None = None,
+        stated: Stated | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
         if dtype is not None and dtype not in DTYPES:
             raise InputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.{did_you_mean(dtype, DTYPES)}")
         self.location = location
         self.dtype = dtype
-        self.checkpoint = open_at(location)
+        self.format = format
+        self.stated = stated
+        self.options = dict(options or {})
+        self.checkpoint = open_at(location, format=format, stated=stated)
         self.origin = self.checkpoint.origin
+        known = self.checkpoint.model_class.config_class.own_fields()
+        for name in self.options:
+            if name not in known:
+                raise unknown_name("option", name, known, error=InputError)
         if self.origin.format == OWN:
             raise InputError(
                 f"{location} is in this package's own layout already, so there is nothing to convert: load it with "
@@ -102,8 +135,8 @@ class Conversion:
     @cached_property
     def sae(self) -> SAEModel:
         """The SAE, read when first asked for."""
-        options = {} if self.dtype is None else {"dtype": getattr(torch, self.dtype)}
-        return load(self.checkpoint, None, options)[0]
+        dtype = {} if self.dtype is None else {"dtype": getattr(torch, self.dtype)}
+        return load(self.checkpoint, None, {**self.options, **dtype})[0]
 
     @property
     def facts(self) -> CardFacts:
@@ -133,6 +166,15 @@ class Conversion:
         origin = self.origin
         words = ["hf-gated-sae", "convert", origin.repo, *([origin.subfolder] if origin.subfolder else [])]
         words += ["--revision", str(origin.revision), *(["--dtype", self.dtype] if self.dtype else [])]
+        words += ["--format", self.format] if self.format else []
+        if self.stated is not None:
+            words += ["--architecture", self.stated.architecture]
+            for ours, theirs in self.stated.names.items():
+                words += ["--name", f"{ours}={theirs or ''}"]
+            for pattern in self.stated.ignore:
+                words += ["--ignore", pattern]
+        for name, value in self.options.items():
+            words += ["--option", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
         return shlex.join([*words, "--out", "converted"])
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
@@ -248,7 +290,7 @@ class Conversion:
             return
         names = [path.name for path in folder.iterdir() if path.is_file()]
         there = LocalFolder(str(folder), all_files=names)
-        found = [name for name, layout in formats.items() if name != OWN and layout.claims(there)]
+        found = [name for name in claims_of(there)[0] if name != OWN]
         if isinstance(self.location, LocalFolder) and _is_within(self.location, folder):
             found = [self.origin.format]
         if found:

@@ -1,7 +1,17 @@
 """Tensors in files, read in part: by memory map on this machine, by byte ranges over HTTP; nothing is unpickled."""
 
 from .bytes import ByteSource, LocalBytes
-from .files import TENSOR_FILES, Content, flat, read_content
+from .files import LFS, LFS_POINTER, TENSOR_FILES, Content, flat, read_content
 from .stored import StoredTensor
 
-__all__ = ["TENSOR_FILES", "ByteSource", "Content", "LocalBytes", "StoredTensor", "flat", "read_content"]
+__all__ = [
+    "LFS",
+    "LFS_POINTER",
+    "TENSOR_FILES",
+    "ByteSource",
+    "Content",
+    "LocalBytes",
+    "StoredTensor",
+    "flat",
+    "read_content",
+]

@@ -21,8 +21,19 @@ TENSOR_FILES: Mapping[str, Callable[[ByteSource], Content]] = {
     ".npz": read_npz,
     ".pt": read_torch,
     ".pth": read_torch,
+    ".bin": read_torch,
 }
 """Reader of each kind of file, by suffix."""
+
+
+LFS = b"version https://git-lfs.github.com/spec/"
+_PICKLE = b"\x80"
+_LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""The number that torch wrote first, before it wrote zip archives, as a pickle."""
+LFS_POINTER = (
+    "is a git-lfs pointer, not the file itself: the repository was cloned without git-lfs. Run `git lfs pull` in it, "
+    "or load it from the Hub by its id."
+)
 
 
 def read_content(source: ByteSource, file: str) -> Content:
@@ -43,7 +54,32 @@ def read_content(source: ByteSource, file: str) -> Content:
         raise CheckpointError(
             f"{source.name} is no tensor file that is read here; expected one of {', '.join(TENSOR_FILES)}."
         )
-    return TENSOR_FILES[suffix](source)
+    try:
+        return TENSOR_FILES[suffix](source)
+    except CheckpointError as error:
+        if (why := _something_else(source)) is None:
+            raise
+        raise CheckpointError(f"{source.name} {why}") from error
+
+
+def _something_else(source: ByteSource) -> str | None:
+    """Return what a file is that its reader could not read, as the end of a sentence; None if that is not known."""
+    [start] = source.read([(0, min(source.size, 64))])
+    if not start:
+        return "cannot be read: it is empty. Expected a complete file; fetch it again."
+    if start.startswith(LFS):
+        return LFS_POINTER
+    if start[:1] == _PICKLE and start[2:].startswith(_LEGACY):
+        return (
+            "is a torch file from before torch 1.6 (or saved with _use_new_zipfile_serialization=False), which cannot "
+            "be read in part. Save it again: torch.save(torch.load(path, weights_only=True), path)."
+        )
+    if start[:1] == _PICKLE:
+        return (
+            "is a bare pickle, which is not opened: it could run any code. Save its tensors with "
+            "safetensors.torch.save_file on a machine where you trust it."
+        )
+    return None
 
 
 def flat(content: Mapping[str, Any], where: str) -> dict[str, StoredTensor]:

@@ -32,6 +32,9 @@ CASES: dict[str, dict[str, Any]] = {
         "sites": SITES, "sites_out": OUT, "d_out": D_OUT, "normalization": "rms_norm", "skip_connection": True
     },
     "one layer": {"sites": SITES[:1], "sites_out": OUT, "d_out": D_OUT, "latents_per_site": [D_SAE]},
+    "one layer with a skip": {
+        "sites": SITES[:1], "sites_out": OUT, "d_out": D_OUT, "latents_per_site": [D_SAE], "skip_connection": True
+    },
     "more outputs than inputs": {"sites": SITES[:2], "sites_out": OUT, "d_out": D_OUT, "latents_per_site": [10, 12]},
 }  # fmt: skip
 every_case = pytest.mark.parametrize("case", list(CASES))
@@ -246,7 +249,10 @@ def test_wrong_input_says_what_is_wrong() -> None:
         ({"latents_per_site": None}, "add up to d_sae = 22"),
         ({"activation": "relU"}, "Did you mean 'relu'"),
         ({"kept_latents": [1]}, "holds all of its latents"),
-        ({"sites_out": [*OUT, "mlp_out.4"], "skip_connection": True}, "3 sites read and 4 written; expected as many"),
+        (
+            {"sites_out": [*OUT, "mlp_out.4"], "apply_b_dec_to_input": True},
+            "3 sites read and 4 written; expected as many",
+        ),
         ({"sites": "resid_mid.0"}, "sites is 'resid_mid.0'"),
     ],
 )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from hf_gated_sae import SAEModel
 from hf_gated_sae.cli import main
@@ -93,3 +95,67 @@ def test_a_site_that_is_not_stated(hub: MiniHub, repo_id: str, tmp_path: Path, m
     seed_gemma_scope(hub, name, tmp_path / "theirs")
     assert run(monkeypatch, name, ADDRESS, "--out", str(tmp_path / "ours")) == 0
     assert "JumpReLUSAE at a site that is not stated" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- home-made checkpoints
+
+
+@pytest.fixture
+def home_made(hub: MiniHub, repo_id: str, tmp_path: Path) -> tuple[str, dict[str, torch.Tensor]]:
+    held = {"left": torch.randn(16, 6), "up": torch.randn(16), "right": torch.randn(6, 16), "noise": torch.randn(2)}
+    torch.save({"net": held}, tmp_path / "mine.pt")
+    name = repo_id.replace("alice/", "alice-home-") + "/mine"
+    hub.seed(name, {"mine.pt": (tmp_path / "mine.pt").read_bytes(), "README.md": "---\nlicense: mit\n---\n"})
+    return name, held
+
+
+DESCRIBED = (
+    *("--architecture", "topk", "--name", "W_enc=left", "--name", "b_enc=up", "--name", "W_dec=net.right"),
+    *("--name", "b_dec=", "--ignore", "noise", "--option", "k=3", "--option", "apply_b_dec_to_input=false"),
+    *("--site", "resid_post.3", "--base-model", "me/model"),
+)
+
+
+def test_a_home_made_checkpoint(home_made, tmp_path: Path, monkeypatch, capsys) -> None:
+    name, held = home_made
+    assert run(monkeypatch, name, "--out", str(tmp_path / "ours"), *DESCRIBED) == 0
+    assert "TopKSAE at resid_post.3, 6 to 16" in capsys.readouterr().out
+    sae = SAEModel.from_pretrained(tmp_path / "ours")
+    assert (sae.config.k, sae.config.site, sae.config.base_model) == (3, "resid_post.3", "me/model")
+    x = torch.randn(4, 6)
+    pre_latents = torch.relu(x @ held["left"].T + held["up"])
+    kept = pre_latents >= pre_latents.topk(3).values[:, -1:]
+    torch.testing.assert_close(sae(x).reconstruction, (pre_latents * kept) @ held["right"].T)
+
+
+def test_the_printed_command_of_a_home_made_one_runs(home_made, tmp_path: Path, monkeypatch) -> None:
+    assert run(monkeypatch, home_made[0], "--out", str(tmp_path / "ours"), *DESCRIBED) == 0
+    card = (tmp_path / "ours" / "README.md").read_text()
+    command = next(line for line in card.splitlines() if line.startswith("hf-gated-sae convert"))
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, *shlex.split(command)[2:]) == 0
+    for name in ("model.safetensors", "README.md", "config.json"):
+        assert (tmp_path / "converted" / name).read_bytes() == (tmp_path / "ours" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "words, phrase",
+    [
+        ((), "nearest to architecture"),
+        (("--architecture", "standart"), "Did you mean 'standard'"),
+        (("--architecture", "standard", "--name", "W_enc"), "--name is given 'W_enc'; expected each key once"),
+        (
+            ("--architecture", "standard", "--name", "W_enc=a", "--name", "W_enc=b"),
+            "--name is given two values of W_enc",
+        ),
+        (("--architecture", "standard", "--name", "W_enc=lefd"), "Did you mean"),
+        (("--name", "W_enc=left"), "without architecture="),
+        ((*DESCRIBED, "--option", "sitee=x"), "Unknown option 'sitee'"),
+    ],
+)
+def test_wrong_descriptions_are_one_line(home_made, monkeypatch, capsys, tmp_path, words, phrase: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, home_made[0], "--out", "x", *words) == 1
+    said = capsys.readouterr().err
+    assert phrase in said and "Traceback" not in said and said.count("\n") == 1
+    assert not (tmp_path / "x").exists()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_gated_sae import SAEModel
+from hf_gated_sae import SAEModel, SAESet
 from hf_gated_sae.errors import CheckpointError, InputError
 from hf_gated_sae.formats.dictionary_learning import KINDS
 from hf_gated_sae.formats.dictionary_learning_sites import place_of
@@ -35,6 +35,24 @@ def written(folder: Path, trainer: Any, *, drop: tuple[str, ...] = (), **changes
 def test_the_sound_one_loads(tmp_path: Path) -> None:
     sae = SAEModel.from_pretrained(written(tmp_path, {}))
     assert sae.config.site == "resid_post.3" and sae.config.base_model is None and sae.threshold == 0.5
+
+
+def test_a_layer_that_is_written_as_a_text(tmp_path: Path) -> None:
+    assert SAEModel.from_pretrained(written(tmp_path, {"layer": "3"})).config.site == "resid_post.3"
+    with pytest.raises(CheckpointError, match="says layer = 4, but the activations' name is 'resid_post_layer_3'"):
+        SAEModel.from_pretrained(written(tmp_path, {"layer": "4"}))
+
+
+def test_one_of_many_spoils_no_other_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number, layer in enumerate(("3", 3, "three")):
+        (tmp_path / f"trainer_{number}").mkdir()
+        written(tmp_path / f"trainer_{number}", {"layer": layer})
+    saes = SAESet.from_pretrained(tmp_path)
+    assert len(saes) == 3 and saes.sites == ["resid_post.3"]
+    assert "trainer_2" in caplog.text and "layer = 'three'" in caplog.text
+    assert len(SAESet.from_pretrained(tmp_path, sites="resid_post.3")) == 2
+    with pytest.raises(CheckpointError, match="layer = 'three'; expected a whole number"):
+        saes["trainer_2"]
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,10 @@ def test_an_unknown_place_is_no_reason_not_to_load(saelens: Change, caplog: pyte
         ("gated/layer_2", {"architecture": "standard"}, "lacks b_enc and has an unknown b_gate"),
         ("tc/relu", {"metadata": {"hook_name_out": None}}, "hook_name_out = None; expected the place"),
         ("tc/relu", {"apply_b_dec_to_input": True}, "apply_b_dec_to_input"),
+        ("tc/relu", {"metadata": {"hook_name_out": None}}, "or pass site_out=, such as site_out='mlp_out.5'"),
         ("tc/skip", {"normalize_activations": "layer_norm"}, "skip connection reads the plain input"),
+        ("tc/skip", {"normalize_activations": "layer_norm"}, "would need a skip connection that reads another input"),
+        ("gated/layer_2", {"metadata": {"hook_head_index": 3}}, "would need a site of that head alone"),
         ("topk.rescaled", {"k": "absent"}, "has no k"),
         ("topk.rescaled", {"k": 17}, "k is 17"),
         ("topk.rescaled", {"k": float("nan")}, "k = .?nan"),
@@ -245,6 +248,56 @@ def test_nonsense_is_refused_or_harmless(saelens: Change, address: str, name: st
                 SAEModel.from_pretrained(folder)
             except SAEError as error:
                 assert len(str(error)) < 2000
+
+
+@pytest.mark.parametrize("address", ["tc/relu", "tc/skip", "tc/jump"])
+def test_a_transcoder_writes_where_the_user_says(saelens: Change, address: str) -> None:
+    said = SAEModel.from_pretrained(saelens(address)).float()
+    folder = saelens(address, metadata={"hook_name_out": None})
+    with pytest.raises(CheckpointError, match="pass site_out="):
+        SAEModel.from_pretrained(folder)
+    sae = SAEModel.from_pretrained(folder, site_out="mlp_out.4").float()
+    assert sae.config.site_out == "mlp_out.4" and sae.config.is_transcoder
+    x = torch.randn(5, sae.config.d_in)
+    torch.testing.assert_close(sae(x).reconstruction, said(x).reconstruction)
+    other = type(sae.config).from_dict({**sae.config.to_dict(), "site_out": None})
+    with pytest.raises(CheckpointError, match="pass site_out="):
+        SAEModel.from_pretrained(folder, config=other)
+
+
+def test_the_sae_of_a_head_can_be_described(saelens: Change) -> None:
+    folder = saelens("gated/layer_2", metadata={"hook_head_index": 3})
+    sae = SAEModel.from_pretrained(
+        folder, WEIGHTS, architecture="gated", format="home_made", apply_b_dec_to_input=False, dtype=torch.float32
+    )
+    raw = {name: tensor.float() for name, tensor in load_file(folder / WEIGHTS).items()}
+    x = torch.randn(5, sae.config.d_in)
+    on = x @ raw["W_enc"] + raw["b_gate"] > 0
+    torch.testing.assert_close(sae.encode(x), on * torch.relu(x @ (raw["W_enc"] * raw["r_mag"].exp()) + raw["b_mag"]))
+
+
+def test_factors_of_fine_tuning_in_version_6(saelens: Change) -> None:
+    plain = SAEModel.from_pretrained(saelens("gated/layer_2"), dtype=torch.float32)
+    folder = saelens("gated/layer_2", finetuning_scaling_factor=True)
+    raw = {name: tensor.float() for name, tensor in load_file(folder / WEIGHTS).items()}
+    factors = 0.5 + torch.rand(len(raw["W_dec"]))
+    save_file({**raw, "scaling_factor": factors}, folder / WEIGHTS)
+    tuned, x = SAEModel.from_pretrained(folder), torch.randn(5, plain.config.d_in)
+    latents = plain.encode(x)
+    torch.testing.assert_close(tuned.encode(x), latents)
+    torch.testing.assert_close(tuned(x).reconstruction, (latents * factors) @ raw["W_dec"] + raw["b_dec"])
+    saelens("gated/layer_2", finetuning_scaling_factor="absent")
+    save_file({**raw, "scaling_factor": factors}, folder / WEIGHTS)
+    with pytest.raises(CheckpointError, match="factors of fine-tuning .scaling_factor. that cfg.json denies"):
+        SAEModel.from_pretrained(folder)
+    save_file({**raw, "scaling_factor": torch.ones_like(factors)}, folder / WEIGHTS)
+    torch.testing.assert_close(SAEModel.from_pretrained(folder).W_dec, plain.W_dec)
+
+
+def test_factors_of_fine_tuning_that_are_missing(saelens: Change) -> None:
+    folder = saelens("gated", "saelens_legacy", "acme/saelens-saes-4", finetuning_scaling_factor=True)
+    with pytest.raises(CheckpointError, match="has no scaling_factor: the SAE would need those factors"):
+        SAEModel.from_pretrained(folder)
 
 
 def test_factors_of_fine_tuning_that_are_denied(saelens: Change) -> None:

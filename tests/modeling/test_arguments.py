@@ -13,7 +13,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from hf_gated_sae import SAEModel, SAESet
-from hf_gated_sae.errors import InputError, LatentIndexError, MissingFileError
+from hf_gated_sae.errors import CheckpointError, InputError, LatentIndexError, MissingFileError
 from tests.support.example_saes import D_SAE, assert_same, example
 
 
@@ -99,3 +99,16 @@ def test_a_file_of_an_sae_names_its_folder(folder: Path, file: str) -> None:
         SAEModel.from_pretrained(folder, file)
     with pytest.raises(MissingFileError, match="pass subfolder='sae'"):
         SAEModel.from_pretrained(folder.parent, f"sae/{file}")
+
+
+def test_a_configuration_and_tensors_without_statistics() -> None:
+    original = example("gated")
+    held = {name: tensor for name, tensor in original.state_dict().items() if "activation" not in name}
+    sae = SAEModel.from_pretrained(None, config=original.config, state_dict=held)
+    assert torch.equal(sae.W_enc_T, original.W_enc_T) and not sae.max_activation.any()
+    with pytest.raises(CheckpointError, match="lacks b_gate"):
+        SAEModel.from_pretrained(
+            None, config=original.config, state_dict={name: held[name] for name in held if name != "b_gate"}
+        )
+    with pytest.raises(InputError, match="both config= and architecture="):
+        SAEModel.from_pretrained(None, config=original.config, architecture="gated", state_dict=held)

@@ -189,11 +189,21 @@ def test_nothing_there(tmp_path: Path, hub: MiniHub, repo_id: str) -> None:
         SAESet.from_pretrained(repo_id)
 
 
-def test_a_broken_member_is_named_and_can_be_left_out(tmp_path: Path) -> None:
+def test_a_broken_member_is_named_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     local_set(tmp_path)
     (tmp_path / "nameless" / "config.json").write_text("{}")
+    found = SAESet.from_pretrained(tmp_path, sites="mlp_out.0")  # it spoils no other one
+    assert len(found) == 1
+    assert "nameless" in caplog.text and "addresses=" in caplog.text
+    whole = SAESet.from_pretrained(tmp_path)
+    assert "mlp_out.0" in whole.sites and len(whole) == 4
+    for key in ("nameless", "resid_post.77"):  # what is looked for may be the broken one
+        with pytest.raises(CheckpointError, match="nameless.*addresses="):
+            whole[key]
     with pytest.raises(CheckpointError, match="nameless.*addresses="):
-        SAESet.from_pretrained(tmp_path, sites="mlp_out.0")
+        SAESet.from_pretrained(tmp_path, sites="resid_post.77")
+    with pytest.raises(CheckpointError, match="nameless.*addresses="):
+        SAESet.from_pretrained(tmp_path, addresses="nameless", sites="mlp_out.0")
     assert len(SAESet.from_pretrained(tmp_path, addresses="[mr]*", sites="mlp_out.0")) == 1
     assert len(SAESet.from_pretrained(tmp_path)) == 4
 

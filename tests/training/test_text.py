@@ -55,9 +55,25 @@ def test_text_is_read_from_files(tmp_path, monkeypatch, kind, streaming):
     folder = tmp_path / "data"
     folder.mkdir()
     text = open_text(write(folder, kind), streaming=streaming)
-    expected = [each or None for each in TEXTS] if kind in ("csv", "tsv") else TEXTS  # csv has no empty strings
+    expected = [each for each in TEXTS if each or kind not in ("csv", "tsv")]  # csv has null for an empty string
     assert list(text.documents()) == expected
     assert list(text.documents(3)) == expected[3:] and list(text.documents(99)) == []
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_null_is_no_document(tmp_path, monkeypatch, streaming):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    given = [None, "a", None, None, "b", "c", None, "d"]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": each, "id": 1}) + "\n" for each in given), encoding="utf-8")
+    text = open_text(path, streaming=streaming)
+    for start in range(5):
+        assert list(text.documents(start)) == ["a", "b", "c", "d"][start:]
+    reader = text.open()
+    assert reader.take(2) == ["a", "b"]
+    assert text.open(reader.state_dict()).take(5) == ["c", "d"]
+    parts = [list(text.shard(rank, 2).documents()) for rank in range(2)]
+    assert sorted(parts[0] + parts[1]) == ["a", "b", "c", "d"]
 
 
 @pytest.mark.parametrize("ending", ["gz", "bz2", "xz"])
@@ -161,6 +177,8 @@ def test_a_stream_without_features_is_known_by_its_first_row():
     stream = datasets.IterableDataset.from_generator(lambda: iter([{"body": "a", "n": 1}, {"body": "b", "n": 2}]))
     assert stream.features is None
     assert list(open_text(stream).documents()) == ["a", "b"]
+    late = datasets.IterableDataset.from_generator(lambda: iter([{"body": None, "n": 1}, {"body": "b", "n": 2}]))
+    assert list(open_text(late).documents()) == ["b"]
     with pytest.raises(InputError, match="Did you mean 'body'"):
         open_text(stream, column="bdoy")
     with pytest.raises(InputError, match="has no rows"):

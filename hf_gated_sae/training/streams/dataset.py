@@ -28,6 +28,8 @@ BUILDERS = {
 """Kinds of files, which are what builders of `datasets` are called, but for tables separated by tabs."""
 
 _PACKED = (".gz", ".bz2", ".xz", ".zst")
+FIRST_ROWS = 1000
+"""Rows of a stream that are looked at for a value of every column."""
 _STRINGS = ("string", "large_string")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -71,17 +73,20 @@ class DatasetText(Text):
         """Yield this process's documents, beginning with number `start` of them."""
         if self.streaming:
             return islice(self.rows(copy.deepcopy(self.dataset)), start, None)
+        if start and self.dataset.data.column(self.column).null_count:  # rows are counted otherwise than documents
+            return islice(self.rows(self.dataset), start, None)
         end = len(self.dataset)
         return self.rows(self.dataset.select(range(start, end)) if start < end else ())
 
     def rows(self, dataset: Any) -> Iterator[Any]:
-        """Yield the column of a data set.
+        """Yield the column of a data set; a null is no document.
 
         Raises:
             InputError: if `datasets` cannot read on.
         """
         for row in _rows(dataset, self.name):
-            yield row[self.column]
+            if row[self.column] is not None:
+                yield row[self.column]
 
     def shard(self, rank: int, world_size: int) -> DatasetText:
         """Return one process's part."""
@@ -331,11 +336,8 @@ def _text_column(dataset: Any, column: str | None, name: str) -> str:
     Raises:
         InputError: listing the columns.
     """
-    if dataset.features is None:  # a stream says what it has only by its first row
-        first = next(_rows(copy.deepcopy(dataset), name), None)
-        if first is None:
-            raise InputError(f"The text ({name}) is empty: it has no rows.")
-        held = {each: isinstance(value, str) for each, value in first.items()}
+    if dataset.features is None:  # a stream says what it has only by its first rows
+        held = _first_values(dataset, name)
     else:
         held = {each: getattr(kind, "dtype", None) in _STRINGS for each, kind in dataset.features.items()}
     columns, texts = list(held), [each for each, is_text in held.items() if is_text]
@@ -351,6 +353,22 @@ def _text_column(dataset: Any, column: str | None, name: str) -> str:
             f"{column!r} {why} of the text ({name}).{did_you_mean(column, texts)} Its columns: {', '.join(columns)}."
         )
     return column
+
+
+def _first_values(dataset: Any, name: str) -> dict[str, bool]:
+    """Return the columns of a stream, and of each whether its first value that is not null is a string.
+
+    Raises:
+        InputError: if it has no rows.
+    """
+    found: dict[str, Any] = {}
+    for row in islice(_rows(copy.deepcopy(dataset), name), FIRST_ROWS):
+        found |= {each: value for each, value in row.items() if found.get(each) is None}
+        if all(value is not None for value in found.values()):
+            break
+    if not found:
+        raise InputError(f"The text ({name}) is empty: it has no rows.")
+    return {each: isinstance(value, str) for each, value in found.items()}
 
 
 def _fits_into_json(state: Any) -> bool:
