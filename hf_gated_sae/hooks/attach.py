@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import weakref
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -22,6 +22,7 @@ from ..sites.slots import Place
 from ..sites.transforms import Transform
 from .check import AttachCheck, Check, check_saes
 from .dispatch import Session, enter, leave, prove
+from .eager import run_eagerly
 from .report import AttachReport, Record
 
 
@@ -63,6 +64,7 @@ class Attachment(Session):
                 self._read[place.bare].append((site, place.transforms))
         self._saes: dict[tuple[int, torch.device], SAEModel] = {}
         self._before: tuple[int, list[int]] = (0, [])
+        self._compile_again: Callable[[], object] = lambda: None
 
     # ------------------------------------------------------------------ for users
 
@@ -77,6 +79,11 @@ class Attachment(Session):
         if model is None:
             raise AttachError("The model that was given to attach() no longer exists; attach() to another one.")
         enter(model, self, self._slots.values())
+        try:
+            self._compile_again = run_eagerly(model)
+        except BaseException:
+            self._detach()
+            raise
         self.passed_by = False
         self._before = (self.completed, [record.calls for record in self._records])
         return self
@@ -128,6 +135,7 @@ class Attachment(Session):
         model = self._model() if self.enabled else None
         if model is not None:
             leave(model, self, self._slots.values())
+        self._compile_again()
         self.active = False
         self._saes.clear()
 
@@ -197,7 +205,8 @@ def attach(model: Any, *interventions: Intervention, all_threads: bool = False, 
     attached model has nothing attached. An SAE that is on another device than its site is copied there whole once per
     attachment, so that training through the attached model would train the copy: move the SAE there first. With
     gradient checkpointing, call ``backward()`` inside the block: it runs the layers again. Where several ranks hold
-    parts of the model, attach on every rank alike.
+    parts of the model, attach on every rank alike. While interventions act, compiled functions of the whole process
+    run as plain Python, since compiled code would skip the hooks; so does attention that a model compiles by itself.
 
     Args:
         model: any Hugging Face causal LM, as the user calls it.
