@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AttachError
+from ..functional.linear import is_transformed, untransformed
 from ..interventions import Conditional, Intervention, TokenContext
 from ..interventions.positions import unreached
 from ..sites import Site
@@ -118,6 +119,8 @@ class Record:
             total = torch.where(mask.to(rows.device), rows, 0.0).sum()
         else:
             total = value.sum(dtype=wide)
+        if is_transformed(total):
+            total = untransformed(total).sum()  # of all that vmap computes together
         if total.device.type == "cpu":
             self._require_finite(total)
         else:
@@ -143,6 +146,8 @@ class Record:
             AttachError: if it has; as with `watch`, only `require_sound` says so on another device than the CPU.
         """
         self.dtype = dtype
+        if is_transformed(beyond):
+            beyond = untransformed(beyond).any()
         if beyond.device.type == "cpu":
             self._require_within(beyond)
         else:
