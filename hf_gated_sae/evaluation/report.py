@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import InputError, did_you_mean
 from ..functional import FidelityMetrics
+from ..functional.brief import brief
 
 LEFT_OUT = "padding and the model's BOS, EOS and padding tokens: neither measured, nor replaced, nor predicted"
 
@@ -58,6 +59,8 @@ class FidelityReport:
     max_activation: tuple[float, ...]
     mean_activation: tuple[float, ...]
     warnings: tuple[str, ...] = ()
+
+    __repr__ = brief
 
     @property
     def tokens(self) -> int:

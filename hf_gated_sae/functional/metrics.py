@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, ShapeError
+from .brief import brief
 from .live import LiveLatents
 
 
@@ -41,6 +42,8 @@ class FidelityMetrics:
     norm_ratio: float
     dead_fraction: float
     dense_fraction: float
+
+    __repr__ = brief
 
     @property
     def centred_norm(self) -> float:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import AttachError, InputError
+from ..functional.brief import few_lines
 from ..interventions import Edit, Intervention, Replacement, Splice
 from ..modeling import SAEModel
 from ..sites import Site, Slot
@@ -106,6 +107,12 @@ class Attachment(Session):
     def enabled(self) -> bool:
         """Whether the interventions act on the model now."""
         return self.active
+
+    def __repr__(self) -> str:
+        """Name the interventions, and say whether they act."""
+        state = "acting" if self.enabled else "not acting"
+        where = [f"{type(each).__name__} at {', '.join(map(str, each.places))}" for each in self.interventions]
+        return few_lines([f"Attachment, {state}: {'; '.join(where)}"])
 
     def report(self) -> AttachReport:
         """Return which sites were reached, and which tokens of which rows were edited, since `attach`."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AttachError, InputError, UnknownNameError, unknown_name
+from ..functional.brief import brief
 from ..functional.live import LiveLatents
 from ..interventions.base import require_written_width, sites_read, sites_written
 from ..modeling import SAEModel
@@ -52,6 +53,10 @@ class LatentEffect(NamedTuple):
     activation: float
     gradient: float
 
+    def __repr__(self) -> str:
+        """Return the fields, the SAE by its class."""
+        return brief(self)
+
 
 @dataclass(frozen=True, eq=False)
 class Attribution:
@@ -66,6 +71,8 @@ class Attribution:
     metric: float
     activations: Mapping[SAEModel, LiveLatents]
     gradients: Mapping[SAEModel, Tensor]
+
+    __repr__ = brief
 
     def __getitem__(self, sae: SAEModel) -> LiveLatents:
         """Return the attributions of one SAE, ``latents * gradients``, of ``[B, S]`` tokens.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, UnknownNameError, did_you_mean
+from ..functional.brief import brief
 from ..functional.live import LiveLatents
 from ..modeling import SAEModel
 from .attach import require_model
@@ -39,6 +40,8 @@ class Harvest:
     token_ids: Tensor
     documents: Tensor
     positions: Tensor
+
+    __repr__ = brief
 
     def __getitem__(self, key: Any) -> Any:
         """Return the activations of a site, or the live latents of an SAE.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from ..errors import InputError, MissingFileError, SAEError, did_you_mean, shown, unknown_name
+from ..functional.brief import few_lines
 from ..modeling import SAEModel
 from ..modeling.saving import replaced_together
 from .base import Intervention, interventions
@@ -198,7 +199,7 @@ class InterventionPlan(Sequence[Intervention]):
 
     def __repr__(self) -> str:
         """Return the verbs."""
-        return f"InterventionPlan({', '.join(type(each).__name__ for each in self)})"
+        return few_lines([f"InterventionPlan({', '.join(type(each).__name__ for each in self)})"])
 
     def to_dict(self, *, folder: str | Path | None = None, **arguments: Any) -> dict[str, Any]:
         """Return the plan as JSON has it.
