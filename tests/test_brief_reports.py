@@ -108,12 +108,13 @@ def test_the_essential_numbers_are_there():
     assert "Steer at resid_post.1: 2560 tokens edited in 1 calls, rows [0, 1, 2, 3, 4, 5, 6, 7, ... 64 in all]" in text
     assert text.endswith("... and 31 more")
     handle = attached()
-    assert repr(handle).startswith("Attachment, not acting: Steer at resid_post.1; Steer at")
+    assert repr(handle) == "Attachment, not acting: Steer at resid_post.1 (40 times)"
     with attach(model_of("llama"), Splice(make_sae()), check=False) as handle:
         assert repr(handle) == "Attachment, acting: Splice at resid_post.1"
     report = evaluate(model_of("llama"), make_sae(), [ids(4)])
     assert f"loss_recovered={report.loss_recovered:.6g}" in repr(report).replace("\n    ", " ")
-    assert f"fvu={report.metrics.fvu:.6g}" in repr(report).replace("\n    ", " ")
+    for name in ("fvu", "l0", "dead_fraction", "dense_fraction"):
+        assert f"{name}={getattr(report.metrics, name):.6g}" in repr(report).replace("\n    ", " ")
     assert len(report.density) == 64
 
 

@@ -43,9 +43,13 @@ def brief(report: Any) -> str:
     >>> Counted(12, tuple(range(1000)))
     Counted(tokens=12, fired=(0, 1, 2, 3, ... 1000 in all))
     """
+    return few_lines([_fields(report, 0)])
+
+
+def _fields(report: Any, depth: int) -> str:
     names = getattr(report, "_fields", None) or [field.name for field in fields(report)]
-    shown = ", ".join(f"{name}={_short(getattr(report, name))}" for name in names)
-    return few_lines([f"{type(report).__name__}({shown})"])
+    shown = ", ".join(f"{name}={_short(getattr(report, name), depth)}" for name in names)
+    return f"{type(report).__name__}({shown})"
 
 
 def _short(value: Any, depth: int = 0) -> str:
@@ -57,7 +61,7 @@ def _short(value: Any, depth: int = 0) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, str):
-        return repr(value if len(value) <= _CHARACTERS else f"{value[:_CHARACTERS]}...")
+        return repr(_cut(value))
     many = isinstance(value, (Mapping, Sequence, set, frozenset))
     if (many or is_dataclass(value)) and depth > 1:
         return f"{type(value).__name__}(...)"
@@ -67,7 +71,13 @@ def _short(value: Any, depth: int = 0) -> str:
     if many and not isinstance(value, bytes):
         opening, closing = "[]" if isinstance(value, list) else "()"
         return f"{opening}{_joined([_short(each, depth + 1) for each in islice(value, _ITEMS)], len(value))}{closing}"
-    return " ".join(repr(value).split())[:_CHARACTERS]
+    if is_dataclass(value) and not isinstance(value, type):
+        return _fields(value, depth + 1)
+    return _cut(" ".join(repr(value).split()))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _CHARACTERS else f"{text[:_CHARACTERS]}..."
 
 
 def _joined(shown: list[str], count: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -111,8 +112,9 @@ class Attachment(Session):
     def __repr__(self) -> str:
         """Name the interventions, and say whether they act."""
         state = "acting" if self.enabled else "not acting"
-        where = [f"{type(each).__name__} at {', '.join(map(str, each.places))}" for each in self.interventions]
-        return few_lines([f"Attachment, {state}: {'; '.join(where)}"])
+        where = Counter(f"{type(each).__name__} at {', '.join(map(str, each.places))}" for each in self.interventions)
+        shown = (name if count == 1 else f"{name} ({count} times)" for name, count in where.items())
+        return few_lines([f"Attachment, {state}: {'; '.join(shown)}"])
 
     def report(self) -> AttachReport:
         """Return which sites were reached, and which tokens of which rows were edited, since `attach`."""
