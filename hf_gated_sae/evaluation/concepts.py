@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, ShapeError, unknown_name
+from ..functional.brief import brief
 
 CHUNK = 4096
 """Tokens per matrix product; counts below 2**24 are exact in float32."""
@@ -48,6 +49,8 @@ class ConceptScore:
     on_tokens: int
     concept_tokens: int
     tokens: int
+
+    __repr__ = brief
 
 
 class ConceptScores:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import InputError, did_you_mean
 from ..functional import FidelityMetrics
+from ..functional.brief import brief
 
 LEFT_OUT = "padding and special tokens: neither measured, nor replaced, nor predicted"
 
@@ -62,6 +63,8 @@ class FidelityReport:
     warnings: tuple[str, ...] = ()
     special_token_ids: tuple[int, ...] = ()
     norm_limit: float | None = None
+
+    __repr__ = brief
 
     @property
     def tokens(self) -> int:

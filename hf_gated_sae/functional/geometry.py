@@ -1,4 +1,4 @@
-"""Geometry of decoder rows."""
+"""Geometry of decoder rows and of activations."""
 
 from __future__ import annotations
 
@@ -41,3 +41,27 @@ def remove_parallel_component(gradient: Tensor, rows: Tensor) -> Tensor:
     for part, own in zip(gradient.split(several), rows.split(several), strict=True):
         part.addcmul_((part * own).sum(dim=-1, keepdim=True), own, value=-1)
     return gradient
+
+
+@torch.no_grad()
+def geometric_median(x: Tensor, *, iterations: int = 100) -> Tensor:
+    """Return the point with the least summed distance to others, by Weiszfeld's iteration.
+
+    Args:
+        x: points ``[n, d]`` with ``n >= 1``, finite.
+        iterations: at most so many.
+
+    Returns:
+        ``[d]``; of points that are all the same, that point to the bit.
+    """
+    if bool((x == x[0]).all()):
+        return x[0].clone()
+    point = x.mean(0)
+    tiny = 1e-6 * float((x - point).norm(dim=-1).mean()) + torch.finfo(x.dtype).tiny
+    for _ in range(iterations):
+        weights = tiny / (x - point).norm(dim=-1, keepdim=True).clamp_min(tiny)  # at most 1, so that none overflows
+        moved = (weights * x).sum(0) / weights.sum()
+        if float((moved - point).norm()) < tiny:
+            return moved
+        point = moved
+    return point

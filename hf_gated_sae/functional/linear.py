@@ -75,6 +75,13 @@ def is_transformed(tensor: Tensor) -> bool:
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
+def untransformed(tensor: Tensor) -> Tensor:
+    """Return the numbers of a tensor that transformations of `torch.func` look at, with an axis for each `vmap`."""
+    while is_transformed(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
 def _onednn_serves(x: Tensor, weight: Tensor) -> bool:
     """Whether the product may go through oneDNN."""
     if x.numel() * weight.shape[0] < SMALLEST or not _AVAILABLE or not x.dtype == weight.dtype == torch.float32:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, ShapeError, shown
+from .brief import brief
 from .places import true_places
 
 
@@ -32,6 +33,8 @@ class LiveLatents:
     indices: Tensor
     values: Tensor
     shape: tuple[int, ...]
+
+    __repr__ = brief
 
     @classmethod
     def of(cls, tokens: Tensor, indices: Tensor, values: Tensor, shape: Sequence[int]) -> LiveLatents:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, ShapeError
+from .brief import brief
 from .live import LiveLatents
 
 
@@ -49,6 +50,8 @@ class FidelityMetrics:
     outlier_variance: float = 0.0
     fvu_with_outliers: float = math.nan
     relative_reconstruction_bias_with_outliers: float = math.nan
+
+    __repr__ = brief
 
     @property
     def centred_norm(self) -> float:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import sys
 import weakref
-from collections.abc import Hashable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import AttachError, InputError
+from ..functional.brief import few_lines
 from ..interventions import Edit, Intervention, Replacement, Splice
 from ..modeling import SAEModel
 from ..sites import Site, Slot
@@ -22,6 +24,7 @@ from ..sites.slots import Place
 from ..sites.transforms import Transform
 from .check import AttachCheck, Check, check_saes
 from .dispatch import Session, enter, leave, prove
+from .eager import run_eagerly
 from .report import AttachReport, Record
 
 
@@ -63,6 +66,7 @@ class Attachment(Session):
                 self._read[place.bare].append((site, place.transforms))
         self._saes: dict[tuple[int, torch.device], SAEModel] = {}
         self._before: tuple[int, int, list[int]] = (0, 0, [])
+        self._compile_again: Callable[[], object] = lambda: None
 
     # ------------------------------------------------------------------ for users
 
@@ -77,6 +81,11 @@ class Attachment(Session):
         if model is None:
             raise AttachError("The model that was given to attach() no longer exists; attach() to another one.")
         enter(model, self, self._slots.values())
+        try:
+            self._compile_again = run_eagerly(model)
+        except BaseException:
+            self._detach()
+            raise
         self.passed_by = False
         self._before = (self.completed, self.generations, [record.calls for record in self._records])
         return self
@@ -99,6 +108,13 @@ class Attachment(Session):
     def enabled(self) -> bool:
         """Whether the interventions act on the model now."""
         return self.active
+
+    def __repr__(self) -> str:
+        """Name the interventions, and say whether they act."""
+        state = "acting" if self.enabled else "not acting"
+        where = Counter(f"{type(each).__name__} at {', '.join(map(str, each.places))}" for each in self.interventions)
+        shown = (name if count == 1 else f"{name} ({count} times)" for name, count in where.items())
+        return few_lines([f"Attachment, {state}: {'; '.join(shown)}"])
 
     def report(self) -> AttachReport:
         """Return which sites were reached, and which tokens of which rows were edited, since `attach`."""
@@ -128,6 +144,7 @@ class Attachment(Session):
         model = self._model() if self.enabled else None
         if model is not None:
             leave(model, self, self._slots.values())
+        self._compile_again()
         self.active = False
         self._saes.clear()
 
@@ -205,7 +222,8 @@ def attach(model: Any, *interventions: Intervention, all_threads: bool = False, 
     attached model has nothing attached. An SAE that is on another device than its site is copied there whole once per
     attachment, so that training through the attached model would train the copy: move the SAE there first. With
     gradient checkpointing, call ``backward()`` inside the block: it runs the layers again. Where several ranks hold
-    parts of the model, attach on every rank alike.
+    parts of the model, attach on every rank alike. While interventions act, compiled functions of the whole process
+    run as plain Python, since compiled code would skip the hooks; so does attention that a model compiles by itself.
 
     Args:
         model: any Hugging Face causal LM, as the user calls it.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AttachError, InputError, UnknownNameError, unknown_name
+from ..functional.brief import brief
 from ..functional.live import LiveLatents
 from ..interventions import special_token_ids
 from ..interventions.base import require_written_width, sites_read, sites_written
@@ -54,6 +55,10 @@ class LatentEffect(NamedTuple):
     activation: float
     gradient: float
 
+    def __repr__(self) -> str:
+        """Return the fields, the SAE by its class."""
+        return brief(self)
+
 
 @dataclass(frozen=True, eq=False)
 class Attribution:
@@ -68,6 +73,8 @@ class Attribution:
     metric: float
     activations: Mapping[SAEModel, LiveLatents]
     gradients: Mapping[SAEModel, Tensor]
+
+    __repr__ = brief
 
     def __getitem__(self, sae: SAEModel) -> LiveLatents:
         """Return the attributions of one SAE, ``latents * gradients``, of ``[B, S]`` tokens.

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, distributed, nn
 
 from ..errors import InputError, SiteError, shown
+from ..functional.brief import brief
 from ..functional.metrics import centred_norm
 from ..hub.index import known_at
 from ..interventions import Intervention
@@ -84,6 +85,8 @@ class AttachCheck:
     expected_l0: float | None
     expected_norm: float | None
     verdict: str
+
+    __repr__ = brief
 
     def __str__(self) -> str:
         """Return one line."""

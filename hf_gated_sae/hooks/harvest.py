@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, UnknownNameError, did_you_mean, unknown_name
+from ..functional.brief import brief
 from ..functional.live import LiveLatents
 from ..interventions import special_ids_for
 from ..modeling import SAEModel
@@ -40,6 +41,8 @@ class Harvest:
     token_ids: Tensor
     documents: Tensor
     positions: Tensor
+
+    __repr__ = brief
 
     def __getitem__(self, key: Any) -> Any:
         """Return the activations of a site, or the live latents of an SAE.

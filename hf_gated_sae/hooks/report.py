@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import AttachError
+from ..functional.brief import brief, few_lines
+from ..functional.linear import is_transformed, untransformed
 from ..interventions import Conditional, Intervention, TokenContext
 from ..interventions.positions import unreached
 from ..sites import Site
@@ -20,6 +22,7 @@ from ..sites.transforms import Transform
 # What is remembered token by token; beyond it the oldest calls are counted, not listed, so that memory stays bounded.
 CALLS_REMEMBERED = 4096
 TOKENS_REMEMBERED = 1 << 20
+ROWS_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class InterventionReport:
     edited: int
     positions: Mapping[int, list[int]]
 
+    __repr__ = brief
+
 
 @dataclass(frozen=True)
 class AttachReport:
@@ -48,13 +53,17 @@ class AttachReport:
 
     interventions: list[InterventionReport]
 
-    def __str__(self) -> str:
-        """Return one line per intervention."""
-        return "\n".join(
-            f"{entry.verb} at {entry.site}: {entry.edited} tokens edited in {entry.calls} calls, "
-            f"rows {sorted(entry.positions)}"
-            for entry in self.interventions
-        )
+    def __repr__(self) -> str:
+        """Return one line per intervention, of at most 10; rows and positions are in `interventions`."""
+        return few_lines(map(_line, self.interventions)) or "AttachReport: no interventions"
+
+
+def _line(entry: InterventionReport) -> str:
+    rows = [str(row) for row in sorted(entry.positions)]
+    shown = rows if len(rows) <= ROWS_SHOWN else [*rows[:ROWS_SHOWN], f"... {len(rows)} in all"]
+    return (
+        f"{entry.verb} at {entry.site}: {entry.edited} tokens edited in {entry.calls} calls, rows [{', '.join(shown)}]"
+    )
 
 
 @dataclass
@@ -126,6 +135,8 @@ class Record:
             total = torch.where(mask.to(rows.device), rows, 0.0).sum()
         else:
             total = value.sum(dtype=wide)
+        if is_transformed(total):
+            total = untransformed(total).sum()  # of all that vmap computes together
         if total.device.type == "cpu":
             self._require_finite(total)
         else:
@@ -151,6 +162,8 @@ class Record:
             AttachError: if it has; as with `watch`, only `require_sound` says so on another device than the CPU.
         """
         self.dtype = dtype
+        if is_transformed(beyond):
+            beyond = untransformed(beyond).any()
         if beyond.device.type == "cpu":
             self._require_within(beyond)
         else:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import CheckpointError, InputError, MissingFileError, unknown_name
+from ..functional.brief import few_lines
 from ..functional.live import LiveLatents
 from .harvest import Harvest, rows_of_live
 
@@ -144,7 +145,7 @@ class ActivationShards:
 
     def __repr__(self) -> str:
         """Name the folder and what is in it."""
-        return f"ActivationShards({str(self.folder)!r}, {len(self)} rows of {', '.join(self.names)})"
+        return few_lines([f"ActivationShards({str(self.folder)!r}, {len(self)} rows of {', '.join(self.names)})"])
 
 
 def _examples(folder: str, names: tuple[str, ...], identity: str) -> Iterator[dict[str, Any]]:

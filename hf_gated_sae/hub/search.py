@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import unknown_name
 from ..formats.hook_names import GLOBAL, IN_BLOCK
 from ..formats.model_names import repository_of
+from ..functional.brief import brief
 from .index import KnownSAE, has_size, known_saes, releases
 from .opening import natural_order
 
@@ -52,6 +53,8 @@ class SearchResult:
     l0: float | None = None
     neuronpedia: str | None = None
     release: str | None = None
+
+    __repr__ = brief
 
     @property
     def code(self) -> str:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, overload
 
 from ..errors import InputError, MissingFileError, SAEError, did_you_mean, shown, unknown_name
+from ..functional.brief import few_lines
 from ..modeling import SAEModel
 from ..modeling.saving import replaced_together
 from .base import Intervention, interventions
 from .encoding import DTYPES, read, whole_numbers, written
+from .pinned import checked_hashes, hashes, read_path, require_same_files, require_unchanged, written_path
 
-VERSION = 1
+VERSION = 2
+_READ = (1, VERSION)  # in 1, nothing pinned an SAE of a folder, and its path was absolute
 _PLAN = {"version", "saes", "interventions"}
 _LATENTS, _SITES = {"latents", "needed"}, {"sites", "sites_out"}
 
@@ -25,9 +28,9 @@ class Reference:
     """Where an SAE of a plan comes from, and how it was loaded.
 
     Attributes:
-        repo: repository id or folder.
+        repo: repository id; or a folder, as a path from the plan's own folder if it lies near that, else absolute.
         subfolder: the SAE's folder or file in it.
-        revision: commit; None for a folder on the machine where the plan was written.
+        revision: commit; None for a folder.
         dtype: the SAE's dtype.
         site: the site that its configuration names; None of one that reads several.
         site_out: of a transcoder, the site that it writes.
@@ -35,6 +38,7 @@ class Reference:
         needed: the latents that the plan's interventions need; None for all of them.
         sites: the sites that one of several reads; None of one that reads one.
         sites_out: the sites that it writes.
+        files: sha256 of each file that it was read from, by name; None for a commit, and in plans of version 1.
     """
 
     repo: str
@@ -47,13 +51,22 @@ class Reference:
     needed: tuple[int, ...] | None
     sites: tuple[str, ...] | None = None
     sites_out: tuple[str, ...] | None = None
+    files: Mapping[str, str] | None = None
 
     @classmethod
-    def of(cls, sae: SAEModel, needed: Iterable[int] | None) -> Reference:
+    def of(
+        cls, sae: SAEModel, needed: Iterable[int] | None, *, folder: Path | None, arguments: Mapping[str, Any]
+    ) -> Reference:
         """Refer to an SAE that was loaded.
 
+        Args:
+            sae: the SAE.
+            needed: the latents that are needed; None for all of them.
+            folder: where the plan will lie; None if that is not known.
+            arguments: for `SAEModel.from_pretrained`, which loads it once more to compare.
+
         Raises:
-            InputError: if it was built or trained here.
+            InputError: if it was built or trained here, or is not what is loaded from there.
         """
         origin, config = sae.checkpoint, sae.config
         if origin is None:
@@ -64,8 +77,8 @@ class Reference:
             )
         is_folder = origin.revision is None
         kept = config.kept_latents
-        return cls(
-            repo=str(Path(origin.repo).absolute()) if is_folder else origin.repo,
+        found = cls(
+            repo=written_path(origin.repo, None) if is_folder else origin.repo,
             subfolder=origin.subfolder,
             revision=origin.revision,
             dtype=str(sae.dtype).removeprefix("torch."),
@@ -76,6 +89,9 @@ class Reference:
             sites=None if sae.one_site else tuple(config.sites_read),
             sites_out=None if sae.one_site else tuple(config.sites_written),
         )
+        reached = {} if origin.cache_dir is None else {"cache_dir": origin.cache_dir}
+        require_unchanged(sae, found.load(only_needed=False, folder=None, arguments={**reached, **arguments}))
+        return replace(found, repo=written_path(origin.repo, folder), files=hashes(origin)) if is_folder else found
 
     def to_dict(self) -> dict[str, Any]:
         """Return what JSON can hold."""
@@ -89,8 +105,8 @@ class Reference:
         Raises:
             InputError: if it is anything else.
         """
-        names = {field.name for field in fields(cls)}
-        require_keys("An SAE of the plan", content, names - _SITES, _SITES)
+        names = {field.name for field in fields(cls)} - {"files"}
+        require_keys("An SAE of the plan", content, names - _SITES, {*_SITES, "files"})
         for name in _SITES & set(content):
             found = content[name]
             if found is not None and not (isinstance(found, list) and all(isinstance(site, str) for site in found)):
@@ -102,10 +118,22 @@ class Reference:
             raise InputError(f"dtype of an SAE of the plan is {shown(content['dtype'])}, which is none of an SAE.")
         lists = {name: None if content[name] is None else whole_numbers(content[name]) for name in _LATENTS}
         lists |= {name: None if content[name] is None else tuple(content[name]) for name in _SITES & set(content)}
-        return cls(**{**content, **lists})
+        pinned = content.get("files")
+        files = None if pinned is None else checked_hashes(pinned)
+        return cls(**{**content, **lists, "files": files})
 
-    def load(self, *, only_needed: bool, arguments: Mapping[str, Any]) -> SAEModel:
-        """Load the SAE, or of it only the latents that the plan needs."""
+    def load(self, *, only_needed: bool, folder: Path | None, arguments: Mapping[str, Any]) -> SAEModel:
+        """Load the SAE, or of it only the latents that the plan needs.
+
+        Args:
+            only_needed: whether latents that the plan does not need are left out.
+            folder: where the plan lies; None for the current folder.
+            arguments: for `SAEModel.from_pretrained`.
+
+        Raises:
+            CheckpointError: if the files of a local SAE are not those that the plan pins.
+            MissingFileError: if the SAE is not where the plan says.
+        """
         one = {name: value for name, value in (("site", self.site), ("site_out", self.site_out)) if value}
         several = {
             name: list(value) for name, value in (("sites", self.sites), ("sites_out", self.sites_out)) if value
@@ -114,15 +142,29 @@ class Reference:
         latents = self.needed if only_needed and self.needed is not None else self.latents
         some = {} if latents is None else {"latents": list(latents)}
         settings = {"revision": self.revision, "dtype": DTYPES[self.dtype], **sites, **some, **arguments}
-        sae: SAEModel = SAEModel.from_pretrained(self.repo, self.subfolder, **settings)
+        repo = self.repo if self.revision is not None else read_path(self.repo, folder)
+        sae: SAEModel = SAEModel.from_pretrained(repo, self.subfolder, **settings)
+        if self.files is not None and sae.checkpoint is not None:
+            require_same_files(sae.checkpoint, self.files)
         return sae
 
 
 class InterventionPlan(Sequence[Intervention]):
     """Interventions, to be attached with ``attach(model, *plan)``, or written to a file and read again.
 
-    A file names the verbs with all their settings, tensors included to the bit, and each SAE by where it comes from,
-    pinned to its commit. What was changed in an SAE after it was loaded is not in it, but for the sites it names.
+    A file names the verbs with all their settings, tensors included to the bit, and each SAE by where it comes from:
+    an SAE of the Hub is pinned to its commit, one in a folder by the sha256 of its files. A folder that lies near the
+    plan is named by the path from there, so that both can be moved together. Weights are not in the plan: an SAE that
+    was changed after it was loaded is refused. The file is JSON::
+
+        {"version": 2,
+         "saes": [{"repo": "../saes", "subfolder": "a", "revision": null, "files": {"config.json": "<sha256>", ...},
+                   "dtype": "float32", "site": "resid_post.1", "latents": null, "needed": [3], ...}],
+         "interventions": [{"verb": "Clamp", "sae": {"sae": 0}, "values": {"mapping": [[3, 8.0]]}, ...}]}
+
+    The fields of an SAE are those of `Reference`, the settings of a verb those of its class. ``{"sae": 0}`` is the
+    first SAE of the list; other values that JSON does not have are written as ``{"tensor": ...}``,
+    ``{"mapping": ...}``, ``{"site": ...}``, ``{"slice": ...}`` and ``{"token_ids": ...}``.
 
     Args:
         interventions: what to do.
@@ -157,13 +199,22 @@ class InterventionPlan(Sequence[Intervention]):
 
     def __repr__(self) -> str:
         """Return the verbs."""
-        return f"InterventionPlan({', '.join(type(each).__name__ for each in self)})"
+        return few_lines([f"InterventionPlan({', '.join(type(each).__name__ for each in self)})"])
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self, *, folder: str | Path | None = None, **arguments: Any) -> dict[str, Any]:
         """Return the plan as JSON has it.
 
+        Each SAE is loaded once more, to see that it is still what its checkpoint holds, and the files of a local one
+        are hashed: a few seconds for one of 1.2 GB.
+
+        Args:
+            folder: where the plan will lie; SAEs near it are then named by the path from there.
+            **arguments: for `SAEModel.from_pretrained`, such as ``token``.
+
         Raises:
-            InputError: if an SAE was not loaded from anywhere, or a value of a verb cannot be written.
+            InputError: if an SAE was not loaded from anywhere, or has been changed since, or a value of a verb cannot
+                be written.
+            MissingFileError: if an SAE is no longer where it was loaded from.
         """
         saes: dict[SAEModel, list[Intervention]] = {}
         entries = []
@@ -178,26 +229,35 @@ class InterventionPlan(Sequence[Intervention]):
 
             values = {name: written(getattr(intervention, name), number_of) for name in _settings(type(intervention))}
             entries.append({"verb": verb, **values})
-        references = [Reference.of(sae, _needed(users)).to_dict() for sae, users in saes.items()]
+        place = None if folder is None else Path(folder)
+        references = [
+            Reference.of(sae, _needed(users), folder=place, arguments=arguments).to_dict()
+            for sae, users in saes.items()
+        ]
         return {"version": VERSION, "saes": references, "interventions": entries}
 
     @classmethod
-    def from_dict(cls, content: Any, *, only_needed: bool = False, **arguments: Any) -> InterventionPlan:
+    def from_dict(
+        cls, content: Any, *, only_needed: bool = False, folder: str | Path | None = None, **arguments: Any
+    ) -> InterventionPlan:
         """Build the plan that `to_dict` gave, and load its SAEs, each once.
 
         Args:
             content: what JSON held.
             only_needed: of SAEs of which some latents suffice, load only those.
+            folder: where relative paths of SAEs start; the current folder by default.
             **arguments: for `SAEModel.from_pretrained`, such as ``token`` or ``device_map``.
 
         Raises:
             InputError: if it is no plan, or of another version, or a verb is unknown or cannot be built.
+            CheckpointError: if the files of a local SAE are not those that the plan pins.
             MissingFileError: if an SAE is not where the plan says.
         """
         require_keys("The plan", content, _PLAN)
-        if type(content["version"]) is not int or content["version"] != VERSION:
+        if type(content["version"]) is not int or content["version"] not in _READ:
             raise InputError(
-                f"The plan's version is {shown(content['version'])}, and this version of hf-gated-sae reads {VERSION}."
+                f"The plan's version is {shown(content['version'])}, and this version of hf-gated-sae reads "
+                f"{' and '.join(map(str, _READ))}."
             )
         for name in ("saes", "interventions"):
             if not isinstance(content[name], list):
@@ -206,12 +266,13 @@ class InterventionPlan(Sequence[Intervention]):
         for entry in content["interventions"]:  # before anything is loaded
             _verb_of(entry)
         loaded: dict[int, SAEModel] = {}
+        place = None if folder is None else Path(folder)
 
         def sae_of(number: int) -> SAEModel:
             if not 0 <= number < len(references):
                 raise InputError(f"The plan names its SAE {number}, and has {len(references)}, counted from 0.")
             if number not in loaded:
-                loaded[number] = references[number].load(only_needed=only_needed, arguments=arguments)
+                loaded[number] = references[number].load(only_needed=only_needed, folder=place, arguments=arguments)
             return loaded[number]
 
         built = []
@@ -228,18 +289,21 @@ class InterventionPlan(Sequence[Intervention]):
                 ) from error
         return cls(built)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, **arguments: Any) -> None:
         """Write the plan to a JSON file, all of it or nothing.
 
         Args:
             path: the file; it is replaced if it is there.
+            **arguments: as for `to_dict`.
 
         Raises:
-            InputError: if an SAE was not loaded from anywhere, or the path is a folder.
+            InputError: as `to_dict`, or if the path is a folder.
+            MissingFileError: as `to_dict`.
         """
-        file, text = Path(path), json.dumps(self.to_dict(), indent=2, allow_nan=False)
+        file = Path(path)
         if file.is_dir():
             raise InputError(f"{file} is a folder; expected a file, such as {file / 'plan.json'}.")
+        text = json.dumps(self.to_dict(folder=file.parent, **arguments), indent=2, allow_nan=False)
         with replaced_together(file.parent) as staging:
             (staging / file.name).write_text(text + "\n", encoding="utf-8")
 
@@ -265,7 +329,7 @@ class InterventionPlan(Sequence[Intervention]):
             content = json.loads(file.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
             raise InputError(f"{file} is no JSON ({shown(str(error), 100)}); expected a plan.") from error
-        return cls.from_dict(content, only_needed=only_needed, **arguments)
+        return cls.from_dict(content, only_needed=only_needed, **{"folder": file.parent, **arguments})
 
 
 def require_keys(what: str, content: Any, expected: set[str], optional: Iterable[str] = ()) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, LatentIndexError
+from ..functional.linear import only_values
 from ..modeling import SAEModel
 from .base import Replacement, Targeted, require_sae
 from .positions import shorten
@@ -20,8 +21,8 @@ class Splice(Targeted, Replacement):
     """Replace the activation by ``sae.decode(sae.encode(x))``; what the SAE cannot explain is lost.
 
     With ``error=True`` it is kept, as a constant: ``reconstruction + (x - reconstruction).detach()``. The value is `x`
-    to the bit, and nothing is computed unless a gradient is wanted; gradients flow through the reconstruction, and so
-    to its latents, but not past it.
+    to the bit, and nothing is computed unless a derivative is wanted; derivatives, also those of `torch.func`, flow
+    through the reconstruction, and so to its latents, but not past it.
 
     Edits of latents attached at the same site act on the reconstruction, or on that sum. Either way the site's
     gradient has one way to go, so that two splices at one site exclude each other.
@@ -56,22 +57,31 @@ class Splice(Targeted, Replacement):
         """Return the reconstruction ``[B, S, d]``, with the error if asked; None to leave the activation as it is."""
         if not self.error:
             return run.reconstruction(self.sae)
-        if not torch.is_grad_enabled() or not (
-            run.x.requires_grad or any(w.requires_grad for w in self.sae.parameters())
-        ):
+        if only_values(run.x, *self.sae.parameters()):
             return None
         kept: Tensor = _ValueOfOne.apply(run.x, run.reconstruction(self.sae))
         return kept
 
 
 class _ValueOfOne(torch.autograd.Function):
-    """The value of one tensor, to the bit, with the gradient of another one of its shape."""
+    """The value of one tensor, to the bit, with the derivatives of another one of its shape."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, other: Tensor) -> Tensor:
-        ctx.dtype = other.dtype
+    def forward(value: Tensor, other: Tensor) -> Tensor:
         return value.detach().clone()
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        value, other = inputs
+        ctx.dtypes = value.dtype, other.dtype
+
+    @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[None, Tensor]:
-        return None, gradients[0].to(ctx.dtype)
+        return None, gradients[0].to(ctx.dtypes[1])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        tangent: Tensor = tangents[1].to(ctx.dtypes[0])
+        return tangent

@@ -13,12 +13,13 @@ from ..functional.others import PartialSupport
 from ..functional.support import DenseSupport, LiveSupport, Support
 from .objective import Objective, Sparsity
 from .output import TrainingLoss
+from .widest import Widest
 
 if TYPE_CHECKING:
     from .model import SAEModel
 
 
-class Learning:
+class Learning(Widest):
     """An SAE while it is trained.
 
     Attributes:

@@ -37,6 +37,7 @@ class Origin:
         files: the files that hold it, relative to its folder.
         folder: where the files lie on this machine, as far as they were fetched whole; None if they were not.
         bytes_read: bytes read to load it: of mapped tensors their size, whether or not all of it was touched.
+        cache_dir: folder of the Hub cache that it was read through; None for the default one.
     """
 
     repo: str
@@ -46,6 +47,7 @@ class Origin:
     files: tuple[str, ...] = ()
     folder: Path | None = None
     bytes_read: int = field(default=0, compare=False)
+    cache_dir: str | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         """Return the name to use in messages."""
@@ -332,7 +334,9 @@ def load(checkpoint: Checkpoint, config: SAEConfig | None, arguments: Mapping[st
         model, info = checkpoint.model_class._load_strictly(
             str(checkpoint), {**settings, "config": config, "state_dict": tensors}
         )
-    model._checkpoint = replace(checkpoint.origin, bytes_read=checkpoint.bytes_read())
+    model._checkpoint = replace(
+        checkpoint.origin, bytes_read=checkpoint.bytes_read(), cache_dir=arguments.get("cache_dir")
+    )
     model.name_or_path = model.config.name_or_path = checkpoint.origin.repo
     return model, info
 

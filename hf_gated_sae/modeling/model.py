@@ -102,7 +102,7 @@ class SAEModel(Traits, Wiring, Learning, Sparse, PreTrainedModel):
         """Turn activations into latents.
 
         Args:
-            x: activations ``[..., d_in]``, in the SAE's dtype.
+            x: activations ``[..., d_in]``; computed in the wider of their dtype and the SAE's.
             latents: indices ``[n]`` of the latents to compute; all by default. For element-wise architectures only
                 their encoder rows are read.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from ..functional.brief import brief
 from ..functional.live import LiveLatents
 
 
@@ -42,6 +43,8 @@ class TrainingLoss:
     terms: Mapping[str, Tensor]
     reconstruction: Tensor
     latents: Tensor | LiveLatents
+
+    __repr__ = brief
 
     @classmethod
     def of(cls, terms: Mapping[str, Tensor], reconstruction: Tensor, latents: Tensor | LiveLatents) -> TrainingLoss:

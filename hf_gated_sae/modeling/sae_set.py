@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from ..errors import CheckpointError, InputError, UnknownNameError, did_you_mean, unknown_name
+from ..functional.brief import few_lines
 from ..registry import LateBound
 from .loading import PLACE_ARGUMENTS, Checkpoint, load
 from .model import SAEModel
@@ -180,7 +181,7 @@ class SAESet(Mapping[str, SAEModel]):
 
     def __repr__(self) -> str:
         """Return the name for people."""
-        return f"{type(self).__name__}({self.location}, {len(self)} SAEs)"
+        return few_lines([f"{type(self).__name__}({self.location}, {len(self)} SAEs)"])
 
     # Two mappings are equal if their values are; these would have to be loaded for that.
     __eq__ = object.__eq__

@@ -14,6 +14,7 @@ from ..functional.live import LiveLatents
 from ..functional.others import OtherLatents, OtherTokens
 from ..functional.search import above
 from ..functional.sparse import DENSEST
+from .widest import Widest
 
 if TYPE_CHECKING:
     from .model import SAEModel
@@ -31,7 +32,7 @@ FEWEST_TOKENS = 64
 """Tokens that are encoded together however many latents there are."""
 
 
-class Sparse:
+class Sparse(Widest):
     """Encoding that keeps only what is on.
 
     An architecture with one encoder product, of which each latent is a function of its own projection, defines
@@ -119,7 +120,7 @@ class Sparse:
         Equal to ``encode(x)`` to rounding. Where no gradients are wanted, a few tokens are encoded at a time.
 
         Args:
-            x: activations ``[..., d_in]``, in the SAE's dtype.
+            x: activations ``[..., d_in]``; computed in the wider of their dtype and the SAE's.
 
         Returns:
             Those latents of ``encode(x)`` that are not zero.
@@ -147,7 +148,7 @@ class Sparse:
         from a CPU, it is that very call; else latents exist for a few tokens at a time, and only those that are on.
 
         Args:
-            x: activations ``[..., d_in]``, in the SAE's dtype.
+            x: activations ``[..., d_in]``; computed in the wider of their dtype and the SAE's.
 
         Returns:
             Reconstruction ``[..., d_out]``.

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .widest import Widest
+
 if TYPE_CHECKING:
     from .model import SAEModel
 
 
-class Wiring:
+class Wiring(Widest):
     """An SAE by its sources (sites that it reads) and outputs (sites that it writes), both counted from 0.
 
     The latents of a source are computed from that site's activation alone, and write to outputs of its number and
@@ -31,7 +33,7 @@ class Wiring:
         """Turn one source's activation into its latents.
 
         Args:
-            x: ``[..., d_in]`` in the SAE's dtype.
+            x: ``[..., d_in]``.
             source: which source it is.
             rows: rows ``[n]`` of the latents to compute, all of this source; None for all that it has.
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..errors import SiteError, did_you_mean
+from ..functional.brief import few_lines
 from .norms import Norms
 from .site import GLOBAL, LAYERED, Site
 from .slots import Place, Slot
@@ -199,7 +200,7 @@ class SiteMap:
 
     def __repr__(self) -> str:
         """Name what is proven."""
-        return f"SiteMap({self.n_layers} layers; {self._summary()})"
+        return few_lines([f"SiteMap({self.n_layers} layers; {self._summary()})"])
 
 
 def _base_path(root: nn.Module) -> str:

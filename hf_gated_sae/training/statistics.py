@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, unknown_name
+from ..functional.geometry import geometric_median
 from ..functional.outliers import is_outlier, norm_limit, norms
 
 CENTRES = ("mean", "geometric_median", "zero")
@@ -85,18 +86,8 @@ def measure(
     return ActivationStatistics(len(x), length.double().square().mean().item(), _centre(x, centre), limit)
 
 
-def _centre(x: Tensor, kind: str, iterations: int = 100) -> Tensor:
-    """Return the centre of ``x [n, d]``; the median by Weiszfeld's iteration."""
+def _centre(x: Tensor, kind: str) -> Tensor:
+    """Return the centre of ``x [n, d]``."""
     if kind == "zero":
         return torch.zeros_like(x[0])
-    point = x.mean(0)
-    if kind == "mean":
-        return point
-    tiny = 1e-6 * float((x - point).norm(dim=-1).mean()) + torch.finfo(x.dtype).tiny
-    for _ in range(iterations):
-        weights = 1 / (x - point).norm(dim=-1, keepdim=True).clamp_min(tiny)
-        moved = (weights * x).sum(0) / weights.sum()
-        if float((moved - point).norm()) < tiny:
-            return moved
-        point = moved
-    return point
+    return x.mean(0) if kind == "mean" else geometric_median(x)

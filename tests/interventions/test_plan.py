@@ -150,7 +150,7 @@ def test_an_sae_of_several_sites_acts_where_it_did(tmp_path):
     again = InterventionPlan.from_dict(content)[0]
     assert again.sae.config.sites_read == ["resid_post.1", "resid_post.2"]
     assert list(map(str, again.places)) == ["mlp_out.1", "mlp_out.2"]
-    for name in ("sites", "sites_out"):  # as plans were that did not have them
+    for name in ("sites", "sites_out", "files"):  # as plans were that did not have them
         del content["saes"][0][name]
     assert list(map(str, InterventionPlan.from_dict(content)[0].places)) == ["resid_post.0", "resid_post.1"]
 
@@ -218,7 +218,7 @@ def put(content, path, value):
 
 
 WRONG = {
-    "another version": (["version"], 2, ["version is 2", "reads 1"]),
+    "another version": (["version"], 3, ["version is 3", "reads 1 and 2"]),
     "a version that is true": (["version"], True, ["version is True"]),
     "no list": (["interventions"], {}, ["interventions of the plan is {}", "a list"]),
     "a key too many": (["extra"], 1, ["'extra'", "unknown"]),
@@ -241,6 +241,8 @@ WRONG = {
     "sites that are no list": (["saes", 0, "sites"], "resid_post.1", ["sites of an SAE", "a list"]),
     "sites that are no names": (["saes", 0, "sites_out"], [3], ["sites_out of an SAE", "a list"]),
     "an SAE of nothing": (["saes", 0], 3, ["An SAE of the plan is 3"]),
+    "files that are no hashes": (["saes", 0, "files"], {"config.json": "12"}, ["files of an SAE", "sha256"]),
+    "files that are a list": (["saes", 0, "files"], ["config.json"], ["files of an SAE", "sha256"]),
 }
 
 
