@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 CLOSE = 1e-5  # relative error of two tensors that are the same up to rounding
+_PICKS = ("index", "index_select", "gather")
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "mv", "addmv", "dot", "grouped_mm")
 
 
@@ -25,7 +26,7 @@ class Operation:
 
     Args:
         kind: ``"product"`` for matrix products and what mixes channels like one, ``"add"``, ``"scale"`` for a product
-            with one number or a broadcast tensor, else ``"other"``.
+            with one number or a broadcast tensor, ``"pick"`` for some rows of a tensor, else ``"other"``.
         inputs: the values that it took.
         output: the value that it gave.
         factor: of the second operand of an addition, or of the first of a scaling.
@@ -108,7 +109,7 @@ def _kind(
         if one and isinstance(first, Tensor) and operands[0]:
             factor = second.detach().clone() if isinstance(second, Tensor) else second
             return "scale", factor if name == "mul" else 1 / factor, (operands[0],)
-    return "other", 1.0, inputs
+    return "pick" if name in _PICKS else "other", 1.0, inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +209,9 @@ class Block:
             for item in self._made[value].inputs:
                 readers.setdefault(item, set()).add(self._made[value].kind)
         size = term.content.numel()
-        only = [value for value in self._after.get(term.value, ()) if readers.get(value) == {"product"}]
+        only = [
+            v for v in self._after.get(term.value, ()) if "product" in readers.get(v, set()) <= {"product", "pick"}
+        ]
         only = [value for value in only if self._values[value].numel() == size]
         found += [min(only, key=lambda value: self._order.get(value, -1))] if only else []
         return [self._values[value] for value in found]
@@ -226,7 +229,7 @@ class Block:
         return max(values, key=lambda value: self._order.get(value, -1))
 
 
-def same(found: Tensor, wanted: Tensor) -> bool:
+def is_same(found: Tensor, wanted: Tensor) -> bool:
     """Whether two tensors hold the same elements in the same order, up to rounding."""
     if found.numel() != wanted.numel():
         return False
