@@ -189,11 +189,11 @@ def _rare_link(trace: Trace, here: str, there: str, usual: tuple[Seen, Seen] | N
         taken = [seen for seen in taken if seen.place.keys == usual[1].place.keys]
     if len(given) != 1 or len(taken) != 1:
         return None
-    factor = 1.0 if given[0].value == taken[0].value else _power_of_two(trace, given[0], taken[0])
+    factor = 1.0 if given[0].value == taken[0].value else power_of_two(trace, given[0], taken[0])
     return None if factor is None else _Link(given[0], taken[0], factor)
 
 
-def _power_of_two(trace: Trace, before: Seen, after: Seen) -> float | None:
+def power_of_two(trace: Trace, before: Seen, after: Seen) -> float | None:
     """Return the power of two that makes one tensor of another, bit for bit; None if there is none."""
     given, taken = trace.values[before.value], trace.values[after.value]
     if given.numel() != taken.numel() or given.dtype != taken.dtype or not given.any():

@@ -57,8 +57,11 @@ def read_by(root: nn.Module, trace: Trace, branch: Branch, steps: int = _STEPS) 
         steps: how many modules without a linear map may stand between the sublayer and the stream.
     """
     found = _proposed(root, trace, branch)
-    if isinstance(found, str) or _maps(root, found.place.path) or not _maps(root, branch.block):
-        return found if isinstance(found, str) else found.place
+    if isinstance(found, str):
+        return found
+    fresh = branch.stream | _normed(root, trace, branch.block, branch.stream)
+    if found.value in fresh or _maps(root, found.place.path) or not _maps(root, branch.block):
+        return found.place
     made = [
         seen
         for seen in trace.within(branch.block, "output")

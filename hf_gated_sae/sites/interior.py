@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 from torch import nn
 
-from .blocks import Chain
+from .blocks import Chain, power_of_two
 from .inputs import Branch, read_by
 from .probe import Seen, Trace, embedding_of, number_of
 from .projections import largest_rank, origin_of
@@ -144,13 +144,20 @@ def end_places(root: nn.Module, trace: Trace, chain: Chain) -> dict[str, Place |
 
 
 def _final_norm(root: nn.Module, trace: Trace, last: Seen) -> Place | str:
-    """Find what the first norm after the blocks gives: a module without a matrix that changes what it reads."""
-    readers = {
-        seen.place.path: seen.place.order
-        for (path, port), items in trace.seen.items()
+    """Find what the first norm after the blocks gives: a module without a matrix that changes what it reads.
+
+    As between blocks, the model may scale the stream by a power of two before it.
+    """
+    later = [
+        seen
+        for (_, port), items in trace.seen.items()
         for seen in items
-        if port == "input" and seen.value == last.value and seen.place.order > last.place.order
-    }
+        if port == "input" and seen.place.order > last.place.order and seen.is_tokens
+    ]
+    readers = {seen.place.path: seen.place.order for seen in later if seen.value == last.value}
+    if not readers:
+        alike = (seen for seen in later if seen.place.width == last.place.width)
+        readers = {seen.place.path: seen.place.order for seen in alike if power_of_two(trace, last, seen) is not None}
     for path in sorted(readers, key=lambda path: readers[path]):
         given = [seen for seen in trace.one(path, "output") if seen.is_tokens]
         alike = bool(given) and given[0].place.width == last.place.width and given[0].value != last.value
