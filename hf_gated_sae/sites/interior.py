@@ -156,8 +156,8 @@ def _final_norm(root: nn.Module, trace: Trace, last: Seen) -> Place | str:
     ]
     readers = {seen.place.path: seen.place.order for seen in later if seen.value == last.value}
     if not readers:
-        alike = (seen for seen in later if seen.place.width == last.place.width)
-        readers = {seen.place.path: seen.place.order for seen in alike if power_of_two(trace, last, seen) is not None}
+        wide = (seen for seen in later if seen.place.width == last.place.width)
+        readers = {seen.place.path: seen.place.order for seen in wide if power_of_two(trace, last, seen) is not None}
     for path in sorted(readers, key=lambda path: readers[path]):
         given = [seen for seen in trace.one(path, "output") if seen.is_tokens]
         alike = bool(given) and given[0].place.width == last.place.width and given[0].value != last.value

@@ -4,11 +4,13 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
-from hf_gated_sae.sites import resolve
+from hf_gated_sae.sites import Site, resolve
 from hub_scripts.operations import Block, Recording, is_same
 from hub_scripts.site_survey import traced_faults
 from hub_scripts.tiny_types import build
 from tests.support.tiny_models import tiny_model
+
+IDS = torch.arange(3 * 9).mul(7).remainder(77).add(15).view(3, 9)
 
 # The model, and how many of the seven kinds of sites within a block are compared, over all layers.
 SMALL = {
@@ -35,8 +37,17 @@ BUILT = {"gemma4_unified_text": 28, "inkling_text": 20, "inkling2_text": 9, "zam
 def test_all_proven_sites_of_a_family_are_in_its_operations(name):
     changes, count = SMALL[name]
     model = tiny_model(name, **changes)
-    ids = torch.arange(3 * 9).mul(7).remainder(77).add(15).view(3, 9)
-    assert traced_faults(model, resolve(model), ids) == (count, [])
+    assert traced_faults(model, resolve(model), IDS) == (count, [])
+
+
+def test_a_sum_of_experts_and_feed_forward_is_not_what_they_read():
+    experts = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24}
+    model = tiny_model("gemma4_text", hidden_size_per_layer_input=0, **experts)
+    sites = resolve(model)
+    assert traced_faults(model, sites, IDS) == (15, [])
+    assert sites.refused[Site("mlp_in", 1)].startswith(
+        "what model.layers.1.post_feedforward_layernorm reads comes out"
+    )
 
 
 @pytest.mark.parametrize("name", BUILT)
