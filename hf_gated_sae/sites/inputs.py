@@ -169,21 +169,28 @@ def prove_inputs(
 
 
 def _at_first_map(root: nn.Module, trace: Trace, block: str, place: Place, width: int) -> Place | None:
-    """Return the place of what the first linear map in a module reads, None if that is what the module reads."""
+    """Return the place of what the first linear map in a module reads, None if that is what the module reads, once."""
     taken = [seen for path in _maps(root, place.path) for seen in trace.one(path, "input") if seen.is_tokens]
     first = min(taken, key=lambda seen: seen.place.order, default=None)
-    outside = {seen.value for seen in trace.one(place.path, place.port) if seen.place.keys == place.keys}
-    if first is None or first.value in outside or first.place.width != width:
+    outside = _value_at(trace, place)
+    if sum(seen.value == outside for seen in trace.one(place.path, place.port)) > 1:  # as query, key and value
+        return _of_all_readers(trace, block, outside, place)
+    if first is None or first.value == outside or first.place.width != width:
         return None
-    readers = [s for s in trace.within(block, "input") if s.value == first.value and s.is_tokens]
+    readers = [seen for seen in trace.within(block, "input") if seen.value == first.value and seen.is_tokens]
     everyone = {seen.place.path for seen in readers}
     for seen in sorted(readers, key=lambda seen: len(seen.place.path)):
         if all(f"{path}.".startswith(f"{seen.place.path}.") for path in everyone):
             return seen.place
-    given = [s for s in trace.within(block, "output") if s.value == first.value and s.is_tokens]
+    return _of_all_readers(trace, block, first.value, first.place)
+
+
+def _of_all_readers(trace: Trace, block: str, value: str, place: Place) -> Place:
+    """Return where a write reaches all who read a value: what gave it, else the tensor itself at its first reader."""
+    given = [seen for seen in trace.within(block, "output") if seen.value == value and seen.is_tokens]
     if given:
         return max(given, key=lambda seen: seen.place.order).place
-    return dataclasses.replace(first.place, in_place=True)
+    return dataclasses.replace(place, in_place=True)
 
 
 def _carrying(

@@ -26,6 +26,7 @@ def seeded():
         ("inkling2_text", 1, {"attn_in": "model.layers.L.self_attn.input", "mlp_in": "model.layers.L.mlp.input"}),
         ("zamba", 2, {"attn_in": "model.layers.L.mamba_decoder.mamba.input"}),
         ("zamba2", 2, {"attn_in": "model.layers.L.mamba_decoder.mamba.input"}),
+        ("ctrl", 1, {"attn_in": "transformer.h.L.layernorm1.output"}),  # query, key and value are given one by one
     ],
 )
 def test_inputs_of_a_type_by_hand(name, layer, found):
