@@ -1,10 +1,13 @@
-"""Resolve the sites of every causal language model type of transformers: python hub_scripts/site_survey.py --out DIR.
+"""Resolve the sites of every causal language model type of transformers: python -m hub_scripts.site_survey --out DIR.
 
-Each type is built tiny from its default configuration, in a process of its own, and checked on another batch.
+Each type is built tiny from its default configuration, in a process of its own, and checked on another batch: by what
+is read and written at the sites, and by the operations of the forward, which tell what is added to the residual stream
+and what the products read.
 """
 
 import dataclasses
 import json
+import math
 import multiprocessing
 import re
 import sys
@@ -14,54 +17,25 @@ from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from hf_gated_sae.errors import SAEError
 from hf_gated_sae.sites import SiteMap, resolve
 from hf_gated_sae.sites.site import LAYERED
+from hub_scripts.operations import Block, Recording, is_same
+from hub_scripts.tiny_types import build, some_ids
 
-DEPTH = 4  # blocks per model, more where it takes more to have each kind of block twice
-MOST_DEPTH = 8
-LARGEST = 30_000_000  # parameters; a model that stays larger has a size that is not known here
 CORE = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 
-# Tiny values by name; the first pattern that fits decides. Sizes that must agree do: 4 heads of 8 channels make 32.
-_DEPTHS = r"(conf_)?num_hidden_layers|n_layers?|num_layers|(num_)?(en|de)coder_layers|num_blocks|depth"
-_SIZES: tuple[tuple[str, int], ...] = (
-    (r".*vocab.*", 128),
-    (r".*(key_value_heads|kv_heads)|kv_n_heads|num_query_groups", 2),
-    (r".*heads(_per_.*)?|.*n_head", 4),
-    (r"qk_head_dim|attention_head_dim", 16),
-    (r".*(head_dim|headdim|head_size|d_head|dim_head)|d_kv|kv_channels", 8),
-    (r"attention_hidden_size", 64),
-    (r"rotary_dim", 4),
-    (r"(backbone_|out_)?hidden_size(_global)?|d_model|n_embd|word_embed_proj_dim|lru_width|mamba_d_ssm", 32),
-    (r"(.*_)?embed(ding)?_(dim|size)|emb_dim|(in|out)put_(embedding_)?size", 32),
-    (r".*(intermediate|ffn|feed_forward).*|d_ff|dff|dim_ff|d_inner|mlp_dim|router_hidden_size|.*per_layer_input", 48),
-    (r".*rank.*|d_rel|mamba_d_state|(ssm_)?state_size", 8),
-    (r"(mamba_)?expand|n_group|topk_group|num_expert_group|n_groups|mamba_n_?groups|o_groups", 1),
-    (r".*(experts_per_tok(en)?|top_?k|moe_k)", 2),
-    (r".*experts|zero_expert_num|.*moe_num.*", 4),
-    (r"num_kv_shared_layers|num_nextn_predict_layers", 0),
-    (r".*(period|every_n.*|interval|_step)", 2),
-    (r".*offset|first_.*dense.*|num_dense_layers", 1),
-    (r".*chunk_size|block_size|.*window.*|local_attention|token_budget", 16),
-    (r"compress_ratio", 2),
-    (r"prompt_length", 4),
-    (r".*max.*(position|length|seq).*|n_positions|n_ctx|context_length", 64),
-)
-_TOKENS = {"pad": 0, "bos": 1, "eos": 2}
-_OPEN: dict[str, Any] = {"layer_types": ["full_attention"] * DEPTH, "default_language": "en_XX"}
 _ABSENT = r"^nothing in it|only one kind of contribution|in parallel"
-_NO_SIZES = ("id2label", "label2id")
 _INSIDE = {"attn_in": "attn_out", "attn_z": "attn_out", "mlp_in": "mlp_out", "mlp_neurons": "mlp_out"}
 
 
@@ -78,6 +52,7 @@ class Finding:
         proven: for each kind of site, the layers in which it is proven.
         refused: for each reason, the kinds of sites that it holds for.
         stream: how often each relation between the stream and the contributions was found on another batch.
+        traced: how many sites were compared with the operations of a forward.
         wrong: checks on another batch that failed.
     """
 
@@ -89,6 +64,7 @@ class Finding:
     proven: dict[str, list[int]] = field(default_factory=dict)
     refused: dict[str, list[str]] = field(default_factory=dict)
     stream: dict[str, int] = field(default_factory=dict)
+    traced: int = 0
     wrong: list[str] = field(default_factory=list)
 
     @property
@@ -117,121 +93,8 @@ class Finding:
         return {name for why, names in self.refused.items() if re.search(_ABSENT, why) for name in names}
 
 
-def small_config(name: str, fill: bool = False, **changes: Any) -> PretrainedConfig:
-    """Return a type's default configuration with all sizes tiny, and if `fill`, also those that it leaves open."""
-    kind = CONFIG_MAPPING[name]
-    values = {k: v for k, v in kind().to_dict().items() if k not in ("model_type", "transformers_version")}
-    small = {key: value for key, value in _small(values, fill).items() if value != values.get(key)}
-    return kind(**small | changes)
-
-
-def _small(values: Mapping[str, Any], fill: bool) -> dict[str, Any]:
-    small: dict[str, Any] = {}
-    for key, value in values.items():
-        size = next((size for pattern, size in _SIZES if re.fullmatch(pattern, key)), None)
-        if isinstance(value, dict) and key not in _NO_SIZES and not _by_layer(value):
-            small[key] = _small(value, fill)
-        elif value is None and fill:
-            small[key] = _OPEN.get(key, size)
-        elif isinstance(value, bool) or not isinstance(value, int):
-            small[key] = value
-        elif re.fullmatch(r".*_(token_)?(id|ids|index)", key):
-            small[key] = _TOKENS.get(key[:3], 3 + value % 16) if value >= 0 else value
-        elif re.fullmatch(_DEPTHS, key):
-            small[key] = min(value, DEPTH)
-        else:
-            small[key] = value if size is None else min(value, size)
-    if values.get("num_key_value_heads") and values["num_key_value_heads"] == values.get("num_attention_heads"):
-        small["num_key_value_heads"] = small["num_attention_heads"]
-    if (values.get("head_dim") or 0) >= sum(values.get(f"qk_{part}_head_dim") or 1e9 for part in ("nope", "rope")):
-        small["head_dim"] = 16
-    return small | _few_layers(values, fill)
-
-
-def _by_layer(value: Any) -> bool:
-    return isinstance(value, dict) and bool(value) and all(str(key).isdigit() for key in value)
-
-
-def _few_layers(values: Mapping[str, Any], fill: bool) -> dict[str, Any]:
-    """Take some layers of all that is listed by layer, two of each kind if there are so many kinds."""
-    depth = next((key for key, value in values.items() if re.fullmatch(_DEPTHS, key) and isinstance(value, int)), "")
-    count = values.get(depth, 0)
-    lists = {key: value for key, value in values.items() if isinstance(value, list) and len(value) == count > 1}
-    tables = {
-        key: {int(layer): item for layer, item in value.items()}
-        for key, value in values.items()
-        if key not in _NO_SIZES and _by_layer(value)
-    }
-    named = {k: v for k, v in values.items() if isinstance(v, list) and re.search(r"(layers|ids|idxs)$", k)}
-    named = {k: v for k, v in named.items() if k not in lists and all(isinstance(i, int) and i < count for i in v)}
-    if not lists and not tables and not named:
-        return {}
-    kinds: dict[str, list[int]] = {}
-    for layer in range(count):
-        described = [value[layer] for value in lists.values()] + [layer in value for value in named.values()]
-        described += [value.get(layer) for value in tables.values()]
-        kinds.setdefault(repr(described), []).append(layer)
-    chosen = [layer for layers in kinds.values() for layer in layers[:2]][:MOST_DEPTH]
-    chosen += [layer for layer in range(count) if layer not in chosen][: max(0, DEPTH - len(chosen))]
-    chosen.sort()
-    few: dict[str, Any] = {depth: len(chosen)}
-    few |= {key: [value[layer] for layer in chosen] for key, value in lists.items()}
-    few |= {key: [new for new, old in enumerate(chosen) if old in value] for key, value in named.items()}
-    for key, value in tables.items():
-        few[key] = {new: _small(value[old], fill) for new, old in enumerate(chosen) if old in value}
-    return few
-
-
-def build(name: str) -> PreTrainedModel:
-    """Build a tiny model of a type, with every parameter random; what a default leaves open is filled in if needed."""
-    rope = {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
-    reversible = {"is_decoder": True, "axial_pos_embds": False}
-    attempts: tuple[dict[str, Any], ...] = ({}, {"fill": True}, {"rope_parameters": rope}, reversible)
-    errors: list[Exception] = []
-    for attempt in attempts:
-        try:
-            return _build(name, attempt)
-        except Exception as error:
-            errors.append(error)
-    raise errors[0]
-
-
-def _build(name: str, changes: Mapping[str, Any]) -> PreTrainedModel:
-    with torch.device("meta"):
-        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(small_config(name, **changes)).parameters())
-    if size > LARGEST:
-        raise ValueError(f"the tiny model has {size} parameters")
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(small_config(name, **changes), dtype=torch.float32).eval()
-    randomise(model)
-    with torch.no_grad():
-        model(input_ids=_ids(), use_cache=False)
-    return model
-
-
-@torch.no_grad()
-def randomise(model: nn.Module) -> None:
-    """Make gains, biases, learned scales and matrices so large and so different that none agree by chance."""
-    for name, parameter in model.named_parameters():
-        if "A_log" in name or "dt_" in name or not parameter.is_floating_point():
-            continue
-        if name.endswith("bias"):
-            parameter.normal_(std=0.2)
-        elif parameter.ndim < 2 or parameter.numel() == max(parameter.shape):
-            parameter.uniform_(0.5, 1.5)
-        elif "conv" not in name:
-            parameter.normal_(std=min(parameter.shape[-2:]) ** -0.5)
-    for name, buffer in model.named_buffers():
-        if name.endswith(("scalar", "scale")) and buffer.numel() == 1 and buffer.is_floating_point():
-            buffer.uniform_(0.5, 1.5)
-
-
-def _ids(batch: int = 3, sequence: int = 16) -> Tensor:
-    return torch.arange(batch * sequence).mul(7).remainder(97).add(20).view(batch, sequence)
-
-
 def _is_causal(model: nn.Module) -> bool:
-    ids, later = _ids(), _ids()
+    ids, later = some_ids(), some_ids()
     later[:, -1] = 20
     with torch.no_grad():
         before, after = (model(input_ids=tokens, use_cache=False)[0][:, :-1] for tokens in (ids, later))
@@ -260,18 +123,59 @@ def examine(name: str) -> Finding:
     finding.refused |= {} if sites.n_layers else {sites.evidence: ["all"]}
     if "resid_pre.0" in sites:
         check(model, sites, finding)
+        finding.traced, faults = traced_faults(model, sites)
+        finding.wrong += faults
     return finding
+
+
+def traced_faults(model: nn.Module, sites: SiteMap, ids: Tensor | None = None) -> tuple[int, list[str]]:
+    """Compare the sites within blocks with the operations of one forward.
+
+    Args:
+        model: the model.
+        sites: its sites.
+        ids: tokens ``[B, S]``; made up when None.
+
+    Returns:
+        How many sites were compared, and what is not so. Contributions of zeros are left out, as they show nothing.
+    """
+    with Recording() as recording:
+        seen, _ = _run(model, sites, dict.fromkeys(sites.names(), lambda x: None), some_ids() if ids is None else ids)
+    compared: list[str] = []
+    wrong: list[str] = []
+
+    def compare(site: str, allowed: Sequence[Tensor], what: str) -> None:
+        if site in seen:
+            compared.append(site)
+            wrong.extend([] if any(is_same(seen[site], value) for value in allowed) else [f"{site} is not {what}"])
+
+    for layer in range(sites.n_layers):
+        ends = [seen.get(f"{kind}.{layer}") for kind in ("resid_pre", "resid_post")]
+        if ends[0] is None or ends[1] is None:
+            continue
+        block = Block(recording, ends[0], ends[1])
+        compare(f"resid_mid.{layer}", block.values, "a value of the residual stream")
+        terms = block.terms()
+        for kind, last in (("attn", "attn_z"), ("mlp", "mlp_neurons")):
+            out = seen.get(f"{kind}_out.{layer}")
+            if out is None or not out.any():
+                continue
+            compare(f"{kind}_out.{layer}", [term.content for term in terms], "an operand of an addition to the stream")
+            for term in [term for term in terms if is_same(out, term.content)][:1]:
+                compare(f"{kind}_in.{layer}", block.first_operands(term), "what the sublayer's first product reads")
+                compare(f"{last}.{layer}", block.last_operands(term), "what the sublayer's last product reads")
+    return len(compared), wrong
 
 
 def check(model: nn.Module, sites: SiteMap, finding: Finding) -> None:
     """Look on another batch whether the proven sites are what their names say, and note what is not so."""
-    ids = _ids()
+    ids = some_ids()
     seen, clean = _run(model, sites, dict.fromkeys(sites.names(), lambda x: None), ids)
     relations: Counter[str] = Counter()
     for layer in range(sites.n_layers):
         here = {kind: seen[f"{kind}.{layer}"] for kind in LAYERED if f"{kind}.{layer}" in seen}
         follows = seen.get(f"resid_pre.{layer + 1}")
-        if follows is not None and "resid_post" in here and not torch.equal(here["resid_post"], follows):
+        if follows is not None and "resid_post" in here and not _goes_on(here["resid_post"], follows):
             finding.wrong.append(f"resid_post.{layer} is not resid_pre.{layer + 1}")
         for start, terms, goal in _steps(here, finding, layer):
             relation = _relation(here[start], torch.stack([here[term] for term in terms]).sum(0), here[goal])
@@ -293,6 +197,12 @@ def check(model: nn.Module, sites: SiteMap, finding: Finding) -> None:
         for name, same in ((f"{_INSIDE[kind]}.{number}", False), (f"resid_post.{number}", True)):
             if _close(after[name], seen[name]) is not same:
                 finding.wrong.append(f"writing to {site} {'changes' if same else 'does not change'} {name}")
+
+
+def _goes_on(before: Tensor, after: Tensor) -> bool:
+    """Whether the stream goes on as it was, or times a power of two."""
+    factor = float(after.flatten()[before.abs().argmax()]) / float(before.flatten()[before.abs().argmax()])
+    return math.frexp(factor)[0] == 0.5 and torch.equal(before * factor, after)
 
 
 def _shift(x: Tensor) -> Tensor:
@@ -389,7 +299,8 @@ def summary(findings: Sequence[Finding]) -> str:
     built = [finding for finding in findings if not finding.error]
     decoders = [finding for finding in built if finding.decoder]
     lines = [
-        f"{len(findings)} types, {len(built)} built and run, {len(decoders)} of them decoder-only.",
+        f"{len(findings)} types, {len(built)} built and run, {len(decoders)} of them decoder-only. "
+        f"{sum(finding.traced for finding in built)} sites were compared with the operations of a forward.",
         "\n| result | decoder-only | other |\n|---|---|---|",
     ]
     rows = ("full", "in part", "stream only", "blocks, but no single stream", "no blocks", "wrong")

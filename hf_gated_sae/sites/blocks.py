@@ -1,10 +1,17 @@
-"""Find a model's blocks: propose lists of modules, and accept one only if its chain of tensors is bitwise unbroken."""
+"""Find a model's blocks: propose lists of modules, and accept one only if its chain of tensors is bitwise unbroken.
+
+Two things are no break. A block may give what it was given, as one does that is skipped, or whose last weights are
+zero. And the model may scale the stream between two blocks by a power of two, which is exact, as RWKV halves it every
+few blocks: then `resid_post` of the one is what the block gives, and `resid_pre` of the next what that block takes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from .probe import Seen, Trace, configured_layers
@@ -18,11 +25,12 @@ class Chain:
     Args:
         paths: module paths, first to last.
         entries: what each block takes of the residual stream.
-        exits: what each block gives; bitwise the next block's entry.
+        exits: what each block gives; bitwise the next block's entry, up to its factor.
         layers: the number of each block; blocks that text alone does not run leave gaps.
         evidence: which proposal was accepted.
         refusal: why what the blocks pass on cannot be an activation, empty if it can.
         idle: the number of each block that did not run.
+        factors: what the model multiplies the stream by after each block but the last; powers of two.
     """
 
     paths: tuple[str, ...]
@@ -32,6 +40,21 @@ class Chain:
     evidence: str
     refusal: str = ""
     idle: tuple[int, ...] = ()
+    factors: tuple[float, ...] = ()
+
+    @property
+    def unchanged(self) -> tuple[bool, ...]:
+        """Whether each block gave what it was given."""
+        return tuple(entry.value == leave.value for entry, leave in zip(self.entries, self.exits, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class _Link:
+    """What one block gives and the next one takes, and the factor between them."""
+
+    leave: Seen
+    entry: Seen
+    factor: float = 1.0
 
 
 def find_chain(root: nn.Module, trace: Trace) -> Chain | str:
@@ -98,28 +121,29 @@ def prove_chain(trace: Trace, paths: list[str], evidence: str) -> Chain | str:
         return f"the block {next(path for path in paths if not trace.calls.get(path))} ran 0 times in one forward"
     idle = tuple(layer for layer in range(len(paths)) if layer not in ran)
     paths = [paths[layer] for layer in ran]
-    links = [_link(trace, here, there) for here, there in zip(paths, paths[1:], strict=False)]
-    for here, link in zip(paths, links, strict=False):
-        if link is None:
-            return f"the output of {here} is not bitwise the input of the next block"
-    known = [link for link in links if link is not None]
-    if known:
-        first = _at(trace.one(paths[0], "input"), known[0][1])
-        last = _at(trace.one(paths[-1], "output"), known[-1][0])
+    links = _linked(trace, paths)
+    if isinstance(links, str):
+        return links
+    if links:
+        first = _at(trace.one(paths[0], "input"), links[0].entry)
+        last = _at(trace.one(paths[-1], "output"), links[-1].leave)
     else:  # one block: nothing to chain, the write test alone decides
         first = next((seen for seen in trace.one(paths[0], "input") if seen.is_tokens), None)
         last = next((seen for seen in trace.one(paths[0], "output") if seen.is_tokens), None)
     if first is None or last is None:
         return f"the first or last block of {paths[0]} .. {paths[-1]} is called in another way than the others"
-    entries = (first, *(entry for _, entry in known))
-    exits = (*(leave for leave, _ in known), last)
+    entries = (first, *(link.entry for link in links))
+    exits = (*(link.leave for link in links), last)
+    factors = tuple(link.factor for link in links)
+    scaled = [f"{factor:g} after {path}" for path, factor in zip(paths, factors, strict=False) if factor != 1.0]
+    evidence += f"; the model scales the stream by {', '.join(scaled)}" if scaled else ""
     name = f"{paths[0]} .. {paths[-1]}"
     refusal = _refusal(trace, name, (*entries, *exits))
     for here, there in zip(paths, paths[1:], strict=False):
         alike = [given for given, _ in _links(trace, here, there) if given.place.width == first.place.width]
         if not refusal and sum(seen.is_tokens for seen in alike) > 1:  # as reversible blocks do
             refusal = f"the blocks {name} pass on {len(alike)} tensors with a row for each token, not one stream"
-    return Chain(tuple(paths), entries, exits, tuple(ran), evidence, refusal, idle)
+    return Chain(tuple(paths), entries, exits, tuple(ran), evidence, refusal, idle, factors)
 
 
 def _refusal(trace: Trace, name: str, stream: tuple[Seen, ...]) -> str:
@@ -138,12 +162,51 @@ def _refusal(trace: Trace, name: str, stream: tuple[Seen, ...]) -> str:
     return ""
 
 
-def _link(trace: Trace, here: str, there: str) -> tuple[Seen, Seen] | None:
-    """Return what one block gives and the next takes unchanged; what merely passes through a block does not count."""
-    return next(_links(trace, here, there), None)
+def _linked(trace: Trace, paths: Sequence[str]) -> list[_Link] | str:
+    """Return how each block is linked with the next one, or where the chain breaks."""
+    pairs = list(zip(paths, paths[1:], strict=False))
+    found = [next(_links(trace, here, there), None) for here, there in pairs]
+    usual = next((link for link in found if link is not None), None)
+    links: list[_Link] = []
+    for (here, there), known in zip(pairs, found, strict=True):
+        link = _Link(*known) if known is not None else _rare_link(trace, here, there, usual)
+        if link is None:
+            return f"the output of {here} is not bitwise the input of the next block, nor that times a power of two"
+        links.append(link)
+    return links
+
+
+def _rare_link(trace: Trace, here: str, there: str, usual: tuple[Seen, Seen] | None) -> _Link | None:
+    """Link two blocks where what is passed on is what the first one was given, or is scaled on its way.
+
+    It must be packed as the stream is between other blocks; where nothing is passed on in the usual way, there must be
+    only one tensor on either side that it can be.
+    """
+    given = [seen for seen in trace.one(here, "output") if seen.is_tokens]
+    taken = [seen for seen in trace.one(there, "input") if seen.is_tokens]
+    if usual is not None:
+        given = [seen for seen in given if seen.place.keys == usual[0].place.keys]
+        taken = [seen for seen in taken if seen.place.keys == usual[1].place.keys]
+    if len(given) != 1 or len(taken) != 1:
+        return None
+    factor = 1.0 if given[0].value == taken[0].value else power_of_two(trace, given[0], taken[0])
+    return None if factor is None else _Link(given[0], taken[0], factor)
+
+
+def power_of_two(trace: Trace, before: Seen, after: Seen) -> float | None:
+    """Return the power of two that makes one tensor of another, bit for bit; None if there is none."""
+    given, taken = trace.values[before.value], trace.values[after.value]
+    if given.numel() != taken.numel() or given.dtype != taken.dtype or not given.any():
+        return None
+    largest = given.reshape(-1)[given.abs().argmax()]
+    factor = float(taken.reshape(-1)[given.abs().argmax()]) / float(largest)
+    if factor <= 0 or math.frexp(factor)[0] != 0.5:
+        return None
+    return factor if torch.equal(given.reshape(-1) * factor, taken.reshape(-1)) else None
 
 
 def _links(trace: Trace, here: str, there: str) -> Iterator[tuple[Seen, Seen]]:
+    """Yield what one block gives and the next takes unchanged; what merely passes through a block does not count."""
     untouched = {seen.value for seen in trace.one(here, "input")}
     taken = {seen.value: seen for seen in reversed(trace.one(there, "input"))}
     for seen in trace.one(here, "output"):

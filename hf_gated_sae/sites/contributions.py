@@ -113,24 +113,39 @@ def decompose(chain: Chain, trace: Trace, root: nn.Module, config: Mapping[str, 
         One decomposition per block, or the reason why there is none.
     """
     numbers = known_numbers(config)
-    found: list[Sums | str] = []
+    blocks = [
+        _Block(trace, root, path, entry, leave, _candidates(trace, path, entry, leave))
+        for path, entry, leave in zip(chain.paths, chain.entries, chain.exits, strict=True)
+    ]
+    found: list[Sums | None] = []
     hints: list[tuple[_Block, Sums]] = []
     hopeless: set[tuple[str, ...]] = set()
-    for path, entry, leave in zip(chain.paths, chain.entries, chain.exits, strict=True):
-        block = _Block(trace, root, path, entry, leave, _candidates(trace, path, entry, leave))
+    for block, unchanged in zip(blocks, chain.unchanged, strict=True):
         known = (_transfer(block, *hint) for hint in hints)
         result = next((item for item in known if item is not None), None)
-        if result is None and block.names not in hopeless:
+        if result is None and not unchanged and block.names not in hopeless:
             result = _explain(block, sorted(numbers | block.numbers()))
             if result is not None:
                 hints.append((block, result))
             else:
                 hopeless.add(block.names)
-        if result is None:
-            found.append(f"the output of {path} is not its input plus outputs of modules in it")
-        else:
-            found.append(dataclasses.replace(result, silent=block.silent(result.terms)))
-    return found
+        found.append(result)
+    return [_completed(block, result, hints) for block, result in zip(blocks, found, strict=True)]
+
+
+def _completed(block: _Block, found: Sums | None, hints: Sequence[tuple[_Block, Sums]]) -> Sums | str:
+    """Add the contributions of zeros that other blocks of the same modules tell of, or say why there is no sum."""
+    least = 0 if found is None else len(found.terms)
+    more = (hint for hint in sorted(hints, key=lambda hint: -len(hint[1].terms)) if len(hint[1].terms) > least)
+    silent = block.silent(() if found is None else found.terms)
+    if silent:
+        found = next((item for hint in more if (item := _transfer(block, *hint)) is not None), found)
+    if found is not None:
+        return dataclasses.replace(found, silent=block.silent(found.terms))
+    if block.entry.value != block.leave.value:
+        return f"the output of {block.path} is not its input plus outputs of modules in it"
+    zeros = f": {', '.join(silent)} gave only zeros" if silent else ""
+    return f"{block.path} gave in the probe what it was given{zeros}"
 
 
 def known_numbers(config: Mapping[str, Any]) -> set[float]:
@@ -172,7 +187,8 @@ def _transfer(block: _Block, origin: _Block, known: Sums) -> Sums | None:
         start, goal, read = moved(stage.start), moved(stage.goal), moved(stage.read)
         terms = tuple(term for term in map(moved, stage.terms) if term is not None)
         whole = start is not None and goal is not None and len(terms) == len(stage.terms)
-        if not whole or not stage.exact or isinstance(stage.keep, Tensor) or (read is None) != (stage.read is None):
+        fixed = stage.exact and not any(isinstance(factor, Tensor) for factor in stage.factors)
+        if not whole or not fixed or (read is None) != (stage.read is None):
             return None
         assert start is not None and goal is not None
         stages.append(dataclasses.replace(stage, start=start, goal=goal, terms=terms, read=read))

@@ -4,38 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
-from dataclasses import dataclass
 
 from torch import nn
 
-from .blocks import Chain
+from .blocks import Chain, power_of_two
+from .inputs import Branch, read_by
 from .probe import Seen, Trace, embedding_of, number_of
-from .projections import Origin, largest_rank, origin_of
+from .projections import largest_rank, origin_of
 from .roles import Roles
 from .slots import Place
 from .sums import Sums
-
-
-@dataclass(frozen=True, slots=True)
-class _Branch:
-    """One contribution of a block, the way to it, the other contributions' modules, and the values of the stream."""
-
-    block: str
-    entry: Seen
-    term: Seen
-    origin: Origin
-    others: tuple[str, ...]
-    stream: set[str]
-
-    def is_alone(self, trace: Trace, path: str) -> bool:
-        """Whether a module ran once and holds no other contribution."""
-        return trace.calls.get(path) == 1 and not any(f"{other}.".startswith(f"{path}.") for other in self.others)
-
-    def inputs(self, trace: Trace, path: str) -> list[Seen]:
-        """Return what a module reads that is as wide as the stream and not yet the branch's own outcome."""
-        width = self.entry.place.width
-        taken = [seen for seen in trace.one(path, "input") if seen.is_tokens and seen.place.width == width]
-        return [seen for seen in taken if seen.value not in self.origin.passed]
 
 
 def block_places(
@@ -77,15 +55,18 @@ def block_places(
         if len(numbers) != 1:
             where = ", ".join(str(sums.terms[number - 1].place) for number in numbers)
             reason = f"{len(numbers)} contributions ({where}) have that role" if numbers else f"nothing in it {what}"
-            reason = reason if numbers or not sums.silent else _silent(sums)
+            reason = reason if numbers else _unseen(sums, roles) or reason
             places |= dict.fromkeys((f"{kind}_in", last, f"{kind}_out"), reason)
             continue
         term = sums.terms[numbers[0] - 1]
         places[f"{kind}_out"] = dataclasses.replace(term.place, scale=sums.scales[numbers[0] - 1])
+        if not trace.values[term.value].any():  # then it does not show what it is made of
+            places |= dict.fromkeys((f"{kind}_in", last), _zeros(f"{term.place}"))
+            continue
         origin = origin_of(root, trace, path, term, additive)
         places[last] = origin.projection if isinstance(origin.projection, str) else origin.projection.place
         others = tuple(other.place.path for other in sums.terms if other is not term)
-        places[f"{kind}_in"] = _read_by(root, trace, _Branch(path, entry, term, origin, others, stream))
+        places[f"{kind}_in"] = read_by(root, trace, Branch(path, entry, term, origin, others, stream))
     return places
 
 
@@ -115,8 +96,16 @@ def _stream_values(trace: Trace, entry: Seen, sums: Sums, roles: Roles) -> set[s
     return {seen.value for seen in known if seen is not None} | ({middle} if middle else set())
 
 
-def _silent(sums: Sums) -> str:
-    return f"{', '.join(sums.silent)} gave only zeros in the probe"
+def _zeros(*what: str) -> str:
+    return f"{', '.join(what)} gave only zeros in the probe"
+
+
+def _unseen(sums: Sums, roles: Roles) -> str:
+    """Return why a block may have a contribution of which the probe showed nothing, empty if it has none."""
+    if sums.silent:
+        return _zeros(*sums.silent)
+    still = ", ".join(str(sums.terms[number - 1].place) for number in roles.still)
+    return f"the contribution {still} did not react to the block's input in the probe" if still else ""
 
 
 def _resid_mid(trace: Trace, path: str, sums: Sums, roles: Roles) -> Place | str:
@@ -126,8 +115,11 @@ def _resid_mid(trace: Trace, path: str, sums: Sums, roles: Roles) -> Place | str
     block adds to the very same object later, so a write must go into the tensor to reach the residual stream too.
     """
     if not roles.mixers or not roles.feeders:
-        return _silent(sums) if sums.silent else "the block has only one kind of contribution"
+        return _unseen(sums, roles) or "the block has only one kind of contribution"
     number = middle_of(trace, sums, roles)
+    if number == sums.stages[0].start.value:
+        zeros = _zeros(*(str(sums.terms[number - 1].place) for number in roles.mixers))
+        return f"{zeros}, so that the stream before and after it cannot be told apart"
     if not number:
         return "attention and feed-forward are added together, in parallel"
     given = [seen for seen in trace.within(path, "output") if seen.value == number and seen.is_tokens]
@@ -141,53 +133,6 @@ def _resid_mid(trace: Trace, path: str, sums: Sums, roles: Roles) -> Place | str
     return dataclasses.replace(min(taken, key=lambda seen: seen.place.order).place, in_place=True)
 
 
-def _read_by(root: nn.Module, trace: Trace, branch: _Branch) -> Place | str:
-    """Return what the module reads that makes a contribution: its first input that another module in the block gave.
-
-    The module is the outermost one below the block that holds the projection and no other contribution. Where it also
-    takes the stream to add to it, a write there would go into the stream: then it is one within it, or the one that
-    gives the projection's input, as in models that have a module for the addition and its norm.
-    """
-    origin, block = branch.origin, branch.block
-    projection = "" if isinstance(origin.projection, str) else origin.projection.place.path
-    steps = (projection or branch.term.place.path)[len(block) + 1 :].split(".")
-    holding = [".".join((block, *steps[:count])) for count in range(1, len(steps) + 1)]
-    alone = [path for path in holding if branch.is_alone(trace, path)]
-    if not alone:
-        return "no module of the block holds it alone"
-    if alone[0] == projection:
-        return f"the block calls {projection} and what comes before it one by one"
-    given = {branch.entry.value} | {seen.value for seen in trace.within(block, "output")}
-    for path in (path for path in alone if path != projection):
-        makes = any(seen.value in origin.passed for seen in trace.one(path, "output"))
-        inputs = [seen for seen in branch.inputs(trace, path) if makes or seen.value not in branch.stream]
-        known = [seen for seen in inputs if seen.value in given] or inputs
-        if known:
-            return known[0].place
-    fresh = branch.stream | _normed(root, trace, block, branch.stream)
-    makers = sorted(
-        {seen.place.path for seen in trace.within(block, "output") if seen.value in origin.passed}, key=len
-    )
-    for path in makers:
-        if path != projection and branch.is_alone(trace, path) and largest_rank(root.get_submodule(path)) >= 2:
-            inputs = [seen for seen in branch.inputs(trace, path) if seen.value in fresh]
-            if inputs:
-                return inputs[0].place
-    if any(seen.value in branch.stream for seen in branch.inputs(trace, alone[0])):
-        return f"what {alone[0]} reads is also what it adds to"
-    return f"{alone[0]} reads no tensor of the residual stream's width"
-
-
-def _normed(root: nn.Module, trace: Trace, block: str, stream: set[str]) -> set[str]:
-    """Return what modules without a matrix make of the stream alone."""
-    return {
-        seen.value
-        for seen in trace.within(block, "output")
-        if {taken.value for taken in trace.one(seen.place.path, "input")} <= stream
-        and largest_rank(root.get_submodule(seen.place.path)) < 2
-    }
-
-
 def end_places(root: nn.Module, trace: Trace, chain: Chain) -> dict[str, Place | str]:
     """Return the places of the token embedding's output and of the final norm's output, or why there is none."""
     embedding = embedding_of(root)
@@ -199,13 +144,20 @@ def end_places(root: nn.Module, trace: Trace, chain: Chain) -> dict[str, Place |
 
 
 def _final_norm(root: nn.Module, trace: Trace, last: Seen) -> Place | str:
-    """Find what the first norm after the blocks gives: a module without a matrix that changes what it reads."""
-    readers = {
-        seen.place.path: seen.place.order
-        for (path, port), items in trace.seen.items()
+    """Find what the first norm after the blocks gives: a module without a matrix that changes what it reads.
+
+    As between blocks, the model may scale the stream by a power of two before it.
+    """
+    later = [
+        seen
+        for (_, port), items in trace.seen.items()
         for seen in items
-        if port == "input" and seen.value == last.value and seen.place.order > last.place.order
-    }
+        if port == "input" and seen.place.order > last.place.order and seen.is_tokens
+    ]
+    readers = {seen.place.path: seen.place.order for seen in later if seen.value == last.value}
+    if not readers:
+        wide = (seen for seen in later if seen.place.width == last.place.width)
+        readers = {seen.place.path: seen.place.order for seen in wide if power_of_two(trace, last, seen) is not None}
     for path in sorted(readers, key=lambda path: readers[path]):
         given = [seen for seen in trace.one(path, "output") if seen.is_tokens]
         alike = bool(given) and given[0].place.width == last.place.width and given[0].value != last.value

@@ -22,6 +22,14 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 BATCH, SEQUENCE = 2, 7
+_POSITIONS = (
+    "max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "max_seq_len",
+    "max_target_positions",
+    "context_length",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +152,11 @@ def configured_layers(root: nn.Module) -> int:
 
 
 def _made_up_ids(root: nn.Module) -> Tensor:
-    """Return distinct ordinary ids ``[2, 7]``, on the embedding's device."""
+    """Return ordinary ids ``[2, 7]`` on the embedding's device, all distinct where there are so many.
+
+    With a small vocabulary they repeat, and special ones are taken if there are no others; a model with few positions
+    gets sequences as long as it can take.
+    """
     weight = getattr(embedding_of(root), "weight", None)
     config = getattr(root, "config", None)
     if isinstance(weight, Tensor) and weight.ndim == 2:
@@ -152,13 +164,27 @@ def _made_up_ids(root: nn.Module) -> Tensor:
     else:  # between forwards the older FSDP flattens weights and splits them
         size = int(getattr(config, "vocab_size", 0))
     special = set(_special_ids(config.to_dict())) if config is not None else set()
-    ordinary = [token for token in range(min(size, 4096)) if token not in special]
-    wanted = BATCH * SEQUENCE
-    if len(ordinary) < wanted:
-        raise SiteError(f"The probe needs {wanted} ordinary token ids and the model's embedding has {len(ordinary)}.")
-    step = len(ordinary) // wanted
+    known = range(min(size, 4096))
+    ordinary = [token for token in known if token not in special] or list(known)
+    if not ordinary:
+        raise SiteError(
+            "The probe needs token ids, and the model's embedding has none: give resolve(model, inputs=...)."
+        )
+    sequence = min(SEQUENCE, max(2, _positions(config)))
+    wanted = BATCH * sequence
+    step = max(1, len(ordinary) // wanted)
+    chosen = ordinary[step - 1 :: step]
+    skipped = 1 if sequence % len(chosen) == 0 else 0  # else the second sequence would be the first one again
     device = weight.device if isinstance(weight, Tensor) and weight.device.type != "meta" else torch.device("cpu")
-    return torch.tensor(ordinary[step - 1 :: step][:wanted], device=device).view(BATCH, SEQUENCE)
+    ids = [chosen[(n + skipped * (n // sequence)) % len(chosen)] for n in range(wanted)]
+    return torch.tensor(ids, device=device).view(BATCH, sequence)
+
+
+def _positions(config: Any) -> int:
+    """Return how many positions a configuration allows, which is many where it does not say so."""
+    text = config.get_text_config() if config is not None else None
+    told = (getattr(text, name, None) for name in _POSITIONS)
+    return min((count for count in told if isinstance(count, int) and count > 0), default=SEQUENCE)
 
 
 def _special_ids(config: Mapping[str, Any]) -> Iterator[int]:

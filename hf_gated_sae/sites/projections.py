@@ -87,7 +87,7 @@ def _last_matrix(root: nn.Module, trace: Trace, block: str, term: Seen) -> tuple
         if largest_rank(root.get_submodule(path)) >= 2:
             return path, tuple(values)
         values.append(next((seen.value for seen in trace.one(path, "input") if seen.is_tokens), ""))
-    return "", tuple(values)
+    return "", (term.value,)
 
 
 def _outermost(trace: Trace, block: str, path: str, value: str) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .blocks import Chain, find_chain
 from .contributions import decompose, known_numbers
+from .inputs import prove_inputs
 from .interior import block_places, end_places
 from .norms import Norms
 from .probe import Seen, Subject, Trace, make_subject, number_of, quiet, trace, unwrap
@@ -187,6 +188,7 @@ def _probe(subject: Subject) -> _Found:
     for index, (parts, role) in enumerate(zip(sums, roles, strict=True)):
         places = block_places(root, seen, chain, index, parts, role, additive)
         found |= {Site(name, chain.layers[index]): places[name] for name in LAYERED}
+    found |= prove_inputs(subject, seen, chain, sums, roles, found)
     idle = "the block does not run on text alone"
     found |= {Site(name, layer): idle for name in LAYERED for layer in chain.idle}
     found = {site: _over(ranks, root, place) for site, place in found.items()}
@@ -204,21 +206,27 @@ def _probe(subject: Subject) -> _Found:
         for path, parts in zip(chain.paths, sums, strict=True)
         if _is_scaled(parts, settings) or _own_vectors(root.get_submodule(path))
     )
-    lacking = tuple(path for path, parts, role in zip(chain.paths, sums, roles, strict=True) if _lacks(parts, role))
+    lacking = tuple(
+        path
+        for path, parts, role, unchanged in zip(chain.paths, sums, roles, chain.unchanged, strict=True)
+        if unchanged or _lacks(seen, parts, role)
+    )
     return _Found(sites, scaled, lacking)
 
 
 def _is_scaled(sums: Sums | str, config: Mapping[str, Any]) -> bool:
     """Whether a block's sums have a factor that its configuration does not give."""
-    factors = () if isinstance(sums, str) else (*sums.scales, *(stage.keep for stage in sums.stages))
+    factors = () if isinstance(sums, str) else (factor for stage in sums.stages for factor in stage.factors)
     known = known_numbers(config)
     return any(isinstance(factor, Tensor) or factor not in known for factor in factors)
 
 
-def _lacks(sums: Sums | str, roles: Roles | str) -> bool:
-    """Whether a block has no contribution of one kind, while a module in it gave zeros that may have been one."""
-    silent = not isinstance(sums, str) and bool(sums.silent)
-    return silent and not isinstance(roles, str) and not (roles.mixers and roles.feeders)
+def _lacks(seen: Trace, sums: Sums | str, roles: Roles | str) -> bool:
+    """Whether some of a block's sites may be refused only because a module in it gave zeros, or what did not react."""
+    if isinstance(sums, str) or isinstance(roles, str):
+        return False
+    whole = roles.mixers and roles.feeders
+    return bool(roles.still or (sums.silent and not whole) or not all(seen.values[t.value].any() for t in sums.terms))
 
 
 def _ranks(subject: Subject, seen: Trace) -> Ranks | None:

@@ -32,10 +32,12 @@ class Roles:
     Args:
         mixers: terms at which one position sees another.
         feeders: terms that act on each position alone, or see less far than the mixers.
+        still: terms that did not react to the block's input, such as zeros, and that no other block tells the role of.
     """
 
     mixers: tuple[int, ...]
     feeders: tuple[int, ...]
+    still: tuple[int, ...] = ()
 
 
 def slot_at(seen: Seen, subject: Subject) -> Slot:
@@ -116,7 +118,30 @@ def assign_roles(subject: Subject, chain: Chain, sums: Sequence[Sums | str], tra
             roles.append(f"{seen.place.path} adds more than {' and '.join(str(term.place) for term in found.terms)}")
         else:
             roles.append(_roles(slots, found, raw, lambda seen: trace.values[seen.value]))
-    return roles
+    return _told_by_others(chain, sums, roles)
+
+
+def _told_by_others(chain: Chain, sums: Sequence[Sums | str], roles: Sequence[Roles | str]) -> list[Roles | str]:
+    """Give terms that did not react the role that the same module has in other blocks."""
+    mixing: dict[str, bool] = {}
+    complete: list[Roles | str] = list(roles)
+    named: list[tuple[int, Roles, list[str]]] = []
+    for index, (path, found, role) in enumerate(zip(chain.paths, sums, roles, strict=True)):
+        if not isinstance(found, str) and not isinstance(role, str):
+            names = [str(term.place)[len(path) :] for term in found.terms]
+            named.append((index, role, names))
+            mixing |= {names[number - 1]: True for number in role.mixers}
+            mixing |= {names[number - 1]: False for number in role.feeders}
+    for index, role, names in named:
+        told = {number: mixing.get(names[number - 1]) for number in role.still}
+        mixers, feeders, still = (
+            tuple(number for number in told if told[number] is kind) for kind in (True, False, None)
+        )
+        if told:
+            complete[index] = Roles(
+                tuple(sorted((*role.mixers, *mixers))), tuple(sorted((*role.feeders, *feeders))), still
+            )
+    return complete
 
 
 def _same_elsewhere(changed: Tensor, clean: Tensor) -> bool:
@@ -126,17 +151,20 @@ def _same_elsewhere(changed: Tensor, clean: Tensor) -> bool:
 def _roles(slots: list[Slot], sums: Sums, raw: Mapping[Slot, Tensor], clean: Callable[[Seen], Tensor]) -> Roles | str:
     reaches: dict[int, int] = {}
     mixing: set[int] = set()
+    still: list[int] = []
     for number, (slot, term) in enumerate(zip(slots, sums.terms, strict=True), start=1):
         if slot not in raw:
             return f"{term.place} was not there again in another forward"
         change = (raw[slot].float() - clean(term).reshape(raw[slot].shape).float()).abs().amax(dim=(0, 2))
         here = float(change[0])
         if not here > 0:
-            return f"the contribution {term.place} does not react to the block's input"
+            still.append(number)
+            continue
         reaches[number] = int((change > _TRACE * here).nonzero().max())
         if float(change[1:].max()) > _SHARE * here:
             mixing.add(number)
-    if len(mixing) == len(reaches):
+    if mixing and len(mixing) == len(reaches):
         furthest = max(reaches.values())
         mixing = {number for number in mixing if reaches[number] == furthest}
-    return Roles(tuple(sorted(mixing)), tuple(number for number in reaches if number not in mixing))
+    feeders = tuple(number for number in reaches if number not in mixing)
+    return Roles(tuple(sorted(mixing)), feeders, tuple(still))

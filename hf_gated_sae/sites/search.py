@@ -1,6 +1,6 @@
 """Find which of the tensors in a block explain the step from one value of the residual stream to a later one.
 
-    goal = keep * start + sum of scale * term
+    goal = whole * (keep * start + sum of scale * term)
 
 A sum is accepted when adding in some order gives the goal bit for bit. Where a factor is a number that is not in the
 configuration, the factors are fitted by least squares; that is accepted when the sum is within `TOLERANCE` rounding
@@ -10,7 +10,7 @@ steps at every element, far below what is added, no other choice of terms comes 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -57,8 +57,8 @@ class Step:
     def reproduces(self, sums: Decomposition) -> bool:
         """Whether a decomposition gives the goal bit for bit; most wrong ones fail on the sample."""
         goal = self.trace.values[self.goal.value]
-        keep = self.spread(sums.keep) if isinstance(sums.keep, Tensor) else sums.keep
-        sampled = dataclasses.replace(sums, keep=keep)
+        keep, whole = (self.spread(f) if isinstance(f, Tensor) else f for f in (sums.keep, sums.whole))
+        sampled = dataclasses.replace(sums, keep=keep, whole=whole)
         total = sampled.total(self.sample(self.start), [self.sample(term) for term in sums.terms])
         if not torch.equal(total.to(goal.dtype), self.sample(self.goal)):
             return False
@@ -86,7 +86,7 @@ def find_sum(
         for count in counts:
             for error, chosen, scales in _ranked(columns, after - before, count, scaled)[:_TRIED]:
                 options = [_options(scale, numbers if scaled else ()) for scale in scales]
-                exact = _exact(step, chosen, [1.0], options) if error <= slack else None
+                exact = _exact(step, chosen, options) if error <= slack else None
                 if exact is not None:
                     return exact
     for count in counts if not exactly else ():
@@ -100,7 +100,7 @@ def find_sum(
 def find_kept_sum(
     step: Step, numbers: Sequence[float], vectors: Sequence[Tensor], exactly: bool, counts: Sequence[int]
 ) -> Decomposition | None:
-    """Look for a sum in which the stream itself is scaled, by a learned vector or by a number.
+    """Look for a sum in which the stream itself is scaled, before or after the addition, by a vector or by a number.
 
     Args:
         step: the step.
@@ -113,20 +113,21 @@ def find_kept_sum(
     if not counts:
         return None
     before, after, columns, slack = _sampled(step)
-    for vector in vectors if exactly else ():
-        wanted = after - step.spread(vector).double() * before
-        for count in counts:
-            for error, chosen, _ in _ranked(columns, wanted, count, scaled=False)[:_TRIED]:
-                exact = _exact(step, chosen, [vector], [[1.0]] * count) if error <= slack else None
+    for vector, count in product(vectors if exactly else (), counts):
+        by = step.spread(vector).double()
+        for whole in (True, False):
+            ranked = _ranked(columns * by if whole else columns, after - by * before, count, scaled=False)
+            for error, chosen, _ in ranked[:_TRIED]:
+                keep, scale = ([1.0], [vector]) if whole else ([vector], [1.0])
+                exact = _exact(step, chosen, [[1.0]] * count, keep, scale) if error <= slack else None
                 if exact is not None:
                     return exact
     both = torch.cat([before.unsqueeze(0), columns])
     for count in counts:
         ranked = [c for c in _ranked(both, after, count + 1, scaled=True) if c[1][0] == 0 and abs(c[2][0]) > _KEPT]
-        for error, (_, *picked), (keep, *scales) in ranked[:_TRIED] if exactly else ():
+        for error, (_, *picked), factors in ranked[:_TRIED] if exactly else ():
             chosen = tuple(index - 1 for index in picked)
-            options = [_options(scale, numbers) for scale in scales]
-            exact = _exact(step, chosen, _options(keep, numbers), options) if error <= slack else None
+            exact = _exact_scaled(step, chosen, factors, numbers) if error <= slack else None
             if exact is not None:
                 return exact
         best = None if exactly else _clear(ranked, slack, rms(after))
@@ -135,6 +136,23 @@ def find_kept_sum(
         if found is not None:
             return found
     return None
+
+
+def _exact_scaled(
+    step: Step, chosen: tuple[int, ...], factors: tuple[float, ...], numbers: Sequence[float]
+) -> Decomposition | None:
+    """Find out where the factors of a fitted sum stand, so that it reproduces the goal bit for bit.
+
+    One factor of all is one of the whole sum. By powers of two that is the same as one of each part, so that the order
+    decides: terms as they are, then terms with known factors, then with any.
+    """
+    keep, *scales = factors
+    one = [[1.0]] * len(chosen)
+    wholes, known = _options(keep, numbers), [_options(factor, numbers)[:-1] for factor in factors]
+    found = _exact(step, chosen, one, wholes=wholes) if all(_is_near(scale, keep) for scale in scales) else None
+    found = found or _exact(step, chosen, known[1:], known[0])
+    found = found or _exact(step, chosen, [_options(scale / keep, numbers) for scale in scales], wholes=wholes)
+    return found or _exact(step, chosen, [_options(scale, numbers) for scale in scales], wholes)
 
 
 def _sampled(step: Step) -> tuple[Tensor, Tensor, Tensor, float]:
@@ -189,7 +207,8 @@ def _rounded(
 
     allowed = _SAME * rms(rest(fitted))
     kept = [1.0] if keep == 1.0 else _options(keep, numbers)
-    tried = product(kept, *(_options(scale, numbers) for scale in scales))
+    joint = [(w,) * len(fitted) for w in kept if keep != 1.0 and all(_is_near(scale, keep) for scale in scales)]
+    tried = (*joint, *product(kept, *(_options(scale, numbers) for scale in scales)))
     factors = next((known for known in tried if rms(rest(known)) <= allowed), fitted)
     left = rest(factors)
     parts = torch.stack([after, *(part * factor for part, factor in zip((before, *terms), factors, strict=True))])
@@ -203,21 +222,28 @@ def _rounded(
         solved = torch.linalg.lstsq(basis, left.reshape(-1, 1)).solution
         if rms(left.reshape(-1, 1) - basis @ solved) < _DROPS * rms(left):
             return None  # a contribution is missing that is as small as the rounding
+    if len(set(factors)) == 1:  # one of all is one of the whole sum
+        return _made(step, chosen, 1.0, (1.0,) * len(chosen), exact=False, whole=factors[0])
     return _made(step, chosen, factors[0], tuple(factors[1:]), exact=False)
 
 
 def _exact(
-    step: Step, chosen: tuple[int, ...], keeps: Iterable[float | Tensor], options: Sequence[Sequence[float]]
+    step: Step,
+    chosen: tuple[int, ...],
+    options: Sequence[Sequence[float]],
+    keeps: Sequence[float | Tensor] = (1.0,),
+    wholes: Sequence[float | Tensor] = (1.0,),
 ) -> Decomposition | None:
     """Find the order of summation, and the factors' true values, that reproduce the goal bit for bit."""
-    for keep, factors in product(keeps, product(*options)):
-        first = _made(step, chosen, keep, factors, exact=True)
+    for whole, keep, factors in product(wholes, keeps, product(*options)):
+        first = _made(step, chosen, keep, factors, exact=True, whole=whole)
         for upcast in (False, True):
             for tree in trees(tuple(range(len(chosen) + 1))):
                 sums = dataclasses.replace(first, tree=tree, upcast=upcast)
                 if step.reproduces(sums):
                     return sums
         alike = len(chosen) > 1 and len(set(factors)) == 1 and factors[0] != 1.0
+        alike = alike and isinstance(whole, float) and whole == 1.0
         for tree in trees(tuple(range(1, len(chosen) + 1))) if alike else ():
             sums = dataclasses.replace(first, tree=(0, tree), joint=True)
             if step.reproduces(sums):
@@ -226,14 +252,23 @@ def _exact(
 
 
 def _made(
-    step: Step, chosen: tuple[int, ...], keep: float | Tensor, scales: tuple[float, ...], exact: bool
+    step: Step,
+    chosen: tuple[int, ...],
+    keep: float | Tensor,
+    scales: tuple[float, ...],
+    exact: bool,
+    whole: float | Tensor = 1.0,
 ) -> Decomposition:
     terms = tuple(step.candidates[index] for index in chosen)
     tree = next(trees(tuple(range(len(terms) + 1))))
-    return Decomposition(step.start, terms, step.goal, scales, tree, upcast=False, exact=exact, keep=keep)
+    return Decomposition(step.start, terms, step.goal, scales, tree, False, exact, keep=keep, whole=whole)
+
+
+def _is_near(number: float, scale: float) -> bool:
+    return abs(number - scale) <= _NEAR * abs(scale)
 
 
 def _options(scale: float, numbers: Sequence[float]) -> list[float]:
     """Return the numbers of the configuration that a fitted scale may stand for, closest first, then the scale."""
-    near = (number for number in numbers if abs(number - scale) <= _NEAR * abs(scale))
+    near = (number for number in numbers if _is_near(number, scale))
     return [*sorted(near, key=lambda number: abs(number - scale))[:MOST_TERMS], scale]

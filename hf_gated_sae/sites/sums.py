@@ -20,7 +20,12 @@ Tree = int | tuple["Tree", "Tree"]
 
 @dataclass(frozen=True, slots=True)
 class Decomposition:
-    """How one value of the residual stream is summed from an earlier one: goal = keep * start + sum of scale * term.
+    """How one value of the residual stream is summed from an earlier one.
+
+        goal = whole * (keep * start + sum of scale * term)
+
+    A factor that the stream and the terms have in common is `whole`: then each term is added as it is, and the sum is
+    scaled, as far as numbers can tell.
 
     Args:
         start: the stream before.
@@ -32,6 +37,7 @@ class Decomposition:
         exact: whether it reproduces the goal bit for bit.
         joint: whether the terms are summed first, and scaled as one.
         keep: the factor of the stream itself, one number or one per channel ``[width]``.
+        whole: the factor of the whole sum, one number or one per channel ``[width]``.
         read: what a norm took to give `start`, where the stream goes on as the norm's output; else None.
     """
 
@@ -44,12 +50,18 @@ class Decomposition:
     exact: bool
     joint: bool = False
     keep: float | Tensor = 1.0
+    whole: float | Tensor = 1.0
     read: Seen | None = None
 
     @property
+    def factors(self) -> tuple[float | Tensor, ...]:
+        """All factors."""
+        return self.keep, self.whole, *self.scales
+
+    @property
     def plain(self) -> bool:
-        """Whether the stream goes in as it is, neither scaled nor normed."""
-        return self.read is None and isinstance(self.keep, float) and self.keep == 1.0
+        """Whether the stream goes in as it is, neither scaled nor normed, and what comes out is the sum."""
+        return self.read is None and all(isinstance(f, float) and f == 1.0 for f in (self.keep, self.whole))
 
     def total(
         self,
@@ -63,7 +75,7 @@ class Decomposition:
         Args:
             entry: ``[..., width]``.
             terms: each ``[..., width]``.
-            node: sum only what is below this node of the tree.
+            node: sum only what is below this node of the tree, which is not scaled as a whole.
             given: values to use for nodes in place of their sums.
 
         Returns:
@@ -73,9 +85,11 @@ class Decomposition:
         leaves = [_scaled(leaf, factor) for leaf, factor in zip((entry, *terms), factors, strict=True)]
         if self.upcast:
             leaves = [leaf.float() for leaf in leaves]
-        if self.joint and node is None and not isinstance(self.tree, int):
+        if node is not None:
+            return summed(node, leaves, given or {})
+        if self.joint and not isinstance(self.tree, int):
             return leaves[0] + _scaled(summed(self.tree[1], leaves, {}), self.scales[0])
-        return summed(self.tree if node is None else node, leaves, given or {})
+        return _scaled(summed(self.tree, leaves, given or {}), self.whole)
 
     def node_of(self, leaves: set[int]) -> Tree | None:
         """Return the partial sum of exactly these leaves, or None where none is formed."""

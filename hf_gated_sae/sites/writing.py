@@ -137,8 +137,12 @@ def _broken(proven: Proven, slots: Slots, sites: Sequence[Site]) -> set[int]:
     broken = set()
     for index, layer in enumerate(chain.layers):
         left = _value(written, chain.exits[index])
-        following = before[chain.entries[index + 1].place] if index + 1 < len(chain.layers) else None
-        passed_on = following is None or (left is not None and torch.equal(following, left.reshape(following.shape)))
+        passed_on = True
+        if index < len(chain.factors):
+            following = before[chain.entries[index + 1].place]
+            passed_on = left is not None and torch.equal(
+                following, left.reshape(following.shape) * chain.factors[index]
+            )
         if not passed_on or not _adds_up(proven, written, slots, sites, index, before):
             broken.add(layer)
     return broken

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import typer
 from typer.testing import CliRunner
 
-from hf_gated_sae.sites import resolve
-from hub_scripts import site_survey
-from hub_scripts.site_survey import Finding, build, check, examine, main, small_config
+from hf_gated_sae.sites import Site, Slot, resolve
+from hub_scripts import tiny_types
+from hub_scripts.site_survey import Finding, check, examine, main, traced_faults
+from hub_scripts.tiny_types import build, small_config
 
 
 def test_sizes_are_tiny_wherever_they_are_and_each_kind_of_layer_is_there() -> None:
     config = small_config("gemma3").get_text_config()
     assert (config.hidden_size, config.num_attention_heads, config.num_key_value_heads) == (32, 4, 2)
     assert set(config.layer_types) == {"sliding_attention", "full_attention"}
-    assert len(config.layer_types) == config.num_hidden_layers <= site_survey.MOST_DEPTH
+    assert len(config.layer_types) == config.num_hidden_layers <= tiny_types.MOST_DEPTH
 
 
 def test_every_parameter_is_random() -> None:
@@ -51,6 +53,23 @@ def test_a_wrong_site_is_seen() -> None:
     finding = Finding("llama", n_layers=sites.n_layers)
     check(model, sites, finding)
     assert finding.wrong[0] == "resid_post.1 does not come from resid_mid and mlp_out"
+
+
+def test_what_the_operations_show_to_be_wrong_is_seen() -> None:
+    model = build("gemma4_unified_text")
+    sites = resolve(model)
+    count, wrong = traced_faults(model, sites)
+    assert (count, wrong) == (7 * sites.n_layers, [])
+    for site, place in (
+        ("attn_in.1", sites["model.layers.1.self_attn.output"].place),
+        ("mlp_in.1", sites["resid_mid.1"].place),
+        ("mlp_out.1", dataclasses.replace(sites["mlp_out.1"].place, scale=model.model.layers[1].layer_scalar.item())),
+    ):
+        right = sites._slots[Site.parse(site)]
+        sites._slots[right.site] = Slot(right.site, place, model)
+        [fault] = traced_faults(model, sites)[1]
+        assert fault.startswith(f"{site} is not")
+        sites._slots[right.site] = right
 
 
 def test_it_writes_what_it_found(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from transformers import BatchEncoding
 
 from hf_gated_sae.errors import InputError, SAEError, SiteError
 from hf_gated_sae.sites import read_name, resolve
+from hf_gated_sae.sites.probe import make_subject
 from tests.support.tiny_models import HIDDEN, tiny_model
 
 IDS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
@@ -92,3 +93,23 @@ def test_logits_that_a_model_rules_out_are_no_illness():
         lambda module, args, logits: logits.index_fill(-1, torch.tensor([3]), -torch.inf)
     )
     assert "because the model itself" not in resolve(model).evidence
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 13])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "mamba"])
+def test_a_small_vocabulary_and_few_positions_are_enough(name, tokens):
+    few = {"gpt2": {"n_positions": 4}, "mamba": {}}.get(name, {"max_position_embeddings": 4})
+    special = {"bos_token_id": 0, "eos_token_id": tokens - 1, "pad_token_id": 0}
+    small = tiny_model(name, vocab_size=tokens, **special, **few)
+    assert resolve(small).names() == resolve(tiny_model(name)).names()
+
+
+def test_many_tokens_are_probed_by_distinct_ordinary_ones(llama):
+    ids = make_subject(llama, None).ids
+    assert ids.shape == (2, 7) and ids.unique().numel() == 14 and not {0, 1, 2} & set(ids.flatten().tolist())
+
+
+def test_two_sequences_of_few_tokens_differ():
+    for tokens, positions in ((2, 4), (3, 6), (4, 4), (5, 5)):
+        ids = make_subject(tiny_model("gpt2", vocab_size=tokens + 3, n_positions=positions), None).ids
+        assert ids.shape == (2, positions) and not torch.equal(*ids)

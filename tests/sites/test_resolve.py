@@ -288,7 +288,7 @@ def streams(model, hidden):
 
 def rescaled(model, hidden):
     for block in model.blocks:
-        hidden = block(hidden) * 0.5
+        hidden = block(hidden) * 0.75
     return hidden
 
 

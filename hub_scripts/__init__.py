@@ -1,0 +1,1 @@
+"""End-to-end scripts that run from the project's root; what several of them share is imported from here."""
