@@ -52,7 +52,7 @@ class Rates:
 
 
 def texts(tokenizer, *, lengths=(48, 128, 256), seeds=(0, 1)):
-    """Return the text on which attach() itself checks, and pieces of Python code and of English prose, as ids [1, S]."""
+    """Return the text of attach() itself, and pieces of Python code and of English prose, as ids [1, S]."""
     sources = {
         "code": "\n".join(itertools.islice(corpus.texts("held_out"), 8)),
         "prose": "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)),
