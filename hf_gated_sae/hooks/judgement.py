@@ -109,5 +109,9 @@ class Expected(NamedTuple):
             doubt = self.in_doubt(here, with_outliers=with_outliers)
             enough = doubt and there.fvu < min(DOUBTFUL, here.fvu / 2)
             return math.log(here.fvu / max(there.fvu, LEAST_FVU)) if enough else 0.0
-        gap = self.distance(here, with_outliers=with_outliers) - self.distance(there, with_outliers=with_outliers)
+        distance = self.distance(there, with_outliers=with_outliers)
+        explains_more = math.log(max(here.fvu, LEAST_FVU) / max(there.fvu, LEAST_FVU)) > GAP
+        if not explains_more and distance > DOUBT:  # its numbers are less far from the record, but far
+            return 0.0
+        gap = self.distance(here, with_outliers=with_outliers) - distance
         return gap if gap > GAP * math.sqrt(max(FEW / here.tokens, 1.0)) else 0.0
