@@ -184,7 +184,7 @@ def _judged(model: nn.Module, trial: Trial, better: Better | None) -> _Found:
         certain = better.gap >= CERTAIN
         where = " to ".join(dict.fromkeys(better.place))
         verdict = "it belongs elsewhere" if certain else f"it seems to belong to {where}"
-        said = f"{_about(model, trial)} {_advice(sae, better)}"
+        said = f"{_about(model, trial, 'does not fit' if certain else 'may not belong at')} {_advice(sae, better)}"
         check = _report(sae, measured, expected, verdict)
         return _Found(check, error=said) if certain else _Found(check, warning=said)
     if not trial.in_doubt:
@@ -278,7 +278,7 @@ def _what(site: Site, sae: SAEModel) -> str:
     return ""
 
 
-def _about(model: nn.Module, trial: Trial) -> str:
+def _about(model: nn.Module, trial: Trial, finding: str = "does not fit") -> str:
     """Say what was measured, and what was expected."""
     sae, measured = trial.sae, trial.measure()
     pairs = zip(("FVU", "L0", "norm"), measured[1:], trial.expected, strict=True)
@@ -289,7 +289,7 @@ def _about(model: nn.Module, trial: Trial) -> str:
     name = getattr(getattr(unwrap(model)[0], "config", None), "name_or_path", "")
     base = sae.config.base_model
     other = f" It was made for {base!r}; this is {name!r}." if base and base != name else ""
-    return f"{_name(sae)} does not fit {_place(sae)}: on {measured.tokens} tokens it has {', '.join(numbers)}.{other}"
+    return f"{_name(sae)} {finding} {_place(sae)}: on {measured.tokens} tokens it has {', '.join(numbers)}.{other}"
 
 
 def _name(sae: SAEModel) -> str:

@@ -8,11 +8,15 @@ A text of another kind moves the FVU at all places alike and the norm little, so
 their distances. The FVU alone does not tell the layers of a residual stream apart: an SAE may well explain the layer
 before its own better than its own, whose variance is less. There the norm does.
 
-Measured (`tests/hooks/check_rates.py`, texts of four kinds with 48 to 256 tokens, every place of the SAE's width):
+Measured with `tests/hooks/check_rates.py`'s way of counting, on four kinds of text of 48 to 256 tokens, at every site of
+the SAE's width:
 
-    model and SAEs                            false alarms        misses
-    bundled model, 18 SAEs of 14 sites        4 of 666, 0.6 %     374 of 21756, 1.7 %
-    5-layer Llama of 260,000 parameters, 11   1 of 407, 0.2 %     413 of 16650, 2.5 %
+    model                            SAEs   sites   false alarms         misses
+    bundled, 4 layers                  18      14    3 of 666, 0.5 %     828 of 21756, 3.8 %
+    Llama of 5 layers, 0.26 M          11      10    0 of 407, 0.0 %     889 of 16502, 5.4 %
+
+No false alarm was an error. What is missed are above all the sites of one residual stream between which little is
+added, such as `mlp_out.0` and `resid_post.0` where the embedding is small, and `resid_mid` beside `resid_pre`.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from .fit import Fit
 
 GAP = 0.25
 """Another place suits an SAE better if its distance is less by this."""
-CERTAIN = 0.6
+CERTAIN = 0.5
 """With this gap it is an error, with less a warning."""
 FEW = 64
 """With fewer tokens the gap has to be larger, in proportion to the noise of a mean."""
@@ -40,6 +44,8 @@ DOUBTFUL = 0.5
 """The FVU from which other places are tried, where none is recorded; a place then fits with half of that."""
 OFF = {"l0": 5.0, "norm": 3.0}
 """How many times more or less than recorded is another thing, whatever the text."""
+EVIDENT = 1.5
+"""How many times larger outliers must make the norm for a record to show whether it counts them."""
 ROWS = 10.0
 """The same of a norm that high-norm tokens make up: how many of the tokens they are depends on the rows' length."""
 
@@ -52,8 +58,8 @@ class Expected(NamedTuple):
     norm: float | None = None
 
     def with_outliers(self, ordinary: Fit, whole: Fit) -> bool:
-        """Whether the recorded norm is nearer to that of all tokens than to that without outliers."""
-        if not self.norm or not ordinary.norm > 0 or not whole.norm > 0:
+        """Whether outliers make the norm another one, and the recorded norm is nearer to that with them."""
+        if not self.norm or not ordinary.norm > 0 or not whole.norm > EVIDENT * ordinary.norm:
             return False
         return abs(math.log(whole.norm / self.norm)) < abs(math.log(ordinary.norm / self.norm))
 
