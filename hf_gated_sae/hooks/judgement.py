@@ -8,8 +8,8 @@ A text of another kind moves the FVU at all places alike and the norm little, so
 their distances. The FVU alone does not tell the layers of a residual stream apart: an SAE may well explain the layer
 before its own better than its own, whose variance is less. There the norm does.
 
-Measured with `tests/hooks/check_rates.py`'s way of counting, on four kinds of text of 48 to 256 tokens, at every site of
-the SAE's width:
+Measured on four kinds of text of 48 to 256 tokens, at every site of the SAE's width; `tests/hooks/check_rates.py`
+counts in the same way:
 
     model                            SAEs   sites   false alarms         misses
     bundled, 4 layers                  18      14    3 of 666, 0.5 %     828 of 21756, 3.8 %
