@@ -1,9 +1,9 @@
 """Whether an SAE belongs where it is to be attached: what it explains of a short text there, and what it should.
 
-An SAE at a wrong place of the right width computes something, and says nothing. So it is run once on a text, and what
-comes out is compared with what was measured when it was published. Where it explains little, the places that its site
-could be mistaken for are tried in one more forward. Only a place that fits, beside one that does not, is an error; an
-SAE that fits nowhere may simply be young.
+An SAE at a wrong place of the right width computes something, and nothing says so. So it is run once on a text, at its
+place and at those next to it, and the numbers are compared with what was measured when it was published. Where they
+differ much, places further away are tried in one more forward. Only a place that suits the SAE better makes an error,
+or, if it is not much better, a warning; an SAE that explains little everywhere may simply be young.
 """
 
 from __future__ import annotations
@@ -24,38 +24,21 @@ from ..functional.brief import brief
 from ..functional.metrics import centred_norm
 from ..hub.index import known_at
 from ..interventions import Intervention
-from ..interventions.base import sites_read, sites_written
+from ..interventions.base import sites_written
 from ..modeling import SAEModel
 from ..modeling.saving import FACTS_FILE
 from ..sites import Site, resolve
 from ..sites.probe import quiet, unwrap
 from .dispatch import paused
-from .fit import Fit, activations, fit, siblings
+from .fit import Fit
+from .judgement import CERTAIN, Expected
+from .places import Places, far_places, near_places
 from .probe_text import probe_tokens
 from .token_batches import model_inputs
+from .trial import Better, Trial
 
 Check = bool | Tensor | Mapping[str, Any]
 """Whether to check; or token ids ``[B, S]``, or keyword arguments of a forward, on which to do it."""
-
-DOUBTFUL = 0.5
-"""The FVU from which other places are tried, where none is recorded."""
-FITS = 0.7
-"""A place fits below this FVU and that from which it would be in doubt itself, with half of that at the own site."""
-OFF = {"l0": 5.0, "norm": 3.0}
-"""How many times more or less than recorded is another thing; texts differ by less."""
-
-
-class Expected(NamedTuple):
-    """What was measured when the SAE was published; None for what is not known."""
-
-    fvu: float | None = None
-    l0: float | None = None
-    norm: float | None = None
-
-    @property
-    def doubtful(self) -> float:
-        """The FVU from which other places are tried."""
-        return DOUBTFUL if self.fvu is None else max(2 * self.fvu, self.fvu + 0.15)
 
 
 @dataclass(frozen=True)
@@ -181,27 +164,36 @@ def _measure(model: nn.Module, root: nn.Module, sae: SAEModel, given: Mapping[st
     if isinstance(inputs, str) or reason:
         return _Found(_report(sae, None, Expected(), f"not measured: {reason}"))
     found = resolve(model)
-    read, written = [*map(str, sites_read(sae))], [*map(str, sites_written(sae))]
+    near = near_places(found, sae) if sae.one_site else Places({}, [])
+    expected = _expected(sae)
     try:
-        seen = activations(model, {name: found[name] for name in (*read, *written)}, inputs)
+        trial = Trial(model, sae, expected, inputs, near)
     except Exception as error:  # whatever the user's model needs that our text does not give it is no fault of the SAE
         if given is not None:
             raise
         why = f"the model does not run on plain text ({type(error).__name__}: {error}); pass check=batch"
         return _Found(_report(sae, None, Expected(), f"not measured: {why}"))
-    measured = fit(sae, [seen[name] for name in read], [seen[name] for name in written])
-    expected = _expected(sae)
-    different = _differences(measured, expected)
-    if not measured.fvu > expected.doubtful and not different:
-        return _Found(_report(sae, measured, expected, "it fits"))
-    most = min(FITS, measured.fvu / 2, expected.doubtful)
-    better = _better(model, root, sae, inputs, most) if sae.one_site else None
-    about = _about(model, sae, measured, expected)
+    trial.measure()
+    better = trial.better()
+    if better is None and trial.in_doubt and sae.one_site:
+        better = Trial(model, sae, expected, inputs, far_places(found, root, sae)).better()
+    return _judged(model, trial, better)
+
+
+def _judged(model: nn.Module, trial: Trial, better: Better | None) -> _Found:
+    """Say what follows from what was measured."""
+    sae, expected, measured = trial.sae, trial.expected, trial.measure()
     if better is not None:
-        return _Found(
-            _report(sae, measured, expected, "it belongs elsewhere"), error=f"{about} {_advice(sae, better)}"
-        )
-    if not different:
+        certain = better.gap >= CERTAIN
+        where = " to ".join(dict.fromkeys(better.place))
+        verdict = "it belongs elsewhere" if certain else f"it seems to belong to {where}"
+        said = f"{_about(model, trial, 'does not fit' if certain else 'may not belong at')} {_advice(sae, better)}"
+        check = _report(sae, measured, expected, verdict)
+        return _Found(check, error=said) if certain else _Found(check, warning=said)
+    if not trial.in_doubt:
+        how = ", high-norm tokens counted as in its record" if trial.with_outliers else ""
+        return _Found(_report(sae, measured, expected, f"it fits{how}"))
+    if not trial.differences:
         return _Found(_report(sae, measured, expected, "it explains little, but no place near it fits better"))
     advice = (
         "No place near it fits better: is this the model that the SAE was made for, and is the text of the kind? Pass "
@@ -209,7 +201,7 @@ def _measure(model: nn.Module, root: nn.Module, sae: SAEModel, given: Mapping[st
     )
     return _Found(
         _report(sae, measured, expected, "it is not as recorded, and no place near it fits better"),
-        warning=f"{about} {advice}",
+        warning=f"{_about(model, trial)} {advice}",
     )
 
 
@@ -265,63 +257,17 @@ def _metrics(text: str) -> dict[str, float | None]:
     return {**numbers, "norm": centred_norm(mse, fvu)} if mse and fvu else numbers
 
 
-def _differences(measured: Fit, expected: Expected) -> list[str]:
-    """Return which numbers are far from what was recorded."""
-    far = []
-    for name, most in OFF.items():
-        value, recorded = getattr(measured, name), getattr(expected, name)
-        if recorded and not math.isnan(value) and not 1 / most < value / recorded < most:
-            far.append(name)
-    worse = expected.fvu is not None and measured.fvu > max(3 * expected.fvu, expected.fvu + 0.3)
-    return ["fvu", *far] if worse else far
-
-
-def _better(
-    model: nn.Module, root: nn.Module, sae: SAEModel, inputs: Mapping[str, Any], most: float
-) -> tuple[str, str, Fit] | None:
-    """Return the place near an SAE's own that it fits best, as the sites to read and to write; None if it fits none.
-
-    Args:
-        model: the model as the user calls it.
-        root: the model without wrappers.
-        sae: the SAE, which reads and writes one site.
-        inputs: keyword arguments of a forward.
-        most: the FVU with which it fits.
-    """
-    found = resolve(model)
-    [reads], [writes] = sites_read(sae), sites_written(sae)
-    near = siblings(found, root, reads, sae.config.d_in)
-    near_output = siblings(found, root, writes, sae.d_out)
-    slots = {str(site): found[site] for site in (reads, writes)}
-    seen = activations(model, slots | near | near_output, inputs)
-    moved = [(name, str(writes)) for name in near], [(str(reads), name) for name in near_output]
-    if sae.config.is_transcoder:
-        stages = [[*moved[0], *moved[1]]]
-    else:  # perhaps a transcoder, of which one site only was stated
-        stages = [[(name, name) for name in near]]
-        stages += [[*moved[0], *moved[1]]] if sae.config.normalization == "none" else []
-    for pairs in stages:
-        fits = [(*pair, fit(sae, [seen[pair[0]]], [seen[pair[1]]])) for pair in pairs]
-        fitting = [each for each in fits if each[2].fvu < most]
-        least = min((each[2].fvu for each in fitting), default=0.0)
-        equal = [each for each in fitting if each[2].fvu <= 1.02 * least]  # one tensor may have several names
-        if equal:
-            alike = (each for each in equal if Site.parse(each[0]).name == reads.name)
-            return next(alike, equal[0])
-    return None
-
-
-def _advice(sae: SAEModel, better: tuple[str, str, Fit]) -> str:
-    """Say where an SAE fits, and what to do about it."""
-    *place, measured = better
-    change = {"site": place[0]} if place[0] != sae.config.site else {}
-    if place[1] != (sae.config.site_out or place[0]):
-        change["site_out"] = place[1]
+def _advice(sae: SAEModel, better: Better) -> str:
+    """Say where an SAE fits better, and what to do about it."""
+    place, measured = better.place, better.measured
+    change = {"site": place.read} if place.read != sae.config.site else {}
+    if place.written != (sae.config.site_out or place.read):
+        change["site_out"] = place.written
     where = " to ".join(f"'{name}'{_what(Site.parse(name), sae)}" for name in dict.fromkeys(place))
     what = " and ".join(f"sae.config.{key} = {name!r}" for key, name in change.items())
     return (
-        f"At {where} FVU is {measured.fvu:.3g}: did you mean that place? Set {what}, or pass check=False to attach it "
-        "here all the same."
+        f"At {where} FVU is {measured.fvu:.3g}, L0 {measured.l0:.3g} and norm {measured.norm:.3g}: did you mean that "
+        f"place? Set {what}, or pass check=False to attach it here all the same."
     )
 
 
@@ -335,9 +281,10 @@ def _what(site: Site, sae: SAEModel) -> str:
     return ""
 
 
-def _about(model: nn.Module, sae: SAEModel, measured: Fit, expected: Expected) -> str:
+def _about(model: nn.Module, trial: Trial, finding: str = "does not fit") -> str:
     """Say what was measured, and what was expected."""
-    pairs = zip(("FVU", "L0", "norm"), measured[1:], expected, strict=True)
+    sae, measured = trial.sae, trial.measure()
+    pairs = zip(("FVU", "L0", "norm"), measured[1:], trial.expected, strict=True)
     numbers = (
         f"{name} {value:.3g}" + ("" if recorded is None else f" (recorded: {recorded:.3g})")
         for name, value, recorded in pairs
@@ -345,7 +292,7 @@ def _about(model: nn.Module, sae: SAEModel, measured: Fit, expected: Expected) -
     name = getattr(getattr(unwrap(model)[0], "config", None), "name_or_path", "")
     base = sae.config.base_model
     other = f" It was made for {base!r}; this is {name!r}." if base and base != name else ""
-    return f"{_name(sae)} does not fit {_place(sae)}: on {measured.tokens} tokens it has {', '.join(numbers)}.{other}"
+    return f"{_name(sae)} {finding} {_place(sae)}: on {measured.tokens} tokens it has {', '.join(numbers)}.{other}"
 
 
 def _name(sae: SAEModel) -> str:

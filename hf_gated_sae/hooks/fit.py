@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError, SiteError
+from ..errors import InputError, ShapeError
 from ..functional import FidelityAccumulator
-from ..modeling import SAEModel
-from ..sites import Site, SiteMap, Slot, Transform
+from ..functional.outliers import OUTLIER_MULTIPLE, is_outlier, norm_limit
+from ..interventions import special_token_mask
+from ..modeling import SAEModel, SAEOutput
+from ..sites import Slot
 from ..sites.probe import make_subject, quiet
 from ..sites.sharding import must_finish
-from ..sites.site import GLOBAL, LAYERED
 from ..sites.transforms import view
 from .carry import exact_dtype
 from .observation import CountedTokens, Observation
 
-OUTLIER = 8.0
-"""A token with an activation so many times as long as the median one is left out: it takes no part in the text."""
 FEWEST = 8
 """Activations from which something can be told."""
 
@@ -44,130 +42,155 @@ class Fit(NamedTuple):
     norm: float
 
 
-def activations(model: nn.Module, slots: Mapping[str, Slot], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+class Seen(NamedTuple):
+    """What passed some places of a model.
+
+    Attributes:
+        values: activations of all tokens but padding, ``[n, width]`` by the place's name.
+        special: which of these tokens are special, ``[n]`` bool.
+    """
+
+    values: dict[str, Tensor]
+    special: Tensor
+
+
+class Tokens(NamedTuple):
+    """The tokens on which an SAE is measured at its own place, ``[n]`` bool each.
+
+    Attributes:
+        ordinary: without special tokens and outliers, or without what was left out when the SAE was recorded.
+        whole: with the outliers, and also with special tokens unless those are known to have been left out; None if
+            nothing more is in it, or the record says what was left out.
+    """
+
+    ordinary: Tensor
+    whole: Tensor | None
+
+
+def observe(
+    model: nn.Module,
+    own: Mapping[str, Slot],
+    others: Mapping[str, Slot],
+    inputs: Mapping[str, Any],
+    special_ids: Sequence[int] | None,
+) -> Seen:
     """Run a model as far as needed, quietly, and return what passes some of its places.
 
     Args:
         model: the model as the user calls it; whatever is attached to it has to stand aside.
-        slots: the places by name.
+        own: the SAE's own places by name.
+        others: further places by name; one that has no vector for each token is left out of the result.
         inputs: keyword arguments of the forward, with ids ``[B, S]``.
-
-    Returns:
-        Activations of the tokens that are neither padding nor special, ``[n, width]`` by name.
+        special_ids: ids of the special tokens; None for those that the model names.
 
     Raises:
-        ShapeError: if what passes a place has no vector for each token.
+        ShapeError: if what passes one of the SAE's own places has no vector for each token.
     """
     subject = make_subject(model, inputs)
+    slots = {**others, **own}
     observation = Observation((slot.place.bare for slot in slots.values()), stop=not must_finish(model))
     with quiet(subject.root):
         observation.probe(subject, slots)
-    counted = CountedTokens.of(subject.root, inputs)
-    return {
-        name: counted.chosen(view(observation.seen[slot.place.bare], slot.place.transforms).value, name)
-        for name, slot in slots.items()
-        if slot.place.bare in observation.seen
-    }
+    real = CountedTokens.of(subject.root, inputs, special_tokens=True)
+    values = {}
+    for name, slot in slots.items():
+        if slot.place.bare not in observation.seen:
+            continue
+        try:
+            values[name] = real.chosen(view(observation.seen[slot.place.bare], slot.place.transforms).value, name)
+        except ShapeError:
+            if name in own:
+                raise
+    ids = inputs["input_ids"]
+    known = None if special_ids is None else torch.tensor(list(special_ids), dtype=ids.dtype)
+    special = special_token_mask(subject.root, ids, ids=known)
+    mask = real.mask.cpu()
+    return Seen(values, torch.zeros_like(mask)[mask] if special is None else special.cpu()[mask])
 
 
-def fit(sae: SAEModel, read: Sequence[Tensor], written: Sequence[Tensor]) -> Fit:
-    """Measure an SAE on activations.
+def tokens_of(sae: SAEModel, seen: Seen, read: Sequence[Tensor], written: Sequence[Tensor]) -> Tokens:
+    """Return on which tokens an SAE is measured, so that what was left out of its record is left out again.
 
     Args:
-        sae: the SAE, with all of its latents.
+        sae: the SAE.
+        seen: what passed its places.
         read: what passes each site that it reads, ``[n, d_in]``.
         written: what passes each site that it writes, ``[n, d_out]``.
 
-    Returns:
-        The measured numbers.
-
     Raises:
-        InputError: if there are too few tokens, or the activations or what the SAE makes of them are not finite.
+        InputError: if there are too few tokens, or the activations are not finite.
     """
-    device = sae.b_dec.device
     every = [*read, *written]
-    if not all(bool(x.isfinite().all()) for x in every):
+    counted = ~seen.special
+    if not all(bool(x.isfinite().all(-1).cpu()[counted].all()) for x in every):
         raise InputError(
             f"The activations that {type(sae).__name__} was to be checked on are not finite: the model itself "
             "overflows there in its dtype. Load it in another one, or pass check=False to attach all the same."
         )
-    ordinary = _ordinary(every)
+    limit = sae.config.norm_limit
+    ordinary = counted
+    for x in every if limit is None else read:
+        ordinary = ordinary & are_ordinary(x, counted, limit)
     if int(ordinary.sum()) < FEWEST:
         raise InputError(
             f"An SAE was to be checked on {int(ordinary.sum())} tokens; expected at least {FEWEST} that are neither "
             "padding nor special."
         )
-    x = [each[ordinary.to(each.device)].to(device=device, dtype=sae.dtype) for each in read]
-    with exact_dtype(device):
-        output = sae(x[0] if sae.one_site else torch.stack(x, -2))
-    results = []
-    for number, target in enumerate(written):
-        y = output.reconstruction if sae.one_site else output.reconstruction[..., number, :]
-        b_dec = sae.b_dec.detach() if sae.one_site else sae.b_dec[number]
-        target = target[ordinary.to(target.device)].to(device)
-        accumulator = FidelityAccumulator(sae.config.d_sae, b_dec)
-        accumulator.update(target, y, output.latents)
-        metrics = accumulator.compute()
-        if not math.isfinite(metrics.mse):
-            raise InputError(
-                f"What the SAE makes of the activations is not finite in {sae.dtype}: load it in float32, or look "
-                "into its weights."
-            )
-        results.append(Fit(metrics.tokens, metrics.fvu, metrics.l0, metrics.centred_norm))
-    return max(results, key=lambda each: -math.inf if math.isnan(each.fvu) else each.fvu)
+    whole = counted if sae.config.special_token_ids is not None else torch.ones_like(counted)
+    finite = all(bool(x.isfinite().all()) for x in every)
+    more = limit is None and finite and not torch.equal(whole, ordinary)
+    return Tokens(ordinary, whole if more else None)
 
 
-def _ordinary(every: Sequence[Tensor]) -> Tensor:
-    """Return which tokens have nowhere an activation of another order than the others, ``[n]``."""
-    lengths = [x.float().norm(dim=-1).cpu() for x in every]
-    near = [length <= OUTLIER * length.median() for length in lengths if len(length)]
-    return torch.stack(near).all(0) if near else torch.zeros(0, dtype=torch.bool)
-
-
-def siblings(found: SiteMap, root: nn.Module, site: Site, width: int) -> dict[str, Slot]:
-    """Return the places that a site could be mistaken for: those near it, its block's modules, and other views of it.
+def are_ordinary(x: Tensor, counted: Tensor, limit: float | None = None) -> Tensor:
+    """Return which tokens' activations are no outliers, ``[n]`` bool, on the CPU.
 
     Args:
-        found: the sites of the model.
-        root: the model without wrappers.
-        site: the site.
-        width: what its activations have to be wide.
+        x: activations ``[n, d]``.
+        counted: tokens that are not special, ``[n]`` bool, which say what is usual.
+        limit: the norm above which an activation was left out when the SAE was recorded; None if it is not known.
+    """
+    if not bool(counted.any()):
+        return counted
+    usual = norm_limit(x[counted.to(x.device)])
+    if limit is None or limit < usual / OUTLIER_MULTIPLE:  # at a place of other lengths it would leave most tokens out
+        limit = usual
+    return ~is_outlier(x, limit).cpu()
+
+
+def fit(sae: SAEModel, read: Sequence[Tensor], written: Sequence[Tensor], tokens: Sequence[Tensor]) -> list[Fit]:
+    """Measure an SAE on several sets of tokens at once.
+
+    Args:
+        sae: the SAE, with all of its latents.
+        read: what passes each site that it reads, ``[n, d_in]``.
+        written: what passes each site that it writes, ``[n, d_out]``.
+        tokens: sets of tokens, ``[n]`` bool each.
 
     Returns:
-        Slots by name, without that of the site itself.
+        The measured numbers for each set; an infinite FVU where the SAE's output is not finite.
     """
-    own = found[site]
-    places = {own.place}
-    slots = {}
-    for name in _names_near(found, root, site, own):
-        try:
-            slot = found[name]
-        except SiteError:  # that one does not exist in this model, or is refused
-            continue
-        if slot.width == width and slot.place not in places:
-            places.add(slot.place)
-            slots[name] = slot
-    return slots
+    device = sae.b_dec.device
+    chosen = torch.stack(list(tokens)).any(0)
+    x = [each[chosen.to(each.device)].to(device=device, dtype=sae.dtype) for each in read]
+    targets = [each[chosen.to(each.device)].to(device) for each in written]
+    with exact_dtype(device):
+        output = sae(x[0] if sae.one_site else torch.stack(x, -2))
+    return [_measured(sae, output, targets, each[chosen].to(device)) for each in tokens]
 
 
-def _names_near(found: SiteMap, root: nn.Module, site: Site, own: Slot) -> Iterator[str]:
-    bare = str(site.bare)
-    yield bare
-    yield from (f"{bare}|{name}" for name in ("center", "norm_no_gain", "unit_norm"))
-    if site.name == GLOBAL[0]:
-        yield from (f"{bare}|{Transform('scale', own.width**power)}" for power in (-0.5, 0.5))
-    yield from GLOBAL
-    layer = _layer(site, found.n_layers)
-    for near in (layer, layer - 1, layer + 1):
-        if 0 <= near < found.n_layers:
-            yield from (f"{name}.{near}" for name in LAYERED)
-    block = own.place.path.split(f".{layer}.")[0] + f".{layer}"
-    with suppress(AttributeError):  # the site lies outside the blocks
-        yield from (f"{block}.{name}.output" for name, _ in root.get_submodule(block).named_children())
-
-
-def _layer(site: Site, count: int) -> int:
-    """Return the block that a site is in, or next to."""
-    numbers: Iterable[str] = filter(str.isdigit, site.name.split(".")) if site.is_path else ()
-    nearest = 0 if site.name == GLOBAL[0] else max(count - 1, 0)
-    return site.layer if site.layer is not None else int(next(iter(numbers), nearest))
+def _measured(sae: SAEModel, output: SAEOutput, targets: Sequence[Tensor], tokens: Tensor) -> Fit:
+    """Return the numbers of one set of tokens ``[n]``, of the output that is worst off."""
+    rows: Any = slice(None) if bool(tokens.all()) else tokens
+    assert output.reconstruction is not None and output.latents is not None
+    results = []
+    for number, target in enumerate(targets):
+        y = output.reconstruction if sae.one_site else output.reconstruction[..., number, :]
+        b_dec = sae.b_dec.detach() if sae.one_site else sae.b_dec[number]
+        accumulator = FidelityAccumulator(sae.config.d_sae, b_dec)
+        accumulator.update(target[rows], y[rows], output.latents[rows])
+        metrics = accumulator.compute()
+        if not math.isfinite(metrics.mse):
+            return Fit(metrics.tokens, math.inf, metrics.l0, math.nan)
+        results.append(Fit(metrics.tokens, metrics.fvu, metrics.l0, metrics.centred_norm))
+    return max(results, key=lambda each: -math.inf if math.isnan(each.fvu) else each.fvu)

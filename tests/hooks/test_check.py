@@ -128,9 +128,9 @@ def test_what_follows_from_the_message_works(language_model):
     assert attached(language_model, sae).verdict == "it fits"
 
 
-def test_one_forward_that_ends_at_the_site_and_none_again(language_model):
+def test_one_forward_that_ends_at_the_next_layer_and_none_again(language_model):
     sae = bundled("resid_post.1/gated")
-    with Forwards(language_model) as whole, Forwards(language_model.model.layers[2]) as beyond:
+    with Forwards(language_model) as whole, Forwards(language_model.model.layers[3]) as beyond:
         first = attached(language_model, sae)
         assert (whole.count, beyond.count) == (1, 0)
         assert attached(language_model, sae) is first

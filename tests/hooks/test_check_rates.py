@@ -1,0 +1,62 @@
+"""How often the check of attach() is wrong about trained SAEs, on three kinds of text and at every site."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_gated_sae import SAEModel
+from hf_gated_sae.architectures.topk import TopKSAE, TopKSAEConfig
+from hf_gated_sae.demo import corpus, dictionaries
+from hf_gated_sae.demo.bundled import MODEL, SAES
+from hf_gated_sae.demo.language_model import pack, token_stream
+from hf_gated_sae.training import SAETrainer, SAETrainingArguments, collect
+from tests.hooks import check_rates
+
+MOST_FALSE_ALARMS, MOST_MISSES = 0.02, 0.1
+BUNDLED = sorted(str(path.parent.relative_to(SAES)) for path in SAES.glob("*/*/config.json"))
+
+
+@pytest.fixture(scope="module")
+def language_model():
+    return AutoModelForCausalLM.from_pretrained(MODEL).eval()
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return check_rates.texts(AutoTokenizer.from_pretrained(MODEL), lengths=(128,), seeds=(0,))
+
+
+def freshly_trained(model, site, folder):
+    """An SAE of some seconds of training, on a few files, with the record that the trainer makes."""
+    tokens = pack(token_stream(AutoTokenizer.from_pretrained(MODEL), list(corpus.texts("training"))[:8]), 256)[:100]
+    x = collect(model, [site], tokens.split(10))[site]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = TopKSAEConfig(d_in=x.shape[-1], d_sae=512, k=16, site=site, base_model=dictionaries.BASE_MODEL)
+        sae = TopKSAE(config)
+        arguments = SAETrainingArguments(
+            output_dir=str(folder),
+            use_cpu=True,
+            max_steps=200,
+            activation_batch_size=512,
+            learning_rate=3e-3,
+            warmup_steps=10,
+            logging_steps=200,
+            recorded_activations=8192,
+            disable_tqdm=True,
+        )
+        SAETrainer(sae, arguments, x).train()
+    assert 0 < sae.config.recorded_fvu < 0.5
+    return sae
+
+
+@pytest.mark.parametrize("name", [*BUNDLED, "resid_post.2"])
+def test_false_alarms_and_misses_are_few(language_model, texts, name, tmp_path):
+    if name in BUNDLED:
+        sae = SAEModel.from_pretrained(SAES / name)
+    else:
+        sae = freshly_trained(language_model, name, tmp_path).eval()
+    rates = check_rates.count(language_model, {name: sae}, texts)
+    assert rates.right == len(texts) and rates.wrong > 30 * len(texts)
+    assert rates.false_alarm_rate <= MOST_FALSE_ALARMS, str(rates)
+    assert rates.miss_rate <= MOST_MISSES, str(rates)
