@@ -153,7 +153,7 @@ def are_ordinary(x: Tensor, counted: Tensor, limit: float | None = None) -> Tens
     if not bool(counted.any()):
         return counted
     usual = norm_limit(x[counted.to(x.device)])
-    if limit is None or limit < usual / OUTLIER_MULTIPLE:  # at a place of other lengths it would leave most tokens out
+    if limit is None or (usual is not None and limit < usual / OUTLIER_MULTIPLE):  # at a place of other lengths it would leave most tokens out
         limit = usual
     return ~is_outlier(x, limit).cpu()
 
