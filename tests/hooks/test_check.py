@@ -197,7 +197,7 @@ def test_an_sae_that_fits_nowhere_and_promises_nothing_is_attached_in_silence(la
 
 def test_without_a_tokenizer_nothing_runs_and_the_attachment_says_so(tmp_path):
     model, sae = tiny_model("llama"), make_sae()
-    resolve(model)
+    attach(model, Splice(sae), check=False)  # which proves sites and calls
     with Forwards(model) as forwards:
         check = attached(model, sae)
     assert forwards.count == 0
