@@ -153,7 +153,8 @@ def are_ordinary(x: Tensor, counted: Tensor, limit: float | None = None) -> Tens
     if not bool(counted.any()):
         return counted
     usual = norm_limit(x[counted.to(x.device)])
-    if limit is None or (usual is not None and limit < usual / OUTLIER_MULTIPLE):  # at a place of other lengths it would leave most tokens out
+    # At a place of longer activations the recorded limit would leave most tokens out.
+    if limit is None or (usual is not None and limit < usual / OUTLIER_MULTIPLE):
         limit = usual
     return ~is_outlier(x, limit).cpu()
 
