@@ -13,6 +13,7 @@ from hf_gated_sae import SAEModel
 from hf_gated_sae.architectures import architectures
 from hf_gated_sae.errors import InputError, MissingFileError, PublishError
 from hf_gated_sae.publishing import CardFacts, push_to_hub, read_facts
+from tests.support.cards import require_valid
 from tests.support.example_saes import assert_same, example
 from tests.support.hub_state import commits, files
 from tests.support.mini_hub import MiniHub, read_card
@@ -112,7 +113,7 @@ def test_the_card_is_there_and_valid(hub: MiniHub, repo_id: str) -> None:
         metrics={"l0": 20.0, "fvu": 0.1}, evaluation={"dataset": "acme/text", "tokens": 1000}, license="apache-2.0"
     )
     example(site="resid_post.2", base_model="acme/lm").push_to_hub(repo_id, facts=facts)
-    ModelCard.load(repo_id).validate()
+    require_valid(ModelCard.load(repo_id))
     info = HfApi().model_info(repo_id)
     assert info.library_name == "hf-gated-sae" and info.pipeline_tag == "feature-extraction"
     wanted = {"sparse-autoencoder", "gated-sae", "interpretability", "resid_post.2", "license:apache-2.0"}

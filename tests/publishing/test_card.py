@@ -14,6 +14,7 @@ from jinja2 import UndefinedError
 from hf_gated_sae.architectures import architectures
 from hf_gated_sae.publishing import CardFacts, LatentLabel, card, model_card
 from hf_gated_sae.publishing.markdown import split_front_matter
+from tests.support.cards import require_valid
 from tests.support.example_saes import D_SAE, build, example
 from tests.support.mini_hub import MiniHub
 from tests.support.tiny_models import HIDDEN
@@ -36,7 +37,7 @@ FULL = CardFacts(
 def test_every_architecture_has_a_valid_card_with_its_equations(hub: MiniHub, architecture: str) -> None:
     sae = example(architecture, site="resid_post.2", base_model="acme/lm", base_model_revision="f00" * 13 + "f")
     text = model_card(sae, FULL, repo_id="me/sae", subfolder="a/b")
-    ModelCard(text).validate()
+    require_valid(ModelCard(text))
     data, body = split_front_matter(text)
     assert data["library_name"] == "hf-gated-sae" and data["pipeline_tag"] == "feature-extraction"
     assert data["base_model"] == "acme/lm" and data["base_model_relation"] == "adapter"

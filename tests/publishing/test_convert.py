@@ -14,6 +14,7 @@ from hf_gated_sae.errors import CheckpointError, InputError, MissingFileError, P
 from hf_gated_sae.hub import locate
 from hf_gated_sae.publishing import convert, read_facts
 from hf_gated_sae.publishing.licence import stated_licence
+from tests.support.cards import require_valid
 from tests.support.example_saes import assert_same, example
 from tests.support.foreign import CARD, example_files, seed_gemma_scope
 from tests.support.hub_state import commits, files
@@ -82,7 +83,7 @@ def test_the_card_says_whose_it_is(hub: MiniHub, theirs: str, tmp_path: Path) ->
     assert "rajamanoharan" not in card and str(tmp_path) not in card
     data = read_card(card)
     assert data["license"] == "cc-by-4.0" and data["base_model"] == "google/gemma-2-2b" and "model-index" not in data
-    ModelCard(card).validate()
+    require_valid(ModelCard(card))
 
 
 def test_pushed_in_one_commit(hub: MiniHub, theirs: str, repo_id: str, tmp_path: Path, cache_dir: str) -> None:

@@ -24,6 +24,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from tests.support.cards import require_valid
 from tests.support.loopback import HUB
 
 API, BOB, ANON = HfApi(token="hf_alice"), HfApi(token="hf_bob"), HfApi(token=False)
@@ -187,7 +188,7 @@ def test_search():
 
 
 def test_card(repo):
-    ModelCard.load(repo).validate()
+    require_valid(ModelCard.load(repo))
     ModelCard("---\nlicense: mit\n---\n# new").push_to_hub(repo)
     assert "license:mit" in API.model_info(repo).tags
     with pytest.raises(ValueError):
