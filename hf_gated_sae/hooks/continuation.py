@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -75,6 +76,7 @@ def _probe(model: nn.Module) -> CallFacts:
         return CallFacts()
     if subject.ids.shape[1] <= NEW:
         return CallFacts()
+    subject = replace(subject, inputs={**subject.inputs, "input_ids": subject.ids[:1]})  # one row tells as much as two
     with quiet(subject.root):
         try:
             first, second, misread = _two_calls(subject, subject.ids.shape[1] - NEW)
@@ -168,8 +170,9 @@ def _compare(subject: Subject, first: Any, second: Any) -> tuple[str | None, flo
         return None, None
     padding = None
     if padded is not None and _apart(padded, plain) > most:
-        placed = _padded(subject, places=True)
-        padding = PLACES if placed is not None and _apart(placed, plain) <= most else "right"
+        few = subject.ids.shape[1] - NEW
+        placed = _padded(subject, columns=few, places=True)
+        padding = PLACES if placed is not None and _apart(placed, plain[:, :few]) <= most else "right"
     if stepwise is None or not exact or _apart(stepwise, plain) <= TOLERANCE:
         return padding, None
     # Some recurrent models can only continue token by token.
@@ -184,14 +187,15 @@ def _all_there(parts: list[Tensor | None]) -> bool:
     return bool(parts) and all(part is not None for part in parts)
 
 
-def _padded(subject: Subject, *, places: bool = False) -> Tensor | None:
-    """Return the logits of all tokens with one token of padding before them, without a cache; None if that fails.
+def _padded(subject: Subject, *, columns: int | None = None, places: bool = False) -> Tensor | None:
+    """Return the logits of tokens with one token of padding before them, without a cache; None if that fails.
 
     Args:
         subject: the model and its tokens.
+        columns: how many of the tokens; all by default.
         places: also say where they stand.
     """
-    ids, root = subject.ids, subject.root
+    ids, root = subject.ids[:, :columns], subject.root
     rows, columns = ids.shape
     most = getattr(root.config, "max_position_embeddings", None)
     if isinstance(most, int) and columns >= most:

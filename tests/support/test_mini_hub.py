@@ -4,6 +4,7 @@
 
 import hashlib, os, re, subprocess, sys, tempfile
 
+import huggingface_hub
 import pytest
 from huggingface_hub import (
     CommitOperationCopy,
@@ -23,6 +24,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+
+from packaging.version import Version
 
 from tests.support.cards import require_valid
 from tests.support.loopback import HUB
@@ -189,6 +192,8 @@ def test_search():
 
 def test_card(repo):
     require_valid(ModelCard.load(repo))
+    if Version(huggingface_hub.__version__) < Version("2"):
+        pytest.skip("this client asks the public Hub before it pushes a card")
     ModelCard("---\nlicense: mit\n---\n# new").push_to_hub(repo)
     assert "license:mit" in API.model_info(repo).tags
     with pytest.raises(ValueError):
