@@ -119,7 +119,9 @@ class Trial:
         for pair, tokens in sets.items():
             there = fit(self.sae, self._values([pair.read]), self._values([pair.written]), [tokens])[0]
             own_fit = here[tuple(tokens.nonzero().flatten().tolist())]
-            gap = self.expected.gap(own_fit, there, with_outliers=self.with_outliers)
+            # Many transforms give all activations one length, which is the recorded norm only by chance.
+            without_norm = self.with_outliers or self._is_other_view(pair)
+            gap = self.expected.gap(own_fit, there, without_norm=without_norm)
             if gap > 0:
                 found.append(Better(pair, gap, there))
         return found
@@ -138,6 +140,11 @@ class Trial:
         tokens = tokens & (tokens.cumsum(0) <= min(max(MOST_LATENTS // self.sae.config.d_sae, least), most))
         finite = all(bool(x[tokens.to(x.device)].isfinite().all()) for x in values)
         return tokens if finite and int(tokens.sum()) >= FEWEST else None
+
+    def _is_other_view(self, pair: Pair) -> bool:
+        """Whether a place is seen through other transforms than the SAE's own."""
+        own = Pair(self._read[0], self._written[0])
+        return any(Site.parse(a).transforms != Site.parse(b).transforms for a, b in zip(own, pair, strict=True))
 
     def _values(self, names: Sequence[str]) -> list[Tensor]:
         return [self._seen.values[name] for name in names]

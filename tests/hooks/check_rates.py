@@ -41,6 +41,10 @@ class Rates:
     def miss_rate(self) -> float:
         return self.misses.total() / self.wrong
 
+    def __add__(self, other):
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Rates(*(mine + theirs for mine, theirs in pairs))
+
     def __str__(self) -> str:
         lines = [
             f"false alarms: {self.false_alarms.total()} of {self.right}, {self.false_alarm_rate:.1%}",

@@ -1,5 +1,7 @@
 """How often the check of attach() is wrong about trained SAEs, on three kinds of text and at every site."""
 
+import functools
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -13,6 +15,7 @@ from hf_gated_sae.training import SAETrainer, SAETrainingArguments, collect
 from tests.hooks import check_rates
 
 MOST_FALSE_ALARMS, MOST_MISSES = 0.02, 0.1
+FRESH = "resid_post.2"
 BUNDLED = sorted(str(path.parent.relative_to(SAES)) for path in SAES.glob("*/*/config.json"))
 
 
@@ -50,13 +53,38 @@ def freshly_trained(model, site, folder):
     return sae
 
 
-@pytest.mark.parametrize("name", [*BUNDLED, "resid_post.2"])
-def test_false_alarms_and_misses_are_few(language_model, texts, name, tmp_path):
-    if name in BUNDLED:
-        sae = SAEModel.from_pretrained(SAES / name)
-    else:
-        sae = freshly_trained(language_model, name, tmp_path).eval()
-    rates = check_rates.count(language_model, {name: sae}, texts)
-    assert rates.right == len(texts) and rates.wrong > 30 * len(texts)
+@pytest.fixture(scope="module")
+def rates_of(language_model, texts, tmp_path_factory):
+    """The rates of one SAE, counted once."""
+
+    @functools.cache
+    def rates_of(name):
+        if name in BUNDLED:
+            sae = SAEModel.from_pretrained(SAES / name)
+        else:
+            sae = freshly_trained(language_model, name, tmp_path_factory.mktemp("trained")).eval()
+        rates = check_rates.count(language_model, {name: sae}, texts)
+        assert rates.right == len(texts) and rates.wrong > 30 * len(texts)
+        return rates
+
+    return rates_of
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_false_alarms_and_misses_are_few(rates_of, name):
+    rates = rates_of(name)
     assert rates.false_alarm_rate <= MOST_FALSE_ALARMS, str(rates)
     assert rates.miss_rate <= MOST_MISSES, str(rates)
+
+
+def test_a_freshly_trained_sae_gives_no_false_alarm(rates_of):
+    """It explains other text much worse than what it was trained on, which its record is of."""
+    rates = rates_of(FRESH)
+    assert not rates.false_alarms, str(rates)
+
+
+def test_the_rates_of_all_together_are_low(rates_of):
+    every = [rates_of(name) for name in (*BUNDLED, FRESH)]
+    total = sum(every[1:], start=every[0])
+    assert total.false_alarm_rate <= MOST_FALSE_ALARMS, str(total)
+    assert total.miss_rate <= MOST_MISSES, str(total)
