@@ -47,7 +47,7 @@ ERRORS = [error for _, error in inspect.getmembers(errors, inspect.isclass) if e
 def test_every_error_has_our_root_and_a_builtin_one(error):
     assert issubclass(error, errors.SAEError)
     if error is not errors.SAEError:
-        builtin = (ValueError, IndexError, LookupError, RuntimeError, FileNotFoundError)
+        builtin = (ValueError, IndexError, LookupError, RuntimeError, FileNotFoundError, ImportError)
         assert issubclass(error, builtin), "callers who know only Python should be able to catch it"
 
 

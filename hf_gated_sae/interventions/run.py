@@ -82,8 +82,8 @@ class Call:
         if start and (past is None or past.shape[1] < start or past.shape[0] != now.shape[0]):
             raise AttachError(
                 f"{type(owner).__name__} depends on the {start} tokens before, which are in a cache that it did not "
-                "see being filled: they were computed before it was attached, or the cache is a copy. Begin with an "
-                "empty cache."
+                "see being filled (they were computed before it was attached, or the cache is a copy): begin with "
+                "an empty cache."
             )
         whole = now if past is None or not start else torch.cat([past[:, :start].to(now.device), now], 1)
         self.histories[owner] = whole.detach()

@@ -101,7 +101,7 @@ def test_a_capture_stops_early_where_weights_stay_on_their_devices():
     dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
     assert hasattr(model, "_hf_hook")
     assert not must_finish(model)
-    resolve(model)
+    capture(model, "resid_post.1", input_ids=IDS)  # which proves sites and calls
     block(model, "llama", 2).register_forward_hook(lambda *_: ran.append(2))
     found = capture(model, "resid_post.1", input_ids=IDS)["resid_post.1"]
     assert not ran
