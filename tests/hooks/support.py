@@ -130,6 +130,13 @@ def continuing(model, cache):
     return {name: cache[name] if name in getattr(cache, "keys", tuple)() else cache}
 
 
+def checkpoint_layers(model, *, reentrant):
+    """Let backward() run layers again; transformers renamed the method."""
+    name = "activation_checkpointing_enable"
+    enable = getattr(model, name) if hasattr(model, name) else model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+
+
 def close(value, expected, relative):
     scale = expected.abs().max()
     worst = (value - expected).abs().max() / scale

@@ -15,6 +15,7 @@ from tests.hooks.support import (
     D_SAE,
     IDS,
     block,
+    checkpoint_layers,
     close,
     hooks_on,
     logits_of,
@@ -201,12 +202,12 @@ def test_frozen_checkpointed_and_trained_models_agree(site):
     sae = make_sae(site=site)
     expected = attribute(model_of("llama"), sae, logit_difference, input_ids=IDS)
     frozen, checkpointed = tiny_model("llama").requires_grad_(False), tiny_model("llama").train()
-    checkpointed.activation_checkpointing_enable({"use_reentrant": False})
+    checkpoint_layers(checkpointed, reentrant=False)
     for model in (frozen, checkpointed):
         with torch.no_grad():  # around it, it does no harm
             found = attribute(model, sae, logit_difference, input_ids=IDS)
         assert torch.equal(found.gradients[sae], expected.gradients[sae])
-    checkpointed.activation_checkpointing_enable({"use_reentrant": True})
+    checkpoint_layers(checkpointed, reentrant=True)
     with pytest.raises(AttachError, match="use_reentrant=False"):
         attribute(checkpointed, sae, logit_difference, input_ids=IDS)
     assert torch.equal(

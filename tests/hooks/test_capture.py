@@ -13,6 +13,7 @@ from tests.hooks.support import (
     FAMILIES,
     IDS,
     block,
+    checkpoint_layers,
     close,
     continuing,
     full_path,
@@ -216,7 +217,7 @@ def test_gradients_within_layers_that_are_run_again_are_right_or_refused(what, r
 
     model = tiny_model("llama").train()
     expected = gradient(model)
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    checkpoint_layers(model, reentrant=reentrant)
     hooks = hooks_on(model)
     within = (what.config.site if isinstance(what, SAEModel) else what) == "attn_out.1"
     if within and (reentrant or isinstance(what, SAEModel)):
@@ -261,7 +262,7 @@ def test_inside_inference_mode():
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # of the checkpoints, while capturing
 def test_a_forward_that_was_stopped_leaves_nothing_behind():
     model = tiny_model("gpt2").train()
-    model.activation_checkpointing_enable({"use_reentrant": True})
+    checkpoint_layers(model, reentrant=True)
     torch.manual_seed(0)
     expected = model(IDS, labels=IDS, output_hidden_states=True, use_cache=False)
     expected.loss.backward()

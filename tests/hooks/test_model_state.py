@@ -16,6 +16,7 @@ from tests.hooks.support import (
     IDS,
     SHARED,
     block,
+    checkpoint_layers,
     close,
     hand_made,
     live_latents,
@@ -160,7 +161,7 @@ def test_gradient_checkpointing_trains_as_without(site, reentrant):
     def gradients(checkpointing, steps=2):
         model, sae = tiny_model("llama").train(), make_sae(site=site)
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            checkpoint_layers(model, reentrant=reentrant)
             model.enable_input_require_grads()
         edit = Clamp(sae, {3: 4.0, 5: 0.0}, positions=[1, -1])
         with attach(model, edit, Steer(sae, 7, strength=2.0, positions=range(3))) as handle:

@@ -10,7 +10,7 @@ import torch
 from hf_gated_sae import Splice, Steer, attach, capture
 from hf_gated_sae.errors import AttachError
 from hf_gated_sae.hooks.dispatch import paused
-from tests.hooks.support import IDS, close, make_sae
+from tests.hooks.support import IDS, checkpoint_layers, close, make_sae
 from tests.support.tiny_models import HIDDEN, tiny_model
 
 OTHER = IDS[:1, :4]
@@ -28,7 +28,7 @@ def train(step, checkpointing):
     """Return the gradients that a step of training leaves in a model."""
     model = tiny_model("llama").train()
     if checkpointing is not None:
-        model.activation_checkpointing_enable({"use_reentrant": checkpointing})
+        checkpoint_layers(model, reentrant=checkpointing)
         model.enable_input_require_grads()
     step(model)
     return {name: value.grad for name, value in model.named_parameters() if value.grad is not None}

@@ -9,7 +9,7 @@ from torch import nn
 from hf_gated_sae import Ablate, Clamp, Patch, ProjectOut, Scale, Splice, Steer, attach, capture
 from hf_gated_sae.architectures.cross_layer import CrossLayerSAE, CrossLayerSAEConfig
 from hf_gated_sae.errors import InputError
-from tests.hooks.support import IDS, block, close, live_latents, logits_of, make_sae, model_of
+from tests.hooks.support import IDS, block, checkpoint_layers, close, live_latents, logits_of, make_sae, model_of
 from tests.support.tiny_models import HIDDEN, tiny_model
 
 DOUBLE = torch.float64
@@ -157,7 +157,7 @@ def test_a_transcoder_trains_through_gradient_checkpointing():
     for checkpointing in (False, True):
         model = tiny_model("llama").train()
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_layers(model, reentrant=False)
         with attach(model, Splice(sae), Clamp(sae, {latent: 2.0}), check=False) as handle:
             model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
         assert all(entry.calls == 1 for entry in handle.report().interventions)
