@@ -244,9 +244,13 @@ def _require_graph(model: nn.Module, read: Collection[Place], anchored: Collecti
     """
     root = unwrap(model)[0]
     for path, reentrant in run_again(model).items():
-        if isinstance(root.get_submodule(path), PreTrainedModel):  # it is its layers that are run again
+        layer = root.get_submodule(path)
+        if isinstance(layer, PreTrainedModel):  # it is its layers that are run again
             continue
-        within = [place for place in (read if reentrant else anchored) if place.path.startswith(f"{path}.")]
+        # Older versions of transformers run the layer's own hooks again, too: they wrap its call, not its forward.
+        own = path if type(layer).__call__ is not nn.Module.__call__ else None
+        concerned = read if reentrant else anchored
+        within = [place for place in concerned if place.path.startswith(f"{path}.") or place.path == own]
         if within:
             raise AttachError(
                 f"capture(..., grad=True) was asked for gradients at {within[0]}, within a layer that gradient "

@@ -219,9 +219,11 @@ def test_gradients_within_layers_that_are_run_again_are_right_or_refused(what, r
     expected = gradient(model)
     checkpoint_layers(model, reentrant=reentrant)
     hooks = hooks_on(model)
-    within = (what.config.site if isinstance(what, SAEModel) else what) == "attn_out.1"
+    # Older versions of transformers wrap a layer's call, hooks included, and not its forward.
+    all_of_it = type(block(model, "llama")).__call__ is not torch.nn.Module.__call__
+    within = all_of_it or (what.config.site if isinstance(what, SAEModel) else what) == "attn_out.1"
     if within and (reentrant or isinstance(what, SAEModel)):
-        with pytest.raises(AttachError, match=r"layers\.1\.self_attn\.output, within a layer"):
+        with pytest.raises(AttachError, match=r"layers\.1(\.self_attn)?\.output, within a layer"):
             gradient(model)
         assert hooks_on(model) == hooks
         assert torch.equal(gradient(model.eval()), expected)
