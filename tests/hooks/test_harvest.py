@@ -5,6 +5,8 @@ import weakref
 import peft
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from hf_gated_sae import SAEModel, capture, harvest
 from hf_gated_sae.errors import InputError, ShapeError, SiteError, UnknownNameError
@@ -51,7 +53,14 @@ def test_each_row_can_be_traced_back(side):
 @pytest.mark.parametrize("family", [name for name in TINY_NAMES if name not in WITHOUT_PADDING])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_no_activation(family, side):
-    model = tiny_model(family)
+    try:
+        model = tiny_model(family)
+    except ValueError:
+        pytest.skip("this transformers does not have the family")
+    if family == "doge" and Version(transformers.__version__) < Version("5.20"):
+        pytest.skip(
+            "this transformers computes something else for doge with padding, or a cache, with nothing attached"
+        )
     site, [batch] = "resid_post.2", padded_batches(1, side=side)
     [each] = harvest(model, site, [batch], special_tokens=True)
     rows = [ids[mask == 1] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
