@@ -13,7 +13,7 @@ SUPPORTED = {
     "torch": ">=2.9,<3",
     "transformers": ">=5.16,<6",
     "huggingface-hub": ">=1.31,<3",
-    "accelerate": ">=1.10,<2",
+    "accelerate": ">=1.14,<2",
     "nnsight": ">=0.8,<0.9",
     "peft": ">=0.19,<0.22",
 }
