@@ -15,8 +15,8 @@ FLOORS = [
     {"sites"},
     {"interventions"},
     {"hooks"},
-    {"training"},
     {"evaluation"},
+    {"training"},
     {"publishing"},
     {"dashboard", "cli", "demo"},
 ]

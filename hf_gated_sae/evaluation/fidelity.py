@@ -31,6 +31,9 @@ LIMIT_SAMPLE = 4096
 MOST = 0.5
 """Share of the variance from which it is worth a warning that outliers hold it."""
 
+FORWARDS = 4
+"""How often `evaluate` reads every token: up to the site, and to the end in each of the three arms."""
+
 SMALL_GAP = 0.02
 """Nats per token that a zero-ablation must cost before a ratio to it says much."""
 

@@ -18,6 +18,9 @@ from ..modeling import SAEConfig, SAEModel
 from .facts import CardFacts
 from .markdown import cell, marked, number, with_front_matter
 
+CURVE = ("step", "activations", "l0", "fvu", "gamma", "loss_recovered", "loss_clean", "loss_spliced")
+"""What a card shows of the measurements on held-out text, in this order."""
+
 HEADLINE = ("l0", "fvu", "loss_recovered", "relative_reconstruction_bias", "dead_fraction")
 """The metrics that belong into ``model-index``, and whose absence the card admits."""
 
@@ -70,6 +73,7 @@ def model_card(
         missing=[name for name in HEADLINE if name not in facts.metrics],
         equations=equations(type(sae)),
         conventions=conventions(sae.config),
+        curve_names=[name for name in CURVE if any(name in row for row in facts.curve)],
         labels=facts.labels[:SHOWN_LABELS],
         hidden_labels=max(len(facts.labels) - SHOWN_LABELS, 0),
         source=repo_id or "path/to/this/folder",

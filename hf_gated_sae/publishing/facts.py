@@ -51,6 +51,8 @@ class CardFacts:
         comparisons: the same numbers of other SAEs measured in the same way, by the name of the SAE.
         evaluation: how `metrics` were measured: ``dataset``, ``split``, ``tokens``, ``command`` (to repeat it), ...
         training: facts of the training run by name, such as ``{"steps": 20000, "sparsity_coefficient": 0.5}``.
+        curve: what was measured on held-out text while it was trained, in order, each row with its ``step`` and with
+            the same other names, such as ``{"step": 500, "l0": 40.1, "loss_recovered": 0.91}``.
         datasets: Hub ids of the data that the SAE was trained on.
         license: licence identifier of the Hub, such as ``"apache-2.0"``.
         labels: latents with a known meaning.
@@ -63,6 +65,7 @@ class CardFacts:
     comparisons: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
+    curve: tuple[Mapping[str, float | None], ...] = ()
     datasets: tuple[str, ...] = ()
     license: str | None = None
     labels: tuple[LatentLabel, ...] = ()
@@ -72,7 +75,8 @@ class CardFacts:
 
     def __post_init__(self) -> None:
         """Check that what goes into tables is a number, and make the facts equal to what a file gives back."""
-        for title, numbers in {"metrics": self.metrics, **self.comparisons}.items():
+        rows = {f"row {number} of the curve": row for number, row in enumerate(self.curve)}
+        for title, numbers in {"metrics": self.metrics, **self.comparisons, **rows}.items():
             for name, value in numbers.items():
                 if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
                     raise InputError(
@@ -81,6 +85,7 @@ class CardFacts:
                     )
         object.__setattr__(self, "metrics", _numbers(self.metrics))
         object.__setattr__(self, "comparisons", {name: _numbers(found) for name, found in self.comparisons.items()})
+        object.__setattr__(self, "curve", tuple(_numbers(row) for row in self.curve))
         object.__setattr__(self, "datasets", tuple(self.datasets))
         labels = (label if isinstance(label, LatentLabel) else LatentLabel(**label) for label in self.labels)
         object.__setattr__(self, "labels", tuple(labels))

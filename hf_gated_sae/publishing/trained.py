@@ -44,8 +44,15 @@ def training_facts(run: Run, name: str = "") -> CardFacts:
         "data split": data.split if data.dataset else None,
         "data commit": data.revision,
     }
+    held_out: dict[str, Any] = {}
+    if known.get("curve"):
+        text = "the first sequences of the data, which were not learned"
+        held_out = {
+            "held-out text": Path(data.held_out).name if data.held_out else text,
+            "held-out tokens": data.held_out_tokens,
+        }
     return CardFacts(
-        **{**known, "training": _flat({"preset": run.config.preset, **known["training"]})},
+        **{**known, "training": _flat({"preset": run.config.preset, **known["training"], **held_out})},
         datasets=(data.dataset,) if data.dataset else (),
         provenance={"trained by": f"hf-gated-sae {__version__}"} | _flat(source),
     )

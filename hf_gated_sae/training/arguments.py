@@ -16,6 +16,7 @@ from transformers.trainer_utils import SaveStrategy
 from ..errors import InputError, unknown_name
 from ..functional.outliers import OUTLIER_MULTIPLE
 from .processes import require_launched
+from .proportions import RECORDED, STATISTICS
 from .remedies import remedies
 from .statistics import CENTRES
 from .supported import plain, require_makeable, require_possible, require_supported
@@ -34,7 +35,7 @@ _POSITIVE = (
 
 _NOT_NEGATIVE = (
     *("learning_rate", "adam_epsilon", "weight_decay", "max_grad_norm", "warmup_steps", "sparsity_warmup_steps"),
-    *("lr_dip_steps", "recorded_activations", "auxk_coefficient", "pull_coefficient"),
+    *("lr_dip_steps", "recorded_activations", "auxk_coefficient", "pull_coefficient", "evaluations"),
 )
 
 _ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt")
@@ -72,11 +73,15 @@ class SAETrainingArguments(TrainingArguments):
             reads what the model produces.
         initial_b_dec: what the `b_dec` of a new SAE (all zeros) starts from: ``"mean"`` or ``"geometric_median"`` of
             the activations, or ``"zero"``.
-        statistics_activations: sample size for the scale, the centre and the limit of norms.
+        statistics_activations: sample size for the scale, the centre and the limit of norms; by default 2 % of what is
+            learned, from 2,048 to 65,536.
         outlier_multiple: activations with a norm above so many times the median of that sample, at the site that is
             read or the one that is written, are not learned; the limit is recorded with the SAE (`norm_limit`). A few
             of them, such as those at attention sinks, would else be most of what it learns. None to learn them, too.
-        recorded_activations: sample size for the `max_activation` and `mean_activation` that are stored with the SAE.
+        recorded_activations: sample size for the `max_activation` and `mean_activation` that are stored with the SAE;
+            by default 8 % of what is learned, from 4,096 to 131,072. 0 records nothing.
+        evaluations: how often the SAEs are measured on held-out text, at equal distances, the last time at the end,
+            where the stream holds some back or `eval_dataset` is given.
         unit_norm_decoder: keep decoder rows at unit norm.
         dead_after_activations: a latent silent for this many activations is dead.
         dead_latent_remedy: name of a remedy in `training/remedies/`, or None.
@@ -124,9 +129,10 @@ class SAETrainingArguments(TrainingArguments):
     sparsity_power_batches: int = 10
     activation_scale: str = "sqrt_d_in"
     initial_b_dec: str = "mean"
-    statistics_activations: int = 65_536
+    statistics_activations: int | None = None
     outlier_multiple: float | None = OUTLIER_MULTIPLE
-    recorded_activations: int = 131_072
+    recorded_activations: int | None = None
+    evaluations: int = 4
     unit_norm_decoder: bool = True
     dead_after_activations: int = 51_200_000
     dead_latent_remedy: str | None = "resample"
@@ -153,6 +159,12 @@ class SAETrainingArguments(TrainingArguments):
             if value not in known:
                 raise unknown_name(name, value, known)
         self._check_ranges()
+        learned = self.max_steps * self.activation_batch_size * self.gradient_accumulation_steps
+        self._chose_statistics = self.statistics_activations is None
+        if self.statistics_activations is None:
+            self.statistics_activations = STATISTICS.of(learned)
+        if self.recorded_activations is None:
+            self.recorded_activations = RECORDED.of(learned)
         require_launched(self)
         require_possible(self)
         self.objective = _from_flag("objective", self.objective or {}, Mapping)
@@ -175,10 +187,16 @@ class SAETrainingArguments(TrainingArguments):
         return self.activation_batch_size * self.gradient_accumulation_steps * rows
 
     @property
+    def evaluation_steps(self) -> frozenset[int]:
+        """The steps after which the SAEs are measured on held-out text."""
+        return frozenset(-(-self.max_steps * number // self.evaluations) for number in range(1, self.evaluations + 1))
+
+    @property
     def open_until_the_end(self) -> frozenset[str]:
         """The names of those that decide nothing before the end of a run, which can go on with others."""
         looks_ahead = plain(self.lr_scheduler_type) not in _ENDLESS or 0 < self.warmup_steps < 1
-        return frozenset({"recorded_activations"} | (set() if looks_ahead else {"max_steps"}))
+        found = {"recorded_activations", "evaluations"} | (set() if looks_ahead else {"max_steps"})
+        return frozenset(found | ({"statistics_activations"} if self._chose_statistics else set()))
 
     def _check_ranges(self) -> None:
         for names, least, most, expected in (

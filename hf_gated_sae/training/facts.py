@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from transformers import TrainerState
 
 from ..functional import FidelityMetrics
 from .arguments import SAETrainingArguments
+from .held_out import NAMES
 from .trainee import Trainee
 
 FACTS_FILE = "training_facts.json"
@@ -55,6 +56,8 @@ def write_training_facts(
                 "sparsity_coefficient": trainee.coefficient,
             }
         }
+        if curve := held_out_curve(trainee.name, state.log_history, args.activations_per_step):
+            facts["curve"] = curve
         if metrics is not None:
             measured = asdict(metrics[number])
             tokens = measured.pop("tokens")
@@ -62,3 +65,23 @@ def write_training_facts(
             facts["evaluation"] = {"dataset": "activations of the training stream", "tokens": tokens}
         text = json.dumps(facts, indent=2, allow_nan=False)
         (folder / trainee.name / FACTS_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def held_out_curve(
+    name: str, history: Sequence[Mapping[str, Any]], activations_per_step: int
+) -> list[dict[str, float | None]]:
+    """Return what was measured of an SAE on held-out text during a run, a row for each time; a ratio may be undefined.
+
+    Args:
+        name: of the SAE among several; empty if it is alone.
+        history: what the trainer has logged.
+        activations_per_step: of all processes.
+    """
+    lead = f"eval_{name}/" if name else "eval_"
+    rows: list[dict[str, float | None]] = []
+    for line in history:
+        if f"{lead}loss_recovered" in line:
+            values = {key: float(line[f"{lead}{key}"]) for key in NAMES}
+            finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
+            rows.append({"step": line["step"], "activations": line["step"] * activations_per_step, **finite})
+    return rows

@@ -4,15 +4,34 @@ from __future__ import annotations
 
 from typing import Any
 
+from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
+
+from .phases import Phase, PhaseCallback
 
 SHOWN = {"loss": "loss", "l0": "L0", "fvu": "FVU", "relative_reconstruction_bias": "gamma", "dead_latents": "dead"}
 """What stands after the bar, and how it is called there; loss terms come after the loss."""
 
 
-class TrainingProgress(ProgressCallback):
-    """Shows loss terms, L0, FVU, gamma and the number of dead latents of each SAE after the bar."""
+class TrainingProgress(ProgressCallback, PhaseCallback):
+    """Shows loss terms, L0, FVU, gamma and the number of dead latents of each SAE after the bar.
+
+    What a run does besides its steps has bars of its own, which are gone when it is done.
+    """
+
+    def __init__(self, max_str_len: int = 100) -> None:
+        super().__init__(max_str_len)
+        self._phases: dict[Phase, tqdm[Any]] = {}
+
+    def on_phase(self, phase: Phase, done: int, total: int) -> None:
+        """Move the bar of a phase."""
+        if phase not in self._phases:
+            self._phases[phase] = tqdm(total=total, desc=phase, leave=False, dynamic_ncols=True, unit_scale=True)
+        bar = self._phases[phase]
+        bar.update(done - bar.n)
+        if done >= total:
+            self._phases.pop(phase).close()
 
     def on_log(
         self,

@@ -20,14 +20,17 @@ from transformers.trainer_utils import TrainOutput
 
 from ..errors import CheckpointError, InputError, SAEError, TrainingError, reason, unknown_name
 from ..functional import FidelityMetrics
+from ..hooks.token_batches import TokenBatches
 from ..modeling import SAEModel, TrainingLoss
 from . import checkpoints
 from .arguments import SAETrainingArguments
 from .facts import write_training_facts
 from .gradients import GradientsOfSAEs
 from .group import SAEGroup
+from .held_out import HeldOut
 from .memory import TrainingMemory, available_memory, is_out_of_memory
 from .objective import called_through
+from .phases import Phase, PhaseCallback, counted
 from .processes import Processes, require_launched
 from .progress import TrainingProgress
 from .recording import record_activations
@@ -55,6 +58,8 @@ class SAETrainer(GradientsOfSAEs, Resumable):
         args: the recipe.
         train_dataset: where activations come from; a tensor ``[n, d_in]`` is read as `TensorActivations`.
         callbacks: further callbacks, called after our own.
+        eval_dataset: batches of held-out tokens, on which the SAEs are measured `evaluations` times during the run; by
+            default what the tokens of the stream hold back, see `HeldBack`.
         grid: which processes share what, where they were arranged already to make the SAEs.
 
     Attributes:
@@ -75,6 +80,7 @@ class SAETrainer(GradientsOfSAEs, Resumable):
         args: SAETrainingArguments,
         train_dataset: ActivationStream | Tensor,
         callbacks: list[TrainerCallback] | None = None,
+        eval_dataset: TokenBatches | None = None,
         *,
         grid: Grid | None = None,
     ) -> None:
@@ -89,6 +95,8 @@ class SAETrainer(GradientsOfSAEs, Resumable):
                 f"{args.latent_parallel}: arrange it with the same number."
             )
         self.stream = self.grid.part(stream)
+        learned = args.max_steps * args.activation_batch_size * args.gradient_accumulation_steps
+        self.stream.size_for(learned, args.activation_batch_size)
         given = {"": model} if isinstance(model, SAEModel) else dict(model)
         _require_known(args, given)
         saes = {name: _part(sae, self.grid, args) for name, sae in given.items()}
@@ -98,6 +106,7 @@ class SAETrainer(GradientsOfSAEs, Resumable):
         if not self.grid.latents.alone:
             module._is_accelerate_prepared = True  # not to be wrapped: DDP would give all parts the same weights
         self.trainees = {name: Trainee(name, sae, args, stream, self.grid) for name, sae in saes.items()}
+        self.held_out = HeldOut.of(self.stream, self.trainees.values(), eval_dataset)
         self._logged: dict[str, tuple[Batch, TrainingLoss]] | None = None
         self._inputs: dict[str, Tensor] = {}
         self._loss_sum: Tensor | None = None
@@ -187,6 +196,7 @@ class SAETrainer(GradientsOfSAEs, Resumable):
                 if checkpoint is None:
                     self._start()
                 self._since = time.monotonic()
+                self.stream.report = self._report
                 output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -198,11 +208,18 @@ class SAETrainer(GradientsOfSAEs, Resumable):
         self._finish()
         return output
 
+    def _report(self, phase: Phase, done: int, total: int) -> None:
+        """Tell the callbacks that want to know how far a phase is."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, PhaseCallback) and self.is_world_process_zero():
+                callback.on_phase(phase, done, total)
+
     def _start(self) -> None:
         """Measure the activations, centre the SAEs on them and change their units."""
         sites = {site for trainee in self.trainees.values() for site in (trainee.reads, trainee.writes)}
         pieces: dict[str, list[Tensor]] = {site: [] for site in sites}
-        for piece in self.stream.sample(self.args.statistics_activations):
+        count = self.args.statistics_activations or 1
+        for piece in counted(self.stream.sample(count), self._report, Phase.SCALE, count):
             for site in sites:
                 pieces[site].append(piece[site])
         settings: dict[str, Any] = {
@@ -226,7 +243,9 @@ class SAETrainer(GradientsOfSAEs, Resumable):
         metrics: list[FidelityMetrics] | None = None
         unrecorded: BaseException | None = None
         try:
-            metrics = record_activations(trainees, self.stream.sample(count)) if count else None
+            if count:
+                sample = counted(self.stream.sample(count), self._report, Phase.RECORD, count)
+                metrics = record_activations(trainees, sample)
         except (SAEError, OSError, RuntimeError, MemoryError, KeyboardInterrupt) as error:
             if not isinstance(error, SAEError) and not self.grid.everyone.alone:
                 raise  # of which the others do not know, and wait
@@ -255,7 +274,7 @@ class SAETrainer(GradientsOfSAEs, Resumable):
         """Let go of the latest batch."""
         self._seconds, self._since = self.seconds, 0.0
         self._logged, self._loss_sum = None, None
-        self._inputs = {}
+        self._inputs, self.stream.report = {}, None
         for trainee in self.trainees.values():
             trainee.dead.reset()
 
@@ -305,6 +324,37 @@ class SAETrainer(GradientsOfSAEs, Resumable):
             self._logged = None
         self.state.epoch = self.state.global_step / self.state.max_steps  # a stream has no epochs, only a share done
         super().log(logs, start_time)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Measure the SAEs as they are now on held-out text, and log what was found.
+
+        Args:
+            eval_dataset: batches of tokens; by default those of the trainer, or what its stream holds back.
+            ignore_keys: not used.
+            metric_key_prefix: what the names of the metrics begin with.
+
+        Returns:
+            Loss recovered, the three losses behind it, FVU, gamma and L0 of each SAE; of several, under its name.
+
+        Raises:
+            InputError: if there is no text to measure on, or none of the SAEs can be measured.
+        """
+        trainees = self.trainees.values()
+        held_out = self.held_out if eval_dataset is None else HeldOut.of(self.stream, trainees, eval_dataset)
+        if held_out is None:
+            raise InputError("There is no held-out text to measure on: pass eval_dataset=, batches of its tokens.")
+        metrics: dict[str, float] = {}
+        with self.grid.everyone.agreed(lambda error: TrainingError(f"Held-out text could not be measured: {error}")):
+            found = held_out.measure(self._report)
+        for name, values in found.items():
+            lead = f"{metric_key_prefix}_{name}/" if name else f"{metric_key_prefix}_"
+            metrics |= {f"{lead}{key}": value for key, value in self.grid.data.numbers(values).items()}
+        self.log(dict(metrics))
+        control: TrainerControl = self.control  # type: ignore[has-type]  # declared in a method of Trainer
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, control, metrics)
+        return metrics
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return the operations of a forward and backward pass: 6 per activation and weight."""
@@ -374,6 +424,11 @@ class _Steps(TrainerCallback):
         """Act on the weights: the learning rate of the next step is decided afterwards."""
         for trainee in self.trainer.trainees.values():
             trainee.after_step(state.global_step + 1, kwargs["optimizer"])
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Let the SAEs be measured, if it is time."""
+        if self.trainer.held_out is not None and state.global_step in args.evaluation_steps:
+            control.should_evaluate = True
 
 
 class _Batches(IterableDataset[dict[str, Tensor]]):

@@ -23,7 +23,7 @@ from hf_gated_sae.training.presets import presets
 
 RUN = {
     "output_dir": "out",
-    "model": {"name": str(bundled.MODEL)},
+    "model": {"name": str(bundled.MODEL), "hub_id": "none"},
     "data": {"files": "train.txt", "context_length": 32, "sequences_per_batch": 4, "buffer_size": 128},
     "preset": "gated-paper",
     "sae": {"site": "resid_post.1", "d_sae": 48},
@@ -94,7 +94,7 @@ def test_a_dry_run_says_what_it_costs_and_writes_nothing(here: Path, monkeypatch
     for words in ((), ("--no-measure",)):
         assert run(monkeypatch, "--config", "run.yaml", "--dry-run", *words) == 0
         said = capsys.readouterr().out
-        for phrase in ("parameters", "12,560", "Adam's moments", "base model", "FLOP", "SAE step", "tokens", "128"):
+        for phrase in ("parameters", "12,560", "Adam's moments", "base model", "FLOP", "a step", "tokens", "128"):
             assert phrase in said, phrase
         assert ("estimated" if words else "measured") in said
         assert max(map(len, said.splitlines())) <= 80

@@ -188,7 +188,8 @@ def test_another_tokenizer_at_hand_is_found_out_when_a_run_is_resumed(arguments,
 
 def test_a_run_file_leaves_them_out_and_its_card_says_so(small, tmp_path):
     assert assemble(small).training.get("outlier_multiple", OUTLIER_MULTIPLE) == 10.0
-    run = Run.prepare(assemble({**small, "training": {**small["training"], "outlier_multiple": 1.5}}))
+    changes = {"outlier_multiple": 1.5, "recorded_activations": 1000}
+    run = Run.prepare(assemble({**small, "training": {**small["training"], **changes}}))
     run.train(quiet=True)
     folder = leave(run)[""]
     sae, card = run.saes[""], (Path(folder) / "README.md").read_text(encoding="utf-8")

@@ -44,7 +44,7 @@ def test_the_seed_decides_the_first_weights(small: dict) -> None:
 
 
 def test_a_folder_s_path_is_not_recorded(small: dict) -> None:
-    del small["model"]["hub_id"]
+    small["model"]["hub_id"] = "none"
     [sae] = build(assemble(small)).saes.values()
     assert sae.config.base_model is None
 
@@ -87,7 +87,7 @@ def test_text_that_is_not_there(small: dict, tmp_path: Path) -> None:
 def test_patterns_stand_for_files(small: dict, tmp_path: Path) -> None:
     for name in ("a.md", "b.md"):
         (tmp_path / name).write_text("import os\n" * 200)
-    small["data"]["files"] = [str(tmp_path / "*.md")]
+    small["data"] |= {"files": [str(tmp_path / "*.md")], "held_out_tokens": 0}
     assert len(build(assemble(small)).stream.tokens.text.files) == 2
 
 
@@ -102,7 +102,8 @@ def test_a_list_of_tables_is_read_by_rows(small: dict, tmp_path: Path) -> None:
         lines = [json.dumps({"story": each, "id": 7}) for each in corpus.texts("training", 4000 * (number + 1))]
         (tmp_path / f"{number}.jsonl").write_text("\n".join(lines))
     for files in ([str(tmp_path / "0.jsonl"), str(tmp_path / "2.jsonl")], [str(tmp_path / "*.jsonl")]):
-        run = {**small, "data": {**small["data"], "files": files, "text_column": "story"}}
+        data = {**small["data"], "files": files, "text_column": "story", "held_out_tokens": 0}
+        run = {**small, "data": data}
         read = list(build(assemble(run)).stream.tokens.text.documents())
         assert len(read) > 2 and not any('"id"' in each for each in read)
     with pytest.raises(InputError, match="data.documents means nothing with data.files"):

@@ -47,7 +47,7 @@ ALTERNATIVES = (("sae.d_sae", "sae.expansion_factor"), ("model.device", "model.d
 SOURCES = ("dataset", "files", "shards")
 NOT_OF_SHARDS = (
     *("text_column", "documents", "context_length", "packing", "bos", "eos", "special_tokens"),
-    *("sequences_per_batch", "buffer_size", "save_buffer"),
+    *("sequences_per_batch", "buffer_size", "save_buffer", "held_out", "held_out_tokens"),
 )
 FOREIGN = {
     "dataset": ("documents",),
@@ -110,10 +110,11 @@ def assemble(given: Mapping[str, Any], flags: Mapping[str, Any] | None = None) -
         _check_sae(sae, f"saes.{name}." if name else "sae.")
     config = dataclasses.replace(config, training=_read_training(config.training))
     args = arguments(config)  # what it refuses is refused now
-    if config.data.shards is None and config.data.buffer_size < 2 * args.activation_batch_size:
+    buffer = config.data.buffer_size
+    if buffer is not None and buffer < 2 * args.activation_batch_size:
         raise InputError(
-            f"data.buffer_size is {config.data.buffer_size}; expected at least two batches, "
-            f"{2 * args.activation_batch_size}, to shuffle."
+            f"data.buffer_size is {buffer}; expected at least two batches, {2 * args.activation_batch_size}, to "
+            "shuffle."
         )
     return config
 
@@ -259,10 +260,11 @@ def _at_home(config: RunConfig) -> RunConfig:
     data, model, files = config.data, config.model, config.data.files
     found = _home(files) if isinstance(files, str) else None if files is None else [_home(each) for each in files]
     shards = None if data.shards is None else _home(data.shards)
+    held_out = None if data.held_out is None else _home(data.held_out)
     return dataclasses.replace(
         config,
         output_dir=_home(config.output_dir),
-        data=dataclasses.replace(data, files=found, shards=shards),
+        data=dataclasses.replace(data, files=found, shards=shards, held_out=held_out),
         model=None if model is None else dataclasses.replace(model, name=_home(model.name)),
     )
 
@@ -308,6 +310,12 @@ def _check_data(data: DataSettings, explicit: Mapping[str, Any]) -> None:
         raise InputError(f"Activations come from one of data.dataset, data.files and data.shards; given {given}.")
     if data.dataset is not None and Path(data.dataset).is_file():
         raise InputError(f"data.dataset is {data.dataset}, a file here, and no id of the Hub: give it as data.files.")
+    for name, least in (("sequences_per_batch", 1), ("held_out_tokens", 0), ("context_length", 1)):
+        value = getattr(data, name)
+        if value is not None and value < least:
+            raise InputError(f"data.{name} is {value}; expected at least {least}.")
+    if data.held_out is not None and data.held_out_tokens == 0:
+        raise InputError("data.held_out names text to measure, and data.held_out_tokens is 0: remove one of them.")
     for name in _foreign(data):
         if f"data.{name}" in explicit:
             what = "" if name in FOREIGN[chosen[0]] else f": {data.name}"

@@ -15,10 +15,11 @@ class ModelSettings:
     Attributes:
         name: Hub id, or folder.
         revision: branch, tag or commit; the commit that it leads to is recorded.
-        dtype: of its weights, such as bfloat16; auto is that of the checkpoint.
+        dtype: of its weights, such as bfloat16; auto is that of the checkpoint, or float32 where that is faster and
+            loses nothing, as on many CPUs.
         device: where it runs, such as cuda:1; by default with the SAE.
         device_map: spreads it over several devices, as in transformers, such as auto.
-        hub_id: id to record for a model that is loaded from a folder.
+        hub_id: of a model in a folder, the id under which others find it, which cards name; none if it has no such id.
         quantization: as transformers takes it, such as {quant_method: bitsandbytes, load_in_8bit: true}.
     """
 
@@ -79,9 +80,12 @@ class DataSettings:
             tokenizer has one.
         eos: whether an EOS token follows each document; by default between packed ones that no BOS separates.
         special_tokens: learn the activations of special tokens, too.
-        sequences_per_batch: sequences per forward of the model.
-        buffer_size: activations held for shuffling.
+        sequences_per_batch: sequences per forward of the model; by default at most 32, fewer in a short run.
+        buffer_size: activations held for shuffling; by default a tenth of the run, at most a million.
         save_buffer: keep them in checkpoints, so that a resumed run goes on bit by bit.
+        held_out: other text that the SAEs are measured on while they learn, a file, folder or data set's Hub id; by
+            default the first sequences of the data, which are not learned.
+        held_out_tokens: tokens of it; by default 0.5 % of the run, from 1,024 to 16,384. 0 measures nothing.
     """
 
     dataset: str | None = None
@@ -98,9 +102,11 @@ class DataSettings:
     bos: Literal["document", "sequence", "none"] | None = None
     eos: bool | None = None
     special_tokens: bool = False
-    sequences_per_batch: int = 32
-    buffer_size: int = 1_000_000
+    sequences_per_batch: int | None = None
+    buffer_size: int | None = None
     save_buffer: bool = True
+    held_out: str | None = None
+    held_out_tokens: int | None = None
 
     @property
     def name(self) -> str:

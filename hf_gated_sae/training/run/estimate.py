@@ -6,7 +6,8 @@ import copy
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, islice, repeat
 from typing import Any
 
 import torch
@@ -15,24 +16,38 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 
 from ...errors import InputError
+from ...evaluation.fidelity import FORWARDS
+from ...hooks.token_batches import TokenBatch, TokenBatches
 from ...modeling import SAEModel
 from ...sites import Site
+from ..arguments import SAETrainingArguments
+from ..held_out import HeldOut
 from ..memory import TrainingMemory, available_memory, in_bytes, short
+from ..phases import Phase
+from ..recording import record_activations
 from ..sharding import whole_config
 from ..streams import ModelActivations, TensorActivations
+from ..streams.tokens import rows_of
+from ..trainee import Trainee
 from ..trainer import SAETrainer
 from .assembly import arguments
-from .config import RunConfig
+from .config import DataSettings, RunConfig
 from .models import load_config
 from .parts import Parts, base_model, build, new_saes
+from .text import sized
+from .tokens_read import TRAIN, TokensRead, count_tokens
 
 STEPS = 6
 """Steps that are timed, of which the first two warm up."""
+READ_BATCHES, READ_SECONDS = 8, 2.0
+"""At most so many batches of tokens are read to time reading, and no further one after so long."""
+MEASURED_TOKENS = 2048
+"""Tokens of held-out text, and activations that are recorded, to time both."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one step.
+    """Of one step of the SAEs, or of one token that the model reads.
 
     Attributes:
         operations: floating-point operations if all latents are computed; fewer are where most latents are off.
@@ -58,9 +73,10 @@ class Estimate:
         available: bytes that a run could have on the device of the SAEs; None if that cannot be told.
         steps: in all.
         batch: activations per step, of all processes.
-        tokens: of text per step, about.
+        tokens: what the model reads in the whole run.
         training: cost of the SAEs' step.
-        reading: cost of the base model's forwards for it.
+        reading: cost of a token that the base model reads up to the last site.
+        seconds: how long each phase of the run takes, by its name, and `TRAIN`, the steps with what is read between.
     """
 
     measured: bool
@@ -73,9 +89,21 @@ class Estimate:
     available: int | None
     steps: int
     batch: int
-    tokens: float
+    tokens: TokensRead
     training: Cost
     reading: Cost
+    seconds: Mapping[str, float]
+
+    @property
+    def time(self) -> float:
+        """Seconds of the whole run."""
+        return sum(self.seconds.values())
+
+    @property
+    def operations(self) -> float:
+        """Floating-point operations of the whole run."""
+        read = self.tokens.total - self.tokens.by_phase[Phase.HELD_OUT]
+        return self.steps * self.training.operations + read * self.reading.operations
 
     @property
     def total(self) -> int:
@@ -97,10 +125,8 @@ class Estimate:
     def tables(self) -> dict[str, list[tuple[str, str, str]]]:
         """Return the estimate for people: by title, rows of name, value and remark."""
         how = "measured" if self.measured else "estimated"
-        seconds = self.training.seconds + self.reading.seconds
-        operations = self.training.operations + self.reading.operations
         size = [(f"parameters{f' of {name}' if name else ''}", f"{n:,}", "") for name, n in self.parameters.items()]
-        return {
+        found = {
             "Memory": [
                 *size,
                 ("weights", in_bytes(self.memory.weights), ""),
@@ -111,20 +137,28 @@ class Estimate:
                 *([("base model", in_bytes(self.model), "weights alone")] if self.model else []),
                 ("in all", in_bytes(self.total), self._fits),
             ],
-            f"Time and operations ({how})": [
-                ("SAE step", in_time(self.training.seconds), f"{short(self.training.operations)}FLOP"),
-                ("base model", in_time(self.reading.seconds), f"{short(self.reading.operations)}FLOP, per step"),
-                ("both", in_time(seconds), f"{short(operations)}FLOP, {short(operations / seconds)}FLOP/s"),
+            f"Speed ({how})": [
+                ("a step", in_time(self.training.seconds), f"{short(self.training.operations)}FLOP, without reading"),
             ],
             "The whole run": [
                 ("steps", f"{self.steps:,}", f"of {self.batch:,} activations"),
-                ("activations", f"{self.steps * self.batch:,}", ""),
-                ("tokens", f"{round(self.steps * self.tokens):,}", "of text, with those that are not learned"),
-                ("operations", f"{short(self.steps * operations)}FLOP", ""),
+                ("activations", f"{self.steps * self.batch:,}", "are learned"),
+                ("operations", f"{short(self.operations)}FLOP", ""),
                 ("checkpoint", in_bytes(self.checkpoint), f"on the disk, {in_bytes(self.saved)} of it the buffer"),
-                ("time", in_time(self.steps * seconds), f"{self.batch / seconds:,.0f} activations per second"),
             ],
         }
+        run = found["The whole run"]
+        if self.tokens.total:
+            speed = f"{1 / self.reading.seconds:,.0f} tokens per second"
+            found[f"Speed ({how})"].append(("the model reads", speed, ""))
+            about = "" if self.tokens.exact else "about"
+            run.append(("tokens", f"{self.tokens.total:,}", f"{about} read by the model, padding included".strip()))
+        for phase, seconds in self.seconds.items():
+            tokens = self.tokens.by_phase.get(phase, 0)
+            if seconds or tokens:
+                run.append((f"  {phase}", in_time(seconds), f"{tokens:,} tokens" if tokens else ""))
+        run.append(("time", in_time(self.time), f"{self.steps * self.batch / self.time:,.0f} activations per second"))
+        return found
 
 
 def estimate(config: RunConfig) -> Estimate:
@@ -146,25 +180,29 @@ def estimate(config: RunConfig) -> Estimate:
     widths = {site: _width(site, text.hidden_size) for sae in config.named.values() for site in _sites(sae)}
     with torch.device("meta"):
         saes = new_saes(config, widths, {"base_model": base_model(config.model)}, torch.device("meta"))
-    batch = args.activations_per_step
-    buffer = config.data.buffer_size * sum(widths.values()) * _dtype(config, model).itemsize
-    reading = _share_of_layers(widths, model.config) * _reading_operations(model) * batch
-    training = _learning_operations(saes) * batch
+    data = sized(config.data, args, model)
+    buffer = (data.buffer_size or 0) * sum(widths.values()) * _dtype(config, model).itemsize
+    reading = _share_of_layers(widths, model.config) * _reading_operations(model)
+    training = _learning_operations(saes) * args.activations_per_step
+    tokens = _about(args, data, len(saes))
+    costs = Cost(training, training / rate), Cost(reading, reading / rate)
+    whole = _reading_operations(model) / rate
     return Estimate(
         measured=False,
         **_common(config, saes, args),
         activations=TrainingMemory.of(saes.values()).per_activation * args.activation_batch_size,
         buffer=buffer,
-        saved=buffer if config.data.save_buffer else 0,
+        saved=buffer if data.save_buffer else 0,
         model=sum(each.numel() for each in model.parameters()) * _dtype(config, model).itemsize,
-        tokens=float(batch),
-        training=Cost(training, training / rate),
-        reading=Cost(reading, reading / rate),
+        tokens=tokens,
+        training=costs[0],
+        reading=costs[1],
+        seconds=_seconds(tokens, args, *costs, held_out=whole, recording=training / 3 / rate),
     )
 
 
 def measured(config: RunConfig) -> Estimate:
-    """Build every part of a run, and measure a few steps on real activations; nothing is written.
+    """Build every part of a run, count its tokens, and measure a few steps on real activations; nothing is written.
 
     The SAEs are as they start, when more latents are on than later: steps become faster.
 
@@ -172,14 +210,20 @@ def measured(config: RunConfig) -> Estimate:
         config: the run.
     """
     parts = build(config)
-    args = parts.arguments
-    reading, tokens, x = _read(parts)
-    training, activations = _train(parts, x)
-    here = args.activation_batch_size * args.gradient_accumulation_steps
-    batch = args.activations_per_step
-    model = parts.model
-    buffer = parts.stream.buffer_bytes if isinstance(parts.stream, ModelActivations) else 0
-    share = 0.0 if model is None else _share_of_layers(parts.stream.sites, model.config)
+    args, model, stream = parts.arguments, parts.model, parts.stream
+    share = 0.0 if model is None else _share_of_layers(stream.sites, model.config)
+    tokens, buffer, held_out = TokensRead(dict.fromkeys((*Phase, TRAIN), 0), True), 0, 0.0
+    if isinstance(stream, ModelActivations):
+        able = HeldOut.of(stream, [Trainee(name, sae, args, stream) for name, sae in parts.saes.items()])
+        tokens = count_tokens(stream, args, len(able.trainees) if able else 0)
+        buffer = stream.buffer_bytes
+        held_out = _held_out_seconds(able) if able else 0.0
+    reading, x = _read(parts)
+    training, recording, activations = _train(parts, x)
+    costs = (
+        Cost(_learning_operations(parts.saes) * args.activations_per_step, training),
+        Cost(share * _reading_operations(model), reading),
+    )
     return Estimate(
         measured=True,
         **_common(config, parts.saes, args),
@@ -187,10 +231,67 @@ def measured(config: RunConfig) -> Estimate:
         buffer=buffer,
         saved=buffer if config.data.save_buffer else 0,
         model=0 if model is None else sum(each.numel() * each.element_size() for each in model.parameters()),
-        tokens=tokens * batch,
-        training=Cost(_learning_operations(parts.saes) * batch, training),
-        reading=Cost(share * _reading_operations(model) * tokens * batch, reading * here),
+        tokens=tokens,
+        training=costs[0],
+        reading=costs[1],
+        seconds=_seconds(tokens, args, *costs, held_out=held_out, recording=recording),
     )
+
+
+def _about(args: SAETrainingArguments, data: DataSettings, saes: int) -> TokensRead:
+    """Return about how many tokens a run reads, if every token is an activation."""
+    learned = args.max_steps * args.activation_batch_size * args.gradient_accumulation_steps
+    filled = data.buffer_size or 0
+    held_out = FORWARDS * (data.held_out_tokens or 0) * len(args.evaluation_steps) * saes
+    by_phase = {
+        Phase.SCALE: args.statistics_activations or 0,
+        Phase.FILL: filled,
+        TRAIN: max(learned - filled // 2, 0),
+        Phase.HELD_OUT: held_out,
+        Phase.RECORD: args.recorded_activations or 0,
+    }
+    return TokensRead(by_phase, exact=False)
+
+
+def _seconds(
+    tokens: TokensRead, args: SAETrainingArguments, training: Cost, reading: Cost, *, held_out: float, recording: float
+) -> dict[str, float]:
+    """Return how long each phase takes.
+
+    Args:
+        tokens: what is read.
+        args: the recipe.
+        training: cost of a step.
+        reading: cost of a token that is read up to the last site.
+        held_out: seconds for each token of a measurement on held-out text.
+        recording: seconds in which an activation is recorded, besides reading.
+    """
+    found = {phase: tokens.by_phase[phase] * reading.seconds for phase in (Phase.SCALE, Phase.FILL, TRAIN)}
+    found[TRAIN] += args.max_steps * training.seconds
+    found[Phase.HELD_OUT] = tokens.by_phase[Phase.HELD_OUT] * held_out
+    recorded = args.recorded_activations or 0
+    found[Phase.RECORD] = tokens.by_phase[Phase.RECORD] * reading.seconds + recorded * recording
+    return found
+
+
+def _held_out_seconds(held_out: HeldOut) -> float:
+    """Return the seconds that each token of a measurement takes, in each of its forwards."""
+    few = replace(held_out, batches=list(_first(held_out.batches, MEASURED_TOKENS)))
+    tokens = sum(each["input_ids"].numel() if isinstance(each, Mapping) else each.numel() for each in few.batches)
+    start = time.perf_counter()
+    few.measure(lambda *_: None)
+    return (time.perf_counter() - start) / (FORWARDS * tokens * len(few.trainees))
+
+
+def _first(batches: TokenBatches, tokens: int) -> Iterator[TokenBatch]:
+    """Yield the first sequences of some batches: so many tokens, at least one sequence."""
+    for batch in batches:
+        ids = batch["input_ids"] if isinstance(batch, Mapping) else batch
+        rows = max(1, tokens // ids.shape[-1])
+        yield rows_of(batch, slice(rows)) if rows < len(ids) else batch
+        tokens -= ids.numel()
+        if tokens <= 0:
+            return
 
 
 def _dtype(config: RunConfig, model: Any) -> torch.dtype:
@@ -229,31 +330,33 @@ def _common(config: RunConfig, saes: Mapping[str, SAEModel], args: Any) -> dict[
     }
 
 
-def _read(parts: Parts) -> tuple[float, float, dict[str, Tensor]]:
-    """Return the seconds that reading one activation takes, tokens of text per activation, and some activations."""
+def _read(parts: Parts) -> tuple[float, dict[str, Tensor]]:
+    """Return the seconds that reading a token takes, and some activations."""
     stream = parts.stream
     if not isinstance(stream, ModelActivations):
-        return 0.0, 1.0, next(stream.sample(4096))
-    batches = iter(stream.tokens.open())
+        return 0.0, next(stream.sample(4096))
+    batches = stream.tokens.open()
     first = next(batches)
-    second = next(batches, first)
-    list(stream.read(iter([first])))  # the first one is slower
-    start = time.perf_counter()
-    [x] = stream.read(iter([second]))
-    _wait(parts.arguments.device)
-    seconds = time.perf_counter() - start
-    count = len(next(iter(x.values())))
-    tokens = second["input_ids"] if isinstance(second, Mapping) else second
-    return seconds / count, tokens.numel() / count, x
+    pieces = list(stream.read(iter([first])))  # the first one is slower
+    tokens, seconds = 0, 0.0
+    for batch in islice(chain(batches, repeat(first)), READ_BATCHES):
+        start = time.perf_counter()
+        pieces += stream.read(iter([batch]))
+        _wait(parts.arguments.device)
+        seconds += time.perf_counter() - start
+        tokens += (batch["input_ids"] if isinstance(batch, Mapping) else batch).numel()
+        if seconds > READ_SECONDS:
+            break
+    return seconds / tokens, {site: torch.cat([piece[site] for piece in pieces]) for site in stream.sites}
 
 
-def _train(parts: Parts, x: Mapping[str, Tensor]) -> tuple[float, int]:
-    """Return the seconds that a step of all SAEs takes, and the bytes that it holds for its backward pass."""
+def _train(parts: Parts, x: Mapping[str, Tensor]) -> tuple[float, float, int]:
+    """Return the seconds of a step of all SAEs, those of recording an activation, and the bytes that a step holds."""
     wanted = parts.arguments.activation_batch_size
     stream = _Repeated(x, max(2, parts.grid.data.count) * wanted)
     held = _held(parts, stream.rows(torch.arange(wanted)))
     with tempfile.TemporaryDirectory() as scratch:
-        return _timed(parts, stream, scratch), held
+        return *_timed(parts, stream, scratch), held
 
 
 def _held(parts: Parts, batch: Mapping[str, Tensor]) -> int:
@@ -270,8 +373,8 @@ def _held(parts: Parts, batch: Mapping[str, Tensor]) -> int:
     return held
 
 
-def _timed(parts: Parts, stream: TensorActivations, scratch: str) -> float:
-    """Return the median time of a trainer's step."""
+def _timed(parts: Parts, stream: TensorActivations, scratch: str) -> tuple[float, float]:
+    """Return the median time of a trainer's step, and the time in which it records an activation."""
     quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "logging_strategy": "no"}
     calm = {"resample_steps": [], "sparsity_power_end": 1.0, "sparsity_warmup_steps": 0}  # what later steps have
     args = arguments(parts.config, output_dir=scratch, max_steps=STEPS, recorded_activations=0, **quiet, **calm)
@@ -281,7 +384,11 @@ def _timed(parts: Parts, stream: TensorActivations, scratch: str) -> float:
     trainer = SAETrainer(saes if alone is None else alone, args, stream, callbacks=[clock])
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    return sorted(clock.seconds[2:])[(STEPS - 2) // 2]
+    sample = stream.rows(torch.arange(MEASURED_TOKENS))
+    start = time.perf_counter()
+    record_activations(list(trainer.trainees.values()), [sample])
+    _wait(args.device)
+    return sorted(clock.seconds[2:])[(STEPS - 2) // 2], (time.perf_counter() - start) / MEASURED_TOKENS
 
 
 class _Repeated(TensorActivations):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import (
     AutoConfig,
@@ -19,6 +21,53 @@ from transformers import (
 from ...errors import InputError, MissingFileError
 from .config import ModelSettings
 from .pinning import commit_on_hub
+
+NOWHERE = "none"
+"""What `hub_id` says of a model that nobody else can find."""
+
+_SHAPE = 512, 1024
+"""Rows and width of the matrix product by which dtypes are compared."""
+
+
+def with_dtype(settings: ModelSettings, device: torch.device) -> tuple[ModelSettings, str]:
+    """Return the settings with the dtype that ``auto`` stands for, and why it is another than the checkpoint's.
+
+    On a CPU without arithmetic of its own for bfloat16 or float16, float32 is several times faster; it holds every
+    number that those do, so that nothing is lost but memory.
+
+    Args:
+        settings: of the model.
+        device: where it goes if they do not say.
+    """
+    place = torch.device(settings.device) if settings.device is not None else device
+    if settings.dtype != "auto" or settings.device_map is not None or settings.quantization is not None:
+        return settings, ""
+    config = load_config(settings)
+    stored = config.get_text_config().dtype or config.dtype
+    if place.type != "cpu" or stored not in (torch.bfloat16, torch.float16):
+        return settings, ""
+    with torch.device("meta"):
+        size = AutoModelForCausalLM.from_config(config).num_parameters() * torch.float32.itemsize
+    if size > psutil.virtual_memory().available / 2:
+        return settings, ""
+    times = {dtype: _seconds(dtype) for dtype in (stored, torch.float32)}
+    factor = times[stored] / times[torch.float32]
+    name = str(stored).removeprefix("torch.")
+    if factor < 1:
+        return dataclasses.replace(settings, dtype=name), ""
+    return dataclasses.replace(settings, dtype="float32"), f"stored in {name}, which takes {factor:.1f}x as long here"
+
+
+def _seconds(dtype: torch.dtype) -> float:
+    """Return how long a matrix product takes on the CPU: the shortest of a few times."""
+    rows, width = _SHAPE
+    x, weight = torch.ones(rows, width, dtype=dtype), torch.ones(width, width, dtype=dtype)
+    found = []
+    for _ in range(4):
+        start = time.perf_counter()
+        x @ weight
+        found.append(time.perf_counter() - start)
+    return min(found)
 
 
 def load_model(settings: ModelSettings, device: torch.device) -> PreTrainedModel:
@@ -77,6 +126,11 @@ def pinned_model(settings: ModelSettings) -> ModelSettings:
     """Return the settings with the commit that the model's revision leads to; errors as for `commit_on_hub`."""
     _require_folder(settings.name)
     if is_folder(settings.name):
+        if settings.hub_id is None:
+            raise InputError(
+                f"model.name is {settings.name!r}, a folder: give --model.hub_id, the id under which others find this "
+                f"model, for the SAE's card and configuration; or --model.hub_id {NOWHERE} if there is no such id."
+            )
         if settings.revision is not None:
             raise InputError(f"model.revision means nothing with {settings.name!r}, which is a folder: remove it.")
         return settings

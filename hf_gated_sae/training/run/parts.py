@@ -23,8 +23,8 @@ from ..sharding import Grid, new_part
 from ..streams import ActivationStream, ModelActivations, ShardActivations
 from .assembly import arguments, settings_of
 from .config import ModelSettings, RunConfig, SAESettings
-from .models import is_folder, load_model, load_tokenizer, pinned_model
-from .text import open_documents, open_tokens, pinned_data
+from .models import NOWHERE, is_folder, load_model, load_tokenizer, pinned_model, with_dtype
+from .text import open_documents, open_tokens, pinned_data, sized, with_held_out
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Parts:
         saes: the new SAEs, by the name of their section; where processes share them, this process's parts.
         model: the causal LM; None if activations come from shards.
         tokenizer: its tokenizer; likewise.
+        dtype_remark: why the model computes in another dtype than its checkpoint has; empty if it does not.
     """
 
     config: RunConfig
@@ -48,6 +49,7 @@ class Parts:
     saes: Mapping[str, SAEModel]
     model: PreTrainedModel | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
+    dtype_remark: str = ""
 
 
 def build(config: RunConfig) -> Parts:
@@ -68,10 +70,12 @@ def build(config: RunConfig) -> Parts:
     settings = pinned_model(config.model)
     data = pinned_data(config.data)
     text = open_documents(data)  # before the model, which takes longer
+    settings, remark = with_dtype(settings, chosen.device)
     model = load_model(settings, chosen.device)
     widths = {site: slot.width for site, slot in prove(model, sites).items()}
     tokenizer = load_tokenizer(settings)
-    tokens = open_tokens(data, tokenizer, model, text)
+    data = sized(data, chosen, model)
+    tokens = with_held_out(data, open_tokens(data, tokenizer, model, text), tokenizer, model)
     pinned = dataclasses.replace(config, model=settings, data=data)
     stream = ModelActivations(
         model,
@@ -86,7 +90,7 @@ def build(config: RunConfig) -> Parts:
     facts = {"base_model": base_model(pinned.model), "base_model_revision": settings.revision}
     grid = Grid.arrange(chosen.latent_parallel, stream, chosen.device.type)
     saes = new_saes(pinned, widths, facts, chosen.device, grid.latents)
-    return Parts(pinned, chosen, stream, grid, saes, model, tokenizer)
+    return Parts(pinned, chosen, stream, grid, saes, model, tokenizer, remark)
 
 
 def _from_shards(config: RunConfig, chosen: SAETrainingArguments, sites: list[str]) -> Parts:
@@ -110,8 +114,9 @@ def base_model(settings: ModelSettings | None) -> str | None:
     """Return the id under which others find the model; None if there is none, as of a folder of this machine."""
     if settings is None:
         return None
-    here = is_folder(settings.name) or Path(settings.name).is_absolute()
-    return settings.hub_id or (None if here else settings.name)
+    if settings.hub_id is not None:
+        return None if settings.hub_id == NOWHERE else settings.hub_id
+    return None if is_folder(settings.name) or Path(settings.name).is_absolute() else settings.name
 
 
 def new_saes(

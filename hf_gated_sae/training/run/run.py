@@ -133,11 +133,20 @@ class Run:
         places = {name or "SAE": _described(sae) for name, sae in self.saes.items()}
         start = f"from {self.checkpoint.name}" if self.checkpoint else "from the beginning"
         return {
-            **({"model": _at(config.model.name, config.model.revision)} if config.model else {}),
+            **({"model": self._model_fact()} if config.model else {}),
             "data": _at(config.data.name, config.data.revision),
             **places,
             "steps": f"{args.max_steps:,} of {args.activations_per_step:,} activations, {start}",
         }
+
+    def _model_fact(self) -> str:
+        config, model = self.config.model, self.parts.model
+        assert config is not None
+        at = _at(config.name, config.revision)
+        if model is None:
+            return at
+        remark = f" ({self.parts.dtype_remark})" if self.parts.dtype_remark else ""
+        return f"{at}, in {str(model.dtype).removeprefix('torch.')}{remark}"
 
     def train(self, callbacks: list[TrainerCallback] | None = None, *, quiet: bool = False) -> TrainOutput:
         """Train; checkpoints, `run.yaml` and the trained SAEs are written to `output_dir`.
@@ -277,10 +286,16 @@ def _same_run(config: RunConfig, stored: RunConfig) -> RunConfig:
         InputError: if they differ in something that decides the weights.
     """
     model, data = config.model, config.data
-    if model is not None and model.revision is None and stored.model is not None:
-        model = dataclasses.replace(model, revision=stored.model.revision)
-    if data.revision is None:
-        data = dataclasses.replace(data, revision=stored.data.revision)
+    if model is not None and stored.model is not None:
+        revision = stored.model.revision if model.revision is None else model.revision
+        dtype = stored.model.dtype if model.dtype == "auto" else model.dtype
+        model = dataclasses.replace(model, revision=revision, dtype=dtype)
+    # What was left open was chosen when the run began; runs of older versions held no text back.
+    began = dataclasses.replace(stored.data, held_out_tokens=stored.data.held_out_tokens or 0)
+    stored = dataclasses.replace(stored, data=began)
+    open_then = ("revision", "sequences_per_batch", "buffer_size", "held_out_tokens")
+    chosen = {name: getattr(began, name) for name in open_then if getattr(data, name) is None}
+    data = dataclasses.replace(data, **chosen)
     pinned = dataclasses.replace(config, model=model, data=data)
     free = (*MAY_CHANGE, *arguments(config).open_until_the_end)
     mine, theirs = _deciding(pinned, free), _deciding(stored, free)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...errors import MissingFileError
+from .. import proportions
+from ..arguments import SAETrainingArguments
+from ..streams import HeldBack, Text, TextTokens, TokenStream
 from ..streams.dataset import open_files, open_text
-from ..streams.packing import TextTokens
-from ..streams.text import Text
+from ..streams.held_out import can_hold_back
 from .config import DataSettings
 from .pinning import commit_on_hub
 
@@ -37,16 +40,57 @@ def open_tokens(
         model: says how long a sequence may be, if the run does not.
         text: another text to be cut in the same way.
     """
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST_CONTEXT
     return TextTokens(
         open_documents(data) if text is None else text,
         tokenizer,
-        context_length=min(longest, LONGEST_CONTEXT) if data.context_length is None else data.context_length,
-        sequences_per_batch=data.sequences_per_batch,
+        context_length=context_length(data, model),
+        sequences_per_batch=data.sequences_per_batch or 32,
         packing=data.packing,
         bos=data.bos,
         eos=data.eos,
     )
+
+
+def context_length(data: DataSettings, model: PreTrainedModel) -> int:
+    """Return how many tokens a sequence has."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST_CONTEXT
+    return min(longest, LONGEST_CONTEXT) if data.context_length is None else data.context_length
+
+
+def sized(data: DataSettings, args: SAETrainingArguments, model: PreTrainedModel) -> DataSettings:
+    """Return the settings with every size that was left open, in proportion to the run."""
+    learned = args.max_steps * args.activation_batch_size * args.gradient_accumulation_steps
+    length = context_length(data, model)
+    chosen: dict[str, Any] = {
+        "sequences_per_batch": proportions.sequences_per_batch(learned, length),
+        "buffer_size": proportions.buffer_size(learned, args.activation_batch_size),
+        "held_out_tokens": -(-proportions.HELD_OUT.of(learned) // length) * length,
+    }
+    return dataclasses.replace(data, **{name: value for name, value in chosen.items() if getattr(data, name) is None})
+
+
+def with_held_out(
+    data: DataSettings, tokens: TextTokens, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> TokenStream:
+    """Return the tokens of a run with those that are measured and not learned.
+
+    The first sequences are held back of a text that has ten times as many; of a shorter one nothing is.
+
+    Args:
+        data: with sizes, see `sized`.
+        tokens: of the run's text.
+        tokenizer: the model's.
+        model: says how long a sequence may be.
+
+    Raises:
+        InputError: if the text named by `held_out` cannot be opened, or is empty.
+    """
+    sequences = -(-(data.held_out_tokens or 0) // tokens.context_length)
+    if data.held_out is not None:
+        other = open_tokens(data, tokenizer, model, open_other(data, data.held_out, "test"))
+        next(iter(other))  # which is refused now if there is nothing
+        return HeldBack(tokens, sequences, other)
+    return HeldBack(tokens, sequences) if sequences and can_hold_back(tokens, sequences) else tokens
 
 
 def open_documents(data: DataSettings) -> Text:

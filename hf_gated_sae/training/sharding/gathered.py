@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -37,6 +37,15 @@ class GatheredActivations(ActivationStream):
     def buffer_bytes(self) -> int:
         """What this process's own part holds."""
         return self.own.buffer_bytes
+
+    def size_for(self, activations: int, batch_size: int) -> None:
+        """Choose the sizes of this process's own part, which gives its share of every batch."""
+        count = self.sharing_batches.count
+        self.own.size_for(activations // count, -(-batch_size // count))
+
+    def size_as(self, state: Mapping[str, Any]) -> None:
+        """Take over the sizes of this process's own part."""
+        self.own.size_as(state)
 
     def facts(self) -> dict[str, Any]:
         """Return what is to be the same when a run goes on."""

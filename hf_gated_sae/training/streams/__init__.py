@@ -5,6 +5,7 @@ A new source of activations subclasses `ActivationStream`, a new source of text 
 
 from .base import ANY_SITE, ActivationStream, Cursor
 from .dataset import DatasetText, open_text
+from .held_out import HeldBack
 from .model import ModelActivations, collect
 from .packing import TextTokens
 from .rows import RowActivations
@@ -19,6 +20,7 @@ __all__ = [
     "Cursor",
     "DatasetText",
     "GivenTokens",
+    "HeldBack",
     "IterableText",
     "ModelActivations",
     "RowActivations",

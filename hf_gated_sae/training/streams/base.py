@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError, InputError, SAEError, unknown_name
 from ...sites import Site
+from ..phases import Report
 
 Item = TypeVar("Item")
 State = dict[str, Any]
@@ -45,11 +46,13 @@ class ActivationStream(ABC):
         sites: where the activations are from; `""` for activations that fit any SAE.
         special_ids: the tokens whose activations are left out; empty if none are, None if that is not known.
         failure: why this process could not go on reading, where it has to tell others; its batches are NaN from then.
+        report: called while activations are read that are not served at once.
     """
 
     sites: tuple[str, ...]
     special_ids: tuple[int, ...] | None = None
     failure: SAEError | None = None
+    report: Report | None = None
     _resumed: State | None = None
     _cursor: Cursor[dict[str, Tensor]] | None = None
 
@@ -80,6 +83,17 @@ class ActivationStream(ABC):
             rank: number of the process.
             world_size: how many there are.
         """
+
+    def size_for(self, activations: int, batch_size: int) -> None:  # noqa: B027  # most have nothing to choose
+        """Choose the sizes that were left open, in proportion to a run.
+
+        Args:
+            activations: how many it learns from, in this process.
+            batch_size: activations per batch.
+        """
+
+    def size_as(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Take over the sizes that were left open from the state of the stream of a run that is resumed."""
 
     @property
     def buffer_bytes(self) -> int:
@@ -137,6 +151,7 @@ class ActivationStream(ABC):
         Raises:
             CheckpointError: if it is the position of another stream.
         """
+        self.size_as(state)
         for name, mine in self._identity().items():
             if name not in state or state[name] != mine:
                 raise CheckpointError(

@@ -13,13 +13,16 @@ from ...errors import InputError
 from ...hooks.attach import require_model
 from ...hooks.dispatch import prove
 from ...hooks.harvest import Harvest, TokenSource, harvest
-from ...hooks.token_batches import TokenBatch
+from ...hooks.observation import CountedTokens
+from ...hooks.token_batches import TokenBatch, model_inputs
 from ...interventions import special_token_ids
 from ...sites import Site
 from ...sites.probe import embedding_of, unwrap
+from ..phases import Phase
+from ..proportions import BUFFER, buffer_size
 from ..shuffle import ShuffleBuffer
 from .base import ActivationStream, Cursor, State
-from .tokens import GivenTokens, TokenStream
+from .tokens import GivenTokens, TokenStream, is_by_row, rows_of
 
 
 class ModelActivations(ActivationStream):
@@ -34,8 +37,8 @@ class ModelActivations(ActivationStream):
         sites: where to read.
         tokens: `TextTokens`; or batches of tokens that can be read again, such as a list or a data loader; or a
             function that gives them.
-        buffer_size: rows held for shuffling, at least two batches; the paper uses a million. `buffer_bytes` says what
-            they take.
+        buffer_size: rows held for shuffling, at least two batches; by default a tenth of what a run learns from, at
+            most the million of the paper. `buffer_bytes` says what they take.
         seed: of the shuffling.
         special_tokens: keep the activations of special tokens too. Special are those of the model, see
             `special_token_ids`, and of the tokenizer of `TextTokens`.
@@ -55,7 +58,7 @@ class ModelActivations(ActivationStream):
         sites: str | Site | Sequence[str | Site],
         tokens: TokenStream | TokenSource,
         *,
-        buffer_size: int = 1_000_000,
+        buffer_size: int | None = None,
         seed: int = 0,
         special_tokens: bool = False,
         device: torch.device | str | None = None,
@@ -71,7 +74,8 @@ class ModelActivations(ActivationStream):
             raise InputError(f"dtype is {dtype}; expected a floating dtype such as torch.bfloat16.")
         self.tokens = tokens if isinstance(tokens, TokenStream) else GivenTokens(tokens)
         self.tokens.require_fitting(model)
-        self.buffer_size = buffer_size
+        self._buffer_size = buffer_size or BUFFER.most
+        self._left_open = buffer_size is None
         self.seed = seed
         self.special_tokens = special_tokens
         # Those of the tokenizer at hand, too: the model need not know them for special.
@@ -80,6 +84,21 @@ class ModelActivations(ActivationStream):
         self.device = device
         self.dtype = dtype
         self.save_buffer = save_buffer
+
+    @property
+    def buffer_size(self) -> int:
+        """Rows held for shuffling."""
+        return self._buffer_size
+
+    def size_for(self, activations: int, batch_size: int) -> None:
+        """Choose the size of the buffer in proportion to a run, unless it was given."""
+        if self._left_open:
+            self._buffer_size = buffer_size(activations, batch_size)
+
+    def size_as(self, state: Mapping[str, Any]) -> None:
+        """Take over the size of the buffer, unless one was given."""
+        if self._left_open:
+            self._buffer_size = state.get("buffer_size", self._buffer_size)
 
     @property
     def buffer_bytes(self) -> int:
@@ -108,11 +127,26 @@ class ModelActivations(ActivationStream):
     def sample(self, count: int) -> Iterator[dict[str, Tensor]]:
         """Yield the first `count` activations of the text."""
         missing = count
-        for chunk in self.read(self.tokens.open()):
+        for chunk in self.read(self._first(self.tokens.open(), count)):
             yield {site: x[:missing] for site, x in chunk.items()}
             missing -= _length(chunk)
             if missing <= 0:
                 return
+
+    def _first(self, batches: Iterator[TokenBatch], count: int) -> Iterator[TokenBatch]:
+        """Yield batches of tokens up to the sequence in which the first `count` activations end."""
+        for batch in batches:
+            per_row = self.count(batch).cumsum(0)
+            rows = int((per_row < count).sum()) + 1
+            yield rows_of(batch, slice(rows)) if rows < len(per_row) and is_by_row(batch) else batch
+            count -= int(per_row[-1])
+            if count <= 0:
+                return
+
+    def count(self, batch: TokenBatch) -> Tensor:
+        """Return how many activations each sequence of a batch of tokens gives, ``[B]`` int64, without reading it."""
+        inputs = model_inputs(self.model, batch)
+        return CountedTokens.of(self.model, inputs, special_ids=self.special_ids).mask.sum(1)
 
     def shard(self, rank: int, world_size: int) -> ModelActivations:
         """Return the stream that reads one process's part of the text."""
@@ -179,13 +213,18 @@ class _Mixed(Cursor[dict[str, Tensor]]):
     def _fill(self) -> None:
         """Add what the model reads until the buffer is full or the text is at its end, and mix."""
         self.keep = None
+        report = self.stream.report
         while not self.buffer.is_full:
             if self.rest:
                 self.rest = _non_empty(self.buffer.add(self.rest))
+                if report is not None:
+                    report(Phase.FILL, self.buffer.count, self.buffer.size)
                 continue
             chunk = next(self._chunks, None)
             if chunk is None:
                 self._end_epoch()
+                if report is not None:
+                    report(Phase.FILL, self.buffer.size, self.buffer.size)
                 return
             self.seen += _length(chunk)
             self.rest = _non_empty(chunk)

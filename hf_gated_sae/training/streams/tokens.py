@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
+from torch import Tensor
+
 from ...errors import InputError
 from ...hooks.harvest import TokenSource
 from ...hooks.token_batches import TokenBatch
@@ -110,3 +112,21 @@ class _Counted(Cursor[TokenBatch]):
     def state_dict(self) -> State:
         """Return how many batches were read."""
         return {"batches": self.done}
+
+
+def rows_in(batch: TokenBatch) -> int:
+    """Return how many sequences a batch ``[B, S]`` of tokens has."""
+    return len(batch) if isinstance(batch, Tensor) else len(batch["input_ids"])
+
+
+def is_by_row(batch: TokenBatch) -> bool:
+    """Whether a batch can be divided by sequences: whether everything in it is a tensor ``[B, ...]``."""
+    if isinstance(batch, Tensor):
+        return batch.ndim > 1
+    rows = rows_in(batch)
+    return all(isinstance(each, Tensor) and each.ndim > 1 and len(each) == rows for each in batch.values())
+
+
+def rows_of(batch: TokenBatch, rows: slice) -> TokenBatch:
+    """Return some sequences of a batch that `is_by_row`."""
+    return batch[rows] if isinstance(batch, Tensor) else {name: each[rows] for name, each in batch.items()}

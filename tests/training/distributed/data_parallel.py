@@ -304,7 +304,7 @@ def a_run_makes_no_whole_sae_in_any_process(given):
     everyone.together()
     given = {
         "output_dir": str(folder / "run"),
-        "model": {"name": str(bundled.MODEL)},
+        "model": {"name": str(bundled.MODEL), "hub_id": "none"},
         "data": {"files": str(text), "documents": "paragraph", "context_length": 32, "sequences_per_batch": 4},
         "sae": {"site": "resid_post.1"},
         "saes": {"a": {"d_sae": 48}, "b": {"d_sae": 64, "architecture": "standard"}},

@@ -34,7 +34,7 @@ def the_cost_of_a_run_on_different_batches_is_measured(folder):
     text.write_text("\n".join(corpus.texts("training", 20_000)), encoding="utf-8")
     run = {
         "output_dir": str(folder / "run"),
-        "model": {"name": str(bundled.MODEL)},
+        "model": {"name": str(bundled.MODEL), "hub_id": "none"},
         "data": {"files": str(text), "context_length": 32, "sequences_per_batch": 4, "buffer_size": 128},
         "sae": {"site": "resid_post.1", "d_sae": 48},
         "training": {"max_steps": 4, "activation_batch_size": 64, "use_cpu": True, "disable_tqdm": True},
