@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -86,7 +87,8 @@ class HeldOut:
         report(Phase.HELD_OUT, 0, total)
         for trainee in self.trainees:
             learning = trainee.sae.training
-            with trainee.in_model_unit():
+            with trainee.in_model_unit(), warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of an SAE that is not trained yet; the curve shows it
                 try:
                     measured = evaluate(self.model, trainee.sae.eval(), self.batches, progress=progress)
                 finally:

@@ -322,7 +322,8 @@ class SAETrainer(GradientsOfSAEs, Resumable):
                 logs |= {f"{name}/loss": sum(terms)} if name else {}  # transformers' own is that of all SAEs
                 logs |= {f"{name}/{key}" if name else key: value for key, value in metrics.items()}
             self._logged = None
-        self.state.epoch = self.state.global_step / self.state.max_steps  # a stream has no epochs, only a share done
+        # A stream has no epochs, only a share that is done.
+        self.state.epoch = self.state.global_step / (self.state.max_steps or self.args.max_steps)
         super().log(logs, start_time)
 
     def evaluate(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from hf_gated_sae.demo import corpus
+from hf_gated_sae.demo import bundled, corpus
 from hf_gated_sae.errors import (
     CheckpointError,
     InputError,
@@ -20,7 +21,8 @@ from hf_gated_sae.errors import (
 )
 from hf_gated_sae.hooks.saving import save_activations
 from hf_gated_sae.training.memory import TrainingMemory
-from hf_gated_sae.training.run import Run, assemble, read_run
+from hf_gated_sae.training.run import Run, assemble, measured, read_run
+from hf_gated_sae.training.run.models import with_dtype
 from hf_gated_sae.training.run.parts import build
 from hf_gated_sae.training.run.reading import merged, read_yaml
 from tests.support.tiny_models import tiny_model
@@ -311,3 +313,49 @@ def test_a_run_is_resumed_as_it_was_begun(small: dict) -> None:
     with pytest.raises(InputError, match="sae.d_sae: 48, and it is to go on with 64"):
         Run.prepare(assemble(merged(small, {"sae": {"d_sae": 64}})), resume=True)
     Run.prepare(assemble(merged(small, {"training": {"logging_steps": 1}})), resume=True)
+
+
+def test_a_folder_without_an_id_is_asked_for_it_before_anything_is_loaded(small: dict, monkeypatch) -> None:
+    monkeypatch.setattr("hf_gated_sae.training.run.parts.load_model", lambda *_: pytest.fail("was loaded"))
+    del small["model"]["hub_id"]
+    for make in (build, measured):
+        with pytest.raises(InputError, match=r"--model.hub_id none if there is no such id"):
+            make(assemble(small))
+
+
+class TestTheDtypeOfTheModel:
+    @pytest.fixture
+    def stored(self, small: dict, tmp_path: Path) -> Path:
+        """The bundled model as bfloat16."""
+        folder = tmp_path / "stored"
+        AutoModelForCausalLM.from_pretrained(bundled.MODEL, dtype=torch.bfloat16).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(bundled.MODEL).save_pretrained(folder)
+        small["model"]["name"] = str(folder)
+        return folder
+
+    @pytest.mark.parametrize(("factor", "dtype"), [(8.0, torch.float32), (0.5, torch.bfloat16)])
+    def test_auto_is_the_faster_one_that_loses_nothing(
+        self, small: dict, stored: Path, monkeypatch, factor: float, dtype: torch.dtype
+    ) -> None:
+        times = {torch.bfloat16: factor, torch.float32: 1.0}
+        monkeypatch.setattr("hf_gated_sae.training.run.models._seconds", times.get)
+        run = Run.prepare(assemble(small))
+        assert run.parts.model.dtype == dtype
+        assert ("stored in bfloat16, which takes 8.0x as long here" in run.facts()["model"]) == (factor > 1)
+        run.train(quiet=True)
+        small["training"]["max_steps"] = 6
+        monkeypatch.setattr("hf_gated_sae.training.run.models._seconds", lambda _: pytest.fail("was decided before"))
+        assert Run.prepare(assemble(small), resume=True).parts.model.dtype == dtype
+
+    def test_what_is_given_stays(self, small: dict, stored: Path) -> None:
+        small["model"]["dtype"] = "bfloat16"
+        assert build(assemble(small)).model.dtype == torch.bfloat16
+
+    def test_float32_is_never_narrowed(self, small: dict, monkeypatch) -> None:
+        monkeypatch.setattr("hf_gated_sae.training.run.models._seconds", lambda _: pytest.fail("was compared"))
+        assert build(assemble(small)).model.dtype == torch.float32
+
+    def test_a_model_that_would_not_fit_stays_as_it_is_stored(self, small: dict, stored: Path, monkeypatch) -> None:
+        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2_000_000))
+        settings = with_dtype(assemble(small).model, torch.device("cpu"))
+        assert settings == (assemble(small).model, "")
