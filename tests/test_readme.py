@@ -43,6 +43,7 @@ def test_the_training_run_trains_and_is_resumed(tmp_path, monkeypatch, capsys):
     small = (
         "--sae.site resid_post.1 --sae.expansion_factor 1 --data.buffer_size 256 --training.activation_batch_size 64"
     )
+    small += " --model.hub_id openai-community/gpt2"  # which a folder does not tell
     small += " --training.max_steps 4 --training.save_steps 2 --training.recorded_activations 100 --training.use_cpu"
     for command in commands:
         monkeypatch.setattr(sys, "argv", [*command, *small.split(), "--training.statistics_activations", "100"])
@@ -52,7 +53,7 @@ def test_the_training_run_trains_and_is_resumed(tmp_path, monkeypatch, capsys):
         for file in (tmp_path / "gpt2-sae" / "checkpoint-4").glob("*"):
             file.unlink()  # as if it had crashed
     said = capsys.readouterr().out
-    assert "SAE step" in said and "from the beginning" in said and "from checkpoint-2" in said
+    assert "tokens per second" in said and "from the beginning" in said and "from checkpoint-2" in said
     assert (tmp_path / "gpt2-sae" / "README.md").is_file()
 
 
