@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
-from ..errors import unknown_name
+from ..errors import InputError, unknown_name
 from ..formats.hook_names import GLOBAL, IN_BLOCK
 from ..formats.model_names import repository_of
 from ..functional.brief import brief
@@ -115,12 +116,13 @@ def search(
 
     Raises:
         UnknownNameError: if nothing is known for a base model, or there is no such site or architecture.
-        InputError: if `width` is not a width.
+        InputError: if `layer`, `width` or `near_l0` is not a number of that kind.
 
     >>> [found] = search("google/gemma-2-2b", site="resid_post.12", width="32k", near_l0=80, live=False)[:1]
     >>> found.code
     'SAEModel.from_pretrained("google/gemma-scope-2b-pt-res", "layer_12/width_32k/average_l0_76")'
     """
+    _require_numbers(layer, near_l0)
     listed = _listed_as(base_model)
     base_model = _spelt_as_known(base_model)
     found = merged(map(_of_known, known_saes(base_model) if listed is None else listed))
@@ -196,6 +198,20 @@ def _spelt_as_known(base_model: str | None) -> str | None:
         return None
     same = (known for known in base_models() if known.lower() == repository.lower())
     return next(same, repository)
+
+
+def _require_numbers(layer: Any, near_l0: Any) -> None:
+    """Raise for a layer or an L0 that can be none, which would find nothing, or anything.
+
+    Raises:
+        InputError: saying what was expected.
+    """
+    if layer is not None and (isinstance(layer, bool) or not isinstance(layer, Integral) or layer < 0):
+        raise InputError(f"layer is {layer!r}; expected the number of a block, counted from 0, such as 12.")
+    if near_l0 is not None and (
+        isinstance(near_l0, bool) or not isinstance(near_l0, Real) or not 0 <= float(near_l0) < float("inf")
+    ):
+        raise InputError(f"near_l0 is {near_l0!r}; expected a mean number of active latents, such as 60.")
 
 
 def _require_known(site: str | None, architecture: str | None, found: Sequence[SearchResult]) -> None:

@@ -8,9 +8,12 @@ import logging
 
 import pytest
 from huggingface_hub import HfApi
+from typer.testing import CliRunner
 
 import hf_gated_sae
 from hf_gated_sae import SAEModel
+from hf_gated_sae.cli import info as _info  # noqa: F401  # makes the subcommand known
+from hf_gated_sae.cli.app import app
 from hf_gated_sae.errors import InputError, MissingFileError, UnknownNameError
 from hf_gated_sae.formats.gemma_scope import GemmaScopeFormat
 from hf_gated_sae.hub.search import SearchResult, search
@@ -119,6 +122,18 @@ def test_a_wrong_width_is_an_error_and_an_absent_one_is_not():
         search(GEMMA, width="wide", live=False)
     assert search(GEMMA, width=12345, live=False) == search(GEMMA, layer=99, live=False) == []
     assert search(GEMMA, site="model.layers.3.mlp.output", live=False) == []
+
+
+@pytest.mark.parametrize("wrong", ["12", -1, 1.5, True])
+def test_a_layer_is_a_whole_number(wrong):
+    with pytest.raises(InputError, match="layer is .*expected the number of a block"):
+        search(GEMMA, layer=wrong, live=False)
+
+
+@pytest.mark.parametrize("wrong", ["60", -1, float("nan"), float("inf"), True])
+def test_an_l0_is_a_number(wrong):
+    with pytest.raises(InputError, match="near_l0 is .*expected a mean number of active latents"):
+        search(GEMMA, near_l0=wrong, live=False)
 
 
 def test_code():
@@ -253,6 +268,15 @@ def test_the_name_of_dashboards_loads_their_sae(gemma_scope: str, cache_dir: str
     assert pinned.checkpoint == sae.checkpoint
 
 
+@pytest.mark.parametrize("name", [*NAMES, "gemma-scope-2b-pt-res-canonical layer_12/width_16k/canonical"])
+def test_info_of_the_name_of_dashboards_and_of_a_release(gemma_scope: str, name: str):
+    done = CliRunner().invoke(app, ["info", *name.split()], env={"COLUMNS": "120", "NO_COLOR": "1"})
+    assert done.exit_code == 0, done.output
+    said = " ".join(done.output.split())
+    assert f"repository {gemma_scope}" in said and "address layer_12/width_16k/average_l0_82" in said
+    assert "L0 82 (measured)" in said and "neuronpedia.org/gemma-2-2b/12-gemmascope-res-16k" in said
+
+
 def test_what_is_not_in_the_index_loads_just_as_well(gemma_scope: str, cache_dir: str):
     sae = SAEModel.from_pretrained(gemma_scope, "layer_12/width_16k/average_l0_7", cache_dir=cache_dir)
     assert sae.config.site == "resid_post.12"
@@ -262,6 +286,28 @@ def test_a_local_folder_of_that_name_wins(tmp_path, monkeypatch):
     example().save_pretrained(tmp_path / "gemma-scope-2b-pt-res" / "a")
     monkeypatch.chdir(tmp_path)
     assert_same(example(), SAEModel.from_pretrained("gemma-scope-2b-pt-res", "a"))
+
+
+def test_saelens_words_for_a_place_are_understood(gemma_scope: str, cache_dir: str):
+    given = {"release": "gemma-scope-2b-pt-res-canonical", "sae_id": "layer_12/width_16k/canonical"}
+    sae = SAEModel.from_pretrained(**given, cache_dir=cache_dir)
+    assert (sae.checkpoint.repo, sae.checkpoint.subfolder) == (gemma_scope, "layer_12/width_16k/average_l0_82")
+    again = SAEModel.from_pretrained(given["release"], sae_id=given["sae_id"], cache_dir=cache_dir)
+    assert again.checkpoint == sae.checkpoint
+
+
+@pytest.mark.parametrize(
+    ("given", "phrase"),
+    [
+        ({"release": "a", "pretrained_model_name_or_path": "b"}, "release='a' and 'b', which both say where"),
+        ({"sae_id": "a", "subfolder": "b", "release": "c"}, "sae_id='a' and 'b'"),
+        ({"sae_id": "a"}, "sae_id='a' alone; pass the release="),
+        ({}, "neither a checkpoint nor config="),
+    ],
+)
+def test_one_place_under_one_name(given, phrase):
+    with pytest.raises(InputError, match=phrase):
+        SAEModel.from_pretrained(**given)
 
 
 def test_a_misspelt_name_of_dashboards_gets_close_matches(hub: MiniHub, cache_dir: str):
