@@ -1,12 +1,14 @@
-"""Write the index of known SAEs from a file of facts, and from what the Hub lists.
+"""Write the index of known SAEs from SAELens's registry, and from what the Hub lists.
 
-    python hub_scripts/build_index.py known_saes.json.gz [--live]
+    pip download --no-deps sae-lens==6.54.12
+    python hub_scripts/build_index.py sae_lens-6.54.12-py3-none-any.whl [--live]
 
-The facts (ids, repositories, paths, norm factors, names of dashboards) are those of SAELens's registry,
-``sae_lens/pretrained_saes.yaml`` (MIT), as JSON: ``{"source", "releases": {name: {repo_id, model, conversion_func,
-config_overrides}}, "saes": [{release, id, path, norm_scaling_factor?, neuronpedia?}]}``. What an SAE's place, width
-and architecture are follows from the conventions of whoever published it, which are written down below, one function
-per layout. With ``--live`` the repositories are listed on the Hub, and SAEs that the facts lack are added.
+The facts (ids, repositories, paths, L0, norm factors, names of dashboards) are those of the registry in SAELens's
+wheel, ``sae_lens/pretrained_saes.yaml`` (MIT). They are also read as JSON, gzipped or not: ``{"source", "releases":
+{name: {repo_id, model, conversion_func, config_overrides}}, "saes": [{release, id, path, l0?, norm_scaling_factor?,
+neuronpedia?}]}``. What an SAE's place, width and architecture are, and whether its L0 is a target or was measured,
+follows from the conventions of whoever published it, which are written down below, one function per layout. With
+``--live`` the repositories are listed on the Hub, and SAEs that the facts lack are added.
 """
 
 from __future__ import annotations
@@ -16,21 +18,31 @@ import json
 import logging
 import re
 import sys
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
 
 from hf_gated_sae.errors import InputError, SAEError
 from hf_gated_sae.formats.hook_names import place_of
 from hf_gated_sae.formats.model_names import repository_of
-from hf_gated_sae.hub.index import FILE
+from hf_gated_sae.hub.index import FILE, layer_of, size_of
 from hf_gated_sae.hub.index_encoding import grouped
 from hf_gated_sae.hub.location import locate
 from hf_gated_sae.hub.opening import sae_addresses
 
 Facts = dict[str, Any]
+
+REGISTRY = "sae_lens/pretrained_saes.yaml"
+KINDS = {"res": "resid_", "att": "attn_", "mlp": "mlp_"}
+"""How Neuronpedia calls the kinds of sites, and ours begin."""
+KEPT = ("l0", "norm_scaling_factor", "neuronpedia")
+"""What the facts may say of an SAE beyond its name and path."""
+TARGET = {"l0_kind": "target"}
+"""Of SAEs whose L0 is what training aimed at, or the k of a TopK. Of all others somebody measured it."""
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +72,13 @@ def gemma_scope(repo: str, path: str, id: str) -> Facts:
 
 
 def gemma_scope_2(repo: str, path: str, id: str) -> Facts:
-    """Gemma Scope 2: everything but a number for the L0 by the folders' names."""
+    """Gemma Scope 2: all but the L0 by the folders' names.
+
+    The registry's L0 is the one that training aimed at: of a model it depends on the layer, on ``_all`` and on small,
+    medium or big alone, and is the same at every site, in every width, for the pretrained and the tuned model.
+    """
     found = match(r"(?P<kind>[a-z_]+?)(?:_all)?/layer_(?P<layer>\d+)_width_(?P<width>\w+?)_l0_\w+", path)
-    layer, facts = found["layer"], {"d_sae": found["width"], "architecture": "jumprelu"}
+    layer, facts = found["layer"], {"d_sae": found["width"], "architecture": "jumprelu", **TARGET}
     if found["kind"] == "transcoder":
         return {**facts, "site": f"mlp_in.{layer}", "site_out": f"mlp_out.{layer}"}
     kind = {"resid_post": "resid_post", "mlp_out": "mlp_out", "attn_out": "attn_z"}[found["kind"]]
@@ -80,19 +96,19 @@ def saelens(repo: str, path: str, id: str) -> Facts:
     elif repo == "jbloom/GPT2-Small-SAEs-Reformatted":
         facts["d_sae"] = "24576"
     if "-OAI-v5-" in repo:
-        facts["architecture"] = "topk"
+        facts |= {"architecture": "topk", **TARGET}
     elif repo.startswith("chanind/"):
-        facts["architecture"] = "jumprelu"
+        facts |= {"architecture": "jumprelu", **TARGET}  # trained as BatchTopK
     elif repo.startswith(("jbloom/", "tommmcgrath/", "neuronpedia/", "ctigges/", "JoshEngels/")):
         facts["architecture"] = "standard"
     return facts
 
 
 def llama_scope(repo: str, path: str, id: str) -> Facts:
-    """Llama Scope: place and width by the folder's name; the width of the model is 4096."""
+    """Llama Scope: place and width by the folder's name; the width of the model is 4096. Trained as TopK."""
     found = match(r"Llama3_1-8B-Base-L(?P<layer>\d+)(?P<kind>R|A|M|TC)-(?P<times>\d+)x", path)
     layer = found["layer"]
-    facts: Facts = {"d_sae": str(4096 * int(found["times"])), "architecture": "jumprelu"}
+    facts: Facts = {"d_sae": str(4096 * int(found["times"])), "architecture": "jumprelu", **TARGET}
     if found["kind"] == "TC":
         return {**facts, "site": f"resid_mid.{layer}", "site_out": f"mlp_out.{layer}"}
     return {**facts, "site": {"R": "resid_post", "A": "attn_out", "M": "mlp_out"}[found["kind"]] + f".{layer}"}
@@ -138,6 +154,7 @@ def qwen_scope(repo: str, path: str, id: str) -> Facts:
         "d_sae": str(1024 * int(found["width"])),
         "l0": found["k"],
         "architecture": "topk",
+        **TARGET,
     }
 
 
@@ -155,10 +172,10 @@ def cross_layer_transcoder(repo: str, path: str, id: str) -> Facts:
 
 
 def temporal(repo: str, path: str, id: str) -> Facts:
-    """Temporal SAEs: the layer by the folder's name."""
+    """Temporal SAEs: the layer by the folder's name; their L0 is the k of the novel latents."""
     layer = match(r".+/layer_(?P<layer>\d+)/temporal", path)["layer"]
     width = {"d_sae": "9216"} if path.startswith("gemma-2-2B/") else {}
-    return {"site": f"resid_post.{layer}", "architecture": "temporal", **width}
+    return {"site": f"resid_post.{layer}", "architecture": "temporal", **width, **TARGET}
 
 
 def sparsify(repo: str, path: str, id: str) -> Facts:
@@ -208,7 +225,7 @@ def flattened(entries: Iterable[Facts]) -> list[Facts]:
     found: dict[tuple[str, str], Facts] = {}
     for outer in entries:
         for entry in (outer, *({**inner, "release": outer["release"]} for inner in outer.get("saes", ()))):
-            facts = {name: entry[name] for name in ("norm_scaling_factor", "neuronpedia") if name in entry}
+            facts = {name: entry[name] for name in KEPT if name in entry}
             sae = {"release": entry["release"], "id": str(entry["id"]), "path": str(entry["path"]), **facts}
             if found.setdefault((sae["release"], sae["id"]), sae) != sae:
                 raise InputError(f"The facts hold {sae['id']!r} of {sae['release']!r} twice, and they disagree.")
@@ -218,11 +235,45 @@ def flattened(entries: Iterable[Facts]) -> list[Facts]:
 def described(sae: Facts, release: Facts) -> Facts:
     """Return an entry of the index, all values as texts."""
     known = DESCRIBE[release.get("conversion_func")](release["repo_id"], sae["path"], sae["id"])
+    if "l0" in sae:
+        known.setdefault("l0", f"{sae['l0']:g}")  # where the name says it, too, the authors gave the name
+    if "l0" not in known:
+        known.pop("l0_kind", None)
     scale = {"input_scale": repr(sae["norm_scaling_factor"])} if "norm_scaling_factor" in sae else {}
-    dashboards = {"neuronpedia": sae["neuronpedia"]} if "neuronpedia" in sae else {}
     if "d_sae" not in known and (width := re.search(r"-res-(\d+k)(?:__|$)", sae.get("neuronpedia", ""))):
         known["d_sae"] = width[1]
-    return {"id": sae["id"], "address": sae["path"], **known, **scale, **dashboards}
+    made = {"id": sae["id"], "address": sae["path"], **known, **scale}
+    if "neuronpedia" in sae:
+        if contradiction := contradicted(sae["neuronpedia"], known):
+            log.warning(
+                "%s is not taken for %s of %s: %s.", sae["neuronpedia"], sae["id"], release["repo_id"], contradiction
+            )
+        else:
+            made["neuronpedia"] = sae["neuronpedia"]
+    return made
+
+
+def contradicted(dashboards: str, known: Facts) -> str | None:
+    """Return in what the name of dashboards contradicts the SAE that the registry gives it to; None if in nothing.
+
+    A name says the layer, the kind of site, the width and the L0, as far as it goes: the dashboards of another SAE
+    must not be shown as those of this one.
+    """
+    name = dashboards.split("/")[1]
+    site, layer = known["site"], layer_of(known["site"])
+    # The end of a block is, for some, the beginning of the next.
+    layers = (layer, layer + 1) if layer is not None and site.startswith("resid_post.") else (layer,)
+    if (said := re.match(r"(\d+)-", name)) and layer is not None and int(said[1]) not in layers:
+        return f"it says layer {said[1]}"
+    if (said := re.search(r"-(res|att|mlp)(?=[-_]|$)", name)) and not site.startswith(KINDS[said[1]]):
+        return f"it says {said[1]}, and the site is {site}"
+    if (said := re.search(r"-(\d+[km])(?:__|$)", name)) and size_of(said[1]) != size_of(
+        str(known.get("d_sae") or said[1])
+    ):
+        return f"it says width {said[1]}"
+    if (said := re.search(r"__l0-(\d+)$", name)) and said[1] != known.get("l0"):
+        return f"it says L0 {said[1]}"
+    return None
 
 
 def normalization(release: Facts) -> str | None:
@@ -281,14 +332,30 @@ def from_hub(facts: Facts) -> dict[str, Facts]:
     return made
 
 
+def read_facts(path: Path) -> Facts:
+    """Return the facts in SAELens's wheel, or in JSON, gzipped or not."""
+    packed = path.read_bytes()
+    if not packed.startswith(b"PK"):
+        found: Facts = json.loads(gzip.decompress(packed) if packed.startswith(b"\x1f\x8b") else packed)
+        return found
+    with zipfile.ZipFile(path) as wheel:
+        registry = yaml.load(wheel.read(REGISTRY), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return {
+        "source": f"SAELens {path.name.split('-')[1]} (MIT) registry facts: release, repository, model, id, path, L0",
+        "releases": {
+            name: {key: release[key] for key in release if key != "saes"} for name, release in registry.items()
+        },
+        "saes": [{"release": name, **sae} for name, release in registry.items() for sae in release["saes"]],
+    }
+
+
 def main(
-    facts: Annotated[Path, typer.Argument(help="The file of facts, JSON or gzipped JSON.", exists=True)],
+    facts: Annotated[Path, typer.Argument(help="SAELens's wheel, or a file of facts.", exists=True)],
     out: Annotated[Path, typer.Option(help="The index to write.")] = FILE,
     live: Annotated[bool, typer.Option(help="Also list the repositories on the Hub.")] = False,
 ) -> None:
     """Write the index."""
-    packed = facts.read_bytes()
-    content = json.loads(gzip.decompress(packed) if packed.startswith(b"\x1f\x8b") else packed)
+    content = read_facts(facts)
     releases = from_facts(content)
     if live:
         releases.update(from_hub(content))

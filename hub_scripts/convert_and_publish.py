@@ -4,7 +4,7 @@ python hub_scripts/convert_and_publish.py google/gemma-scope-2b-pt-res layer_12/
 """
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -22,11 +22,14 @@ def main(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the source.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Such as bfloat16. Default: as it is stored.")] = None,
     license: Annotated[str | None, typer.Option(help="Licence, for a source that states none.")] = None,
+    license_name: Annotated[str | None, typer.Option(help="Of the licence other, what it is called.")] = None,
+    license_link: Annotated[str | None, typer.Option(help="Of the licence other, LICENSE or an address.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Publish to a private repository.")] = False,
 ) -> None:
     """Convert, publish in one commit, and load what was published."""
     console = Console(soft_wrap=True)
-    conversion = convert(source, address, revision=revision, dtype=dtype, license=license)
+    terms: dict[str, Any] = {"license": license, "license_name": license_name, "license_link": license_link}
+    conversion = convert(source, address, revision=revision, dtype=dtype, **terms)
     commit = conversion.push(repository, subfolder=subfolder, private=private or None)
     sae = SAEModel.from_pretrained(repository, subfolder, revision=commit.oid)
     console.print(f"{conversion.origin} is now {sae.checkpoint}", highlight=False, markup=False)

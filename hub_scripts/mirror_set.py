@@ -7,7 +7,7 @@ It can be interrupted at any time: what the target has from the same commit of t
 
 import sys
 from collections import Counter
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -30,6 +30,8 @@ def main(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the source.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Such as bfloat16. Default: as it is stored.")] = None,
     license: Annotated[str | None, typer.Option(help="Licence, for a source that states none.")] = None,
+    license_name: Annotated[str | None, typer.Option(help="Of the licence other, what it is called.")] = None,
+    license_link: Annotated[str | None, typer.Option(help="Of the licence other, LICENSE or an address.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Publish to a private repository.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Convert at most this many.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
@@ -37,7 +39,8 @@ def main(
     """Mirror a repository; one SAE that cannot be converted does not stop the others."""
     console = Console(soft_wrap=True, highlight=False, markup=False)
     found = SAESet.from_pretrained(source, subfolder, addresses=addresses, sites=sites, revision=revision)
-    mirror = Mirror(found, target, folder=folder, dtype=dtype, license=license, private=private or None)
+    terms: dict[str, Any] = {"license": license, "license_name": license_name, "license_link": license_link}
+    mirror = Mirror(found, target, folder=folder, dtype=dtype, private=private or None, **terms)
     steps = mirror.plan()
     count = Counter(step.state for step in steps)
     console.print(f"{found.location}: " + ", ".join(f"{number} {state}" for state, number in sorted(count.items())))

@@ -39,11 +39,16 @@ def main(
     tokens: Annotated[int, typer.Option(min=2, help="Held-out tokens to measure on, about.")] = 1_000_000,
     held_out_split: Annotated[str, typer.Option(help="Split of a held-out data set.")] = "test",
     license: Annotated[str | None, typer.Option(help="Licence of the SAE, such as apache-2.0.")] = None,
+    license_name: Annotated[str | None, typer.Option(help="Of the licence other, what it is called.")] = None,
+    license_link: Annotated[str | None, typer.Option(help="Of the licence other, LICENSE or an address.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Publish to a private repository.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the latest checkpoint.")] = False,
 ) -> None:
     """Train, measure, publish, and load what was published."""
     console = Console(soft_wrap=True, highlight=False, markup=False)
+    # Before the training, which would be in vain otherwise.
+    terms: dict[str, Any] = {"license": license, "license_name": license_name, "license_link": license_link}
+    CardFacts(**terms).licensed()
     source = {"files": text} if Path(text).exists() else {"dataset": text}
     given: dict[str, Any] = {
         "output_dir": repository.split("/")[-1],
@@ -81,7 +86,7 @@ def main(
             training=known.training,
             datasets=known.datasets,
             provenance={**known.provenance, "made by": "hub_scripts/train_and_publish.py"},
-            license=license,
+            **terms,
         )
         commit = sae.push_to_hub(repository, subfolder=folder, private=private or None, facts=facts)
         published = SAEModel.from_pretrained(repository, folder, revision=commit.oid)

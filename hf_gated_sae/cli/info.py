@@ -15,9 +15,10 @@ from rich.table import Table
 
 from ..errors import InputError, SAEError
 from .app import app
-from .tables import facts_grid
+from .tables import facts_grid, l0_text
 
 if TYPE_CHECKING:
+    from ..hub.index import KnownSAE
     from ..hub.location import Location
     from ..modeling.loading import Checkpoint
 
@@ -72,7 +73,7 @@ def info(
 
 def _show_one(console: Console, checkpoint: Checkpoint, location: Location) -> None:
     """Print one SAE."""
-    from ..hub.index import known_facts
+    from ..hub.index import known_at, known_facts
 
     config, origin = checkpoint.config, checkpoint.origin
     shapes = checkpoint.shapes(config)
@@ -92,6 +93,7 @@ def _show_one(console: Console, checkpoint: Checkpoint, location: Location) -> N
         "normalisation": config.normalization,
         "trained on BOS": {True: "yes", False: "no", None: None}[config.trained_on_bos],
         "latents": f"{config.d_sae:,}",
+        "L0": _l0(known_at(location.repo_id, location.address)),
         "width": str(config.d_in) if config.d_in == config.d_out else f"{config.d_in} in, {config.d_out} out",
         "tensors": "\n".join(f"{name} {list(tensor.shape)}" for name, tensor in shapes.items()),
         "stored as": ", ".join(dtypes),
@@ -102,6 +104,14 @@ def _show_one(console: Console, checkpoint: Checkpoint, location: Location) -> N
         facts_grid({name: value or "not stated" for name, value in facts.items() if value or name in MISSED})
     )
     _show_code(console, origin.repo, origin.subfolder, origin.revision)
+
+
+def _l0(known: KnownSAE | None) -> str | None:
+    """Return the L0 that the index has, and how it is known."""
+    if known is None or known.l0 is None:
+        return None
+    how = "what training aimed at" if known.l0_kind == "target" else "measured"
+    return f"{l0_text(known.l0, known.l0_kind)} ({how})"
 
 
 def _show_many(console: Console, location: Location, addresses: list[str]) -> None:

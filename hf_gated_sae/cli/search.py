@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .app import app
+from .tables import l0_text
 
 if TYPE_CHECKING:
     from ..hub.search import SearchResult
@@ -21,7 +22,10 @@ SHOWN_REPOSITORIES = 4
 
 @app.command()
 def search(
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Base model: Hub id, or such as gpt2.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Base model: Hub id, or such as gpt2. Or a release, or a Neuronpedia id."),
+    ] = None,
     site: Annotated[str | None, typer.Option(help="Where it reads, such as resid_post or resid_post.12.")] = None,
     layer: Annotated[int | None, typer.Option(help="Block that it reads at.")] = None,
     width: Annotated[str | None, typer.Option(help="Number of latents, such as 16384 or 16k.")] = None,
@@ -40,6 +44,8 @@ def search(
         raise typer.Exit(1)
     rows = found[:limit] if limit else found
     console.print(table(rows, with_model=model is None))
+    if any(result.l0_kind == "target" for result in rows):
+        console.print("L0 with ~: what training aimed at, not a measurement.\n", style="dim", highlight=False)
     console.print("from hf_gated_sae import SAEModel", style="bold", highlight=False)
     for number, result in enumerate(rows, 1):
         console.print(code(result, number, console.width), highlight=False, soft_wrap=True)
@@ -61,7 +67,7 @@ def table(rows: list[SearchResult], *, with_model: bool) -> Table:
     for number, result in enumerate(rows, 1):
         site = f"{result.site} > {result.site_out}" if result.site_out else result.site
         cells = [site, result.d_sae and f"{result.d_sae:,}", result.architecture]
-        cells += [None if result.l0 is None else f"{result.l0:g}", result.repo.split("/")[0]]
+        cells += [None if result.l0 is None else l0_text(result.l0, result.l0_kind), result.repo.split("/")[0]]
         first = [result.base_model] if with_model else []
         made.add_row(str(number), *(escape(str(cell or "?")) for cell in [*first, *cells]))
     return made

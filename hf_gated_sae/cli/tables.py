@@ -16,3 +16,12 @@ def facts_grid(facts: Mapping[str, str]) -> Table:
     for name, value in facts.items():
         grid.add_row(name, escape(value))
     return grid
+
+
+def l0_text(l0: float, kind: str | None) -> str:
+    """Return an L0, with a mark if it is what training aimed at rather than a mean that somebody measured.
+
+    >>> l0_text(60.0, "target"), l0_text(82.0, "measured")
+    ('~60', '82')
+    """
+    return f"{'~' if kind == 'target' else ''}{l0:g}"

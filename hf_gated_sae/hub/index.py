@@ -26,7 +26,18 @@ from ..errors import InputError, UnknownNameError, did_you_mean
 FILE = Path(__file__).with_name("known_saes.json")
 FACTS = ("base_model", "input_scale", "normalization", "neuronpedia")
 """What `known_facts` tells; all else is in the checkpoints, where it is read from."""
-PATTERNS = ("id", "address", "site", "site_out", "d_sae", "architecture", "l0", "input_scale", "neuronpedia")
+PATTERNS = (
+    "id",
+    "address",
+    "site",
+    "site_out",
+    "d_sae",
+    "architecture",
+    "l0",
+    "l0_kind",
+    "input_scale",
+    "neuronpedia",
+)
 """What a group says of its SAEs; a number may be given as such."""
 SHOWN = 8
 
@@ -50,7 +61,8 @@ class KnownSAE:
         site_out: where a transcoder writes.
         d_sae: number of latents.
         architecture: such as ``"jumprelu"``.
-        l0: mean number of active latents per token, as its authors state it.
+        l0: mean number of active latents per token.
+        l0_kind: ``"measured"``; or ``"target"``, if `l0` is what training aimed at or the k of a TopK.
         input_scale: the constant that activations were multiplied by in training.
         normalization: as in `SAEConfig`.
         neuronpedia: name of its dashboards, as ``<model>/<sae>``.
@@ -66,6 +78,7 @@ class KnownSAE:
     d_sae: int | None = None
     architecture: str | None = None
     l0: float | None = None
+    l0_kind: str | None = None
     input_scale: float | None = None
     normalization: str | None = None
     neuronpedia: str | None = None
@@ -90,6 +103,12 @@ class Release:
         self.repo: str = content["repo"]
         self.base_model: str | None = content.get("base_model")
         self._content = content
+
+    @cached_property
+    def dashboard_models(self) -> frozenset[str]:
+        """Neuronpedia's names, in small letters, of the models whose dashboards its SAEs have."""
+        patterns = (group["neuronpedia"] for group in self._content["groups"] if "neuronpedia" in group)
+        return frozenset(pattern.split("/")[0].lower() for pattern in patterns)
 
     @cached_property
     def saes(self) -> dict[str, KnownSAE]:
@@ -132,7 +151,7 @@ def known_facts(repo_id: str, address: str) -> Mapping[str, Any]:
     Returns:
         Facts by name, empty in an unknown repository: ``base_model`` (repository id; also of an unknown SAE, if all
         known ones of the repository share it), ``input_scale`` (the constant that activations were multiplied by in
-        training), ``normalization`` (as in `SAEConfig`), ``neuronpedia``.
+        training), ``normalization`` (as in `SAEConfig`), ``neuronpedia`` (see `plainer`).
 
     >>> known_facts("JoshEngels/Mistral-7B-Residual-Stream-SAEs", "mistral_7b_layer_8")
     {'base_model': 'mistralai/Mistral-7B-v0.1', 'normalization': 'unit_norm'}
@@ -140,12 +159,26 @@ def known_facts(repo_id: str, address: str) -> Mapping[str, Any]:
     facts: dict[str, Any] = {}
     for sae in _listed(repo_id, address):  # of several releases that list it, the first one that knows
         for name in FACTS:
-            if name not in facts and (value := getattr(sae, name)) is not None:
-                facts[name] = value
+            value = getattr(sae, name)
+            if value is not None:
+                known = facts.setdefault(name, value)
+                facts[name] = plainer(known, value) if name == "neuronpedia" else known
     shared = {release.base_model for release in releases().values() if release.repo == repo_id}
     if "base_model" not in facts and len(shared) == 1 and (base_model := shared.pop()):
         facts["base_model"] = base_model
     return facts
+
+
+def plainer(known: str, other: str | None) -> str:
+    """Return the shorter of two names of dashboards of one SAE.
+
+    A few SAEs of Gemma Scope have two: with their L0, as every SAE may have, and without it, as of each layer and
+    width only the canonical one has.
+
+    >>> plainer("gemma-2-2b/5-gemmascope-res-1m__l0-114", "gemma-2-2b/5-gemmascope-res-1m")
+    'gemma-2-2b/5-gemmascope-res-1m'
+    """
+    return min(known, other or known, key=len)
 
 
 def known_at(repo_id: str, address: str) -> KnownSAE | None:
@@ -235,6 +268,8 @@ def _sae(group: Mapping[str, Any], values: dict[str, str], shared: Mapping[str, 
     for name, read in (("d_sae", size_of), ("l0", float), ("input_scale", float)):
         if name in patterns:
             numbers[name] = read(filled.pop(name, str(patterns[name])))
+    if "l0" in numbers:
+        filled.setdefault("l0_kind", "measured")
     return KnownSAE(**{**shared, "address": filled["id"], **filled, **numbers})
 
 

@@ -17,6 +17,7 @@ from ..storage import TENSOR_FILES
 from .claims import claims_of, is_claimed, the_layout
 from .index import releases, resolve_alias
 from .location import LocalFolder, Location, clean_subfolder, locate
+from .neuronpedia import sae_of_dashboards, unknown_dashboards
 
 SHOWN_FOLDERS = 20
 
@@ -67,7 +68,8 @@ def place(
     """Pin a repository and list it.
 
     `repo` may also name a release of the index, such as ``"gemma-scope-2b-pt-res-canonical"``, and `subfolder` an id
-    that the index knows; a local folder of that name, and a folder or file of the repository, win.
+    that the index knows: SAELens's ``release`` and ``sae_id``. Alone, it may be a name of dashboards on Neuronpedia
+    (see `sae_of_dashboards`). A local folder of that name, and a folder or file of the repository, win.
 
     Args:
         repo: folder, tensor file, repository id, or ``repository@revision``.
@@ -82,6 +84,7 @@ def place(
         The folder (or file) `subfolder`.
 
     Raises:
+        InputError: if a name means several SAEs, or a subfolder is given with one that means one SAE.
         MissingFileError: if there is no such folder, repository or revision.
     """
     repo, subfolder = _repository(os.fspath(repo), clean_subfolder(subfolder or ""))
@@ -101,6 +104,8 @@ def place(
     except MissingFileError as error:
         if "/" not in repo and (close := did_you_mean(repo, releases())):
             raise MissingFileError(f"{error}{close}") from error
+        if unknown := unknown_dashboards(repo):
+            raise MissingFileError(f"{error} {unknown}") from error
         raise
     location = root.at(subfolder)
     if not _is_there(location):
@@ -117,12 +122,21 @@ def _is_there(location: Location) -> bool:
 
 
 def _repository(repo: str, subfolder: str) -> tuple[str, str]:
-    """Return the repository and address that a release, at a revision or not, and an id stand for."""
+    """Return the repository (at a revision or not) and address that a release and an id, or dashboards, stand for."""
     name, at, revision = repo.partition("@")
-    if name not in releases() or Path(repo).expanduser().exists():
+    if Path(repo).expanduser().exists():
         return repo, subfolder
-    found, address = resolve_alias(name, subfolder)
-    return f"{found}{at}{revision}", address
+    if name in releases():
+        found, address = resolve_alias(name, subfolder)
+        return f"{found}{at}{revision}", address
+    sae = sae_of_dashboards(name)
+    if sae is None:
+        return repo, subfolder
+    if subfolder:
+        raise InputError(
+            f"Given {name!r}, the Neuronpedia name of one SAE, and subfolder {subfolder!r}: leave the subfolder away."
+        )
+    return f"{sae.repo}{at}{revision}", sae.address
 
 
 def open_at(

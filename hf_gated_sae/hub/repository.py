@@ -79,6 +79,12 @@ class HubRepository(Location):
         """Pin a repository to the commit that `revision` names and list its files; see `hub.locate`."""
         repo, revision = _split(repo, revision)
         access = Access(token, cache_dir, local_files_only or is_offline_mode(), force_download)
+        if access.offline and force_download:
+            why = "local_files_only=True" if local_files_only else "HF_HUB_OFFLINE=1"
+            raise InputError(
+                f"Given force_download=True, which asks the Hub for {repo} again, and {why}, which forbids to ask: "
+                "leave one of them away."
+            )
         api = HfApi(token=token)
         with explained(repo, revision):
             resolved = api.resolve_revision(
@@ -89,7 +95,8 @@ class HubRepository(Location):
                 try:
                     return cls(repo, "", commit, _listed(api, repo, commit), access)
                 except TransportError as error:
-                    if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
+                    refused = isinstance(error, HfHubHTTPError) and error.response.status_code < 500
+                    if refused or force_download:  # what is cached is not wanted
                         raise
                     # The client has already warned that it uses what is cached; so does this.
                     access = replace(access, offline=True)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
-from ..errors import unknown_name
+from ..errors import InputError, unknown_name
 from ..formats.hook_names import GLOBAL, IN_BLOCK
 from ..formats.model_names import repository_of
 from ..functional.brief import brief
-from .index import KnownSAE, has_size, known_saes, releases
+from .index import KnownSAE, has_size, known_saes, plainer, releases
+from .neuronpedia import sae_of_dashboards, unknown_dashboards
 from .opening import natural_order
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 SITES = ("resid_post", "resid_pre", "resid_mid", "mlp_out", "attn_out", "attn_z", "mlp_in", "mlp_neurons", "embed")
 """Kinds of sites in the order in which they are shown."""
-MERGED = ("base_model", "site", "site_out", "d_sae", "architecture", "l0", "neuronpedia")
+MERGED = ("base_model", "site", "site_out", "d_sae", "architecture", "l0", "l0_kind", "neuronpedia")
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class SearchResult:
         layer: the block that it reads at.
         d_sae: number of latents.
         architecture: such as ``"jumprelu"``.
-        l0: mean number of active latents per token, as its authors state it.
+        l0: mean number of active latents per token.
+        l0_kind: ``"measured"``; or ``"target"``, if `l0` is what training aimed at or the k of a TopK.
         neuronpedia: name of its dashboards, as ``<model>/<sae>``.
         release: the release that lists it; None if it is not in the index.
     """
@@ -51,6 +54,7 @@ class SearchResult:
     d_sae: int | None = None
     architecture: str | None = None
     l0: float | None = None
+    l0_kind: str | None = None
     neuronpedia: str | None = None
     release: str | None = None
 
@@ -97,7 +101,8 @@ def search(
     not.
 
     Args:
-        base_model: repository of the language model, or a short name of it such as ``"gpt2-small"``.
+        base_model: repository of the language model, or a short name of it such as ``"gpt2-small"``. In its place,
+            a release of the index, or a name of dashboards on Neuronpedia, which lead to their own SAEs.
         site: where the SAE reads: a kind such as ``"resid_post"``, or a site such as ``"resid_post.12"``.
         layer: the block that it reads at.
         width: number of latents, or a short name such as ``"16k"``.
@@ -111,20 +116,22 @@ def search(
 
     Raises:
         UnknownNameError: if nothing is known for a base model, or there is no such site or architecture.
-        InputError: if `width` is not a width.
+        InputError: if `layer`, `width` or `near_l0` is not a number of that kind.
 
     >>> [found] = search("google/gemma-2-2b", site="resid_post.12", width="32k", near_l0=80, live=False)[:1]
     >>> found.code
     'SAEModel.from_pretrained("google/gemma-scope-2b-pt-res", "layer_12/width_32k/average_l0_76")'
     """
+    _require_numbers(layer, near_l0)
+    listed = _listed_as(base_model)
     base_model = _spelt_as_known(base_model)
-    found = merged(map(_of_known, known_saes(base_model)))
-    if live:
+    found = merged(map(_of_known, known_saes(base_model) if listed is None else listed))
+    if live and listed is None:
         from .live import on_the_hub  # the client, which a search of the index does not need
 
         found += on_the_hub(base_model, {release.repo for release in releases().values()}, token)
     if base_model is not None and not found:
-        raise unknown_name("base model", base_model, base_models())
+        raise unknown_dashboards(base_model) or unknown_name("base model", base_model, base_models())
     _require_known(site, architecture, found)
     fitting = [
         result
@@ -146,10 +153,12 @@ def merged(results: Iterable[SearchResult]) -> list[SearchResult]:
     """Return every SAE once, with what the results about it know together; where they differ, the first one counts."""
     found: dict[tuple[str, str], SearchResult] = {}
     for result in results:
-        key = (result.repo, result.subfolder)
-        first = found.get(key, result)
-        missing = {name: getattr(result, name) for name in MERGED if getattr(first, name) is None}
-        found[key] = replace(first, **missing) if any(value is not None for value in missing.values()) else first
+        first = found.setdefault((result.repo, result.subfolder), result)
+        if first is not result:
+            more = {name: getattr(result, name) for name in MERGED if getattr(first, name) is None}
+            if first.neuronpedia is not None:
+                more["neuronpedia"] = plainer(first.neuronpedia, result.neuronpedia)
+            found[result.repo, result.subfolder] = replace(first, **more)
     return list(found.values())
 
 
@@ -172,6 +181,16 @@ def _of_known(sae: KnownSAE) -> SearchResult:
     return SearchResult(subfolder=sae.address, **shared)
 
 
+def _listed_as(name: str | None) -> list[KnownSAE] | None:
+    """Return the SAEs of a release, or the one that dashboards on Neuronpedia are of; None for any other name."""
+    if name is None or _spelt_as_known(name) in base_models():
+        return None
+    if name in releases() and releases()[name].saes:
+        return list(releases()[name].saes.values())
+    sae = sae_of_dashboards(name)
+    return None if sae is None else [sae]
+
+
 def _spelt_as_known(base_model: str | None) -> str | None:
     """Return the repository that a name of a base model stands for, in the letter case of the index."""
     repository = repository_of(base_model)
@@ -179,6 +198,20 @@ def _spelt_as_known(base_model: str | None) -> str | None:
         return None
     same = (known for known in base_models() if known.lower() == repository.lower())
     return next(same, repository)
+
+
+def _require_numbers(layer: Any, near_l0: Any) -> None:
+    """Raise for a layer or an L0 that can be none, which would find nothing, or anything.
+
+    Raises:
+        InputError: saying what was expected.
+    """
+    if layer is not None and (isinstance(layer, bool) or not isinstance(layer, Integral) or layer < 0):
+        raise InputError(f"layer is {layer!r}; expected the number of a block, counted from 0, such as 12.")
+    if near_l0 is not None and (
+        isinstance(near_l0, bool) or not isinstance(near_l0, Real) or not 0 <= float(near_l0) < float("inf")
+    ):
+        raise InputError(f"near_l0 is {near_l0!r}; expected a mean number of active latents, such as 60.")
 
 
 def _require_known(site: str | None, architecture: str | None, found: Sequence[SearchResult]) -> None:
@@ -218,7 +251,7 @@ def _order(result: SearchResult) -> tuple[Any, ...]:
     layer, d_sae, l0 = (float("inf") if number is None else number for number in numbers)
     unfinished = "_step_" in result.subfolder  # saved during training
     place = SITES.index(kind) if kind in SITES else len(SITES)
-    publisher = (result.release is None, result.l0 is None, result.repo)
+    publisher = (result.release is None, result.l0 is None, result.l0_kind == "target", result.repo)
     return (
         unfinished,
         place,

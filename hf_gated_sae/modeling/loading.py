@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -162,6 +163,29 @@ PLACE_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_
 
 open_checkpoint = LateBound("hf_gated_sae.hub.opening", "open_checkpoint")
 _described_tensors = LateBound("hf_gated_sae.formats.home_made", "described_tensors")
+
+
+def named_place(
+    repo: str | os.PathLike[str] | None, subfolder: str, arguments: dict[str, Any]
+) -> tuple[str | None, str]:
+    """Return repository and subfolder, which SAELens calls ``release`` and ``sae_id``.
+
+    Args:
+        repo: as given, if it was.
+        subfolder: likewise.
+        arguments: what else `from_pretrained` was given; those two are taken out.
+
+    Raises:
+        InputError: if one of them is given under both names.
+    """
+    release, sae_id = arguments.pop("release", None), arguments.pop("sae_id", None)
+    for name, theirs, ours in (("release", release, repo), ("sae_id", sae_id, subfolder or None)):
+        if theirs is not None and ours is not None:
+            raise InputError(f"Given {name}={theirs!r} and {os.fspath(ours)!r}, which both say where it is: pass one.")
+    if sae_id is not None and repo is None and release is None:
+        raise InputError(f"Given sae_id={sae_id!r} alone; pass the release= that has it, too.")
+    place = repo if release is None else release
+    return None if place is None else os.fspath(place), subfolder if sae_id is None else sae_id
 
 
 def effective_config(

@@ -23,7 +23,7 @@ from ..registry import LateBound, Registry
 from .building import assembled, require_complete, require_finite
 from .config import SAEConfig
 from .learning import Learning
-from .loading import Origin, from_tensors, load, open_checkpoint
+from .loading import Origin, from_tensors, load, named_place, open_checkpoint
 from .output import SAEOutput
 from .quiet import quiet_transformers
 from .saving import replaced_together
@@ -322,7 +322,7 @@ class SAEModel(Traits, Wiring, Learning, Sparse, PreTrainedModel):
     @classmethod
     def from_pretrained(  # the second argument is the subfolder, as users of SAEs expect
         cls,
-        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None = None,
         subfolder: str = "",
         *,
         latents: Sequence[int] | None = None,
@@ -337,9 +337,9 @@ class SAEModel(Traits, Wiring, Learning, Sparse, PreTrainedModel):
         """Load an SAE from a folder or the Hub; the architecture is read from the checkpoint.
 
         Args:
-            pretrained_model_name_or_path: repository id, folder or file; None to build one from ``state_dict=`` and
-                either `config`, or `architecture` and `names`.
-            subfolder: folder (or file) of the SAE inside the repository.
+            pretrained_model_name_or_path: repository id, folder, file, Neuronpedia name, or SAELens's ``release=``;
+                None to build one from ``state_dict=`` and either `config`, or `architecture` and `names`.
+            subfolder: folder (or file) of the SAE inside the repository, or SAELens's ``sae_id=``.
             latents: read only these latents, a few rows of every tensor, from disk or over HTTP range requests. The
                 SAE keeps their numbers and acts in interventions on them exactly as the full one does.
             config: use this configuration instead of the stored one.
@@ -366,10 +366,10 @@ class SAEModel(Traits, Wiring, Learning, Sparse, PreTrainedModel):
             MissingFileError: if there is no such folder, repository, revision or file.
         """
         described = stated(architecture, names, ignore, kwargs)
-        if pretrained_model_name_or_path is None:
+        place, subfolder = named_place(pretrained_model_name_or_path, subfolder, kwargs)
+        if place is None:
             model, info = from_tensors(cls, config, described, kwargs)
         else:
-            place = os.fspath(pretrained_model_name_or_path)
             checkpoint = open_checkpoint(place, subfolder, format=format, stated=described, **kwargs)
             cls._require_class(checkpoint.model_class, f"checkpoint {checkpoint}")
             model, info = load(checkpoint, config, {**kwargs, "latents": latents})

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
+from pathlib import PurePath
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -45,6 +46,8 @@ MEANINGS = {
     "tokens": "tokens measured",
 }
 SHOWN_LABELS = 40
+TEXT_FILES = (".txt", ".md", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst")
+"""How files of text end, which a name with one slash may be."""
 
 
 def model_card(
@@ -57,8 +60,11 @@ def model_card(
         facts: what is known about it; by default nothing beyond its configuration.
         repo_id: repository that the card is for, used in the code that loads it.
         subfolder: folder of the SAE in that repository.
+
+    Raises:
+        InputError: if the facts name no licence of the Hub.
     """
-    facts = facts or CardFacts()
+    facts = (facts or CardFacts()).licensed()
     body = _template().render(
         sae=sae,
         config=sae.config,
@@ -74,6 +80,8 @@ def model_card(
         equations=equations(type(sae)),
         conventions=conventions(sae.config),
         curve_names=[name for name in CURVE if any(name in row for row in facts.curve)],
+        datasets=[PurePath(name).name if name.startswith(("/", ".", "~")) else name for name in facts.datasets],
+        licence=_licence(facts),
         labels=facts.labels[:SHOWN_LABELS],
         hidden_labels=max(len(facts.labels) - SHOWN_LABELS, 0),
         source=repo_id or "path/to/this/folder",
@@ -102,7 +110,9 @@ def card_data(sae: SAEModel, facts: CardFacts, repo_id: str | None = None, subfo
             *([config.site] if config.site else []),
         ],
         license=facts.license,
-        datasets=[name for name in facts.datasets if is_repo_id(name)] or None,
+        license_name=facts.license_name,
+        license_link=facts.license_link,
+        datasets=[name for name in facts.datasets if is_dataset_id(name)] or None,
         eval_results=_eval_results(facts) or None,
         **base,
     )
@@ -153,8 +163,13 @@ def conventions(config: SAEConfig) -> list[str]:
 
 
 def _eval_results(facts: CardFacts) -> list[EvalResult]:
-    """Return the headline metrics that are defined, as the Hub's ``model-index`` wants them."""
-    dataset = str(facts.evaluation.get("dataset", "not stated"))
+    """Return the headline metrics that are defined, as the Hub's ``model-index`` wants them.
+
+    It wants the id of a data set on the Hub; what was measured on other text is told by the body alone.
+    """
+    dataset = str(facts.evaluation.get("dataset"))
+    if not is_dataset_id(dataset):
+        return []
     return [
         EvalResult(
             task_type="feature-extraction",
@@ -185,6 +200,21 @@ def is_repo_id(name: str | None) -> bool:
     except HFValidationError:
         return False
     return True
+
+
+def is_dataset_id(name: str) -> bool:
+    """Whether a name is the id of a data set on the Hub, ``owner/name``, and not words or a file.
+
+    >>> is_dataset_id("acme/text"), is_dataset_id("Python standard library"), is_dataset_id("data/train.jsonl")
+    (True, False, False)
+    """
+    return name.count("/") == 1 and is_repo_id(name) and not name.lower().endswith(TEXT_FILES)
+
+
+def _licence(facts: CardFacts) -> str | None:
+    """Return the licence for a sentence."""
+    details = ", ".join(cell(text) for text in (facts.license_name, facts.license_link) if text)
+    return f"{facts.license}: {details}" if details else facts.license
 
 
 def _base_model_link(sae: SAEModel) -> str:

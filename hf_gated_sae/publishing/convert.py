@@ -17,6 +17,7 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from .. import __version__
 from ..errors import InputError, PublishError, did_you_mean, unknown_name
 from ..hub.claims import claims_of
+from ..hub.licences import OTHER
 from ..hub.location import LocalFolder, Location, clean_subfolder
 from ..hub.opening import open_at, place
 from ..hub.trouble import explained
@@ -26,7 +27,7 @@ from ..modeling.stated import Stated, stated
 from .facts import CardFacts
 from .licence import Licence, stated_licence
 from .push import push_to_hub
-from .saving import save
+from .saving import CARD_FILE, save
 
 OWN = "native"
 ROOT = "root of the repository"
@@ -40,6 +41,8 @@ def convert(
     revision: str | None = None,
     dtype: str | None = None,
     license: str | None = None,  # the Hub's own word for it
+    license_name: str | None = None,
+    license_link: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
@@ -56,7 +59,9 @@ def convert(
         subfolder: folder (or file) of the SAE inside it.
         revision: branch, tag or commit of the source.
         dtype: what to store it in, such as ``"bfloat16"``; as it is by default.
-        license: licence identifier, for a source that states none.
+        license: licence of the Hub's list, for a source that states none; see `hub.licences.normalise`.
+        license_name: of the licence ``"other"``, what it is called.
+        license_link: of the licence ``"other"``, where it can be read.
         token: access token; None uses the stored one.
         cache_dir: folder of the Hub cache.
         local_files_only: use only what is cached.
@@ -71,9 +76,11 @@ def convert(
 
     Raises:
         CheckpointError: if it is no SAE in a known format.
-        InputError: if it is in our layout already, the dtype is unknown, or the source states another licence.
+        InputError: if it is in our layout already, the dtype or the licence is unknown, or the source states another
+            licence.
         MissingFileError: if there is no such folder, repository, revision or file.
     """
+    given = given_licence(license, license_name, license_link)
     location = place(
         os.fspath(source),
         subfolder,
@@ -83,7 +90,7 @@ def convert(
         local_files_only=local_files_only,
     )
     said = stated(architecture, names, ignore, options)
-    return Conversion(location, dtype=dtype, license=license, format=format, stated=said, options=options)
+    return Conversion(location, dtype=dtype, licence=given, format=format, stated=said, options=options)
 
 
 class Conversion:
@@ -92,7 +99,7 @@ class Conversion:
     Args:
         location: where it is.
         dtype: what to store it in; None for as it is.
-        license: licence identifier, for a source that states none.
+        licence: for a source that states none; see `given_licence`.
         format: name of the layout, where several share the folder.
         stated: what the user says of a home-made checkpoint.
         options: keys of the configuration that the user gives.
@@ -107,7 +114,7 @@ class Conversion:
         location: Location,
         *,
         dtype: str | None = None,
-        license: str | None = None,
+        licence: Licence | None = None,
         format: str | None = None,
         stated: Stated | None = None,
         options: Mapping[str, Any] | None = None,
@@ -130,7 +137,7 @@ class Conversion:
                 f"{location} is in this package's own layout already, so there is nothing to convert: load it with "
                 "SAEModel.from_pretrained; its save_pretrained and push_to_hub keep what is known about it."
             )
-        self.licence = _agreed(stated_licence(location), license, location)
+        self.licence = _agreed(stated_licence(location), licence, location)
 
     @cached_property
     def sae(self) -> SAEModel:
@@ -155,6 +162,7 @@ class Conversion:
             provenance["command"] = self.command
         return CardFacts(
             license=self.licence.name or "unknown",
+            **self._other_licence(),
             description=self._description(),
             training={"trained by": "the authors of the original, not by whoever converted it"},
             provenance=provenance,
@@ -263,6 +271,16 @@ class Conversion:
                 f"{repo_id} in its settings first, {advice}"
             )
 
+    def _other_licence(self) -> dict[str, Any]:
+        """Return name and link of a licence that is not on the Hub's list; a link into the source leads there."""
+        if self.licence.name != OTHER:
+            return {}
+        link, origin = self.licence.link, self.origin
+        if origin.revision and not (link or "").startswith(("http://", "https://")):
+            page = f"https://huggingface.co/{origin.repo}"
+            link = f"{page}/blob/{origin.revision}/{link}" if link else f"{page}/tree/{origin.revision}"
+        return {"license_name": self.licence.title, "license_link": link or CARD_FILE}
+
     def _description(self) -> str:
         """Return the prose of the card."""
         origin = self.origin
@@ -305,7 +323,26 @@ def _is_within(source: LocalFolder, folder: Path) -> bool:
     return (source.root / source.subfolder).resolve() == folder.resolve()
 
 
-def _agreed(stated: Licence, given: str | None, location: Location) -> Licence:
+def given_licence(license: str | None, name: str | None = None, link: str | None = None) -> Licence | None:
+    """Return the licence that whoever converts says a source has; None if they do not say.
+
+    Args:
+        license: as for `hub.licences.normalise`.
+        name: likewise.
+        link: likewise.
+
+    Raises:
+        InputError: if the Hub has no such licence, or it is said to be unknown.
+    """
+    found = CardFacts(license=license, license_name=name, license_link=link).licensed().license
+    if found is None:
+        return None
+    if found == "unknown":
+        raise InputError(f"Given license {license!r}; expected a licence identifier of the Hub, such as 'apache-2.0'.")
+    return Licence(found, "whoever converted it; the source states none", title=name, link=link)
+
+
+def _agreed(stated: Licence, given: Licence | None, location: Location) -> Licence:
     """Return the licence, that of the source or, if it states none, the given one.
 
     Raises:
@@ -313,14 +350,14 @@ def _agreed(stated: Licence, given: str | None, location: Location) -> Licence:
     """
     if given is None:
         return stated
-    if not given.strip() or given.strip().lower() == "unknown":
-        raise InputError(f"Given license {given!r}; expected a licence identifier of the Hub, such as 'apache-2.0'.")
-    if stated.name is not None and stated.name != given.strip().lower():
+    if stated.name is None:
+        return given
+    if stated.name != given.name or (given.title and stated.title != given.title):
         raise InputError(
-            f"Given license {given!r}, but {location} is published under {stated.name!r} ({stated.evidence}); leave "
-            "license= (--license) away."
+            f"Given license {given.title or given.name!r}, but {location} is published under {stated.name!r} "
+            f"({stated.evidence}); leave license= (--license) away."
         )
-    return stated if stated.name else Licence(given.strip().lower(), "whoever converted it; the source states none")
+    return stated
 
 
 def _info(api: HfApi, repo_id: str) -> Any:

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from ..errors import CheckpointError, InputError, did_you_mean
 from ..evaluation import FidelityReport
+from ..hub.licences import normalise
 from ..modeling import SAEModel
 from ..modeling.loading import Origin
 from ..modeling.saving import FACTS_FILE
@@ -53,8 +54,10 @@ class CardFacts:
         training: facts of the training run by name, such as ``{"steps": 20000, "sparsity_coefficient": 0.5}``.
         curve: what was measured on held-out text while it was trained, in order, each row with its ``step`` and with
             the same other names, such as ``{"step": 500, "l0": 40.1, "loss_recovered": 0.91}``.
-        datasets: Hub ids of the data that the SAE was trained on.
-        license: licence identifier of the Hub, such as ``"apache-2.0"``.
+        datasets: the data that the SAE was trained on: Hub ids, as ``owner/name``, which the Hub then links, or words.
+        license: licence of the Hub's list, such as ``"apache-2.0"``; see `licensed`.
+        license_name: of the licence ``"other"``, what it is called.
+        license_link: of the licence ``"other"``, ``"LICENSE"`` for a file of the repository, or an address.
         labels: latents with a known meaning.
         provenance: where it comes from, such as ``{"converted from": "owner/name@commit"}``.
         name: title of the card.
@@ -68,6 +71,8 @@ class CardFacts:
     curve: tuple[Mapping[str, float | None], ...] = ()
     datasets: tuple[str, ...] = ()
     license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
     labels: tuple[LatentLabel, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
     name: str | None = None
@@ -105,6 +110,18 @@ class CardFacts:
         measured = {"tokens": report.tokens, "left out": report.positions_left_out}
         warnings = {"warnings": list(report.warnings)} if report.warnings else {}
         return cls(metrics={**values["metrics"], **losses}, evaluation={**evaluation, **measured, **warnings}, **more)
+
+    def licensed(self) -> CardFacts:
+        """Return the facts with the licence as the Hub spells it, if there is one.
+
+        Raises:
+            InputError: if the Hub knows no such licence; see `hub.licences.normalise`.
+        """
+        if self.license is None and not self.license_name and not self.license_link:
+            return self
+        if self.license is None:
+            raise InputError("Given license_name or license_link without license='other', which they belong to.")
+        return replace(self, license=normalise(self.license, name=self.license_name, link=self.license_link))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values, without what is not known."""
@@ -175,7 +192,8 @@ def _facts_of(sae: SAEModel) -> CardFacts:
         "The weights are no longer those of %s: what was measured on it is dropped. Measure again and pass facts=.",
         checkpoint,
     )
-    return CardFacts(license=facts.license, provenance={**facts.provenance, "modified from": str(checkpoint)})
+    kept = {name: getattr(facts, name) for name in ("license", "license_name", "license_link")}
+    return CardFacts(**kept, provenance={**facts.provenance, "modified from": str(checkpoint)})
 
 
 def _has_weights_of(sae: SAEModel, folder: Path) -> bool:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from ..errors import PublishError
+from ..errors import InputError, PublishError
+from ..hub.licences import OTHER, normalise
 from ..hub.location import Location
-from .markdown import split_front_matter
+from .markdown import OF_LICENCE, decoded, split_front_matter
 from .saving import CARD_FILE
 
 FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE", "LICENCE.md", "LICENCE.txt", "COPYING")
@@ -33,10 +34,14 @@ class Licence:
     Attributes:
         name: identifier of the Hub, such as ``"apache-2.0"``; None if it is not known.
         evidence: where that is said, or why it is not known, as a phrase for the card.
+        title: of ``"other"``, what it is called.
+        link: of ``"other"``, where it can be read: an address, or a file of the repository.
     """
 
     name: str | None
     evidence: str
+    title: str | None = None
+    link: str | None = None
 
 
 def stated_licence(location: Location) -> Licence:
@@ -66,7 +71,7 @@ def _of_card(location: Location) -> Licence | None:
         return None
     place = f"metadata of the source's {_path(location, CARD_FILE)}"
     try:
-        data, _ = split_front_matter(_text(location, CARD_FILE))
+        data, _ = split_front_matter(decoded(location.read_bytes(CARD_FILE), CARD_FILE))
     except (PublishError, *_YAML_ERRORS):
         return Licence(None, f"the {place} cannot be read")
     return _licence(data, place)
@@ -81,13 +86,16 @@ def _licence(data: Mapping[str, Any], place: str) -> Licence | None:
     if names == ["unknown"]:
         return Licence(None, f"the {place} says that it is unknown")
     if len(names) > 1:
-        return Licence("other", f"{place}: {' or '.join(names)}")
-    if names == ["other"]:
-        details = [str(data[key]) for key in ("license_name", "license_link") if data.get(key)]
-        if not details:
+        return Licence(OTHER, f"{place}: {' or '.join(names)}", title=" or ".join(names))
+    if names == [OTHER]:
+        title, link = (str(data[key]) if data.get(key) else None for key in OF_LICENCE)
+        if title is None and link is None:
             return Licence(None, f"the {place} says 'other' and not which")
-        return Licence("other", f"{place}: {', '.join(details)}")
-    return Licence(names[0], place)
+        return Licence(OTHER, f"{place}: {', '.join(filter(None, (title, link)))}", title=title or link, link=link)
+    try:
+        return Licence(normalise(names[0]), place)
+    except InputError:  # a name of their own
+        return Licence(OTHER, f"{place}: {names[0]}", title=names[0])
 
 
 def _of_file(location: Location) -> Licence | None:

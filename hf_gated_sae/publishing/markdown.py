@@ -10,6 +10,9 @@ import yaml
 
 from ..errors import PublishError
 
+OF_LICENCE = ("license_name", "license_link")
+"""Keys of the front matter that say which licence ``other`` is."""
+
 _FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?)\r?\n?---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 
 
@@ -42,7 +45,36 @@ def with_front_matter(data: Mapping[str, Any], body: str) -> str:
     return f"---\n{block}---\n\n{body}"
 
 
-def merge(existing: str | None, new: str, section: str, *, yielding: Collection[str] = ()) -> str:
+def decoded(content: bytes, what: str) -> str:
+    """Return the text of a README (or another file) that people may have written, with plain line ends.
+
+    A byte order mark, which some editors put before UTF-8, is dropped: it would hide the front matter. A text in
+    another encoding is not guessed at.
+
+    Args:
+        content: the file.
+        what: what messages call it.
+
+    Raises:
+        PublishError: if it is not UTF-8.
+    """
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise PublishError(
+            f"{what} is not in UTF-8 (byte {error.start} is 0x{content[error.start]:02x}), so it can neither be read "
+            "nor kept, and nothing was written: save it as UTF-8, then try again."
+        ) from error
+
+
+def merge(
+    existing: str | None,
+    new: str,
+    section: str,
+    *,
+    yielding: Collection[str] = (),
+    generated: Collection[str] = (),
+) -> str:
     """Bring a freshly made card into a README that people may have edited.
 
     Only the marked section is replaced, or appended where there is none. Of the front matter, keys that only the
@@ -53,6 +85,7 @@ def merge(existing: str | None, new: str, section: str, *, yielding: Collection[
         new: front matter and one marked section.
         section: name of the section.
         yielding: keys of the front matter whose existing value stays.
+        generated: keys that only the section's maker writes: those of an earlier section go with it.
 
     Raises:
         PublishError: if the existing front matter cannot be read, or the section's end mark is gone.
@@ -61,10 +94,16 @@ def merge(existing: str | None, new: str, section: str, *, yielding: Collection[
         return new
     old_data, old_body = split_front_matter(existing)
     new_data, new_section = split_front_matter(new)
+    start = old_body.find(_begin(section))
+    if start >= 0:
+        old_data = {key: value for key, value in old_data.items() if key not in generated}
     tags = [*(old_data.get("tags") or []), *(new_data.get("tags") or [])]
     kept = {key: old_data[key] for key in yielding if key in old_data}
+    # The name and link of a licence stay, or go, with it.
+    outdated = new_data if "license" in kept or "license" not in new_data else old_data
+    for key in OF_LICENCE:
+        outdated.pop(key, None)
     data = {**old_data, **new_data, **kept, **({"tags": list(dict.fromkeys(tags))} if tags else {})}
-    start = old_body.find(_begin(section))
     if start < 0:
         return with_front_matter(data, f"{old_body.strip()}\n\n{new_section}")
     stop = old_body.find(_end(section), start)
@@ -89,7 +128,7 @@ def split_front_matter(text: str) -> tuple[dict[str, Any], str]:
         return {}, text
     try:
         data = yaml.safe_load(found[1]) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # the latter of a day such as 2020-99-99
         line = str(error).splitlines()[0]
         raise PublishError(
             f"The README's YAML front matter is broken ({line}): correct it, then publish again."

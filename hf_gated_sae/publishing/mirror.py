@@ -22,8 +22,9 @@ from ..hub.trouble import explained
 from ..modeling import SAESet
 from ..modeling.saving import FACTS_FILE
 from ..storage import TENSOR_FILES
-from .convert import ROOT, Conversion
+from .convert import ROOT, Conversion, given_licence
 from .index import INDEX_FILE, conversion_of, read_index
+from .markdown import decoded
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,16 @@ class Mirror:
         target: repository id, created if need be.
         folder: folder inside the target.
         dtype: what to store them in; None for as they are.
-        license: licence identifier, for a source that states none.
+        license: licence of the Hub's list, for a source that states none; see `hub.licences.normalise`.
+        license_name: of the licence ``"other"``, what it is called.
+        license_link: of the licence ``"other"``, where it can be read.
         private: whether a target that has to be created is private.
         revision: branch of the target to commit to.
         token: access token; None uses the stored one.
 
     Raises:
-        InputError: if the source is no repository on the Hub, or two of its SAEs would go into the same folder.
+        InputError: if the source is no repository on the Hub, two of its SAEs would go into the same folder, or there
+            is no such licence.
     """
 
     def __init__(
@@ -67,6 +71,8 @@ class Mirror:
         folder: str = "",
         dtype: str | None = None,
         license: str | None = None,
+        license_name: str | None = None,
+        license_link: str | None = None,
         private: bool | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
@@ -81,7 +87,7 @@ class Mirror:
         self.source = source
         self.target = target
         self.dtype = dtype
-        self.license = license
+        self.licence = given_licence(license, license_name, license_link)
         self.private = private
         self.revision = revision
         self.token = token
@@ -125,7 +131,7 @@ class Mirror:
                 f"{self.target} has another SAE in {step.folder or 'its root'}, which is not a conversion of "
                 f"{step.address or 'this'}: pass another folder=, or remove it."
             )
-        conversion = Conversion(self.source.location.at(step.address), dtype=self.dtype, license=self.license)
+        conversion = Conversion(self.source.location.at(step.address), dtype=self.dtype, licence=self.licence)
         return conversion.push(
             self.target, subfolder=step.folder, revision=self.revision, private=self.private, token=self.token
         )
@@ -167,7 +173,8 @@ def _converted(repo: str, revision: str | None, token: str | bool | None) -> dic
         if path not in files:
             return None
         with explained(repo, info.sha, path):
-            return Path(hf_hub_download(repo, path, revision=info.sha, token=token)).read_text(encoding="utf-8")
+            local = hf_hub_download(repo, path, revision=info.sha, token=token)
+        return decoded(Path(local).read_bytes(), f"{path} of {repo}")
 
     index = read_index(read(INDEX_FILE))
     found: dict[str, Mapping[str, str]] = {}

@@ -21,7 +21,7 @@ from ..modeling import SAEModel
 from ..modeling.saving import FACTS_FILE, WEIGHT_FILES
 from .facts import CardFacts, read_facts, write_facts
 from .index import INDEX_FILE, SECTION, conversion_of, entry, index_card, index_json, read_index, updated_index
-from .markdown import merge
+from .markdown import decoded, merge
 from .saving import CARD_FILE, write_extras
 
 
@@ -63,11 +63,11 @@ def push_to_hub(
         The commit: ``oid``, ``commit_url``, ``pr_url`` ...
 
     Raises:
-        InputError: if the arguments contradict each other.
-        PublishError: if the repository may not be written, or changed meanwhile.
+        InputError: if the arguments contradict each other, or the facts name no licence of the Hub.
+        PublishError: if the repository may not be written, changed meanwhile, or has a README that cannot be read.
     """
     _require_one_target(create_pr, revision)
-    subfolder, facts = clean_subfolder(subfolder), read_facts(sae) if facts is None else facts
+    subfolder, facts = clean_subfolder(subfolder), (read_facts(sae) if facts is None else facts).licensed()
     saving: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     with tempfile.TemporaryDirectory() as staging, _translated(repo_id):
         folder = Path(staging)
@@ -149,13 +149,17 @@ class _Target:
         return cls(api, repo_id, str(info.sha), frozenset(file.rfilename for file in info.siblings or []))
 
     def read(self, path: str) -> str | None:
-        """Return a text file at the commit; None if it is not there."""
+        """Return a text file at the commit; None if it is not there.
+
+        Raises:
+            PublishError: if it is no text in UTF-8.
+        """
         if path not in self.files:
             return None
         local = hf_hub_download(
             self.repo_id, path, revision=self.commit, token=self.api.token, endpoint=self.api.endpoint
         )
-        return Path(local).read_text(encoding="utf-8")
+        return decoded(Path(local).read_bytes(), f"{path} of {self.repo_id}")
 
 
 def _operations(

@@ -10,7 +10,7 @@ from ..modeling import SAEModel
 from ..modeling.saving import replaced_together
 from .card import model_card
 from .facts import CardFacts, read_facts, write_facts
-from .markdown import merge
+from .markdown import decoded, merge
 
 CARD_FILE = "README.md"
 
@@ -29,11 +29,15 @@ def save(sae: SAEModel, folder: str | os.PathLike[str], facts: CardFacts | None 
 
     Returns:
         The folder.
+
+    Raises:
+        InputError: if the facts name no licence of the Hub.
+        PublishError: if the folder's README cannot be read.
     """
     target = Path(folder)
     readme = target / CARD_FILE
-    existing = readme.read_text(encoding="utf-8") if readme.is_file() else None
-    facts = read_facts(sae) if facts is None else facts
+    existing = decoded(readme.read_bytes(), str(readme)) if readme.is_file() else None
+    facts = (read_facts(sae) if facts is None else facts).licensed()
     with replaced_together(target) as staging:
         sae.save_pretrained(staging, **kwargs)
         write_extras(sae, staging, facts, existing_card=existing)
@@ -59,7 +63,8 @@ def write_extras(
         repo_id: repository that the card is for.
         subfolder: folder of the SAE in that repository.
     """
-    card = merge(existing_card, model_card(sae, facts, repo_id=repo_id, subfolder=subfolder), "card")
+    made = model_card(sae, facts, repo_id=repo_id, subfolder=subfolder)
+    card = merge(existing_card, made, "card", generated=("model-index", "model_name"))
     path = folder / CARD_FILE
     path.write_text(card, encoding="utf-8")
     return [write_facts(facts, folder), path]

@@ -70,6 +70,8 @@ def test_to_the_hub(hub: MiniHub, theirs: str, repo_id: str, monkeypatch, cache_
         (("--out", "x", "--dtype", "int8"), "dtype is 'int8'"),
         (("--out", "x", "--revision", "v9"), "no revision 'v9'"),
         (("--out", "x", "--license", "mit"), "published under 'cc-by-4.0'"),
+        (("--out", "x", "--license", "apche-2.0"), "Did you mean 'apache-2.0'"),
+        (("--out", "x", "--license", "other", "--license-name", "mine"), "license_link="),
         (("--push", "no such name!"), "expected 'owner/name'"),
     ],
 )

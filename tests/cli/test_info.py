@@ -57,6 +57,19 @@ def test_what_is_not_known_is_said(hub: MiniHub, tmp_path):
     assert "commit" not in said
 
 
+@pytest.mark.parametrize(
+    ("layout", "number", "said"),
+    [
+        ("gemma_scope", 2, "12 (measured)"),
+        ("gemma_scope_2", 2, "~66 (what training aimed at)"),
+        ("qwen_scope", 0, None),
+    ],
+)
+def test_the_l0_that_the_index_has(hub: MiniHub, tmp_path, layout, number, said):
+    written = formats[layout].examples(tmp_path)[number]
+    assert facts(run(str(tmp_path / written.repo), written.address).output).get("L0") == said
+
+
 def test_a_repository_of_many(hub: MiniHub, tmp_path):
     written = [made for made in formats["gemma_scope"].examples(tmp_path) if made.repo.endswith("2b-pt-res")]
     done = run(str(tmp_path / written[0].repo))

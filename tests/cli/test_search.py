@@ -38,12 +38,19 @@ def test_a_table_and_the_code_that_loads_each_row():
     assert rows[0] == ["1", "resid_post.12", "16,384", "jumprelu", "22", "google"]
 
 
+def test_a_target_is_not_shown_as_a_measurement():
+    done = run("--model", "google/gemma-3-4b-pt", "--layer", "17", "--l0", "60", "--limit", "1")
+    [row] = [line.split() for line in done.output.splitlines() if "resid_post.17" in line]
+    assert row[-2:] == ["~60", "google"] and "~: what training aimed at" in done.output
+    assert "~" not in run("--model", "google/gemma-2-2b", "--layer", "12", "--limit", "5").output
+
+
 def test_more_than_the_limit_is_said():
     done = run("--model", "google/gemma-2-2b", "--layer", "12", "--limit", "3")
     assert len(calls(done.output)) == 3
     assert "284 more:" in done.output and "--limit 0 for all" in done.output
     every = run("--model", "google/gemma-2-2b", "--layer", "12", "--limit", "0", "--l0", "80")
-    assert len(calls(every.output)) == 12 and "more:" not in every.output
+    assert len(calls(every.output)) == 14 and "more:" not in every.output
 
 
 def test_without_a_model_it_is_shown():

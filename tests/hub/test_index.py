@@ -1,18 +1,18 @@
 """The index leads every id of SAELens's registry to the files that the registry means, and knows its facts.
 
 What the registry says is not part of this repository. Its digest is, so that every id is tested wherever this runs;
-with ``HF_GATED_SAE_FACTS`` naming a file of facts (see hub_scripts/build_index.py) each single entry is compared, and
-``python -m tests.hub.test_index FILE`` writes the digest anew.
+with ``HF_GATED_SAE_FACTS`` naming SAELens's wheel or a file of facts (see hub_scripts/build_index.py) each single
+entry is compared, and ``python -m tests.hub.test_index FILE`` writes the digest anew.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import os
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -35,9 +35,19 @@ from hf_gated_sae.hub.index import (
 from hf_gated_sae.hub.index_encoding import grouped
 from hf_gated_sae.hub.location import Location
 from hf_gated_sae.hub.opening import open_checkpoint, sae_addresses
+from hub_scripts.build_index import read_facts
 
 DIGEST = Path(__file__).with_name("known_saes_digest.json")
 FACTS = os.environ.get("HF_GATED_SAE_FACTS")
+
+# What the registry gives to an SAE that it contradicts: its own folder names another layer, width, site or L0.
+WRONG_DASHBOARDS = {
+    ("gemma-scope-9b-pt-res", "layer_2/width_16k/average_l0_8"): "gemma-2-9b/20-gemmascope-res-131k__l0-10",
+    ("gemma-scope-9b-pt-res", "layer_20/width_131k/average_l0_114"): "gemma-2-9b/20-gemmascope-res-131k__l0-12",
+    ("pythia-70m-deduped-res-sm", "blocks.0.hook_resid_pre"): "pythia-70m-deduped/e-att-sm",
+}
+WRONG_L0 = {("gemma-scope-9b-pt-res-canonical", "layer_20/width_524k/canonical"): (78, 48)}
+"""The registry's L0, and that of the folder that the entry itself names."""
 
 # Files of an SAE by the path that the registry gives it, for each of the registry's layouts.
 FILES = {
@@ -95,10 +105,6 @@ def digest(facts):
     }
 
 
-def read_facts(path):
-    return json.loads(gzip.decompress(Path(path).read_bytes()))
-
-
 KNOWN = json.loads(DIGEST.read_text()) if DIGEST.exists() else {}
 
 
@@ -118,8 +124,8 @@ def test_every_id_leads_to_the_files_of_the_registry(name):
 
 @pytest.mark.skipif(FACTS is None, reason="needs HF_GATED_SAE_FACTS, a file of facts that is not in the repository")
 def test_every_entry_of_the_facts():
-    facts = read_facts(FACTS)
-    compared = 0
+    facts = read_facts(Path(FACTS))
+    compared = known_l0 = 0
     for sae in entries(facts):
         release = facts["releases"][sae["release"]]
         repo, address = resolve_alias(sae["release"], str(sae["id"]))
@@ -128,7 +134,14 @@ def test_every_entry_of_the_facts():
         assert FILES_OF_ADDRESS[layout](address) == FILES[layout](str(sae["path"])), sae
         known = releases()[sae["release"]].saes[str(sae["id"])]
         assert known.input_scale == sae.get("norm_scaling_factor", known.input_scale)
-        assert known.neuronpedia == sae.get("neuronpedia")
+        place = sae["release"], str(sae["id"])
+        if place in WRONG_DASHBOARDS:
+            assert (sae["neuronpedia"], known.neuronpedia) == (WRONG_DASHBOARDS[place], None)
+        else:
+            assert known.neuronpedia == sae.get("neuronpedia")
+        if "l0" in sae:
+            known_l0 += 1
+            assert (sae["l0"], known.l0) == WRONG_L0.get(place, (known.l0, known.l0))
         if sae["release"] != "gemma-scope-9b-it-res":  # the registry's model is that of another repository
             assert known.base_model == repository_of(release["model"])
         found = known_facts(repo, address)
@@ -137,6 +150,7 @@ def test_every_entry_of_the_facts():
         assert bool(found.get("neuronpedia")) >= bool(known.neuronpedia)
         compared += 1
     assert compared == 13_860  # the copy is compared, too
+    assert known_l0 in (0, 12_147)  # a file of facts may leave them out
     assert digest(facts) == KNOWN
 
 
@@ -194,6 +208,33 @@ def test_the_formats_say_the_same_of_an_sae(name, tmp_path):
 
 def test_it_is_small():
     assert FILE.stat().st_size <= 150_000
+
+
+def test_what_is_known_of_l0():
+    """All 12,147 that the registry states, and those that only the name of a Gemma Scope folder does."""
+    kinds = Counter(sae.l0_kind for sae in known_saes())
+    assert kinds == {"target": 9_663, "measured": 2_915, None: 1_279}
+    assert all((sae.l0 is None) == (sae.l0_kind is None) for sae in known_saes())
+    for (release, id), (_, l0) in WRONG_L0.items():
+        assert releases()[release].saes[id].l0 == l0
+
+
+def test_every_sae_of_gemma_scope_2_has_the_l0_that_it_was_trained_for():
+    """Of a model it follows from the layer, from the folder and from small, medium or big alone."""
+    found: dict[tuple[str, ...], set[float]] = {}
+    count = 0
+    for sae in known_saes():
+        if sae.repo.startswith("google/gemma-scope-2-"):
+            count += 1
+            assert sae.l0_kind == "target"
+            size = sae.repo.split("-")[3]
+            every = sae.address.split("/")[0].endswith("_all")
+            level = re.search(r"_l0_(small|medium|big)", sae.address)[1]
+            found.setdefault((size, every, sae.layer, level), set()).add(sae.l0)
+    assert count == 8_784
+    assert all(len(values) == 1 for values in found.values())
+    assert [found["4b", False, 17, level] for level in ("small", "medium", "big")] == [{20}, {60}, {150}]
+    assert found["4b", True, 17, "big"] == {120}
 
 
 @pytest.mark.parametrize(
@@ -272,15 +313,15 @@ def test_facts_are_of_known_saes_only():
         ("google/gemma-scope-2b-pt-res", "embedding/width_4k/average_l0_6", "embed", None, 4096, "jumprelu", 6),
         ("google/gemma-scope-2b-pt-att", "layer_0/width_16k/average_l0_104", "attn_z.0", None, 16384, "jumprelu", 104),
         ("google/gemma-scope-2-1b-pt", "transcoder_all/layer_7_width_262k_l0_small_affine",
-         "mlp_in.7", "mlp_out.7", 262144, "jumprelu", None),
+         "mlp_in.7", "mlp_out.7", 262144, "jumprelu", 18),
         ("google/gemma-scope-2-1b-pt", "resid_post/layer_7_width_262k_l0_medium_seed_1",
-         "resid_post.7", None, 262144, "jumprelu", None),
-        ("fnlp/Llama3_1-8B-Base-LXA-32x", "Llama3_1-8B-Base-L7A-32x", "attn_out.7", None, 131072, "jumprelu", None),
+         "resid_post.7", None, 262144, "jumprelu", 54),
+        ("fnlp/Llama3_1-8B-Base-LXA-32x", "Llama3_1-8B-Base-L7A-32x", "attn_out.7", None, 131072, "jumprelu", 50),
         ("Qwen/SAE-Res-Qwen3.5-27B-W80K-L0_50", "layer9.sae.pt", "resid_post.9", None, 81920, "topk", 50),
         ("canrager/lm_sae", "pythia70m_sweep_gated_ctx128_0730/resid_post_layer_4/trainer_7",
          "resid_post.4", None, 16384, "gated", None),
         ("ctigges/pythia-70m-deduped__res-sm_processed", "e-res-sm", "resid_pre.0", None, None, "standard", None),
-        ("canrager/temporalSAEs", "gemma-2-2B/layer_12/temporal", "resid_post.12", None, 9216, "temporal", None),
+        ("canrager/temporalSAEs", "gemma-2-2B/layer_12/temporal", "resid_post.12", None, 9216, "temporal", 192),
     ],
 )  # fmt: skip
 def test_what_the_names_say(repo, address, site, site_out, d_sae, architecture, l0):
@@ -330,5 +371,7 @@ def test_sizes_and_layers():
 
 
 if __name__ == "__main__":
-    lines = [f"{json.dumps(name)}: {json.dumps(found)}" for name, found in digest(read_facts(sys.argv[1])).items()]
+    lines = [
+        f"{json.dumps(name)}: {json.dumps(found)}" for name, found in digest(read_facts(Path(sys.argv[1]))).items()
+    ]
     DIGEST.write_text("{\n" + ",\n".join(lines) + "\n}\n")

@@ -108,6 +108,52 @@ def test_a_readme_written_by_hand_is_kept(hub: MiniHub, repo_id: str) -> None:
     assert data["library_name"] == "hf-gated-sae"
 
 
+@pytest.mark.parametrize("subfolder", ["", "a"])
+def test_a_readme_with_a_byte_order_mark_is_kept_without_it(hub: MiniHub, repo_id: str, subfolder: str) -> None:
+    by_hand = b"\xef\xbb\xbf---\r\nlanguage: de\r\n---\r\n\r\n# My thesis\r\n"
+    hub.seed(repo_id, {"README.md": by_hand, "a/README.md": by_hand})
+    push_to_hub(example(), repo_id, subfolder=subfolder)
+    for name in {"README.md", f"{subfolder}/README.md".strip("/")}:
+        text = files(hub, repo_id)[name].decode()
+        assert text.startswith("---\nlanguage: de\n") and text.count("# My thesis") == text.count("language: de") == 1
+        assert read_card(text)["library_name"] == "hf-gated-sae"
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+@pytest.mark.parametrize("name", ["README.md", "a/README.md"])
+def test_another_encoding_is_refused_before_any_upload(hub: MiniHub, repo_id: str, name: str, encoding: str) -> None:
+    by_hand = "# Für meine Arbeit".encode(encoding)
+    commit = hub.seed(repo_id, {name: by_hand})
+    hub.requests.clear()
+    with pytest.raises(PublishError, match=f"{name} of {repo_id} is not in UTF-8.*save it as UTF-8, then try again"):
+        push_to_hub(example(), repo_id, subfolder="a")
+    assert hub.repo(repo_id).at("main").id == commit and files(hub, repo_id)[name] == by_hand
+    assert not [path for method, path, *_ in hub.requests if method == "PUT" or "preupload" in path or "lfs" in path]
+
+
+@pytest.mark.parametrize(
+    ("terms", "phrase"),
+    [
+        ({"license": "apche-2.0"}, "Did you mean 'apache-2.0'"),
+        ({"license": "other", "license_name": "mine"}, "license_link="),
+        ({"license": "mit", "license_link": "LICENSE"}, "belong to 'other'"),
+    ],
+)
+def test_a_licence_that_the_hub_does_not_know_leaves_no_repository(
+    hub: MiniHub, repo_id: str, terms: dict[str, str], phrase: str
+) -> None:
+    hub.requests.clear()
+    with pytest.raises(InputError, match=phrase):
+        example().push_to_hub(repo_id, facts=CardFacts(**terms))
+    assert hub.requests == []
+
+
+def test_the_licence_is_published_as_the_hub_spells_it(hub: MiniHub, repo_id: str, cache_dir: str) -> None:
+    example().push_to_hub(repo_id, facts=CardFacts(license="Apache License 2.0"))
+    assert HfApi().model_info(repo_id).card_data.license == "apache-2.0"
+    assert read_facts(SAEModel.from_pretrained(repo_id, cache_dir=cache_dir)).license == "apache-2.0"
+
+
 def test_the_card_is_there_and_valid(hub: MiniHub, repo_id: str) -> None:
     facts = CardFacts(
         metrics={"l0": 20.0, "fvu": 0.1}, evaluation={"dataset": "acme/text", "tokens": 1000}, license="apache-2.0"

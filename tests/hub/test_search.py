@@ -8,9 +8,12 @@ import logging
 
 import pytest
 from huggingface_hub import HfApi
+from typer.testing import CliRunner
 
 import hf_gated_sae
 from hf_gated_sae import SAEModel
+from hf_gated_sae.cli import info as _info  # noqa: F401  # makes the subcommand known
+from hf_gated_sae.cli.app import app
 from hf_gated_sae.errors import InputError, MissingFileError, UnknownNameError
 from hf_gated_sae.formats.gemma_scope import GemmaScopeFormat
 from hf_gated_sae.hub.search import SearchResult, search
@@ -26,7 +29,7 @@ def test_it_is_there_for_users():
 
 
 def test_results_are_facts():
-    [found] = search(GEMMA, site="resid_post.12", width="32k", near_l0=80, live=False)
+    found, _ = search(GEMMA, site="resid_post.12", width="32k", near_l0=80, live=False)
     assert found == SearchResult(
         repo="google/gemma-scope-2b-pt-res",
         subfolder="layer_12/width_32k/average_l0_76",
@@ -36,6 +39,7 @@ def test_results_are_facts():
         d_sae=32768,
         architecture="jumprelu",
         l0=76,
+        l0_kind="measured",
         neuronpedia="gemma-2-2b/12-gemmascope-res-32k",
         release="gemma-scope-2b-pt-res",
     )
@@ -65,12 +69,30 @@ def test_filters(width):
 def test_the_nearest_l0_of_each_kind():
     every = search(GEMMA, layer=12, live=False)
     found = search(GEMMA, layer=12, near_l0=80, live=False)
-    assert len({(result.repo, result.site, result.d_sae) for result in found}) == len(found) == 12
+    assert len({(result.repo, result.site, result.d_sae) for result in found}) == len(found) == 14
     for result in found:
         alike = [o for o in every if (o.repo, o.site, o.d_sae) == (result.repo, result.site, result.d_sae)]
         assert abs(result.l0 - 80) == min(abs(other.l0 - 80) for other in alike)
     # Of one publisher repositories may differ in nothing but their L0.
     assert [one.l0 for one in search("Qwen/Qwen3-8B-Base", layer=3, near_l0=90, live=False)] == [100]
+
+
+def test_targets_of_gemma_scope_2_are_near_or_far():
+    found = search("google/gemma-3-4b-pt", layer=17, near_l0=60, live=False)
+    assert {(result.l0, result.l0_kind) for result in found} == {(60, "target")} and len(found) == 13
+    assert all("_l0_medium" in result.subfolder for result in found)
+    [small] = search("google/gemma-3-4b-pt", site="resid_post.17", width="16k", near_l0=30, live=False)
+    assert small.l0 == 20  # 20, 60, 120 and 150 there are
+
+
+def test_a_release_and_dashboards_lead_to_their_own_saes(hub: MiniHub):
+    canonical = search("gemma-scope-2b-pt-res-canonical")
+    assert len(canonical) == 58 and {result.release for result in canonical} == {"gemma-scope-2b-pt-res-canonical"}
+    for name in ("gemma-2-2b/12-gemmascope-res-16k", "neuronpedia:gemma-2-2b/12-gemmascope-res-16k"):
+        [found] = search(name)
+        assert found.subfolder == "layer_12/width_16k/average_l0_82"
+    assert search("gemma-2-2b/12-gemmascope-res-16k", layer=3) == []
+    assert hub.requests == []
 
 
 def test_the_residual_stream_first_and_what_was_saved_during_training_last():
@@ -85,6 +107,7 @@ def test_the_residual_stream_first_and_what_was_saved_during_training_last():
     ("wrong", "message"),
     [
         ({"base_model": "google/gemma-2-2"}, "Did you mean 'google/gemma-2-2b'"),
+        ({"base_model": "gemma-2-2b/12-gemmascope-res-17k"}, "Did you mean 'gemma-2-2b/12-gemmascope-res-16k'"),
         ({"site": "resid_pots"}, "Did you mean 'resid_post'"),
         ({"architecture": "gatd"}, "Did you mean 'gated'"),
     ],
@@ -99,6 +122,18 @@ def test_a_wrong_width_is_an_error_and_an_absent_one_is_not():
         search(GEMMA, width="wide", live=False)
     assert search(GEMMA, width=12345, live=False) == search(GEMMA, layer=99, live=False) == []
     assert search(GEMMA, site="model.layers.3.mlp.output", live=False) == []
+
+
+@pytest.mark.parametrize("wrong", ["12", -1, 1.5, True])
+def test_a_layer_is_a_whole_number(wrong):
+    with pytest.raises(InputError, match="layer is .*expected the number of a block"):
+        search(GEMMA, layer=wrong, live=False)
+
+
+@pytest.mark.parametrize("wrong", ["60", -1, float("nan"), float("inf"), True])
+def test_an_l0_is_a_number(wrong):
+    with pytest.raises(InputError, match="near_l0 is .*expected a mean number of active latents"):
+        search(GEMMA, near_l0=wrong, live=False)
 
 
 def test_code():
@@ -218,6 +253,30 @@ def test_an_alias_loads_what_it_stands_for(gemma_scope: str, cache_dir: str):
     assert again.checkpoint == sae.checkpoint and pinned.checkpoint.revision == sae.checkpoint.revision
 
 
+NAMES = [
+    "gemma-2-2b/12-gemmascope-res-16k",
+    "neuronpedia:gemma-2-2b/12-gemmascope-res-16k",
+    "https://www.neuronpedia.org/gemma-2-2b/12-gemmascope-res-16k/1234?embed=true",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_name_of_dashboards_loads_their_sae(gemma_scope: str, cache_dir: str, name: str):
+    sae = SAEModel.from_pretrained(name, cache_dir=cache_dir)
+    assert (sae.checkpoint.repo, sae.checkpoint.subfolder) == (gemma_scope, "layer_12/width_16k/average_l0_82")
+    pinned = SAEModel.from_pretrained(f"{name}@{sae.checkpoint.revision}", cache_dir=cache_dir)
+    assert pinned.checkpoint == sae.checkpoint
+
+
+@pytest.mark.parametrize("name", [*NAMES, "gemma-scope-2b-pt-res-canonical layer_12/width_16k/canonical"])
+def test_info_of_the_name_of_dashboards_and_of_a_release(gemma_scope: str, name: str):
+    done = CliRunner().invoke(app, ["info", *name.split()], env={"COLUMNS": "120", "NO_COLOR": "1"})
+    assert done.exit_code == 0, done.output
+    said = " ".join(done.output.split())
+    assert f"repository {gemma_scope}" in said and "address layer_12/width_16k/average_l0_82" in said
+    assert "L0 82 (measured)" in said and "neuronpedia.org/gemma-2-2b/12-gemmascope-res-16k" in said
+
+
 def test_what_is_not_in_the_index_loads_just_as_well(gemma_scope: str, cache_dir: str):
     sae = SAEModel.from_pretrained(gemma_scope, "layer_12/width_16k/average_l0_7", cache_dir=cache_dir)
     assert sae.config.site == "resid_post.12"
@@ -227,6 +286,43 @@ def test_a_local_folder_of_that_name_wins(tmp_path, monkeypatch):
     example().save_pretrained(tmp_path / "gemma-scope-2b-pt-res" / "a")
     monkeypatch.chdir(tmp_path)
     assert_same(example(), SAEModel.from_pretrained("gemma-scope-2b-pt-res", "a"))
+
+
+def test_saelens_words_for_a_place_are_understood(gemma_scope: str, cache_dir: str):
+    given = {"release": "gemma-scope-2b-pt-res-canonical", "sae_id": "layer_12/width_16k/canonical"}
+    sae = SAEModel.from_pretrained(**given, cache_dir=cache_dir)
+    assert (sae.checkpoint.repo, sae.checkpoint.subfolder) == (gemma_scope, "layer_12/width_16k/average_l0_82")
+    again = SAEModel.from_pretrained(given["release"], sae_id=given["sae_id"], cache_dir=cache_dir)
+    assert again.checkpoint == sae.checkpoint
+
+
+@pytest.mark.parametrize(
+    ("given", "phrase"),
+    [
+        ({"release": "a", "pretrained_model_name_or_path": "b"}, "release='a' and 'b', which both say where"),
+        ({"sae_id": "a", "subfolder": "b", "release": "c"}, "sae_id='a' and 'b'"),
+        ({"sae_id": "a"}, "sae_id='a' alone; pass the release="),
+        ({}, "neither a checkpoint nor config="),
+    ],
+)
+def test_one_place_under_one_name(given, phrase):
+    with pytest.raises(InputError, match=phrase):
+        SAEModel.from_pretrained(**given)
+
+
+def test_a_misspelt_name_of_dashboards_gets_close_matches(hub: MiniHub, cache_dir: str):
+    hub.requests.clear()
+    with pytest.raises(UnknownNameError, match="Did you mean 'gemma-2-2b/12-gemmascope-res-16k'"):
+        SAEModel.from_pretrained("neuronpedia:gemma-2-2b/12-gemmascope-res-17k", cache_dir=cache_dir)
+    assert hub.requests == []
+    # Without the mark it may be a repository: the Hub is asked, and has none.
+    with pytest.raises(MissingFileError, match="Did you mean 'gemma-2-2b/12-gemmascope-res-16k'"):
+        SAEModel.from_pretrained("gemma-2-2b/12-gemmascope-res-17k", cache_dir=cache_dir)
+
+
+def test_dashboards_and_a_subfolder_contradict_each_other(hub: MiniHub, cache_dir: str):
+    with pytest.raises(InputError, match="subfolder 'layer_3': leave the subfolder away"):
+        SAEModel.from_pretrained("gemma-2-2b/12-gemmascope-res-16k", "layer_3", cache_dir=cache_dir)
 
 
 def test_a_misspelt_release_gets_close_matches(hub: MiniHub, cache_dir: str):

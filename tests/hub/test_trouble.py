@@ -100,6 +100,39 @@ def test_force_download_heals_a_corrupt_cache(hub: MiniHub, repo_id: str, cache_
     assert_same(sae, SAEModel.from_pretrained(repo_id, cache_dir=cache_dir, force_download=True))
 
 
+def test_force_download_contradicts_offline(
+    hub: MiniHub, repo_id: str, cache_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example().push_to_hub(repo_id)
+    SAEModel.from_pretrained(repo_id, cache_dir=cache_dir)
+    forced = {"cache_dir": cache_dir, "force_download": True}
+    hub.requests.clear()
+    with pytest.raises(
+        InputError, match="force_download=True, which asks the Hub .* and local_files_only=True, which"
+    ):
+        SAEModel.from_pretrained(repo_id, local_files_only=True, **forced)
+    monkeypatch.setattr("hf_gated_sae.hub.repository.is_offline_mode", lambda: True)
+    with pytest.raises(InputError, match="and HF_HUB_OFFLINE=1, which forbids to ask: leave one of them away"):
+        SAEModel.from_pretrained(repo_id, **forced)
+    assert hub.requests == []
+
+
+def test_force_download_does_not_take_the_cache_of_a_hub_that_is_down(
+    hub: MiniHub, repo_id: str, cache_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    example().push_to_hub(repo_id)
+    SAEModel.from_pretrained(repo_id, cache_dir=cache_dir)
+    hub.fail(".*", "status", times=-1, status=503)
+    with pytest.raises(MissingFileError, match="could not be fetched from the Hub"):
+        SAEModel.from_pretrained(repo_id, cache_dir=cache_dir, force_download=True)
+
+
+def test_a_local_folder_is_loaded_offline_whatever_is_forced(tmp_path: Path) -> None:
+    example().save_pretrained(tmp_path)
+    assert_same(example(), SAEModel.from_pretrained(tmp_path, local_files_only=True, force_download=True))
+
+
 @pytest.mark.parametrize(
     "given, phrase",
     [

@@ -72,6 +72,13 @@ def test_one_commit_with_card_and_held_out_numbers(hub: MiniHub, repo_id: str, t
     assert facts.metrics["loss_recovered"] == pytest.approx(report.loss_recovered, rel=1e-3)
 
 
+def test_an_unknown_licence_is_refused_before_training(hub: MiniHub, repo_id: str, texts) -> None:
+    hub.requests.clear()
+    with pytest.raises(SAEError, match="Did you mean 'apache-2.0'"):
+        run(str(bundled.MODEL), *texts, repo_id, "--license", "apche-2.0", *FLAGS)
+    assert hub.requests == [] and not Path(repo_id.split("/")[1]).exists()
+
+
 def test_several_saes_go_into_folders(hub: MiniHub, repo_id: str, texts) -> None:
     saes = "{small: {d_sae: 16}, other: {site: mlp_out.2}}"
     run(str(bundled.MODEL), *texts, repo_id, "--subfolder", "set", "--tokens", "512", "--saes", saes, *FLAGS)

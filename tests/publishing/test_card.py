@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from jinja2 import UndefinedError
 
 from hf_gated_sae.architectures import architectures
+from hf_gated_sae.errors import InputError
 from hf_gated_sae.publishing import CardFacts, LatentLabel, card, model_card
 from hf_gated_sae.publishing.markdown import split_front_matter
 from tests.support.cards import require_valid
@@ -75,6 +76,38 @@ def test_the_numbers_are_in_the_model_index() -> None:
         "l0": 17.25, "fvu": 0.0625, "loss_recovered": 0.975, "relative_reconstruction_bias": 1.0078125
     }  # fmt: skip
     assert data["datasets"] == ["acme/text"] and data["license"] == "apache-2.0"
+
+
+@pytest.mark.parametrize("dataset", ["Python standard library", "held_out.txt", "texts/held_out.txt", None])
+def test_numbers_on_other_text_than_that_of_the_hub_are_in_the_body_alone(dataset: str | None) -> None:
+    """The Hub's metadata wants the id of a data set, which it links."""
+    facts = CardFacts(metrics={"l0": 17.25}, evaluation={"dataset": dataset}, datasets=("a book", "data/train.jsonl"))
+    data, body = split_front_matter(model_card(example(), facts))
+    assert not {"model-index", "datasets"} & set(data)
+    assert "| `l0` | 17.25 |" in body and "| data | a book, data/train.jsonl |" in body
+    assert dataset is None or f"| dataset | {dataset} |" in body
+
+
+def test_a_folder_of_the_author_s_machine_is_called_by_its_name_alone() -> None:
+    text = model_card(example(), FULL)
+    assert "/home/me" not in text and "| data | acme/text, data |" in text
+
+
+def test_the_licence_is_spelt_as_the_hub_does() -> None:
+    data, body = split_front_matter(model_card(example(), CardFacts(license="Apache 2.0")))
+    assert data["license"] == "apache-2.0" and "- licence: apache-2.0\n" in body
+    with pytest.raises(InputError, match="Did you mean 'apache-2.0'"):
+        model_card(example(), CardFacts(license="apche-2.0"))
+    with pytest.raises(InputError, match="without license='other'"):
+        model_card(example(), CardFacts(license_name="mine"))
+
+
+def test_a_licence_that_is_not_on_the_list(hub: MiniHub) -> None:
+    text = model_card(example(), CardFacts(license="other", license_name="mine-1.0", license_link="LICENSE"))
+    data, body = split_front_matter(text)
+    assert (data["license"], data["license_name"], data["license_link"]) == ("other", "mine-1.0", "LICENSE")
+    assert "- licence: other: mine-1.0, LICENSE\n" in body
+    require_valid(ModelCard(text))
 
 
 def test_nothing_is_claimed_when_nothing_is_known() -> None:

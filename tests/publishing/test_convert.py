@@ -111,7 +111,11 @@ def test_pushed_in_one_commit(hub: MiniHub, theirs: str, repo_id: str, tmp_path:
         ({"README.md": "# no metadata", "LICENSE.md": APACHE}, "apache-2.0", "LICENSE.md"),
         ({"LICENSE": "All rights reserved."}, None, "not one of the licences that are recognised"),
         ({"LICENSE": b"\xff\xfe\x00"}, None, "not one of"),
-        ({"README.md": b"---\nlicense: \xff\xfe\n---\n"}, "\ufffd\ufffd", "README.md"),
+        ({"README.md": b"---\nlicense: \xff\xfe\n---\n"}, None, "README.md cannot be read"),
+        ({"README.md": CARD.encode("utf-16")}, None, "README.md cannot be read"),
+        ({"README.md": b"\xef\xbb\xbf" + CARD.encode()}, "cc-by-4.0", "metadata of the source's README.md"),
+        ({"README.md": "---\nlicense: Apache License, Version 2.0\n---\n"}, "apache-2.0", "README.md"),
+        ({"README.md": "---\nlicense: my-own\n---\n"}, "other", "README.md: my-own"),
         ({f"{ADDRESS}/README.md": "---\nlicense: mit\n---\n", "README.md": CARD}, "mit", f"{ADDRESS}/README.md"),
         ({f"{ADDRESS}/README.md": "# mine", "README.md": CARD}, "cc-by-4.0", "README.md"),
     ],
@@ -154,6 +158,43 @@ def test_a_licence_is_not_changed(hub: MiniHub, theirs: str, tmp_path: Path) -> 
     for nothing in ("", "unknown"):
         with pytest.raises(InputError, match="licence identifier"):
             convert(theirs, ADDRESS, license=nothing)
+
+
+@pytest.mark.parametrize(
+    ("terms", "phrase"),
+    [
+        ({"license": "apche-2.0"}, "Did you mean 'apache-2.0'"),
+        ({"license": "other"}, "license_name="),
+        ({"license_name": "mine"}, "without license='other'"),
+    ],
+)
+def test_a_licence_that_the_hub_does_not_know_is_refused_before_the_source_is_asked_for(
+    hub: MiniHub, theirs: str, terms: dict[str, str], phrase: str
+) -> None:
+    hub.requests.clear()
+    with pytest.raises(InputError, match=phrase):
+        convert(theirs, ADDRESS, **terms)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("stated", "name", "link"),
+    [
+        ("license: other\nlicense_name: x-1.0\nlicense_link: LICENSE", "x-1.0", "/blob/{}/LICENSE"),
+        ("license: other\nlicense_name: x-1.0\nlicense_link: https://x.org/1", "x-1.0", "https://x.org/1"),
+        ("license: x-1.0", "x-1.0", "/tree/{}"),
+        ("license: [mit, x-1.0]", "mit or x-1.0", "/tree/{}"),
+    ],
+)
+def test_another_licence_keeps_its_name(
+    hub: MiniHub, theirs: str, repo_id: str, tmp_path: Path, stated: str, name: str, link: str
+) -> None:
+    commit = seed_gemma_scope(hub, theirs, tmp_path / "theirs", card=f"---\n{stated}\n---\n")
+    convert(theirs, ADDRESS).push(repo_id)
+    data = read_card(files(hub, repo_id)["README.md"].decode())
+    assert (data["license"], data["license_name"]) == ("other", name)
+    expected = link if link.startswith("https:") else f"https://huggingface.co/{theirs}{link.format(commit)}"
+    assert data["license_link"] == expected
 
 
 def test_a_source_that_is_not_pinned(hub: MiniHub, repo_id: str, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoModel
 
 from hf_gated_sae import SAEModel
-from hf_gated_sae.errors import CheckpointError, InputError
+from hf_gated_sae.errors import CheckpointError, InputError, PublishError
 from hf_gated_sae.evaluation import FidelityReport
 from hf_gated_sae.functional import FidelityMetrics
 from hf_gated_sae.publishing import CardFacts, LatentLabel, read_facts, save
@@ -123,6 +123,42 @@ def test_saving_keeps_what_people_wrote(tmp_path: Path) -> None:
     card = (tmp_path / "README.md").read_text()
     assert card.count("# Mine") == 1 and card.count("## Equations") == 1
     assert (tmp_path / "notes.txt").read_text() == "also mine"
+
+
+def test_numbers_of_an_earlier_card_leave_the_metadata(tmp_path: Path) -> None:
+    measured = CardFacts(metrics={"l0": 3.5}, evaluation={"dataset": "acme/text"})
+    save(example(), tmp_path, measured)
+    assert "model-index" in (tmp_path / "README.md").read_text()
+    save(example("standard"), tmp_path, CardFacts())
+    assert "model-index" not in (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text("---\nmodel-index: []\n---\n# Mine\n")
+    save(example(), tmp_path, CardFacts())
+    assert "model-index: []" in (tmp_path / "README.md").read_text()
+
+
+def test_a_byte_order_mark_does_not_hide_the_front_matter(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_bytes(b"\xef\xbb\xbf---\r\nlanguage: de\r\n---\r\n# Mine\r\n")
+    save(example(), tmp_path)
+    card = (tmp_path / "README.md").read_bytes()
+    assert card.startswith(b"---\nlanguage: de\n") and b"# Mine\n" in card and b"\r" not in card
+
+
+@pytest.mark.parametrize(
+    ("facts", "readme", "error", "phrase"),
+    [
+        (CardFacts(license="apche-2.0"), b"# Mine", InputError, "Did you mean 'apache-2.0'"),
+        (CardFacts(license="other"), b"# Mine", InputError, "license_name="),
+        (CardFacts(), "# Für dich".encode("latin-1"), PublishError, "README.md is not in UTF-8"),
+        (CardFacts(), "# Für dich".encode("utf-16"), PublishError, "README.md is not in UTF-8"),
+    ],
+)
+def test_what_the_card_cannot_say_or_keep_is_refused(
+    tmp_path: Path, facts: CardFacts, readme: bytes, error: type[Exception], phrase: str
+) -> None:
+    (tmp_path / "README.md").write_bytes(readme)
+    with pytest.raises(error, match=phrase):
+        save(example(), tmp_path, facts)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"README.md": readme}
 
 
 def test_a_save_that_fails_changes_nothing(tmp_path: Path) -> None:

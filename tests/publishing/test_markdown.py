@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_gated_sae.errors import PublishError
-from hf_gated_sae.publishing.markdown import cell, marked, merge, split_front_matter, with_front_matter
+from hf_gated_sae.publishing.markdown import cell, decoded, marked, merge, split_front_matter, with_front_matter
 
 OURS = with_front_matter({"library_name": "hf-gated-sae", "tags": ["x"], "license": "mit"}, marked("card", "# New\n"))
 prose = st.text(alphabet="ab #|-*\n", max_size=60).filter(lambda text: "---" not in text)
@@ -48,6 +48,35 @@ def test_keys_of_the_front_matter() -> None:
     assert data["license"] == "gpl"
 
 
+@pytest.mark.parametrize("yielding", [(), ("license",)])
+def test_name_and_link_of_a_licence_go_with_it(yielding: tuple[str, ...]) -> None:
+    other = "---\nlicense: other\nlicense_name: x-1.0\nlicense_link: LICENSE\n---\nhello"
+    data, _ = split_front_matter(merge(other, OURS, "card", yielding=yielding))
+    expected = (
+        {"license": "other", "license_name": "x-1.0", "license_link": "LICENSE"} if yielding else {"license": "mit"}
+    )
+    assert {key: value for key, value in data.items() if key.startswith("license")} == expected
+    ours = with_front_matter({"license": "other", "license_name": "x-1.0"}, marked("card", "# New\n"))
+    data, _ = split_front_matter(merge("---\nlicense: mit\n---\n", ours, "card", yielding=yielding))
+    expected = {"license": "mit"} if yielding else {"license": "other", "license_name": "x-1.0"}
+    assert {key: value for key, value in data.items() if key.startswith("license")} == expected
+    bare = with_front_matter({}, marked("card", "# New\n"))
+    assert "license_name: x-1.0" in merge(other, bare, "card", yielding=yielding)
+
+
+@given(text=st.text(max_size=30))
+def test_utf_8_is_read_with_and_without_a_byte_order_mark(text: str) -> None:
+    plain = text.replace("\r\n", "\n").removeprefix("\ufeff")
+    assert decoded(text.encode(), "it").removeprefix("\ufeff") == plain.removeprefix("\ufeff")
+    assert decoded(b"\xef\xbb\xbf" + text.encode(), "it") == text.replace("\r\n", "\n")
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-32"])
+def test_another_encoding_is_refused_in_one_sentence(encoding: str) -> None:
+    with pytest.raises(PublishError, match=r"README.md of me/x is not in UTF-8 \(byte \d+ is 0x.*save it as UTF-8"):
+        decoded("# Ergebnisse für alle".encode(encoding), "README.md of me/x")
+
+
 def test_two_sections_live_side_by_side() -> None:
     index = with_front_matter({}, marked("index", "# List\n"))
     both = merge(OURS, index, "index")
@@ -60,6 +89,7 @@ def test_two_sections_live_side_by_side() -> None:
     [
         ("---\na: [1\n---\nhello", "front matter is broken"),
         ("---\n- a\n---\nhello", "holds a list; expected YAML keys"),
+        ("---\nday: 2020-99-99\n---\nhello", "front matter is broken"),
         (OURS.replace("<!-- hf-gated-sae card: end -->", ""), "put it back"),
     ],
 )
