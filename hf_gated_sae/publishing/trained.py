@@ -54,6 +54,9 @@ def training_facts(run: Run, name: str = "") -> CardFacts:
     return CardFacts(
         **{**known, "training": _flat({"preset": run.config.preset, **known["training"], **held_out})},
         datasets=(data.dataset,) if data.dataset else (),
+        license=run.config.license,
+        license_name=run.config.license_name,
+        license_link=run.config.license_link,
         provenance={"trained by": f"hf-gated-sae {__version__}"} | _flat(source),
     )
 

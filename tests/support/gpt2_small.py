@@ -27,7 +27,7 @@ def seed_gpt2_small(hub: MiniHub, folder: Path) -> None:
         hub: the loopback Hub.
         folder: an empty one, to write the model into.
     """
-    model = tiny_model("gpt2", n_layer=LAYERS, vocab_size=1024, n_positions=256)
+    model = tiny_model("gpt2", n_layer=LAYERS, vocab_size=1024, n_positions=1024)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(bundled.MODEL).save_pretrained(folder)
     files: dict[str, bytes | str] = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -35,11 +35,20 @@ def seed_gpt2_small(hub: MiniHub, folder: Path) -> None:
         hub.seed(name, files)
     torch.manual_seed(0)
     encoder = torch.randn(D_IN, D_SAE) / D_IN**0.5
-    tensors = {"W_enc": encoder, "W_dec": encoder.T.contiguous(), "b_enc": torch.zeros(D_SAE), "b_dec": torch.zeros(D_IN)}
+    tensors = {
+        "W_enc": encoder,
+        "W_dec": encoder.T.contiguous(),
+        "b_enc": torch.zeros(D_SAE),
+        "b_dec": torch.zeros(D_IN),
+    }
     cfg = {
         **{"model_name": "gpt2-small", "hook_point": HOOK, "hook_point_layer": 8, "hook_name": HOOK, "hook_layer": 8},
         **{"d_in": D_IN, "d_sae": D_SAE, "dtype": "float32", "device": "cpu", "prepend_bos": True},
         **{"architecture": "standard", "activation_fn_str": "relu", "context_size": 128, "apply_b_dec_to_input": True},
-        **{"normalize_activations": "none", "finetuning_scaling_factor": False, "dataset_path": "Skylion007/openwebtext"},
+        **{
+            "normalize_activations": "none",
+            "finetuning_scaling_factor": False,
+            "dataset_path": "Skylion007/openwebtext",
+        },
     }
     hub.seed(SAE, {f"{HOOK}/cfg.json": json.dumps(cfg), f"{HOOK}/sae_weights.safetensors": save(tensors)})

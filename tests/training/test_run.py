@@ -20,6 +20,7 @@ from hf_gated_sae.errors import (
     TrainingError,
 )
 from hf_gated_sae.hooks.saving import save_activations
+from hf_gated_sae.publishing.trained import leave
 from hf_gated_sae.training.memory import TrainingMemory
 from hf_gated_sae.training.run import Run, assemble, measured, read_run
 from hf_gated_sae.training.run.models import with_dtype
@@ -359,3 +360,13 @@ class TestTheDtypeOfTheModel:
         monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2_000_000))
         settings = with_dtype(assemble(small).model, torch.device("cpu"))
         assert settings == (assemble(small).model, "")
+
+
+def test_the_licence_of_a_run_is_in_the_card_in_the_hubs_spelling(small: dict) -> None:
+    with pytest.raises(InputError, match="Did you mean 'mit'|not on the Hub's list"):
+        assemble({**small, "license": "MITT"})
+    with pytest.raises(InputError, match="license"):
+        assemble({**small, "license": "other"})
+    run = Run.prepare(assemble({**small, "license": "Apache 2.0"}))
+    run.train(quiet=True)
+    assert "license: apache-2.0" in (leave(run)[""] / "README.md").read_text(encoding="utf-8")

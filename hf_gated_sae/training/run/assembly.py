@@ -11,6 +11,7 @@ from typing import Any
 
 from ...architectures import architectures
 from ...errors import InputError, SAEError, unknown_name
+from ...hub.licences import normalise
 from ...modeling import SAEConfig, SAEModel
 from ..arguments import SAETrainingArguments
 from ..group import require_names
@@ -108,6 +109,9 @@ def assemble(given: Mapping[str, Any], flags: Mapping[str, Any] | None = None) -
         require_names(config.saes)
     for name, sae in config.named.items():
         _check_sae(sae, f"saes.{name}." if name else "sae.")
+    if config.license is not None or config.license_name is not None or config.license_link is not None:
+        named = {"name": config.license_name, "link": config.license_link}
+        config = dataclasses.replace(config, license=normalise(config.license or "", **named))
     config = dataclasses.replace(config, training=_read_training(config.training))
     args = arguments(config)  # what it refuses is refused now
     buffer = config.data.buffer_size

@@ -127,6 +127,9 @@ class RunConfig:
         saes: several SAEs by name, trained on the same activations; each a section like sae.
         preset: a recipe that everything given here is laid over; see --presets.
         training: any field of SAETrainingArguments.
+        license: of the trained SAEs, for their cards, such as apache-2.0; other needs the next two.
+        license_name: what a licence is called that the Hub's list does not have.
+        license_link: where it is, LICENSE for a file beside the card, or an address.
         seed: of the initial weights, the shuffling and the resampling.
     """
 
@@ -137,6 +140,9 @@ class RunConfig:
     saes: dict[str, SAESettings] = field(default_factory=dict)
     preset: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
     seed: int = 0
 
     @property

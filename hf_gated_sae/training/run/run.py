@@ -321,7 +321,7 @@ def _deciding(config: RunConfig, free: Iterable[str]) -> dict[str, Any]:
         config: the run.
         free: how the arguments begin that do not.
     """
-    ignored = (*(f"training.{name}" for name in free), "output_dir", "model.device")
+    ignored = (*(f"training.{name}" for name in free), "output_dir", "model.device", "license")
     return {name: value for name, value in leaves(plain(config)) if not name.startswith(ignored)}
 
 
