@@ -28,6 +28,7 @@ def seed_gpt2_small(hub: MiniHub, folder: Path) -> None:
         folder: an empty one, to write the model into.
     """
     model = tiny_model("gpt2", n_layer=LAYERS, vocab_size=1024, n_positions=1024)
+    model.config.n_ctx = model.config.n_positions  # as the real one has it, which TransformerLens reads
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(bundled.MODEL).save_pretrained(folder)
     files: dict[str, bytes | str] = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -44,7 +45,7 @@ def seed_gpt2_small(hub: MiniHub, folder: Path) -> None:
     cfg = {
         **{"model_name": "gpt2-small", "hook_point": HOOK, "hook_point_layer": 8, "hook_name": HOOK, "hook_layer": 8},
         **{"d_in": D_IN, "d_sae": D_SAE, "dtype": "float32", "device": "cpu", "prepend_bos": True},
-        **{"architecture": "standard", "activation_fn_str": "relu", "context_size": 128, "apply_b_dec_to_input": True},
+        **{"architecture": "standard", "activation_fn_str": "relu", "context_size": 128},
         **{
             "normalize_activations": "none",
             "finetuning_scaling_factor": False,

@@ -6,8 +6,8 @@ from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
 
 from .mini_hub_state import HubError, Repo, git_oid, plan, read_card
 
-REPO = r"/api/(?P<type>models|datasets)/(?P<id>[^/]+/[^/]+)"
-PAGE = r"/(?:(?P<type>datasets)/)?(?P<id>[^/]+/[^/]+?)"
+REPO = r"/api/(?P<type>models|datasets)/(?P<id>[^/]+(?:/[^/]+)?)"  # a few old ids, such as gpt2, have no owner
+PAGE = r"/(?:(?P<type>datasets)/)?(?P<id>[^/]+?(?:/[^/]+?)?)"
 ROUTES = []  # (method, pattern, access, function); access: None, "read", "content" (past a gate), "user" or "write"
 
 
