@@ -9,7 +9,6 @@ from hf_gated_sae import SAEModel, Splice, attach, resolve
 from hf_gated_sae.demo.bundled import MODEL, SAES
 from hf_gated_sae.errors import SiteError
 from hf_gated_sae.hooks.places import far_places, near_places
-from tests.hooks import check_rates
 from tests.hooks.support import make_sae, model_of
 
 
@@ -69,10 +68,17 @@ def test_without_a_record_a_place_where_the_sae_explains_much_is_taken(language_
         assert attach(language_model, Splice(unrecorded("resid_post.1/gated", given))).checks[0].verdict == "it fits"
 
 
+SHORT_IN_NORM = """<|endoftext|>   take baz.take as the   # baz, baz.take, and the take, take bar as the
+   taken bound.bar as foo   # bound, bound.bar, and foo taken, bar and as foo
+   bound import.the as take  # import, import.the, and take bound, the import as take
+   taken two.three as bar # two, two.three, and bar taken, three take as bar
+   """
+
+
 def test_a_view_of_the_own_place_does_not_suit_better_because_of_its_length(language_model):
-    """On this prose FVU is 0.31 and the norm 8.8, where 0.18 and 10.3 were recorded, and unit_norm makes it 10.8."""
+    """On this text FVU is 0.31 and the norm 8.4, where 0.18 and 10.3 were recorded; unit_norm brings it near that."""
     sae = bundled("mlp_out.2/gated", "mlp_out.2")
-    text = check_rates.texts(AutoTokenizer.from_pretrained(MODEL), lengths=(128,), seeds=(0,))[2]
+    text = AutoTokenizer.from_pretrained(MODEL)(SHORT_IN_NORM, return_tensors="pt")["input_ids"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         [check] = attach(language_model, Splice(sae), check=text).checks
