@@ -78,7 +78,7 @@ SHORT_IN_NORM = """<|endoftext|>   take baz.take as the   # baz, baz.take, and t
 def test_a_view_of_the_own_place_does_not_suit_better_because_of_its_length(language_model):
     """On this text FVU is 0.31 and the norm 8.4, where 0.18 and 10.3 were recorded; unit_norm brings it near that."""
     sae = bundled("mlp_out.2/gated", "mlp_out.2")
-    text = AutoTokenizer.from_pretrained(MODEL)(SHORT_IN_NORM, return_tensors="pt")["input_ids"]
+    text = AutoTokenizer.from_pretrained(MODEL)(SHORT_IN_NORM, return_tensors="pt")["input_ids"][:, :127]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         [check] = attach(language_model, Splice(sae), check=text).checks
