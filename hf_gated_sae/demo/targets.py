@@ -18,7 +18,6 @@ from .concepts import concept_share
 from .material import Material
 
 KNOWN_F1, KNOWN_PRECISION = 0.3, 0.6  # from which a latent counts as standing for a concept
-CANDIDATES = 10  # latents of which the one that steers best is shown: detecting and causing are not the same
 DENSITY = (1e-3, 5e-2)  # a latent without a label should be neither dead nor always on
 
 
@@ -96,12 +95,14 @@ def concept_scores(model: Any, sae: SAEModel, material: Material) -> ConceptScor
     return scores
 
 
-def candidates(scores: ConceptScores, concept: str | None) -> list[ConceptTarget]:
+def candidates(scores: ConceptScores, concept: str | None, most: int) -> list[ConceptTarget]:
     """Return latents that know a concept, best first.
 
     Args:
         scores: measured on labelled text.
         concept: the concept; by default every concept that a latent knows well, else the one that is known best.
+        most: how many at most; of one concept, half as many. Detecting and causing are not the same, so that the one
+            that steers best has to be found among them.
 
     Raises:
         UnknownNameError: if there is no such concept.
@@ -110,12 +111,12 @@ def candidates(scores: ConceptScores, concept: str | None) -> list[ConceptTarget
     if concept is not None and concept not in scores.concepts:
         raise unknown_name("concept", concept, scores.concepts)
     if concept is not None:
-        found = scores.best(concept, most=CANDIDATES // 2)
+        found = scores.best(concept, most=max(most // 2, 1))
     else:
         every = [score for name in scores.concepts for score in scores.best(name)]
         every.sort(key=lambda score: score.f1, reverse=True)
         known = [s for s in every if s.f1 >= KNOWN_F1 and s.precision >= KNOWN_PRECISION]
-        found = (known or every[:1])[:CANDIDATES]
+        found = (known or every[:1])[:most]
     if not found:
         raise InputError(f"No latent of this SAE fires on {concept or 'any concept'} in this text; try --latent.")
     return [ConceptTarget(score.latent, score.concept, "", score.share) for score in found]

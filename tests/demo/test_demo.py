@@ -11,15 +11,17 @@ import torch
 from hf_gated_sae import GatedSAE, GatedSAEConfig, SAEModel
 from hf_gated_sae.demo import bundled
 from hf_gated_sae.demo.effects import SteeringPlan
+from hf_gated_sae.demo.effort import Effort
 from hf_gated_sae.demo.run import DemoPlan, run_demo
 from hf_gated_sae.errors import InputError, MissingFileError, UnknownNameError
 from hf_gated_sae.hooks.dispatch import _dispatchers
 
 SMALL = SteeringPlan(prompts=8, new_tokens=48)
+EFFORT = Effort(tokens=24 * 256, candidates=10, choosing=SteeringPlan(prompts=8, new_tokens=40), showing=SMALL)
 
 
 def run(**plan):
-    return run_demo(DemoPlan(**{"windows": 24, "steering": SMALL, **plan}), lambda *step: None)
+    return run_demo(DemoPlan(**{"effort": EFFORT, **plan}), lambda *step: None)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def test_another_sae_and_plain_text(tmp_path):
     sae.save_pretrained(tmp_path / "sae")
     text = tmp_path / "book.txt"
     text.write_text("It was the best of times, it was the worst of times.\n" * 300, encoding="utf-8")
-    found = run(model=str(bundled.MODEL), sae=str(tmp_path / "sae"), text=text, windows=6, latent=3)
+    found = run(model=str(bundled.MODEL), sae=str(tmp_path / "sae"), text=text, tokens=6 * 256, latent=3)
     assert found.target.latent == 3 and "latent 3 fires" in found.target.name
     assert found.fidelity.metrics.tokens > 0
 
