@@ -117,9 +117,14 @@ def interruptible(how_to_go_on: Callable[[], str] = lambda: "Nothing was written
         raise typer.Exit(INTERRUPTED) from error
 
 
-def _is_interruption(error: Exception) -> bool:
+def _is_interruption(error: BaseException) -> bool:
     """Whether an error is what a library made of Ctrl-C: transformers does where an import of its own is interrupted."""
-    return not isinstance(error, typer.Exit) and isinstance(error.__cause__ or error.__context__, KeyboardInterrupt)
+    if isinstance(error, typer.Exit):
+        return False
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, KeyboardInterrupt):
+        found = found.__cause__ or found.__context__
+    return found is not None
 
 
 def say_interrupted(more: str = "") -> None:
@@ -139,7 +144,7 @@ def _run() -> None:
     """Import every subcommand and carry one out."""
     load_commands()
     try:
-        app()
+        app(prog_name="hf-gated-sae")  # also where Python or a test runner was started
     except SAEError as error:
         _say_error(str(error))
     except OSError as error:  # a full disk, a folder that may not be written
