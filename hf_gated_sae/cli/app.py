@@ -7,6 +7,7 @@ import inspect
 import pkgutil
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,17 +41,7 @@ class Command(TyperCommand):
             return super().invoke(ctx)
 
 
-class App(typer.Typer):
-    """A Typer whose subcommands are of our kind."""
-
-    def command(
-        self, name: str | None = None, *, cls: type[TyperCommand] | None = None, **kwargs: Any
-    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Register a subcommand."""
-        return super().command(name, cls=cls or Command, **kwargs)
-
-
-app = App(
+app = typer.Typer(
     name="hf-gated-sae",
     help="Pretrained sparse autoencoders, hooked into any Hugging Face causal language model.",
     context_settings=HELP,
@@ -118,7 +109,7 @@ def interruptible(how_to_go_on: Callable[[], str] = lambda: "Nothing was written
 
 
 def _is_interruption(error: BaseException) -> bool:
-    """Whether an error is what a library made of Ctrl-C: transformers does where an import of its own is interrupted."""
+    """Whether an error is what a library made of Ctrl-C, as transformers does where an import is interrupted."""
     if isinstance(error, typer.Exit):
         return False
     found: BaseException | None = error
@@ -144,13 +135,32 @@ def _run() -> None:
     """Import every subcommand and carry one out."""
     load_commands()
     try:
-        app(prog_name="hf-gated-sae")  # also where Python or a test runner was started
+        with _plain_warnings():
+            app(prog_name="hf-gated-sae")  # also where Python or a test runner was started
     except SAEError as error:
         _say_error(str(error))
     except OSError as error:  # a full disk, a folder that may not be written
         if not error.strerror:
             raise
         _say_error(f"{error.strerror}: {error.filename}." if error.filename else f"{error.strerror}.")
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show what is meant for users as one line, without the place in the source that says it."""
+    usual = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if category is not UserWarning:
+            usual(message, category, *where, **more)
+            return
+        Console(stderr=True, soft_wrap=True).print(f"[bold yellow]warning:[/] {escape(str(message))}", highlight=False)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = usual
 
 
 def _say_error(text: str) -> NoReturn:

@@ -48,3 +48,9 @@ def require_writable(option: str, folder: Path) -> None:
             pass
     except OSError as error:
         raise InputError(f"{option} {folder} cannot be written: {there}: {reason(error)}.") from error
+
+
+def stamp(folder: Path | None) -> int | None:
+    """Return when the SAE in a folder was written, in nanoseconds; None if there is none."""
+    config = None if folder is None else folder / "config.json"
+    return config.stat().st_mtime_ns if config is not None and config.is_file() else None

@@ -11,15 +11,15 @@ from rich.markup import escape
 
 from ..errors import InputError
 from . import complete
-from .app import app, interruptible
-from .checks import require_writable
+from .app import Command, app, interruptible
+from .checks import require_writable, stamp
 from .output import AsJson, Output, Quiet
 
 if TYPE_CHECKING:
     from ..publishing import Conversion
 
 
-@app.command()
+@app.command(cls=Command)
 def convert(
     source: Annotated[str, typer.Argument(help="Hub id, id@revision, or folder.")],
     address: Annotated[
@@ -70,12 +70,13 @@ def convert(
     names = {ours: theirs or None for ours, theirs in _pairs("--name", name, "W_enc=encoder.weight").items()}
     options: dict[str, Any] = {key: _value(text) for key, text in _pairs("--option", option, "k=32").items()}
     options |= {key: text for key, text in (("site", site), ("base_model", base_model)) if text is not None}
-    settings = {
+    settings: dict[str, Any] = {
         **{"revision": revision, "dtype": dtype, "license": license, "format": format},
         **{"architecture": architecture, "names": names, "ignore": ignore or (), "options": options},
     }
     written: dict[str, str] = {}
-    with interruptible(lambda: _how_to_go_on(out, push, written)), output.bars():
+    before = stamp(out)
+    with interruptible(lambda: _how_to_go_on(out, push, is_new=stamp(out) != before)), output.bars():
         conversion = find(source, address, **settings)
         with output.notes.status("reading and writing the weights"):
             if out is not None:
@@ -88,10 +89,10 @@ def convert(
         _show(output, facts, written)
 
 
-def _how_to_go_on(out: Path | None, push: str | None, written: dict[str, str]) -> str:
+def _how_to_go_on(out: Path | None, push: str | None, *, is_new: bool) -> str:
     """Return what there is after Ctrl-C, in a sentence."""
-    if written:
-        return f"It was converted before that: {' '.join(written.values())}."
+    if is_new:
+        return f"The converted SAE was written to {out} before that."
     where = f"written to {out}" if out is not None else f"committed to {push}"
     return f"Nothing was {where}; the same command begins again, and what was downloaded is kept in the Hub cache."
 

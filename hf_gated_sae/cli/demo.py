@@ -18,15 +18,15 @@ from rich.panel import Panel
 from rich.table import Table
 
 from ..errors import InputError
-from .app import app, interruptible
-from .checks import require_writable
+from .app import Command, app, interruptible
+from .checks import require_writable, stamp
 from .output import AsJson, Output, Quiet
 
 if TYPE_CHECKING:
     from ..demo.run import DemoReport
 
 
-@app.command()
+@app.command(cls=Command)
 def demo(
     model: Annotated[str | None, typer.Option(help="Causal LM: Hub id or folder. Default: the bundled one.")] = None,
     sae: Annotated[str | None, typer.Option(help="SAE: Hub id or folder. Default: the bundled ones.")] = None,
@@ -51,8 +51,8 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Splice, ablate, steer and publish: load an SAE, and watch it change what a language model writes."""
-    output = Output(quiet, as_json)
-    with interruptible(lambda: _how_to_go_on(out)):
+    output, before = Output(quiet, as_json), stamp(out)
+    with interruptible(lambda: _how_to_go_on(out, is_new=stamp(out) != before)):
         if out is not None:
             require_writable("--out", out)
         if plot is not None:
@@ -74,8 +74,10 @@ def demo(
     output.note(f"[dim]{time.perf_counter() - start:.0f} s[/]")
 
 
-def _how_to_go_on(out: Path | None) -> str:
+def _how_to_go_on(out: Path | None, *, is_new: bool) -> str:
     """Return what there is after Ctrl-C, in a sentence."""
+    if is_new:
+        return f"The SAE was published to {out} before that."
     where = "Nothing was published" + (f" to {out}" if out else "")
     return f"{where}; the same command begins again, and --tokens 1024 makes it shorter."
 
@@ -190,3 +192,10 @@ def _steering(console: Console, report: DemoReport) -> None:
     table.add_column(f"after: {shown.share_after:.0%} {target.name}", ratio=1)
     table.add_row(escape(shown.before), escape(shown.after))
     console.print(table)
+    if effect.share_after <= effect.share_before:
+        console.print(
+            f"Steering changed what is written, but did not raise the share of {target.name}: this latent detects it "
+            "and does not cause it. Try another with --latent or --concept, or another --strength.",
+            highlight=False,
+            markup=False,
+        )

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ..errors import InputError, MissingFileError, SAEError
 from . import complete
-from .app import app
+from .app import Command, app
 from .output import AsJson, Output, Quiet
 from .tables import facts_grid
 
@@ -33,7 +33,7 @@ _NUMBER = re.compile(r"(?<![a-z]l)(?<!_l)\d+(?!\d*[km])")
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
-@app.command()
+@app.command(cls=Command)
 def info(
     repo: Annotated[
         str | None,
@@ -161,7 +161,7 @@ def _show_many(out: Output, location: Location, addresses: list[str]) -> None:
     kinds = [{**dict(zip(named, kind, strict=True)), "saes": number} for kind, number in rows.items()]
     out.document({**found, **stated, "saes": len(addresses), "kinds": kinds, "addresses": addresses})
     facts = {name: value for name, value in found.items() if value}
-    facts |= {"licence": stated["license"] or stated["license_evidence"], "SAEs": f"{len(addresses):,}"}
+    facts |= {"licence": stated["license"] or stated["license_evidence"] or "", "SAEs": f"{len(addresses):,}"}
     out.show(facts_grid(facts))
     table = Table(box=SIMPLE_HEAD)
     for name in ("addresses", "site"):

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import complete
-from .app import app
+from .app import Command, app
 from .checks import require_at_least
 from .output import AsJson, Output, Quiet
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SHOWN_REPOSITORIES = 4
 
 
-@app.command()
+@app.command(cls=Command)
 def search(
     model: Annotated[
         str | None,

@@ -103,9 +103,9 @@ def measure_ablation(model: Any, sae: SAEModel, target: Target, material: Materi
         The losses.
     """
     inside = target.inside(material)[:, 1:]
-    before = torch.cat([token_losses(model, batch["input_ids"]) for batch in material.batches(8)])
+    before = torch.cat([token_losses(model, batch["input_ids"]) for batch in material.batches()])
     with attach(model, Ablate(sae, [target.latent]), check=False):  # it was tried when the splice was measured
-        after = torch.cat([token_losses(model, batch["input_ids"]) for batch in material.batches(8)])
+        after = torch.cat([token_losses(model, batch["input_ids"]) for batch in material.batches()])
     return AblationEffect(
         inside_clean=before[inside].mean().item(),
         inside_ablated=after[inside].mean().item(),

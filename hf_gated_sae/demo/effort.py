@@ -1,4 +1,4 @@
-"""How much the demo does: a few minutes on two cores, whether the model has one million parameters or a few hundred."""
+"""How much the demo does: a few minutes on two cores, for a model of one million parameters or of a hundred."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ class Effort:
         candidates: latents that are steered with, to choose the one that is shown.
         choosing: how each of them is tried.
         showing: how the chosen one is shown.
+        rows: windows of text that the model is given at a time; few of a large model, whose logits take memory.
     """
 
     tokens: int
     candidates: int
     choosing: SteeringPlan
     showing: SteeringPlan
+    rows: int = 8
 
 
 THOROUGH = Effort(24_576, 10, SteeringPlan(prompts=12, new_tokens=40), SteeringPlan(prompts=16, new_tokens=64))
-QUICK = Effort(4_096, 4, SteeringPlan(prompts=6, new_tokens=24), SteeringPlan(prompts=8, new_tokens=40))
+QUICK = Effort(4_096, 6, SteeringPlan(prompts=8, new_tokens=24), SteeringPlan(prompts=8, new_tokens=40), rows=2)
 
 
 def effort_for(model: Any) -> Effort:

@@ -132,6 +132,7 @@ def run_demo(plan: DemoPlan, progress: Progress) -> DemoReport:
     Raises:
         SAEError: for anything in the plan that does not exist or does not fit together.
     """
+
     def tell(step: str, detail: str = "") -> None:
         progress(f"{step}: {detail}" if detail else step, STEPS.index(step) + 1, len(STEPS))
 
@@ -141,13 +142,13 @@ def run_demo(plan: DemoPlan, progress: Progress) -> DemoReport:
     sae = sae.to(model.device)
     effort = plan.effort or effort_for(model)
     tell("read text")
-    material = read_material(plan, model, tokenizer, effort.tokens)
+    material = read_material(plan, model, tokenizer, effort)
     tell("splice")
     # Steering measures in units of the latents' maxima; an SAE that brings none gets them from this text.
     fidelity = evaluate(
         model,
         sae,
-        list(material.batches(8)),
+        list(material.batches()),
         record=not sae.config.recorded_tokens,
         progress=lambda done: tell("splice", f"{done:,} of {material.tokens:,} tokens"),
     )
@@ -276,14 +277,14 @@ def load_sae(plan: DemoPlan) -> SAEModel:
     return sae
 
 
-def read_material(plan: DemoPlan, model: Any, tokenizer: Any, tokens: int) -> Material:
+def read_material(plan: DemoPlan, model: Any, tokenizer: Any, effort: Effort) -> Material:
     """Return the windows of text to measure on.
 
     Args:
         plan: which text, and how much of it, if it says so.
         model: the causal LM; its longest context bounds the windows.
         tokenizer: its tokenizer.
-        tokens: how many tokens to measure on by default.
+        effort: how much to read by default, and how many windows at a time.
 
     Raises:
         InputError: if the text is no text, or shorter than two windows.
@@ -295,10 +296,12 @@ def read_material(plan: DemoPlan, model: Any, tokenizer: Any, tokens: int) -> Ma
         try:
             texts = [plan.text.read_text(encoding="utf-8")]
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--text {plan.text} cannot be read ({reason(error)}); expected text in UTF-8.") from error
+            raise InputError(
+                f"--text {plan.text} cannot be read ({reason(error)}); expected text in UTF-8."
+            ) from error
     window = min(plan.window, int(getattr(model.config, "max_position_embeddings", plan.window)))
-    windows = max((plan.tokens or tokens) // window, 2)
-    material = cut(tokenizer, texts, window=window, windows=windows, python=plan.is_python)
+    windows = max((plan.tokens or effort.tokens) // window, 2)
+    material = cut(tokenizer, texts, window=window, windows=windows, python=plan.is_python, rows=effort.rows)
     if len(material.input_ids) < 2:
         raise InputError(f"The text is shorter than two windows of {window} tokens; give a longer text.")
     return material

@@ -79,7 +79,7 @@ class FiringTarget(Target):
 
     def inside(self, material: Material) -> Tensor:
         """Return the tokens that follow one on which the latent fires: those that it can help to predict."""
-        fires = torch.cat([self.firing(batch["input_ids"]) for batch in material.batches(8)])
+        fires = torch.cat([self.firing(batch["input_ids"]) for batch in material.batches()])
         return torch.cat([torch.zeros_like(fires[:, :1]), fires[:, :-1]], dim=1)
 
     def share(self, ids: Tensor, prompt: int, text: str, prompt_text: str) -> float:
@@ -140,7 +140,7 @@ def with_evidence(target: ConceptTarget, scores: ConceptScores) -> ConceptTarget
 def _latents(model: Any, sae: SAEModel, material: Material) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield labels ``[T, n_concepts]`` and latents ``[T, d_sae]`` of the material, batch by batch."""
     assert material.labels is not None
-    for batch, labels in zip(material.batches(8), material.labels.split(8), strict=True):
+    for batch, labels in zip(material.batches(), material.labels.split(material.rows), strict=True):
         yield labels.flatten(0, 1), capture(model, sae, **_on(model, batch))[sae].flatten(0, 1)
 
 
@@ -163,7 +163,7 @@ def firing_target(model: Any, sae: SAEModel, material: Material, latent: int | N
     """
     fired = torch.zeros(sae.config.d_sae, device=sae.device)
     strength = torch.zeros_like(fired)
-    for batch in material.batches(8):
+    for batch in material.batches():
         latents = capture(model, sae, **_on(model, batch))[sae].flatten(0, 1)
         fired += (latents > 0).sum(0)
         strength += latents.sum(0)

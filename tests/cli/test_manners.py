@@ -208,7 +208,10 @@ BAD = [
     ("info a/b --model c", "it was given both"),
     ("info ./none", "There is no folder './none'"),
     ("info nobody/nothing", "neither a folder 'nobody/nothing' nor a model repository"),
-    ("info gemma-scope-2b-pt-res-canonical layer_12/width_16k/canonicl", "Did you mean 'layer_12/width_16k/canonical'"),
+    (
+        "info gemma-scope-2b-pt-res-canonical layer_12/width_16k/canonicl",
+        "Did you mean 'layer_12/width_16k/canonical'",
+    ),
     ("info {file}", "{file}"),
     ("info --model ./none", "there is no folder none"),
     ("convert {theirs} {address}", "neither of --out and --push"),

@@ -11,9 +11,9 @@ import torch
 from hf_gated_sae import GatedSAE, GatedSAEConfig, SAEModel
 from hf_gated_sae.demo import bundled
 from hf_gated_sae.demo.effects import SteeringPlan
-from hf_gated_sae.demo.effort import Effort
+from hf_gated_sae.demo.effort import QUICK, THOROUGH, Effort, effort_for
 from hf_gated_sae.demo.run import DemoPlan, run_demo
-from hf_gated_sae.errors import InputError, MissingFileError, UnknownNameError
+from hf_gated_sae.errors import AttachError, InputError, MissingFileError, UnknownNameError
 from hf_gated_sae.hooks.dispatch import _dispatchers
 
 SMALL = SteeringPlan(prompts=8, new_tokens=48)
@@ -94,6 +94,29 @@ def test_an_empty_text_is_refused(tmp_path):
     (tmp_path / "empty.txt").write_text("", encoding="utf-8")
     with pytest.raises(InputError, match="shorter than one window"):
         run(text=tmp_path / "empty.txt")
+
+
+def test_a_demo_without_effect_fails(tmp_path):
+    with pytest.raises(AttachError, match="no effect: 0 of 2 continuations changed"):
+        run(latent=484, strength=1e-9, tokens=1024, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_how_much_is_done_depends_on_the_model_and_on_what_is_asked_for():
+    class Model:
+        def __init__(self, parameters):
+            self.num_parameters = lambda: parameters
+
+    assert effort_for(Model(1_000_000)) is THOROUGH and effort_for(Model(135_000_000)) is QUICK
+    assert run(latent=484, strength=2.0, tokens=1024).fidelity.metrics.tokens <= 1024
+
+
+def test_the_choice_is_made_once_for_each_candidate_and_strength():
+    told = []
+    run_demo(DemoPlan(effort=EFFORT, concept="comment", tokens=2048), lambda *step: told.append(step))
+    trials = [step for step, number, total in told if "trials of steering" in step]
+    assert trials == [f"find the latent: {done} of 10 trials of steering" for done in range(10)]
+    assert {(number, total) for _, number, total in told} == {(number, 7) for number in range(1, 8)}
 
 
 def test_the_bundled_files_meet_their_bar():

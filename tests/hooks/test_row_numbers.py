@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_gated_sae import Cap, Clamp, Floor, InterventionPlan, Scale, SAEModel, Steer, attach
+from hf_gated_sae import Cap, Clamp, Floor, InterventionPlan, SAEModel, Scale, Steer, attach
 from hf_gated_sae.errors import AttachError, InputError
 from tests.hooks.support import IDS, SITE, close, logits_of, make_sae, model_of
 
