@@ -14,7 +14,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console, RenderableType
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Results only: no progress, no hints.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, and nothing else there.")]
@@ -90,6 +89,8 @@ class Steps:
     """
 
     def __init__(self, console: Console) -> None:
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn  # --help needs none of it
+
         self.console = console
         columns = (SpinnerColumn(), TextColumn("{task.completed}/{task.total} {task.description}"))
         self._bar = Progress(*columns, TimeElapsedColumn(), console=console, transient=True)

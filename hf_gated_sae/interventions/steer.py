@@ -45,7 +45,6 @@ class Steer(Conditional):
     def __post_init__(self) -> None:
         """Check the fields."""
         require_target(self, self.target)
-        object.__setattr__(self, "strength", number_per_row(self, "as strength", self.strength))
         if isinstance(self.target, SAEModel):
             self._check_latent(self.target)
         else:
@@ -68,11 +67,14 @@ class Steer(Conditional):
                 f"Steer was given {shorten(self.direction)}; expected one latent. Attach one Steer for each."
             )
         object.__setattr__(self, "direction", found[0])
+        strength = number_per_row(self, f"as strength for latent {found[0]}", self.strength)
+        object.__setattr__(self, "strength", strength)
         object.__setattr__(self, "unit", self.unit or "max")
 
     def _check_vector(self) -> None:
         vector = tensor_of(self, self.direction, "a vector [d] with a site", [1])
         object.__setattr__(self, "direction", vector)
+        object.__setattr__(self, "strength", number_per_row(self, "as strength", self.strength))
         object.__setattr__(self, "unit", self.unit or "raw")
         if self.unit == "max":
             raise InputError(
