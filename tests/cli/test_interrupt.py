@@ -39,7 +39,13 @@ def interrupted(
     environment = {**os.environ, "TMPDIR": str(temporary), "COLUMNS": "200", "PYTHONUNBUFFERED": "1"}
     with errors.open("w") as stderr:
         process = subprocess.Popen(
-            [sys.executable, "-c", code, *words], stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment
+            [sys.executable, "-c", code, *words],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env=environment,
+            # What runs in the background of a shell ignores Ctrl-C, and so would its children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         deadline = time.monotonic() + 200
         while not ready(errors.read_text(), process.pid):
