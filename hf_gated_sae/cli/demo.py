@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -57,6 +58,9 @@ def demo(
             require_writable("--out", out)
         if plot is not None:
             _require_plot(plot)
+        # Threads of torch that wait for each other, rather than sleep, take the cores from the one that works: on a
+        # machine with other work, generation takes a multiple of its time. torch reads this when it is imported.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         from ..demo.plot import draw  # here, so that --help does not wait for torch
         from ..demo.run import DemoPlan, run_demo
 

@@ -31,7 +31,7 @@ class Effort:
 
 
 THOROUGH = Effort(24_576, 10, SteeringPlan(prompts=12, new_tokens=40), SteeringPlan(prompts=16, new_tokens=64))
-QUICK = Effort(4_096, 6, SteeringPlan(prompts=8, new_tokens=24), SteeringPlan(prompts=8, new_tokens=40), rows=2)
+QUICK = Effort(4_096, 4, SteeringPlan(prompts=8, new_tokens=24), SteeringPlan(prompts=8, new_tokens=40), rows=2)
 
 
 def effort_for(model: Any) -> Effort:
