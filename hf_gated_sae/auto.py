@@ -2,19 +2,28 @@
 
 The classes of the SAEs need `transformers.modeling_utils`, which takes longer to import than torch itself. What is
 registered here is one light stand-in per architecture file; asked for a configuration, it imports the architectures,
-whose real classes take its place.
+whose real classes take its place. Where transformers has not been imported yet, even that waits until it is, so that
+``hf-gated-sae --help`` needs neither it nor torch.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import pkgutil
-from importlib.metadata import entry_points
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, PreTrainedConfig
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 ARCHITECTURES = "hf_gated_sae.architectures"
+AUTO = "transformers.models.auto.configuration_auto"
+"""The module whose import makes `AutoConfig`; `AutoModel` needs it, too."""
 
 
 def model_type_of(architecture: str) -> str:
@@ -26,6 +35,38 @@ def model_type_of(architecture: str) -> str:
     return f"{architecture}_sae"
 
 
+def register_stand_ins() -> None:
+    """Register one stand-in configuration per architecture file and entry point, once transformers is imported."""
+    if AUTO in sys.modules:
+        _register(sys.modules[AUTO].AutoConfig)
+    else:
+        sys.meta_path.insert(0, _AfterImport())
+
+
+def _register(auto_config: Any) -> None:
+    """Register the stand-ins with transformers' `AutoConfig`."""
+    from importlib.metadata import entry_points  # here, as it takes a tenth of what `hf-gated-sae --help` takes
+
+    from transformers.configuration_utils import PreTrainedConfig
+
+    class StandIn(PreTrainedConfig):
+        """Becomes the real configuration when one is built or read."""
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+            """Build the real configuration instead."""
+            return _real_config_class(cls.model_type)(*args, **kwargs)
+
+        @classmethod
+        def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+            """Read the real configuration instead."""
+            return _real_config_class(cls.model_type).from_dict(config_dict, **kwargs)
+
+    files = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent / "architectures")])]
+    for architecture in [*files, *(entry.name for entry in entry_points(group=ARCHITECTURES))]:
+        model_type = model_type_of(architecture)
+        auto_config.register(model_type, type("StandIn", (StandIn,), {"model_type": model_type}), exist_ok=True)
+
+
 def _real_config_class(model_type: str) -> type[PreTrainedConfig]:
     from .architectures import architectures  # the import that the stand-in exists to postpone
 
@@ -34,22 +75,41 @@ def _real_config_class(model_type: str) -> type[PreTrainedConfig]:
     return config_class
 
 
-class _StandIn(PreTrainedConfig):
-    """Becomes the real configuration when one is built or read."""
+class _AfterImport(MetaPathFinder):
+    """Finds the module of `AutoConfig` as Python would, and registers the stand-ins when it has been executed."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Build the real configuration instead."""
-        return _real_config_class(cls.model_type)(*args, **kwargs)
+    def __init__(self) -> None:
+        self._asking = False
 
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Read the real configuration instead."""
-        return _real_config_class(cls.model_type).from_dict(config_dict, **kwargs)
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Return the spec of that module, and None for every other one."""
+        if name != AUTO or self._asking:
+            return None
+        self._asking = True  # the other finders are asked through the same list
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._asking = False
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Registering(spec.loader, self)
+        return spec
 
 
-def register_stand_ins() -> None:
-    """Register one stand-in configuration per architecture file and entry point."""
-    files = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent / "architectures")])]
-    for architecture in [*files, *(entry.name for entry in entry_points(group=ARCHITECTURES))]:
-        model_type = model_type_of(architecture)
-        AutoConfig.register(model_type, type("StandIn", (_StandIn,), {"model_type": model_type}), exist_ok=True)
+class _Registering(Loader):
+    """Loads a module as another loader does, then registers the stand-ins."""
+
+    def __init__(self, loader: Loader, finder: MetaPathFinder) -> None:
+        self._loader = loader
+        self._finder = finder
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """Create the module."""
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Execute the module, then register the stand-ins."""
+        self._loader.exec_module(module)
+        assert module.__spec__ is not None  # it is being imported by it
+        module.__spec__.loader = module.__loader__ = self._loader
+        _register(module.AutoConfig)
+        sys.meta_path.remove(self._finder)  # not before: an import that fails may be tried again

@@ -84,9 +84,13 @@ def did_you_mean(given: object, known: Iterable[object], *, most: int = 3) -> st
         known: the names that would have worked.
         most: at most this many suggestions.
     """
+    wanted = str(given).lower()
     names = {str(name).lower(): str(name) for name in known}
-    close = [names[match] for match in difflib.get_close_matches(str(given).lower(), names, n=most, cutoff=0.6)]
-    return f" Did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
+    close = difflib.get_close_matches(wanted, names, n=most, cutoff=0.6)
+    if not close and "/" not in wanted:  # a repository, named without its owner
+        tails = {name.rpartition("/")[2]: name for name in names if "/" in name}
+        close = [tails[match] for match in difflib.get_close_matches(wanted, tails, n=most, cutoff=0.6)]
+    return f" Did you mean {' or '.join(repr(names[match]) for match in close)}?" if close else ""
 
 
 def unknown_name(

@@ -29,6 +29,14 @@ def test_the_code_runs_and_says_what_its_comments_say(tmp_path, monkeypatch, hub
     assert names["reconstruction"].shape == names["x"].shape
     assert all((names["again"].state_dict()[key] == value).all() for key, value in names["sae"].state_dict().items())
     assert 0.5 < names["report"].loss_recovered <= 1.05
+    clamped, scaled = names["handle"].report().interventions
+    assert sum(map(len, clamped.positions.values())) >= 3 and sum(map(len, scaled.positions.values())) > 10
+    sae, model, batch = names["sae"], names["model"], names["batch"]
+    clean = model(**batch).logits
+    for intervention in (names["Ablate"](sae, [293, 327]), names["Scale"](sae, {397: 0.5})):
+        with names["attach"](model, intervention):
+            assert not (model(**batch).logits == clean).all()
+    assert str(names["read_name"]("model.layers.1")) == "resid_post.1"
 
 
 def test_the_training_run_trains_and_is_resumed(tmp_path, monkeypatch, capsys):

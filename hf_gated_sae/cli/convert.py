@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from ..errors import InputError
-from .app import app
+from . import complete
+from .app import Command, app, interruptible
+from .checks import require_writable, stamp
+from .output import AsJson, Output, Quiet
 
 if TYPE_CHECKING:
     from ..publishing import Conversion
 
 
-@app.command()
+@app.command(cls=Command)
 def convert(
     source: Annotated[str, typer.Argument(help="Hub id, id@revision, or folder.")],
     address: Annotated[
@@ -35,7 +37,11 @@ def convert(
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
     format: Annotated[str | None, typer.Option(help="Layout, where several share the folder.")] = None,
     architecture: Annotated[
-        str | None, typer.Option(help="Of a home-made checkpoint, in no known layout: such as standard.")
+        str | None,
+        typer.Option(
+            help="Of a home-made checkpoint, in no known layout: such as standard.",
+            autocompletion=complete.architectures,
+        ),
     ] = None,
     name: Annotated[
         list[str] | None,
@@ -49,6 +55,8 @@ def convert(
     option: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="A key of the configuration: k=32. Repeatable.")
     ] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Convert a checkpoint of any known layout, or a home-made one, with a card that says whose it is."""
     from ..publishing import convert as find  # here, so that --help does not wait for torch
@@ -58,43 +66,65 @@ def convert(
         raise InputError(f"Given {given} of --out and --push; expected one: where is the converted SAE to go?")
     if push is None and (subfolder or private or create_pr):
         raise InputError("--subfolder, --private and --create-pr say how to publish; pass them with --push.")
-    console = Console(soft_wrap=True)
+    if out is not None:
+        require_writable("--out", out)
+    output = Output(quiet, as_json)
     names = {ours: theirs or None for ours, theirs in _pairs("--name", name, "W_enc=encoder.weight").items()}
     options: dict[str, Any] = {key: _value(text) for key, text in _pairs("--option", option, "k=32").items()}
     options |= {key: text for key, text in (("site", site), ("base_model", base_model)) if text is not None}
-    conversion = find(
-        source,
-        address,
-        revision=revision,
-        dtype=dtype,
-        license=license,
-        license_name=license_name,
-        license_link=license_link,
-        format=format,
-        architecture=architecture,
-        names=names,
-        ignore=ignore or (),
-        options=options,
-    )
-    _show(console, conversion, site)
-    if out is not None:
-        console.print(f"[bold]written[/] {escape(str(conversion.save(out)))}", highlight=False)
-    elif push is not None:
-        commit = conversion.push(push, subfolder=subfolder, private=private or None, create_pr=create_pr)
-        console.print(f"[bold]pushed[/]  {escape(commit.pr_url or commit.commit_url)}", highlight=False)
+    settings: dict[str, Any] = {
+        **{"revision": revision, "dtype": dtype, "license": license, "format": format},
+        **{"license_name": license_name, "license_link": license_link, "architecture": architecture},
+        **{"names": names, "ignore": ignore or (), "options": options},
+    }
+    written: dict[str, str] = {}
+    before = stamp(out)
+    with interruptible(lambda: _how_to_go_on(out, push, is_new=stamp(out) != before)), output.bars():
+        conversion = find(source, address, **settings)
+        with output.notes.status("reading and writing the weights"):
+            if out is not None:
+                written["written"] = str(conversion.save(out))
+            elif push is not None:
+                commit = conversion.push(push, subfolder=subfolder, private=private or None, create_pr=create_pr)
+                written["pushed"] = commit.pr_url or commit.commit_url
+        facts = _facts(conversion, site)
+        output.document({**facts, **written})
+        _show(output, facts, written)
 
 
-def _show(console: Console, conversion: Conversion, site: str | None) -> None:
-    """Print what is converted."""
+def _how_to_go_on(out: Path | None, push: str | None, *, is_new: bool) -> str:
+    """Return what there is after Ctrl-C, in a sentence."""
+    if is_new:
+        return f"The converted SAE was written to {out} before that."
+    where = f"written to {out}" if out is not None else f"committed to {push}"
+    return f"Nothing was {where}; the same command begins again, and what was downloaded is kept in the Hub cache."
+
+
+def _facts(conversion: Conversion, site: str | None) -> dict[str, Any]:
+    """Return what is converted, as JSON has it."""
     checkpoint = conversion.checkpoint
-    sites = site or ", ".join(checkpoint.config.sites_read) or "a site that is not stated"
-    console.print(
-        f"[bold]from[/]    {escape(str(checkpoint))}, layout {checkpoint.origin.format}\n"
-        f"[bold]SAE[/]     {checkpoint.model_class.__name__} at {escape(sites)}, "
-        f"{checkpoint.config.d_in} to {checkpoint.config.d_sae:,}\n"
-        f"[bold]licence[/] {escape(conversion.licence.name or 'unknown')} ({escape(conversion.licence.evidence)})",
-        highlight=False,
-    )
+    return {
+        "from": str(checkpoint),
+        "layout": checkpoint.origin.format,
+        "class": checkpoint.model_class.__name__,
+        "sites": [site] if site else list(checkpoint.config.sites_read),
+        "d_in": checkpoint.config.d_in,
+        "d_sae": checkpoint.config.d_sae,
+        "license": conversion.licence.name,
+        "license_evidence": conversion.licence.evidence,
+    }
+
+
+def _show(output: Output, facts: dict[str, Any], written: dict[str, str]) -> None:
+    """Print what was converted, and where it is."""
+    sites = ", ".join(facts["sites"]) or "a site that is not stated"
+    lines = [
+        f"[bold]from[/]    {escape(facts['from'])}, layout {facts['layout']}",
+        f"[bold]SAE[/]     {facts['class']} at {escape(sites)}, {facts['d_in']} to {facts['d_sae']:,}",
+        f"[bold]licence[/] {escape(facts['license'] or 'unknown')} ({escape(facts['license_evidence'])})",
+        *(f"[bold]{what:<7}[/] {escape(where)}" for what, where in written.items()),
+    ]
+    output.results.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
 def _pairs(option: str, given: list[str] | None, example: str) -> dict[str, str]:

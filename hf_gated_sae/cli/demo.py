@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .app import app
+from ..errors import InputError
+from .app import Command, app, interruptible
+from .checks import require_writable, stamp
+from .output import AsJson, Output, Quiet
 
 if TYPE_CHECKING:
     from ..demo.run import DemoReport
 
 
-@app.command()
+@app.command(cls=Command)
 def demo(
     model: Annotated[str | None, typer.Option(help="Causal LM: Hub id or folder. Default: the bundled one.")] = None,
     sae: Annotated[str | None, typer.Option(help="SAE: Hub id or folder. Default: the bundled ones.")] = None,
     subfolder: Annotated[str | None, typer.Option(help="Folder of the SAE inside --sae.")] = None,
     text: Annotated[
         Path | None, typer.Option(help="Text file to measure on. Default: held-out Python standard library.")
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="How many tokens to measure on. Default: 24,576; of a model above 20M parameters, 4,096."),
     ] = None,
     concept: Annotated[str | None, typer.Option(help="Concept to show, such as comment or docstring.")] = None,
     latent: Annotated[
@@ -37,22 +48,95 @@ def demo(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to publish into. Default: a new temporary one.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw the effect into this PNG (needs matplotlib).")] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Splice, ablate, steer and publish: load an SAE, and watch it change what a language model writes."""
-    from ..demo.effects import SteeringPlan  # here, so that --help does not wait for torch
-    from ..demo.plot import draw
-    from ..demo.run import DemoPlan, run_demo
+    output, before = Output(quiet, as_json), stamp(out)
+    with interruptible(lambda: _how_to_go_on(out, is_new=stamp(out) != before)):
+        if out is not None:
+            require_writable("--out", out)
+        if plot is not None:
+            _require_plot(plot)
+        # Threads of torch that wait for each other, rather than sleep, take the cores from the one that works: on a
+        # machine with other work, generation takes a multiple of its time. torch reads this when it is imported.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        from ..demo.plot import draw  # here, so that --help does not wait for torch
+        from ..demo.run import DemoPlan, run_demo
 
-    start = time.perf_counter()
-    console = Console()
-    folder = out or Path(tempfile.mkdtemp(prefix="hf-gated-sae-"))
-    plan = DemoPlan(model, sae, subfolder, text, concept, latent, folder, steering=SteeringPlan(strength=strength))
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.completed}/{task.total}"))
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
-        task = bar.add_task("starting", total=None)
-        report = run_demo(
-            plan, lambda step, number, total: bar.update(task, description=step, completed=number, total=total)
-        )
+        start = time.perf_counter()
+        # Refuses what cannot be shown before there is a folder.
+        plan = DemoPlan(model, sae, subfolder, text, concept, latent, strength, tokens)
+        with _folder(out) as folder, output.bars(), output.steps() as progress:
+            report = run_demo(replace(plan, out=folder), progress)
+        if plot is not None:
+            draw(report, plot)
+    output.document({**record(report), "plot": plot, "seconds": time.perf_counter() - start})
+    _show(output.results, report)
+    if plot is not None:
+        output.show(f"Plot written to {escape(str(plot))}")
+    output.note(f"[dim]{time.perf_counter() - start:.0f} s[/]")
+
+
+def _how_to_go_on(out: Path | None, *, is_new: bool) -> str:
+    """Return what there is after Ctrl-C, in a sentence."""
+    if is_new:
+        return f"The SAE was published to {out} before that."
+    where = "Nothing was published" + (f" to {out}" if out else "")
+    return f"{where}; the same command begins again, and --tokens 1024 makes it shorter."
+
+
+@contextmanager
+def _folder(out: Path | None) -> Iterator[Path]:
+    """Give the folder to publish into; a temporary one does not stay if nothing was."""
+    if out is not None:
+        yield out
+        return
+    made = Path(tempfile.mkdtemp(prefix="hf-gated-sae-"))
+    try:
+        yield made
+    finally:
+        if not any(made.iterdir()):
+            made.rmdir()
+
+
+def _require_plot(plot: Path) -> None:
+    """Raise unless a picture can be drawn, and written to a file.
+
+    Raises:
+        InputError: saying what is in the way.
+    """
+    if find_spec("matplotlib") is None:
+        raise InputError("Plots need matplotlib: pip install 'hf-gated-sae[plot]'.")
+    if plot.is_dir():
+        raise InputError(f"--plot {plot} is a folder; expected a file, such as {plot / 'demo.png'}.")
+    require_writable("--plot", plot.parent)
+
+
+def record(report: DemoReport) -> dict[str, Any]:
+    """Return what was measured, without the numbers of each latent, as JSON has it."""
+    fidelity, steering, target = report.fidelity.to_dict(per_latent=False), report.steering, report.target
+    per_latent = ("density", "max_activation", "mean_activation")
+    return {
+        "model": report.model,
+        "sae": report.sae,
+        "fidelity": {name: value for name, value in fidelity.items() if name not in per_latent},
+        "target": {"latent": target.latent, "name": target.name, "evidence": target.evidence},
+        "ablation": report.ablation,
+        "steering": {
+            "strength": steering.strength,
+            "share_before": steering.share_before,
+            "share_after": steering.share_after,
+            "continuations": steering.continuations,
+        },
+        "published": report.published,
+        "files": report.files,
+        "identical": report.identical,
+    }
+
+
+def _show(console: Console, report: DemoReport) -> None:
+    """Print what was measured."""
     console.print(f"[bold]model[/] {escape(report.model)}\n[bold]SAE[/]   {escape(report.sae)}")
     console.print(_fidelity(report))
     console.print(_ablation(report))
@@ -61,10 +145,6 @@ def demo(
         f"Published to [bold]{escape(str(report.published))}[/] ({', '.join(report.files)}) and loaded back: "
         + ("every tensor identical." if report.identical else "[red]tensors differ![/]")
     )
-    if plot is not None:
-        draw(report, plot)
-        console.print(f"Plot written to {escape(str(plot))}")
-    console.print(f"[dim]{time.perf_counter() - start:.0f} s[/]")
 
 
 def _fidelity(report: DemoReport) -> Table:
@@ -116,3 +196,10 @@ def _steering(console: Console, report: DemoReport) -> None:
     table.add_column(f"after: {shown.share_after:.0%} {target.name}", ratio=1)
     table.add_row(escape(shown.before), escape(shown.after))
     console.print(table)
+    if effect.share_after <= effect.share_before:
+        console.print(
+            f"Steering changed what is written, but did not raise the share of {target.name}: this latent detects it "
+            "and does not cause it. Try another with --latent or --concept, or another --strength.",
+            highlight=False,
+            markup=False,
+        )

@@ -5,20 +5,20 @@ from __future__ import annotations
 import re
 from collections import Counter
 from contextlib import suppress
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..errors import InputError, SAEError
-from .app import app
+from ..errors import InputError, MissingFileError, SAEError
+from . import complete
+from .app import Command, app
+from .output import AsJson, Output, Quiet
 from .tables import facts_grid, l0_text
 
 if TYPE_CHECKING:
-    from ..hub.index import KnownSAE
     from ..hub.location import Location
     from ..modeling.loading import Checkpoint
 
@@ -33,110 +33,163 @@ _NUMBER = re.compile(r"(?<![a-z]l)(?<!_l)\d+(?!\d*[km])")
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
-@app.command()
+@app.command(cls=Command)
 def info(
-    repo: Annotated[str | None, typer.Argument(help="Hub id, folder, or a release of the index.")] = None,
+    repo: Annotated[
+        str | None,
+        typer.Argument(help="Hub id, folder, or a release of the index.", autocompletion=complete.releases),
+    ] = None,
     subfolder: Annotated[str, typer.Argument(help="Folder or file of the SAE inside it.")] = "",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Load this causal LM instead, and prove its sites.")
     ] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Describe an SAE, or a repository of many, without downloading weights; or a model's sites, by loading it.
+
+    Of what cannot be reached, such as when offline, the row of the index is shown.
 
     Raises:
         InputError: unless exactly one of REPO and --model is given.
     """
-    from ..hub.opening import open_at, place, sae_addresses  # here, so that --help does not wait for torch
-    from .model_sites import show_sites
-
     if (repo is None) == (model is None):
         given = "neither" if repo is None else f"both, {repo} and --model {model}"
         raise InputError(
             "info describes the SAEs of one repository, 'hf-gated-sae info REPO', or the sites of one model, "
             f"'hf-gated-sae info --model MODEL'; it was given {given}."
         )
-    console = Console()
+    out = Output(quiet, as_json)
     if repo is None:
+        from .model_sites import show_sites
+
         assert model is not None
-        show_sites(console, model, revision)
+        show_sites(out, model, revision)
         return
+    try:
+        with out.bars():
+            _show_place(out, repo, subfolder, revision)
+    except MissingFileError as error:
+        from .known import show_known
+
+        if not show_known(out, repo, subfolder, revision, error):
+            raise
+
+
+def _show_place(out: Output, repo: str, subfolder: str, revision: str | None) -> None:
+    """Print what is in a repository or folder, or in a folder of it."""
+    from ..hub.opening import open_at, place, sae_addresses  # here, so that --help does not wait for torch
+
     location = place(repo, subfolder, revision=revision)
     addresses = sae_addresses(location)
     if location.address in addresses or len(addresses) < 2:
         if location.address not in addresses and addresses:
             location = location.at(addresses[0])
-        _show_one(console, open_at(location), location)
+        _show_one(out, open_at(location), location)
     else:
-        _show_many(console, location, addresses)
+        _show_many(out, location, addresses)
 
 
-def _show_one(console: Console, checkpoint: Checkpoint, location: Location) -> None:
+def _show_one(out: Output, checkpoint: Checkpoint, location: Location) -> None:
     """Print one SAE."""
+    found = record(checkpoint, location)
+    base = " @ ".join(filter(None, (found["base_model"], found["base_model_revision"])))
+    written = found["sites_written"] != found["sites"]
+    facts = {
+        "repository": found["repository"],
+        "address": found["address"],
+        "commit": found["commit"],
+        "licence": found["license"] or found["license_evidence"],
+        "layout": found["layout"],
+        "architecture": f"{found['architecture']} ({found['class']})",
+        "base model": base,
+        "site": ", ".join(found["sites"]),
+        "writes to": ", ".join(found["sites_written"]) if written else None,
+        "normalisation": found["normalization"],
+        "trained on BOS": {True: "yes", False: "no", None: None}[found["trained_on_bos"]],
+        "latents": f"{found['d_sae']:,}",
+        "L0": _l0(found["l0"], found["l0_kind"]),
+        "width": str(found["d_in"]) if found["d_in"] == found["d_out"] else "{d_in} in, {d_out} out".format(**found),
+        "tensors": "\n".join(f"{name} {shape}" for name, shape in found["tensors"].items()),
+        "stored as": ", ".join(found["dtypes"]),
+        "download": size_text(found["download_bytes"]),
+        "dashboards": found["dashboards"],
+    }
+    out.document(found)
+    out.show(facts_grid({name: value or "not stated" for name, value in facts.items() if value or name in MISSED}))
+    _show_code(out, location.repo, checkpoint.origin.subfolder, checkpoint.origin.revision)
+
+
+def record(checkpoint: Checkpoint, location: Location) -> dict[str, Any]:
+    """Return what the headers and the configuration of an SAE say, as JSON has it."""
     from ..hub.index import known_at, known_facts
+    from ..hub.search import SearchResult
 
     config, origin = checkpoint.config, checkpoint.origin
-    shapes = checkpoint.shapes(config)
-    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.stored.values()})
     neuronpedia = known_facts(location.repo_id, location.address).get("neuronpedia")
-    base = f"{config.base_model}{f' @ {config.base_model_revision}' if config.base_model_revision else ''}"
-    facts = {
+    known = known_at(location.repo_id, location.address)
+    return {
         "repository": origin.repo,
         "address": origin.subfolder or None,
         "commit": origin.revision,
-        "licence": licence(location),
+        **licence(location),
         "layout": origin.format,
-        "architecture": f"{config.architecture} ({checkpoint.model_class.__name__})",
-        "base model": base if config.base_model else None,
-        "site": ", ".join(config.sites_read),
-        "writes to": ", ".join(config.sites_written) if config.sites_written != config.sites_read else None,
-        "normalisation": config.normalization,
-        "trained on BOS": {True: "yes", False: "no", None: None}[config.trained_on_bos],
-        "latents": f"{config.d_sae:,}",
-        "L0": _l0(known_at(location.repo_id, location.address)),
-        "width": str(config.d_in) if config.d_in == config.d_out else f"{config.d_in} in, {config.d_out} out",
-        "tensors": "\n".join(f"{name} {list(tensor.shape)}" for name, tensor in shapes.items()),
-        "stored as": ", ".join(dtypes),
-        "download": size_text(sum({id(t.source): t.source.size for t in checkpoint.stored.values()}.values())),
+        "architecture": config.architecture,
+        "class": checkpoint.model_class.__name__,
+        "base_model": config.base_model,
+        "base_model_revision": config.base_model_revision,
+        "sites": list(config.sites_read),
+        "sites_written": list(config.sites_written),
+        "normalization": config.normalization,
+        "trained_on_bos": config.trained_on_bos,
+        "d_in": config.d_in,
+        "d_out": config.d_out,
+        "d_sae": config.d_sae,
+        "l0": known.l0 if known else None,
+        "l0_kind": known.l0_kind if known else None,
+        "tensors": {name: list(tensor.shape) for name, tensor in checkpoint.shapes(config).items()},
+        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.stored.values()}),
+        "download_bytes": sum({id(t.source): t.source.size for t in checkpoint.stored.values()}.values()),
         "dashboards": f"https://www.neuronpedia.org/{neuronpedia}" if neuronpedia else None,
+        "code": SearchResult(origin.repo, origin.subfolder, origin.revision).code,
     }
-    console.print(
-        facts_grid({name: value or "not stated" for name, value in facts.items() if value or name in MISSED})
-    )
-    _show_code(console, origin.repo, origin.subfolder, origin.revision)
 
 
-def _l0(known: KnownSAE | None) -> str | None:
+def _l0(l0: float | None, kind: str | None) -> str | None:
     """Return the L0 that the index has, and how it is known."""
-    if known is None or known.l0 is None:
-        return None
-    how = "what training aimed at" if known.l0_kind == "target" else "measured"
-    return f"{l0_text(known.l0, known.l0_kind)} ({how})"
+    how = "what training aimed at" if kind == "target" else "measured"
+    return None if l0 is None else f"{l0_text(l0, kind)} ({how})"
 
 
-def _show_many(console: Console, location: Location, addresses: list[str]) -> None:
+def _show_many(out: Output, location: Location, addresses: list[str]) -> None:
     """Print what a repository, or a folder of it, holds."""
-    facts = {"repository": location.repo, "folder": location.subfolder, "commit": location.revision or ""}
-    facts |= {"licence": licence(location), "SAEs": f"{len(addresses):,}"}
-    console.print(facts_grid({name: value for name, value in facts.items() if value}))
+    rows = summary(location, addresses)
+    found = {"repository": location.repo, "folder": location.subfolder or None, "commit": location.revision}
+    stated = licence(location)
+    named = ("addresses", "site", "d_sae")
+    kinds = [{**dict(zip(named, kind, strict=True)), "saes": number} for kind, number in rows.items()]
+    out.document({**found, **stated, "saes": len(addresses), "kinds": kinds, "addresses": addresses})
+    facts = {name: value for name, value in found.items() if value}
+    facts |= {"licence": stated["license"] or stated["license_evidence"] or "", "SAEs": f"{len(addresses):,}"}
+    out.show(facts_grid(facts))
     table = Table(box=SIMPLE_HEAD)
     for name in ("addresses", "site"):
         table.add_column(name, overflow="fold")
     for name in ("latents", "SAEs"):
         table.add_column(name, justify="right")
-    rows = summary(location, addresses)
-    for (pattern, site, latents), number in list(rows.items())[:SHOWN_ROWS]:
-        table.add_row(escape(pattern), site, latents, f"{number:,}")
-    console.print(table)
+    for (pattern, site, d_sae), number in list(rows.items())[:SHOWN_ROWS]:
+        table.add_row(escape(pattern), site or "?", f"{d_sae:,}" if d_sae else "?", f"{number:,}")
+    out.show(table)
     if len(rows) > SHOWN_ROWS:
-        console.print(f"and {len(rows) - SHOWN_ROWS} more kinds.", highlight=False)
+        out.show(f"and {len(rows) - SHOWN_ROWS} more kinds.")
     shown = addresses[:SHOWN_ADDRESSES]
     left = f"\n  ... {len(addresses) - len(shown):,} more" if len(addresses) > len(shown) else ""
-    console.print("Such as\n" + "\n".join(f"  {escape(address)}" for address in shown) + left, highlight=False)
-    _show_code(console, location.repo, addresses[0], location.revision)
+    out.show("Such as\n" + "\n".join(f"  {escape(address)}" for address in shown) + left)
+    _show_code(out, location.repo, addresses[0], location.revision)
 
 
-def summary(location: Location, addresses: list[str]) -> Counter[tuple[str, str, str]]:
+def summary(location: Location, addresses: list[str]) -> dict[tuple[str, str | None, int | None], int]:
     """Return how many SAEs there are of each kind: pattern of the address, site and width as far as they are known."""
     from ..hub.index import known_at
     from ..hub.live import CONTENTS, contents_of
@@ -144,7 +197,7 @@ def summary(location: Location, addresses: list[str]) -> Counter[tuple[str, str,
 
     root = location.at("")
     ours = contents_of(root) if CONTENTS in root else {}
-    kinds: Counter[tuple[str, str, str]] = Counter()
+    kinds: Counter[tuple[str, str | None, int | None]] = Counter()
     for address in addresses:
         known = known_at(location.repo_id, address)
         told = ours.get(address, {})
@@ -154,17 +207,17 @@ def summary(location: Location, addresses: list[str]) -> Counter[tuple[str, str,
                 told = {"site": config.site, "d_sae": config.d_sae}
         site = known.site if known else told.get("site")
         d_sae = known.d_sae if known else told.get("d_sae")
-        masked = re.sub(r"\.\d+", ".*", site) if site else "?"
-        kinds[_NUMBER.sub("*", address), masked, f"{d_sae:,}" if d_sae else "?"] += 1
-    return Counter(dict(sorted(kinds.items())))
+        masked = re.sub(r"\.\d+", ".*", site) if site else None
+        kinds[_NUMBER.sub("*", address), masked, d_sae] += 1
+    return dict(sorted(kinds.items(), key=lambda kind: (kind[0][0], kind[0][1] or "?", kind[0][2] or 0)))
 
 
-def licence(location: Location) -> str:
-    """Return the licence that the card or a file states, or why it is not known."""
+def licence(location: Location) -> dict[str, str | None]:
+    """Return the licence that the card or a file states, None if it is not known, and how it is known or why not."""
     from ..publishing.licence import stated_licence
 
     stated = stated_licence(location)
-    return stated.name if stated.name not in (None, "other") else stated.evidence
+    return {"license": None if stated.name == "other" else stated.name, "license_evidence": stated.evidence}
 
 
 def size_text(size: float) -> str:
@@ -180,10 +233,12 @@ def size_text(size: float) -> str:
     return f"{size:.3g} {unit}"
 
 
-def _show_code(console: Console, repo: str, subfolder: str, revision: str | None) -> None:
-    """Print the code that loads an SAE, from that commit."""
+def _show_code(out: Output, repo: str, subfolder: str, revision: str | None) -> None:
+    """Print the code that loads an SAE, from that commit; a hint, which `quiet` leaves out."""
     from ..hub.search import SearchResult
     from .search import code
 
-    console.print("\nfrom hf_gated_sae import SAEModel", style="bold", highlight=False)
-    console.print(code(SearchResult(repo, subfolder, revision), None, console.width), highlight=False, soft_wrap=True)
+    if not out.quiet:
+        out.show("\n[bold]from hf_gated_sae import SAEModel[/]")
+        line = code(SearchResult(repo, subfolder, revision), None, out.results.width)
+        out.results.print(line, highlight=False, soft_wrap=True)

@@ -8,22 +8,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from ..errors import InputError, SiteError
+from .output import Output
 from .tables import facts_grid
 
 if TYPE_CHECKING:
     from ..sites import SiteMap, SiteRow
 
 
-def show_sites(console: Console, name: str, revision: str | None) -> None:
+def show_sites(out: Output, name: str, revision: str | None) -> None:
     """Load a causal LM, prove its sites, and print them.
 
     Args:
-        console: where to print.
+        out: where to print.
         name: repository on the Hub, or folder.
         revision: branch, tag or commit.
 
@@ -33,17 +33,18 @@ def show_sites(console: Console, name: str, revision: str | None) -> None:
     """
     from ..sites import resolve
 
-    model = _load(name, revision)
+    with out.bars():
+        model = _load(name, revision)
     sites = resolve(model)
     rows = sites.rows()
-    console.print(_facts(name, model, sites, rows))
-    if rows:
-        console.print(table(rows))
+    facts = _facts(name, model, sites, rows)
+    out.document({**facts, "sites": rows})
+    out.show(facts_grid(facts), *([table(rows)] if rows else []))
     example = next((row for row in reversed(rows) if row.proven and row.layers), None)
-    if example is not None:
+    if example is not None and not out.quiet:
         call = f'capture(model, "{example.name}.{example.layers[-1]}", **batch)'
-        console.print("from hf_gated_sae import capture", style="bold", highlight=False)
-        console.print(call, highlight=False, soft_wrap=True)
+        out.show("[bold]from hf_gated_sae import capture[/]")
+        out.results.print(call, highlight=False, soft_wrap=True)
 
 
 def table(rows: Sequence[SiteRow]) -> Table:
@@ -115,13 +116,13 @@ def _norms(sites: SiteMap, rows: Sequence[SiteRow]) -> str:
     return "\n".join(lines) or "no norm could be proven"
 
 
-def _facts(name: str, model: Any, sites: SiteMap, rows: Sequence[SiteRow]) -> Table:
+def _facts(name: str, model: Any, sites: SiteMap, rows: Sequence[SiteRow]) -> dict[str, str]:
     """Return what holds for the model as a whole."""
     parallel = [row for row in rows if row.name == "resid_mid" and not row.proven]
     sequential = [layer for row in rows if row.name == "resid_mid" and row.proven for layer in row.layers]
     layout = [f"sequential in {layers_text(sequential)}"] if sequential else []
     layout += [f"no resid_mid in {layers_text(row.layers)}: {row.reason}" for row in parallel]
-    facts = {
+    return {
         "model": name,
         "class": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -129,4 +130,3 @@ def _facts(name: str, model: Any, sites: SiteMap, rows: Sequence[SiteRow]) -> Ta
         "layout": "\n".join(layout) or "unknown",
         "norm_no_gain": _norms(sites, rows),
     }
-    return facts_grid(facts)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import fields
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .app import app
+from . import complete
+from .app import Command, app
+from .checks import require_at_least
+from .output import AsJson, Output, Quiet
 from .tables import l0_text
 
 if TYPE_CHECKING:
@@ -20,37 +23,66 @@ if TYPE_CHECKING:
 SHOWN_REPOSITORIES = 4
 
 
-@app.command()
+@app.command(cls=Command)
 def search(
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="Base model: Hub id, or such as gpt2. Or a release, or a Neuronpedia id."),
+        typer.Option(
+            "--model",
+            "-m",
+            help="Base model: Hub id, or such as gpt2. Or a release, or a Neuronpedia id.",
+            autocompletion=complete.base_models,
+        ),
     ] = None,
-    site: Annotated[str | None, typer.Option(help="Where it reads, such as resid_post or resid_post.12.")] = None,
+    site: Annotated[
+        str | None,
+        typer.Option(
+            help="Where it reads, such as resid_post or resid_post.12; other libraries' names are read, too.",
+            autocompletion=complete.sites,
+        ),
+    ] = None,
     layer: Annotated[int | None, typer.Option(help="Block that it reads at.")] = None,
     width: Annotated[str | None, typer.Option(help="Number of latents, such as 16384 or 16k.")] = None,
-    architecture: Annotated[str | None, typer.Option(help="Such as gated or jumprelu.")] = None,
+    architecture: Annotated[
+        str | None, typer.Option(help="Such as gated or jumprelu.", autocompletion=complete.architectures)
+    ] = None,
     l0: Annotated[float | None, typer.Option(help="Only the SAEs whose L0 is nearest to this.")] = None,
-    limit: Annotated[int, typer.Option(min=0, help="Rows to show; 0 for all.")] = 20,
+    limit: Annotated[int, typer.Option(help="Rows to show; 0 for all.")] = 20,
     live: Annotated[bool, typer.Option("--live/--no-live", help="Ask the Hub, beside the index.")] = True,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Find pretrained SAEs, and print the line of code that loads each."""
-    from ..hub.search import search as find  # here, so that --help does not wait for torch
+    """Find pretrained SAEs, and print the line of code that loads each.
 
-    console = Console()
-    found = find(model, site=site, layer=layer, width=width, architecture=architecture, near_l0=l0, live=live)
-    if not found:
-        console.print(f"No SAE is known that fits.{_instead(model, layer, live)}")
-        raise typer.Exit(1)
+    The exit status is 1 if none fits, as that of grep.
+    """
+    from ..hub.search import search as find  # here, so that --help does not wait for torch
+    from .site_names import site_of
+
+    for option, value in (("--limit", limit), ("--layer", layer), ("--l0", l0)):
+        require_at_least(option, value, 0)
+    out = Output(quiet, as_json)
+    site = None if site is None else site_of(site)
+    with out.bars():
+        found = find(model, site=site, layer=layer, width=width, architecture=architecture, near_l0=l0, live=live)
     rows = found[:limit] if limit else found
-    console.print(table(rows, with_model=model is None))
+    out.document({"found": len(found), "saes": [record(result) for result in rows]})
+    if not found:
+        out.note(f"No SAE is known that fits.{_instead(model, layer, live)}")
+        raise typer.Exit(1)
+    out.show(table(rows, with_model=model is None))
     if any(result.l0_kind == "target" for result in rows):
-        console.print("L0 with ~: what training aimed at, not a measurement.\n", style="dim", highlight=False)
-    console.print("from hf_gated_sae import SAEModel", style="bold", highlight=False)
+        out.show("[dim]L0 with ~: what training aimed at, not a measurement.\n[/]")
+    out.show("[bold]from hf_gated_sae import SAEModel[/]")
     for number, result in enumerate(rows, 1):
-        console.print(code(result, number, console.width), highlight=False, soft_wrap=True)
+        out.results.print(code(result, number, out.results.width), highlight=False, soft_wrap=True)
     if len(found) > len(rows):
-        console.print(f"\n{_left_out(found[len(rows) :])}", highlight=False)
+        out.note(f"\n{_left_out(found[len(rows) :])}")
+
+
+def record(result: SearchResult) -> dict[str, Any]:
+    """Return what is known of an SAE, and the code that loads it, as JSON has it."""
+    return {**{each.name: getattr(result, each.name) for each in fields(result)}, "code": result.code}
 
 
 def table(rows: list[SearchResult], *, with_model: bool) -> Table:

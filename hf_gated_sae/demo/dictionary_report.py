@@ -31,7 +31,7 @@ KNOWN_FROM = 0.3
 def held_out_material(tokenizer: Any, context: int) -> Material:
     """Return all held-out files, labelled, in windows as long as the model's context, none across two files."""
     texts = corpus.texts("held_out")
-    return cut(tokenizer, texts, window=context, windows=1_000_000, python=True)
+    return cut(tokenizer, texts, window=context, windows=1_000_000, python=True, rows=ROWS)
 
 
 def dictionary_facts(
@@ -57,7 +57,7 @@ def dictionary_facts(
         Plain JSON: ``fidelity`` (a `FidelityReport` without its values per latent), ``density`` per latent,
         ``concepts`` (the best latents of each), ``training``, ``held_out``.
     """
-    report = evaluate(model, sae, material.batches(ROWS), progress=progress)
+    report = evaluate(model, sae, material.batches(), progress=progress)
     return {
         "fidelity": report.to_dict(per_latent=False),
         "density": [round(value, 7) for value in report.density],

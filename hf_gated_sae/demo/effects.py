@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -104,12 +103,9 @@ def measure_ablation(model: Any, sae: SAEModel, target: Target, material: Materi
         The losses.
     """
     inside = target.inside(material)[:, 1:]
-    clean, ablated = [], []
-    for batch in material.batches(8):
-        clean.append(token_losses(model, batch["input_ids"]))
-        with attach(model, Ablate(sae, [target.latent])):
-            ablated.append(token_losses(model, batch["input_ids"]))
-    before, after = torch.cat(clean), torch.cat(ablated)
+    before = torch.cat([token_losses(model, batch["input_ids"]) for batch in material.batches()])
+    with attach(model, Ablate(sae, [target.latent]), check=False):  # it was tried when the splice was measured
+        after = torch.cat([token_losses(model, batch["input_ids"]) for batch in material.batches()])
     return AblationEffect(
         inside_clean=before[inside].mean().item(),
         inside_ablated=after[inside].mean().item(),
@@ -156,10 +152,17 @@ def measure_steering(
     Returns:
         The continuations and their shares.
     """
-    strength = STRENGTHS[0] if plan.strength is None else plan.strength
     prompts = _prompts(target, material, plan)
-    before = _continue(model, tokenizer, prompts, plan)
-    with attach(model, Steer(sae, target.latent, strength=strength, positions="generated")):
+    return _steered(model, tokenizer, sae, target, prompts, _continue(model, tokenizer, prompts, plan), plan)
+
+
+def _steered(
+    model: Any, tokenizer: Any, sae: SAEModel, target: Target, prompts: Tensor, before: Tensor, plan: SteeringPlan
+) -> SteeringEffect:
+    """Continue prompts with steering, and compare with how they went on without."""
+    strength = STRENGTHS[0] if plan.strength is None else plan.strength
+    steer = Steer(sae, target.latent, strength=strength, positions="generated")
+    with attach(model, steer, check=False):  # it was tried when the splice was measured
         after = _continue(model, tokenizer, prompts, plan)
     continuations = []
     for prompt, plain, steered in zip(prompts, before, after, strict=True):
@@ -200,7 +203,13 @@ def _continue(model: Any, tokenizer: Any, prompts: Tensor, plan: SteeringPlan) -
 
 
 def choose_by_effect(
-    model: Any, tokenizer: Any, sae: SAEModel, targets: Sequence[Target], material: Material, plan: SteeringPlan
+    model: Any,
+    tokenizer: Any,
+    sae: SAEModel,
+    targets: Sequence[Target],
+    material: Material,
+    plan: SteeringPlan,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Target, float]:
     """Return the target whose latent, steered with, raises its own share most, and the strength that does it.
 
@@ -211,12 +220,24 @@ def choose_by_effect(
         targets: candidates.
         material: text other than what the choice is shown on.
         plan: how to steer; a few prompts suffice. A strength that it states is kept.
+        progress: called before each trial with how many are done, and how many there are.
     """
     strengths = STRENGTHS if plan.strength is None else (plan.strength,)
-
-    def effect(choice: tuple[Target, float]) -> float:
-        target, strength = choice
-        found = measure_steering(model, tokenizer, sae, target, material, replace(plan, strength=strength))
-        return found.share_after - found.share_before
-
-    return max(itertools.product(targets, strengths), key=effect)
+    if len(targets) * len(strengths) == 1:
+        return targets[0], strengths[0]
+    plain: dict[tuple[int, ...], Tensor] = {}  # candidates for one concept have the same prompts
+    best: tuple[float, Target, float] | None = None
+    for number, target in enumerate(targets):
+        prompts = _prompts(target, material, plan)
+        key = tuple(prompts.flatten().tolist())
+        for trial, strength in enumerate(strengths, number * len(strengths)):
+            progress(trial, len(targets) * len(strengths))
+            if key not in plain:
+                plain[key] = _continue(model, tokenizer, prompts, plan)
+            here = replace(plan, strength=strength)
+            found = _steered(model, tokenizer, sae, target, prompts, plain[key], here)
+            effect = found.share_after - found.share_before
+            if best is None or effect > best[0]:
+                best = effect, target, strength
+    assert best is not None  # there is a target
+    return best[1], best[2]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,21 +21,27 @@ class Material:
         input_ids: ``[N, S]``.
         labels: which token has which concept, ``[N, S, n_concepts]`` bool; None where the text is not Python.
         names: the concepts, in the order of `labels`.
+        rows: windows that a model is given at a time.
     """
 
     input_ids: Tensor
     labels: Tensor | None
     names: tuple[str, ...]
+    rows: int = 8
 
-    def batches(self, rows: int) -> Iterator[dict[str, Tensor]]:
+    def batches(self) -> Iterator[dict[str, Tensor]]:
         """Yield the model's inputs, `rows` windows at a time."""
-        for ids in self.input_ids.split(rows):
+        for ids in self.input_ids.split(self.rows):
             yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def halves(self) -> tuple[Material, Material]:
         """Return every other window, and the rest: one to choose a latent on, the other to show it on."""
         pick = [
-            Material(self.input_ids[start::2], None if self.labels is None else self.labels[start::2], self.names)
+            replace(
+                self,
+                input_ids=self.input_ids[start::2],
+                labels=None if self.labels is None else self.labels[start::2],
+            )
             for start in (0, 1)
         ]
         return pick[0], pick[1]
@@ -46,7 +52,7 @@ class Material:
         return self.input_ids.numel()
 
 
-def cut(tokenizer: Any, texts: Iterable[str], *, window: int, windows: int, python: bool) -> Material:
+def cut(tokenizer: Any, texts: Iterable[str], *, window: int, windows: int, python: bool, rows: int = 8) -> Material:
     """Tokenise texts and cut them into windows, none of which reaches across two texts.
 
     Args:
@@ -55,6 +61,7 @@ def cut(tokenizer: Any, texts: Iterable[str], *, window: int, windows: int, pyth
         window: tokens per window, with the special tokens that the tokenizer puts before a text.
         windows: how many windows at most.
         python: whether the texts are Python source and can be labelled.
+        rows: windows that a model is to be given at a time.
 
     Returns:
         The windows.
@@ -83,4 +90,5 @@ def cut(tokenizer: Any, texts: Iterable[str], *, window: int, windows: int, pyth
         input_ids=torch.tensor(ids[:windows]),
         labels=torch.stack(labels[:windows]) if python else None,
         names=tuple(CONCEPTS) if python else (),
+        rows=rows,
     )

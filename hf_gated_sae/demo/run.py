@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..errors import AttachError, InputError, MissingFileError
+from ..errors import AttachError, InputError, MissingFileError, reason, unknown_name
 from ..evaluation import FidelityReport, evaluate
 from ..modeling import SAEModel
 from ..modeling.quiet import quiet_transformers
 from ..publishing import CardFacts, read_facts, save
 from . import bundled, corpus
-from .effects import (
-    AblationEffect,
-    SteeringEffect,
-    SteeringPlan,
-    choose_by_effect,
-    measure_ablation,
-    measure_steering,
-)
+from .concept_table import CONCEPTS
+from .effects import AblationEffect, SteeringEffect, choose_by_effect, measure_ablation, measure_steering
+from .effort import Effort, effort_for
 from .material import Material, cut
 from .targets import ConceptTarget, Target, candidates, concept_scores, firing_target, with_evidence
 
 Progress = Callable[[str, int, int], None]
-"""Called with the name of the step, the number of it, and the number of steps."""
+"""Called with the name of the step, with how much of it is done, the number of it, and the number of steps."""
+STEPS = ("load model and SAE", "read text", "splice", "find the latent", "ablate", "steer", "publish")
 
 
 @dataclass(frozen=True)
@@ -42,10 +39,11 @@ class DemoPlan:
         text: file with text; by default held-out source of the Python standard library.
         concept: the concept to show; chosen by measurement by default.
         latent: show this latent, whatever it means.
+        strength: how hard to steer, in units of the latent's recorded maximum; chosen by measurement by default.
+        tokens: how many tokens to measure on; what suits the model by default.
         out: folder to publish the SAE into.
-        windows: number of text windows to measure on.
         window: tokens per window.
-        steering: how to steer.
+        effort: how much to do; what suits the model by default.
     """
 
     model: str | None = None
@@ -54,10 +52,45 @@ class DemoPlan:
     text: Path | None = None
     concept: str | None = None
     latent: int | None = None
+    strength: float | None = None
+    tokens: int | None = None
     out: Path | None = None
-    windows: int = 96
     window: int = 256
-    steering: SteeringPlan = field(default_factory=SteeringPlan)
+    effort: Effort | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be shown, before anything is loaded.
+
+        Raises:
+            InputError: saying what was given, and what was expected.
+            MissingFileError: if there is no such text.
+            UnknownNameError: for a concept that does not exist.
+        """
+        if self.sae is None and self.model is not None:
+            raise InputError("--model was given without --sae; the bundled SAEs only fit the bundled model.")
+        if self.text is not None and not self.text.is_file():
+            raise MissingFileError(f"--text {self.text} is not a file; expected a text file in UTF-8.")
+        if self.concept is not None and self.concept not in CONCEPTS:
+            raise unknown_name("concept", self.concept, CONCEPTS)
+        if self.concept is not None and (self.latent is not None or not self.is_python):
+            raise InputError(f"--concept {self.concept} needs Python source as text and no --latent; leave one out.")
+        if self.strength is not None and not 0 < self.strength < math.inf:
+            raise InputError(
+                f"--strength is {self.strength:g}; expected a number above 0: the demo shows that there is more of "
+                "what the latent stands for."
+            )
+        if self.tokens is not None and self.tokens < 2 * self.window:
+            raise InputError(
+                f"--tokens is {self.tokens}; expected {2 * self.window} or more, which is one window of {self.window} "
+                "to choose a latent on and one to show it on."
+            )
+        if self.latent is not None and self.latent < 0:
+            raise InputError(f"--latent is {self.latent}; expected the index of a latent, from 0 on.")
+
+    @property
+    def is_python(self) -> bool:
+        """Whether the text is Python source, in which concepts have a ground truth."""
+        return self.text is None or self.text.suffix == ".py"
 
 
 @dataclass(frozen=True)
@@ -99,27 +132,34 @@ def run_demo(plan: DemoPlan, progress: Progress) -> DemoReport:
     Raises:
         SAEError: for anything in the plan that does not exist or does not fit together.
     """
-    steps = ("load model and SAE", "read text", "splice", "find the latent", "ablate", "steer", "publish")
 
-    def tell(step: str) -> None:
-        progress(step, steps.index(step) + 1, len(steps))
+    def tell(step: str, detail: str = "") -> None:
+        progress(f"{step}: {detail}" if detail else step, STEPS.index(step) + 1, len(STEPS))
 
     tell("load model and SAE")
     sae = load_sae(plan)
     model, tokenizer = load_model(plan)
     sae = sae.to(model.device)
+    effort = plan.effort or effort_for(model)
     tell("read text")
-    material = read_material(plan, model, tokenizer)
+    material = read_material(plan, model, tokenizer, effort)
     tell("splice")
     # Steering measures in units of the latents' maxima; an SAE that brings none gets them from this text.
-    fidelity = evaluate(model, sae, list(material.batches(8)), record=not sae.config.recorded_tokens)
+    fidelity = evaluate(
+        model,
+        sae,
+        list(material.batches()),
+        record=not sae.config.recorded_tokens,
+        progress=lambda done: tell("splice", f"{done:,} of {material.tokens:,} tokens"),
+    )
     tell("find the latent")
     choosing, showing = material.halves()
-    target, strength = choose_target(model, tokenizer, sae, plan, choosing, showing)
+    target, strength = choose_target(model, tokenizer, sae, plan, effort, choosing, showing, tell)
     tell("ablate")
     ablation = measure_ablation(model, sae, target, showing)
     tell("steer")
-    steering = measure_steering(model, tokenizer, sae, target, showing, replace(plan.steering, strength=strength))
+    how = replace(effort.showing, strength=strength)
+    steering = measure_steering(model, tokenizer, sae, target, showing, how)
     require_effect(plan, steering)
     tell("publish")
     files: tuple[str, ...] = ()
@@ -155,7 +195,14 @@ def require_effect(plan: DemoPlan, steering: SteeringEffect) -> None:
 
 
 def choose_target(
-    model: Any, tokenizer: Any, sae: SAEModel, plan: DemoPlan, choosing: Material, showing: Material
+    model: Any,
+    tokenizer: Any,
+    sae: SAEModel,
+    plan: DemoPlan,
+    effort: Effort,
+    choosing: Material,
+    showing: Material,
+    tell: Callable[[str, str], None],
 ) -> tuple[Target, float]:
     """Pick the latent to show, of those that know a concept the one that steers best, and how hard to steer.
 
@@ -163,21 +210,28 @@ def choose_target(
         model: the causal LM.
         tokenizer: its tokenizer.
         sae: the SAE.
-        plan: which concept or latent is wanted, if any.
+        plan: which concept, latent or strength is wanted, if any.
+        effort: how many candidates to try, and how.
         choosing: text to choose on.
         showing: text on which the choice will be shown.
+        tell: told of every trial.
 
     Raises:
-        InputError: for a concept of text that has no ground truth, or if no latent is fit to be shown.
+        InputError: if no latent is fit to be shown.
     """
     if plan.latent is not None or choosing.labels is None:
-        if plan.concept is not None:
-            raise InputError(f"--concept {plan.concept} needs Python source as text and no --latent; leave one out.")
         found: list[Target] = [firing_target(model, sae, choosing, plan.latent)]
     else:
-        found = [*candidates(concept_scores(model, sae, choosing), plan.concept)]
-    few = replace(plan.steering, prompts=12, new_tokens=min(plan.steering.new_tokens, 40))
-    best, strength = choose_by_effect(model, tokenizer, sae, found, choosing, few)
+        found = [*candidates(concept_scores(model, sae, choosing), plan.concept, effort.candidates)]
+    best, strength = choose_by_effect(
+        model,
+        tokenizer,
+        sae,
+        found,
+        choosing,
+        replace(effort.choosing, strength=plan.strength),
+        lambda done, total: tell("find the latent", f"{done} of {total} trials of steering"),
+    )
     if isinstance(best, ConceptTarget):
         best = with_evidence(best, concept_scores(model, sae, showing))
     return best, strength
@@ -213,32 +267,44 @@ def load_sae(plan: DemoPlan) -> SAEModel:
     """Load the SAE through the public API.
 
     Raises:
-        InputError: if a model is given without an SAE for it.
+        InputError: if the latent that is to be shown does not exist.
     """
-    if plan.sae is None and plan.model is not None:
-        raise InputError("--model was given without --sae; the bundled SAEs only fit the bundled model.")
     if plan.sae is None:
         bundled.require_bundled()
-    return SAEModel.from_pretrained(plan.sae or str(bundled.SAES), subfolder_of(plan))
+    sae: SAEModel = SAEModel.from_pretrained(plan.sae or str(bundled.SAES), subfolder_of(plan))
+    if plan.latent is not None:
+        sae.latent_indices([plan.latent])  # before the model, which takes longer, is loaded
+    return sae
 
 
-def read_material(plan: DemoPlan, model: Any, tokenizer: Any) -> Material:
+def read_material(plan: DemoPlan, model: Any, tokenizer: Any, effort: Effort) -> Material:
     """Return the windows of text to measure on.
 
+    Args:
+        plan: which text, and how much of it, if it says so.
+        model: the causal LM; its longest context bounds the windows.
+        tokenizer: its tokenizer.
+        effort: how much to read by default, and how many windows at a time.
+
     Raises:
-        MissingFileError: if the text file does not exist.
-        InputError: if the text is empty or shorter than a window.
+        InputError: if the text is no text, or shorter than two windows.
     """
     texts: Iterable[str]
     if plan.text is None:
         texts = corpus.texts("held_out")
-    elif not plan.text.is_file():
-        raise MissingFileError(f"--text {plan.text} is not a file; expected a text file in UTF-8.")
     else:
-        texts = [plan.text.read_text(encoding="utf-8")]
-    longest = int(getattr(model.config, "max_position_embeddings", plan.window))
-    python = plan.text is None or plan.text.suffix == ".py"
-    return cut(tokenizer, texts, window=min(plan.window, longest), windows=plan.windows, python=python)
+        try:
+            texts = [plan.text.read_text(encoding="utf-8")]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"--text {plan.text} cannot be read ({reason(error)}); expected text in UTF-8."
+            ) from error
+    window = min(plan.window, int(getattr(model.config, "max_position_embeddings", plan.window)))
+    windows = max((plan.tokens or effort.tokens) // window, 2)
+    material = cut(tokenizer, texts, window=window, windows=windows, python=plan.is_python, rows=effort.rows)
+    if len(material.input_ids) < 2:
+        raise InputError(f"The text is shorter than two windows of {window} tokens; give a longer text.")
+    return material
 
 
 def publish_and_reload(sae: SAEModel, folder: Path, facts: CardFacts | None = None) -> tuple[tuple[str, ...], bool]:

@@ -18,7 +18,6 @@ from .concepts import concept_share
 from .material import Material
 
 KNOWN_F1, KNOWN_PRECISION = 0.3, 0.6  # from which a latent counts as standing for a concept
-CANDIDATES = 10  # latents of which the one that steers best is shown: detecting and causing are not the same
 DENSITY = (1e-3, 5e-2)  # a latent without a label should be neither dead nor always on
 
 
@@ -80,7 +79,7 @@ class FiringTarget(Target):
 
     def inside(self, material: Material) -> Tensor:
         """Return the tokens that follow one on which the latent fires: those that it can help to predict."""
-        fires = torch.cat([self.firing(batch["input_ids"]) for batch in material.batches(8)])
+        fires = torch.cat([self.firing(batch["input_ids"]) for batch in material.batches()])
         return torch.cat([torch.zeros_like(fires[:, :1]), fires[:, :-1]], dim=1)
 
     def share(self, ids: Tensor, prompt: int, text: str, prompt_text: str) -> float:
@@ -96,12 +95,14 @@ def concept_scores(model: Any, sae: SAEModel, material: Material) -> ConceptScor
     return scores
 
 
-def candidates(scores: ConceptScores, concept: str | None) -> list[ConceptTarget]:
+def candidates(scores: ConceptScores, concept: str | None, most: int) -> list[ConceptTarget]:
     """Return latents that know a concept, best first.
 
     Args:
         scores: measured on labelled text.
         concept: the concept; by default every concept that a latent knows well, else the one that is known best.
+        most: how many at most; of one concept, half as many. Detecting and causing are not the same, so that the one
+            that steers best has to be found among them.
 
     Raises:
         UnknownNameError: if there is no such concept.
@@ -110,12 +111,12 @@ def candidates(scores: ConceptScores, concept: str | None) -> list[ConceptTarget
     if concept is not None and concept not in scores.concepts:
         raise unknown_name("concept", concept, scores.concepts)
     if concept is not None:
-        found = scores.best(concept, most=CANDIDATES // 2)
+        found = scores.best(concept, most=max(most // 2, 1))
     else:
         every = [score for name in scores.concepts for score in scores.best(name)]
         every.sort(key=lambda score: score.f1, reverse=True)
         known = [s for s in every if s.f1 >= KNOWN_F1 and s.precision >= KNOWN_PRECISION]
-        found = (known or every[:1])[:CANDIDATES]
+        found = (known or every[:1])[:most]
     if not found:
         raise InputError(f"No latent of this SAE fires on {concept or 'any concept'} in this text; try --latent.")
     return [ConceptTarget(score.latent, score.concept, "", score.share) for score in found]
@@ -139,7 +140,7 @@ def with_evidence(target: ConceptTarget, scores: ConceptScores) -> ConceptTarget
 def _latents(model: Any, sae: SAEModel, material: Material) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield labels ``[T, n_concepts]`` and latents ``[T, d_sae]`` of the material, batch by batch."""
     assert material.labels is not None
-    for batch, labels in zip(material.batches(8), material.labels.split(8), strict=True):
+    for batch, labels in zip(material.batches(), material.labels.split(material.rows), strict=True):
         yield labels.flatten(0, 1), capture(model, sae, **_on(model, batch))[sae].flatten(0, 1)
 
 
@@ -162,7 +163,7 @@ def firing_target(model: Any, sae: SAEModel, material: Material, latent: int | N
     """
     fired = torch.zeros(sae.config.d_sae, device=sae.device)
     strength = torch.zeros_like(fired)
-    for batch in material.batches(8):
+    for batch in material.batches():
         latents = capture(model, sae, **_on(model, batch))[sae].flatten(0, 1)
         fired += (latents > 0).sum(0)
         strength += latents.sum(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -27,34 +28,75 @@ def latent_list(owner: object, latents: object) -> tuple[int, ...]:
     return tuple(dict.fromkeys(found))
 
 
+PerRow: TypeAlias = "float | tuple[float, ...]"
+"""A number, or one for each row of the batch."""
+
+
 def latent_values(owner: object, values: object) -> dict[int, float]:
     """Return a copy of numbers by latent.
 
     Raises:
         InputError: if it is no mapping, a key is no whole number, or a value is not finite.
     """
+    found = latent_values_per_row(owner, values)
+    for latent, value in found.items():
+        if isinstance(value, tuple):
+            raise InputError(
+                f"{type(owner).__name__} was given {shorten(value)} for latent {latent}; expected a finite number."
+            )
+    return cast("dict[int, float]", found)
+
+
+def latent_values_per_row(owner: object, values: object) -> dict[int, PerRow]:
+    """Return a copy of numbers by latent, each of them perhaps one for each row.
+
+    Raises:
+        InputError: if it is no mapping, a key is no whole number, a value is not finite, or two latents have numbers
+            for different numbers of rows.
+    """
     latents = integers(values.keys()) if isinstance(values, Mapping) else None
     if not isinstance(values, Mapping) or latents is None:
         raise InputError(
             f"{type(owner).__name__} was given {shorten(values)}; expected numbers by latent, such as {{3: 1.5}}."
         )
-    for latent, value in values.items():
-        if not isinstance(value, numbers.Real) or not math.isfinite(value):
-            raise InputError(
-                f"{type(owner).__name__} was given {value!r} for latent {latent}; expected a finite number."
-            )
-    return {latent: float(value) for latent, value in zip(latents, values.values(), strict=True)}
+    found = {
+        latent: number_per_row(owner, f"for latent {latent}", value)
+        for latent, value in zip(latents, values.values(), strict=True)
+    }
+    lengths = sorted({len(value) for value in found.values() if isinstance(value, tuple)})
+    if len(lengths) > 1:
+        raise InputError(
+            f"{type(owner).__name__} was given numbers for {' and for '.join(map(str, lengths))} rows; expected one "
+            "for each row of the batch, or one number for all of them."
+        )
+    return found
 
 
-def finite_number(owner: object, name: str, value: object) -> float:
-    """Return a number.
+def number_per_row(owner: object, what: str, value: object) -> PerRow:
+    """Return a number, or a tuple with one for each row of the batch.
+
+    Args:
+        owner: the intervention that was given it.
+        what: what it is, for messages, such as ``"as strength"``.
+        value: a number, or a sequence of them, or a tensor ``[B]``.
 
     Raises:
-        InputError: if it is none, or not finite.
+        InputError: if it is anything else, or not finite.
     """
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
-        raise InputError(f"{type(owner).__name__} was given {name}={shorten(value)}; expected a finite number.")
-    return float(value)
+    if isinstance(value, Tensor):
+        value = value.tolist() if value.ndim <= 1 else value
+    several = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    given = tuple(cast("Sequence[object]", value)) if several else (value,)
+    for each in given:
+        if not isinstance(each, numbers.Real) or isinstance(each, bool) or not math.isfinite(each):
+            raise InputError(
+                f"{type(owner).__name__} was given {shorten(each)} {what}; expected a finite number"
+                f"{' for each row' if several else ', or a list with one for each row of the batch'}."
+            )
+    if not given:
+        raise InputError(f"{type(owner).__name__} was given an empty list {what}; expected one number for each row.")
+    found = tuple(float(cast("float", each)) for each in given)
+    return found if several else found[0]
 
 
 def tensor_of(owner: object, values: object, expected: str, axes: Sequence[int], *, finite: bool = True) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +17,12 @@ class Cap(ValuedEdit):
     """Hold latents at most at given values: ``x + (m(latents, values) - latents) @ W_dec``, with `m` the minimum.
 
     Attributes:
-        values: the bound of each latent, in the units of ``sae.encode``.
+        values: the bound of each latent, in the units of ``sae.encode``; or a list with
+            one for each row of the batch.
     """
 
-    values: Mapping[int, float]
+    values: Mapping[int, float | Sequence[float]]
 
     def change(self, latents: Tensor, run: SiteRun) -> Tensor:
         """Return the latents, none of them beyond its bound, ``[B, S, n]``."""
-        return torch.minimum(latents, self.numbers_like(latents))
+        return torch.minimum(latents, self.numbers_like(latents, run))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -16,11 +16,12 @@ class Clamp(ValuedEdit):
     """Set latents to given values, whatever they were: ``x + (values - latents) @ W_dec``.
 
     Attributes:
-        values: new value of each latent, in the units of ``sae.encode``.
+        values: new value of each latent, in the units of ``sae.encode``; or a list with
+            one for each row of the batch.
     """
 
-    values: Mapping[int, float]
+    values: Mapping[int, float | Sequence[float]]
 
     def change(self, latents: Tensor, run: SiteRun) -> Tensor:
-        """Return the given values, ``[n]``."""
-        return self.numbers_like(latents)
+        """Return the given values, ``[n]``, or ``[B, 1, n]`` where they are given by rows."""
+        return self.numbers_like(latents, run)

@@ -181,6 +181,31 @@ class TokenContext:
         running = self.shape[0]
         return torch.arange(running, device=self.index.device) // (running // self.batch_rows)
 
+    def of_rows(self, values: Tensor, what: str) -> Tensor:
+        """Return what belongs to this call's rows of something that is given row by row.
+
+        Args:
+            values: ``[B, ...]``, one for each row of the caller's batch.
+            what: its name for messages.
+
+        Returns:
+            ``[B, ...]`` for the rows of this call, on the device of its tokens.
+
+        Raises:
+            InputError: if it has another number of rows than the batch.
+            AttachError: if the call packs several sequences into one row.
+        """
+        if self.phase == "packed":
+            raise AttachError(
+                f"{what} is given by rows, and this call packs several sequences into one row (continuous batching, "
+                "padding-free training): use one number for all of them."
+            )
+        if len(values) != self.batch_rows:
+            raise InputError(
+                f"{what} has {len(values)} numbers, and the batch has {self.batch_rows} rows; expected one for each."
+            )
+        return values.to(self.index.device)[self.owners]
+
     def columns_of(self, values: Tensor, what: str, fill: Any = 0) -> Tensor:
         """Return what belongs to this call's tokens of something that is given column by column.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,13 +17,14 @@ class Scale(ValuedEdit):
     """Multiply latents by given factors: ``x + (factors - 1) * latents @ W_dec``; a latent that is off stays off.
 
     Attributes:
-        factors: factor of each latent; 1 changes nothing, 0 ablates.
+        factors: factor of each latent; 1 changes nothing, 0 ablates; or a list with one for each row
+            of the batch.
     """
 
     numbers_field: ClassVar[str] = "factors"
 
-    factors: Mapping[int, float]
+    factors: Mapping[int, float | Sequence[float]]
 
     def change(self, latents: Tensor, run: SiteRun) -> Tensor:
         """Return the products, ``[B, S, n]``."""
-        return latents * self.numbers_like(latents)
+        return latents * self.numbers_like(latents, run)

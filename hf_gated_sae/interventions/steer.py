@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..errors import InputError, ShapeError, unknown_name
 from ..modeling import SAEModel
 from ..sites import Site
-from .arguments import finite_number, latent_list, latent_values, tensor_of
+from .arguments import PerRow, latent_list, number_per_row, tensor_of
 from .base import Conditional, require_target
 from .positions import shorten
 from .run import SiteRun, rows_of
@@ -30,14 +31,15 @@ class Steer(Conditional):
     Attributes:
         target: an SAE, or a site.
         direction: a latent of the SAE, or a vector ``[d]`` for a site.
-        strength: how much to add, in units of `unit`; negative pushes away.
+        strength: how much to add, in units of `unit`; negative pushes away. A list gives one for each row of the
+            batch.
         unit: ``"max"``, ``"raw"`` or ``"norm"``. By default ``"max"`` for a latent, and for a vector, which has no
             maximum, ``"raw"``: it is added as it is.
     """
 
     target: SAEModel | Site | str
     direction: int | Tensor | Sequence[float]
-    strength: float = field(default=1.0, kw_only=True)
+    strength: float | Sequence[float] = field(default=1.0, kw_only=True)
     unit: str = field(default="", kw_only=True)
 
     def __post_init__(self) -> None:
@@ -65,13 +67,14 @@ class Steer(Conditional):
                 f"Steer was given {shorten(self.direction)}; expected one latent. Attach one Steer for each."
             )
         object.__setattr__(self, "direction", found[0])
-        object.__setattr__(self, "strength", latent_values(self, {found[0]: self.strength})[found[0]])
+        strength = number_per_row(self, f"as strength for latent {found[0]}", self.strength)
+        object.__setattr__(self, "strength", strength)
         object.__setattr__(self, "unit", self.unit or "max")
 
     def _check_vector(self) -> None:
         vector = tensor_of(self, self.direction, "a vector [d] with a site", [1])
         object.__setattr__(self, "direction", vector)
-        object.__setattr__(self, "strength", finite_number(self, "strength", self.strength))
+        object.__setattr__(self, "strength", number_per_row(self, "as strength", self.strength))
         object.__setattr__(self, "unit", self.unit or "raw")
         if self.unit == "max":
             raise InputError(
@@ -112,18 +115,27 @@ class Steer(Conditional):
         return sae.max_activation[rows_of(sae, self.indices)[0]]
 
     def delta(self, run: SiteRun) -> Tensor:
-        """Return what is added, ``[d]``; per token where it is measured by, or normalised at, each token."""
+        """Return what is added, ``[d]``; per row or token where strength or unit differ between them."""
+        strength = self._strength(run)
         if isinstance(self.target, SAEModel):
             sae = run.sae(self.target)
             units = self._maximum(sae) if self.unit == "max" else sae.max_activation.new_ones(())
-            amount = units if self.unit == "norm" else self.strength * units
-            added = run.written(self.target, self.indices, amount.reshape(1))
+            amount = units if self.unit == "norm" else strength * units
+            added = run.written(self.target, self.indices, amount if amount.ndim else amount.reshape(1))
         else:
             assert isinstance(self.direction, Tensor)  # or it would have been refused
             vector = self.direction.to(run.x.device, torch.promote_types(self.direction.dtype, run.x.dtype))
-            added = vector if self.unit == "norm" else self.strength * vector
+            added = vector if self.unit == "norm" else (strength * vector).to(vector.dtype)
         if self.unit != "norm":
             return added
         wide = torch.promote_types(run.x.dtype, torch.float32)
         length = run.x.to(wide).norm(dim=-1, keepdim=True)
-        return self.strength * length * torch.nn.functional.normalize(added.to(wide), dim=-1)
+        return strength * length * torch.nn.functional.normalize(added.to(wide), dim=-1)
+
+    def _strength(self, run: SiteRun) -> float | Tensor:
+        """Return the strength, or those of the rows, ``[B, 1, 1]`` in float32 at least."""
+        strength = cast("PerRow", self.strength)  # as it was checked
+        if isinstance(strength, float):
+            return strength
+        by_row = torch.tensor(strength, dtype=torch.promote_types(run.x.dtype, torch.float32), device=run.x.device)
+        return run.tokens.of_rows(by_row, "strength of Steer").to(run.x.device)[:, None, None]

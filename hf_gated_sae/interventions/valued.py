@@ -8,8 +8,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .arguments import latent_values
+from .arguments import PerRow, latent_values_per_row
 from .base import LatentEdit
+from .run import SiteRun
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,13 +25,13 @@ class ValuedEdit(LatentEdit, is_verb=False):
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        object.__setattr__(self, self.numbers_field, latent_values(self, self.numbers))
+        object.__setattr__(self, self.numbers_field, latent_values_per_row(self, self.numbers))
         super().__post_init__()
 
     @property
-    def numbers(self) -> Mapping[int, float]:
-        """The number of each latent."""
-        found: Mapping[int, float] = getattr(self, self.numbers_field)
+    def numbers(self) -> Mapping[int, PerRow]:
+        """The number of each latent, or one for each row of the batch."""
+        found: Mapping[int, PerRow] = getattr(self, self.numbers_field)
         return found
 
     @property
@@ -38,6 +39,23 @@ class ValuedEdit(LatentEdit, is_verb=False):
         """The latents to change."""
         return list(self.numbers)
 
-    def numbers_like(self, latents: Tensor) -> Tensor:
-        """Return the numbers ``[n]`` in the dtype and on the device of latents, in the order of `indices`."""
-        return latents.new_tensor(list(self.numbers.values()))
+    def numbers_like(self, latents: Tensor, run: SiteRun) -> Tensor:
+        """Return the numbers in the dtype and on the device of latents, in the order of `indices`.
+
+        Args:
+            latents: ``[B, S, n]``.
+            run: whose rows they are for.
+
+        Returns:
+            ``[n]``; ``[B, 1, n]`` where some are given by rows.
+
+        Raises:
+            InputError: if they are given for another number of rows than the batch has.
+        """
+        values = list(self.numbers.values())
+        rows = next((len(value) for value in values if isinstance(value, tuple)), None)
+        if rows is None:
+            return latents.new_tensor(values)
+        by_row = zip(*(value if isinstance(value, tuple) else (value,) * rows for value in values), strict=True)
+        what = f"{self.numbers_field} of {type(self).__name__}"
+        return run.tokens.of_rows(latents.new_tensor([*by_row]), what).unsqueeze(1).to(latents.device)

@@ -6,10 +6,13 @@ import filecmp
 import logging
 import re
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from ..errors import InputError
 
@@ -25,6 +28,8 @@ _log = logging.getLogger(__name__)
 def replaced_together(target: Path) -> Iterator[Path]:
     """Give an empty folder to write into; if all goes well its files replace those in `target`, else nothing changes.
 
+    Ctrl-C counts as something that goes wrong, but not in the moment in which the files are replaced: it waits.
+
     Weights of an earlier save that were not written again are removed, and so are facts that were measured on other
     weights than those that lie there now.
 
@@ -36,33 +41,57 @@ def replaced_together(target: Path) -> Iterator[Path]:
     """
     if target.is_file():
         raise InputError(f"{target} is a file; expected a folder to save into.")
-    is_new = not target.exists()
-    target.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
+    is_new, staging = not target.exists(), None
     try:
+        with _uninterrupted():
+            target.mkdir(parents=True, exist_ok=True)
+            staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
         yield staging
-        written = sorted(staging.iterdir())
-        names = {file.name for file in written}
-        has_weights = any(WEIGHT_FILES.fullmatch(name) for name in names)
-        stale = _stale_facts(staging, target) if has_weights and FACTS_FILE not in names else None
-        for file in written:
-            file.replace(target / file.name)
-        if has_weights:
-            for file in list(target.iterdir()):
-                if WEIGHT_FILES.fullmatch(file.name) and file.name not in names:
-                    file.unlink()
-        if stale is not None:
-            stale.unlink()
-            _log.warning(
-                "%s was measured on the weights that were in %s before, and is removed. A card there still speaks of "
-                "them: write a new one with hf_gated_sae.publishing.save.",
-                FACTS_FILE,
-                target,
-            )
+        with _uninterrupted():
+            _replace(staging, target)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if is_new and not any(target.iterdir()):
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+        if is_new and target.is_dir() and not any(target.iterdir()):
             target.rmdir()
+
+
+def _replace(staging: Path, target: Path) -> None:
+    """Put the files of one folder in place of those in another, and remove there what they have made stale."""
+    written = sorted(staging.iterdir())
+    names = {file.name for file in written}
+    has_weights = any(WEIGHT_FILES.fullmatch(name) for name in names)
+    stale = _stale_facts(staging, target) if has_weights and FACTS_FILE not in names else None
+    for file in written:
+        file.replace(target / file.name)
+    if has_weights:
+        for file in list(target.iterdir()):
+            if WEIGHT_FILES.fullmatch(file.name) and file.name not in names:
+                file.unlink()
+    if stale is not None:
+        stale.unlink()
+        _log.warning(
+            "%s was measured on the weights that were in %s before, and is removed. A card there still speaks of "
+            "them: write a new one with hf_gated_sae.publishing.save.",
+            FACTS_FILE,
+            target,
+        )
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C wait for the end of the block; other threads than the main one are never interrupted by it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[tuple[int, FrameType | None]] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before if before is not None else signal.SIG_DFL)
+    if pressed and callable(before):
+        before(*pressed[0])
 
 
 def _stale_facts(staging: Path, target: Path) -> Path | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from .introduction import Introduction
 
-class Traits:
+
+class Traits(Introduction):
     """Properties of an architecture, all as the paper's SAE has them; a class that differs says so."""
 
     elementwise: ClassVar[bool] = True

@@ -8,6 +8,7 @@ difference is moved. So ``y' = y`` leaves x bit-identical, and centring adds bac
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -103,7 +104,7 @@ class Transform:
                 f"'{self.name}={value}' cannot be undone: {kind.takes} must be {sign}finite and not zero, in float32: "
                 f"from {SMALLEST:.2g} to {1 / SMALLEST:.2g} in size."
             )
-        object.__setattr__(self, "value", value)
+        object.__setattr__(self, "value", _shortest(value))
 
     @classmethod
     def parse(cls, text: str) -> Transform:
@@ -122,6 +123,25 @@ class Transform:
     def __str__(self) -> str:
         """Return the name that `parse` reads."""
         return self.name if self.value is None else f"{self.name}={str(self.value).removesuffix('.0')}"
+
+
+def _shortest(value: float) -> float:
+    """Return the number of fewest digits that is the same in float32, if it is one of float32; else the number itself.
+
+    A model's epsilon that was stored in float32 is 9.999999747378752e-06, and means 1e-05: in float32, in which the
+    arithmetic is, both are the same.
+
+    >>> _shortest(9.999999747378752e-06), _shortest(0.1)
+    (1e-05, 0.1)
+    """
+    if _in_float32(value) != value:
+        return value
+    return next(short for digits in range(1, 10) if _in_float32(short := float(f"{value:.{digits}g}")) == value)
+
+
+def _in_float32(value: float) -> float:
+    [found] = struct.unpack("f", struct.pack("f", value))
+    return float(found)
 
 
 class View(NamedTuple):

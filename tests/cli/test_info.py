@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 from typer.testing import CliRunner
 
@@ -109,6 +113,36 @@ def test_licences(tmp_path, card, expected):
     example().save_pretrained(tmp_path)
     (tmp_path / "README.md").write_text(card)
     assert expected in " ".join(run(str(tmp_path)).output.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "rows"),
+    [
+        (("gpt2-small-res-jb", "blocks.5.hook_resid_pre"), ["blocks.5.hook_resid_pre"]),
+        (("jbloom/GPT2-Small-SAEs-Reformatted", "blocks.5.hook_resid_pre"), ["blocks.5.hook_resid_pre"]),
+        (
+            ("gemma-scope-2b-pt-res-canonical",),
+            ["layer_0/width_16k/average_l0_105", "layer_0/width_65k/average_l0_73"],
+        ),
+    ],
+)
+def test_offline_the_row_of_the_index_is_shown(words, rows, tmp_path):
+    """A process of its own: the Hub's client reads the environment when it is imported."""
+    code = "from hf_gated_sae.cli import main; main()"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "COLUMNS": "80", "NO_COLOR": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "info", *words], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert "is not in the Hub cache" in done.stderr and "what the index knows" in done.stderr
+    assert all(f'"{row}"' in done.stdout for row in rows)
+    assert "from hf_gated_sae import SAEModel" in done.stdout and "SAEModel.from_pretrained(" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_offline_the_revision_that_was_asked_for_is_in_the_code(hub: MiniHub):
+    done = run("gpt2-small-res-jb", "blocks.5.hook_resid_pre", "--revision", "v1")
+    assert done.exit_code == 0 and 'revision="v1"' in done.output
 
 
 def test_an_unknown_repository_is_our_error(hub: MiniHub):

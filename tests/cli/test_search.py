@@ -74,6 +74,29 @@ def test_nothing_found_says_what_there_is(arguments, said):
         assert said in " ".join(done.output.split())
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("blocks.5.hook_resid_pre", "resid_pre.5"),
+        ("blocks.5.hook_mlp_out", "mlp_out.5"),
+        ("h.5", "resid_post.5"),
+        ("model.layers.5", "resid_post.5"),
+        ("layers_output[5]", "resid_post.5"),
+        ("hook_resid_pre", "resid_pre"),
+        ("resid_pre", "resid_pre"),
+        ("attn_z.5", "attn_z.5"),
+    ],
+)
+def test_sites_by_the_names_of_other_libraries(given, meant):
+    other, ours = (run("--model", "gpt2", "--site", site, "--limit", "3") for site in (given, meant))
+    assert other.output == ours.output and ours.exit_code == 0
+
+
+def test_a_name_without_its_layer_and_one_of_nobody():
+    assert "Did you mean 'blocks.L.hook_resid_pre'" in str(run("--site", "blocks.5.hook_resid_prr").exception)
+    assert "Did you mean 'resid_pre'" in str(run("--site", "resid_prr.5").exception)
+
+
 def test_an_unknown_model_is_our_error():
     assert isinstance(run("--model", "google/gemma-2-2").exception, UnknownNameError)
 

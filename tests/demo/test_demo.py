@@ -11,15 +11,17 @@ import torch
 from hf_gated_sae import GatedSAE, GatedSAEConfig, SAEModel
 from hf_gated_sae.demo import bundled
 from hf_gated_sae.demo.effects import SteeringPlan
+from hf_gated_sae.demo.effort import QUICK, THOROUGH, Effort, effort_for
 from hf_gated_sae.demo.run import DemoPlan, run_demo
-from hf_gated_sae.errors import InputError, MissingFileError, UnknownNameError
+from hf_gated_sae.errors import AttachError, InputError, MissingFileError, UnknownNameError
 from hf_gated_sae.hooks.dispatch import _dispatchers
 
 SMALL = SteeringPlan(prompts=8, new_tokens=48)
+EFFORT = Effort(tokens=24 * 256, candidates=10, choosing=SteeringPlan(prompts=8, new_tokens=40), showing=SMALL)
 
 
 def run(**plan):
-    return run_demo(DemoPlan(**{"windows": 24, "steering": SMALL, **plan}), lambda *step: None)
+    return run_demo(DemoPlan(**{"effort": EFFORT, **plan}), lambda *step: None)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def test_another_sae_and_plain_text(tmp_path):
     sae.save_pretrained(tmp_path / "sae")
     text = tmp_path / "book.txt"
     text.write_text("It was the best of times, it was the worst of times.\n" * 300, encoding="utf-8")
-    found = run(model=str(bundled.MODEL), sae=str(tmp_path / "sae"), text=text, windows=6, latent=3)
+    found = run(model=str(bundled.MODEL), sae=str(tmp_path / "sae"), text=text, tokens=6 * 256, latent=3)
     assert found.target.latent == 3 and "latent 3 fires" in found.target.name
     assert found.fidelity.metrics.tokens > 0
 
@@ -92,6 +94,29 @@ def test_an_empty_text_is_refused(tmp_path):
     (tmp_path / "empty.txt").write_text("", encoding="utf-8")
     with pytest.raises(InputError, match="shorter than one window"):
         run(text=tmp_path / "empty.txt")
+
+
+def test_a_demo_without_effect_fails(tmp_path):
+    with pytest.raises(AttachError, match="no effect: 0 of 2 continuations changed"):
+        run(latent=484, strength=1e-9, tokens=1024, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_how_much_is_done_depends_on_the_model_and_on_what_is_asked_for():
+    class Model:
+        def __init__(self, parameters):
+            self.num_parameters = lambda: parameters
+
+    assert effort_for(Model(1_000_000)) is THOROUGH and effort_for(Model(135_000_000)) is QUICK
+    assert run(latent=484, strength=2.0, tokens=1024).fidelity.metrics.tokens <= 1024
+
+
+def test_the_choice_is_made_once_for_each_candidate_and_strength():
+    told = []
+    run_demo(DemoPlan(effort=EFFORT, concept="comment", tokens=2048), lambda *step: told.append(step))
+    trials = [step for step, number, total in told if "trials of steering" in step]
+    assert trials == [f"find the latent: {done} of 10 trials of steering" for done in range(10)]
+    assert {(number, total) for _, number, total in told} == {(number, 7) for number in range(1, 8)}
 
 
 def test_the_bundled_files_meet_their_bar():

@@ -60,7 +60,7 @@ def test_the_baseline_shrinks_at_comparable_sparsity(site):
 def test_the_facts_are_what_the_stored_weights_do(name, model_and_tokenizer, material):
     """On a part of the text the numbers scatter, but a stale or foreign file would be far off."""
     sae = SAEModel.from_pretrained(dictionaries.ASSETS / name)
-    part = list(material.batches(16))[::8]
+    part = list(material.batches())[::8]
     report, stored = evaluate(model_and_tokenizer[0], sae, part), FidelityReport.from_dict(facts_of(name)["fidelity"])
     assert report.metrics.l0 == pytest.approx(stored.metrics.l0, rel=0.1)
     assert report.metrics.fvu == pytest.approx(stored.metrics.fvu, rel=0.1)

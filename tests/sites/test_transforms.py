@@ -359,3 +359,17 @@ def test_the_numbered_tensors_of_a_module():
         sites["model.layers.1.mpl.output#1"]
     with pytest.raises(SiteError, match=r"model.embed_tokens.input#0.*that tensor is of torch.int64"):
         sites["model.embed_tokens.input#0"]
+
+
+@given(st.floats(width=32, min_value=2.0**-100, max_value=2.0**100))
+def test_numbers_of_float32_are_written_short_and_read_as_the_same(value):
+    made = Transform("rms_norm", value)
+    assert Transform.parse(str(made)) == made
+    assert torch.tensor(made.value, dtype=torch.float32).item() == value
+    assert len(str(made).removeprefix("rms_norm=")) <= len("1.17549435e-38")
+
+
+def test_an_epsilon_that_a_model_keeps_in_float32_is_a_short_name():
+    made = Transform("rms_norm", torch.tensor(1e-5).item())
+    assert str(made) == "rms_norm=1e-05" and made == Transform("rms_norm", 1e-5)
+    assert str(Transform("scale", 0.1)) == "scale=0.1" and Transform("scale", 1 / 3).value == 1 / 3
