@@ -60,7 +60,7 @@ def test_the_training_run_trains_and_is_resumed(tmp_path, monkeypatch, capsys):
         assert not ended.value.code, capsys.readouterr().err
         for file in (tmp_path / "gpt2-sae" / "checkpoint-4").glob("*"):
             file.unlink()  # as if it had crashed
-    said = capsys.readouterr().out
+    said = "".join(capsys.readouterr())
     assert "tokens per second" in said and "from the beginning" in said and "from checkpoint-2" in said
     assert (tmp_path / "gpt2-sae" / "README.md").is_file()
 

@@ -28,20 +28,22 @@ class Output:
     Args:
         quiet: leave out progress and hints.
         as_json: print one JSON document in place of text.
+        silent: print nothing at all.
 
     Attributes:
         results: the console of what was asked for, stdout; silent where that is a JSON document.
         notes: the console of everything else, stderr; silent if `quiet`.
     """
 
-    def __init__(self, quiet: bool = False, as_json: bool = False) -> None:
+    def __init__(self, quiet: bool = False, as_json: bool = False, *, silent: bool = False) -> None:
         self.quiet = quiet
         self.as_json = as_json
+        self.silent = silent
 
     @cached_property
     def results(self) -> Console:
         """The console of results."""
-        return Console(quiet=self.as_json)
+        return Console(quiet=self.as_json or self.silent)
 
     @cached_property
     def notes(self) -> Console:
@@ -59,7 +61,7 @@ class Output:
         Args:
             content: dataclasses, mappings, sequences, paths, texts and numbers; a number that is not finite is null.
         """
-        if self.as_json:
+        if self.as_json and not self.silent:
             typer.echo(json.dumps(plain(content), indent=2, ensure_ascii=False, allow_nan=False))
 
     def note(self, text: str) -> None:

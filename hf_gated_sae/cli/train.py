@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from dataclasses import fields
 from pathlib import Path
@@ -11,24 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from typer.core import TyperCommand
 
 from ..errors import InputError, did_you_mean
-from .app import INTERRUPTED, app, say_interrupted
+from .app import Command, app, interruptible
+from .output import AsJson, Output, Quiet
 from .tables import facts_grid
 
 if TYPE_CHECKING:
     from ..training.run import RunConfig
 
 
-class _WithSettings(TyperCommand):
+class _WithSettings(Command):
     """Lists, below its own options, the settings of a run, each of which is a flag."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # Rich would keep the line breaks of the source.
-        paragraphs = inspect.cleandoc(self.help or "").split("\n\n")
-        self.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help."""
@@ -48,6 +41,8 @@ def train(
         bool, typer.Option("--no-measure", help="With --dry-run: load and run nothing, estimate.")
     ] = False,
     presets: Annotated[bool, typer.Option("--presets", help="Describe the presets, and stop.")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train SAEs of any architecture at any site of a causal LM, as a YAML file says.
 
@@ -56,13 +51,15 @@ def train(
     data and trains the same again.
     """
     run: RunConfig | None = None
-    try:
+    first = os.environ.get("RANK", "0") == "0"  # of several processes, the first one speaks
+    out = Output(quiet, as_json) if first else Output(quiet=True, silent=True)
+    with interruptible(lambda: "" if run is None or dry_run else _how_to_go_on(run)):
         from ..training.run import read_flags, read_run  # here, so that --help does not wait for torch
-        from .training.settings import show_presets
+        from .training.settings import presets_document, show_presets
 
-        console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of several processes, the first one speaks
         if presets:
-            show_presets(console)
+            show_presets(out.results)
+            out.document(presets_document())
             return
         if no_measure and not dry_run:
             raise InputError("--no-measure says how a --dry-run is done; pass both.")
@@ -71,12 +68,9 @@ def train(
         _require_known(context)
         run = read_run(config, read_flags(context.args))
         if dry_run:
-            _estimate(console, run, measure=not no_measure)
+            _estimate(out, run, measure=not no_measure)
         else:
-            _train(console, run, resume)
-    except KeyboardInterrupt as interrupted:
-        say_interrupted("" if run is None or dry_run else _how_to_go_on(run))
-        raise typer.Exit(INTERRUPTED) from interrupted
+            _train(out, run, resume)
 
 
 def _require_known(context: typer.Context) -> None:
@@ -100,30 +94,41 @@ def _how_to_go_on(run: RunConfig) -> str:
     return "Go on from the latest checkpoint with --resume."
 
 
-def _estimate(console: Console, run: RunConfig, *, measure: bool) -> None:
+def _estimate(out: Output, run: RunConfig, *, measure: bool) -> None:
     """Print what a run will cost."""
-    from ..modeling.quiet import without_bars
     from ..training.run import estimate, measured
-    from .training.settings import show_estimate
+    from .training.settings import estimate_document, show_estimate
 
-    with console.status("measuring" if measure else "estimating"), without_bars():
+    with out.notes.status("measuring" if measure else "estimating"), out.bars():
         found = measured(run) if measure else estimate(run)
-    show_estimate(console, found)
+    show_estimate(out.results, found)
+    out.document(estimate_document(found))
 
 
-def _train(console: Console, run: RunConfig, resume: bool) -> None:
+def _train(out: Output, run: RunConfig, resume: bool) -> None:
     """Train, leave the SAEs, and say where they are and how they did."""
     from ..modeling.quiet import without_bars
+    from ..publishing.facts import read_facts
     from ..publishing.trained import leave
     from ..training.run import Run
     from .training.progress import LiveProgress
 
-    with console.status("loading"), without_bars():
+    with out.notes.status("loading"), without_bars():
         ready = Run.prepare(run, resume=resume)
-    console.print(facts_grid(ready.facts()))
-    with LiveProgress(console) as progress:
+    out.notes.print(facts_grid(ready.facts()))
+    with LiveProgress(out.notes) as progress:
         ready.train([progress], quiet=True)
     if not ready.parts.arguments.should_save:
         return
-    for name, folder in leave(ready).items():
-        console.print(f"[bold]{escape(name or 'SAE')}[/] in {escape(str(folder))}", highlight=False, soft_wrap=True)
+    folders = leave(ready)
+    for name, folder in folders.items():
+        out.results.print(
+            f"[bold]{escape(name or 'SAE')}[/] in {escape(str(folder))}", highlight=False, soft_wrap=True
+        )
+    facts = {name: read_facts(folder) for name, folder in folders.items()}
+    out.document(
+        {
+            name or "SAE": {"folder": folder, "metrics": facts[name].metrics, "curve": facts[name].curve}
+            for name, folder in folders.items()
+        }
+    )

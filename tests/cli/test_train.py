@@ -54,7 +54,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 
 def test_a_run_leaves_an_sae_with_its_facts(here: Path, monkeypatch, capsys) -> None:
     assert run(monkeypatch, "--config", "run.yaml", "--sae.d_sae", "64", "--sae.objective.learn_r_mag=false") == 0
-    said = capsys.readouterr().out
+    said = "".join(capsys.readouterr())
     assert "GatedSAE at resid_post.1, 128 wide, 64 latents" in said and "SAE in out" in said
     assert "step 2: loss " in said and "gamma" in said and "dead" in said
     sae = SAEModel.from_pretrained("out")
@@ -74,7 +74,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(here: Path, monkeypa
     for file in (here / "other" / "checkpoint-4").iterdir():
         file.unlink()
     assert run(monkeypatch, "--config", "other/run.yaml", "--resume") == 0
-    assert "from checkpoint-2" in capsys.readouterr().out
+    assert "from checkpoint-2" in capsys.readouterr().err
     first, second = (SAEModel.from_pretrained(name).state_dict() for name in ("out", "other"))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -82,7 +82,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(here: Path, monkeypa
 def test_several_saes_of_one_stream(here: Path, monkeypatch, capsys) -> None:
     saes = "{a: {d_sae: 16}, b: {site: mlp_out.2, d_sae: 32, sparsity_coefficient: 0.5}}"
     assert run(monkeypatch, "--config", "run.yaml", "--saes", saes) == 0
-    said = capsys.readouterr().out
+    said = "".join(capsys.readouterr())
     assert "step 4 a: loss " in said and "step 4 all: loss " in said
     found = SAESet.from_pretrained("out")
     assert {name: found[name].config.site for name in ("a", "b")} == {"a": "resid_post.1", "b": "mlp_out.2"}
@@ -221,3 +221,27 @@ def test_other_commands_do_not_wait_for_the_trainer() -> None:
         "try: main()\nexcept SystemExit: assert 'hf_gated_sae.training' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_flag_of_the_architecture_is_a_number_in_the_run_that_is_written(here: Path, monkeypatch) -> None:
+    words = ("--preset", "topk", "--sae.architecture", "topk", "--sae.k", "5", "--sae.d_sae", "48")
+    given = yaml.safe_load((here / "run.yaml").read_text())
+    del given["preset"]
+    (here / "run.yaml").write_text(yaml.safe_dump(given))
+    assert run(monkeypatch, "--config", "run.yaml", *words) == 0
+    assert yaml.safe_load((here / "out" / "run.yaml").read_text())["sae"]["k"] == 5
+
+
+def test_a_text_that_is_too_short_to_hold_some_of_it_back_is_named(here: Path, monkeypatch, capsys) -> None:
+    for words, phrase in (
+        ((), "nothing: the text is too short"),
+        (("--data.held_out_tokens", "64"), "64 tokens, the"),
+    ):
+        assert run(monkeypatch, "--config", "run.yaml", "--output_dir", f"out{len(words)}", *words) == 0
+        assert phrase in capsys.readouterr().err
+
+
+def test_the_document_of_a_run_has_its_folder_and_its_curve(here: Path, monkeypatch, capsys) -> None:
+    assert run(monkeypatch, "--config", "run.yaml", "--data.held_out_tokens", "64", "--json") == 0
+    [(name, found)] = json.loads(capsys.readouterr().out).items()
+    assert (name, found["folder"]) == ("SAE", "out") and found["metrics"]["l0"] > 0 and len(found["curve"]) == 4

@@ -81,6 +81,27 @@ def show_presets(console: Console) -> None:
         console.print(Panel(text, title=name, title_align="left", border_style="dim"), highlight=False)
 
 
+def presets_document() -> dict[str, Any]:
+    """Return every preset as plain data, by name."""
+    from ...training.presets import presets
+
+    return {
+        name: {
+            "description": preset.description,
+            "source": preset.source,
+            "units": preset.units,
+            "settings": preset.settings,
+        }
+        for name, preset in presets.items()
+    }
+
+
+def estimate_document(found: Estimate) -> dict[str, Any]:
+    """Return what a run will cost as plain data: bytes, seconds, tokens and floating-point operations."""
+    sums = {"total": found.total, "checkpoint": found.checkpoint, "operations": found.operations, "time": found.time}
+    return {**{each.name: getattr(found, each.name) for each in fields(found)}, **sums}
+
+
 def show_estimate(console: Console, found: Estimate) -> None:
     """Print what a run will cost."""
     for title, rows in found.tables().items():

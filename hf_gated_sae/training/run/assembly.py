@@ -107,8 +107,7 @@ def assemble(given: Mapping[str, Any], flags: Mapping[str, Any] | None = None) -
         raise InputError("model.name is missing: text becomes activations only in a model.")
     if config.saes:
         require_names(config.saes)
-    for name, sae in config.named.items():
-        _check_sae(sae, f"saes.{name}." if name else "sae.")
+    config = _checked_saes(config)
     if config.license is not None or config.license_name is not None or config.license_link is not None:
         named = {"name": config.license_name, "link": config.license_link}
         config = dataclasses.replace(config, license=normalise(config.license or "", **named))
@@ -337,6 +336,18 @@ def _foreign(data: DataSettings) -> tuple[str, ...]:
         unknown = isinstance(given, str) or any(set("*?[") & set(each) for each in given)
         of_files = () if None in kinds and unknown else ("text_column",)
     return FOREIGN[source] + (of_files if source == "files" else ())
+
+
+def _checked_saes(config: RunConfig) -> RunConfig:
+    """Return a run whose SAEs have settings of the types that their architectures expect; errors as `_check_sae`."""
+    checked = {}
+    for name, sae in config.named.items():
+        place = f"saes.{name}." if name else "sae."
+        _check_sae(sae, place)
+        checked[name] = dataclasses.replace(sae, settings=settings_of(sae, place))
+    if config.saes:
+        return dataclasses.replace(config, saes=checked)
+    return dataclasses.replace(config, sae=checked[""])
 
 
 def _check_sae(sae: SAESettings, place: str) -> None:

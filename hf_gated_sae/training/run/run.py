@@ -26,7 +26,7 @@ from ..memory import TrainingMemory, require_room
 from ..processes import Processes
 from ..progress import TrainingProgress
 from ..sharding import whole_config
-from ..streams import ModelActivations, TextTokens
+from ..streams import HeldBack, ModelActivations, TextTokens
 from ..trainer import SAETrainer
 from .assembly import arguments, assemble, plain
 from .config import RunConfig
@@ -136,8 +136,19 @@ class Run:
             **({"model": self._model_fact()} if config.model else {}),
             "data": _at(config.data.name, config.data.revision),
             **places,
+            **self._held_out_fact(),
             "steps": f"{args.max_steps:,} of {args.activations_per_step:,} activations, {start}",
         }
+
+    def _held_out_fact(self) -> dict[str, str]:
+        stream, data = self.parts.stream, self.config.data
+        if not isinstance(stream, ModelActivations) or not data.held_out_tokens:
+            return {}
+        if not isinstance(stream.tokens, HeldBack):
+            return {"held out": "nothing: the text is too short. Give other text with --data.held_out"}
+        source = data.held_out or "the first sequences of the data"
+        times = len(self.parts.arguments.evaluation_steps)
+        return {"held out": f"{data.held_out_tokens:,} tokens, {source}, measured {times} times"}
 
     def _model_fact(self) -> str:
         config, model = self.config.model, self.parts.model
