@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -96,11 +97,14 @@ def _how_to_go_on(run: RunConfig) -> str:
 
 def _estimate(out: Output, run: RunConfig, *, measure: bool) -> None:
     """Print what a run will cost."""
+    from psutil import Process
+
     from ..training.run import estimate, measured
     from .training.settings import estimate_document, show_estimate
 
     with out.notes.status("measuring" if measure else "estimating"), out.bars():
-        found = measured(run) if measure else estimate(run)
+        # A run imports as much before it begins as this command has.
+        found = measured(run, before=time.time() - Process().create_time()) if measure else estimate(run)
     show_estimate(out.results, found)
     out.document(estimate_document(found))
 

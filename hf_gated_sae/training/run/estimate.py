@@ -37,6 +37,8 @@ from .parts import Parts, base_model, build, new_saes
 from .text import sized
 from .tokens_read import TRAIN, TokensRead, count_tokens
 
+LOAD = "loading"
+"""The name of what is done before a run begins, where the phases have theirs."""
 STEPS = 6
 """Steps that are timed, of which the first two warm up."""
 READ_BATCHES, READ_SECONDS = 8, 2.0
@@ -76,7 +78,8 @@ class Estimate:
         tokens: what the model reads in the whole run.
         training: cost of the SAEs' step.
         reading: cost of a token that the base model reads up to the last site.
-        seconds: how long each phase of the run takes, by its name, and `TRAIN`, the steps with what is read between.
+        seconds: how long each phase of the run takes, by its name; also `TRAIN`, the steps with what is read between,
+            and, where it was measured, `LOAD`.
     """
 
     measured: bool
@@ -201,15 +204,18 @@ def estimate(config: RunConfig) -> Estimate:
     )
 
 
-def measured(config: RunConfig) -> Estimate:
+def measured(config: RunConfig, *, before: float = 0.0) -> Estimate:
     """Build every part of a run, count its tokens, and measure a few steps on real activations; nothing is written.
 
     The SAEs are as they start, when more latents are on than later: steps become faster.
 
     Args:
         config: the run.
+        before: seconds that the run, too, will take until here, such as those of imports.
     """
+    start = time.perf_counter()
     parts = build(config)
+    loading = before + time.perf_counter() - start
     args, model, stream = parts.arguments, parts.model, parts.stream
     share = 0.0 if model is None else _share_of_layers(stream.sites, model.config)
     tokens, buffer, held_out = TokensRead(dict.fromkeys((*Phase, TRAIN), 0), True), 0, 0.0
@@ -234,7 +240,7 @@ def measured(config: RunConfig) -> Estimate:
         tokens=tokens,
         training=costs[0],
         reading=costs[1],
-        seconds=_seconds(tokens, args, *costs, held_out=held_out, recording=recording),
+        seconds={LOAD: loading} | _seconds(tokens, args, *costs, held_out=held_out, recording=recording),
     )
 
 
