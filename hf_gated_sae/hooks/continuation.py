@@ -163,8 +163,12 @@ def _compare(subject: Subject, first: Any, second: Any) -> tuple[str | None, flo
     parts = [] if second is None else [_logits(first), _logits(second)]
     stepwise = torch.cat([part for part in parts if part is not None], 1) if _all_there(parts) else None
     padded = _padded(subject)
-    if stepwise is not None and padded is not None and _apart(padded, stepwise) <= most:
-        return None, None
+    if stepwise is not None and padded is not None:
+        if _apart(padded, stepwise) <= most:
+            return None, None
+        placed = _padded(subject, places=True)
+        if placed is not None and _apart(placed, stepwise) <= most:
+            return PLACES, None
     plain = _logits(subject.call(input_ids=subject.ids, use_cache=False))
     if plain is None:
         return None, None

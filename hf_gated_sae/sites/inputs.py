@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .blocks import Chain
 from .probe import Seen, Subject, Trace
 from .projections import Origin, largest_rank
-from .roles import Roles, forward, noise, restore, slot_at
+from .roles import Roles, forward_blocks, noise, restore, slot_at
 from .site import Site
 from .slots import Edit, Place, Slot
 from .sums import Sums, rms
@@ -214,7 +214,7 @@ def _carrying(
             edits[slot] = restore(trace.values[term.value], raw, slot)
     for site, place in places.items():
         edits[Slot(site, place, subject.root)] = restore(trace.values[_value_at(trace, place)])
-    forward(subject, edits)
+    forward_blocks(subject, edits)
     return {site for site in places if _unmoved(raw.get(made[terms[site].place]), trace.values[terms[site].value])}
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..errors import SiteError
 from ..functional.frames import FRAMES
 from .probe import BATCH, SEQUENCE, Seen, Subject, Trace, quiet
-from .roles import forward, slot_at
+from .roles import forward_blocks, slot_at
 from .slots import Edit, Key, Place, Slot
 from .transforms import NORM_NO_GAIN, Transform
 
@@ -147,7 +147,7 @@ def _prove(subject: Subject, candidates: Mapping[str, list[_Candidate]]) -> dict
             path = reader.taken.place.path
             edits[slot_at(reader.taken, subject)] = write(path)
             edits[slot_at(reader.given, subject)] = note(path)
-    forward(subject, edits)
+    forward_blocks(subject, edits)
     return {
         reader.taken.place.path: _fit(subject.root.get_submodule(path), inputs[path], outputs[path])
         if (path := reader.taken.place.path) in inputs and path in outputs

@@ -342,15 +342,49 @@ def number_of(content: Tensor) -> str:
     return f"{content.dtype}:{digest.hexdigest()}"
 
 
+class _Enough(Exception):  # noqa: N818  # nothing is wrong
+    """The blocks have been run, and the logits are not needed."""
+
+
+def run_blocks(subject: Subject) -> None:
+    """Run one forward up to the product that gives the logits, which is a large part of a small model.
+
+    Raises:
+        SiteError: if the forward raises.
+    """
+
+    def end(*_: Any) -> None:
+        raise _Enough
+
+    given: Any = getattr(subject.root, "get_output_embeddings", None)
+    head = None if given is None else given()
+    handle = head.register_forward_pre_hook(end) if isinstance(head, nn.Module) else None
+    try:
+        _called(subject)
+    except _Enough:
+        pass
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
 def run(subject: Subject) -> Tensor:
     """Run one forward and return the first floating tensor of its output (the logits), on the CPU.
 
     Raises:
         SiteError: if the forward raises or gives no such tensor.
     """
+    output = _called(subject)
+    logits = next((tensor for _, tensor in tensors_in(output) if tensor.is_floating_point()), None)
+    if logits is None:
+        raise SiteError(f"The probe forward of {type(subject.root).__name__} returned no floating-point tensor.")
+    return logits.detach().to("cpu", copy=True)
+
+
+def _called(subject: Subject) -> Any:
     try:
-        output = subject.call(**subject.inputs)
-    except SiteError:
+        return subject.call(**subject.inputs)
+    except (SiteError, _Enough):
         raise
     except Exception as error:  # whatever the user's model raises is reported as one thing
         raise SiteError(
@@ -359,10 +393,6 @@ def run(subject: Subject) -> Tensor:
             "resolve(model, inputs=batch) once with a small batch that the model accepts, with ids of shape [B, S]; "
             "after that, semantic names and module paths such as 'model.layers.3.output' work."
         ) from error
-    logits = next((tensor for _, tensor in tensors_in(output) if tensor.is_floating_point()), None)
-    if logits is None:
-        raise SiteError(f"The probe forward of {type(subject.root).__name__} returned no floating-point tensor.")
-    return logits.detach().to("cpu", copy=True)
 
 
 def trace(subject: Subject, only: Collection[str] | None = None) -> Trace:
@@ -370,7 +400,7 @@ def trace(subject: Subject, only: Collection[str] | None = None) -> Trace:
 
     Args:
         subject: the model and its inputs.
-        only: paths of the modules to record; None records all.
+        only: paths of the modules to record, of which none gives logits; None records all, and the logits.
 
     Raises:
         SiteError: if the sequences are of one token, or the forward raises.
@@ -389,7 +419,10 @@ def trace(subject: Subject, only: Collection[str] | None = None) -> Trace:
             before, after = record.hooks(path)
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(module.register_forward_hook(after))
-        record.output = run(subject)
+        if only is None:
+            record.output = run(subject)
+        else:
+            run_blocks(subject)
     finally:
         for handle in handles:
             handle.remove()

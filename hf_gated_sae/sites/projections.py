@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .blocks import Chain
 from .probe import Seen, Subject, Trace
-from .roles import forward, noted, restore, slot_at
+from .roles import forward_blocks, noted, restore, slot_at
 from .slots import Edit, Slot
 from .sums import Sums
 
@@ -138,7 +138,7 @@ def additive_modules(subject: Subject, trace: Trace, chain: Chain, sums: Sequenc
         edits[slot_at(seen, subject)] = _sums_of_tokens
         slot = slot_at(outputs[maker], subject)
         makers[slot], edits[slot] = maker, noted(raw, slot)
-    forward(subject, edits)
+    forward_blocks(subject, edits)
     return {makers[slot] for slot, given in raw.items() if _is_additive(given)}
 
 

@@ -9,14 +9,15 @@ sees another's change; were one missing in the sum, the block's output would cha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .blocks import Chain
-from .probe import Seen, Subject, Trace, run
+from .probe import Seen, Subject, Trace, run, run_blocks
 from .site import Site
 from .slots import Edit, Slot
 from .sums import Sums
@@ -51,11 +52,23 @@ def forward(subject: Subject, edits: Mapping[Slot, Edit]) -> Tensor:
     Returns:
         The logits, on the CPU.
     """
+    with _registered(subject, edits):
+        return run(subject)
+
+
+def forward_blocks(subject: Subject, edits: Mapping[Slot, Edit]) -> None:
+    """Run the blocks with edits at slots, for what the edits note."""
+    with _registered(subject, edits):
+        run_blocks(subject)
+
+
+@contextmanager
+def _registered(subject: Subject, edits: Mapping[Slot, Edit]) -> Iterator[None]:
     handles = []
     try:
         for slot, edit in edits.items():
             handles.append(slot.register(edit, subject.tokens))
-        return run(subject)
+        yield
     finally:
         for handle in handles:
             handle.remove()
@@ -109,7 +122,7 @@ def assign_roles(subject: Subject, chain: Chain, sums: Sequence[Sums | str], tra
         terms.append(slots)
         leaves.append(slot_at(chain.exits[index], subject))
         edits[leaves[-1]] = noted(raw, leaves[-1])
-    forward(subject, edits)
+    forward_blocks(subject, edits)
     roles: list[Roles | str] = []
     for slots, leave, seen, found in zip(terms, leaves, chain.exits, sums, strict=True):
         if isinstance(found, str):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .blocks import Chain
 from .probe import Seen, Subject, Trace, run, trace
-from .roles import Roles, forward, noise, noted, restore, slot_at
+from .roles import Roles, forward, forward_blocks, noise, noted, restore, slot_at
 from .site import Site
 from .slots import Edit, Place, Slot
 from .sums import Sums, Tree, agrees
@@ -244,12 +244,18 @@ def _not_felt(proven: Proven, slots: Slots) -> dict[Site, str]:
         }
         for slot in leaves.values():  # the last hook runs first, before any noise at the block's output
             edits[slot] = noted(raw, slot)
-        logits = forward(proven.subject, edits)
+        logits: Tensor | None = None
+        if any(site.name in ("resid_post", "final_norm") for site in noisy):
+            logits = forward(proven.subject, edits)
+        else:
+            forward_blocks(proven.subject, edits)
+        before: Tensor | None
         for site in noisy:
-            if site.layer is None or site.name == "resid_post":
+            if site.name == "embed":
+                before, after = proven.trace.values[proven.chain.entries[0].value], raw[entries[0]]
+            elif site.layer is None or site.name == "resid_post":
+                assert logits is not None
                 before, after = proven.trace.output, logits
-                if site.name == "embed":
-                    before, after = proven.trace.values[proven.chain.entries[0].value], raw[entries[0]]
             else:
                 before, after = _contribution(proven, site, terms, raw)
                 left = proven.trace.values[chain.exits[chain.layers.index(site.layer)].value]
