@@ -18,6 +18,7 @@ from hf_gated_sae.publishing import read_facts
 from hf_gated_sae.publishing.trained import leave
 from hf_gated_sae.training import SAETrainer
 from hf_gated_sae.training.run import Run, assemble
+from hf_gated_sae.training.run.text import with_held_out
 from hf_gated_sae.training.streams import GivenTokens, HeldBack, ModelActivations, TextTokens
 from hf_gated_sae.training.streams.held_out import can_hold_back
 
@@ -147,6 +148,13 @@ class TestInARun:
         held = {tuple(row) for batch in tokens.held_out() for row in batch["input_ids"].tolist()}
         learned = {tuple(row) for batch in tokens for row in batch["input_ids"].tolist()}
         assert len(held) == 32 and not held & learned
+
+    def test_every_process_keeps_enough_to_learn(self, small: dict[str, Any]) -> None:
+        parts = Run.prepare(assemble(small)).parts
+        tokens = parts.stream.tokens
+        for processes, held_back in ((1, True), (64, False)):
+            again = with_held_out(parts.config.data, tokens.tokens, parts.tokenizer, parts.model, processes)
+            assert isinstance(again, HeldBack) is held_back
 
     def test_other_text_can_be_named(self, small: dict[str, Any], tmp_path: Path) -> None:
         other = tmp_path / "other.txt"

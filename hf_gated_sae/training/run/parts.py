@@ -75,7 +75,8 @@ def build(config: RunConfig) -> Parts:
     widths = {site: slot.width for site, slot in prove(model, sites).items()}
     tokenizer = load_tokenizer(settings)
     data = sized(data, chosen, model)
-    tokens = with_held_out(data, open_tokens(data, tokenizer, model, text), tokenizer, model)
+    whole = open_tokens(data, tokenizer, model, text)
+    tokens = with_held_out(data, whole, tokenizer, model, chosen.world_size)
     pinned = dataclasses.replace(config, model=settings, data=data)
     stream = ModelActivations(
         model,

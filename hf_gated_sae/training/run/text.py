@@ -70,17 +70,22 @@ def sized(data: DataSettings, args: SAETrainingArguments, model: PreTrainedModel
 
 
 def with_held_out(
-    data: DataSettings, tokens: TextTokens, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+    data: DataSettings,
+    tokens: TextTokens,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    processes: int = 1,
 ) -> TokenStream:
     """Return the tokens of a run with those that are measured and not learned.
 
-    The first sequences are held back of a text that has ten times as many; of a shorter one nothing is.
+    Each process holds back the first sequences of its part, if the text has ten times as many as all of them do.
 
     Args:
         data: with sizes, see `sized`.
         tokens: of the run's text.
         tokenizer: the model's.
         model: says how long a sequence may be.
+        processes: how many read a part each.
 
     Raises:
         InputError: if the text named by `held_out` cannot be opened, or is empty.
@@ -90,7 +95,8 @@ def with_held_out(
         other = open_tokens(data, tokenizer, model, open_other(data, data.held_out, "test"))
         next(iter(other))  # which is refused now if there is nothing
         return HeldBack(tokens, sequences, other)
-    return HeldBack(tokens, sequences) if sequences and can_hold_back(tokens, sequences) else tokens
+    enough = sequences and can_hold_back(tokens, sequences * processes)
+    return HeldBack(tokens, sequences) if enough else tokens
 
 
 def open_documents(data: DataSettings) -> Text:
