@@ -183,7 +183,7 @@ def test_all_sites_are_proven_or_refused_as_expected(name):
     assert [sites[site].order for site in names] == sorted(sites[site].order for site in names)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name in NAMES])
 def test_places_are_those_of_the_hand_made_table(name):
     blocks, attention, mlp, z, neurons = FAMILIES[name]
     sites = resolve(shared(name))
@@ -292,7 +292,7 @@ def test_a_scaled_stream_is_proven_with_its_scale():
         module = model.model.layers[layer]
         close(block["resid_mid"], module.input_residual * block["resid_pre"] + block["attn_out"])
         close(block["resid_post"], module.post_attention_residual * block["resid_mid"] + block["mlp_out"])
-    for layer, block in enumerate(stream(shared("beam"))):
+    for layer, block in enumerate(stream(shared("beam"))) if "beam" in NAMES else ():
         first, second = ((k - 1) ** 0.5 / k**0.5 for k in (2 * layer + 2, 2 * layer + 3))
         close(block["resid_mid"], first * block["resid_pre"] + block["attn_out"])
         close(block["resid_post"], second * block["resid_mid"] + block["mlp_out"])

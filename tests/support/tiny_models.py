@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 HIDDEN = 32
 LAYERS = 3
@@ -278,7 +278,10 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 
-TINY_NAMES: tuple[str, ...] = tuple(sorted(_FAMILIES))
+TINY_NAMES: tuple[str, ...] = tuple(
+    sorted(name for name, settings in _FAMILIES.items() if settings.get("model_type", name) in CONFIG_MAPPING)
+)
+"""The families that this transformers has."""
 
 
 @functools.lru_cache(maxsize=256)
