@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tests.support.documents import blocks, run
 from tests.support.gpt2_small import seed_gpt2_small
-from tests.test_docs import blocks, run
 
-PYTHON = Path(__file__).parents[2] / ".venv-peers" / "bin" / "python"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "coming-from.md"
+PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 SAVED = """
 import numpy
 named = {"x": x, "latents": latents, "logits": logits, "ablated": ablated, "tokens": tokens}
@@ -23,13 +25,13 @@ numpy.savez("theirs.npz", **{name: value.detach().numpy() for name, value in nam
 def test_saelens_code_computes_the_same(hub, tmp_path, monkeypatch, capsys):
     seed_gpt2_small(hub, tmp_path / "model")
     monkeypatch.chdir(tmp_path)
-    [code] = blocks("coming-from.md", "python saelens")
+    [code] = blocks(PAGE, "python saelens")
     (tmp_path / "theirs.py").write_text(code + SAVED, encoding="utf-8")
     environment = {**os.environ, **hub.env(token="hf_alice", home=str(tmp_path / "home")), "CUDA_VISIBLE_DEVICES": ""}
     ended = subprocess.run([PYTHON, "theirs.py"], env=environment, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stderr[-3000:]
     theirs = {name: torch.from_numpy(value) for name, value in np.load("theirs.npz").items()}
-    ours = run("coming-from.md", tmp_path)
+    ours = run(PAGE, tmp_path)
     # TransformerLens puts a BOS before the text, which this tokenizer does not.
     assert theirs["tokens"][0, 1:].tolist() == ours["batch"]["input_ids"][0].tolist()
     sae, model = ours["sae"], ours["model"]
