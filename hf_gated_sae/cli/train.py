@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..errors import InputError, did_you_mean
+from . import complete
 from .app import Command, app, interruptible
 from .output import AsJson, Output, Quiet
 from .tables import facts_grid
@@ -41,6 +42,9 @@ def train(
     no_measure: Annotated[
         bool, typer.Option("--no-measure", help="With --dry-run: load and run nothing, estimate.")
     ] = False,
+    preset: Annotated[
+        str | None, typer.Option(help="Recipe that everything else is laid over.", autocompletion=complete.presets)
+    ] = None,
     presets: Annotated[bool, typer.Option("--presets", help="Describe the presets, and stop.")] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -64,10 +68,10 @@ def train(
             return
         if no_measure and not dry_run:
             raise InputError("--no-measure says how a --dry-run is done; pass both.")
-        if config is None and not context.args:
+        if config is None and preset is None and not context.args:
             raise InputError("Nothing to train: pass --config run.yaml, or the settings as flags (see --help).")
         _require_known(context)
-        run = read_run(config, read_flags(context.args))
+        run = read_run(config, read_flags(context.args) | ({} if preset is None else {"preset": preset}))
         if dry_run:
             _estimate(out, run, measure=not no_measure)
         else:

@@ -43,7 +43,7 @@ def show_settings(console: Console) -> None:
         rows = {
             f"--{prefix}{each.name}": (described.get(each.name, ""), _default(each))
             for each in fields(cls)
-            if not each.metadata and each.name not in ("model", "data", "sae", "saes", "training")
+            if not each.metadata and each.name not in ("model", "data", "sae", "saes", "training", "preset")
         }
         _panel(console, prefix[:-1] or "run", (inspect.getdoc(cls) or "").splitlines()[0], rows)
     more = "--saes.NAME.d_sae and so on: several SAEs by name, laid over sae. --sae.k, --sae.bandwidth: what else the "
