@@ -82,7 +82,7 @@ def main() -> None:
     except KeyboardInterrupt:
         say_interrupted()
         sys.exit(INTERRUPTED)
-    except Exception as error:
+    except Exception as error:  # only to tell what a library made of Ctrl-C; all else is raised again
         if not _is_interruption(error):
             raise
         say_interrupted()
@@ -101,7 +101,7 @@ def interruptible(how_to_go_on: Callable[[], str] = lambda: "Nothing was written
     except KeyboardInterrupt as interrupted:
         say_interrupted(how_to_go_on())
         raise typer.Exit(INTERRUPTED) from interrupted
-    except Exception as error:
+    except Exception as error:  # as in `main`
         if not _is_interruption(error):
             raise
         say_interrupted(how_to_go_on())

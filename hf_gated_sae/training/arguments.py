@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -264,6 +264,17 @@ class SAETrainingArguments(TrainingArguments):
         if name not in by_name and default is None:
             raise unknown_name(f"SAE without a {setting}:", name, by_name)
         return by_name.get(name, default)
+
+    def require_saes(self, names: Collection[str]) -> None:
+        """Raise if a setting is given for an SAE that there is not.
+
+        Raises:
+            UnknownNameError: naming the first.
+        """
+        for given in (self.named("sparsity_coefficient"), self.named("objective")):
+            for name in given or ():
+                if name not in names:
+                    raise unknown_name("SAE", name, names)
 
     def recipe(self) -> dict[str, Any]:
         """Return what decided the weights, as plain JSON without paths, for cards and `training_args.json`."""

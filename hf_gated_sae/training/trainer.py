@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
-from ..errors import CheckpointError, InputError, SAEError, TrainingError, reason, unknown_name
+from ..errors import CheckpointError, InputError, SAEError, TrainingError, reason
 from ..functional import FidelityMetrics
 from ..hooks.token_batches import TokenBatches
 from ..modeling import SAEModel, TrainingLoss
@@ -31,12 +31,12 @@ from .held_out import HeldOut
 from .memory import TrainingMemory, available_memory, is_out_of_memory
 from .objective import called_through
 from .phases import Phase, PhaseCallback, counted
-from .processes import Processes, require_launched
+from .processes import require_launched
 from .progress import TrainingProgress
 from .recording import record_activations
 from .resumable import Resumable
 from .schedules import LearningRateDip
-from .sharding import Grid, split
+from .sharding import Grid, own_part
 from .statistics import measure
 from .streams import ActivationStream, TensorActivations
 from .trainee import Trainee
@@ -98,8 +98,8 @@ class SAETrainer(GradientsOfSAEs, Resumable):
         learned = args.max_steps * args.activation_batch_size * args.gradient_accumulation_steps
         self.stream.size_for(learned, args.activation_batch_size)
         given = {"": model} if isinstance(model, SAEModel) else dict(model)
-        _require_known(args, given)
-        saes = {name: _part(sae, self.grid, args) for name, sae in given.items()}
+        args.require_saes(given)
+        saes = {name: own_part(sae, self.grid.latents, args.dead_latent_remedy) for name, sae in given.items()}
         module: Any = saes[""] if isinstance(model, SAEModel) else SAEGroup(saes)
         # They are the same in all processes, and DDP would send them at every step.
         module._ddp_params_and_buffers_to_ignore = [name for name, _ in module.named_buffers()]
@@ -441,37 +441,3 @@ class _Batches(IterableDataset[dict[str, Tensor]]):
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return iter(self.stream.batches(self.args.activation_batch_size))
-
-
-def _part(sae: SAEModel, grid: Grid, args: SAETrainingArguments) -> SAEModel:
-    """Return this process's part of an SAE, if processes share it.
-
-    Raises:
-        InputError: if it cannot be split, or trained so.
-    """
-    others = sae.others
-    if isinstance(others, Processes) and (others.count, others.rank) != (grid.latents.count, grid.latents.rank):
-        raise InputError(
-            f"This is the part of an SAE that {others.count} processes share (number {others.rank} of them), and "
-            f"latent_parallel is {args.latent_parallel}: pass latent_parallel={others.count}, or the whole SAE."
-        )
-    if grid.latents.alone:
-        return sae
-    if args.dead_latent_remedy not in (None, "resample"):
-        raise InputError(
-            f"dead_latent_remedy is {args.dead_latent_remedy!r}, whose term is of all dead latents together, and "
-            f"latent_parallel is {args.latent_parallel}: choose 'resample', or None."
-        )
-    return sae if sae.others is not None else split(sae, grid.latents)
-
-
-def _require_known(args: SAETrainingArguments, saes: Mapping[str, SAEModel]) -> None:
-    """Raise if settings are given for SAEs that there are not.
-
-    Raises:
-        UnknownNameError: naming the first.
-    """
-    for names in (args.named("sparsity_coefficient"), args.named("objective")):
-        for name in names or ():
-            if name not in saes:
-                raise unknown_name("SAE", name, saes)

@@ -2,7 +2,17 @@
 
 from .gathered import GatheredActivations
 from .grid import Grid
-from .parts import latents_of, load_part, new_part, split, whole_config
+from .parts import latents_of, load_part, new_part, own_part, split, whole_config
 from .saving import save_whole
 
-__all__ = ["GatheredActivations", "Grid", "latents_of", "load_part", "new_part", "save_whole", "split", "whole_config"]
+__all__ = [
+    "GatheredActivations",
+    "Grid",
+    "latents_of",
+    "load_part",
+    "new_part",
+    "own_part",
+    "save_whole",
+    "split",
+    "whole_config",
+]

@@ -137,3 +137,30 @@ def _empty(sae_class: type[SAEModel], config: SAEConfig, processes: Processes) -
     if not processes.alone:
         part.others = processes
     return part
+
+
+def own_part(sae: SAEModel, processes: Processes, remedy: str | None) -> SAEModel:
+    """Return this process's part of an SAE that is to be trained; the whole SAE, if this process has it alone.
+
+    Args:
+        sae: the whole SAE, or this process's part already.
+        processes: between which its latents are split.
+        remedy: what is done about dead latents.
+
+    Raises:
+        InputError: if it cannot be split, or trained so.
+    """
+    others = sae.others
+    if isinstance(others, Processes) and (others.count, others.rank) != (processes.count, processes.rank):
+        raise InputError(
+            f"This is the part of an SAE that {others.count} processes share (number {others.rank} of them), and "
+            f"latent_parallel is {processes.count}: pass latent_parallel={others.count}, or the whole SAE."
+        )
+    if processes.alone:
+        return sae
+    if remedy not in (None, "resample"):
+        raise InputError(
+            f"dead_latent_remedy is {remedy!r}, whose term is of all dead latents together, and latent_parallel is "
+            f"{processes.count}: choose 'resample', or None."
+        )
+    return sae if others is not None else split(sae, processes)
