@@ -13,6 +13,7 @@ from ..evaluation.fidelity import require_reconstructing
 from ..hooks.token_batches import TokenBatches
 from .phases import Phase, Report
 from .streams import ActivationStream, HeldBack, ModelActivations
+from .streams.tokens import ids_of
 from .trainee import Trainee
 
 LOSSES = ("loss_recovered", "loss_clean", "loss_spliced", "loss_zero_ablated")
@@ -77,7 +78,7 @@ class HeldOut:
         Args:
             report: called as the measurement goes on, with numbers of tokens.
         """
-        total = len(self.trainees) * sum(_size(batch) for batch in self.batches)
+        total = len(self.trainees) * sum(ids_of(batch).numel() for batch in self.batches)
         found: dict[str, Mapping[str, float]] = {}
         done = 0
 
@@ -117,8 +118,3 @@ def require_measurable(trainee: Trainee) -> None:
             f"{trainee.grid.latents.count} processes share the SAE, and none of them can splice it alone: measure it "
             "after the run, with evaluate(model, sae, tokens)."
         )
-
-
-def _size(batch: Any) -> int:
-    ids = batch if not isinstance(batch, Mapping) else batch["input_ids"]
-    return int(ids.numel())

@@ -21,7 +21,7 @@ from ...modeling import SAEModel
 from ..held_out import HeldOut
 from ..recording import record_activations
 from ..streams import ModelActivations, TensorActivations
-from ..streams.tokens import rows_of
+from ..streams.tokens import ids_of, rows_of
 from ..trainer import SAETrainer
 from .assembly import arguments
 from .parts import Parts
@@ -37,7 +37,7 @@ MEASURED_TOKENS = 2048
 def held_out_seconds(held_out: HeldOut) -> float:
     """Return the seconds that each token of a measurement takes, in each of its forwards."""
     few = replace(held_out, batches=list(_first(held_out.batches, MEASURED_TOKENS)))
-    tokens = sum(each["input_ids"].numel() if isinstance(each, Mapping) else each.numel() for each in few.batches)
+    tokens = sum(ids_of(batch).numel() for batch in few.batches)
     start = time.perf_counter()
     few.measure(lambda *_: None)
     return (time.perf_counter() - start) / (FORWARDS * tokens * len(few.trainees))
@@ -46,7 +46,7 @@ def held_out_seconds(held_out: HeldOut) -> float:
 def _first(batches: TokenBatches, tokens: int) -> Iterator[TokenBatch]:
     """Yield the first sequences of some batches: so many tokens, at least one sequence."""
     for batch in batches:
-        ids = batch["input_ids"] if isinstance(batch, Mapping) else batch
+        ids = ids_of(batch)
         rows = max(1, tokens // ids.shape[-1])
         yield rows_of(batch, slice(rows)) if rows < len(ids) else batch
         tokens -= ids.numel()
@@ -68,7 +68,7 @@ def time_reading(parts: Parts) -> tuple[float, dict[str, Tensor]]:
         pieces += stream.read(iter([batch]))
         wait(parts.arguments.device)
         seconds += time.perf_counter() - start
-        tokens += (batch["input_ids"] if isinstance(batch, Mapping) else batch).numel()
+        tokens += ids_of(batch).numel()
         if seconds > READ_SECONDS:
             break
     return seconds / tokens, {site: torch.cat([piece[site] for piece in pieces]) for site in stream.sites}

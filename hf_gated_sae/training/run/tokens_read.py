@@ -14,6 +14,7 @@ from ...hooks.token_batches import TokenBatch
 from ..arguments import SAETrainingArguments
 from ..phases import Phase
 from ..streams import HeldBack, ModelActivations
+from ..streams.tokens import ids_of
 
 MOST_SECONDS = 20.0
 """After so long the rest of a run is taken to be like what was counted."""
@@ -63,7 +64,7 @@ def count_tokens(stream: ModelActivations, args: SAETrainingArguments, measured:
     scale, record = sampled(args.statistics_activations), sampled(args.recorded_activations)
     held_out = 0
     if isinstance(stream.tokens, HeldBack) and measured:
-        tokens = sum(_ids(batch).numel() for batch in stream.tokens.held_out())
+        tokens = sum(ids_of(batch).numel() for batch in stream.tokens.held_out())
         held_out = FORWARDS * tokens * measured * len(args.evaluation_steps)
     counting.tokens_read = 0
     counting.rows_read = filled = 0
@@ -101,13 +102,7 @@ class _Counting(ModelActivations):
     def read(self, batches: Iterator[TokenBatch]) -> Iterator[dict[str, Tensor]]:
         """Count the tokens of each batch, and yield as many empty activations as it would give."""
         for batch in batches:
-            self.tokens_read += _ids(batch).numel()
+            self.tokens_read += ids_of(batch).numel()
             rows = int(self.count(batch).sum())
             self.rows_read += rows
             yield {self.sites[0]: torch.empty(rows, 0)}
-
-
-def _ids(batch: TokenBatch) -> Tensor:
-    ids = batch if isinstance(batch, Tensor) else batch["input_ids"]
-    assert isinstance(ids, Tensor)
-    return ids

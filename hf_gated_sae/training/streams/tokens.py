@@ -114,9 +114,16 @@ class _Counted(Cursor[TokenBatch]):
         return {"batches": self.done}
 
 
+def ids_of(batch: TokenBatch) -> Tensor:
+    """Return the token ids ``[B, S]`` of a batch."""
+    ids = batch if isinstance(batch, Tensor) else batch["input_ids"]
+    assert isinstance(ids, Tensor)
+    return ids
+
+
 def rows_in(batch: TokenBatch) -> int:
-    """Return how many sequences a batch ``[B, S]`` of tokens has."""
-    return len(batch) if isinstance(batch, Tensor) else len(batch["input_ids"])
+    """Return how many sequences a batch of tokens has."""
+    return len(ids_of(batch))
 
 
 def is_by_row(batch: TokenBatch) -> bool:
