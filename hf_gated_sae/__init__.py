@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from .architectures.temporal import TemporalSAEConfig as TemporalSAEConfig
     from .architectures.topk import TopKSAE as TopKSAE
     from .architectures.topk import TopKSAEConfig as TopKSAEConfig
+    from .catalog import SAESet as SAESet
+    from .catalog import search as search
     from .evaluation import evaluate as evaluate
     from .hooks import ActivationShards as ActivationShards
     from .hooks import attach as attach
@@ -47,7 +49,6 @@ if TYPE_CHECKING:
     from .hooks import capture as capture
     from .hooks import harvest as harvest
     from .hooks import save_activations as save_activations
-    from .hub.search import search as search
     from .interventions import Ablate as Ablate
     from .interventions import AblateSite as AblateSite
     from .interventions import Cap as Cap
@@ -63,19 +64,18 @@ if TYPE_CHECKING:
     from .modeling import SAEConfig as SAEConfig
     from .modeling import SAEModel as SAEModel
     from .modeling import SAEOutput as SAEOutput
-    from .modeling import SAESet as SAESet
     from .sites import Site as Site
     from .sites import resolve as resolve
 
 _HOMES = {
     "evaluation": ("evaluate",),
     "hooks": ("ActivationShards", "attach", "attribute", "capture", "harvest", "save_activations"),
-    "hub.search": ("search",),
+    "catalog": ("SAESet", "search"),
     "interventions": (
         *("Ablate", "AblateSite", "Cap", "Clamp", "Floor", "InterventionPlan", "Patch"),
         *("ProjectOut", "Scale", "Splice", "Steer", "TokenIds"),
     ),
-    "modeling": ("SAEConfig", "SAEModel", "SAEOutput", "SAESet"),
+    "modeling": ("SAEConfig", "SAEModel", "SAEOutput"),
     "sites": ("Site", "resolve"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

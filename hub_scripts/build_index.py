@@ -27,12 +27,12 @@ import typer
 import yaml
 
 from hf_gated_sae.errors import InputError, SAEError
-from hf_gated_sae.formats.hook_names import place_of
-from hf_gated_sae.formats.model_names import repository_of
+from hf_gated_sae.formats import sae_addresses
+from hf_gated_sae.hub.hook_names import place_of
 from hf_gated_sae.hub.index import FILE, layer_of, size_of
 from hf_gated_sae.hub.index_encoding import grouped
 from hf_gated_sae.hub.location import locate
-from hf_gated_sae.hub.opening import sae_addresses
+from hf_gated_sae.hub.model_names import repository_of
 
 Facts = dict[str, Any]
 

@@ -21,9 +21,9 @@ from hf_gated_sae import (
     search,
 )
 from hf_gated_sae.evaluation.concepts import ConceptScore
-from hf_gated_sae.functional.brief import COLUMNS, LINES, brief, few_lines
+from hf_gated_sae.functional.short_repr import COLUMNS, LINES, brief, few_lines
 from hf_gated_sae.hooks.attach import AttachCheck
-from hf_gated_sae.hooks.report import AttachReport, InterventionReport
+from hf_gated_sae.hooks.attach_report import AttachReport, InterventionReport
 from tests.hooks.support import make_sae, model_of
 
 LONG = "a sentence that was written by somebody else " * 200

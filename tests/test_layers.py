@@ -9,9 +9,11 @@ PACKAGE = Path(__file__).parents[1] / "hf_gated_sae"
 FLOORS = [
     {"errors", "registry", "auto", "versions"},
     {"functional", "storage"},
+    {"hub"},
     {"modeling"},
     {"architectures"},
-    {"formats", "hub"},
+    {"formats"},
+    {"catalog"},
     {"sites"},
     {"interventions"},
     {"hooks"},

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..functional import jumprelu
 from ..functional.activations import largest
+from ..functional.cpu.tiled_projection import lowest_projection
 from ..functional.linear import is_transformed
-from ..functional.search import lowest_projection
 from ..functional.support import DENSEST, LiveSupport, Support
 from ..modeling import KeptObjective, SAEConfig, SAEModel, Sparsity, TrainingLoss
 

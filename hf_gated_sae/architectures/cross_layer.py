@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..errors import InputError, ShapeError, shown, unknown_name
 from ..functional import jumprelu
-from ..functional.live import LiveLatents
+from ..functional.sparse_latents import LiveLatents
 from ..modeling import Objective, SAEConfig, SAEModel, Sparsity, TrainingLoss
 from .jumprelu import INITIAL_THRESHOLD, StraightThroughConfig
 

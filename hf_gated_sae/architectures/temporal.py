@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..errors import InputError, ShapeError
 from ..functional import topk
-from ..functional.frames import Frame
-from ..functional.live import LiveLatents
+from ..functional.normalization import Frame
+from ..functional.sparse_latents import LiveLatents
 from ..modeling import Objective, SAEConfig, SAEModel, SAEOutput, Sparsity, TrainingLoss
 
 NORM_EPS = 1e-6

@@ -7,8 +7,8 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor
 
 from ..errors import InputError
-from ..functional import screen
 from ..functional.activations import topk_places
+from ..functional.cpu import bf16_screening
 from ..modeling import KeepingSAE, SAEConfig
 
 
@@ -71,4 +71,4 @@ class TopKSAE(KeepingSAE):
     def _highest(self, x: Tensor, *, rounding: bool = False) -> tuple[Tensor, Tensor] | None:
         if self.config.rank_by_decoder_norm:
             return None
-        return screen.highest(self._centred(x), self.W_enc_T, self.b_enc, self.config.k, rounding=rounding)
+        return bf16_screening.highest(self._centred(x), self.W_enc_T, self.b_enc, self.config.k, rounding=rounding)

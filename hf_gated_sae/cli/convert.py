@@ -12,7 +12,7 @@ from rich.markup import escape
 from ..errors import InputError
 from . import complete
 from .app import Command, app, interruptible
-from .checks import require_writable, stamp
+from .argument_checks import require_writable, stamp
 from .output import AsJson, Output, Quiet
 
 if TYPE_CHECKING:

@@ -20,11 +20,11 @@ from rich.table import Table
 
 from ..errors import InputError
 from .app import Command, app, interruptible
-from .checks import require_writable, stamp
+from .argument_checks import require_writable, stamp
 from .output import AsJson, Output, Quiet
 
 if TYPE_CHECKING:
-    from ..demo.run import DemoReport
+    from ..demo.demo_run import DemoReport
 
 
 @app.command(cls=Command)
@@ -61,8 +61,8 @@ def demo(
         # Threads of torch that wait for each other, rather than sleep, take the cores from the one that works: on a
         # machine with other work, generation takes a multiple of its time. torch reads this when it is imported.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        from ..demo.demo_run import DemoPlan, run_demo
         from ..demo.plot import draw  # here, so that --help does not wait for torch
-        from ..demo.run import DemoPlan, run_demo
 
         start = time.perf_counter()
         # Refuses what cannot be shown before there is a folder.

@@ -79,9 +79,9 @@ def info(
 
 def _show_place(out: Output, repo: str, subfolder: str, revision: str | None) -> None:
     """Print what is in a repository or folder, or in a folder of it."""
-    from ..hub.opening import open_at, place, sae_addresses  # here, so that --help does not wait for torch
+    from ..formats import locate_sae, open_at, sae_addresses  # here, so that --help does not wait for torch
 
-    location = place(repo, subfolder, revision=revision)
+    location = locate_sae(repo, subfolder, revision=revision)
     addresses = sae_addresses(location)
     if location.address in addresses or len(addresses) < 2:
         if location.address not in addresses and addresses:
@@ -123,8 +123,8 @@ def _show_one(out: Output, checkpoint: Checkpoint, location: Location) -> None:
 
 def record(checkpoint: Checkpoint, location: Location) -> dict[str, Any]:
     """Return what the headers and the configuration of an SAE say, as JSON has it."""
+    from ..catalog.search import SearchResult
     from ..hub.index import known_at, known_facts
-    from ..hub.search import SearchResult
 
     config, origin = checkpoint.config, checkpoint.origin
     neuronpedia = known_facts(location.repo_id, location.address).get("neuronpedia")
@@ -191,9 +191,9 @@ def _show_many(out: Output, location: Location, addresses: list[str]) -> None:
 
 def summary(location: Location, addresses: list[str]) -> dict[tuple[str, str | None, int | None], int]:
     """Return how many SAEs there are of each kind: pattern of the address, site and width as far as they are known."""
+    from ..catalog.hub_listing import CONTENTS, contents_of
+    from ..formats import open_at
     from ..hub.index import known_at
-    from ..hub.live import CONTENTS, contents_of
-    from ..hub.opening import open_at
 
     root = location.at("")
     ours = contents_of(root) if CONTENTS in root else {}
@@ -214,7 +214,7 @@ def summary(location: Location, addresses: list[str]) -> dict[tuple[str, str | N
 
 def licence(location: Location) -> dict[str, str | None]:
     """Return the licence that the card or a file states, None if it is not known, and how it is known or why not."""
-    from ..publishing.licence import stated_licence
+    from ..publishing.stated_licence import stated_licence
 
     stated = stated_licence(location)
     return {"license": None if stated.name == "other" else stated.name, "license_evidence": stated.evidence}
@@ -235,7 +235,7 @@ def size_text(size: float) -> str:
 
 def _show_code(out: Output, repo: str, subfolder: str, revision: str | None) -> None:
     """Print the code that loads an SAE, from that commit; a hint, which `quiet` leaves out."""
-    from ..hub.search import SearchResult
+    from ..catalog.search import SearchResult
     from .search import code
 
     if not out.quiet:

@@ -26,8 +26,8 @@ def show_known(out: Output, repo: str, subfolder: str, revision: str | None, why
     Returns:
         Whether the index knows any of it; if not, nothing was printed.
     """
+    from ..catalog.search import search
     from ..hub.index import releases, resolve_alias
-    from ..hub.search import search
 
     name, _, named_revision = repo.partition("@")
     repository, address = resolve_alias(name, subfolder)

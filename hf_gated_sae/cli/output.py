@@ -71,7 +71,7 @@ class Output:
     @contextmanager
     def bars(self) -> Iterator[None]:
         """Keep the progress bars of transformers and of the Hub's client to terminals, and out of them if quiet."""
-        from ..modeling.quiet import without_bars  # here, so that --help does not wait for torch
+        from ..modeling.transformers_settings import without_bars  # here, so that --help does not wait for torch
 
         with nullcontext() if self.notes.is_terminal and not self.quiet else without_bars():
             yield

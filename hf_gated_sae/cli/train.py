@@ -115,11 +115,11 @@ def _estimate(out: Output, run: RunConfig, *, measure: bool) -> None:
 
 def _train(out: Output, run: RunConfig, resume: bool) -> None:
     """Train, leave the SAEs, and say where they are and how they did."""
-    from ..modeling.quiet import without_bars
+    from ..modeling.transformers_settings import without_bars
     from ..publishing.facts import read_facts
     from ..publishing.trained import leave
     from ..training.run import Run
-    from .training.progress import LiveProgress
+    from .training.live_progress import LiveProgress
 
     with out.notes.status("loading"), without_bars():
         ready = Run.prepare(run, resume=resume)

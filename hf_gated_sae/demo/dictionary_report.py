@@ -14,10 +14,10 @@ from ..evaluation import evaluate
 from ..modeling import SAEModel
 from ..publishing import CardFacts, LatentLabel
 from . import corpus
-from .concepts import CONCEPTS
 from .dictionaries import DictionaryRecipe
-from .material import Material, cut
+from .labelled_text import Material, cut
 from .targets import concept_scores
+from .token_concepts import CONCEPTS
 
 ROWS = 16
 """Windows per forward pass."""

@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..hooks import attach
 from ..interventions import Ablate, Steer
 from ..modeling import SAEModel
-from .material import Material
+from .labelled_text import Material
 from .targets import Target
 
 STRENGTHS = (1.0, 2.0)

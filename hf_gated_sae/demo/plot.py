@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .run import DemoReport
+from .demo_run import DemoReport
 
 CLEAN, CHANGED, WORST = "#4c78a8", "#f58518", "#bab0ac"
 

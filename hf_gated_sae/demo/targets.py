@@ -14,8 +14,8 @@ from ..errors import InputError, unknown_name
 from ..evaluation import ConceptScores
 from ..hooks import capture
 from ..modeling import SAEModel
-from .concepts import concept_share
-from .material import Material
+from .labelled_text import Material
+from .token_concepts import concept_share
 
 KNOWN_F1, KNOWN_PRECISION = 0.3, 0.6  # from which a latent counts as standing for a concept
 DENSITY = (1e-3, 5e-2)  # a latent without a label should be neither dead nor always on

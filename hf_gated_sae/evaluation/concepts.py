@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, ShapeError, unknown_name
-from ..functional.brief import brief
+from ..functional.short_repr import brief
 
 CHUNK = 4096
 """Tokens per matrix product; counts below 2**24 are exact in float32."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import InputError, did_you_mean
 from ..functional import FidelityMetrics
-from ..functional.brief import brief
+from ..functional.short_repr import brief
 
 LEFT_OUT = "padding and special tokens: neither measured, nor replaced, nor predicted"
 

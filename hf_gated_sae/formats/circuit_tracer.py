@@ -15,18 +15,18 @@ from ..architectures.jumprelu import JumpReLUSAE, JumpReLUSAEConfig
 from ..architectures.standard import StandardSAE, StandardSAEConfig
 from ..architectures.topk import TopKSAE, TopKSAEConfig
 from ..errors import CheckpointError
+from ..hub.base_model_norms import normalization_of
+from ..hub.hook_names import place_of
 from ..hub.location import Location
+from ..hub.model_names import repository_of
 from ..modeling.config import SAEConfig
 from ..modeling.loading import Checkpoint
 from ..modeling.model import SAEModel
 from ..storage import StoredTensor
+from ._config_values import integer, one_of, text
+from ._layer_files import require_not_negative
+from ._tensor_names import renamed
 from .base import CheckpointFormat, Example, the_file
-from .hook_names import place_of
-from .layered import require_not_negative
-from .model_names import repository_of
-from .norms import normalization_of
-from .reading import integer, one_of, text
-from .renaming import renamed
 
 CONFIG = "config.yaml"
 RUNS = ("wandb-config.yaml", "wanb-config.yaml")

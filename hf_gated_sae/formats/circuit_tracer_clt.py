@@ -11,14 +11,14 @@ import yaml
 from safetensors.torch import save_file
 
 from ..hub.location import Location
+from ..hub.model_names import repository_of
 from ..modeling.loading import Checkpoint
+from ._config_values import text
+from ._layer_files import Layer, cross_layer_checkpoint
+from ._tensor_names import renamed
 from .base import CheckpointFormat, Example
 from .circuit_tracer import CONFIG, named_layer, places
 from .gemma_scope_2_cross_layer import layer_files
-from .layered import Layer, cross_layer_checkpoint
-from .model_names import repository_of
-from .reading import text
-from .renaming import renamed
 
 _ENCODER = re.compile(r"W_enc_(\d{1,4})\.safetensors")
 _DECODER = re.compile(r"W_dec_(\d{1,4})\.safetensors")

@@ -13,19 +13,19 @@ import torch
 import yaml
 
 from ..errors import CheckpointError, MissingFileError, SAEError, shown
+from ..hub.base_model_norms import normalization_of
+from ..hub.hook_names import place_of
 from ..hub.location import Location
+from ..hub.model_names import repository_of
 from ..modeling.loading import Checkpoint
 from ..storage import TENSOR_FILES
+from ._config_values import one_of, text
 from .base import CheckpointFormat, Example, formats
 from .circuit_tracer import CONFIG, named_layer, places
 from .gemma_scope import FILE as GEMMA_SCOPE_FILE
 from .gemma_scope_2 import FILE as GEMMA_SCOPE_2_FILE
 from .gemma_scope_2 import write_tensors
 from .gemma_scope_2_cross_layer import write_layers
-from .hook_names import place_of
-from .model_names import repository_of
-from .norms import normalization_of
-from .reading import one_of, text
 
 KINDS = ("transcoder_set", "cross_layer_transcoder")
 HOOKS = ("feature_input_hook", "feature_output_hook")

@@ -12,14 +12,14 @@ import torch
 from ..architectures.standard import StandardSAE, StandardSAEConfig
 from ..errors import CheckpointError
 from ..hub import index
+from ..hub.base_model_norms import normalization_of
+from ..hub.hook_names import place_of
 from ..hub.location import Location
+from ..hub.model_names import repository_of
 from ..modeling.loading import Checkpoint
+from ._config_values import integer, text
+from ._tensor_names import renamed
 from .base import CheckpointFormat, Example, the_file, widths
-from .hook_names import place_of
-from .model_names import repository_of
-from .norms import normalization_of
-from .reading import integer, text
-from .renaming import renamed
 
 TENSORS = {"W_enc_T": "W_enc.T", "W_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec"}
 _FILE = re.compile(r"[^/]*\.pt")

@@ -10,11 +10,11 @@ import torch
 
 from ..architectures.standard import StandardSAE, StandardSAEConfig
 from ..hub.location import Location
+from ..hub.model_names import repository_of
 from ..modeling.loading import Checkpoint
+from ._tensor_names import renamed
 from .base import CheckpointFormat, Example, the_file, widths
 from .goodfire import single_files
-from .model_names import repository_of
-from .renaming import renamed
 
 FILE = re.compile(r"(?P<model>.+)-SAE-l(?P<layer>\d+)\.pt")
 NAMES = {"W_enc_T": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight.T", "b_dec": "decoder.bias"}

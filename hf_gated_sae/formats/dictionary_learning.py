@@ -21,16 +21,16 @@ from ..architectures.topk import TopKSAE
 from ..errors import CheckpointError, shown
 from ..hub.index import known_facts
 from ..hub.location import Location
+from ..hub.model_names import repository_of
 from ..modeling import SAEModel
 from ..modeling.loading import Checkpoint, as_stored
 from ..storage import StoredTensor
-from . import dictionary_learning_sites as sites
+from . import _dictionary_learning_sites as sites
+from ._config_values import mapping, number, text
+from ._dictionary_learning_examples import write_examples
+from ._folding import PER_LATENT_SCALED, decoder_norms, fold_decoder_norms
+from ._tensor_names import renamed
 from .base import CheckpointFormat, Example, the_file, widths
-from .dictionary_learning_examples import write_examples
-from .folding import PER_LATENT_SCALED, decoder_norms, fold_decoder_norms
-from .model_names import repository_of
-from .reading import mapping, number, text
-from .renaming import renamed
 
 CONFIG = "config.json"
 FILE = "ae.pt"

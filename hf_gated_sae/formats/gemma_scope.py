@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..architectures.jumprelu import JumpReLUSAE, JumpReLUSAEConfig
+from ..hub.base_model_norms import normalization_of
 from ..hub.location import Location
 from ..modeling.loading import Checkpoint, as_stored
+from ._folders import folders_with
+from ._folding import fold_input_scale
 from .base import CheckpointFormat, Example, widths
-from .folders import folders_with
-from .folding import fold_input_scale
-from .norms import normalization_of
 
 FILE = "params.npz"
 TENSORS = {"W_enc", "W_dec", "b_enc", "b_dec", "threshold"}

@@ -13,13 +13,13 @@ from safetensors.torch import save_file
 from ..architectures.jumprelu import JumpReLUSAE, JumpReLUSAEConfig
 from ..errors import CheckpointError
 from ..hub.location import Location
+from ..hub.model_names import repository_of
 from ..modeling.loading import Checkpoint
+from ._config_values import text
+from ._folders import folders_with
+from ._module_paths import site_of_path
+from ._tensor_names import renamed
 from .base import CheckpointFormat, Example, widths
-from .folders import folders_with
-from .model_names import repository_of
-from .module_paths import site_of_path
-from .reading import text
-from .renaming import renamed
 
 FILE = "params.safetensors"
 CONFIG = "config.json"

@@ -13,14 +13,14 @@ from safetensors.torch import save_file
 from ..errors import CheckpointError, MissingFileError
 from ..hub.location import Location
 from ..modeling.loading import Checkpoint
+from ._config_values import text
+from ._folders import folders_with
+from ._layer_files import Layer, cross_layer_checkpoint
+from ._module_paths import site_of_path
+from ._tensor_names import renamed
 from .base import CheckpointFormat, Example
 from .circuit_tracer import named_layer
-from .folders import folders_with
 from .gemma_scope_2 import AFFINE, ARCHITECTURE, CONFIG, TENSORS, base_model_of, model_of
-from .layered import Layer, cross_layer_checkpoint
-from .module_paths import site_of_path
-from .reading import text
-from .renaming import renamed
 
 NAMES = {"encoder": "w_enc.T", "decoder": "w_dec", "b_enc": "b_enc", "b_dec": "b_dec", "threshold": "threshold"}
 

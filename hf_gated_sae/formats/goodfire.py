@@ -15,10 +15,10 @@ from ..architectures.standard import StandardSAE
 from ..architectures.topk import TopKSAE
 from ..errors import CheckpointError
 from ..hub.location import Location
+from ..hub.model_names import repository_of
 from ..modeling.loading import Checkpoint, as_stored
+from ._tensor_names import renamed
 from .base import CheckpointFormat, Example, the_file, widths
-from .model_names import repository_of
-from .renaming import renamed
 
 FILE = re.compile(r".+-SAE-l(?P<layer>\d+)\.pth?|topk_sae_l(?P<topk_layer>\d+)_exp\d+_k(?P<k>\d+)\.pth?")
 _MODEL = re.compile(r"(?:.*/)?(?:Hackathon-)?(?P<model>[^/]+)-SAE-l\d+")

@@ -20,10 +20,10 @@ from ..errors import CheckpointError
 from ..hub.location import Location
 from ..modeling import SAEModel
 from ..modeling.loading import Checkpoint
+from ._config_values import flag, integer, mapping, number, one_of
+from ._openmoss import base_model_of, finish_standardised, place, training_scale
+from ._tensor_names import renamed
 from .base import CheckpointFormat, Example, widths
-from .openmoss import base_model_of, finish_standardised, place, training_scale
-from .reading import flag, integer, mapping, number, one_of
-from .renaming import renamed
 
 CONFIG = "hyperparams.json"
 WEIGHTS = "checkpoints/final.safetensors"

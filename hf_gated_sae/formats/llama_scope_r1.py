@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from ..errors import CheckpointError
 from ..hub.location import Location
 from ..modeling.loading import Checkpoint
+from ._config_values import flag, text
+from ._folders import folders_with
+from ._openmoss import AVERAGE, base_model_of, trained
+from ._tensor_names import renamed
 from .base import CheckpointFormat, Example
-from .folders import folders_with
-from .openmoss import AVERAGE, base_model_of, trained
-from .reading import flag, text
-from .renaming import renamed
 
 CONFIG = "config.json"
 WEIGHTS = "sae_weights.safetensors"

@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from ..errors import CheckpointError
 from ..hub.location import Location
 from ..modeling.loading import Checkpoint
+from ._config_values import flag, text
+from ._folders import folders_with
+from ._openmoss import AVERAGE, base_model_of, trained
+from ._tensor_names import renamed
 from .base import CheckpointFormat, Example
-from .folders import folders_with
 from .llama_scope_r1 import CONFIG, WEIGHTS, is_trained_folder
-from .openmoss import AVERAGE, base_model_of, trained
-from .reading import flag, text
-from .renaming import renamed
 
 NAMES = {"W_enc_T": "W_E.T", "b_enc": "b_E", "W_dec": "W_D"}
 THRESHOLD = "activation_function.log_jumprelu_threshold"

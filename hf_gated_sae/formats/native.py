@@ -14,8 +14,8 @@ from ..errors import CheckpointError, MissingFileError, SAEError, did_you_mean, 
 from ..hub.location import Location
 from ..modeling import architectures
 from ..modeling.loading import Checkpoint
-from ..modeling.saving import FACTS_FILE as FACTS
 from ..storage import StoredTensor
+from ..storage.atomic_write import FACTS_FILE as FACTS
 from .base import CheckpointFormat, Example
 
 CONFIG = "config.json"

@@ -15,10 +15,10 @@ from ..hub import index
 from ..hub.location import Location
 from ..modeling import SAEConfig, SAEModel
 from ..modeling.loading import Checkpoint
+from ._config_values import integer, mapping, one_of
+from ._folders import again
+from ._tensor_names import renamed
 from .base import CheckpointFormat, Example, the_file, widths
-from .folders import again
-from .reading import integer, mapping, one_of
-from .renaming import renamed
 
 SITES = {
     "mlp_post_act": "mlp_neurons",

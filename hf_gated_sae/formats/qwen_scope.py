@@ -13,9 +13,9 @@ from ..architectures.topk import TopKSAE, TopKSAEConfig
 from ..errors import CheckpointError
 from ..hub.location import Location
 from ..modeling.loading import Checkpoint
+from ._config_values import integer
+from ._tensor_names import renamed
 from .base import CheckpointFormat, Example, the_file, widths
-from .reading import integer
-from .renaming import renamed
 
 FILE = re.compile(r"layer(?P<layer>\d+)\.sae\.pt")
 CONFIG = "config.json"

@@ -21,13 +21,13 @@ from ..hub.location import Location
 from ..modeling import SAEModel
 from ..modeling.loading import Checkpoint, Tensors
 from ..storage import StoredTensor
+from ._config_values import flag, integer, mapping, number, one_of
+from ._folders import again, folders_with
+from ._folding import fold_decoder_norms, fold_input_scale
+from ._saelens_finetuned import FINETUNED, finetuning
+from ._saelens_sites import SCALER, no_output, normalized, places
+from ._tensor_names import renamed
 from .base import CheckpointFormat, Example, widths
-from .folders import again, folders_with
-from .folding import fold_decoder_norms, fold_input_scale
-from .reading import flag, integer, mapping, number, one_of
-from .renaming import renamed
-from .saelens_finetuned import FINETUNED, finetuning
-from .saelens_place import SCALER, no_output, normalized, places
 from .temporal import attention_names, attention_settings, matrix_shape
 
 CONFIG = "cfg.json"
@@ -108,7 +108,7 @@ class SAELensFormat(CheckpointFormat):
 
     def examples(self, root: Path) -> list[Example]:
         """Write an SAE of every architecture, normalisation, and kind of folder name."""
-        from .saelens_examples import write_current  # what only tests need
+        from ._saelens_examples import write_current  # what only tests need
 
         return write_current(root)
 

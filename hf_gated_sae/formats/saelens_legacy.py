@@ -11,11 +11,11 @@ from ..architectures.tanh_relu import TanhReLUSAE
 from ..errors import CheckpointError
 from ..hub.location import Location
 from ..modeling.loading import Checkpoint
+from ._config_values import integer, mapping, one_of
+from ._folders import folders_with
+from ._saelens_sites import EXPECTED_AVERAGE
 from .base import CheckpointFormat, Example
-from .folders import folders_with
-from .reading import integer, mapping, one_of
 from .saelens import CONFIG, KINDS, WEIGHTS, Kind, described
-from .saelens_place import EXPECTED_AVERAGE
 
 PICKLES = ("final_sparse_autoencoder_*.pt", "*.pkl.gz")
 ARCHITECTURES = ("standard", "gated", "jumprelu", "topk")
@@ -76,7 +76,7 @@ class SAELensLegacyFormat(CheckpointFormat):
 
     def examples(self, root: Path) -> list[Example]:
         """Write SAEs of every version, architecture and normalisation."""
-        from .saelens_examples import write_legacy  # what only tests need
+        from ._saelens_examples import write_legacy  # what only tests need
 
         return write_legacy(root)
 

@@ -18,13 +18,13 @@ from ..architectures.topk import TopKSAE
 from ..errors import CheckpointError
 from ..hub.index import known_facts
 from ..hub.location import Location
+from ..hub.model_names import repository_of
 from ..modeling import SAEModel
 from ..modeling.loading import Checkpoint
+from ._config_values import flag, integer, one_of, text
+from ._folders import folders_with
+from ._tensor_names import renamed
 from .base import CheckpointFormat, Example, widths
-from .folders import folders_with
-from .model_names import repository_of
-from .reading import flag, integer, one_of, text
-from .renaming import renamed
 
 CONFIG = "cfg.json"
 FILE = "sae.safetensors"

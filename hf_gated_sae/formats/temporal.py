@@ -17,11 +17,11 @@ from ..errors import CheckpointError
 from ..hub import index
 from ..hub.location import Location
 from ..modeling.loading import Checkpoint, Tensors
+from ._config_values import flag, integer, mapping, one_of
+from ._folders import again, folders_with
+from ._saelens_sites import positive
+from ._tensor_names import renamed
 from .base import CheckpointFormat, Example
-from .folders import again, folders_with
-from .reading import flag, integer, mapping, one_of
-from .renaming import renamed
-from .saelens_place import positive
 
 CONFIG = "conf.yaml"
 WEIGHTS = "latest_ckpt.safetensors"

@@ -6,8 +6,8 @@ Shape legend: ``d_in``/``d_out`` activation widths, ``d_sae`` number of latents,
 
 from .activations import above_threshold, jumprelu, topk
 from .geometry import remove_parallel_component, unit_norm_rows
-from .live import LiveLatents
 from .metrics import FidelityAccumulator, FidelityMetrics, loss_recovered
+from .sparse_latents import LiveLatents
 
 __all__ = [
     "FidelityAccumulator",

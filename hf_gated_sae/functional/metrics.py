@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, ShapeError
-from .brief import brief
-from .live import LiveLatents
+from .short_repr import brief
+from .sparse_latents import LiveLatents
 
 
 @dataclass(frozen=True)

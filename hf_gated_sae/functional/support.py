@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .cpu.bf16_screening import rounding_tells
+from .cpu.sparse_pairs import LivePairs
+from .cpu.threshold_search import true_places
+from .cpu.tiled_projection import above
 from .linear import by_hand, linear
-from .live import LiveLatents
-from .pairs import LivePairs
-from .places import true_places
-from .screen import rounding_tells
-from .search import above
+from .sparse_latents import LiveLatents
 
 DENSEST = 1 / 16
 """Share of live latents above which a dense training step is the faster one."""

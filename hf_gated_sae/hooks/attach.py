@@ -14,18 +14,18 @@ import torch
 from torch import nn
 
 from ..errors import AttachError, InputError
-from ..functional.brief import few_lines
+from ..functional.short_repr import few_lines
 from ..interventions import Edit, Intervention, Replacement, Splice
 from ..modeling import SAEModel
 from ..sites import Site, Slot
+from ..sites.multi_rank import absent, tensor_ranks
 from ..sites.probe import unwrap
-from ..sites.sharding import absent, tensor_ranks
 from ..sites.slots import Place
 from ..sites.transforms import Transform
-from .check import AttachCheck, Check, check_saes
+from .attach_report import AttachReport, Record
 from .dispatch import Session, enter, leave, prove
 from .eager import run_eagerly
-from .report import AttachReport, Record
+from .site_check import AttachCheck, Check, check_saes
 
 
 class Attachment(Session):

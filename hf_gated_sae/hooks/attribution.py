@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AttachError, InputError, UnknownNameError, unknown_name
-from ..functional.brief import brief
-from ..functional.live import LiveLatents
+from ..functional.short_repr import brief
+from ..functional.sparse_latents import LiveLatents
 from ..interventions import special_token_ids
 from ..interventions.base import require_written_width, sites_read, sites_written
 from ..modeling import SAEModel
 from ..sites import Slot
 from ..sites.slots import Place
 from ..sites.transforms import view
+from .apply import exact_dtype
 from .attach import require_model
 from .capture import on_device_of, require_autograd, require_fitting, run_again, sae_input, sites_needed
-from .carry import exact_dtype
 from .dispatch import prove
 from .observation import CountedTokens, Observation
 from .token_batches import with_positions

@@ -14,13 +14,13 @@ from ..errors import AttachError, InputError, ShapeError, shown
 from ..interventions.base import require_read_width, sites_read, sites_written
 from ..modeling import SAEModel
 from ..sites import Site, Slot
+from ..sites.multi_rank import must_finish
 from ..sites.probe import unwrap
-from ..sites.sharding import must_finish
 from ..sites.slots import Place
 from ..sites.transforms import view
-from .arguments import cache_in
+from .apply import exact_dtype
 from .attach import require_model
-from .carry import exact_dtype
+from .call_arguments import cache_in
 from .continuation import facts_of
 from .dispatch import prove
 from .observation import Observation, real_tokens

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from ..errors import AttachError, SiteError
 from ..sites.probe import Subject, make_subject, quiet, unwrap
-from .arguments import MASK, PLACES, CallFacts, cache_in, is_cache, tensors_within
-from .tokens import TokenTracker
+from .call_arguments import MASK, PLACES, CallFacts, cache_in, is_cache, tensors_within
+from .token_tracker import TokenTracker
 
 NEW = 3
 """Tokens of the probe that are computed from the cache."""

@@ -19,11 +19,11 @@ from ..sites import Site, Slot, resolve
 from ..sites.probe import unwrap
 from ..sites.slots import Place
 from ..sites.transforms import Transform, view
-from .carry import carry_out
+from .apply import carry_out
+from .attach_report import Record
 from .continuation import facts_of, prove_calls
-from .report import Record
-from .tokens import TokenTracker
-from .virtual import know_wrapper
+from .peft_virtual_tokens import know_wrapper
+from .token_tracker import TokenTracker
 
 
 class Session:

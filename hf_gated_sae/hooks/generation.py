@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..sites.probe import unwrap
-from .arguments import ForwardArguments
+from .call_arguments import ForwardArguments
 
 if TYPE_CHECKING:
     from .dispatch import Session

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, UnknownNameError, did_you_mean, unknown_name
-from ..functional.brief import brief
-from ..functional.live import LiveLatents
+from ..functional.short_repr import brief
+from ..functional.sparse_latents import LiveLatents
 from ..interventions import special_ids_for
 from ..modeling import SAEModel
+from .apply import exact_dtype
 from .attach import require_model
 from .capture import Wanted, capture, require_fitting, sae_input, sites_needed
-from .carry import exact_dtype
 from .dispatch import prove
 from .observation import CountedTokens
 from .token_batches import TokenBatch, TokenBatches, model_inputs, sequences_in_rows

@@ -17,8 +17,8 @@ from ..sites import Slot
 from ..sites.probe import Subject
 from ..sites.slots import Place
 from .dispatch import Session, enter, leave
+from .peft_virtual_tokens import virtual_tokens
 from .token_batches import counted_positions
-from .virtual import virtual_tokens
 
 
 class _Reached(Exception):

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from ..errors import InputError, ShapeError
 from ..interventions import special_token_mask
 from ..sites.probe import unwrap
-from .arguments import MASK, PLACES
-from .layout import number_sequences
-from .virtual import takes_positions
+from .call_arguments import MASK, PLACES
+from .peft_virtual_tokens import takes_positions
+from .token_positions import number_sequences
 
 TokenBatch: TypeAlias = "Tensor | Mapping[str, Any]"
 """Token ids ``[B, S]`` or ``[S]``, or the keyword arguments of a forward call, ``input_ids`` among them."""

@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from ..errors import CheckpointError, InputError, MissingFileError, did_you_mean
-from ..modeling.loading import Origin
 from ..storage import LFS, LFS_POINTER, ByteSource, Content, LocalBytes, StoredTensor, flat, read_content
+from .origin import Origin
 
 SHOWN_FILES = 12
 JSON_LIMIT = 4 * 1024 * 1024

@@ -18,9 +18,9 @@ from huggingface_hub.utils._http import hf_raise_for_status, http_stream_backoff
 
 from ..errors import CheckpointError, MissingFileError
 from ..storage import ByteSource, LocalBytes
-from .columns import turned_rows
+from .column_reads import turned_rows
+from .error_messages import TransportError, explained
 from .integrity import MARKERS
-from .trouble import TransportError, explained
 
 if TYPE_CHECKING:
     from .repository import HubRepository
@@ -96,7 +96,7 @@ class RemoteBytes(ByteSource):
         return self._whole
 
     def turned(self, place: tuple[int, int], rows: int, itemsize: int, name: str) -> ByteSource | None:
-        """Fetch a matrix alone and keep its columns as rows of a local file; see `hub.columns`."""
+        """Fetch a matrix alone and keep its columns as rows of a local file; see `hub.column_reads`."""
         if self._whole is not None or not place[1]:
             return None
         repository = self._repository

@@ -21,10 +21,10 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from ..errors import CheckpointError, InputError, MissingFileError
 from ..storage import ByteSource, LocalBytes
+from .error_messages import TransportError, explained
 from .integrity import is_intact
 from .location import Location
 from .remote import RemoteBytes
-from .trouble import TransportError, explained
 
 _log = logging.getLogger(__name__)
 

@@ -10,11 +10,11 @@ from .base import Conditional, Edit, Intervention, LatentEdit, Replacement, Targ
 from .cap import Cap
 from .clamp import Clamp
 from .floor import Floor
+from .model_call import Call, SiteRun
 from .patch import Patch
 from .plan import InterventionPlan
 from .positions import Positions, TokenContext, TokenIds
 from .project_out import ProjectOut
-from .run import Call, SiteRun
 from .scale import Scale
 from .special_tokens import special_ids_for, special_token_ids, special_token_mask
 from .splice import Splice

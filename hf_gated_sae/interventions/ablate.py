@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, ShapeError, unknown_name
-from .arguments import latent_list, tensor_of
+from ._checks import latent_list, tensor_of
 from .base import LatentEdit
+from .model_call import SiteRun
 from .positions import integers, shorten
-from .run import SiteRun
 
 MODES = ("zero", "mean", "resample")
 

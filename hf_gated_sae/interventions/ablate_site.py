@@ -10,8 +10,8 @@ from torch import Tensor
 from ..errors import InputError, ShapeError
 from ..sites import Site
 from .base import Replacement, Targeted
+from .model_call import SiteRun
 from .positions import shorten
-from .run import SiteRun
 
 
 @dataclass(frozen=True, eq=False)

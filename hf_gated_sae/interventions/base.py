@@ -15,9 +15,9 @@ from ..errors import AttachError, InputError, ShapeError
 from ..modeling import SAEModel
 from ..registry import Registry
 from ..sites import Site
-from .arguments import latent_values
+from ._checks import latent_values
+from .model_call import SiteRun
 from .positions import Positions, check_positions, check_rows, integers, shorten
-from .run import SiteRun
 
 interventions: Registry[type[Intervention]] = Registry("intervention", "hf_gated_sae.interventions")
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .run import SiteRun
-from .valued import ValuedEdit
+from ._per_latent_values import ValuedEdit
+from .model_call import SiteRun
 
 
 @dataclass(frozen=True, eq=False)

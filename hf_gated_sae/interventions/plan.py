@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, overload
 
 from ..errors import InputError, MissingFileError, SAEError, did_you_mean, shown, unknown_name
-from ..functional.brief import few_lines
+from ..functional.short_repr import few_lines
 from ..modeling import SAEModel
-from ..modeling.saving import replaced_together
+from ..storage.atomic_write import replaced_together
+from ._json_values import DTYPES, read, whole_numbers, written
+from ._pinning import checked_hashes, hashes, read_path, require_same_files, require_unchanged, written_path
 from .base import Intervention, interventions
-from .encoding import DTYPES, read, whole_numbers, written
-from .pinned import checked_hashes, hashes, read_path, require_same_files, require_unchanged, written_path
 
 VERSION = 2
 _READ = (1, VERSION)  # in 1, nothing pinned an SAE of a folder, and its path was absolute

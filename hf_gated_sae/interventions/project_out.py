@@ -12,10 +12,10 @@ from torch import Tensor
 from ..errors import InputError, ShapeError
 from ..modeling import SAEModel
 from ..sites import Site
-from .arguments import latent_list
+from ._checks import latent_list
 from .base import Edit, Targeted, require_target
+from .model_call import SiteRun
 from .positions import shorten
-from .run import SiteRun
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .run import SiteRun
-from .valued import ValuedEdit
+from ._per_latent_values import ValuedEdit
+from .model_call import SiteRun
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,8 +12,8 @@ from ..errors import InputError, LatentIndexError
 from ..functional.linear import only_values
 from ..modeling import SAEModel
 from .base import Replacement, Targeted, require_sae
+from .model_call import SiteRun
 from .positions import shorten
-from .run import SiteRun
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,10 +12,10 @@ from torch import Tensor
 from ..errors import InputError, ShapeError, unknown_name
 from ..modeling import SAEModel
 from ..sites import Site
-from .arguments import PerRow, latent_list, number_per_row, tensor_of
+from ._checks import PerRow, latent_list, number_per_row, tensor_of
 from .base import Conditional, require_target
+from .model_call import SiteRun, rows_of
 from .positions import shorten
-from .run import SiteRun, rows_of
 
 UNITS = ("max", "raw", "norm")
 

@@ -2,11 +2,10 @@
 
 from ..functional.squared_error import squared_error
 from .config import SAEConfig
-from .keeping import KeepingSAE
 from .model import SAEModel, architectures
 from .objective import KeptObjective, Objective, Sparsity
 from .output import SAEOutput, TrainingLoss
-from .sae_set import SAESet
+from .topk_base import KeepingSAE
 
 __all__ = [
     "KeepingSAE",
@@ -15,7 +14,6 @@ __all__ = [
     "SAEConfig",
     "SAEModel",
     "SAEOutput",
-    "SAESet",
     "Sparsity",
     "TrainingLoss",
     "architectures",

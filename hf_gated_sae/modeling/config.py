@@ -16,8 +16,8 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import PreTrainedConfig
 
 from ..errors import InputError, SAEError, did_you_mean, shown, unknown_name
-from ..functional.frames import FRAMES
 from ..functional.metrics import FidelityMetrics
+from ..functional.normalization import FRAMES
 
 # Keys that transformers itself writes to config.json or passes through while loading.
 _TRANSFORMERS_KEYS = frozenset(
@@ -53,8 +53,8 @@ class SAEConfig(PreTrainedConfig):
         apply_b_dec_to_input: whether the decoder bias is subtracted from the input before encoding.
         skip_connection: whether a transcoder also adds ``x @ W_skip.T``.
         normalization: what is done to each token before encoding: ``"none"``, ``"center"``, ``"layer_norm"``,
-            ``"unit_norm"``, ``"rms_norm"`` or ``"standardize"``, see `functional.frames`. An SAE undoes it after
-            decoding; a transcoder, whose output lies elsewhere, does not.
+            ``"unit_norm"``, ``"rms_norm"`` or ``"standardize"``, see `functional.normalization`. An SAE undoes it
+            after decoding; a transcoder, whose output lies elsewhere, does not.
         normalization_eps: added to the mean square in ``"rms_norm"`` and ``"standardize"``.
         trained_on_bos: whether the beginning-of-sequence token was among the training activations; None if unknown.
         kept_latents: the latents that are held, by their number in the full SAE; None for all of them.

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ..errors import InputError, ShapeError
 from ..functional.linear import linear
-from ..functional.others import PartialSupport
+from ..functional.parallel import PartialSupport
 from ..functional.support import DenseSupport, LiveSupport, Support
+from .dtypes import Widest
 from .objective import Objective, Sparsity
 from .output import TrainingLoss
-from .widest import Widest
 
 if TYPE_CHECKING:
     from .model import SAEModel
@@ -40,7 +40,7 @@ class Learning(Widest):
         """Return the objective that the architecture is trained with, term by term.
 
         Where few latents are on, on a CPU, the memory of the large gradients stays with the weights once they are
-        cleared, for the next step; ``functional.kept_memory.forget(sae.parameters())`` lets go of it.
+        cleared, for the next step; ``functional.cpu.reused_memory.forget(sae.parameters())`` lets go of it.
 
         Args:
             x: activations ``[..., d_in]``.

@@ -9,51 +9,21 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, InputError, LatentIndexError, did_you_mean, shown
+from ..hub.origin import Origin
 from ..registry import LateBound
 from ..storage import StoredTensor
 from .building import chosen_dtype, largest, ordinary_tensors, require_complete, unrecorded
-from .stated import Stated
+from .description import Stated
 
 if TYPE_CHECKING:
     from .config import SAEConfig
     from .model import SAEModel
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where an SAE came from.
-
-    Attributes:
-        repo: repository id or folder.
-        subfolder: the SAE's folder or file inside it, empty for the root.
-        revision: commit that `repo` was pinned to; None for a local folder.
-        format: name of the layout.
-        files: the files that hold it, relative to its folder.
-        folder: where the files lie on this machine, as far as they were fetched whole; None if they were not.
-        bytes_read: bytes read to load it: of mapped tensors their size, whether or not all of it was touched.
-        cache_dir: folder of the Hub cache that it was read through; None for the default one.
-    """
-
-    repo: str
-    subfolder: str = ""
-    revision: str | None = None
-    format: str = "native"
-    files: tuple[str, ...] = ()
-    folder: Path | None = None
-    bytes_read: int = field(default=0, compare=False)
-    cache_dir: str | None = field(default=None, compare=False)
-
-    def __str__(self) -> str:
-        """Return the name to use in messages."""
-        place = f"{self.repo}/{self.subfolder}" if self.subfolder else self.repo
-        return f"{place}@{self.revision[:12]}" if self.revision else place
 
 
 Tensors = dict[str, Tensor]
@@ -161,8 +131,8 @@ class Checkpoint:
 OPENING_ARGUMENTS = ("format", "architecture", "names", "ignore")
 PLACE_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "variant")
 
-open_checkpoint = LateBound("hf_gated_sae.hub.opening", "open_checkpoint")
-_described_tensors = LateBound("hf_gated_sae.formats.home_made", "described_tensors")
+open_checkpoint = LateBound("hf_gated_sae.formats", "open_checkpoint")
+_described_tensors = LateBound("hf_gated_sae.formats", "described_tensors")
 
 
 def named_place(

@@ -15,21 +15,22 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from ..errors import CheckpointError, InputError, LatentIndexError, ShapeError
-from ..functional.frames import FRAMES, Frame
-from ..functional.live import LiveLatents, latent_numbers
 from ..functional.metrics import FidelityMetrics
-from ..functional.sparse import decode
+from ..functional.normalization import FRAMES, Frame
+from ..functional.sparse_decode import decode
+from ..functional.sparse_latents import LiveLatents, latent_numbers
+from ..hub.origin import Origin
 from ..registry import LateBound, Registry
+from ..storage.atomic_write import replaced_together
 from .building import assembled, require_complete, require_finite
 from .config import SAEConfig
+from .description import stated
 from .learning import Learning
-from .loading import Origin, from_tensors, load, named_place, open_checkpoint
+from .loading import from_tensors, load, named_place, open_checkpoint
 from .output import SAEOutput
-from .quiet import quiet_transformers
-from .saving import replaced_together
-from .sparse import Sparse
-from .stated import stated
+from .sparse_encoding import Sparse
 from .traits import Traits
+from .transformers_settings import quiet_transformers
 from .wiring import Wiring
 
 architectures: Registry[type[SAEModel]] = Registry("architecture", "hf_gated_sae.architectures")

@@ -14,8 +14,8 @@ from ..functional.support import Support
 from .output import TrainingLoss
 
 if TYPE_CHECKING:
-    from .keeping import KeepingSAE
     from .model import SAEModel
+    from .topk_base import KeepingSAE
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from ..functional.brief import brief
-from ..functional.live import LiveLatents
+from ..functional.short_repr import brief
+from ..functional.sparse_latents import LiveLatents
 
 
 @dataclass

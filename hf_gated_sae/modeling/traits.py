@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from .introduction import Introduction
+from .printing import Introduction
 
 
 class Traits(Introduction):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .widest import Widest
+from .dtypes import Widest
 
 if TYPE_CHECKING:
     from .model import SAEModel

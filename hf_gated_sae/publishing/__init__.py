@@ -1,11 +1,11 @@
 """Publish an SAE so that others can find, load and trust it: facts, card, one commit."""
 
 from .card import model_card
-from .convert import Conversion, convert
+from .conversion import Conversion, convert
 from .facts import CardFacts, LatentLabel, read_facts
 from .mirror import Mirror
 from .push import push_to_hub
-from .saving import save
+from .save_published import save
 
 __all__ = [
     "CardFacts",

@@ -17,9 +17,9 @@ from safetensors import safe_open
 from ..errors import CheckpointError, InputError, did_you_mean
 from ..evaluation import FidelityReport
 from ..hub.licences import normalise
+from ..hub.origin import Origin
 from ..modeling import SAEModel
-from ..modeling.loading import Origin
-from ..modeling.saving import FACTS_FILE
+from ..storage.atomic_write import FACTS_FILE
 
 SCHEMA = 1
 

@@ -15,16 +15,16 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi, hf_hub_download
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
+from ..catalog import SAESet
 from ..errors import InputError, PublishError
 from ..formats.native import native_folders
+from ..hub.error_messages import explained
 from ..hub.location import clean_subfolder
-from ..hub.trouble import explained
-from ..modeling import SAESet
-from ..modeling.saving import FACTS_FILE
 from ..storage import TENSOR_FILES
-from .convert import ROOT, Conversion, given_licence
-from .index import INDEX_FILE, conversion_of, read_index
+from ..storage.atomic_write import FACTS_FILE
+from .conversion import ROOT, Conversion, given_licence
 from .markdown import decoded
+from .repository_index import INDEX_FILE, conversion_of, read_index
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,23 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Repository
 
 from ..errors import InputError, PublishError
 from ..formats.native import native_folders
+from ..hub.error_messages import TransportError
 from ..hub.location import clean_subfolder
-from ..hub.trouble import TransportError
 from ..modeling import SAEModel
-from ..modeling.saving import FACTS_FILE, WEIGHT_FILES
+from ..storage.atomic_write import FACTS_FILE, WEIGHT_FILES
 from .facts import CardFacts, read_facts, write_facts
-from .index import INDEX_FILE, SECTION, conversion_of, entry, index_card, index_json, read_index, updated_index
 from .markdown import decoded, merge
-from .saving import CARD_FILE, write_extras
+from .repository_index import (
+    INDEX_FILE,
+    SECTION,
+    conversion_of,
+    entry,
+    index_card,
+    index_json,
+    read_index,
+    updated_index,
+)
+from .save_published import CARD_FILE, write_extras
 
 
 def push_to_hub(

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..training.facts import FACTS_FILE
 from ..training.run import Run
+from ..training.run_facts import FACTS_FILE
 from .facts import CardFacts
-from .saving import save
+from .save_published import save
 
 
 def leave(run: Run) -> dict[str, Path]:

@@ -16,10 +16,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from .blocks import Chain
+from .multi_rank import is_spread
 from .probe import Seen, Trace
 from .projections import largest_rank
-from .search import MOST_TERMS, Step, find_kept_sum, find_sum
-from .sharding import is_spread
+from .sum_search import MOST_TERMS, Step, find_kept_sum, find_sum
 from .sums import Decomposition, Sums
 
 MOST_CANDIDATES = 40

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, SiteError, shown
-from .sharding import is_spread, mesh_within
+from .multi_rank import is_spread, mesh_within
 from .slots import Key, Place, pack_input, tensors_in
 
 if TYPE_CHECKING:

@@ -16,11 +16,11 @@ from .blocks import Chain, find_chain
 from .contributions import decompose, known_numbers
 from .inputs import prove_inputs
 from .interior import block_places, end_places
-from .norms import Norms
+from .multi_rank import Ranks, declared_width, is_spread, meet, refuse_stages
+from .norm_sites import Norms
 from .probe import Seen, Subject, Trace, make_subject, number_of, quiet, trace, unwrap
 from .projections import additive_modules
 from .roles import Roles, assign_roles
-from .sharding import Ranks, declared_width, is_spread, meet, refuse_stages
 from .site import LAYERED, Site
 from .site_map import PathKey, SiteMap
 from .slots import Place, Slot

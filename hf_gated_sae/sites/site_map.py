@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..errors import SiteError, did_you_mean
-from ..functional.brief import few_lines
-from .norms import Norms
+from ..functional.short_repr import few_lines
+from .norm_sites import Norms
 from .site import GLOBAL, LAYERED, Site
 from .slots import Place, Slot
 from .transforms import NORM_NO_GAIN, Transform

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import SiteError
-from .sharding import Shards
+from .multi_rank import Shards
 from .site import Site
 from .transforms import Transform, view
 

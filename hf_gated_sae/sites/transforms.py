@@ -1,8 +1,8 @@
 """Transforms of a site, ``resid_post.12|center``: what is read is ``y = T(x)``, and what is written is undone into x.
 
 A changed value ``y'`` puts ``x' = x + (y' - y) * factor``, where the factor, one number per token of that call, brings
-a difference back into the units of ``x``: a transform is a change of frame, as in `functional.frames`, and only the
-difference is moved. So ``y' = y`` leaves x bit-identical, and centring adds back what it subtracted.
+a difference back into the units of ``x``: a transform is a change of frame, as in `functional.normalization`, and only
+the difference is moved. So ``y' = y`` leaves x bit-identical, and centring adds back what it subtracted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SiteError, unknown_name
-from ..functional.frames import FRAMES, Frame
+from ..functional.normalization import FRAMES, Frame
 
 NORM_NO_GAIN = "norm_no_gain"
 DEFAULT_EPS = 1e-6

@@ -4,6 +4,7 @@ A new remedy for dead latents is one file in `remedies/`; a new source of activa
 """
 
 from ..hooks.harvest import harvest
+from .activation_unit import change_unit
 from .arguments import SAETrainingArguments
 from .remedies import DeadLatentRemedy, remedies
 from .streams import (
@@ -19,7 +20,6 @@ from .streams import (
     open_text,
 )
 from .trainer import SAETrainer
-from .units import change_unit
 
 __all__ = [
     "ActivationStream",

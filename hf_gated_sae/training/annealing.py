@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .processes import Processes
-from .remembered import RememberedBatches
+from .recent_batches import RememberedBatches
 
 Penalty = Callable[[float, Tensor, Tensor], float]
 """Returns the sparsity term without its coefficient, of a power, ``x [n, d_in]`` and ``target [n, d_out]``."""

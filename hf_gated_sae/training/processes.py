@@ -16,7 +16,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed import ReduceOp
 
 from ..errors import CheckpointError, InputError, SAEError
-from ..functional.others import OtherLatents, OtherTokens
+from ..functional.parallel import OtherLatents, OtherTokens
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .taking import take_rows
+from .take_rows import take_rows
 
 COPIED_AT_ONCE = 1 << 16
 

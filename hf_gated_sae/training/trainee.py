@@ -14,21 +14,21 @@ from torch.optim import Optimizer
 
 from ..errors import CheckpointError, InputError, ShapeError
 from ..functional import FidelityAccumulator
-from ..functional.kept_memory import forget
+from ..functional.cpu.reused_memory import forget
 from ..functional.outliers import is_outlier, largest_share
 from ..modeling import SAEModel, TrainingLoss
 from . import decoder_norm
+from .activation_unit import change_unit, require_two_units, unit_tensors
 from .annealing import PowerAnnealing
 from .arguments import SAETrainingArguments
 from .dead_latents import DeadLatents
-from .fresh import fresh_vectors
-from .objective import build_objective
+from .initial_latents import fresh_vectors
+from .objective_call import build_objective
 from .remedies import DeadLatentRemedy, remedies
 from .schedules import LearningRateDip, linear_warmup
 from .sharding import Grid
 from .statistics import ActivationStatistics
 from .streams import ActivationStream
-from .units import change_unit, require_two_units, unit_tensors
 
 _log = logging.getLogger(__name__)
 

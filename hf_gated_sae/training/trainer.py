@@ -24,17 +24,17 @@ from ..hooks.token_batches import TokenBatches
 from ..modeling import SAEModel, TrainingLoss
 from . import checkpoints
 from .arguments import SAETrainingArguments
-from .facts import write_training_facts
 from .gradients import GradientsOfSAEs
 from .group import SAEGroup
 from .held_out import HeldOut
 from .memory import TrainingMemory, available_memory, is_out_of_memory
-from .objective import called_through
+from .objective_call import called_through
 from .phases import Phase, PhaseCallback, counted
 from .processes import require_launched
-from .progress import TrainingProgress
+from .progress_bar import TrainingProgress
 from .recording import record_activations
 from .resumable import Resumable
+from .run_facts import write_training_facts
 from .schedules import LearningRateDip
 from .sharding import Grid, own_part
 from .statistics import measure

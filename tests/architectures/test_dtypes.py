@@ -10,9 +10,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_gated_sae.architectures import architectures
-from hf_gated_sae.functional.live import LiveLatents
+from hf_gated_sae.functional.sparse_latents import LiveLatents
 from hf_gated_sae.modeling import SAEModel
-from hf_gated_sae.modeling.widest import EQUATIONS
+from hf_gated_sae.modeling.dtypes import EQUATIONS
 from tests.support.example_saes import D_SAE, example
 
 CASES = {

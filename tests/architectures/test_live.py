@@ -10,10 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_gated_sae.architectures import architectures
 from hf_gated_sae.errors import LatentIndexError, ShapeError
-from hf_gated_sae.functional import screen, search
-from hf_gated_sae.functional.live import LiveLatents
+from hf_gated_sae.functional.cpu import bf16_screening, tiled_projection
+from hf_gated_sae.functional.sparse_latents import LiveLatents
 from hf_gated_sae.modeling import SAEModel
-from hf_gated_sae.modeling import sparse as module
+from hf_gated_sae.modeling import sparse_encoding as module
 from tests.support.example_saes import D_IN, D_SAE, ONE_SITE, build, example, randomised
 
 every_architecture = pytest.mark.parametrize("architecture", list(architectures))
@@ -26,7 +26,7 @@ def _in_small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FEWEST_TOKENS", 3)
     monkeypatch.setattr(module, "ACTIVATIONS_AT_ONCE", 8 * D_IN)
     monkeypatch.setattr(module, "LATENTS_AT_ONCE", {"cpu": 1})
-    monkeypatch.setattr(search, "TILE", 32)
+    monkeypatch.setattr(tiled_projection, "TILE", 32)
 
 
 def activations(sae: SAEModel, *shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -130,9 +130,9 @@ def test_other_dtypes(architecture: str, dtype: torch.dtype) -> None:
 @torch.no_grad()
 def test_screened_latents_are_the_plain_ones(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With float64 as the judge; what lies within rounding of zero may be on or off."""
-    monkeypatch.setattr(screen, "_AVAILABLE", True)  # a CPU without bfloat16 only takes longer
-    monkeypatch.setattr(screen, "FEWEST_TOKENS", 1)
-    monkeypatch.setattr(screen, "DENSEST", 1.0)
+    monkeypatch.setattr(bf16_screening, "_AVAILABLE", True)  # a CPU without bfloat16 only takes longer
+    monkeypatch.setattr(bf16_screening, "FEWEST_TOKENS", 1)
+    monkeypatch.setattr(bf16_screening, "DENSEST", 1.0)
     monkeypatch.setattr(module, "ACTIVATIONS_AT_ONCE", 1 << 20)
     sae = randomised(build(architecture, d_in=48, d_sae=200))
     x = torch.randn(120, 48, generator=torch.Generator().manual_seed(0))

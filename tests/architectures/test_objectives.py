@@ -17,11 +17,11 @@ from hf_gated_sae.architectures.gated_untied import UntiedGatedSAE
 from hf_gated_sae.architectures.jumprelu import JumpReLUObjective
 from hf_gated_sae.architectures.standard import StandardObjective
 from hf_gated_sae.errors import InputError, ShapeError
-from hf_gated_sae.functional import screen
 from hf_gated_sae.functional import support as supports
-from hf_gated_sae.functional.live import LiveLatents
+from hf_gated_sae.functional.cpu import bf16_screening
+from hf_gated_sae.functional.sparse_latents import LiveLatents
 from hf_gated_sae.modeling import KeptObjective, Objective
-from hf_gated_sae.training.taking import take_rows
+from hf_gated_sae.training.take_rows import take_rows
 
 D_IN, D_SAE, TOKENS = 24, 2048, 520
 FEW = 2.2
@@ -69,9 +69,11 @@ def dense(monkeypatch: pytest.MonkeyPatch) -> None:
 def screens(monkeypatch: pytest.MonkeyPatch, available: bool) -> list[Any]:
     """Let there be screens or none, and return those made; a CPU without bfloat16 only takes longer for them."""
     made: list[Any] = []
-    of = screen.screen_of
-    monkeypatch.setattr(screen, "_AVAILABLE", available)
-    monkeypatch.setattr(screen, "screen_of", lambda x, rounding: made.append(of(x, rounding=rounding)) or made[-1])
+    of = bf16_screening.screen_of
+    monkeypatch.setattr(bf16_screening, "_AVAILABLE", available)
+    monkeypatch.setattr(
+        bf16_screening, "screen_of", lambda x, rounding: made.append(of(x, rounding=rounding)) or made[-1]
+    )
     return made
 
 
@@ -191,7 +193,7 @@ def test_under_autocast_rounding_may_decide_which_latents_are_on(
 
     plain, wanted = step(example(architecture, torch.float32, **settings), x)
     rounded = step(example(architecture, torch.float32, **settings), x, bf16=True)
-    assert [type(each) for each in used] == [screen.BoundedScreen, screen.Screen] * screened
+    assert [type(each) for each in used] == [bf16_screening.BoundedScreen, bf16_screening.Screen] * screened
     assert isinstance(rounded[0].latents, LiveLatents) and rounded[0].latents.values.dtype == torch.float32
     on, was = rounded[0].latents.dense() != 0, plain.latents.dense() != 0
     assert (on != was).sum() <= (0.02 if screened else 0) * was.sum()

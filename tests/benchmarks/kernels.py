@@ -50,9 +50,9 @@ def ours_gated(w: dict[str, torch.Tensor]) -> Run:
 
 
 def ours_gated_unscreened(w: dict[str, torch.Tensor]) -> Run:
-    from hf_gated_sae.functional import screen
+    from hf_gated_sae.functional.cpu import bf16_screening
 
-    screen.serves = lambda *_: False
+    bf16_screening.serves = lambda *_: False
     return ours("gated", w).reconstruct
 
 

@@ -66,7 +66,7 @@ IMPORTS = {
         "transformers.modeling_utils",
         "hf_gated_sae.architectures",
         "hf_gated_sae.formats",
-        "hf_gated_sae.hub.opening",
+        "hf_gated_sae.formats._opening",
     ),
     "saelens": ("sae_lens", "sae_lens.loading.pretrained_sae_loaders"),
     "saelens_npz": ("sae_lens", "sae_lens.loading.pretrained_sae_loaders"),

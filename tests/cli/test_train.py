@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from hf_gated_sae import SAEModel, SAESet
 from hf_gated_sae.cli import main
-from hf_gated_sae.cli.training.progress import SHORT, LiveProgress, table
+from hf_gated_sae.cli.training.live_progress import SHORT, LiveProgress, table
 from hf_gated_sae.demo import bundled, corpus
 from hf_gated_sae.publishing import read_facts
 from hf_gated_sae.training.presets import presets
@@ -137,7 +137,7 @@ def test_interrupted_before_it_trains_it_says_so_too(monkeypatch, capsys, words:
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_gated_sae.training.run.parts.load_model", interrupt)
+    monkeypatch.setattr("hf_gated_sae.training.run.run_parts.load_model", interrupt)
     assert run(monkeypatch, "--config", "run.yaml", *words) == 130
     said = capsys.readouterr().err
     assert "Interrupted." in said and "Traceback" not in said and ("no checkpoint yet" in said) == (not words)

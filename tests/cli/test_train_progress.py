@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from hf_gated_sae.cli.training.live_progress import LiveProgress
 from hf_gated_sae.cli.training.pace import Pace
-from hf_gated_sae.cli.training.progress import LiveProgress
 from hf_gated_sae.training.phases import Phase, counted
 
 

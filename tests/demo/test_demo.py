@@ -10,9 +10,9 @@ import torch
 
 from hf_gated_sae import GatedSAE, GatedSAEConfig, SAEModel
 from hf_gated_sae.demo import bundled
+from hf_gated_sae.demo.demo_run import DemoPlan, run_demo
 from hf_gated_sae.demo.effects import SteeringPlan
 from hf_gated_sae.demo.effort import QUICK, THOROUGH, Effort, effort_for
-from hf_gated_sae.demo.run import DemoPlan, run_demo
 from hf_gated_sae.errors import AttachError, InputError, MissingFileError, UnknownNameError
 from hf_gated_sae.hooks.dispatch import _dispatchers
 

@@ -9,7 +9,7 @@ import torch
 
 from hf_gated_sae import Splice, attach, evaluate
 from hf_gated_sae.errors import InputError
-from hf_gated_sae.functional.frames import FRAMES
+from hf_gated_sae.functional.normalization import FRAMES
 from hf_gated_sae.modeling import SAEModel
 from hf_gated_sae.training import SAETrainer, SAETrainingArguments
 from tests.support.example_saes import build, randomised

@@ -14,9 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from hf_gated_sae import SAEModel, SAESet
 from hf_gated_sae.errors import CheckpointError, MissingFileError, SAEError
-from hf_gated_sae.formats import formats
+from hf_gated_sae.formats import formats, sae_addresses
 from hf_gated_sae.hub import locate
-from hf_gated_sae.hub.opening import sae_addresses
 from tests.support.example_saes import assert_same
 from tests.support.mini_hub import MiniHub
 

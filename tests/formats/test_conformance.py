@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from hf_gated_sae import SAEModel
-from hf_gated_sae.formats import Example, formats
+from hf_gated_sae.formats import Example, formats, open_checkpoint, sae_addresses
 from hf_gated_sae.hub import locate
-from hf_gated_sae.hub.opening import open_checkpoint, sae_addresses
 from tests.support.example_saes import assert_same
 from tests.support.mini_hub import MiniHub
 

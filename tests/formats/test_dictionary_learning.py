@@ -11,8 +11,8 @@ import torch
 
 from hf_gated_sae import SAEModel, SAESet
 from hf_gated_sae.errors import CheckpointError, InputError
+from hf_gated_sae.formats._dictionary_learning_sites import place_of
 from hf_gated_sae.formats.dictionary_learning import KINDS
-from hf_gated_sae.formats.dictionary_learning_sites import place_of
 
 
 def written(folder: Path, trainer: Any, *, drop: tuple[str, ...] = (), **changes: Any) -> Path:

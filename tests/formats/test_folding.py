@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_gated_sae.formats import folding
+from hf_gated_sae.formats import _folding
 from hf_gated_sae.modeling import SAEModel
 from tests.support.example_saes import build, randomised
 
@@ -59,7 +59,7 @@ def inputs(sae: SAEModel) -> torch.Tensor:
 def test_an_input_scale_moves_into_the_weights(scale: float, **sae_arguments: Any) -> None:
     """``folded(x) == trained(scale * x) / scale``, and the latents are those of training."""
     sae = trained(**sae_arguments)
-    folded, x = with_tensors(sae, folding.fold_input_scale(tensors_of(sae), scale)), inputs(sae)
+    folded, x = with_tensors(sae, _folding.fold_input_scale(tensors_of(sae), scale)), inputs(sae)
     torch.testing.assert_close(folded(x).latents, sae(scale * x).latents, **TIGHT)
     torch.testing.assert_close(folded(x).reconstruction, sae(scale * x).reconstruction / scale, **TIGHT)
 
@@ -68,7 +68,7 @@ def test_an_input_scale_moves_into_the_weights(scale: float, **sae_arguments: An
 @given(scale_in=FACTORS, scale_out=FACTORS, **SAES)
 def test_a_transcoder_has_two_scales(scale_in: float, scale_out: float, **sae_arguments: Any) -> None:
     sae = trained(**sae_arguments, d_out=5, apply_b_dec_to_input=False, skip_connection=True)
-    folded = with_tensors(sae, folding.fold(tensors_of(sae), scale_in=scale_in, scale_out=scale_out))
+    folded = with_tensors(sae, _folding.fold(tensors_of(sae), scale_in=scale_in, scale_out=scale_out))
     x = inputs(sae)
     torch.testing.assert_close(folded(x).latents, sae(scale_in * x).latents, **TIGHT)
     torch.testing.assert_close(folded(x).reconstruction, sae(scale_in * x).reconstruction / scale_out, **TIGHT)
@@ -80,7 +80,7 @@ def test_decoder_norms_move_into_the_latents(**sae_arguments: Any) -> None:
     """The output stays; a latent is as many times as large as its decoder row was long."""
     sae = trained(**sae_arguments)
     norms, x = sae.W_dec.norm(dim=1), inputs(sae)
-    folded = with_tensors(sae, folding.fold_decoder_norms(tensors_of(sae)))
+    folded = with_tensors(sae, _folding.fold_decoder_norms(tensors_of(sae)))
     torch.testing.assert_close(folded.W_dec.norm(dim=1), torch.ones_like(norms), **TIGHT)
     torch.testing.assert_close(folded(x).latents, sae(x).latents * norms, **TIGHT)
     torch.testing.assert_close(folded(x).reconstruction, sae(x).reconstruction, **TIGHT)
@@ -91,8 +91,8 @@ def test_decoder_norms_move_into_the_latents(**sae_arguments: Any) -> None:
 def test_all_at_once_is_one_after_the_other(scale: float, **sae_arguments: Any) -> None:
     sae = trained(**sae_arguments)
     unit = torch.rand(sae.config.d_sae, dtype=torch.float64) + 0.5
-    at_once = folding.fold(tensors_of(sae), scale_in=scale, latent_unit=unit)
-    in_turn = folding.fold_decoder_norms(folding.fold_input_scale(tensors_of(sae), scale), unit)
+    at_once = _folding.fold(tensors_of(sae), scale_in=scale, latent_unit=unit)
+    in_turn = _folding.fold_decoder_norms(_folding.fold_input_scale(tensors_of(sae), scale), unit)
     for name, tensor in at_once.items():
         torch.testing.assert_close(tensor, in_turn[name], **TIGHT)
 
@@ -104,15 +104,15 @@ def test_a_gate_on_what_is_written_becomes_a_gate_on_the_latents(seed: int, d_sa
     x, norms = inputs(sae), sae.W_dec.norm(dim=1)
     pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
     wanted = torch.where(pre * norms > sae.threshold, pre, 0.0).relu()
-    folded = with_tensors(sae, folding.gate_by_decoder_norms(tensors_of(sae)))
+    folded = with_tensors(sae, _folding.gate_by_decoder_norms(tensors_of(sae)))
     torch.testing.assert_close(folded.encode(x), wanted, **TIGHT)
 
 
 FOLDS = {
-    "input": lambda tensors: folding.fold_input_scale(tensors, 0.37),
-    "output": lambda tensors: folding.fold(tensors, scale_in=3.1, scale_out=0.2),
-    "norms": folding.fold_decoder_norms,
-    "gate": lambda tensors: folding.gate_by_decoder_norms(tensors) if "threshold" in tensors else tensors,
+    "input": lambda tensors: _folding.fold_input_scale(tensors, 0.37),
+    "output": lambda tensors: _folding.fold(tensors, scale_in=3.1, scale_out=0.2),
+    "norms": _folding.fold_decoder_norms,
+    "gate": lambda tensors: _folding.gate_by_decoder_norms(tensors) if "threshold" in tensors else tensors,
 }
 
 
@@ -140,9 +140,9 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype, transposed: bool) ->
     matrix = torch.randn(64, 48).to(dtype)
     matrix = matrix.T if transposed else matrix
     exact = {"W_enc_T": matrix.double(), "W_dec": matrix.double(), "b_dec": torch.zeros(matrix.shape[1])}
-    exact = folding.fold(exact, scale_in=0.3, latent_unit=folding.decoder_norms(matrix.double()))
+    exact = _folding.fold(exact, scale_in=0.3, latent_unit=_folding.decoder_norms(matrix.double()))
     half = {"W_enc_T": matrix.clone(), "W_dec": matrix.clone(), "b_dec": torch.zeros(matrix.shape[1], dtype=dtype)}
-    half = folding.fold(half, scale_in=0.3, latent_unit=folding.decoder_norms(matrix))
+    half = _folding.fold(half, scale_in=0.3, latent_unit=_folding.decoder_norms(matrix))
     for name in ("W_enc_T", "W_dec"):
         error = (half[name].double() - exact[name]).abs() / exact[name].abs()
         assert error.max() <= torch.finfo(dtype).eps / 2 * 1.001
@@ -154,7 +154,7 @@ def test_a_latent_that_writes_nothing_is_off() -> None:
         sae.W_dec[2] = 0
         sae.b_enc[2] = 100.0
     x = inputs(sae)
-    for fold in (folding.fold_decoder_norms, folding.gate_by_decoder_norms):
+    for fold in (_folding.fold_decoder_norms, _folding.gate_by_decoder_norms):
         tensors = fold(tensors_of(sae))
         assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
         assert not with_tensors(sae, tensors).encode(x)[:, 2].any()
@@ -184,6 +184,6 @@ print((peak() - before) / made["W_dec"].nbytes)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_matrix_is_copied_in_memory(dtype: str) -> None:
     """The process's peak: what torch copies behind an operation in place is seen by nothing else."""
-    command = [sys.executable, "-c", PROGRAM, dtype, folding.__file__]
+    command = [sys.executable, "-c", PROGRAM, dtype, _folding.__file__]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert float(run.stdout) < 0.5

@@ -12,8 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_gated_sae.formats import Example
-from hf_gated_sae.hub.opening import open_checkpoint
+from hf_gated_sae.formats import Example, open_checkpoint
 from tests.formats.test_conformance import every_example, examples_root, repo
 
 __all__ = ["examples_root", "repo"]

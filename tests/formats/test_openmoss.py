@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_gated_sae import SAEModel
 from hf_gated_sae.errors import CheckpointError, InputError, MissingFileError
-from hf_gated_sae.formats import Example, formats, openmoss
+from hf_gated_sae.formats import Example, _openmoss, formats
 
 SCOPE = Example("fnlp/Llama3_1-8B-Base-LXR-8x", "Llama3_1-8B-Base-L1R-8x")
 R1 = Example("fnlp/Llama-Scope-R1-Distill", "800M-Slimpajama-0-OpenR1-Math-220k/L1R")
@@ -138,11 +138,11 @@ def test_the_input_scale_is_in_the_file_or_in_the_index(tmp_path: Path, monkeypa
     tensors = load_file(file)
     average = tensors.pop("dataset_average_activation_norm.blocks.1.hook_resid_post")
     save_file(tensors, file)
-    monkeypatch.setattr(openmoss, "known_facts", lambda repo_id, address: {})
+    monkeypatch.setattr(_openmoss, "known_facts", lambda repo_id, address: {})
     with pytest.raises(CheckpointError, match="neither in the weights.*nor known for fnlp/Llama-Scope-R1-Distill"):
         SAEModel.from_pretrained(repo, R1.address)
     known = {"input_scale": 4 / float(average), "base_model": "acme/lm"}
-    monkeypatch.setattr(openmoss, "known_facts", lambda repo_id, address: known)
+    monkeypatch.setattr(_openmoss, "known_facts", lambda repo_id, address: known)
     sae = SAEModel.from_pretrained(repo, R1.address)
     assert sae.config.base_model == "acme/lm"
     for name, tensor in sae.state_dict().items():

@@ -11,9 +11,8 @@ import torch
 
 from hf_gated_sae import SAEModel
 from hf_gated_sae.errors import CheckpointError, SAEError
-from hf_gated_sae.formats import formats
+from hf_gated_sae.formats import formats, sae_addresses
 from hf_gated_sae.hub import locate
-from hf_gated_sae.hub.opening import sae_addresses
 
 
 @pytest.fixture

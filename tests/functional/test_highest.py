@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_gated_sae import TopKSAE, TopKSAEConfig
-from hf_gated_sae.functional import screen
+from hf_gated_sae.functional.cpu import bf16_screening
 
 same_for_all = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -16,15 +16,15 @@ same_for_all = settings(deadline=None, suppress_health_check=[HealthCheck.functi
 @pytest.fixture(autouse=True)
 def _screened(monkeypatch: pytest.MonkeyPatch) -> None:
     """Screen where it would not pay, too: a CPU without bfloat16 only takes longer for the same product."""
-    monkeypatch.setattr(screen, "_AVAILABLE", True)
+    monkeypatch.setattr(bf16_screening, "_AVAILABLE", True)
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Screen few tokens, too, in several parts."""
-    monkeypatch.setattr(screen, "FEWEST_TOKENS", 1)
-    monkeypatch.setattr(screen, "DENSEST", 1.0)
-    monkeypatch.setattr(screen, "_TOKENS_AT_ONCE", 16)
+    monkeypatch.setattr(bf16_screening, "FEWEST_TOKENS", 1)
+    monkeypatch.setattr(bf16_screening, "DENSEST", 1.0)
+    monkeypatch.setattr(bf16_screening, "_TOKENS_AT_ONCE", 16)
 
 
 @same_for_all
@@ -51,8 +51,8 @@ def test_none_of_them_is_missed(
     elif kind == "all alike":
         weight, bias = torch.ones_like(weight), torch.zeros_like(bias)
     x, bias = x * scale, bias * scale
-    found = screen.highest(x, weight, bias, k)
-    if d_sae < screen._BLOCKS_PER_KEPT * k:
+    found = bf16_screening.highest(x, weight, bias, k)
+    if d_sae < bf16_screening._BLOCKS_PER_KEPT * k:
         assert found is None
         return
     assert found is not None
@@ -71,11 +71,11 @@ def test_none_of_them_is_missed(
 @pytest.mark.parametrize("rounding", [False, True])
 def test_few_are_computed(monkeypatch: pytest.MonkeyPatch, rounding: bool) -> None:
     computed = []
-    dots = screen.dots
-    monkeypatch.setattr(screen, "dots", lambda *given: computed.append(len(given[2])) or dots(*given))
+    dots = bf16_screening.dots
+    monkeypatch.setattr(bf16_screening, "dots", lambda *given: computed.append(len(given[2])) or dots(*given))
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(1024, 256, generator=generator), torch.randn(4096, 256, generator=generator)
-    found = screen.highest(x, weight, torch.zeros(4096), 16, rounding=rounding)
+    found = bf16_screening.highest(x, weight, torch.zeros(4096), 16, rounding=rounding)
     assert found is not None
     assert not computed if rounding else 16 * 1024 <= sum(computed) < 64 * 1024
     exact = x.double() @ weight.double().T
@@ -93,7 +93,7 @@ def test_few_are_computed(monkeypatch: pytest.MonkeyPatch, rounding: bool) -> No
 def test_what_is_not_finite_is_left_to_the_product(small: None, what: str, value: float, rounding: bool) -> None:
     tensors = {"x": torch.randn(20, 8), "weight": torch.randn(64, 8), "bias": torch.randn(64)}
     tensors[what].view(-1)[3] = value
-    assert screen.highest(**tensors, k=2, rounding=rounding) is None
+    assert bf16_screening.highest(**tensors, k=2, rounding=rounding) is None
 
 
 @pytest.mark.parametrize("rounding", [False, True])
@@ -105,15 +105,15 @@ def test_what_would_overflow_is_left_to_the_product(
 ) -> None:
     biases = torch.zeros(64)
     biases[5] = bias
-    found = screen.highest(torch.randn(20, 8) * x, torch.randn(64, 8) * weight, biases, 2, rounding=rounding)
+    found = bf16_screening.highest(torch.randn(20, 8) * x, torch.randn(64, 8) * weight, biases, 2, rounding=rounding)
     assert found is None
     tokens = torch.randn(20, 8) * x
-    assert screen.screen_of(tokens, rounding=rounding).above(torch.randn(64, 8) * weight, -biases) is None
+    assert bf16_screening.screen_of(tokens, rounding=rounding).above(torch.randn(64, 8) * weight, -biases) is None
 
 
 def test_where_too_many_are_close_it_is_left_to_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(screen, "FEWEST_TOKENS", 1)
-    assert screen.highest(torch.ones(20, 8), torch.ones(640, 8), torch.zeros(640), 2) is None
+    monkeypatch.setattr(bf16_screening, "FEWEST_TOKENS", 1)
+    assert bf16_screening.highest(torch.ones(20, 8), torch.ones(640, 8), torch.zeros(640), 2) is None
 
 
 @pytest.mark.parametrize("settings", [{}, {"rectified": False}, {"rank_by_decoder_norm": True}], ids=str)
@@ -125,6 +125,6 @@ def test_a_topk_sae_keeps_the_same(monkeypatch: pytest.MonkeyPatch, settings: di
     sae.W_dec.mul_(torch.rand(2048, 1) + 0.5)
     x = torch.randn(600, 32)
     screened = sae.live(x), sae.reconstruct(x)
-    monkeypatch.setattr(screen, "serves", lambda *_: False)
+    monkeypatch.setattr(bf16_screening, "serves", lambda *_: False)
     torch.testing.assert_close(screened[0].dense(), sae.encode(x), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(screened[1], sae.reconstruct(x), rtol=1e-5, atol=1e-5)

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_gated_sae import SAEModel, Splice, capture, resolve
 from hf_gated_sae.demo import corpus
 from hf_gated_sae.errors import SiteError
-from hf_gated_sae.hooks.check import check_saes
 from hf_gated_sae.hooks.probe_text import TEXT
+from hf_gated_sae.hooks.site_check import check_saes
 
 
 @dataclasses.dataclass

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_gated_sae import SAEModel, Splice, attach, resolve
 from hf_gated_sae.demo.bundled import MODEL, SAES
 from hf_gated_sae.errors import SiteError
-from hf_gated_sae.hooks.places import far_places, near_places
+from hf_gated_sae.hooks.alternative_sites import far_places, near_places
 from tests.hooks.support import make_sae, model_of
 
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_gated_sae import Ablate, Splice, Steer, attach, capture, resolve
 from hf_gated_sae.errors import SiteError
-from hf_gated_sae.sites.sharding import must_finish
+from hf_gated_sae.sites.multi_rank import must_finish
 from tests.hooks.support import IDS, block, close, hooks_on, logits_of, make_sae, model_of
 from tests.support.tiny_models import tiny_model
 

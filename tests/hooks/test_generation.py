@@ -382,13 +382,13 @@ def test_a_generation_in_which_no_token_was_edited_is_told_of():
 def test_a_generation_in_which_all_tokens_were_edited_though_some_are_meant_is_an_error(monkeypatch):
     """As when every step of a generation is taken for its prompt."""
     model, sae = model_of("llama"), make_sae()
-    monkeypatch.setattr("hf_gated_sae.hooks.layout.ForwardArguments.inputs", property(lambda call: call.ids))
+    monkeypatch.setattr("hf_gated_sae.hooks.token_positions.ForwardArguments.inputs", property(lambda call: call.ids))
     with (
         pytest.raises(AttachError, match="edited all 20 tokens of a generation"),
         attach(model, edit_of(sae, "prompt")),
     ):
-        monkeypatch.setattr("hf_gated_sae.hooks.tokens.generation_of", lambda model: None)
-        monkeypatch.setattr("hf_gated_sae.hooks.arguments._the_cache", lambda call, names: None)
+        monkeypatch.setattr("hf_gated_sae.hooks.token_tracker.generation_of", lambda model: None)
+        monkeypatch.setattr("hf_gated_sae.hooks.call_arguments._the_cache", lambda call, names: None)
         generate(model)
 
 

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from hf_gated_sae import Ablate, Clamp, Splice, Steer, attach, capture, resolve
-from hf_gated_sae.sites.sharding import must_finish
+from hf_gated_sae.sites.multi_rank import must_finish
 from tests.hooks.support import IDS, block, close, hand_made, hooks_on, live_latents, logits_of, make_sae
 from tests.support.tiny_models import tiny_model
 

@@ -5,7 +5,7 @@ import torch
 
 from hf_gated_sae import Ablate, Cap, Clamp, Floor, Patch, ProjectOut, Splice, Steer, attach
 from hf_gated_sae.errors import AttachError, SAEError
-from hf_gated_sae.hooks.report import Record
+from hf_gated_sae.hooks.attach_report import Record
 from tests.hooks.support import SITE, block, hand_made, logits_of, make_sae, model_of
 
 SAE = make_sae()

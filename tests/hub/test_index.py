@@ -18,8 +18,7 @@ from pathlib import Path
 import pytest
 
 from hf_gated_sae.errors import InputError, UnknownNameError
-from hf_gated_sae.formats import formats
-from hf_gated_sae.formats.model_names import repository_of
+from hf_gated_sae.formats import formats, open_checkpoint, sae_addresses
 from hf_gated_sae.hub.index import (
     FILE,
     has_size,
@@ -34,7 +33,7 @@ from hf_gated_sae.hub.index import (
 )
 from hf_gated_sae.hub.index_encoding import grouped
 from hf_gated_sae.hub.location import Location
-from hf_gated_sae.hub.opening import open_checkpoint, sae_addresses
+from hf_gated_sae.hub.model_names import repository_of
 from hub_scripts.build_index import read_facts
 
 DIGEST = Path(__file__).with_name("known_saes_digest.json")

@@ -6,11 +6,11 @@ import re
 
 import pytest
 
+from hf_gated_sae.catalog.search import search
 from hf_gated_sae.errors import InputError, UnknownNameError
 from hf_gated_sae.hub import neuronpedia
 from hf_gated_sae.hub.index import Release, known_facts, known_saes
 from hf_gated_sae.hub.neuronpedia import sae_of_dashboards
-from hf_gated_sae.hub.search import search
 
 NAMES = {sae.neuronpedia: sae for sae in known_saes() if sae.neuronpedia}
 

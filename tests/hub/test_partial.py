@@ -14,7 +14,7 @@ import torch
 from hf_gated_sae import SAEModel
 from hf_gated_sae.errors import MissingFileError
 from hf_gated_sae.hub import integrity
-from hf_gated_sae.hub.columns import SUFFIX
+from hf_gated_sae.hub.column_reads import SUFFIX
 from tests.support.example_saes import example
 from tests.support.mini_hub import MiniHub
 

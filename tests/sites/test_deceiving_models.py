@@ -10,7 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_gated_sae.errors import SiteError
 from hf_gated_sae.sites import Site, resolve
-from hf_gated_sae.sites.norms import Norms
+from hf_gated_sae.sites.norm_sites import Norms
 from hf_gated_sae.sites.probe import make_subject, trace
 from hf_gated_sae.sites.site_map import SiteMap
 from tests.sites.home_made import WIDTH, Attention, Block, Mlp, Model, places, run

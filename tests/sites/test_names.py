@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_gated_sae.errors import CheckpointError, SiteError, UnknownNameError
-from hf_gated_sae.formats.hook_names import place_of
+from hf_gated_sae.hub.hook_names import place_of
 from hf_gated_sae.sites import Site, read_name, resolve
 from hf_gated_sae.sites.names import explain, libraries
 from tests.support.tiny_models import tiny_model

@@ -12,7 +12,7 @@ from torch import nn
 
 from hf_gated_sae import Ablate, Splice, attach, capture
 from hf_gated_sae.errors import SiteError
-from hf_gated_sae.functional.frames import FRAMES
+from hf_gated_sae.functional.normalization import FRAMES
 from hf_gated_sae.sites import Site, Transform, resolve
 from hf_gated_sae.sites.slots import Place, Slot
 from hf_gated_sae.sites.transforms import TRANSFORMS, view

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_gated_sae.errors import CheckpointError
-from hf_gated_sae.hooks.saving import save_activations
+from hf_gated_sae.hooks.save_activations import save_activations
 from hf_gated_sae.training import ActivationStream, ModelActivations, ShardActivations, TensorActivations, TextTokens
 from hf_gated_sae.training.streams import TextFiles
 from tests.support.tiny_models import tiny_model

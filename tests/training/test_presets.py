@@ -13,7 +13,7 @@ from hf_gated_sae.training import SAETrainer, TensorActivations
 from hf_gated_sae.training.presets import presets
 from hf_gated_sae.training.run import assemble, plain
 from hf_gated_sae.training.run.assembly import arguments
-from hf_gated_sae.training.run.parts import new_saes
+from hf_gated_sae.training.run.run_parts import new_saes
 
 SMALL = {
     **{"max_steps": 3, "activation_batch_size": 32, "statistics_activations": 128, "recorded_activations": 128},

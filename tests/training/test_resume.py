@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from hf_gated_sae.errors import CheckpointError, InputError, MissingFileError, TrainingError
 from hf_gated_sae.modeling import SAEModel
 from hf_gated_sae.training import SAETrainer, TensorActivations
-from hf_gated_sae.training.remembered import RememberedBatches
+from hf_gated_sae.training.recent_batches import RememberedBatches
 from hf_gated_sae.training.trainee import Trainee
 
 from .runs import STEPS, log, run, trainer, weights

@@ -19,13 +19,13 @@ from hf_gated_sae.errors import (
     SiteError,
     TrainingError,
 )
-from hf_gated_sae.hooks.saving import save_activations
+from hf_gated_sae.hooks.save_activations import save_activations
 from hf_gated_sae.publishing.trained import leave
 from hf_gated_sae.training.memory import TrainingMemory
 from hf_gated_sae.training.run import Run, assemble, measured, read_run
-from hf_gated_sae.training.run.models import with_dtype
-from hf_gated_sae.training.run.parts import build
-from hf_gated_sae.training.run.reading import merged, read_yaml
+from hf_gated_sae.training.run.base_model import with_dtype
+from hf_gated_sae.training.run.run_parts import build
+from hf_gated_sae.training.run.strict_yaml import merged, read_yaml
 from tests.support.tiny_models import tiny_model
 
 
@@ -317,7 +317,7 @@ def test_a_run_is_resumed_as_it_was_begun(small: dict) -> None:
 
 
 def test_a_folder_without_an_id_is_asked_for_it_before_anything_is_loaded(small: dict, monkeypatch) -> None:
-    monkeypatch.setattr("hf_gated_sae.training.run.parts.load_model", lambda *_: pytest.fail("was loaded"))
+    monkeypatch.setattr("hf_gated_sae.training.run.run_parts.load_model", lambda *_: pytest.fail("was loaded"))
     del small["model"]["hub_id"]
     for make in (build, measured):
         with pytest.raises(InputError, match=r"--model.hub_id none if there is no such id"):
@@ -339,13 +339,15 @@ class TestTheDtypeOfTheModel:
         self, small: dict, stored: Path, monkeypatch, factor: float, dtype: torch.dtype
     ) -> None:
         times = {torch.bfloat16: factor, torch.float32: 1.0}
-        monkeypatch.setattr("hf_gated_sae.training.run.models._seconds", times.get)
+        monkeypatch.setattr("hf_gated_sae.training.run.base_model._seconds", times.get)
         run = Run.prepare(assemble(small))
         assert run.parts.model.dtype == dtype
         assert ("stored in bfloat16, which takes 8.0x as long here" in run.facts()["model"]) == (factor > 1)
         run.train(quiet=True)
         small["training"]["max_steps"] = 6
-        monkeypatch.setattr("hf_gated_sae.training.run.models._seconds", lambda _: pytest.fail("was decided before"))
+        monkeypatch.setattr(
+            "hf_gated_sae.training.run.base_model._seconds", lambda _: pytest.fail("was decided before")
+        )
         assert Run.prepare(assemble(small), resume=True).parts.model.dtype == dtype
 
     def test_what_is_given_stays(self, small: dict, stored: Path) -> None:
@@ -353,7 +355,7 @@ class TestTheDtypeOfTheModel:
         assert build(assemble(small)).model.dtype == torch.bfloat16
 
     def test_float32_is_never_narrowed(self, small: dict, monkeypatch) -> None:
-        monkeypatch.setattr("hf_gated_sae.training.run.models._seconds", lambda _: pytest.fail("was compared"))
+        monkeypatch.setattr("hf_gated_sae.training.run.base_model._seconds", lambda _: pytest.fail("was compared"))
         assert build(assemble(small)).model.dtype == torch.float32
 
     def test_a_model_that_would_not_fit_stays_as_it_is_stored(self, small: dict, stored: Path, monkeypatch) -> None:

@@ -20,8 +20,8 @@ from hf_gated_sae.errors import (
 )
 from hf_gated_sae.training.run import assemble, plain, read_flags, read_run
 from hf_gated_sae.training.run.assembly import arguments
-from hf_gated_sae.training.run.parts import build
-from hf_gated_sae.training.run.reading import leaves, merged
+from hf_gated_sae.training.run.run_parts import build
+from hf_gated_sae.training.run.strict_yaml import leaves, merged
 
 
 def test_flags_come_before_the_file_and_the_file_before_its_preset(small: dict, tmp_path: Path) -> None:

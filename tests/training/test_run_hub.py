@@ -15,7 +15,7 @@ from hf_gated_sae.errors import (
     InputError,
 )
 from hf_gated_sae.training.run import Run, assemble
-from hf_gated_sae.training.run.parts import build
+from hf_gated_sae.training.run.run_parts import build
 from tests.support.mini_hub import MiniHub
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hf_gated_sae.errors import InputError, MissingFileError, ShapeError, SiteError, UnknownNameError
 from hf_gated_sae.hooks import capture
-from hf_gated_sae.hooks.saving import save_activations
+from hf_gated_sae.hooks.save_activations import save_activations
 from hf_gated_sae.training import ModelActivations, ShardActivations, TensorActivations, collect, harvest
 from hf_gated_sae.training.processes import Processes
 from hf_gated_sae.training.sharding import GatheredActivations

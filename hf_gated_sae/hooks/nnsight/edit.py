@@ -17,14 +17,14 @@ from ...sites import Slot
 from ...sites.probe import unwrap
 from ...sites.slots import Place
 from ...sites.transforms import view
+from ..apply import carry_out
 from ..attach import Attachment, attach, require_fit, sites_of
-from ..carry import carry_out
-from ..check import Check
+from ..attach_report import AttachReport
 from ..continuation import facts_of
 from ..dispatch import is_attached, prove
 from ..generation import generating, has_beams, is_guided
-from ..report import AttachReport
-from ..tokens import TokenTracker
+from ..site_check import Check
+from ..token_tracker import TokenTracker
 
 
 class _Carrier:
@@ -78,7 +78,7 @@ class _Carrier:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Be sent to another machine as plain functions of torch operations."""
-        from .sent import as_sent, to_send  # here, because torch's recorder takes a second to import
+        from .remote_source import as_sent, to_send  # here, because torch's recorder takes a second to import
 
         parameters = inspect.signature(type(self.root._module).forward).parameters.values()
         names = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD][1:]

@@ -14,8 +14,8 @@ from ...modeling import SAEModel
 from ...sites import Slot
 from ...sites.slots import get_tensor, pack_input, put_tensor
 from ...sites.transforms import view
+from ..apply import add, exact_dtype
 from ..attach import Attachment, require_model
-from ..carry import add, exact_dtype
 from ..dispatch import prove
 from .edit import refuse_hooks
 

@@ -4,6 +4,6 @@ One file per library: to add one, copy `nnterp.py`, which registers itself. Noth
 """
 
 from .base import Library, Meaning, libraries
-from .reading import explain, read
+from .read_name import explain, read
 
 __all__ = ["Library", "Meaning", "explain", "libraries", "read"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...formats.hook_names import GLOBAL, IN_BLOCK, RAW, split
+from ...hub.hook_names import GLOBAL, IN_BLOCK, RAW, split
 from ..transforms import NORM_NO_GAIN
 from .base import LAST, LAYER, Library, Meaning, libraries
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...formats.hook_names import split
+from ...hub.hook_names import split
 from .base import LAYER, Library, Meaning, libraries
 
 IN_BLOCK = {"hook_attn_in": "attn_in", "hook_mlp_in": "mlp_in"}

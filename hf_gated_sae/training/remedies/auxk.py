@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...functional.sparse import decode
+from ...functional.sparse_decode import decode
 from ...modeling import SAEModel, TrainingLoss
 from ..processes import Processes
 from .base import DeadLatentRemedy

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ...modeling import SAEModel
-from ..fresh import fresh_vectors
-from ..remembered import RememberedBatches
+from ..initial_latents import fresh_vectors
+from ..recent_batches import RememberedBatches
 from ..sharding import Grid
 from .base import DeadLatentRemedy
 

@@ -18,8 +18,8 @@ from ..group import require_names
 from ..presets import presets
 from ..remedies import remedies
 from ..streams.dataset import BUILDERS, kind_of
-from .config import DataSettings, RunConfig, SAESettings
-from .reading import hints_of, leaves, merged, read_section, read_value, read_yaml, unknown_key
+from .run_config import DataSettings, RunConfig, SAESettings
+from .strict_yaml import hints_of, leaves, merged, read_section, read_value, read_yaml, unknown_key
 
 RUN_DEFAULTS: dict[str, Any] = {"training": {"save_strategy": "steps", "save_steps": 1000, "save_total_limit": 2}}
 """What a run does and a bare trainer does not: it can be resumed."""

@@ -22,10 +22,10 @@ from ..sharding import whole_config
 from ..streams import ModelActivations
 from ..trainee import Trainee
 from .assembly import arguments
-from .config import DataSettings, RunConfig
-from .models import load_config
-from .parts import base_model, build, new_saes
-from .text import sized
+from .base_model import load_config
+from .run_config import DataSettings, RunConfig
+from .run_parts import base_model, build, new_saes
+from .run_text import sized
 from .timing import held_out_seconds, time_reading, time_steps, wait
 from .tokens_read import TRAIN, TokensRead, count_tokens
 

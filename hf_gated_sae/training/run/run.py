@@ -18,21 +18,21 @@ from transformers.trainer_utils import TrainOutput
 
 from ...errors import CheckpointError, InputError, SAEError
 from ...modeling import SAEModel
-from ...modeling.saving import replaced_together
+from ...storage.atomic_write import replaced_together
 from ..arguments import ARGUMENTS_FILE
 from ..checkpoints import checkpoints, newest_whole
-from ..facts import FACTS_FILE
 from ..memory import TrainingMemory, require_room
 from ..processes import Processes
-from ..progress import TrainingProgress
+from ..progress_bar import TrainingProgress
+from ..run_facts import FACTS_FILE
 from ..sharding import whole_config
 from ..streams import HeldBack, ModelActivations, TextTokens
 from ..trainer import SAETrainer
 from .assembly import arguments, assemble, plain
-from .config import RunConfig
-from .parts import Parts, build
-from .reading import leaves, read_yaml
-from .text import open_other, open_tokens
+from .run_config import RunConfig
+from .run_parts import Parts, build
+from .run_text import open_other, open_tokens
+from .strict_yaml import leaves, read_yaml
 
 RUN_FILE = "run.yaml"
 LOCK_FILE = ".running"

@@ -24,7 +24,7 @@ from ..streams import ModelActivations, TensorActivations
 from ..streams.tokens import ids_of, rows_of
 from ..trainer import SAETrainer
 from .assembly import arguments
-from .parts import Parts
+from .run_parts import Parts
 
 STEPS = 6
 """Steps that are timed, of which the first two warm up."""

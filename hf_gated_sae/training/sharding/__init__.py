@@ -2,8 +2,8 @@
 
 from .gathered import GatheredActivations
 from .grid import Grid
-from .parts import latents_of, load_part, new_part, own_part, split, whole_config
-from .saving import save_whole
+from .latent_split import latents_of, load_part, new_part, own_part, split, whole_config
+from .save_whole import save_whole
 
 __all__ = [
     "GatheredActivations",

@@ -9,7 +9,7 @@ from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 
 from ...errors import InputError
-from ...sites.sharding import ranks_of, tensor_ranks
+from ...sites.multi_rank import ranks_of, tensor_ranks
 from ..processes import Processes
 from ..streams import ActivationStream, ModelActivations
 from .gathered import GatheredActivations

@@ -5,12 +5,12 @@ A new source of activations subclasses `ActivationStream`, a new source of text 
 
 from .base import ANY_SITE, ActivationStream, Cursor
 from .dataset import DatasetText, open_text
-from .held_out import HeldBack
-from .model import ModelActivations, collect
+from .held_back import HeldBack
+from .model_activations import ModelActivations, collect
 from .packing import TextTokens
 from .rows import RowActivations
-from .shards import ShardActivations
-from .tensors import TensorActivations
+from .shard_activations import ShardActivations
+from .tensor_activations import TensorActivations
 from .text import IterableText, Text, TextFiles
 from .tokens import GivenTokens, TokenStream
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from hf_gated_sae import Ablate, Splice, Steer, attach, capture, resolve
-from hf_gated_sae.sites import sharding
+from hf_gated_sae.sites import multi_rank
 from tests.hooks.distributed.ranks import RANKS, require_alike, run
 from tests.hooks.support import IDS, close, hooks_on, live_latents, logits_of, make_sae
 from tests.support.tiny_models import tiny_model
@@ -122,8 +122,8 @@ def the_sae_stays_whole_and_outside(models):
         assert [name for name, _ in sharded.named_parameters()] == names
     assert not any(isinstance(value, DTensor) for value in sae.parameters())
     assert tuple(sae.W_dec.shape) == (64, 32)
-    assert sharding.ranks_of(sharded) == (0, 1)
-    assert sharding.tensor_ranks(sharded) == ()  # ranks may attach what they like
+    assert multi_rank.ranks_of(sharded) == (0, 1)
+    assert multi_rank.tensor_ranks(sharded) == ()  # ranks may attach what they like
 
 
 @check
@@ -199,7 +199,7 @@ def replicas_run_without_each_other(models):
     plain = models["llama"][1]
     mesh = init_device_mesh("cpu", (RANKS, 1), mesh_dim_names=("replicate", "shard"))
     model = shard(tiny_model("llama"), mesh=mesh)
-    assert sharding.ranks_of(model) == sharding.ranks_of(plain) == ()
+    assert multi_rank.ranks_of(model) == multi_rank.ranks_of(plain) == ()
     if distributed.get_rank() == 0:
         expected = capture(plain, "attn_z.1", input_ids=IDS)["attn_z.1"]
         assert torch.equal(capture(model, "attn_z.1", input_ids=IDS)["attn_z.1"], expected)

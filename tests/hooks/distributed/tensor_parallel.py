@@ -17,7 +17,7 @@ from transformers.distributed import DistributedConfig
 
 from hf_gated_sae import Ablate, Clamp, Splice, Steer, attach, capture, resolve
 from hf_gated_sae.errors import AttachError, ShapeError, SiteError
-from hf_gated_sae.sites import sharding
+from hf_gated_sae.sites import multi_rank
 from tests.hooks.distributed.ranks import RANKS, gathered, require_alike, run
 from tests.hooks.support import IDS, close, hooks_on, live_latents, logits_of, make_sae
 from tests.support.tiny_models import tiny_model
@@ -210,41 +210,41 @@ def a_rank_that_asks_alone_is_told(pairs):
     split = AutoModelForCausalLM.from_pretrained(
         pairs["llama"][0].config._name_or_path, distributed_config=DistributedConfig(tp_size=RANKS)
     )
-    patience, sharding.PATIENCE = sharding.PATIENCE, 0.5
+    patience, multi_rank.PATIENCE = multi_rank.PATIENCE, 0.5
     if distributed.get_rank() == 0:
         with pytest.raises(SiteError, match=r"takes the ranks \[0, 1\] together, but \[1\] did not"):
             attach(split, Splice(make_sae()))
     distributed.barrier()
-    sharding.PATIENCE = patience
+    multi_rank.PATIENCE = patience
     assert "resid_post.1" in resolve(split)
 
 
 @check
 def ranks_that_come_together_are_not_kept(pairs):
     for model in pairs["llama"]:
-        ranks = sharding.tensor_ranks(model)
+        ranks = multi_rank.tensor_ranks(model)
         assert ranks == ((0, 1) if model is pairs["llama"][0] else ())
-        assert sharding.absent(ranks, "here") == sharding.absent(ranks, "here") == []
-    patience, sharding.PATIENCE = sharding.PATIENCE, 0.2
+        assert multi_rank.absent(ranks, "here") == multi_rank.absent(ranks, "here") == []
+    patience, multi_rank.PATIENCE = multi_rank.PATIENCE, 0.2
     if distributed.get_rank() == 1:
-        assert sharding.absent((0, 1), "there") == [0]
-    sharding.PATIENCE = patience
+        assert multi_rank.absent((0, 1), "there") == [0]
+    multi_rank.PATIENCE = patience
     distributed.barrier()
-    assert sharding.absent((0, 1), "there") == []
+    assert multi_rank.absent((0, 1), "there") == []
 
 
 @check
 def an_edit_on_some_ranks_only_is_reported(pairs):
     split = pairs["llama"][0]
     handle = attach(split, Steer(make_sae(), 3, strength=6.0, unit="raw"))
-    patience, sharding.PATIENCE = sharding.PATIENCE, 0.5
+    patience, multi_rank.PATIENCE = multi_rank.PATIENCE, 0.5
     if distributed.get_rank() == 0:
         with pytest.raises(AttachError, match=r"Ranks \[1\] of \[0, 1\] ran without these interventions"), handle:
             logits_of(split)
     else:
         logits_of(split)
     distributed.barrier()
-    sharding.PATIENCE = patience
+    multi_rank.PATIENCE = patience
     with handle:
         logits_of(split)
 

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_gated_sae import SAEModel
 from hf_gated_sae.errors import InputError
-from hf_gated_sae.training.objective import called_through
+from hf_gated_sae.training.objective_call import called_through
 from hf_gated_sae.training.processes import Processes
 from hf_gated_sae.training.sharding import (
     GatheredActivations,

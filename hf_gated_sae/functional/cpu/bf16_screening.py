@@ -1,0 +1,334 @@
+"""Telling in bfloat16, in less than half the time, which projections are above their cut; these are computed exactly.
+
+Rounding changes a projection by at most ``|x^ - x| |w^| + |x| |w^ - w|``, hats for what is rounded to bfloat16. That
+bound, and the cut, are columns of the rounded matrices themselves: the product of ``[x^, |x^ - x|, |x|, 1]`` and
+``[w^, |w^|, |w^ - w|, -cut]`` is negative only where the exact projection is below the cut. No pass over the result
+is needed but for its signs.
+
+Where autocast asks for products in bfloat16 the rounded product itself tells, and what it tells is used as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..linear import is_plain
+from .reused_memory import KeptMemory
+from .threshold_search import MEMBERS, Reaching
+
+UP = 1 + 2**-7
+"""Times this, a positive number rounds to no less than itself in bfloat16."""
+
+MOST = 1e37
+"""Above this a product is left to float32: bounds and sums might no longer be finite."""
+
+TINY = 1e-16
+"""Longer than any vector of numbers so small that their squares vanish, and their norm with them."""
+
+DENSEST = 1 / 32
+"""Share of candidates above which computing each by itself takes longer than a product in float32."""
+
+FEWEST_TOKENS = 384
+"""Tokens below which rounding the weights takes longer than a product in bfloat16 saves."""
+
+_BLOCKS_PER_KEPT = 4  # with fewer blocks their k-th highest maximum lies further below the k-th highest of all
+_TOKENS_AT_ONCE = 512
+
+ROUNDED = KeptMemory()
+"""Of matrices that are rounded whole at every step; those of their parts go with the parts."""
+
+_ZERO = torch.tensor(0, dtype=torch.int16)
+
+BLOCK = 128
+"""Rows whose rounding errors are computed at once: few enough to stay in a core's own cache."""
+
+
+def serves(x: Tensor, weight: Tensor, cut: Tensor) -> bool:
+    """Whether screening works here, and saves time: many tokens in float32, on a CPU that multiplies bfloat16."""
+    if not _AVAILABLE or x.shape[0] < FEWEST_TOKENS or not x.dtype == weight.dtype == cut.dtype == torch.float32:
+        return False
+    return weight.stride(-1) == 1 and is_plain(x, weight, cut) and bool(torch.backends.mkldnn.enabled)
+
+
+def rounding_tells(x: Tensor) -> bool:
+    """Whether autocast asks for products in bfloat16 where `x` is."""
+    kind = x.device.type
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+
+
+class Screen:
+    """Some tokens, and what the product of rounded matrices tells of their projections.
+
+    Args:
+        x: ``[tokens, d_in]`` float32.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        """Round them."""
+        self.x = x
+        self.rounded, self.largest = self._round(x)
+        self.reaching = Reaching()
+
+    def _round(self, x: Tensor) -> tuple[Tensor, float]:
+        """Return the matrix that stands for the tokens, and what bounds it: here, its largest number."""
+        rounded = _with_room(x, 2)
+        rounded[:, :-2].copy_(x)
+        rounded[:, -2:] = 1
+        return rounded, _largest(rounded)
+
+    def columns(self, weight: Tensor, bias: Tensor) -> Tensor | None:
+        """Return the matrix whose product with the rounded tokens is compared: here, the projections plus a bias.
+
+        Args:
+            weight: ``[n, d_in]``.
+            bias: ``[n]``.
+
+        Returns:
+            ``[n, columns of the tokens]`` bfloat16; None where something in the product might not be finite.
+        """
+        columns = ROUNDED.of(weight, (len(weight), weight.shape[1] + 2), torch.bfloat16)
+        columns[:, :-2].copy_(weight)
+        columns[:, -2] = bias  # in two parts: rounded in one, it would move a latent at all tokens alike
+        columns[:, -1] = bias - columns[:, -2]
+        return columns if self.largest * _largest(columns) * columns.shape[1] < MOST else None
+
+    def least(self, kth: Tensor, columns: Tensor, bias: Tensor, tokens: slice) -> Tensor:
+        """Return what is told, at least, of a projection plus bias that is not below one of which `kth` is told.
+
+        Args:
+            kth: of each token ``[n]``.
+            columns: of all latents.
+            bias: of all latents ``[d_sae]``.
+            tokens: which of the tokens these are.
+        """
+        return kth
+
+    def above(self, weight: Tensor, cut: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return the candidates among some latents, or None where there are too many.
+
+        Args:
+            weight: ``[n, d_in]``.
+            cut: ``[n]``.
+
+        Returns:
+            Tokens, latents and projections, ``[candidates]`` each; every projection that is told to be above its cut
+            is there.
+        """
+        columns = self.columns(weight, -cut)
+        if columns is None:
+            return None
+        told = torch.nn.functional.linear(columns, self.rounded)
+        # Groups of tokens, so that the latents of what is found ascend.
+        tile = told.view(torch.int16).unflatten(1, (Reaching.members(len(self.x)), -1))
+        places = self.reaching.places(tile, self.reaching.largest(tile), _ZERO)
+        if len(places) > DENSEST * told.numel():
+            return None
+        latents = places // len(self.x)
+        tokens = places - latents * len(self.x)
+        return tokens, latents, self.projections(told, places, weight, -cut, tokens, latents)
+
+    def projections(
+        self, told: Tensor, places: Tensor, weight: Tensor, bias: Tensor, tokens: Tensor, latents: Tensor
+    ) -> Tensor:
+        """Return some projections: here, as they are told.
+
+        What is told is rounded with the bias in it, which loses less than to round the projections.
+
+        Args:
+            told: ``[n, tokens]``.
+            places: which of these, ``[found]``.
+            weight: ``[n, d_in]``.
+            bias: ``[n]``.
+            tokens: of each place ``[found]``, counted from the first one of the screen.
+            latents: of each place ``[found]``.
+        """
+        return told.view(-1).index_select(0, places) - bias.index_select(0, latents)
+
+
+class BoundedScreen(Screen):
+    """The same, telling upper limits, so that no projection is lost.
+
+    Args:
+        x: ``[tokens, d_in]`` float32.
+    """
+
+    @property
+    def summing(self) -> float:
+        """Error of sums in float32, of all columns; twice the usual, as hardware may round products and sums alike."""
+        return 2 * self.rounded.shape[1] * 2**-24
+
+    def _round(self, x: Tensor) -> tuple[Tensor, float]:
+        rounded, lost, length = _measured(x)
+        rounded[:, -3] = (lost * UP + TINY) * UP
+        rounded[:, -2] = (length * UP + TINY) * UP
+        rounded[:, -1] = 1
+        return rounded, float(length.max()) if len(x) else 0.0
+
+    def columns(self, weight: Tensor, bias: Tensor) -> Tensor | None:
+        """Return the matrix whose product with the rounded tokens is an upper limit; see `Screen.columns`."""
+        columns, lost, length = _measured(weight)
+        if not bool((self.largest * length + bias.abs() < MOST).all()):
+            return None
+        columns[:, -3] = (length * UP + TINY) * UP  # rounded, a vector may be longer
+        columns[:, -2] = ((lost + self.summing * length) * UP + TINY) * UP
+        columns[:, -1] = bias.abs() * (UP - 1 + self.summing) + bias
+        return columns
+
+    def least(self, kth: Tensor, columns: Tensor, bias: Tensor, tokens: slice) -> Tensor:
+        """Return `kth` less what limits and values can differ by; see `Screen.least`."""
+        wide = columns[:, -3:-1].amax(0).float()
+        slack = 2 * (self.rounded[tokens, -3:-1].float() @ wide) + 4 * bias.abs().max() * (UP - 1 + self.summing)
+        return kth - slack - 4 * (UP - 1) * (kth.abs() + slack)
+
+    def projections(
+        self, told: Tensor, places: Tensor, weight: Tensor, bias: Tensor, tokens: Tensor, latents: Tensor
+    ) -> Tensor:
+        """Return the exact projections; see `Screen.projections`."""
+        return dots(weight, self.x, latents, tokens)
+
+
+def screen_of(x: Tensor, *, rounding: bool) -> Screen:
+    """Return the screen for some tokens; with `rounding`, what is lost by rounding is not missed."""
+    return Screen(x) if rounding else BoundedScreen(x)
+
+
+def highest(
+    x: Tensor, weight: Tensor, bias: Tensor, k: int, *, rounding: bool = False
+) -> tuple[Tensor, Tensor] | None:
+    """Return the `k` highest of ``x @ weight.T + bias`` of each token, the others never being computed exactly.
+
+    The product of the rounded matrices, with the bound and the bias as columns, gives upper limits. At least k of them
+    reach the k-th highest of the maxima of more than k blocks; what lies below that by more than limits and values can
+    differ is not among the k highest.
+
+    Args:
+        x: ``[tokens, d_in]``.
+        weight: ``[d_sae, d_in]``.
+        bias: ``[d_sae]``.
+        k: how many.
+        rounding: whether rounding may decide between those that are close to the k-th highest.
+
+    Returns:
+        Latents and their projections, without the bias, ``[tokens, k]`` each; None where `serves` says no, where
+        numbers are not finite, or where too many are close to the k-th highest.
+    """
+    blocks = _BLOCKS_PER_KEPT * k
+    screen = screen_of(x, rounding=rounding) if len(weight) >= blocks and serves(x, weight, bias) else None
+    columns = None if screen is None else screen.columns(weight, bias)
+    if screen is None or columns is None:
+        return None
+    parts, room = [], torch.empty(len(weight) * min(len(x), _TOKENS_AT_ONCE), dtype=torch.bfloat16)
+    for first in range(0, len(x), _TOKENS_AT_ONCE):
+        chunk = slice(first, first + _TOKENS_AT_ONCE)
+        rounded = screen.rounded[chunk]
+        told = room[: len(weight) * len(rounded)].view(len(weight), len(rounded))
+        torch.mm(columns, rounded.T, out=told)
+        least = functools.partial(screen.least, columns=columns, bias=bias, tokens=chunk)
+        places = _candidates(told, k, blocks, screen.reaching, least)
+        if len(places) > DENSEST * told.numel():
+            return None
+        latents = places // told.shape[1]
+        tokens = places - latents * told.shape[1]
+        projections = screen.projections(told, places, weight, bias, tokens + first, latents)
+        parts.append(_highest_of(tokens, latents, projections, bias, k, told.shape[1]))
+    latents, projections = (torch.cat(column) for column in zip(*parts, strict=True))
+    return latents, projections
+
+
+def _candidates(told: Tensor, k: int, blocks: int, reaching: Reaching, least: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the places of what may be among the `k` highest of its column, of which each has at least as many.
+
+    Args:
+        told: ``[n, columns]`` bfloat16.
+        k: how many.
+        blocks: of how many blocks, at least, the maxima are taken that tell how high the highest are.
+        reaching: what finds them.
+        least: of the k-th highest maximum of each column, what a candidate is told to be at least, ``[columns]`` each.
+    """
+    members = Reaching.members(len(told)) if len(told) >= MEMBERS * blocks else 1
+    block = len(told) // (members * blocks)
+    # As integers, which are compared faster, numbers above 0 are in the same order.
+    for numbers in (told.view(torch.int16), told):
+        tile = numbers.unflatten(0, (-1, members))
+        largest = reaching.largest(tile)
+        maxima = largest[: len(largest) // block * block].unflatten(0, (-1, block)).amax(1)
+        kth = maxima.topk(k, dim=0, sorted=False).values.amin(0)
+        level = least(kth.view(told.dtype).float()).to(told.dtype)
+        if bool((level > 0).all()):
+            break
+    return reaching.places(tile, largest, level.view(numbers.dtype))
+
+
+def _highest_of(
+    tokens: Tensor, latents: Tensor, projections: Tensor, bias: Tensor, k: int, count: int
+) -> tuple[Tensor, Tensor]:
+    """Return which latents are the `k` highest of each of `count` tokens, of which each has at least as many."""
+    order = tokens.to(torch.int32).argsort(stable=True)
+    counts = torch.bincount(tokens, minlength=count)
+    tokens = tokens.index_select(0, order)
+    within = torch.arange(len(order)) - (counts.cumsum(0) - counts)[tokens]
+    table = projections.new_full((count, int(counts.max())), -torch.inf)
+    table[tokens, within] = (projections + bias[latents])[order]
+    candidates = order.new_zeros(table.shape)
+    candidates[tokens, within] = order
+    kept = candidates.gather(1, table.topk(k, sorted=False).indices)
+    return latents[kept], projections[kept]
+
+
+def _with_room(rows: Tensor, columns: int) -> Tensor:
+    """Return an empty matrix in bfloat16 for rows ``[n, d]`` and so many more columns."""
+    return torch.empty(len(rows), rows.shape[1] + columns, dtype=torch.bfloat16)
+
+
+def _measured(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rows ``[n, d]`` in bfloat16 with room for three more columns, the norms of what that lost, and theirs."""
+    rounded, lost = _with_room(rows, 3), torch.empty(len(rows))
+    for first in range(0, len(rows), BLOCK):
+        block, own = rows[first : first + BLOCK], rounded[first : first + BLOCK, :-3]
+        own.copy_(block)
+        torch.linalg.vector_norm(own.float().sub_(block), dim=1, out=lost[first : first + BLOCK])
+    return rounded, lost, torch.linalg.vector_norm(rows, dim=1)
+
+
+def _largest(rounded: Tensor) -> float:
+    """Return the largest absolute number of a matrix that lies in a cache; NaN if there is one in it."""
+    return float(torch.stack(rounded.aminmax()).float().abs().max()) if rounded.numel() else 0.0
+
+
+def dots(rows: Tensor, others: Tensor, row: Tensor, other: Tensor) -> Tensor:
+    """Return the inner products of some pairs.
+
+    Args:
+        rows: ``[n, d]``.
+        others: ``[m, d]``.
+        row: of each pair ``[pairs]`` int64; in ascending order each row is read once.
+        other: of each pair, ``[pairs]`` int64.
+
+    Returns:
+        ``rows[row] . others[other]``, ``[pairs]``.
+    """
+    counts = torch.bincount(row, minlength=len(rows))
+    # What a weighted sum of rows hands back to its weights; torch has no other name for it.
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        rows, others, other, counts.cumsum(0) - counts, row, 0
+    )
+
+
+def _available() -> bool:
+    """Whether this CPU multiplies bfloat16 faster than float32, and this build of torch has the inner products."""
+    rows, others = torch.arange(6.0).reshape(2, 3), torch.arange(12.0).reshape(4, 3)
+    row, other = torch.tensor([0, 0, 1]), torch.tensor([3, 1, 2])
+    try:
+        found = dots(rows, others, row, other)
+        capabilities = torch.cpu.get_capabilities()
+    except (AttributeError, RuntimeError, TypeError):  # another version of torch
+        return False
+    native = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
+    return bool(native) and torch.backends.mkldnn.is_available() and torch.equal(found, (rows @ others.T)[row, other])
+
+
+_AVAILABLE = _available()

@@ -1,0 +1,89 @@
+"""Finding the projections above a cut, tile by tile, so that ``[tokens, d_sae]`` never exists."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..linear import linear
+from . import bf16_screening
+from .threshold_search import Reaching
+
+FEW = 64
+"""Tokens up to which a product with weights of other strides is faster as it is than with a copy of them."""
+
+TILE = 1 << 21
+"""Projections computed at once: few enough to stay in a cache, where memory is used again before it is lost."""
+
+
+def above(
+    x: Tensor, weight: Tensor, cut: Tensor, *, most: float = 1.0, rounding: bool = False
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return all projections ``x @ weight.T`` that are above a cut, and perhaps some that are not.
+
+    A projection that is not a number is above every cut, and so is every projection above a cut that is none.
+
+    Args:
+        x: ``[tokens, d_in]``.
+        weight: ``[d_sae, d_in]``.
+        cut: ``[d_sae]``.
+        most: share of the projections above which to give up.
+        rounding: whether rounding to bfloat16 may decide where a projection is close to its cut.
+
+    Returns:
+        Tokens, latents and projections, ``[found]`` each, in no order of tokens but ascending latents for each; None
+        if there are more than `most`.
+    """
+    tokens, d_sae = x.shape[0], weight.shape[0]
+    screened = bf16_screening.screen_of(x, rounding=rounding) if bf16_screening.serves(x, weight, cut) else None
+    # Of the numbers that a screen looks at twice as many fit the same cache.
+    width = max(1, TILE * (1 if screened is None else 2) // max(tokens, 1))
+    reaching = Reaching()
+    parts, left = [], most * tokens * d_sae
+    for first in range(0, d_sae, width):
+        rows, cuts = weight[first : first + width], cut[first : first + width]
+        found = screened.above(rows, cuts) if screened is not None else None
+        if found is None:
+            screened = None  # where one tile is dense, or not finite, others will be
+            found = _multiplied(x, rows, cuts, reaching)
+        left -= len(found[0])
+        if left < 0:
+            return None
+        parts.append((found[0], found[1] + first, found[2]))
+    if not parts:
+        nothing = torch.empty(0, dtype=torch.int64, device=x.device)
+        return nothing, nothing, x.new_empty(0)
+    token, latent, projection = (torch.cat(column) for column in zip(*parts, strict=True))
+    return token, latent, projection
+
+
+def _multiplied(x: Tensor, weight: Tensor, cut: Tensor, reaching: Reaching) -> tuple[Tensor, Tensor, Tensor]:
+    """Search one tile by computing all of it."""
+    # The product that encoding takes, so that both come to the same bits. Weights that lie the other way, as mapped
+    # from a file, are read as they are by few tokens, and copied for many.
+    projections = linear(x, weight if weight.stride(-1) == 1 or len(x) <= FEW else weight.contiguous())
+    members = Reaching.members(len(x))
+    tile = projections.reshape(len(x) // members, members, len(weight))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    level = cut.to(wide).nextafter(cut.new_full((), torch.inf, dtype=wide))
+    places = reaching.places(tile, reaching.largest(tile), level)
+    tokens = places // max(len(weight), 1)
+    return tokens, places - tokens * len(weight), projections.reshape(-1)[places]
+
+
+def lowest_projection(threshold: Tensor, bias: Tensor) -> Tensor:
+    """Return a cut: a projection at or below it stays at or below the threshold when the bias is added.
+
+    However the sum is rounded, in the biases' dtype or a wider one.
+
+    Args:
+        threshold: ``[d_sae]`` or a scalar, not negative.
+        bias: ``[d_sae]``.
+
+    Returns:
+        ``threshold - bias`` and a margin, ``[d_sae]`` in the dtype of the bias.
+    """
+    margin = 4 * torch.finfo(bias.dtype).eps
+    wide = torch.promote_types(bias.dtype, torch.float32)
+    threshold, bias_wide = threshold.to(wide), bias.to(wide)
+    return (threshold - bias_wide - margin * (threshold.abs() + bias_wide.abs())).to(bias.dtype)

@@ -1,0 +1,120 @@
+"""Decoding from the few latents that are on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from .linear import is_plain, linear
+from .sparse_latents import LiveLatents
+
+DENSEST = 1 / 16
+"""Share of latents that are on up to which summing their rows takes less time than the dense product."""
+
+SMALLEST = 1 << 16
+"""Number of latent values below which looking for those that are on does not pay."""
+
+TOKENS_AT_ONCE = 256
+"""Tokens whose latents are made dense at once, where many are on."""
+
+
+def decode(latents: Tensor | LiveLatents, W_dec: Tensor) -> Tensor:
+    """Return ``latents @ W_dec``, reading only decoder rows of latents that are on where they are few.
+
+    Equal to the dense product up to the order of the sum. Where gradients or a compiler need the product, and away
+    from a CPU, dense latents take the dense product.
+
+    Args:
+        latents: ``[..., d_sae]``.
+        W_dec: ``[d_sae, d_out]``.
+
+    Returns:
+        ``[..., d_out]``.
+
+    Raises:
+        InputError: if live latents are of another dtype than the decoder.
+    """
+    if isinstance(latents, LiveLatents):
+        return _decode_live(latents, W_dec)
+    if not _few_may_be_on(latents, W_dec):
+        return linear(latents, W_dec.T)
+    flat = latents.reshape(-1, latents.shape[-1])
+    if int(torch.count_nonzero(flat)) > DENSEST * flat.numel():
+        return linear(latents, W_dec.T)
+    written = _sum_live(LiveLatents.from_dense(flat), W_dec)
+    return written.reshape(*latents.shape[:-1], W_dec.shape[1])
+
+
+def sums_rows(W_dec: Tensor) -> bool:
+    """Whether rows of this matrix can be summed as exactly as a product sums them."""
+    if W_dec.dtype in (torch.float32, torch.float64):
+        return W_dec.is_contiguous()
+    return W_dec.dtype in _SUMMED_IN_FLOAT32 and W_dec.device.type == "cpu" and W_dec.is_contiguous()
+
+
+def _decode_live(latents: LiveLatents, W_dec: Tensor) -> Tensor:
+    """Sum rows, or multiply a few tokens at a time where many latents are on.
+
+    Raises:
+        InputError: if latents and rows are of different dtypes, and no autocast makes them the same.
+    """
+    given, held = latents.values.dtype, W_dec.dtype
+    # Autocast rounds what a product is given, and leaves float64 as it is.
+    rounds = torch.is_autocast_enabled(W_dec.device.type) and torch.float64 not in (given, held)
+    if given != held and not rounds:
+        raise InputError(f"The live latents are of {given}, the decoder is of {held}: convert them, live.to({held}).")
+    tokens = len(latents.offsets) - 1
+    if given == held and sums_rows(W_dec) and len(latents.indices) <= DENSEST * tokens * latents.d_sae:
+        written = _sum_live(latents, W_dec)
+    else:
+        starts = range(0, max(tokens, 1), TOKENS_AT_ONCE)
+        parts = [latents.rows(first, min(first + TOKENS_AT_ONCE, tokens)).dense() for first in starts]
+        written = torch.cat([linear(part, W_dec.T) for part in parts])
+    return written.reshape(*latents.shape[:-1], W_dec.shape[1])
+
+
+def _sum_live(latents: LiveLatents, W_dec: Tensor) -> Tensor:
+    """Return the weighted sums of decoder rows, ``[tokens, d_out]``."""
+    return sum_rows(latents.indices, latents.offsets, latents.values, W_dec)
+
+
+def sum_rows(indices: Tensor, offsets: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
+    """Return weighted sums of some rows.
+
+    Args:
+        indices: numbers of rows, sum after sum, ``[n]`` int64.
+        offsets: where each sum begins among them, and the end, ``[sums + 1]`` int64.
+        weights: of each, ``[n]``.
+        rows: ``[m, d]``.
+
+    Returns:
+        ``[sums, d]``.
+    """
+    return nn.functional.embedding_bag(
+        indices, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
+    )
+
+
+def _few_may_be_on(latents: Tensor, W_dec: Tensor) -> bool:
+    """Whether it is worth looking, and rows can be summed."""
+    if latents.numel() < SMALLEST or latents.dtype != W_dec.dtype or not sums_rows(W_dec):
+        return False
+    return is_plain(latents, W_dec)
+
+
+def _summed_in_float32() -> frozenset[torch.dtype]:
+    """Return the halves of which this build of torch adds up rows in float32; others it rounds at every step."""
+    ones, bag = torch.arange(2000) % 7, torch.tensor([0])
+    return frozenset(
+        dtype
+        for dtype in (torch.bfloat16, torch.float16)
+        if nn.functional.embedding_bag(
+            ones, torch.ones(7, 64, dtype=dtype), bag, mode="sum", per_sample_weights=torch.ones(2000, dtype=dtype)
+        )
+        .eq(torch.tensor(2000, dtype=dtype))
+        .all()
+    )
+
+
+_SUMMED_IN_FLOAT32 = _summed_in_float32()

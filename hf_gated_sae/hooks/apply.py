@@ -1,0 +1,110 @@
+"""Carry out what is attached at one place; the back-ends only differ in how they get to the activation.
+
+All interventions read the clean activation; what they add is summed, so that their order does not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ..errors import AttachError, ShapeError
+from ..interventions import Call, Edit, Replacement, SiteRun
+from ..modeling import SAEModel
+from ..sites.transforms import view
+from .attach_report import Record
+
+_RANGE = torch.finfo(torch.bfloat16).max  # what numbers of 16 bits or more hold, but for float16
+
+Placed = Callable[[SAEModel, torch.device], SAEModel]
+"""Gives an SAE on a device."""
+
+
+def carry_out(x: Tensor, call: Call, records: Iterable[Record], placed: Placed, *, replaying: bool) -> Tensor | None:
+    """Apply interventions at one place of a running call.
+
+    Args:
+        x: the clean activation ``[B, S, d]``.
+        call: the running forward.
+        records: the interventions at this place.
+        placed: gives an SAE on a device.
+        replaying: whether the layer runs again for gradient checkpointing; then nothing is recorded.
+
+    Returns:
+        The new activation, or None if no token of this call is meant.
+
+    Raises:
+        AttachError: if it is not known where the call's tokens stand.
+    """
+    if call.tokens.unplaced is not None:
+        raise AttachError(f"Nothing can be edited in this call: {call.tokens.unplaced}.")
+    base, deltas = x, []
+    acted: list[Record] = []
+    with exact_dtype(x.device):
+        for record in records:
+            intervention = record.intervention
+            if not intervention.acts_at(record.output):
+                if not replaying:
+                    record.add(call.tokens, False)
+                continue
+            seen = view(x, record.transforms)
+            run = SiteRun(seen.value, call.tokens, placed, call=call, output=record.output)
+            mask = call.once(intervention, partial(intervention.mask, run))
+            if not replaying:
+                record.add(call.tokens, mask)
+            if mask is False:
+                continue
+            acted.append(record)
+            if intervention.replaces:
+                new = cast(Replacement, intervention).replacement(run)
+                if new is not None:
+                    record.watch(new, mask)
+                    base = _where(mask, seen.written(new) if record.transforms else new, base)
+            else:
+                delta = cast(Edit, intervention).delta(run)
+                record.watch(delta, mask)
+                deltas.append((mask, delta * seen.factor if record.transforms else delta))
+        result = add(base, deltas, x)
+        if result is not None and torch.finfo(x.dtype).max < _RANGE:
+            beyond = _is_finite(x) & ~_is_finite(result)  # not where the model's own numbers are no longer finite
+            for record in acted:
+                record.watch_range(beyond, x.dtype)
+        return result
+
+
+def exact_dtype(device: torch.device) -> Any:
+    """Return a context in which an SAE computes in its own dtype; autocast would make a float32 one bfloat16."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+
+
+def _is_finite(x: Tensor) -> Tensor:
+    """Return whether all numbers are finite, as a single bool on their device: of 16 bits, a sum cannot overflow."""
+    return x.detach().sum(dtype=torch.float32).isfinite()
+
+
+def _where(mask: Tensor | bool, new: Tensor, old: Tensor) -> Tensor:
+    """Take `new` at the meant tokens, broadcast to the shape of `old`."""
+    new = new.to(old.dtype).expand_as(old)
+    return new if mask is True else torch.where(torch.as_tensor(mask).to(old.device).unsqueeze(-1), new, old)
+
+
+def add(base: Tensor, deltas: Sequence[tuple[Tensor | bool, Tensor]], x: Tensor) -> Tensor | None:
+    """Add the masked deltas in the widest dtype involved and round once; None if nothing is to be changed."""
+    if not deltas:
+        return None if base is x else base
+    total: Tensor | None = None
+    for mask, delta in deltas:
+        if delta.ndim and delta.shape[-1] != x.shape[-1]:
+            raise ShapeError(f"An intervention adds {list(delta.shape)} to an activation {list(x.shape)}.")
+        if mask is not True:
+            nothing = delta.new_full((), -0.0)  # the one number that leaves both zeros as they are
+            delta = torch.where(torch.as_tensor(mask).to(delta.device).unsqueeze(-1), delta, nothing)
+        total = delta if total is None else total + delta
+    assert total is not None
+    wide = torch.promote_types(base.dtype, total.dtype)
+    return (base.to(wide) + total.to(wide)).to(x.dtype)

@@ -1,0 +1,196 @@
+"""Virtual tokens: what PEFT's prompt and prefix tuning put before a prompt, which no text and no caller knows of.
+
+They are no tokens of the row: positions are counted without them, and they are left out like padding. Prompt tuning
+puts them into the call as columns of their own, prefix tuning into the cache.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import AttachError
+from ..versions import require_supported
+from .call_arguments import ForwardArguments, by_name
+from .call_stack import call_frame, is_running
+
+# PEFT's names of the methods that fill the cache instead of prepending embeddings.
+_IN_CACHE = ("PREFIX_TUNING", "CARTRIDGE")
+
+
+@dataclass(frozen=True)
+class Virtual:
+    """The virtual tokens before a call's tokens.
+
+    Attributes:
+        columns: how many are, or were, columns of a call.
+        cached: how many are in the cache without ever having been columns.
+        now: how many are columns of this call.
+        ids: ids of this call's real tokens ``[B, S]``; None if they are not known, or among its arguments.
+    """
+
+    columns: int = 0
+    cached: int = 0
+    now: int = 0
+    ids: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Entered:
+    """A call of a wrapper that is running, its arguments by name, and where the interpreter runs it."""
+
+    wrapper: nn.Module
+    arguments: Mapping[str, Any]
+    frame: FrameType | None
+
+
+_NONE = Virtual()
+_wrappers: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]] = weakref.WeakKeyDictionary()
+
+
+def know_wrapper(model: nn.Module, root: nn.Module) -> None:
+    """Take note of the wrapper through which a model is called, if it may put virtual tokens before the prompt."""
+    if hasattr(model, "active_peft_config"):
+        require_supported("peft")
+        _wrappers.setdefault(root, weakref.WeakSet()).add(model)
+
+
+def virtual_tokens(model: Any) -> int:
+    """Return how many virtual tokens a model puts before each prompt: 0 unless it is a wrapper that does so now."""
+    config: Any = getattr(model, "active_peft_config", None)
+    return int(config.num_virtual_tokens) if getattr(config, "is_prompt_learning", False) else 0
+
+
+def takes_positions(model: Any) -> bool:
+    """Return whether a model hands ``position_ids`` on: PEFT drops them where it adds columns to the call."""
+    config: Any = getattr(model, "active_peft_config", None)
+    return not virtual_tokens(model) or config.peft_type in _IN_CACHE
+
+
+class VirtualTokens:
+    """Knows the virtual tokens of a model's calls.
+
+    Args:
+        model: the causal LM, without wrappers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+        self._handles: list[Any] = []
+        self._watched: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._entered: ContextVar[_Entered | None] = ContextVar("entered", default=None)
+
+    def watch(self, hook: Callable[[Callable[..., None]], Callable[..., None]]) -> None:
+        """Watch the calls of the wrappers that are known, with hooks made by `hook`."""
+        model = self._model()
+        for wrapper in list(_wrappers.get(model, ())) if model is not None else ():
+            if wrapper not in self._watched:
+                self._watched.add(wrapper)
+                begin, end = hook(self._begin), hook(self._end)
+                self._handles.append(wrapper.register_forward_pre_hook(begin, with_kwargs=True, prepend=True))
+                self._handles.append(wrapper.register_forward_hook(end, always_call=True))
+
+    def remove(self) -> None:
+        """Stop watching."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._watched.clear()
+
+    def of(self, call: ForwardArguments, *, generating: bool) -> Virtual:
+        """Return the virtual tokens of a call of the model.
+
+        Args:
+            call: what is known of its arguments.
+            generating: whether it is one that `generate` prepares, for which PEFT does so instead of making it.
+        """
+        entered = self._entered.get()
+        wrapper: Any
+        arguments: Mapping[str, Any]
+        if entered is not None and is_running(entered.frame):
+            wrapper, arguments = entered.wrapper, entered.arguments
+        elif (caller := _calling_wrapper(self._model())) is not None:
+            wrapper, arguments = caller
+        elif generating:
+            prepare = vars(self._model()).get("prepare_inputs_for_generation")
+            wrapper, arguments = getattr(prepare, "__self__", None), {}
+        else:
+            return _NONE
+        count = virtual_tokens(wrapper)
+        if not count:
+            return _NONE
+        if wrapper.active_peft_config.peft_type in _IN_CACHE:
+            return Virtual(cached=count)
+        prepended = call.ids is None
+        return Virtual(columns=count, now=count if prepended else 0, ids=arguments.get("input_ids"))
+
+    def _begin(self, wrapper: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments = by_name(type(wrapper).forward, args, kwargs)
+        self._entered.set(_Entered(wrapper, arguments, call_frame()))
+
+    def _end(self, *_: Any) -> None:
+        self._entered.set(None)
+
+
+def _calling_wrapper(model: nn.Module | None) -> tuple[nn.Module, Mapping[str, Any]] | None:
+    """Return the PEFT wrapper whose forward calls a model now, and its arguments; None if none does.
+
+    It is not known where the model within was given to attach(), and then the wrapper is called.
+    """
+    frame = sys._getframe(1) if "peft" in sys.modules else None
+    while frame is not None:
+        if frame.f_code.co_name == "forward" and str(frame.f_globals.get("__name__")).startswith("peft."):
+            known = frame.f_locals
+            wrapper: Any = known.get("self")
+            if hasattr(wrapper, "active_peft_config") and wrapper.get_base_model() is model:
+                return wrapper, known
+        frame = frame.f_back
+    return None
+
+
+def without_virtual(call: ForwardArguments, virtual: Virtual, past: int) -> ForwardArguments:
+    """Return a call's arguments as they would be if the virtual tokens were padding, or not there.
+
+    Args:
+        call: what is known of the arguments of the model's forward.
+        virtual: the virtual tokens.
+        past: number of columns before this call, without those that are in the cache alone.
+
+    Raises:
+        AttachError: if virtual tokens stand between tokens, or it is not known which tokens are padding.
+    """
+    if virtual.cached:
+        return replace(
+            call,
+            mask=None if call.mask is None else call.mask[:, virtual.cached :],
+            places=None if call.places is None else call.places - virtual.cached,
+        )
+    inputs = call.inputs
+    if not virtual.columns or inputs is None:
+        return call
+    if virtual.now and past:
+        raise AttachError(
+            f"PEFT puts its {virtual.now} virtual tokens before every call, and the cache holds {past} columns "
+            "already, so that they would stand between tokens: use generate(), or call without a cache."
+        )
+    if call.hidden:
+        raise AttachError(
+            "The attention mask is not [rows, columns], and PEFT's virtual tokens leave no other way to tell "
+            "padding: use the cache that generate() uses by default."
+        )
+    mask = (
+        torch.ones(inputs.shape[0], past + inputs.shape[1], device=inputs.device) if call.mask is None else call.mask
+    )
+    mask = torch.cat([mask.new_zeros(len(mask), virtual.columns), mask[:, virtual.columns :]], 1)
+    ids = call.ids
+    if virtual.now and virtual.ids is not None:
+        ids = torch.cat([virtual.ids.new_full((len(virtual.ids), virtual.now), -1), virtual.ids], 1)
+    return replace(call, mask=mask, ids=ids)

@@ -1,0 +1,314 @@
+"""Whether an SAE belongs where it is to be attached: what it explains of a short text there, and what it should.
+
+An SAE at a wrong place of the right width computes something, and nothing says so. So it is run once on a text, at its
+place and at those next to it, and the numbers are compared with what was measured when it was published. Where they
+differ much, places further away are tried in one more forward. Only a place that suits the SAE better makes an error,
+or, if it is not much better, a warning; an SAE that explains little everywhere may simply be young.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import warnings
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor, distributed, nn
+
+from ..errors import InputError, SiteError, shown
+from ..functional.metrics import centred_norm
+from ..functional.short_repr import brief
+from ..hub.index import known_at
+from ..interventions import Intervention
+from ..interventions.base import sites_written
+from ..modeling import SAEModel
+from ..sites import Site, resolve
+from ..sites.probe import quiet, unwrap
+from ..storage.atomic_write import FACTS_FILE
+from .alternative_sites import Places, far_places, near_places
+from .dispatch import paused
+from .expected_fit import CERTAIN, Expected
+from .probe_text import probe_tokens
+from .site_fit import Fit
+from .site_trial import Better, Trial
+from .token_batches import model_inputs
+
+Check = bool | Tensor | Mapping[str, Any]
+"""Whether to check; or token ids ``[B, S]``, or keyword arguments of a forward, on which to do it."""
+
+
+@dataclass(frozen=True)
+class AttachCheck:
+    """What was found when an SAE was attached.
+
+    Attributes:
+        sae: which SAE.
+        site: where it writes.
+        tokens: number of tokens that it was tried on; 0 if it was not.
+        fvu: fraction of variance unexplained there; of the site that is worst off, where there are several.
+        l0: mean number of non-zero latents per token.
+        norm: root mean square of ``|x - mean x|`` of the activations.
+        expected_fvu: what was measured when the SAE was published; None if that is not known.
+        expected_l0: the same of `l0`.
+        expected_norm: the same of `norm`.
+        verdict: what follows, in a sentence.
+    """
+
+    sae: str
+    site: str
+    tokens: int
+    fvu: float | None
+    l0: float | None
+    norm: float | None
+    expected_fvu: float | None
+    expected_l0: float | None
+    expected_norm: float | None
+    verdict: str
+
+    __repr__ = brief
+
+    def __str__(self) -> str:
+        """Return one line."""
+        return f"{self.sae} at {self.site}: {self.verdict}"
+
+
+class _Found(NamedTuple):
+    """A check, the error that it gives each time, and what is to be warned of once."""
+
+    check: AttachCheck
+    error: str | None = None
+    warning: str | None = None
+
+
+_Key = tuple[Any, ...]
+_CACHE: weakref.WeakKeyDictionary[nn.Module, weakref.WeakKeyDictionary[SAEModel, tuple[_Key, _Found]]]
+_CACHE = weakref.WeakKeyDictionary()
+_LOCK = threading.RLock()
+
+
+def check_saes(model: nn.Module, interventions: Iterable[Intervention], check: Check) -> tuple[AttachCheck, ...]:
+    """Check every SAE among interventions, each once; what was found on our own text is remembered.
+
+    Args:
+        model: the model as the user calls it.
+        interventions: what is to be attached, at sites that exist and are as wide as their SAEs.
+        check: whether to, or on what.
+
+    Returns:
+        What was found, SAE by SAE; nothing if there is to be no check.
+
+    Raises:
+        SiteError: if an SAE does not fit its site, but another one.
+        InputError: if what an SAE makes of the text is not finite, or the given batch cannot be used.
+    """
+    if check is False:
+        return ()
+    given = None if check is True else _inputs(model, check)
+    saes = {id(each.sae_used): each.sae_used for each in interventions if each.sae_used is not None}
+    checks = []
+    for sae in saes.values():
+        found = _checked(model, sae, given)
+        if found.error is not None:
+            raise SiteError(found.error)
+        if found.warning is not None:
+            warnings.warn(found.warning, UserWarning, stacklevel=3)  # where attach() was called
+        checks.append(found.check)
+    return tuple(checks)
+
+
+def _inputs(model: nn.Module, check: Check) -> dict[str, Any]:
+    """Return a given batch as keyword arguments, on the model's device.
+
+    Raises:
+        InputError: if there are no ids of tokens.
+        ShapeError: if they are not a batch of sequences.
+    """
+    if not isinstance(check, (Tensor, Mapping)):
+        raise InputError(
+            f"attach() was given check={shown(check)}; expected True, False, or a batch of tokens: ids [B, S], or "
+            "what the tokenizer returns with return_tensors='pt'."
+        )
+    return model_inputs(unwrap(model)[0], check)
+
+
+def _checked(model: nn.Module, sae: SAEModel, given: Mapping[str, Any] | None) -> _Found:
+    """Check one SAE, unless that was done before."""
+    root, _ = unwrap(model)
+    with _LOCK:
+        known = _CACHE.setdefault(root, weakref.WeakKeyDictionary())
+        now = _key(sae)
+        before, found = known.get(sae, (None, None))
+        if found is not None and before == now and given is None:
+            return found
+        with paused(), quiet(sae):
+            found = _measure(model, root, sae, given)
+        if given is None:
+            known[sae] = (now, found._replace(warning=None))
+        return found
+
+
+def _key(sae: SAEModel) -> _Key:
+    """Return what changes when the SAE is another one than before: its sites and its weights."""
+    tensors = [*sae.parameters(), *sae.buffers()]
+    written = tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+    return (tuple(sae.config.sites_read), tuple(sae.config.sites_written), sae.dtype, written)
+
+
+def _measure(model: nn.Module, root: nn.Module, sae: SAEModel, given: Mapping[str, Any] | None) -> _Found:
+    inputs = given if given is not None else _own_text(root)
+    reason = inputs if isinstance(inputs, str) else _not_to_be_measured(sae, given)
+    if isinstance(inputs, str) or reason:
+        return _Found(_report(sae, None, Expected(), f"not measured: {reason}"))
+    found = resolve(model)
+    near = near_places(found, sae) if sae.one_site else Places({}, [])
+    expected = _expected(sae)
+    try:
+        trial = Trial(model, sae, expected, inputs, near)
+    except Exception as error:  # whatever the user's model needs that our text does not give it is no fault of the SAE
+        if given is not None:
+            raise
+        why = f"the model does not run on plain text ({type(error).__name__}: {error}); pass check=batch"
+        return _Found(_report(sae, None, Expected(), f"not measured: {why}"))
+    trial.measure()
+    better = trial.better()
+    if better is None and trial.in_doubt and sae.one_site:
+        better = Trial(model, sae, expected, inputs, far_places(found, root, sae)).better()
+    return _judged(model, trial, better)
+
+
+def _judged(model: nn.Module, trial: Trial, better: Better | None) -> _Found:
+    """Say what follows from what was measured."""
+    sae, expected, measured = trial.sae, trial.expected, trial.measure()
+    if better is not None:
+        certain = better.gap >= CERTAIN
+        where = " to ".join(dict.fromkeys(better.place))
+        verdict = "it belongs elsewhere" if certain else f"it seems to belong to {where}"
+        said = f"{_about(model, trial, 'does not fit' if certain else 'may not belong at')} {_advice(sae, better)}"
+        check = _report(sae, measured, expected, verdict)
+        return _Found(check, error=said) if certain else _Found(check, warning=said)
+    if not trial.in_doubt:
+        how = ", high-norm tokens counted as in its record" if trial.with_outliers else ""
+        return _Found(_report(sae, measured, expected, f"it fits{how}"))
+    if not trial.differences:
+        return _Found(_report(sae, measured, expected, "it explains little, but no place near it fits better"))
+    advice = (
+        "No place near it fits better: is this the model that the SAE was made for, and is the text of the kind? Pass "
+        "check=batch to try it on another text, or check=False to leave this out."
+    )
+    return _Found(
+        _report(sae, measured, expected, "it is not as recorded, and no place near it fits better"),
+        warning=f"{_about(model, trial)} {advice}",
+    )
+
+
+def _own_text(root: nn.Module) -> dict[str, Any] | str:
+    """Return our own text as keyword arguments, or why it cannot be had."""
+    tokens = probe_tokens(root)
+    return f"{tokens}; pass check=batch" if isinstance(tokens, str) else {"input_ids": tokens}
+
+
+def _not_to_be_measured(sae: SAEModel, given: Mapping[str, Any] | None) -> str:
+    """Return why an SAE cannot be tried, empty if it can."""
+    held = sae.config.kept_latents
+    if held is not None:
+        return f"{len(held)} of {sae.config.d_sae} latents are loaded, which do not make up a reconstruction"
+    if given is None and distributed.is_available() and distributed.is_initialized():
+        return "several processes run this model; pass check=batch in all of them"
+    return ""
+
+
+def _expected(sae: SAEModel) -> Expected:
+    """Return what is known of an SAE: from its configuration, the facts saved beside it, or the index."""
+    config, origin = sae.config, sae.checkpoint
+    known = Expected(config.recorded_fvu, config.recorded_l0, config.recorded_norm)
+    if origin is None or None not in known:
+        return known
+    facts: dict[str, float | None] = {}
+    file = origin.folder / FACTS_FILE if origin.folder is not None else None
+    if file is not None and file.is_file():
+        facts = _metrics(file.read_text(encoding="utf-8"))
+    elif origin.format != "native" and (listed := known_at(origin.repo, origin.subfolder)) is not None:
+        facts = {"l0": listed.l0}
+    return Expected(*(_either(own, facts.get(name)) for name, own in zip(Expected._fields, known, strict=True)))
+
+
+def _either(first: float | None, second: float | None) -> float | None:
+    return second if first is None else first
+
+
+def _metrics(text: str) -> dict[str, float | None]:
+    """Return the numbers of a file of facts that are numbers; the file may be anybody's."""
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return {}
+    metrics = content.get("metrics") if isinstance(content, dict) else None
+    named = metrics if isinstance(metrics, dict) else {}
+    numbers: dict[str, float | None] = {
+        name: float(value)
+        for name in ("fvu", "l0", "mse")
+        if isinstance(value := named.get(name), (int, float)) and math.isfinite(value) and value > 0
+    }
+    mse, fvu = numbers.pop("mse", None), numbers.get("fvu")
+    return {**numbers, "norm": centred_norm(mse, fvu)} if mse and fvu else numbers
+
+
+def _advice(sae: SAEModel, better: Better) -> str:
+    """Say where an SAE fits better, and what to do about it."""
+    place, measured = better.place, better.measured
+    change = {"site": place.read} if place.read != sae.config.site else {}
+    if place.written != (sae.config.site_out or place.read):
+        change["site_out"] = place.written
+    where = " to ".join(f"'{name}'{_what(Site.parse(name), sae)}" for name in dict.fromkeys(place))
+    what = " and ".join(f"sae.config.{key} = {name!r}" for key, name in change.items())
+    return (
+        f"At {where} FVU is {measured.fvu:.3g}, L0 {measured.l0:.3g} and norm {measured.norm:.3g}: did you mean that "
+        f"place? Set {what}, or pass check=False to attach it here all the same."
+    )
+
+
+def _what(site: Site, sae: SAEModel) -> str:
+    """Return what tells a place apart from the SAE's own, with which it is easily confused."""
+    [given] = sites_written(sae)
+    if site.is_path and given.name.endswith("_out"):
+        return ", before what the block does to it on its way into the residual stream, such as a post-norm,"
+    if site.name.endswith("_out") and given.is_path:
+        return ", what is added to the residual stream, after the post-norm if there is one,"
+    return ""
+
+
+def _about(model: nn.Module, trial: Trial, finding: str = "does not fit") -> str:
+    """Say what was measured, and what was expected."""
+    sae, measured = trial.sae, trial.measure()
+    pairs = zip(("FVU", "L0", "norm"), measured[1:], trial.expected, strict=True)
+    numbers = (
+        f"{name} {value:.3g}" + ("" if recorded is None else f" (recorded: {recorded:.3g})")
+        for name, value, recorded in pairs
+    )
+    name = getattr(getattr(unwrap(model)[0], "config", None), "name_or_path", "")
+    base = sae.config.base_model
+    other = f" It was made for {base!r}; this is {name!r}." if base and base != name else ""
+    return f"{_name(sae)} {finding} {_place(sae)}: on {measured.tokens} tokens it has {', '.join(numbers)}.{other}"
+
+
+def _name(sae: SAEModel) -> str:
+    return type(sae).__name__ if sae.checkpoint is None else f"{type(sae).__name__} {sae.checkpoint}"
+
+
+def _place(sae: SAEModel) -> str:
+    """Return where an SAE is attached, in words."""
+    read, written = _several(sae.config.sites_read), _several(sae.config.sites_written)
+    return read if read == written else f"{read} to {written}"
+
+
+def _several(sites: Sequence[str]) -> str:
+    return sites[0] if len(sites) == 1 else f"{sites[0]} .. {sites[-1]}"
+
+
+def _report(sae: SAEModel, measured: Fit | None, expected: Expected, verdict: str) -> AttachCheck:
+    numbers: tuple[int, float | None, float | None, float | None] = measured or (0, None, None, None)
+    return AttachCheck(_name(sae), _place(sae), *numbers, *expected, verdict=verdict)

@@ -1,0 +1,70 @@
+"""Write an SAE with everything that should travel with it: weights, configuration, facts and card."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ..modeling import SAEModel
+from ..storage.atomic_write import replaced_together
+from .card import model_card
+from .facts import CardFacts, read_facts, write_facts
+from .markdown import decoded, merge
+
+CARD_FILE = "README.md"
+
+
+def save(sae: SAEModel, folder: str | os.PathLike[str], facts: CardFacts | None = None, **kwargs: Any) -> Path:
+    """Write weights, ``config.json``, ``sae_metrics.json`` and ``README.md``.
+
+    Everything is written aside first: if anything fails, the folder is as it was. A README that people have edited
+    keeps their part.
+
+    Args:
+        sae: the SAE.
+        folder: where to, created if need be.
+        facts: what is known; by default what was stored with the checkpoint that `sae` was loaded from.
+        **kwargs: as for `SAEModel.save_pretrained`, such as ``max_shard_size``.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: if the facts name no licence of the Hub.
+        PublishError: if the folder's README cannot be read.
+    """
+    target = Path(folder)
+    readme = target / CARD_FILE
+    existing = decoded(readme.read_bytes(), str(readme)) if readme.is_file() else None
+    facts = (read_facts(sae) if facts is None else facts).licensed()
+    with replaced_together(target) as staging:
+        sae.save_pretrained(staging, **kwargs)
+        write_extras(sae, staging, facts, existing_card=existing)
+    return target
+
+
+def write_extras(
+    sae: SAEModel,
+    folder: Path,
+    facts: CardFacts,
+    *,
+    existing_card: str | None = None,
+    repo_id: str | None = None,
+    subfolder: str = "",
+) -> list[Path]:
+    """Write ``sae_metrics.json`` and the card into a folder and return the two paths.
+
+    Args:
+        sae: the SAE.
+        folder: an existing folder.
+        facts: what is known.
+        existing_card: a README whose hand-written part is to be kept.
+        repo_id: repository that the card is for.
+        subfolder: folder of the SAE in that repository.
+    """
+    made = model_card(sae, facts, repo_id=repo_id, subfolder=subfolder)
+    card = merge(existing_card, made, "card", generated=("model-index", "model_name"))
+    path = folder / CARD_FILE
+    path.write_text(card, encoding="utf-8")
+    return [write_facts(facts, folder), path]
