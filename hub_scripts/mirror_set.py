@@ -55,7 +55,7 @@ def main(
         for step in to_do:
             bar.update(task, description=step.address)
             try:
-                commit = mirror.carry_out(step)
+                commit = mirror.apply_interventions(step)
             except (CheckpointError, InputError) as error:
                 failed += 1
                 console.print(f"failed   {step.address}: {error}")

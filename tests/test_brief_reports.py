@@ -21,7 +21,7 @@ from hf_gated_sae import (
     search,
 )
 from hf_gated_sae.evaluation.concepts import ConceptScore
-from hf_gated_sae.functional.short_repr import COLUMNS, LINES, brief, few_lines
+from hf_gated_sae.functional.short_repr import COLUMNS, LINES, few_lines, short_repr
 from hf_gated_sae.hooks.attach import AttachCheck
 from hf_gated_sae.hooks.attach_report import AttachReport, InterventionReport
 from tests.hooks.support import make_sae, model_of
@@ -83,7 +83,7 @@ LARGE = {
     "largest effects": lambda folder: attribute(
         model_of("llama"), make_sae(), lambda output: output.logits.sum(), input_ids=ids(4)
     ).top(1)[0],
-    "live latents": lambda folder: make_sae().live(torch.randn(1000, 32)),
+    "active latents": lambda folder: make_sae().encode_sparse(torch.randn(1000, 32)),
     "training loss": lambda folder: make_sae().training_loss(torch.randn(1000, 32)),
     "set": many_saes,
     "shards": shards,
@@ -130,7 +130,7 @@ def test_values_are_shown_by_their_kind_and_size():
     class Report:
         x: object
 
-        __repr__ = brief
+        __repr__ = short_repr
 
     sae = make_sae()
     shown = {

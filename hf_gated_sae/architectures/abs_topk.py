@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor
 
 from ..errors import InputError
-from ..modeling import KeepingSAE, SAEConfig
+from ..modeling import SAEConfig, TopKBaseSAE
 
 
 @strict
@@ -29,7 +29,7 @@ class AbsTopKSAEConfig(SAEConfig):
             raise InputError(f"k is {self.k}, expected 1 .. d_sae = {self.d_sae}.")
 
 
-class AbsTopKSAE(KeepingSAE):
+class AbsTopKSAE(TopKBaseSAE):
     """``z = (x - b_dec) @ W_enc + b_enc``; ``latents = z * [|z| is among the k largest]``.
 
     One latent stands for a direction and its opposite, so that latents may be negative.
@@ -48,7 +48,7 @@ class AbsTopKSAE(KeepingSAE):
         return projection + self._take(self.b_enc, latents)
 
     @property
-    def kept_per_token(self) -> int:
+    def latents_per_token(self) -> int:
         """Number of latents that are kept of a token."""
         return self.config.k
 

@@ -15,8 +15,8 @@ from ..functional import jumprelu
 from ..functional.activations import largest
 from ..functional.cpu.tiled_projection import lowest_projection
 from ..functional.linear import is_transformed
-from ..functional.support import DENSEST, LiveSupport, Support
-from ..modeling import KeptObjective, SAEConfig, SAEModel, Sparsity, TrainingLoss
+from ..functional.support import DENSEST, SparseSupport, Support
+from ..modeling import SAEConfig, SAEModel, Sparsity, TopKObjective, TrainingLoss
 
 SAMPLE = 64
 """Tokens of a batch from which it is guessed how small the smallest latent is that the batch keeps."""
@@ -26,7 +26,7 @@ MARGIN = 1.25
 
 
 @dataclass(frozen=True)
-class BatchTopKObjective(KeptObjective):
+class BatchTopKObjective(TopKObjective):
     """``|y - y^|^2`` on the batch's largest latents.
 
     Where gradients are recorded it also moves the running threshold; nothing is learnt where they are not, or where
@@ -109,20 +109,20 @@ class BatchTopKSAE(SAEModel):
             x: activations ``[..., d_in]``.
         """
         wanted = self.config.k * math.prod(x.shape[:-1])
-        alone = self.peers is None  # others may have their share of the largest below what is guessed here
+        alone = self.data_group is None  # others may have their share of the largest below what is guessed here
         few = self.config.k <= DENSEST * self.config.d_sae
-        guess = self._guess(x) if alone and few and LiveSupport.serves(x, self.W_enc_T) else None
+        guess = self._guess(x) if alone and few and SparseSupport.serves(x, self.W_enc_T) else None
         support = self._support(x, None if guess is None else lowest_projection(guess, self.b_enc))
         pre_latents = support.projection + self._take(self.b_enc, support.latents)
         if guess is not None and support.latents is not None and int((pre_latents > guess).sum()) < wanted:
             # More lie below the guess.
             support = self._support(x, None)
             pre_latents = support.projection + self.b_enc
-        if self.peers is None:
+        if self.data_group is None:
             latents = largest(pre_latents, wanted)
             kept = latents.detach()[latents > 0]
             return support, latents, kept.min() if len(kept) else kept.new_zeros(())
-        lowest = self.peers.lowest_of_largest(pre_latents.detach(), wanted)
+        lowest = self.data_group.lowest_of_largest(pre_latents.detach(), wanted)
         return support, torch.relu(pre_latents) * (pre_latents >= lowest), lowest
 
     @torch.no_grad()

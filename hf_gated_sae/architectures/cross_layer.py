@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..errors import InputError, ShapeError, shown, unknown_name
 from ..functional import jumprelu
-from ..functional.sparse_latents import LiveLatents
+from ..functional.sparse_latents import SparseLatents
 from ..modeling import Objective, SAEConfig, SAEModel, Sparsity, TrainingLoss
 from .jumprelu import INITIAL_THRESHOLD, StraightThroughConfig
 
@@ -210,7 +210,7 @@ class CrossLayerSAE(SAEModel):
 
     # ------------------------------------------------------------------ the equations
 
-    def _framed(self, x: Tensor) -> Tensor:
+    def _normalized(self, x: Tensor) -> Tensor:
         """Return `x` in the SAE's own frame, after checking that it has the activations of every source site."""
         if x.shape[-2:] != self.input_shape:
             raise ShapeError(
@@ -219,8 +219,8 @@ class CrossLayerSAE(SAEModel):
                 f"{', '.join(self.sites[:4])}{', ...' if len(self.sites) > 4 else ''} of {self.config.base_model!r}, "
                 "stacked in this order."
             )
-        frame = self.frame(x)
-        return x if frame is None else frame.enter(x)
+        token_normalization = self.token_normalization(x)
+        return x if token_normalization is None else token_normalization.apply(x)
 
     def _encode(self, x: Tensor, latents: Tensor | None) -> Tensor:
         each = x.unbind(-2)
@@ -265,8 +265,8 @@ class CrossLayerSAE(SAEModel):
 
     def encode_source(self, x: Tensor, source: int, rows: Tensor | None = None) -> Tensor:
         """Turn one source's activation ``[..., d_in]`` into its latents, ``[..., n]``."""
-        frame = self.frame(x)
-        return self._encode_at(x if frame is None else frame.enter(x), source, rows)
+        token_normalization = self.token_normalization(x)
+        return self._encode_at(x if token_normalization is None else token_normalization.apply(x), source, rows)
 
     def rows_at(self, rows: Tensor, output: int) -> Tensor:
         """Return what a unit of each latent writes at an output, ``[n, d_out]``; zeros where it does not write."""
@@ -282,14 +282,18 @@ class CrossLayerSAE(SAEModel):
     def decode_at(self, latents: Sequence[Tensor], output: int, x: Tensor) -> Tensor:
         """Return what is written at one output, given the latents of the sources up to it."""
         written = self._written_at(latents, output)
-        frame = self.frame(x)
+        token_normalization = self.token_normalization(x)
         if self.config.skip_connection and output < len(self.skips):
-            written = written + nn.functional.linear(x if frame is None else frame.enter(x), self.skips[output])
-        return written if frame is None or self.config.is_transcoder else frame.leave(written)
+            written = written + nn.functional.linear(
+                x if token_normalization is None else token_normalization.apply(x), self.skips[output]
+            )
+        return (
+            written if token_normalization is None or self.config.is_transcoder else token_normalization.undo(written)
+        )
 
     # ------------------------------------------------------------------ all sites together
 
-    def decode(self, latents: Tensor | LiveLatents, x: Tensor | None = None) -> Tensor:
+    def decode(self, latents: Tensor | SparseLatents, x: Tensor | None = None) -> Tensor:
         """Turn latents into what is written at every output.
 
         Args:
@@ -308,15 +312,15 @@ class CrossLayerSAE(SAEModel):
             raise ShapeError(f"Given latents {list(latents.shape)}, expected [..., d_sae = {self.config.d_sae}].")
         written = self._decode(latents)
         if self.config.skip_connection:
-            read = zip(self._framed(self._needed(x)).unbind(-2), self.skips, strict=True)
+            read = zip(self._normalized(self._needed(x)).unbind(-2), self.skips, strict=True)
             skipped = torch.stack([nn.functional.linear(here, skip) for here, skip in read], -2)
             written = written + nn.functional.pad(skipped, (0, 0, 0, len(self.sites_out) - len(self.skips)))
-        frame = self._frame_out(x)
-        return written if frame is None else frame.leave(written)
+        token_normalization = self._output_normalization(x)
+        return written if token_normalization is None else token_normalization.undo(written)
 
-    def _decode(self, latents: Tensor | LiveLatents) -> Tensor:
+    def _decode(self, latents: Tensor | SparseLatents) -> Tensor:
         """Return what every site writes to every output."""
-        if isinstance(latents, LiveLatents):
+        if isinstance(latents, SparseLatents):
             latents = latents.dense()
         parts = latents.split(self.latents_per_site, -1)
         return torch.stack([self._written_at(parts[: at + 1], at) for at in range(len(self.sites_out))], -2)

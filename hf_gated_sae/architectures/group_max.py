@@ -7,7 +7,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor
 
 from ..errors import InputError
-from ..modeling import KeepingSAE, SAEConfig
+from ..modeling import SAEConfig, TopKBaseSAE
 
 
 @strict
@@ -28,7 +28,7 @@ class GroupMaxSAEConfig(SAEConfig):
             raise InputError(f"groups is {self.groups}, expected a divisor of d_sae = {self.d_sae}.")
 
 
-class GroupMaxSAE(KeepingSAE):
+class GroupMaxSAE(TopKBaseSAE):
     """``z = (x - b_dec) @ W_enc + b_enc``; ``latents = relu(z) * [z is the largest of its group]``.
 
     Group ``g`` is the ``d_sae / groups`` neighbouring latents from ``g * d_sae / groups`` on.
@@ -43,7 +43,7 @@ class GroupMaxSAE(KeepingSAE):
     config_class = GroupMaxSAEConfig
 
     @property
-    def kept_per_token(self) -> int:
+    def latents_per_token(self) -> int:
         """Number of latents that are kept of a token: one of each group."""
         return self.config.groups
 

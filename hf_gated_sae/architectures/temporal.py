@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..errors import InputError, ShapeError
 from ..functional import topk
-from ..functional.normalization import Frame
-from ..functional.sparse_latents import LiveLatents
+from ..functional.normalization import TokenNormalization
+from ..functional.sparse_latents import SparseLatents
 from ..modeling import Objective, SAEConfig, SAEModel, SAEOutput, Sparsity, TrainingLoss
 
 NORM_EPS = 1e-6
@@ -140,15 +140,17 @@ class TemporalSAE(SAEModel):
         self.attention = nn.ModuleList([ContextAttention(config) for _ in range(config.attention_layers)])
         self.post_init()
 
-    def frame(self, x: Tensor) -> Frame:
+    def token_normalization(self, x: Tensor) -> TokenNormalization:
         """Return the scale, and what the configuration says of normalisation."""
         one = torch.ones_like(x[..., :1])
-        frame = super().frame(x) or Frame(torch.zeros_like(one), one, one)
+        token_normalization = super().token_normalization(x) or TokenNormalization(torch.zeros_like(one), one, one)
         factor = self.config.scaling_factor
-        return Frame(frame.shift, frame.divisor / factor, frame.scale / factor)
+        return TokenNormalization(
+            token_normalization.shift, token_normalization.divisor / factor, token_normalization.scale / factor
+        )
 
-    def _frame_out(self, x: Tensor | None) -> Frame:
-        return self.frame(self._needed(x))
+    def _output_normalization(self, x: Tensor | None) -> TokenNormalization:
+        return self.token_normalization(self._needed(x))
 
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the novel and the predicted codes.
@@ -162,7 +164,7 @@ class TemporalSAE(SAEModel):
         Raises:
             ShapeError: if `x` has no axis of positions.
         """
-        residual, predicted = self._predict(self._framed(x))
+        residual, predicted = self._predict(self._normalized(x))
         return self._novel(residual), predicted
 
     def _encode(self, x: Tensor, latents: Tensor | None) -> Tensor:
@@ -194,7 +196,7 @@ class TemporalSAE(SAEModel):
         scores = self._scores(residual)
         return torch.relu(scores) if self.config.k is None else topk(scores, self.config.k)
 
-    def decode(self, latents: Tensor | LiveLatents, x: Tensor | None = None) -> Tensor:
+    def decode(self, latents: Tensor | SparseLatents, x: Tensor | None = None) -> Tensor:
         """Turn latents and what context predicts into a reconstruction.
 
         Args:
@@ -208,7 +210,7 @@ class TemporalSAE(SAEModel):
             ShapeError: if the last axis is not `d_sae` wide.
             InputError: if `x` is not given.
         """
-        if isinstance(latents, LiveLatents):
+        if isinstance(latents, SparseLatents):
             latents = latents.dense()
         if latents.shape[-1:] == (self.config.d_sae,):  # else the base class says what is wrong
             latents = latents + self.codes(self._needed(x))[1]

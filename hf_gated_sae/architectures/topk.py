@@ -7,9 +7,9 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor
 
 from ..errors import InputError
-from ..functional.activations import topk_places
+from ..functional.activations import topk_indices
 from ..functional.cpu import bf16_screening
-from ..modeling import KeepingSAE, SAEConfig
+from ..modeling import SAEConfig, TopKBaseSAE
 
 
 @strict
@@ -35,7 +35,7 @@ class TopKSAEConfig(SAEConfig):
             raise InputError(f"k is {self.k}, expected 1 .. d_sae = {self.d_sae}.")
 
 
-class TopKSAE(KeepingSAE):
+class TopKSAE(TopKBaseSAE):
     """``latents = topk(relu((x - b_dec) @ W_enc + b_enc), k)``.
 
     Without ``config.rectified`` there is no ReLU; with ``config.rank_by_decoder_norm`` the `k` latents are chosen by
@@ -60,13 +60,13 @@ class TopKSAE(KeepingSAE):
         return torch.relu(pre_latents) if self.config.rectified else pre_latents
 
     @property
-    def kept_per_token(self) -> int:
+    def latents_per_token(self) -> int:
         """Number of latents that are kept of a token."""
         return self.config.k
 
     def _choose(self, values: Tensor) -> tuple[Tensor, Tensor]:
         weights = self.W_dec.detach().norm(dim=-1) if self.config.rank_by_decoder_norm else None
-        return topk_places(values, self.config.k, rectified=False, weights=weights)
+        return topk_indices(values, self.config.k, rectified=False, weights=weights)
 
     def _highest(self, x: Tensor, *, rounding: bool = False) -> tuple[Tensor, Tensor] | None:
         if self.config.rank_by_decoder_norm:

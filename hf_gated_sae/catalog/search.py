@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, unknown_name
 from ..formats import natural_order
-from ..functional.short_repr import brief
+from ..functional.short_repr import short_repr
 from ..hub.hook_names import GLOBAL, IN_BLOCK
 from ..hub.index import KnownSAE, has_size, known_saes, plainer, releases
 from ..hub.model_names import repository_of
@@ -58,7 +58,7 @@ class SearchResult:
     neuronpedia: str | None = None
     release: str | None = None
 
-    __repr__ = brief
+    __repr__ = short_repr
 
     @property
     def code(self) -> str:

@@ -20,7 +20,7 @@ from . import bundled, corpus
 from .concept_table import CONCEPTS
 from .effects import AblationEffect, SteeringEffect, choose_by_effect, measure_ablation, measure_steering
 from .effort import Effort, effort_for
-from .labelled_text import Material, cut
+from .labelled_text import LabelledText, cut
 from .targets import ConceptTarget, Target, candidates, concept_scores, firing_target, with_evidence
 
 Progress = Callable[[str, int, int], None]
@@ -200,8 +200,8 @@ def choose_target(
     sae: SAEModel,
     plan: DemoPlan,
     effort: Effort,
-    choosing: Material,
-    showing: Material,
+    choosing: LabelledText,
+    showing: LabelledText,
     tell: Callable[[str, str], None],
 ) -> tuple[Target, float]:
     """Pick the latent to show, of those that know a concept the one that steers best, and how hard to steer.
@@ -277,7 +277,7 @@ def load_sae(plan: DemoPlan) -> SAEModel:
     return sae
 
 
-def read_material(plan: DemoPlan, model: Any, tokenizer: Any, effort: Effort) -> Material:
+def read_material(plan: DemoPlan, model: Any, tokenizer: Any, effort: Effort) -> LabelledText:
     """Return the windows of text to measure on.
 
     Args:

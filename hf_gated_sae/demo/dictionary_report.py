@@ -15,7 +15,7 @@ from ..modeling import SAEModel
 from ..publishing import CardFacts, LatentLabel
 from . import corpus
 from .dictionaries import DictionaryRecipe
-from .labelled_text import Material, cut
+from .labelled_text import LabelledText, cut
 from .targets import concept_scores
 from .token_concepts import CONCEPTS
 
@@ -28,7 +28,7 @@ KNOWN_FROM = 0.3
 """Correlation with a concept from which a latent is labelled with it."""
 
 
-def held_out_material(tokenizer: Any, context: int) -> Material:
+def held_out_material(tokenizer: Any, context: int) -> LabelledText:
     """Return all held-out files, labelled, in windows as long as the model's context, none across two files."""
     texts = corpus.texts("held_out")
     return cut(tokenizer, texts, window=context, windows=1_000_000, python=True, rows=ROWS)
@@ -37,7 +37,7 @@ def held_out_material(tokenizer: Any, context: int) -> Material:
 def dictionary_facts(
     model: Any,
     sae: SAEModel,
-    material: Material,
+    material: LabelledText,
     recipe: DictionaryRecipe,
     *,
     activations: int,
@@ -81,7 +81,7 @@ def dictionary_facts(
 
 
 @torch.no_grad()
-def concept_facts(model: Any, sae: SAEModel, material: Material) -> dict[str, Any]:
+def concept_facts(model: Any, sae: SAEModel, material: LabelledText) -> dict[str, Any]:
     """Measure which latents tell which concepts of Python source.
 
     Args:

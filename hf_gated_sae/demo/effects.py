@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..hooks import attach
 from ..interventions import Ablate, Steer
 from ..modeling import SAEModel
-from .labelled_text import Material
+from .labelled_text import LabelledText
 from .targets import Target
 
 STRENGTHS = (1.0, 2.0)
@@ -90,7 +90,7 @@ def token_losses(model: Any, input_ids: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").cpu()
 
 
-def measure_ablation(model: Any, sae: SAEModel, target: Target, material: Material) -> AblationEffect:
+def measure_ablation(model: Any, sae: SAEModel, target: Target, material: LabelledText) -> AblationEffect:
     """Ablate the target's latent everywhere and compare the losses.
 
     Args:
@@ -137,7 +137,7 @@ class SteeringPlan:
 
 
 def measure_steering(
-    model: Any, tokenizer: Any, sae: SAEModel, target: Target, material: Material, plan: SteeringPlan
+    model: Any, tokenizer: Any, sae: SAEModel, target: Target, material: LabelledText, plan: SteeringPlan
 ) -> SteeringEffect:
     """Continue prompts with and without steering.
 
@@ -175,7 +175,7 @@ def _steered(
     return SteeringEffect(strength=strength, continuations=continuations)
 
 
-def _prompts(target: Target, material: Material, plan: SteeringPlan) -> Tensor:
+def _prompts(target: Target, material: LabelledText, plan: SteeringPlan) -> Tensor:
     """Return the beginnings of windows spread over the material, ``[N, prompt_tokens]``, none of which ends inside.
 
     What begins inside a comment goes on inside it, steered or not.
@@ -207,7 +207,7 @@ def choose_by_effect(
     tokenizer: Any,
     sae: SAEModel,
     targets: Sequence[Target],
-    material: Material,
+    material: LabelledText,
     plan: SteeringPlan,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Target, float]:

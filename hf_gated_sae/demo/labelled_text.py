@@ -14,7 +14,7 @@ from .token_concepts import CONCEPTS, token_labels
 
 
 @dataclass(frozen=True)
-class Material:
+class LabelledText:
     """Windows of equal length.
 
     Attributes:
@@ -34,7 +34,7 @@ class Material:
         for ids in self.input_ids.split(self.rows):
             yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
-    def halves(self) -> tuple[Material, Material]:
+    def halves(self) -> tuple[LabelledText, LabelledText]:
         """Return every other window, and the rest: one to choose a latent on, the other to show it on."""
         pick = [
             replace(
@@ -52,7 +52,9 @@ class Material:
         return self.input_ids.numel()
 
 
-def cut(tokenizer: Any, texts: Iterable[str], *, window: int, windows: int, python: bool, rows: int = 8) -> Material:
+def cut(
+    tokenizer: Any, texts: Iterable[str], *, window: int, windows: int, python: bool, rows: int = 8
+) -> LabelledText:
     """Tokenise texts and cut them into windows, none of which reaches across two texts.
 
     Args:
@@ -86,7 +88,7 @@ def cut(tokenizer: Any, texts: Iterable[str], *, window: int, windows: int, pyth
             break
     if not ids:
         raise InputError(f"The text is shorter than one window of {window} tokens; give a longer text.")
-    return Material(
+    return LabelledText(
         input_ids=torch.tensor(ids[:windows]),
         labels=torch.stack(labels[:windows]) if python else None,
         names=tuple(CONCEPTS) if python else (),

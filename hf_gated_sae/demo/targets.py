@@ -14,7 +14,7 @@ from ..errors import InputError, unknown_name
 from ..evaluation import ConceptScores
 from ..hooks import capture
 from ..modeling import SAEModel
-from .labelled_text import Material
+from .labelled_text import LabelledText
 from .token_concepts import concept_share
 
 KNOWN_F1, KNOWN_PRECISION = 0.3, 0.6  # from which a latent counts as standing for a concept
@@ -36,7 +36,7 @@ class Target(ABC):
     evidence: str
 
     @abstractmethod
-    def inside(self, material: Material) -> Tensor:
+    def inside(self, material: LabelledText) -> Tensor:
         """Return which tokens it stands for, ``[N, S]`` bool."""
 
     @abstractmethod
@@ -61,7 +61,7 @@ class ConceptTarget(Target):
 
     threshold: float
 
-    def inside(self, material: Material) -> Tensor:
+    def inside(self, material: LabelledText) -> Tensor:
         """Return the tokens that have the concept."""
         assert material.labels is not None
         return material.labels[..., material.names.index(self.name)]
@@ -77,7 +77,7 @@ class FiringTarget(Target):
 
     firing: Callable[[Tensor], Tensor]
 
-    def inside(self, material: Material) -> Tensor:
+    def inside(self, material: LabelledText) -> Tensor:
         """Return the tokens that follow one on which the latent fires: those that it can help to predict."""
         fires = torch.cat([self.firing(batch["input_ids"]) for batch in material.batches()])
         return torch.cat([torch.zeros_like(fires[:, :1]), fires[:, :-1]], dim=1)
@@ -87,7 +87,7 @@ class FiringTarget(Target):
         return self.firing(ids.unsqueeze(0))[0, prompt:].float().mean().item()
 
 
-def concept_scores(model: Any, sae: SAEModel, material: Material) -> ConceptScores:
+def concept_scores(model: Any, sae: SAEModel, material: LabelledText) -> ConceptScores:
     """Return how well every latent tells every concept on labelled text."""
     scores = ConceptScores(material.names, sae.max_activation)
     for labels, latents in _latents(model, sae, material):
@@ -137,7 +137,7 @@ def with_evidence(target: ConceptTarget, scores: ConceptScores) -> ConceptTarget
     return replace(target, evidence=evidence)
 
 
-def _latents(model: Any, sae: SAEModel, material: Material) -> Iterator[tuple[Tensor, Tensor]]:
+def _latents(model: Any, sae: SAEModel, material: LabelledText) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield labels ``[T, n_concepts]`` and latents ``[T, d_sae]`` of the material, batch by batch."""
     assert material.labels is not None
     for batch, labels in zip(material.batches(), material.labels.split(material.rows), strict=True):
@@ -148,7 +148,7 @@ def _on(model: Any, batch: dict[str, Tensor]) -> dict[str, Any]:
     return {name: value.to(model.device) for name, value in batch.items()}
 
 
-def firing_target(model: Any, sae: SAEModel, material: Material, latent: int | None) -> FiringTarget:
+def firing_target(model: Any, sae: SAEModel, material: LabelledText, latent: int | None) -> FiringTarget:
     """Return a latent that stands for the tokens on which it fires, for want of a ground truth.
 
     Args:

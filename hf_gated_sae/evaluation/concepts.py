@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, ShapeError, unknown_name
-from ..functional.short_repr import brief
+from ..functional.short_repr import short_repr
 
 CHUNK = 4096
 """Tokens per matrix product; counts below 2**24 are exact in float32."""
@@ -50,7 +50,7 @@ class ConceptScore:
     concept_tokens: int
     tokens: int
 
-    __repr__ = brief
+    __repr__ = short_repr
 
 
 class ConceptScores:

@@ -205,8 +205,10 @@ class _Activations:
         for given in waiting.split(CHUNK):
             outlier, x = is_outlier(given, self.limit).to(self.sae.device), given.to(self.sae.W_dec)
             ordinary = x[~outlier] if bool(outlier.any()) else x
-            output, frame = self.sae(ordinary), self.sae.frame(ordinary)
-            constant = None if frame is None else frame.leave(self.sae.b_dec)  # what it writes when no latent is on
+            output, token_normalization = self.sae(ordinary), self.sae.token_normalization(ordinary)
+            constant = (
+                None if token_normalization is None else token_normalization.undo(self.sae.b_dec)
+            )  # what it writes when no latent is on
             self.accumulator.update(ordinary, output.reconstruction, output.latents, constant=constant)
             if len(ordinary) < len(x):
                 self.accumulator.update_outliers(x[outlier], self.sae(x[outlier]).reconstruction)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import InputError, did_you_mean
 from ..functional import FidelityMetrics
-from ..functional.short_repr import brief
+from ..functional.short_repr import short_repr
 
 LEFT_OUT = "padding and special tokens: neither measured, nor replaced, nor predicted"
 
@@ -64,7 +64,7 @@ class FidelityReport:
     special_token_ids: tuple[int, ...] = ()
     norm_limit: float | None = None
 
-    __repr__ = brief
+    __repr__ = short_repr
 
     @property
     def tokens(self) -> int:

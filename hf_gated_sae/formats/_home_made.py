@@ -13,12 +13,12 @@ from torch import Tensor
 from ..errors import CheckpointError, InputError, shown
 from ..hub.location import Location
 from ..modeling import SAEConfig
-from ..modeling.description import HOME_MADE, Stated
+from ..modeling.description import HOME_MADE, CheckpointDescription
 from ..modeling.loading import Checkpoint, Tensors, as_stored
 from ..storage import TENSOR_FILES, StoredTensor
 from ._folders import again
 from ._home_made_content import Content, content_of, listed
-from ._home_made_matching import WIDTHS, Fit, Parameter, fitted, is_left_out, parameters_of
+from ._home_made_matching import WIDTHS, Parameter, SiteFit, fitted, is_left_out, parameters_of
 from ._home_made_options import BIAS, options_of
 
 MOST_FILES = 12
@@ -34,12 +34,12 @@ class Described:
         parameters: tensors of the architecture, by name.
     """
 
-    fit: Fit
+    fit: SiteFit
     config: SAEConfig
     parameters: Mapping[str, Parameter]
 
 
-def open_home_made(location: Location, stated: Stated) -> Checkpoint:
+def open_home_made(location: Location, description: CheckpointDescription) -> Checkpoint:
     """Describe a home-made SAE by the headers of its file.
 
     Args:
@@ -60,7 +60,7 @@ def open_home_made(location: Location, stated: Stated) -> Checkpoint:
     for file in files[:MOST_FILES]:
         try:
             where = f"{file} of {location.at(location.subfolder)}"
-            found[file] = described(content_of(location.content(file), where), stated, where)
+            found[file] = described(content_of(location.content(file), where), description, where)
         except CheckpointError as error:
             faults[file] = error
     if len(found) > 1:
@@ -71,7 +71,7 @@ def open_home_made(location: Location, stated: Stated) -> Checkpoint:
     if not found:
         raise next(iter(faults.values())) if len(faults) == 1 else CheckpointError(" ".join(map(str, faults.values())))
     [(file, what)] = found.items()
-    model_class = stated.model_class
+    model_class = description.model_class
     stored = _stored(what, location.content(file), location, file)
     return Checkpoint(
         model_class,
@@ -83,7 +83,7 @@ def open_home_made(location: Location, stated: Stated) -> Checkpoint:
     )
 
 
-def described_tensors(state_dict: Any, stated: Stated) -> tuple[SAEConfig, Tensors]:
+def described_tensors(state_dict: Any, description: CheckpointDescription) -> tuple[SAEConfig, Tensors]:
     """Return configuration and tensors of an SAE that is given as ``state_dict=``.
 
     Raises:
@@ -96,7 +96,7 @@ def described_tensors(state_dict: Any, stated: Stated) -> tuple[SAEConfig, Tenso
             "by name."
         )
     content = content_of(state_dict, "state_dict=")
-    what = described(content, stated, "state_dict=")
+    what = described(content, description, "state_dict=")
     everything = {**content.tensors, **content.training}
     tensors: Tensors = {}
     for name, found in what.fit.found.items():
@@ -116,7 +116,7 @@ def tensor_files(location: Location) -> list[str]:
     return [name for name in location.files if "/" not in name and name.endswith(tuple(TENSOR_FILES))]
 
 
-def described(content: Content, stated: Stated, where: str) -> Described:
+def described(content: Content, description: CheckpointDescription, where: str) -> Described:
     """Return how a content fits what the user said of it.
 
     Args:
@@ -127,29 +127,29 @@ def described(content: Content, stated: Stated, where: str) -> Described:
     Raises:
         CheckpointError: listing all that does not fit, what there is, and how to say what is what.
     """
-    skips = bool(stated.options.get("skip_connection", False))
-    parameters = parameters_of(stated.architecture, skips)
-    options, faults, used = options_of(stated.model_class, stated.options, content)
-    widths = {name: width for name in WIDTHS if type(width := stated.options.get(name)) is int}
-    fit = chosen(content, stated, parameters, widths, used)
+    skips = bool(description.options.get("skip_connection", False))
+    parameters = parameters_of(description.architecture, skips)
+    options, faults, used = options_of(description.model_class, description.options, content)
+    widths = {name: width for name in WIDTHS if type(width := description.options.get(name)) is int}
+    fit = chosen(content, description, parameters, widths, used)
     if not fit.complete or faults:
-        raise CheckpointError(_explained(fit, faults, content, stated, parameters, where))
+        raise CheckpointError(_explained(fit, faults, content, description, parameters, where))
     # A tied one has no matrix of its own that reads, or none that is known to write elsewhere.
     either = {"d_in": fit.widths.get("d_out"), "d_out": fit.widths.get("d_in")}
     options |= {**either, **fit.widths}
     moved = options.get("site_out") not in (None, options.get("site"))
     if moved or options["d_out"] != options["d_in"]:
         options.setdefault(BIAS, False)  # it belongs to another place than the input
-    return Described(fit, stated.model_class.config_class(**options), parameters)
+    return Described(fit, description.model_class.config_class(**options), parameters)
 
 
 def chosen(
     content: Content,
-    stated: Stated,
+    description: CheckpointDescription,
     parameters: Mapping[str, Parameter],
     widths: Mapping[str, int],
     used: set[str],
-) -> Fit:
+) -> SiteFit:
     """Return the one complete fit, or the nearest one with its faults.
 
     Args:
@@ -159,15 +159,15 @@ def chosen(
         widths: widths that the user gave.
         used: paths of tensors that are settings.
     """
-    pinned = [name for name in stated.names.values() if name is not None and name in content.tensors]
+    pinned = [name for name in description.names.values() if name is not None and name in content.tensors]
     roots = content.roots() or [""]
     fits = []
     for root in roots:
         if all(name.startswith(f"{root}.") or not root for name in pinned):
-            fit = fitted(content, root, parameters, stated.names, stated.ignore, widths)
+            fit = fitted(content, root, parameters, description.names, description.ignore, widths)
             fit.leftover = [path for path in fit.leftover if path not in used]
             fits.append(fit)
-    fits = fits or [fitted(content, "", parameters, stated.names, stated.ignore, widths)]
+    fits = fits or [fitted(content, "", parameters, description.names, description.ignore, widths)]
     complete = _different([fit for fit in fits if fit.complete])
     if not complete:
         return min(fits, key=lambda fit: (fit.distance[0], -fit.distance[1]))
@@ -184,23 +184,23 @@ def chosen(
     besides = {found.path for other in others if other.complete for found in other.found.values()}
     inside = {*content.below(best.root).values(), *besides, *used}
     best.leftover = [
-        path for path in content.tensors if path not in inside and not is_left_out(path, path, stated.ignore)
+        path for path in content.tensors if path not in inside and not is_left_out(path, path, description.ignore)
     ]
     best.leftover = [path for path in best.leftover if path not in {found.path for found in best.found.values()}]
     return best
 
 
-def _different(fits: Sequence[Fit]) -> list[Fit]:
+def _different(fits: Sequence[SiteFit]) -> list[SiteFit]:
     """Return the fits that take different tensors."""
     by_tensors = {frozenset(found.path for found in fit.found.values()): fit for fit in reversed(fits)}
     return list(reversed(by_tensors.values()))
 
 
 def _explained(
-    fit: Fit,
+    fit: SiteFit,
     faults: Sequence[str],
     content: Content,
-    stated: Stated,
+    description: CheckpointDescription,
     parameters: Mapping[str, Parameter],
     where: str,
 ) -> str:
@@ -218,7 +218,7 @@ def _explained(
     expected = ", ".join(str(parameter) for parameter in parameters.values() if not parameter.optional)
     what = f" To continue: {'; '.join(advice)}." if advice else ""
     return (
-        f"{where} does not fit architecture {stated.architecture!r}: {'; '.join(said)}. It holds "
+        f"{where} does not fit architecture {description.architecture!r}: {'; '.join(said)}. It holds "
         f"{listed(content.tensors)}; expected {expected}.{what}"
     )
 

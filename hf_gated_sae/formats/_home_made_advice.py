@@ -11,7 +11,7 @@ from ..modeling import architectures
 from ..storage import TENSOR_FILES
 from ._home_made import tensor_files
 from ._home_made_content import MOST_TENSORS, Content, content_of, listed
-from ._home_made_matching import Fit, fitted, is_left_out, parameters_of
+from ._home_made_matching import SiteFit, fitted, is_left_out, parameters_of
 from ._home_made_options import asked_for, options_of
 
 MOST_FILES = 3
@@ -67,12 +67,12 @@ def _of_file(location: Location, file: str, content: Content) -> str:
     )
 
 
-def nearest(content: Content) -> tuple[Fit, list[str]] | None:
+def nearest(content: Content) -> tuple[SiteFit, list[str]] | None:
     """Return the nearest fit, and the names of the architectures that it is a fit of; None if it is no SAE at all."""
     tensors: Mapping[str, Any] = content.tensors
     if sum(len(tensor.shape) == 2 for tensor in tensors.values()) < 1 or not content.roots():
         return None
-    ranked: list[tuple[tuple[Any, ...], Fit, str]] = []
+    ranked: list[tuple[tuple[Any, ...], SiteFit, str]] = []
     for name, model_class in architectures.items():
         if model_class.sliceable:
             fit = _nearest_root(content, name)
@@ -88,7 +88,7 @@ def nearest(content: Content) -> tuple[Fit, list[str]] | None:
     return best, [name for _, fit, name in ranked if fit.distance == best.distance and fit.found == best.found]
 
 
-def _nearest_root(content: Content, architecture: str) -> Fit:
+def _nearest_root(content: Content, architecture: str) -> SiteFit:
     """Return the fit with the fewest faults, wherever in the file."""
     parameters = parameters_of(architecture)
     used = options_of(architectures[architecture], {}, content)[2]

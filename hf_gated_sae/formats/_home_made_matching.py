@@ -83,7 +83,7 @@ class Found:
 
 
 @dataclass
-class Fit:
+class SiteFit:
     """How the tensors below one path of a file are those of an architecture.
 
     Attributes:
@@ -150,18 +150,18 @@ def fitted(
     names: Mapping[str, str | None],
     ignore: tuple[str, ...] = (),
     widths: Mapping[str, int] | None = None,
-) -> Fit:
+) -> SiteFit:
     """Return how the tensors below a path are those of an architecture.
 
     Args:
         content: what the file holds.
         root: the path.
         parameters: tensors of the architecture.
-        names: as in `Stated`.
-        ignore: as in `Stated`.
+        names: as in `CheckpointDescription`.
+        ignore: as in `CheckpointDescription`.
         widths: widths that the user gave.
     """
-    fit = Fit(root, widths=dict(widths or {}))
+    fit = SiteFit(root, widths=dict(widths or {}))
     below = content.below(root)
     _take_stated(fit, content, below, parameters, names)
     taken = {found.path for found in fit.found.values()}
@@ -184,7 +184,7 @@ def is_left_out(path: str, short: str, ignore: tuple[str, ...]) -> bool:
 
 
 def _take_stated(
-    fit: Fit,
+    fit: SiteFit,
     content: Content,
     below: Mapping[str, str],
     parameters: Mapping[str, Parameter],
@@ -223,7 +223,7 @@ def _keys(parameter: Parameter) -> tuple[str, ...]:
     return (parameter.stem, parameter.stem + TRANSPOSED) if parameter.is_matrix else (parameter.name,)
 
 
-def _take_usual(fit: Fit, parameter: Parameter, free: Mapping[str, str]) -> None:
+def _take_usual(fit: SiteFit, parameter: Parameter, free: Mapping[str, str]) -> None:
     """Take the one tensor that has a usual name of one of ours; two of them are a fault."""
     exact = [name for name in _keys(parameter) if name in free]
     usual = {_plain(name) for name in (*_keys(parameter), *USUAL.get(parameter.stem, "").split())}
@@ -242,7 +242,7 @@ def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def _measure(fit: Fit, content: Content, parameters: Mapping[str, Parameter]) -> None:
+def _measure(fit: SiteFit, content: Content, parameters: Mapping[str, Parameter]) -> None:
     """Read the widths from the shapes, and from the widths which matrices are transposed."""
     everything = {**content.tensors, **content.training}
     shapes = {name: tuple(everything[found.path].shape) for name, found in fit.found.items()}
@@ -292,13 +292,13 @@ def _agreed(
     return widths
 
 
-def _misshaped(fit: Fit, parameter: Parameter, shape: tuple[int, ...], known: int | None = None) -> str:
+def _misshaped(fit: SiteFit, parameter: Parameter, shape: tuple[int, ...], known: int | None = None) -> str:
     """Say that a tensor has a shape that ours cannot have."""
     width = f" with {parameter.sides[0]} = {known}" if known is not None and len(parameter.sides) == 1 else ""
     return f"{fit.found[parameter.name].path} has shape {list(shape)} and cannot be {parameter}{width}"
 
 
-def _unknown_orientation(fit: Fit, parameter: Parameter, shape: tuple[int, ...]) -> str:
+def _unknown_orientation(fit: SiteFit, parameter: Parameter, shape: tuple[int, ...]) -> str:
     """Say that a shape does not tell which axis is which, and how to state it."""
     path, key = fit.found[parameter.name].path, parameter.stem + TRANSPOSED
     first, second = parameter.sides if parameter.name != parameter.stem else parameter.sides[::-1]

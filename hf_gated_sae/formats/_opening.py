@@ -11,7 +11,7 @@ from ..errors import CheckpointError, InputError, MissingFileError, SAEError, di
 from ..hub.index import releases, resolve_alias
 from ..hub.location import LocalFolder, Location, clean_subfolder, locate
 from ..hub.neuronpedia import sae_of_dashboards, unknown_dashboards
-from ..modeling.description import HOME_MADE, Stated
+from ..modeling.description import HOME_MADE, CheckpointDescription
 from ..modeling.loading import Checkpoint
 from ..storage import TENSOR_FILES
 from ._claims import claims_of, is_claimed, the_layout
@@ -31,7 +31,7 @@ def open_checkpoint(
     *,
     variant: str | None = None,
     format: str | None = None,
-    stated: Stated | None = None,
+    description: CheckpointDescription | None = None,
     **arguments: Any,
 ) -> Checkpoint:
     """Pin, list, let the one format that claims the folder open it.
@@ -52,7 +52,7 @@ def open_checkpoint(
         MissingFileError: if there is no such folder, repository, revision or file.
     """
     where = {name: arguments[name] for name in PLACE if name in arguments}
-    return open_at(locate_sae(repo, subfolder, **where), variant=variant, format=format, stated=stated)
+    return open_at(locate_sae(repo, subfolder, **where), variant=variant, format=format, description=description)
 
 
 def locate_sae(
@@ -140,7 +140,11 @@ def _repository(repo: str, subfolder: str) -> tuple[str, str]:
 
 
 def open_at(
-    location: Location, *, variant: str | None = None, format: str | None = None, stated: Stated | None = None
+    location: Location,
+    *,
+    variant: str | None = None,
+    format: str | None = None,
+    description: CheckpointDescription | None = None,
 ) -> Checkpoint:
     """Let the one format that claims a folder (or file) open it, or read it as the user says.
 
@@ -157,9 +161,9 @@ def open_at(
         UnknownNameError: if there is no format of that name.
     """
     location = location.afresh()
-    if stated is not None:
+    if description is not None:
         _require_home_made(location, variant, format)
-        return open_home_made(location, stated)
+        return open_home_made(location, description)
     if format is not None:
         return the_layout(format, location).open(location, variant=variant)
     claims, unreadable = claims_of(location)

@@ -141,10 +141,10 @@ def topk(pre_latents: Tensor, k: int, *, rectified: bool = True, weights: Tensor
     >>> topk(torch.tensor([[3.0, -1.0, 2.0, 1.0]]), 2)
     tensor([[3., 0., 2., 0.]])
     """
-    return scattered(*topk_places(pre_latents, k, rectified=rectified, weights=weights), pre_latents.shape[-1])
+    return scattered(*topk_indices(pre_latents, k, rectified=rectified, weights=weights), pre_latents.shape[-1])
 
 
-def topk_places(
+def topk_indices(
     pre_latents: Tensor, k: int, *, rectified: bool = True, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return which latents `topk` keeps, and their values, ``[..., k]`` each; arguments as for `topk`."""

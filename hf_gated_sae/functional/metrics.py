@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, ShapeError
-from .short_repr import brief
-from .sparse_latents import LiveLatents
+from .short_repr import short_repr
+from .sparse_latents import SparseLatents
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class FidelityMetrics:
     fvu_with_outliers: float = math.nan
     relative_reconstruction_bias_with_outliers: float = math.nan
 
-    __repr__ = brief
+    __repr__ = short_repr
 
     @property
     def centred_norm(self) -> float:
@@ -87,7 +87,7 @@ class FidelityAccumulator:
         self.max_activation = torch.zeros(d_sae, dtype=torch.float32, device=device)
         self._sum_latents = torch.zeros(d_sae, dtype=torch.float64, device=device)
         self._sum_x = torch.zeros_like(self.b_dec)
-        # |x|^2, |x^|^2, x.x^, |x-x^|^2, centred |x^|^2, centred x.x^, cosine, norm ratio and its tokens, live latents
+        # |x|^2, |x^|^2, x.x^, |x-x^|^2, centred |x^|^2, centred x.x^, cosine, norm ratio, its tokens, active latents
         self._sums = torch.zeros(10, dtype=torch.float64, device=device)
         # Of outliers, for the numbers that they are part of: the sum of x, |x|^2, |x^|^2, x.x^, |x-x^|^2
         self.outliers = 0
@@ -96,7 +96,7 @@ class FidelityAccumulator:
 
     @torch.no_grad()
     def update(
-        self, x: Tensor, reconstruction: Tensor, latents: Tensor | LiveLatents, *, constant: Tensor | None = None
+        self, x: Tensor, reconstruction: Tensor, latents: Tensor | SparseLatents, *, constant: Tensor | None = None
     ) -> None:
         """Add a batch.
 
@@ -123,7 +123,7 @@ class FidelityAccumulator:
         tiny = torch.finfo(torch.float64).tiny
         has_norm = x_sq != 0  # what is not a number is counted, and stays visible
         self.tokens += x.shape[0]
-        live = self._count_live(latents) if isinstance(latents, LiveLatents) else self._count(latents)
+        live = self._count_active(latents) if isinstance(latents, SparseLatents) else self._count(latents)
         self._sum_x += x.sum(0)
         self._sums += torch.stack(
             [
@@ -172,7 +172,7 @@ class FidelityAccumulator:
         self._sum_latents += latents.sum(0, dtype=torch.float64)
         return fired.sum()
 
-    def _count_live(self, latents: LiveLatents) -> Tensor:
+    def _count_active(self, latents: SparseLatents) -> Tensor:
         """Take in the values of the latents that are on and return how many these are, ``[]``."""
         fired = torch.bincount(latents.indices, minlength=self.d_sae)
         self.fired += fired

@@ -16,57 +16,57 @@ from torch import Tensor
 LAYER_NORM_EPS = 1e-5
 
 
-class Frame(NamedTuple):
+class TokenNormalization(NamedTuple):
     """Shift, divisor and scale of every token, each ``[..., 1]``."""
 
     shift: Tensor
     divisor: Tensor
     scale: Tensor
 
-    def enter(self, x: Tensor) -> Tensor:
+    def apply(self, x: Tensor) -> Tensor:
         """Return ``(x - shift) / divisor``."""
         return (x - self.shift) / self.divisor
 
-    def leave(self, written: Tensor) -> Tensor:
+    def undo(self, written: Tensor) -> Tensor:
         """Return ``written * scale + shift``."""
         return written * self.scale + self.shift
 
 
-def center(x: Tensor, eps: float) -> Frame:
+def center(x: Tensor, eps: float) -> TokenNormalization:
     """Subtract each token's mean: the residual stream of a TransformerLens model with centred writing weights."""
     mean = x.mean(-1, keepdim=True)
     one = torch.ones_like(mean)
-    return Frame(mean, one, one)
+    return TokenNormalization(mean, one, one)
 
 
-def layer_norm(x: Tensor, eps: float) -> Frame:
+def layer_norm(x: Tensor, eps: float) -> TokenNormalization:
     """Subtract the mean, divide by the unbiased standard deviation plus 1e-5; undone without the 1e-5.
 
     Source: OpenAI's sparse_autoencoder, and SAELens.
     """
     mean = x.mean(-1, keepdim=True)
     deviation = (x - mean).std(-1, keepdim=True)
-    return Frame(mean, deviation + LAYER_NORM_EPS, deviation)
+    return TokenNormalization(mean, deviation + LAYER_NORM_EPS, deviation)
 
 
-def unit_norm(x: Tensor, eps: float) -> Frame:
+def unit_norm(x: Tensor, eps: float) -> TokenNormalization:
     """Bring each token to the norm ``sqrt(d_in)`` (SAELens's ``constant_norm_rescale``)."""
     scale = x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
     scale = scale.clamp_min(torch.finfo(x.dtype).tiny)  # a token of zeros stays one
-    return Frame(torch.zeros_like(scale), scale, scale)
+    return TokenNormalization(torch.zeros_like(scale), scale, scale)
 
 
-def rms_norm(x: Tensor, eps: float) -> Frame:
+def rms_norm(x: Tensor, eps: float) -> TokenNormalization:
     """Divide by the root mean square: what a model's RMS norm gives before its gain."""
     scale = (_wide(x).square().mean(-1, keepdim=True) + eps).sqrt().to(x.dtype)
-    return Frame(torch.zeros_like(scale), scale, scale)
+    return TokenNormalization(torch.zeros_like(scale), scale, scale)
 
 
-def standardize(x: Tensor, eps: float) -> Frame:
+def standardize(x: Tensor, eps: float) -> TokenNormalization:
     """Subtract the mean, divide by the biased standard deviation: a model's layer norm before gain and bias."""
     mean = _wide(x).mean(-1, keepdim=True)
     scale = ((_wide(x) - mean).square().mean(-1, keepdim=True) + eps).sqrt().to(x.dtype)
-    return Frame(mean.to(x.dtype), scale, scale)
+    return TokenNormalization(mean.to(x.dtype), scale, scale)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-FRAMES: Mapping[str, Callable[[Tensor, float], Frame]] = {
+NORMALIZATIONS: Mapping[str, Callable[[Tensor, float], TokenNormalization]] = {
     frame.__name__: frame for frame in (center, layer_norm, unit_norm, rms_norm, standardize)
 }
 """Normalisations by name; ``"none"`` is not among them."""

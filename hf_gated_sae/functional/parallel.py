@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .sparse_latents import LiveLatents
+from .sparse_latents import SparseLatents
 from .support import Support
 
 
-class OtherLatents(ABC):
+class LatentParallelGroup(ABC):
     """The processes that hold the other latents of an SAE; all of them see the same tokens."""
 
     @abstractmethod
@@ -23,7 +23,7 @@ class OtherLatents(ABC):
         """Return a value that all processes hold alike; its gradient is the sum of theirs."""
 
 
-class OtherTokens(ABC):
+class DataParallelGroup(ABC):
     """The processes that hold the other tokens of a batch, and the same SAE; each has as many tokens."""
 
     @abstractmethod
@@ -40,7 +40,7 @@ class OtherTokens(ABC):
         """
 
 
-class PartialSupport(Support):
+class LatentParallelSupport(Support):
     """The support of an objective in one process that holds some of the latents; sums over latents are over all.
 
     Args:
@@ -48,7 +48,7 @@ class PartialSupport(Support):
         others: who holds the rest.
     """
 
-    def __init__(self, own: Support, others: OtherLatents) -> None:
+    def __init__(self, own: Support, others: LatentParallelGroup) -> None:
         self._own, self._others = own, others
         self.projection, self.latents = own.projection, own.latents
 
@@ -68,6 +68,6 @@ class PartialSupport(Support):
         """Return the mean over tokens of the sum over the latents of all processes, ``[]``."""
         return self._others.summed(self._own.mean_sum(values))
 
-    def code(self, values: Tensor) -> Tensor | LiveLatents:
+    def code(self, values: Tensor) -> Tensor | SparseLatents:
         """Return values as the process's own latents, without a gradient."""
         return self._own.code(values)

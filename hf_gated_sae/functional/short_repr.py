@@ -31,7 +31,7 @@ def few_lines(parts: Iterable[str]) -> str:
     return "\n".join(lines)
 
 
-def brief(report: Any) -> str:
+def short_repr(report: Any) -> str:
     """Return the name of a dataclass's class and its fields; to be its ``__repr__``.
 
     >>> from dataclasses import dataclass

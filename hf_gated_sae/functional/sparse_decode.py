@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from .linear import is_plain, linear
-from .sparse_latents import LiveLatents
+from .sparse_latents import SparseLatents
 
 DENSEST = 1 / 16
 """Share of latents that are on up to which summing their rows takes less time than the dense product."""
@@ -19,7 +19,7 @@ TOKENS_AT_ONCE = 256
 """Tokens whose latents are made dense at once, where many are on."""
 
 
-def decode(latents: Tensor | LiveLatents, W_dec: Tensor) -> Tensor:
+def decode(latents: Tensor | SparseLatents, W_dec: Tensor) -> Tensor:
     """Return ``latents @ W_dec``, reading only decoder rows of latents that are on where they are few.
 
     Equal to the dense product up to the order of the sum. Where gradients or a compiler need the product, and away
@@ -33,16 +33,16 @@ def decode(latents: Tensor | LiveLatents, W_dec: Tensor) -> Tensor:
         ``[..., d_out]``.
 
     Raises:
-        InputError: if live latents are of another dtype than the decoder.
+        InputError: if active latents are of another dtype than the decoder.
     """
-    if isinstance(latents, LiveLatents):
-        return _decode_live(latents, W_dec)
+    if isinstance(latents, SparseLatents):
+        return _decode_sparse(latents, W_dec)
     if not _few_may_be_on(latents, W_dec):
         return linear(latents, W_dec.T)
     flat = latents.reshape(-1, latents.shape[-1])
     if int(torch.count_nonzero(flat)) > DENSEST * flat.numel():
         return linear(latents, W_dec.T)
-    written = _sum_live(LiveLatents.from_dense(flat), W_dec)
+    written = _sum_active(SparseLatents.from_dense(flat), W_dec)
     return written.reshape(*latents.shape[:-1], W_dec.shape[1])
 
 
@@ -53,7 +53,7 @@ def sums_rows(W_dec: Tensor) -> bool:
     return W_dec.dtype in _SUMMED_IN_FLOAT32 and W_dec.device.type == "cpu" and W_dec.is_contiguous()
 
 
-def _decode_live(latents: LiveLatents, W_dec: Tensor) -> Tensor:
+def _decode_sparse(latents: SparseLatents, W_dec: Tensor) -> Tensor:
     """Sum rows, or multiply a few tokens at a time where many latents are on.
 
     Raises:
@@ -63,10 +63,12 @@ def _decode_live(latents: LiveLatents, W_dec: Tensor) -> Tensor:
     # Autocast rounds what a product is given, and leaves float64 as it is.
     rounds = torch.is_autocast_enabled(W_dec.device.type) and torch.float64 not in (given, held)
     if given != held and not rounds:
-        raise InputError(f"The live latents are of {given}, the decoder is of {held}: convert them, live.to({held}).")
+        raise InputError(
+            f"The active latents are of {given}, the decoder is of {held}: convert them, live.to({held})."
+        )
     tokens = len(latents.offsets) - 1
     if given == held and sums_rows(W_dec) and len(latents.indices) <= DENSEST * tokens * latents.d_sae:
-        written = _sum_live(latents, W_dec)
+        written = _sum_active(latents, W_dec)
     else:
         starts = range(0, max(tokens, 1), TOKENS_AT_ONCE)
         parts = [latents.rows(first, min(first + TOKENS_AT_ONCE, tokens)).dense() for first in starts]
@@ -74,7 +76,7 @@ def _decode_live(latents: LiveLatents, W_dec: Tensor) -> Tensor:
     return written.reshape(*latents.shape[:-1], W_dec.shape[1])
 
 
-def _sum_live(latents: LiveLatents, W_dec: Tensor) -> Tensor:
+def _sum_active(latents: SparseLatents, W_dec: Tensor) -> Tensor:
     """Return the weighted sums of decoder rows, ``[tokens, d_out]``."""
     return sum_rows(latents.indices, latents.offsets, latents.values, W_dec)
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, ShapeError, shown
-from .cpu.threshold_search import true_places
-from .short_repr import brief
+from .cpu.threshold_search import true_indices
+from .short_repr import short_repr
 
 
 @dataclass(frozen=True, eq=False)
-class LiveLatents:
+class SparseLatents:
     """The non-zero latents of some tokens, token by token.
 
     Those of token ``t``, counted through all leading axes, are ``offsets[t] : offsets[t + 1]`` of `indices` and
@@ -24,7 +24,7 @@ class LiveLatents:
 
     Attributes:
         offsets: ``[tokens + 1]`` int64, beginning with 0.
-        indices: number of each live latent ``[live]`` int64.
+        indices: number of each active latent ``[live]`` int64.
         values: its value ``[live]``.
         shape: of the dense latents, ``(..., d_sae)``.
     """
@@ -34,10 +34,10 @@ class LiveLatents:
     values: Tensor
     shape: tuple[int, ...]
 
-    __repr__ = brief
+    __repr__ = short_repr
 
     @classmethod
-    def of(cls, tokens: Tensor, indices: Tensor, values: Tensor, shape: Sequence[int]) -> LiveLatents:
+    def of(cls, tokens: Tensor, indices: Tensor, values: Tensor, shape: Sequence[int]) -> SparseLatents:
         """Sort values by token.
 
         Args:
@@ -53,19 +53,19 @@ class LiveLatents:
         return cls(offsets, indices[order], values[order], tuple(shape))
 
     @classmethod
-    def from_dense(cls, latents: Tensor) -> LiveLatents:
+    def from_dense(cls, latents: Tensor) -> SparseLatents:
         """Keep what is not zero.
 
         Args:
             latents: ``[..., d_sae]``.
         """
         d_sae = latents.shape[-1]
-        places = true_places(latents != 0)
+        places = true_indices(latents != 0)
         tokens = places // max(d_sae, 1)
         return cls.of(tokens, places - tokens * d_sae, latents.reshape(-1)[places], latents.shape)
 
     @classmethod
-    def from_places(cls, indices: Tensor, values: Tensor, d_sae: int) -> LiveLatents:
+    def from_indices(cls, indices: Tensor, values: Tensor, d_sae: int) -> SparseLatents:
         """Keep what is not zero of as many latents for every token.
 
         Args:
@@ -73,12 +73,12 @@ class LiveLatents:
             values: ``[..., k]``.
             d_sae: number of latents.
         """
-        places = true_places(values != 0)
+        places = true_indices(values != 0)
         tokens, shape = places // max(values.shape[-1], 1), (*values.shape[:-1], d_sae)
         return cls.of(tokens, indices.reshape(-1)[places], values.reshape(-1)[places], shape)
 
     @classmethod
-    def cat(cls, parts: Sequence[LiveLatents], shape: Sequence[int]) -> LiveLatents:
+    def cat(cls, parts: Sequence[SparseLatents], shape: Sequence[int]) -> SparseLatents:
         """Join the tokens of several, of which there must be one at least, under common leading axes."""
         ends = [0]
         for part in parts:
@@ -98,12 +98,12 @@ class LiveLatents:
 
     @property
     def l0(self) -> Tensor:
-        """Number of live latents per token, ``[...]`` int64."""
+        """Number of active latents per token, ``[...]`` int64."""
         return self.offsets.diff().reshape(self.shape[:-1])
 
     @property
     def tokens(self) -> Tensor:
-        """The token of every live latent, counted through all leading axes, ``[live]`` int64."""
+        """The token of every active latent, counted through all leading axes, ``[live]`` int64."""
         count = self.offsets.shape[0] - 1
         numbers = torch.arange(count, device=self.offsets.device)
         return numbers.repeat_interleave(self.offsets.diff(), output_size=self.indices.shape[0])
@@ -138,7 +138,7 @@ class LiveLatents:
         chosen = chosen.index_put((self.tokens[here] * n + found[here],), self.values[here])
         return chosen.reshape(*self.shape[:-1], n)[..., columns[wanted]]
 
-    def rows(self, start: int, stop: int) -> LiveLatents:
+    def rows(self, start: int, stop: int) -> SparseLatents:
         """Return the tokens ``start : stop``, counted through all leading axes, under one axis.
 
         Raises:
@@ -151,12 +151,12 @@ class LiveLatents:
             )
         first, last = (int(end) for end in self.offsets[[start, stop]])
         offsets = self.offsets[start : stop + 1] - first
-        return LiveLatents(offsets, self.indices[first:last], self.values[first:last], (stop - start, self.d_sae))
+        return SparseLatents(offsets, self.indices[first:last], self.values[first:last], (stop - start, self.d_sae))
 
-    def to(self, *args: Any, **kwargs: Any) -> LiveLatents:
+    def to(self, *args: Any, **kwargs: Any) -> SparseLatents:
         """Move to a device, or convert the values to a dtype; arguments as for `torch.Tensor.to`."""
         values = self.values.to(*args, **kwargs)
-        return LiveLatents(self.offsets.to(values.device), self.indices.to(values.device), values, self.shape)
+        return SparseLatents(self.offsets.to(values.device), self.indices.to(values.device), values, self.shape)
 
 
 def latent_numbers(latents: object) -> Tensor:

@@ -1,7 +1,7 @@
 """The latents that a training step works on: all of them, or exactly those that matter to the objective.
 
 Past the encoder's product, an objective of sparse latents depends on few of the projections: those above a cut, below
-which value and gradient of every term are zero. `LiveSupport` holds only these. Its gradients are the same sums as
+which value and gradient of every term are zero. `SparseSupport` holds only these. Its gradients are the same sums as
 those of `DenseSupport` with the terms left out that are zero, and no approximation.
 """
 
@@ -17,14 +17,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .cpu.bf16_screening import rounding_tells
-from .cpu.sparse_pairs import LivePairs
-from .cpu.threshold_search import true_places
+from .cpu.sparse_pairs import SparsePairs
+from .cpu.threshold_search import true_indices
 from .cpu.tiled_projection import above
 from .linear import by_hand, linear
-from .sparse_latents import LiveLatents
+from .sparse_latents import SparseLatents
 
 DENSEST = 1 / 16
-"""Share of live latents above which a dense training step is the faster one."""
+"""Share of active latents above which a dense training step is the faster one."""
 
 SAMPLE = 64, 1024
 """Tokens and latents from which it is told how many are on."""
@@ -71,7 +71,7 @@ class Support(ABC):
         """Return the mean over tokens of the sum over latents, ``[]``."""
 
     @abstractmethod
-    def code(self, values: Tensor) -> Tensor | LiveLatents:
+    def code(self, values: Tensor) -> Tensor | SparseLatents:
         """Return values as the latents of an SAE, without a gradient."""
 
 
@@ -114,7 +114,7 @@ class DenseSupport(Support):
         return values.detach()
 
 
-class LiveSupport(Support):
+class SparseSupport(Support):
     """Some latents of some tokens, in the order of the latents, and for each of these in the order of the tokens.
 
     Args:
@@ -144,7 +144,7 @@ class LiveSupport(Support):
             order = latents.to(torch.int32).argsort(stable=True)
             tokens, latents = tokens[order], latents[order]
             projections = None if projections is None else projections[order]
-        self._pairs, self.latents = LivePairs(tokens, latents, math.prod(self._leading), len(W_enc_T)), latents
+        self._pairs, self.latents = SparsePairs(tokens, latents, math.prod(self._leading), len(W_enc_T)), latents
         self._x, self._shift = x.reshape(-1, x.shape[-1]), shift
         with torch.no_grad():
             self._centred = _centred(self._x, shift) if centred is None else centred
@@ -161,7 +161,7 @@ class LiveSupport(Support):
         return projection
 
     @classmethod
-    def above(cls, x: Tensor, shift: Tensor | None, W_enc_T: Tensor, cut: Tensor) -> LiveSupport | None:
+    def above(cls, x: Tensor, shift: Tensor | None, W_enc_T: Tensor, cut: Tensor) -> SparseSupport | None:
         """Return the projections above a cut.
 
         Args:
@@ -184,7 +184,7 @@ class LiveSupport(Support):
             if found is None:
                 return None
             tokens, latents, projections = found
-            on = true_places((projections <= cut.index_select(0, latents)).logical_not_())
+            on = true_indices((projections <= cut.index_select(0, latents)).logical_not_())
             if len(on) < len(projections):  # all that follows would go on with those that only might have been
                 tokens, latents, projections = (each.index_select(0, on) for each in found)
         return cls(x, shift, W_enc_T, tokens, latents, projections, centred)
@@ -214,7 +214,7 @@ class LiveSupport(Support):
         """Return the mean over tokens of the sum over latents, ``[]``."""
         return values.sum() / self._pairs.count
 
-    def code(self, values: Tensor) -> LiveLatents:
+    def code(self, values: Tensor) -> SparseLatents:
         """Return values as the latents of an SAE, without a gradient; zeros are left out."""
         return self._pairs.code(values.detach(), self._leading)
 
@@ -269,7 +269,7 @@ class _LiveProjection(torch.autograd.Function):
         W_enc_T: Tensor,
         centred: Tensor,
         projections: Tensor,
-        pairs: LivePairs,
+        pairs: SparsePairs,
     ) -> Tensor:
         ctx.save_for_backward(W_enc_T, centred)
         ctx.pairs = pairs
@@ -279,7 +279,7 @@ class _LiveProjection(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         W_enc_T, centred = ctx.saved_tensors
-        pairs: LivePairs = ctx.pairs
+        pairs: SparsePairs = ctx.pairs
         grad_x = pairs.summed_by_token([grad], W_enc_T).squeeze(1) if ctx.needs_input_grad[0] else None
         grad_shift = -(pairs.by_latent(grad) @ W_enc_T) if ctx.needs_input_grad[1] else None
         grad_weight = pairs.gradient_of(W_enc_T, grad, centred) if ctx.needs_input_grad[2] else None
@@ -290,7 +290,7 @@ class _LiveDecoded(torch.autograd.Function):
     """``values @ W_dec`` for the values of a few latents, where it was computed already."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, W_dec: Tensor, written: Tensor, pairs: LivePairs) -> Tensor:
+    def forward(ctx: Any, values: Tensor, W_dec: Tensor, written: Tensor, pairs: SparsePairs) -> Tensor:
         ctx.save_for_backward(values, W_dec)
         ctx.pairs = pairs
         return written.view_as(written)
@@ -299,7 +299,7 @@ class _LiveDecoded(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, W_dec = ctx.saved_tensors
-        pairs: LivePairs = ctx.pairs
+        pairs: SparsePairs = ctx.pairs
         grad = grad.contiguous()
         grad_values = pairs.dots(W_dec, grad) if ctx.needs_input_grad[0] else None
         grad_W_dec = pairs.gradient_of(W_dec, values, grad) if ctx.needs_input_grad[1] else None

@@ -1,7 +1,7 @@
 """A harvest on disk: safetensors shards beside an ``index.json``, read through memory maps.
 
 Activations are a tensor ``[rows, d]`` by the name of their site. Latents are those that are on, as the three tensors
-of `LiveLatents` by the name ``latents.SITE``. ``token_ids``, ``documents`` and ``positions`` stand beside them.
+of `SparseLatents` by the name ``latents.SITE``. ``token_ids``, ``documents`` and ``positions`` stand beside them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..errors import CheckpointError, InputError, MissingFileError, unknown_name
 from ..functional.short_repr import few_lines
-from ..functional.sparse_latents import LiveLatents
-from .harvest import Harvest, rows_of_live
+from ..functional.sparse_latents import SparseLatents
+from .harvest import Harvest, rows_of_active
 
 INDEX_FILE = "index.json"
 FORMAT = "hf_gated_sae.activations"
@@ -29,7 +29,7 @@ TOKENS = {"token_ids": torch.int32, "documents": torch.int64, "positions": torch
 
 
 def part_names(name: str) -> tuple[str, str, str]:
-    """Return the names of the three tensors of live latents; their indices are stored as int32."""
+    """Return the names of the three tensors of active latents; their indices are stored as int32."""
     return f"{name}.offsets", f"{name}.indices", f"{name}.values"
 
 
@@ -117,7 +117,7 @@ class ActivationShards:
             yield self.rows(rows, names)
 
     def to_dataset(self, names: Sequence[str] | None = None) -> Any:
-        """Copy into a `datasets.Dataset`, one row per token, live latents as lists of indices and values.
+        """Copy into a `datasets.Dataset`, one row per token, active latents as lists of indices and values.
 
         Args:
             names: what to copy; all by default.
@@ -180,16 +180,16 @@ class _Shard:
         self.path, self._rows, self._facts = path, rows, facts
         self._tensors: dict[str, Tensor] = {}
 
-    def read(self, name: str, rows: Tensor) -> Tensor | LiveLatents:
+    def read(self, name: str, rows: Tensor) -> Tensor | SparseLatents:
         """Return a copy of some rows."""
         if not self._tensors:
             self._tensors = self._mapped()
         if name in self._tensors:
             return self._tensors[name][rows]
         offsets, indices, values = (self._tensors[part] for part in part_names(name))
-        live = LiveLatents(offsets, indices, values, (self._rows, self._facts[name]["width"]))
-        chosen = rows_of_live(live, rows)
-        return LiveLatents(chosen.offsets, chosen.indices.long(), chosen.values, chosen.shape)
+        live = SparseLatents(offsets, indices, values, (self._rows, self._facts[name]["width"]))
+        chosen = rows_of_active(live, rows)
+        return SparseLatents(chosen.offsets, chosen.indices.long(), chosen.values, chosen.shape)
 
     def _mapped(self) -> dict[str, Tensor]:
         try:
@@ -231,8 +231,8 @@ def _read_index(folder: Path) -> dict[str, Any]:
 
 def joined(parts: Sequence[Any], order: Tensor | None) -> Any:
     """Return the rows of all parts, in another order if one is given."""
-    if isinstance(parts[0], LiveLatents):
-        live = LiveLatents.cat(parts, (sum(part.shape[0] for part in parts), parts[0].d_sae))
-        return live if order is None else rows_of_live(live, order)
+    if isinstance(parts[0], SparseLatents):
+        live = SparseLatents.cat(parts, (sum(part.shape[0] for part in parts), parts[0].d_sae))
+        return live if order is None else rows_of_active(live, order)
     whole = torch.cat(list(parts))
     return whole if order is None else whole[order]

@@ -19,7 +19,7 @@ MOST_FAR = 64
 """Places that are tried at most, in the search that is made only when in doubt."""
 
 
-class Pair(NamedTuple):
+class SitePair(NamedTuple):
     """Where an SAE reads and writes, by name: the same place twice, unless it is a transcoder."""
 
     read: str
@@ -27,7 +27,7 @@ class Pair(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Places:
+class AlternativeSites:
     """Other places for an SAE that reads and writes one site each.
 
     Attributes:
@@ -36,10 +36,10 @@ class Places:
     """
 
     slots: dict[str, Slot]
-    stages: list[list[Pair]]
+    stages: list[list[SitePair]]
 
 
-def near_places(found: SiteMap, sae: SAEModel) -> Places:
+def near_sites(found: SiteMap, sae: SAEModel) -> AlternativeSites:
     """Return the same place in the layers before and after, and the other sites of the same layer.
 
     For a transcoder, these are both of its sites, or one of them, in the layers before and after.
@@ -55,17 +55,17 @@ def near_places(found: SiteMap, sae: SAEModel) -> Places:
         for by in (-1, 1):
             here = _existing(found, [_shifted(read, by)], sae.config.d_in, found[read])
             there = _existing(found, [_shifted(written, by)], sae.d_out, found[written])
-            pairs += [Pair(a, b) for a in here for b in there]
-            pairs += [Pair(a, str(written)) for a in here] + [Pair(str(read), b) for b in there]
+            pairs += [SitePair(a, b) for a in here for b in there]
+            pairs += [SitePair(a, str(written)) for a in here] + [SitePair(str(read), b) for b in there]
             slots |= here | there
-        return Places(slots, [pairs])
+        return AlternativeSites(slots, [pairs])
     layer = _layer(read, found.n_layers)
     names: list[str | None] = [_shifted(read, -1), _shifted(read, 1), *_in_layer(found, layer, read.transforms)]
     slots = _existing(found, names, sae.config.d_in, found[read])
-    return Places(slots, [[Pair(name, name) for name in slots]])
+    return AlternativeSites(slots, [[SitePair(name, name) for name in slots]])
 
 
-def far_places(found: SiteMap, root: nn.Module, sae: SAEModel) -> Places:
+def far_sites(found: SiteMap, root: nn.Module, sae: SAEModel) -> AlternativeSites:
     """Return all that a site could be mistaken for.
 
     These are the same site of every layer, the sites and modules of its block and of those beside it, and other views
@@ -79,23 +79,23 @@ def far_places(found: SiteMap, root: nn.Module, sae: SAEModel) -> Places:
     [read], [written] = sites_read(sae), sites_written(sae)
     here = _existing(found, _names_far(found, root, read), sae.config.d_in, found[read])
     if not sae.config.is_transcoder:
-        same = [Pair(name, name) for name in here]
+        same = [SitePair(name, name) for name in here]
         if sae.config.normalization != "none":
-            return Places(here, [same])
+            return AlternativeSites(here, [same])
         # Perhaps a transcoder, of which one site only was stated.
         there = _existing(found, _names_beside(found, root, written), sae.d_out, found[written])
         beside = _existing(found, _names_beside(found, root, read), sae.config.d_in, found[read])
-        return Places(here | there | beside, [same, _one_side(read, written, beside, there)])
+        return AlternativeSites(here | there | beside, [same, _one_side(read, written, beside, there)])
     shifts = [by for by in _by_distance(found, read) if by]
     both = [(_shifted(read, by), _shifted(written, by)) for by in shifts]
     here = _existing(found, [*_names_beside(found, root, read), *(a for a, _ in both)], sae.config.d_in, found[read])
     there = _existing(found, [*_names_beside(found, root, written), *(b for _, b in both)], sae.d_out, found[written])
-    pairs = [Pair(a, b) for a, b in both if a in here and b in there]
-    return Places(here | there, [[*_one_side(read, written, here, there), *pairs]])
+    pairs = [SitePair(a, b) for a, b in both if a in here and b in there]
+    return AlternativeSites(here | there, [[*_one_side(read, written, here, there), *pairs]])
 
 
-def _one_side(read: Site, written: Site, here: Iterable[str], there: Iterable[str]) -> list[Pair]:
-    return [*(Pair(name, str(written)) for name in here), *(Pair(str(read), name) for name in there)]
+def _one_side(read: Site, written: Site, here: Iterable[str], there: Iterable[str]) -> list[SitePair]:
+    return [*(SitePair(name, str(written)) for name in here), *(SitePair(str(read), name) for name in there)]
 
 
 def _existing(found: SiteMap, names: Iterable[str | None], width: int, own: Slot) -> dict[str, Slot]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AttachError, ShapeError
-from ..interventions import Call, Edit, Replacement, SiteRun
+from ..interventions import Edit, ModelCall, Replacement, SiteCall
 from ..modeling import SAEModel
 from ..sites.transforms import view
 from .attach_report import Record
@@ -25,7 +25,9 @@ Placed = Callable[[SAEModel, torch.device], SAEModel]
 """Gives an SAE on a device."""
 
 
-def carry_out(x: Tensor, call: Call, records: Iterable[Record], placed: Placed, *, replaying: bool) -> Tensor | None:
+def apply_interventions(
+    x: Tensor, call: ModelCall, records: Iterable[Record], placed: Placed, *, replaying: bool
+) -> Tensor | None:
     """Apply interventions at one place of a running call.
 
     Args:
@@ -53,7 +55,7 @@ def carry_out(x: Tensor, call: Call, records: Iterable[Record], placed: Placed, 
                     record.add(call.tokens, False)
                 continue
             seen = view(x, record.transforms)
-            run = SiteRun(seen.value, call.tokens, placed, call=call, output=record.output)
+            run = SiteCall(seen.value, call.tokens, placed, call=call, output=record.output)
             mask = call.once(intervention, partial(intervention.mask, run))
             if not replaying:
                 record.add(call.tokens, mask)

@@ -20,7 +20,7 @@ from ..modeling import SAEModel
 from ..sites import Site, Slot
 from ..sites.multi_rank import absent, tensor_ranks
 from ..sites.probe import unwrap
-from ..sites.slots import Place
+from ..sites.slots import TensorPath
 from ..sites.transforms import Transform
 from .attach_report import AttachReport, Record
 from .dispatch import Session, enter, leave, prove
@@ -54,8 +54,8 @@ class Attachment(Session):
         self._model = weakref.ref(unwrap(model)[0])
         self._slots = {slot.place.bare: slot.bare for slot in slots.values()}
         self._records: list[Record] = []
-        self._at: dict[Place, list[Record]] = {place: [] for place in self._slots}
-        self._read: dict[Place, list[tuple[Site, tuple[Transform, ...]]]] = {place: [] for place in self._slots}
+        self._at: dict[TensorPath, list[Record]] = {place: [] for place in self._slots}
+        self._read: dict[TensorPath, list[tuple[Site, tuple[Transform, ...]]]] = {place: [] for place in self._slots}
         for intervention in interventions:
             for output, site in enumerate(intervention.places):
                 place = slots[str(site)].place
@@ -194,11 +194,11 @@ class Attachment(Session):
         """The places that are written or read, each once, in the order in which the model runs through them."""
         return sorted(self._slots.values(), key=lambda slot: slot.order)
 
-    def records(self, place: Place) -> list[Record]:
+    def records(self, place: TensorPath) -> list[Record]:
         """Return the interventions at a place."""
         return self._at.get(place, [])
 
-    def reads(self, place: Place) -> list[tuple[Site, tuple[Transform, ...]]]:
+    def reads(self, place: TensorPath) -> list[tuple[Site, tuple[Transform, ...]]]:
         """Return the names under which interventions elsewhere need what passes a place, and how they see it."""
         return self._read.get(place, [])
 

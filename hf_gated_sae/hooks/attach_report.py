@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import AttachError
 from ..functional.linear import is_transformed, untransformed
-from ..functional.short_repr import brief, few_lines
+from ..functional.short_repr import few_lines, short_repr
 from ..interventions import Conditional, Intervention, TokenContext
 from ..interventions.positions import unreached
 from ..sites import Site
@@ -44,7 +44,7 @@ class InterventionReport:
     edited: int
     positions: Mapping[int, list[int]]
 
-    __repr__ = brief
+    __repr__ = short_repr
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`attribute`: how much each live latent of each token moves a number that is computed from the model's output."""
+"""`attribute`: how much each active latent of each token moves a number that is computed from the model's output."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AttachError, InputError, UnknownNameError, unknown_name
-from ..functional.short_repr import brief
-from ..functional.sparse_latents import LiveLatents
+from ..functional.short_repr import short_repr
+from ..functional.sparse_latents import SparseLatents
 from ..interventions import special_token_ids
 from ..interventions.base import require_written_width, sites_read, sites_written
 from ..modeling import SAEModel
 from ..sites import Slot
-from ..sites.slots import Place
+from ..sites.slots import TensorPath
 from ..sites.transforms import view
 from .apply import exact_dtype
 from .attach import require_model
@@ -57,26 +57,26 @@ class LatentEffect(NamedTuple):
 
     def __repr__(self) -> str:
         """Return the fields, the SAE by its class."""
-        return brief(self)
+        return short_repr(self)
 
 
 @dataclass(frozen=True, eq=False)
 class Attribution:
-    """What the live latents of some SAEs do to a metric; latents that are off do nothing by definition.
+    """What the active latents of some SAEs do to a metric; latents that are off do nothing by definition.
 
     Attributes:
         metric: value of the metric.
-        activations: the live latents of each SAE, of ``[B, S]`` tokens, those left out having none.
+        activations: the active latents of each SAE, of ``[B, S]`` tokens, those left out having none.
         gradients: the metric's derivative with respect to each of them, ``[live]`` by SAE.
     """
 
     metric: float
-    activations: Mapping[SAEModel, LiveLatents]
+    activations: Mapping[SAEModel, SparseLatents]
     gradients: Mapping[SAEModel, Tensor]
 
-    __repr__ = brief
+    __repr__ = short_repr
 
-    def __getitem__(self, sae: SAEModel) -> LiveLatents:
+    def __getitem__(self, sae: SAEModel) -> SparseLatents:
         """Return the attributions of one SAE, ``latents * gradients``, of ``[B, S]`` tokens.
 
         Raises:
@@ -85,7 +85,7 @@ class Attribution:
         if sae not in self.activations:
             raise UnknownNameError("This SAE is not among those that the metric was attributed to.")
         live = self.activations[sae]
-        return LiveLatents(live.offsets, live.indices, live.values * self.gradients[sae], live.shape)
+        return SparseLatents(live.offsets, live.indices, live.values * self.gradients[sae], live.shape)
 
     def per_latent(self, sae: SAEModel) -> Tensor:
         """Return the attributions of one SAE, summed over all tokens, ``[d_sae]``."""
@@ -124,7 +124,10 @@ class _Leaves(Observation):
     """
 
     def __init__(
-        self, places: Collection[Place], written: Collection[Place], added: Mapping[Place, Tensor] | None = None
+        self,
+        places: Collection[TensorPath],
+        written: Collection[TensorPath],
+        added: Mapping[TensorPath, Tensor] | None = None,
     ) -> None:
         super().__init__(places, grad=written)
         self.added = added or {}
@@ -134,7 +137,7 @@ class _Leaves(Observation):
         first = not any(place in self.seen for place in self.grad)
         return super().kept(value.detach() if first else value)
 
-    def going_on(self, place: Place, kept: Tensor) -> Tensor:
+    def going_on(self, place: TensorPath, kept: Tensor) -> Tensor:
         """Return the activation, with what is added."""
         if place not in self.added:
             return super().going_on(place, kept)
@@ -156,7 +159,7 @@ def attribute(
     """Attribute a number computed from the model's output to latents: ``latents * d metric / d latents``.
 
     Every latent writes into its site, ``x + (latents' - latents) @ W_dec``, and the error term is kept; so the
-    derivative is ``(d metric / d x) @ W_dec.T``, one forward and one backward for all SAEs, read at live latents only.
+    derivative is ``(d metric / d x) @ W_dec.T``: one forward and one backward for all SAEs, read at active latents.
     Where the model goes on from one SAE's site to another's, the derivative of the first includes what happens through
     the second. Neither the model's outputs nor its parameters' gradients are touched. Latents are those of the edited
     activation where interventions are attached.
@@ -178,7 +181,7 @@ def attribute(
             ``position_ids`` are derived from the mask, unless they are given.
 
     Returns:
-        Live latents, derivatives and attributions.
+        Active latents, derivatives and attributions.
 
     Raises:
         InputError: for something that is no SAE, a crosscoder, or one whose latents depend on other tokens; if the
@@ -244,8 +247,8 @@ class _Pass:
         self.written = {slots[str(site)].place.bare: str(site) for sae in saes for site in sites_written(sae)}
 
     def run(
-        self, added: Mapping[Place, Tensor] | None = None
-    ) -> tuple[float, dict[Place, Tensor], dict[Place, Tensor]]:
+        self, added: Mapping[TensorPath, Tensor] | None = None
+    ) -> tuple[float, dict[TensorPath, Tensor], dict[TensorPath, Tensor]]:
         """Return the metric, its derivatives with respect to what is written, and all activations."""
         leaves = _Leaves({slot.place.bare for slot in self.slots.values()}, self.written, added)
         with torch.enable_grad():
@@ -263,13 +266,13 @@ class _Pass:
         seen = {place: x.detach() for place, x in leaves.seen.items()}
         return float(value.detach()), dict(zip(self.written, found, strict=True)), seen
 
-    def mean_gradients(self, parts: Sequence[_Part], steps: int) -> dict[Place, Tensor]:
+    def mean_gradients(self, parts: Sequence[_Part], steps: int) -> dict[TensorPath, Tensor]:
         """Return the mean derivative on the way from all latents at 0 to their values."""
-        full: dict[Place, Tensor] = {}
+        full: dict[TensorPath, Tensor] = {}
         for part in parts:
             for place, written in part.writes():
                 full[place] = full[place] + written.to(full[place].device) if place in full else written
-        mean: dict[Place, Tensor] = {}
+        mean: dict[TensorPath, Tensor] = {}
         for step in range(steps):
             missing = 1 - (step + 0.5) / steps
             _, gradients, _ = self.run({place: -missing * written for place, written in full.items()})
@@ -296,7 +299,7 @@ class _Pass:
 
 
 class _Part:
-    """One SAE's live latents in a pass, and how what it writes and the derivatives belong together.
+    """One SAE's active latents in a pass, and how what it writes and the derivatives belong together.
 
     Args:
         sae: the SAE.
@@ -311,7 +314,7 @@ class _Part:
         sae: SAEModel,
         read: Sequence[str],
         slots: Mapping[str, Slot],
-        seen: Mapping[Place, Tensor],
+        seen: Mapping[TensorPath, Tensor],
         counted: CountedTokens,
     ) -> None:
         self.sae, self.seen, self.counted = sae, seen, counted
@@ -321,22 +324,22 @@ class _Part:
         self.read = [slots[site].place for site in read]
         chosen = [self._chosen(place, view(seen[place.bare], place.transforms).value) for place in self.read]
         with torch.no_grad(), exact_dtype(sae.b_dec.device):
-            self.live = sae.live(sae_input(sae, chosen))
+            self.live = sae.encode_sparse(sae_input(sae, chosen))
 
-    def _chosen(self, place: Place, x: Tensor) -> Tensor:
+    def _chosen(self, place: TensorPath, x: Tensor) -> Tensor:
         """Return the counted tokens of what belongs to a place, on the SAE's device and in its dtype."""
         return on_device_of(self.sae, self.counted.chosen(x, str(place)))
 
     @property
-    def numbered(self) -> LiveLatents:
-        """The live latents of all tokens ``[B, S]``, by their numbers in the whole SAE."""
+    def numbered(self) -> SparseLatents:
+        """The active latents of all tokens ``[B, S]``, by their numbers in the whole SAE."""
         kept, live = self.sae.config.kept_latents, self.live
         indices = live.indices if kept is None else live.indices.new_tensor(kept)[live.indices]
         shape = (*self.shape, self.sae.config.d_sae)
-        return LiveLatents.of(self.where[live.tokens], indices, live.values, shape)
+        return SparseLatents.of(self.where[live.tokens], indices, live.values, shape)
 
-    def derivatives(self, gradients: Mapping[Place, Tensor]) -> Tensor:
-        """Return the derivative with respect to each live latent, ``[live]``, given those at what is written."""
+    def derivatives(self, gradients: Mapping[TensorPath, Tensor]) -> Tensor:
+        """Return the derivative with respect to each active latent, ``[live]``, given those at what is written."""
         total = self.live.values.new_zeros(len(self.live.values))
         for output, place in enumerate(self.written):
             gradient = self._chosen(place, gradients[place.bare] * self._factor(place)) * self._scale(output)
@@ -344,8 +347,8 @@ class _Part:
                 total[some] += torch.linalg.vecdot(rows, gradient[tokens])
         return total
 
-    def writes(self) -> Iterator[tuple[Place, Tensor]]:
-        """Yield what the live latents write at each place, shaped like the activation there and in its units."""
+    def writes(self) -> Iterator[tuple[TensorPath, Tensor]]:
+        """Yield what the active latents write at each place, shaped like the activation there and in its units."""
         for output, place in enumerate(self.written):
             written = self.sae.b_dec.new_zeros(len(self.where), self.sae.d_out)
             for some, tokens, rows in self._decoder_rows(output):
@@ -357,7 +360,7 @@ class _Part:
             yield place.bare, full.to(x.device) * self._factor(place)
 
     def _decoder_rows(self, output: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yield live latents in parts: which they are, their tokens, and what a unit of each writes at an output."""
+        """Yield active latents in parts: which they are, their tokens, and what a unit of each writes at an output."""
         size, tokens = max(1, NUMBERS_AT_ONCE // self.sae.d_out), self.live.tokens
         for start in range(0, len(tokens), size):
             some = slice(start, min(start + size, len(tokens)))
@@ -370,7 +373,7 @@ class _Part:
         scale = self.sae.written_scale(self._chosen(place, view(self.seen[place.bare], place.transforms).value))
         return 1.0 if scale is None else scale
 
-    def _factor(self, place: Place) -> Tensor | float:
+    def _factor(self, place: TensorPath) -> Tensor | float:
         """Return what a unit of what is read through a site's transforms is worth in the model."""
         return view(self.seen[place.bare], place.transforms).factor
 

@@ -16,7 +16,7 @@ from ..modeling import SAEModel
 from ..sites import Site, Slot
 from ..sites.multi_rank import must_finish
 from ..sites.probe import unwrap
-from ..sites.slots import Place
+from ..sites.slots import TensorPath
 from ..sites.transforms import view
 from .apply import exact_dtype
 from .attach import require_model
@@ -58,7 +58,7 @@ class _Anchor:
         several = len(config.sites_written) > 1 and not config.is_transcoder
         return sae.per_token and config.kept_latents is None and len(config.sites_read) == 1 and not several
 
-    def at(self, place: Place, x: Tensor) -> Tensor:
+    def at(self, place: TensorPath, x: Tensor) -> Tensor:
         """Return what stands for the activation at a place.
 
         Raises:
@@ -85,11 +85,11 @@ class _Anchor:
 class _Differentiable(Observation):
     """An observation with gradients everywhere, with respect to latents, too."""
 
-    def __init__(self, places: Collection[Place], anchors: Sequence[_Anchor]) -> None:
+    def __init__(self, places: Collection[TensorPath], anchors: Sequence[_Anchor]) -> None:
         super().__init__(places, grad=places)
         self.anchors = anchors
 
-    def going_on(self, place: Place, kept: Tensor) -> Tensor:
+    def going_on(self, place: TensorPath, kept: Tensor) -> Tensor:
         standing = super().going_on(place, kept)
         for anchor in self.anchors:
             standing = anchor.at(place, standing)
@@ -231,7 +231,7 @@ def run_again(model: nn.Module) -> dict[str, bool]:
     return found
 
 
-def _require_graph(model: nn.Module, read: Collection[Place], anchored: Collection[Place]) -> None:
+def _require_graph(model: nn.Module, read: Collection[TensorPath], anchored: Collection[TensorPath]) -> None:
     """Raise if gradient checkpointing would leave gaps in the graph.
 
     Args:

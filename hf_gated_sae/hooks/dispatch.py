@@ -17,9 +17,9 @@ from ..interventions import Intervention
 from ..modeling import SAEModel
 from ..sites import Site, Slot, resolve
 from ..sites.probe import unwrap
-from ..sites.slots import Place
+from ..sites.slots import TensorPath
 from ..sites.transforms import Transform, view
-from .apply import carry_out
+from .apply import apply_interventions
 from .attach_report import Record
 from .continuation import facts_of, prove_calls
 from .peft_virtual_tokens import know_wrapper
@@ -58,11 +58,11 @@ class Session:
         if threading.get_ident() != self._thread:
             self.failure = self.failure or error
 
-    def records(self, place: Place) -> Sequence[Record]:
+    def records(self, place: TensorPath) -> Sequence[Record]:
         """Return the interventions at a place."""
         return ()
 
-    def reads(self, place: Place) -> Sequence[tuple[Site, tuple[Transform, ...]]]:
+    def reads(self, place: TensorPath) -> Sequence[tuple[Site, tuple[Transform, ...]]]:
         """Return the names under which interventions elsewhere need what passes a place, and how they see it."""
         return ()
 
@@ -70,7 +70,7 @@ class Session:
         """Return an SAE on a device."""
         return sae
 
-    def observe(self, place: Place, value: Tensor) -> Tensor | None:
+    def observe(self, place: TensorPath, value: Tensor) -> Tensor | None:
         """See the activation that the model goes on with, and give what is to stand for it; None for itself."""
 
 
@@ -89,8 +89,8 @@ class Dispatcher:
     def __init__(self, model: nn.Module) -> None:
         self.tracker = TokenTracker(model, self.acting, facts_of(model))
         self.sessions: list[Session] = []
-        self._handles: dict[Place, RemovableHandle] = {}
-        self._users: dict[Place, int] = {}
+        self._handles: dict[TensorPath, RemovableHandle] = {}
+        self._users: dict[TensorPath, int] = {}
 
     def acting(self) -> tuple[Session, ...]:
         """Return the sessions that act on a call from here."""
@@ -153,7 +153,7 @@ class Dispatcher:
                 return None
             try:
                 _require_in_place(slot, held)
-                result = self._carry_out(place, x, sessions)
+                result = self._apply(place, x, sessions)
             except Exception as error:
                 for session in sessions:
                     session.fail(error)
@@ -165,7 +165,7 @@ class Dispatcher:
 
         return hook
 
-    def _carry_out(self, place: Place, x: Tensor, sessions: Sequence[Session]) -> Tensor | None:
+    def _apply(self, place: TensorPath, x: Tensor, sessions: Sequence[Session]) -> Tensor | None:
         """Apply every intervention at a place; None if none of them means any token of this call."""
         records = [(session, record) for session in sessions for record in session.records(place)]
         reads = dict(pair for session in sessions for pair in session.reads(place))
@@ -182,7 +182,7 @@ class Dispatcher:
         replaying = self.tracker.replaying
         if replaying:
             call.forget()  # what the first run computed is of another graph
-        return carry_out(x, call, [record for _, record in records], placed, replaying=replaying)
+        return apply_interventions(x, call, [record for _, record in records], placed, replaying=replaying)
 
 
 def _require_in_place(slot: Slot, held: nn.Module) -> None:

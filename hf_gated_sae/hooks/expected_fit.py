@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from .site_fit import Fit
+from .site_fit import SiteFit
 
 GAP = 0.25
 """Another place suits an SAE better if its distance is less by this."""
@@ -55,20 +55,20 @@ ROWS = 10.0
 """The same of a norm that high-norm tokens make up: how many of the tokens they are depends on the rows' length."""
 
 
-class Expected(NamedTuple):
+class ExpectedFit(NamedTuple):
     """What was measured when the SAE was published; None for what is not known."""
 
     fvu: float | None = None
     l0: float | None = None
     norm: float | None = None
 
-    def with_outliers(self, ordinary: Fit, whole: Fit) -> bool:
+    def with_outliers(self, ordinary: SiteFit, whole: SiteFit) -> bool:
         """Whether outliers make the norm another one, and the recorded norm is nearer to that with them."""
         if not self.norm or not ordinary.norm > 0 or not whole.norm > EVIDENT * ordinary.norm:
             return False
         return abs(math.log(whole.norm / self.norm)) < abs(math.log(ordinary.norm / self.norm))
 
-    def distance(self, seen: Fit, *, without_norm: bool = False) -> float:
+    def distance(self, seen: SiteFit, *, without_norm: bool = False) -> float:
         """Return how far what is seen is from the record; without a recorded FVU, the logarithm of the one seen.
 
         Args:
@@ -86,7 +86,7 @@ class Expected(NamedTuple):
                 distance += weight * abs(math.log(max(value, recorded / 1e6) / recorded))
         return distance
 
-    def differences(self, seen: Fit, *, with_outliers: bool = False) -> list[str]:
+    def differences(self, seen: SiteFit, *, with_outliers: bool = False) -> list[str]:
         """Return which numbers are far from what was recorded, whatever the text."""
         far = []
         for name, most in OFF.items():
@@ -97,14 +97,14 @@ class Expected(NamedTuple):
         worse = self.fvu is not None and seen.fvu > max(3 * self.fvu, self.fvu + 0.3)
         return ["fvu", *far] if worse else far
 
-    def in_doubt(self, seen: Fit, *, with_outliers: bool = False) -> bool:
+    def in_doubt(self, seen: SiteFit, *, with_outliers: bool = False) -> bool:
         """Whether places further away are to be tried."""
         distant = seen.fvu > DOUBTFUL
         if self.fvu is not None:
             distant = self.distance(seen, without_norm=with_outliers) > DOUBT
         return distant or bool(self.differences(seen, with_outliers=with_outliers))
 
-    def gap(self, here: Fit, there: Fit, *, without_norm: bool = False) -> float:
+    def gap(self, here: SiteFit, there: SiteFit, *, without_norm: bool = False) -> float:
         """Return by how much another place suits the SAE better than its own, on the same tokens; 0 if it does not.
 
         Where no FVU is recorded, nothing but a large difference between the places counts.

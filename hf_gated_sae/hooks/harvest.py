@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, UnknownNameError, did_you_mean, unknown_name
-from ..functional.short_repr import brief
-from ..functional.sparse_latents import LiveLatents
+from ..functional.short_repr import short_repr
+from ..functional.sparse_latents import SparseLatents
 from ..interventions import special_ids_for
 from ..modeling import SAEModel
 from .apply import exact_dtype
@@ -31,21 +31,21 @@ class Harvest:
     """What some tokens gave; row by row the same tokens in everything.
 
     Attributes:
-        values: activations ``[n, d]`` by site, and live latents of `n` tokens by SAE, in the keys that were asked for.
+        values: activations ``[n, d]`` by site and active latents of `n` tokens by SAE, by the keys asked for.
         token_ids: the tokens ``[n]`` int64.
         documents: from which sequence each is, counted over all batches from 0, ``[n]`` int64.
         positions: where in that sequence, counted over its real tokens from 0, ``[n]`` int64.
     """
 
-    values: Mapping[Any, Tensor | LiveLatents]
+    values: Mapping[Any, Tensor | SparseLatents]
     token_ids: Tensor
     documents: Tensor
     positions: Tensor
 
-    __repr__ = brief
+    __repr__ = short_repr
 
     def __getitem__(self, key: Any) -> Any:
-        """Return the activations of a site, or the live latents of an SAE.
+        """Return the activations of a site, or the active latents of an SAE.
 
         Raises:
             UnknownNameError: if it was not harvested.
@@ -172,15 +172,15 @@ def _needs_sequences(key: Any) -> bool:
 
 def _value(
     key: Any, sites: Sequence[str], found: Mapping[Any, Tensor], counted: CountedTokens
-) -> Tensor | LiveLatents:
-    """Return the activations of the counted tokens, or an SAE's live latents of them."""
+) -> Tensor | SparseLatents:
+    """Return the activations of the counted tokens, or an SAE's active latents of them."""
     if _needs_sequences(key):
-        return LiveLatents.from_dense(counted.chosen(found[key], sites[0]))
+        return SparseLatents.from_dense(counted.chosen(found[key], sites[0]))
     chosen = [counted.chosen(found[site], site) for site in sites]
-    return live_latents(key, chosen) if isinstance(key, SAEModel) else chosen[0]
+    return active_latents(key, chosen) if isinstance(key, SAEModel) else chosen[0]
 
 
-def live_latents(sae: SAEModel, activations: Sequence[Tensor]) -> LiveLatents:
+def active_latents(sae: SAEModel, activations: Sequence[Tensor]) -> SparseLatents:
     """Return the latents that are on, by their numbers in the whole SAE even if only a part of it was loaded.
 
     Args:
@@ -189,12 +189,12 @@ def live_latents(sae: SAEModel, activations: Sequence[Tensor]) -> LiveLatents:
     """
     x = sae_input(sae, activations)
     with exact_dtype(x.device):
-        live = sae.live(x)
+        live = sae.encode_sparse(x)
     kept = sae.config.kept_latents
     if kept is None:
         return live
     numbers = torch.tensor(kept, dtype=torch.int64, device=live.indices.device)
-    return LiveLatents(live.offsets, numbers[live.indices], live.values, (*live.shape[:-1], sae.config.d_sae))
+    return SparseLatents(live.offsets, numbers[live.indices], live.values, (*live.shape[:-1], sae.config.d_sae))
 
 
 @contextmanager
@@ -210,8 +210,8 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
             part.training = True
 
 
-def rows_of_live(live: LiveLatents, rows: Tensor) -> LiveLatents:
-    """Return the live latents of some tokens, in the order given.
+def rows_of_active(live: SparseLatents, rows: Tensor) -> SparseLatents:
+    """Return the active latents of some tokens, in the order given.
 
     Args:
         live: of ``[tokens]``.
@@ -221,4 +221,4 @@ def rows_of_live(live: LiveLatents, rows: Tensor) -> LiveLatents:
     torch.cumsum(counts, 0, out=ends[1:])
     within = torch.arange(int(ends[-1]), device=ends.device) - ends[:-1].repeat_interleave(counts)
     places = live.offsets[rows].repeat_interleave(counts) + within
-    return LiveLatents(ends, live.indices[places], live.values[places], (len(rows), live.d_sae))
+    return SparseLatents(ends, live.indices[places], live.values[places], (len(rows), live.d_sae))

@@ -15,7 +15,7 @@ from ..errors import AttachError, ShapeError
 from ..functional.outliers import is_outlier
 from ..sites import Slot
 from ..sites.probe import Subject
-from ..sites.slots import Place
+from ..sites.slots import TensorPath
 from .dispatch import Session, enter, leave
 from .peft_virtual_tokens import virtual_tokens
 from .token_batches import counted_positions
@@ -35,14 +35,14 @@ class Observation(Session):
         stop: end the forward once all places were seen.
     """
 
-    def __init__(self, places: Iterable[Place], *, grad: Collection[Place] = (), stop: bool = False) -> None:
+    def __init__(self, places: Iterable[TensorPath], *, grad: Collection[TensorPath] = (), stop: bool = False) -> None:
         super().__init__()
         self.places = set(places)
         self.grad = grad
         self.stop = stop
-        self.seen: dict[Place, Tensor] = {}
+        self.seen: dict[TensorPath, Tensor] = {}
 
-    def observe(self, place: Place, value: Tensor) -> Tensor | None:
+    def observe(self, place: TensorPath, value: Tensor) -> Tensor | None:
         """Keep the activation."""
         if place not in self.places or place in self.seen:  # the latter where gradient checkpointing runs it again
             return None
@@ -60,7 +60,7 @@ class Observation(Session):
         """Return what to keep of an activation, a part of the graph."""
         return value.clone() if value.requires_grad else value.detach().clone().requires_grad_()
 
-    def going_on(self, place: Place, kept: Tensor) -> Tensor:
+    def going_on(self, place: TensorPath, kept: Tensor) -> Tensor:
         """Return what the model goes on with, of the same value; not the object itself, which it may write into."""
         return kept.clone()
 
@@ -89,7 +89,7 @@ class Observation(Session):
         """Call a model that is probed, from this thread, while whatever is attached to it stands aside."""
         mine = threading.get_ident()
 
-        def observer(place: Place) -> Callable[[Tensor], None]:
+        def observer(place: TensorPath) -> Callable[[Tensor], None]:
             def observe(x: Tensor) -> None:
                 if threading.get_ident() == mine:
                     self.observe(place, x)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..errors import AttachError
-from ..interventions import Call
+from ..interventions import ModelCall
 
 if TYPE_CHECKING:
     from .dispatch import Session
@@ -43,9 +43,9 @@ class Forward:
     start: int
     end: int
     thread: threading.Thread
-    call: Call | None
+    call: ModelCall | None
     sessions: tuple[tuple[weakref.ref[Session], bool], ...]
-    again: Call | None = None
+    again: ModelCall | None = None
 
 
 class Forwards:
@@ -60,7 +60,7 @@ class Forwards:
         """Take note that from here on every forward will be told of; those before were not edited."""
         self._since = node_number()
 
-    def note(self, start: int, call: Call | None, sessions: Sequence[Session]) -> None:
+    def note(self, start: int, call: ModelCall | None, sessions: Sequence[Session]) -> None:
         """Take note of a forward that has ended in this thread, whose first node had this number."""
         end = node_number()
         if end == start:  # it left no graph
@@ -93,7 +93,7 @@ class Forwards:
                 _refuse(_DETACHED)
         return tuple(acting)
 
-    def call(self) -> Call:
+    def call(self) -> ModelCall:
         """Return the tokens of the forward that is run again.
 
         Raises:
@@ -103,7 +103,7 @@ class Forwards:
         if forward is None or forward.call is None:
             _refuse(_DETACHED)
         if forward.again is None:
-            forward.again = Call(forward.call.tokens, forward.call.past)
+            forward.again = ModelCall(forward.call.tokens, forward.call.past)
         return forward.again
 
     def _running(self) -> Forward | None:

@@ -18,14 +18,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import CheckpointError, InputError
-from ..functional.sparse_latents import LiveLatents
+from ..functional.sparse_latents import SparseLatents
 from ..interventions import special_ids_for
 from ..modeling import SAEModel
 from ..sites.probe import unwrap
 from .activation_shards import FORMAT, FORMAT_VERSION, INDEX_FILE, TOKENS, ActivationShards, joined, part_names
 from .attach import require_model
 from .capture import Wanted, sites_needed
-from .harvest import Harvest, TokenSource, harvest, rows_of_live
+from .harvest import Harvest, TokenSource, harvest, rows_of_active
 
 
 def save_activations(
@@ -121,7 +121,7 @@ class _Writer:
         tensors: dict[str, Tensor] = {}
         for name in [*TOKENS, *self.facts]:
             value = joined([part.pop(name) for part in self._held], None)
-            if isinstance(value, LiveLatents):
+            if isinstance(value, SparseLatents):
                 stored = (value.offsets, value.indices.int(), value.values)
                 tensors |= dict(zip(part_names(name), (each.contiguous() for each in stored), strict=True))
             else:
@@ -163,7 +163,7 @@ def _names(keys: Mapping[Any, Sequence[str]]) -> dict[Any, str]:
 
 def _facts(key: Any, value: Any) -> dict[str, Any]:
     """Return what the index says of something."""
-    dtype = str(value.values.dtype if isinstance(value, LiveLatents) else value.dtype).removeprefix("torch.")
+    dtype = str(value.values.dtype if isinstance(value, SparseLatents) else value.dtype).removeprefix("torch.")
     facts = {"kind": "activations", "width": value.shape[-1], "dtype": dtype}
     if not isinstance(key, SAEModel):
         return facts
@@ -188,10 +188,10 @@ def _origin(model: Any, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def _part(value: Tensor | LiveLatents, start: int, stop: int) -> Tensor | LiveLatents:
+def _part(value: Tensor | SparseLatents, start: int, stop: int) -> Tensor | SparseLatents:
     """Return a copy of some rows."""
-    if isinstance(value, LiveLatents):
-        return rows_of_live(value, torch.arange(start, stop))
+    if isinstance(value, SparseLatents):
+        return rows_of_active(value, torch.arange(start, stop))
     return value[start:stop].clone()
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, distributed, nn
 
 from ..errors import InputError, SiteError, shown
 from ..functional.metrics import centred_norm
-from ..functional.short_repr import brief
+from ..functional.short_repr import short_repr
 from ..hub.index import known_at
 from ..interventions import Intervention
 from ..interventions.base import sites_written
@@ -29,12 +29,12 @@ from ..modeling import SAEModel
 from ..sites import Site, resolve
 from ..sites.probe import quiet, unwrap
 from ..storage.atomic_write import FACTS_FILE
-from .alternative_sites import Places, far_places, near_places
+from .alternative_sites import AlternativeSites, far_sites, near_sites
 from .dispatch import paused
-from .expected_fit import CERTAIN, Expected
+from .expected_fit import CERTAIN, ExpectedFit
 from .probe_text import probe_tokens
-from .site_fit import Fit
-from .site_trial import Better, Trial
+from .site_fit import SiteFit
+from .site_trial import BetterSite, SiteTrial
 from .token_batches import model_inputs
 
 Check = bool | Tensor | Mapping[str, Any]
@@ -69,7 +69,7 @@ class AttachCheck:
     expected_norm: float | None
     verdict: str
 
-    __repr__ = brief
+    __repr__ = short_repr
 
     def __str__(self) -> str:
         """Return one line."""
@@ -162,25 +162,25 @@ def _measure(model: nn.Module, root: nn.Module, sae: SAEModel, given: Mapping[st
     inputs = given if given is not None else _own_text(root)
     reason = inputs if isinstance(inputs, str) else _not_to_be_measured(sae, given)
     if isinstance(inputs, str) or reason:
-        return _Found(_report(sae, None, Expected(), f"not measured: {reason}"))
+        return _Found(_report(sae, None, ExpectedFit(), f"not measured: {reason}"))
     found = resolve(model)
-    near = near_places(found, sae) if sae.one_site else Places({}, [])
+    near = near_sites(found, sae) if sae.one_site else AlternativeSites({}, [])
     expected = _expected(sae)
     try:
-        trial = Trial(model, sae, expected, inputs, near)
+        trial = SiteTrial(model, sae, expected, inputs, near)
     except Exception as error:  # whatever the user's model needs that our text does not give it is no fault of the SAE
         if given is not None:
             raise
         why = f"the model does not run on plain text ({type(error).__name__}: {error}); pass check=batch"
-        return _Found(_report(sae, None, Expected(), f"not measured: {why}"))
+        return _Found(_report(sae, None, ExpectedFit(), f"not measured: {why}"))
     trial.measure()
     better = trial.better()
     if better is None and trial.in_doubt and sae.one_site:
-        better = Trial(model, sae, expected, inputs, far_places(found, root, sae)).better()
+        better = SiteTrial(model, sae, expected, inputs, far_sites(found, root, sae)).better()
     return _judged(model, trial, better)
 
 
-def _judged(model: nn.Module, trial: Trial, better: Better | None) -> _Found:
+def _judged(model: nn.Module, trial: SiteTrial, better: BetterSite | None) -> _Found:
     """Say what follows from what was measured."""
     sae, expected, measured = trial.sae, trial.expected, trial.measure()
     if better is not None:
@@ -221,10 +221,10 @@ def _not_to_be_measured(sae: SAEModel, given: Mapping[str, Any] | None) -> str:
     return ""
 
 
-def _expected(sae: SAEModel) -> Expected:
+def _expected(sae: SAEModel) -> ExpectedFit:
     """Return what is known of an SAE: from its configuration, the facts saved beside it, or the index."""
     config, origin = sae.config, sae.checkpoint
-    known = Expected(config.recorded_fvu, config.recorded_l0, config.recorded_norm)
+    known = ExpectedFit(config.recorded_fvu, config.recorded_l0, config.recorded_norm)
     if origin is None or None not in known:
         return known
     facts: dict[str, float | None] = {}
@@ -233,7 +233,7 @@ def _expected(sae: SAEModel) -> Expected:
         facts = _metrics(file.read_text(encoding="utf-8"))
     elif origin.format != "native" and (listed := known_at(origin.repo, origin.subfolder)) is not None:
         facts = {"l0": listed.l0}
-    return Expected(*(_either(own, facts.get(name)) for name, own in zip(Expected._fields, known, strict=True)))
+    return ExpectedFit(*(_either(own, facts.get(name)) for name, own in zip(ExpectedFit._fields, known, strict=True)))
 
 
 def _either(first: float | None, second: float | None) -> float | None:
@@ -257,7 +257,7 @@ def _metrics(text: str) -> dict[str, float | None]:
     return {**numbers, "norm": centred_norm(mse, fvu)} if mse and fvu else numbers
 
 
-def _advice(sae: SAEModel, better: Better) -> str:
+def _advice(sae: SAEModel, better: BetterSite) -> str:
     """Say where an SAE fits better, and what to do about it."""
     place, measured = better.place, better.measured
     change = {"site": place.read} if place.read != sae.config.site else {}
@@ -281,7 +281,7 @@ def _what(site: Site, sae: SAEModel) -> str:
     return ""
 
 
-def _about(model: nn.Module, trial: Trial, finding: str = "does not fit") -> str:
+def _about(model: nn.Module, trial: SiteTrial, finding: str = "does not fit") -> str:
     """Say what was measured, and what was expected."""
     sae, measured = trial.sae, trial.measure()
     pairs = zip(("FVU", "L0", "norm"), measured[1:], trial.expected, strict=True)
@@ -309,6 +309,6 @@ def _several(sites: Sequence[str]) -> str:
     return sites[0] if len(sites) == 1 else f"{sites[0]} .. {sites[-1]}"
 
 
-def _report(sae: SAEModel, measured: Fit | None, expected: Expected, verdict: str) -> AttachCheck:
+def _report(sae: SAEModel, measured: SiteFit | None, expected: ExpectedFit, verdict: str) -> AttachCheck:
     numbers: tuple[int, float | None, float | None, float | None] = measured or (0, None, None, None)
     return AttachCheck(_name(sae), _place(sae), *numbers, *expected, verdict=verdict)

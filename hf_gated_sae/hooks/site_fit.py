@@ -25,7 +25,7 @@ FEWEST = 8
 """Activations from which something can be told."""
 
 
-class Fit(NamedTuple):
+class SiteFit(NamedTuple):
     """What an SAE makes of the activations of a text.
 
     Attributes:
@@ -159,7 +159,7 @@ def are_ordinary(x: Tensor, counted: Tensor, limit: float | None = None) -> Tens
     return ~is_outlier(x, limit).cpu()
 
 
-def fit(sae: SAEModel, read: Sequence[Tensor], written: Sequence[Tensor], tokens: Sequence[Tensor]) -> list[Fit]:
+def fit(sae: SAEModel, read: Sequence[Tensor], written: Sequence[Tensor], tokens: Sequence[Tensor]) -> list[SiteFit]:
     """Measure an SAE on several sets of tokens at once.
 
     Args:
@@ -180,7 +180,7 @@ def fit(sae: SAEModel, read: Sequence[Tensor], written: Sequence[Tensor], tokens
     return [_measured(sae, output, targets, each[chosen].to(device)) for each in tokens]
 
 
-def _measured(sae: SAEModel, output: SAEOutput, targets: Sequence[Tensor], tokens: Tensor) -> Fit:
+def _measured(sae: SAEModel, output: SAEOutput, targets: Sequence[Tensor], tokens: Tensor) -> SiteFit:
     """Return the numbers of one set of tokens ``[n]``, of the output that is worst off."""
     rows: Any = slice(None) if bool(tokens.all()) else tokens
     assert output.reconstruction is not None and output.latents is not None
@@ -192,6 +192,6 @@ def _measured(sae: SAEModel, output: SAEOutput, targets: Sequence[Tensor], token
         accumulator.update(target[rows], y[rows], output.latents[rows])
         metrics = accumulator.compute()
         if not math.isfinite(metrics.mse):
-            return Fit(metrics.tokens, math.inf, metrics.l0, math.nan)
-        results.append(Fit(metrics.tokens, metrics.fvu, metrics.l0, metrics.centred_norm))
+            return SiteFit(metrics.tokens, math.inf, metrics.l0, math.nan)
+        results.append(SiteFit(metrics.tokens, metrics.fvu, metrics.l0, metrics.centred_norm))
     return max(results, key=lambda each: -math.inf if math.isnan(each.fvu) else each.fvu)

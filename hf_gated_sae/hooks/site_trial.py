@@ -12,9 +12,9 @@ from ..errors import InputError
 from ..interventions.base import sites_read, sites_written
 from ..modeling import SAEModel
 from ..sites import Site, resolve
-from .alternative_sites import Pair, Places
-from .expected_fit import Expected
-from .site_fit import FEWEST, Fit, are_ordinary, fit, observe, tokens_of
+from .alternative_sites import AlternativeSites, SitePair
+from .expected_fit import ExpectedFit
+from .site_fit import FEWEST, SiteFit, are_ordinary, fit, observe, tokens_of
 
 MOST_LATENTS = 2**24
 """Other places are tried on the first tokens of a batch: so many that they have this many latents, zeros included."""
@@ -24,7 +24,7 @@ ALIKE = 0.02
 """Places whose gaps differ by less suit an SAE equally well; one tensor may have several names."""
 
 
-class Better(NamedTuple):
+class BetterSite(NamedTuple):
     """A place that suits an SAE better than its own.
 
     Attributes:
@@ -33,12 +33,12 @@ class Better(NamedTuple):
         measured: what the SAE makes of it.
     """
 
-    place: Pair
+    place: SitePair
     gap: float
-    measured: Fit
+    measured: SiteFit
 
 
-class Trial:
+class SiteTrial:
     """One forward, and what an SAE makes of what passed its own and some other places.
 
     Args:
@@ -53,17 +53,22 @@ class Trial:
     """
 
     def __init__(
-        self, model: nn.Module, sae: SAEModel, expected: Expected, inputs: Mapping[str, Any], others: Places
+        self,
+        model: nn.Module,
+        sae: SAEModel,
+        expected: ExpectedFit,
+        inputs: Mapping[str, Any],
+        others: AlternativeSites,
     ) -> None:
         found = resolve(model)
         self.sae, self.expected, self._stages = sae, expected, others.stages
         self._read, self._written = [*map(str, sites_read(sae))], [*map(str, sites_written(sae))]
         own = {name: found[name] for name in (*self._read, *self._written)}
         self._seen = observe(model, own, others.slots, inputs, sae.config.special_token_ids)
-        self._measured: Fit | None = None
+        self._measured: SiteFit | None = None
         self.with_outliers = False
 
-    def measure(self) -> Fit:
+    def measure(self) -> SiteFit:
         """Return what the SAE makes of its own place.
 
         Outliers and special tokens are counted where its recorded norm says that they were counted then.
@@ -95,7 +100,7 @@ class Trial:
         """Which numbers are far from what was recorded, whatever the text."""
         return self.expected.differences(self.measure(), with_outliers=self.with_outliers)
 
-    def better(self) -> Better | None:
+    def better(self) -> BetterSite | None:
         """Return the place that suits the SAE best, or None if none suits it better than its own."""
         self.measure()
         own = Site.parse(self._read[0]).name
@@ -107,7 +112,7 @@ class Trial:
                 return next((each for each in equal if Site.parse(each.place.read).name == own), equal[0])
         return None
 
-    def _better_of(self, pairs: Sequence[Pair]) -> list[Better]:
+    def _better_of(self, pairs: Sequence[SitePair]) -> list[BetterSite]:
         """Return those of some places that suit the SAE better than its own."""
         sets = {pair: tokens for pair in pairs if (tokens := self._shared_tokens(pair)) is not None}
         if not sets:
@@ -123,10 +128,10 @@ class Trial:
             without_norm = self.with_outliers or self._is_other_view(pair)
             gap = self.expected.gap(own_fit, there, without_norm=without_norm)
             if gap > 0:
-                found.append(Better(pair, gap, there))
+                found.append(BetterSite(pair, gap, there))
         return found
 
-    def _shared_tokens(self, pair: Pair) -> Tensor | None:
+    def _shared_tokens(self, pair: SitePair) -> Tensor | None:
         """Return on which tokens a place is compared with the SAE's own, ``[n]`` bool; None if it cannot be."""
         values = self._values(pair)
         tokens = self._ordinary
@@ -141,9 +146,9 @@ class Trial:
         finite = all(bool(x[tokens.to(x.device)].isfinite().all()) for x in values)
         return tokens if finite and int(tokens.sum()) >= FEWEST else None
 
-    def _is_other_view(self, pair: Pair) -> bool:
+    def _is_other_view(self, pair: SitePair) -> bool:
         """Whether a place is seen through other transforms than the SAE's own."""
-        own = Pair(self._read[0], self._written[0])
+        own = SitePair(self._read[0], self._written[0])
         return any(Site.parse(a).transforms != Site.parse(b).transforms for a, b in zip(own, pair, strict=True))
 
     def _values(self, names: Sequence[str]) -> list[Tensor]:

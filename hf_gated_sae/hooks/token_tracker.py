@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AttachError
-from ..interventions import Call, TokenContext, special_token_ids
+from ..interventions import ModelCall, TokenContext, special_token_ids
 from .call_arguments import PLACES, CallFacts, ForwardArguments, by_name, cache_in, read, tensors_within
 from .call_stack import call_frame, is_running
 from .generation import GenerateBoundary, generation_of
@@ -70,7 +70,7 @@ class _Running:
     start: int
     backward: int
     frame: FrameType | None
-    call: Call | None = None
+    call: ModelCall | None = None
 
 
 class TokenTracker:
@@ -93,8 +93,8 @@ class TokenTracker:
         self._forward = type(model).forward
         self._handles: list[Any] = []
         # Caches of purely recurrent models do not know how many tokens they hold; some are mere lists of tensors.
-        self._held: weakref.WeakKeyDictionary[Any, Call] = weakref.WeakKeyDictionary()
-        self._last: tuple[weakref.ref[Tensor], Call] | None = None  # by the first tensor of such a list
+        self._held: weakref.WeakKeyDictionary[Any, ModelCall] = weakref.WeakKeyDictionary()
+        self._last: tuple[weakref.ref[Tensor], ModelCall] | None = None  # by the first tensor of such a list
         self._special: Tensor | None = None
 
     def install(self, model: nn.Module) -> None:
@@ -151,7 +151,7 @@ class TokenTracker:
         return running.sessions if running else self._acting()
 
     @property
-    def current(self) -> Call:
+    def current(self) -> ModelCall:
         """The running call.
 
         Raises:
@@ -205,7 +205,7 @@ class TokenTracker:
             raise
         self._running.set((*self._running.get()[:-1], dataclasses.replace(running, call=described)))
 
-    def describe(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+    def describe(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
         """Return what is known of a call's tokens, given its arguments before it runs.
 
         Raises:
@@ -236,7 +236,7 @@ class TokenTracker:
         )
         if generation:
             generation.learn_prompt(call, tokens.end - virtual.columns)
-        return Call(tokens, history.kept)
+        return ModelCall(tokens, history.kept)
 
     def _warn_of_padding(self, model: nn.Module, call: ForwardArguments) -> None:
         """Warn, once per model, if a batch is padded on the left and the model takes the padding for text."""
@@ -272,7 +272,7 @@ class TokenTracker:
             session.completed += 1
         self.keep(running.call, output)
 
-    def keep(self, call: Call, output: Any) -> None:
+    def keep(self, call: ModelCall, output: Any) -> None:
         """Remember a call by the cache that it returned, for the call that continues from it."""
         cache = cache_in(output if isinstance(output, Mapping) else {}, self._caches)
         if _can_be_key(cache):
@@ -295,7 +295,7 @@ class TokenTracker:
             return _History(past)
         return _History(past, held.tokens if held.tokens.end == past else None, held.histories, held.tokens.unplaced)
 
-    def _call_before(self, cache: Any) -> Call | None:
+    def _call_before(self, cache: Any) -> ModelCall | None:
         """Return the call that gave a cache, if it was watched."""
         if _can_be_key(cache):
             return self._held.get(cache)
@@ -316,7 +316,7 @@ class _History:
     Attributes:
         past: how many there are.
         previous: the call that ended with them, if it is known.
-        kept: the histories of that call, see `Call.remember`.
+        kept: the histories of that call, see `ModelCall.remember`.
         unknown: why it is not known how many there are; None if it is.
     """
 

@@ -10,7 +10,7 @@ from .base import Conditional, Edit, Intervention, LatentEdit, Replacement, Targ
 from .cap import Cap
 from .clamp import Clamp
 from .floor import Floor
-from .model_call import Call, SiteRun
+from .model_call import ModelCall, SiteCall
 from .patch import Patch
 from .plan import InterventionPlan
 from .positions import Positions, TokenContext, TokenIds
@@ -23,7 +23,7 @@ from .steer import Steer
 __all__ = [
     "Ablate",
     "AblateSite",
-    "Call",
+    "ModelCall",
     "Cap",
     "Clamp",
     "Conditional",
@@ -37,7 +37,7 @@ __all__ = [
     "ProjectOut",
     "Replacement",
     "Scale",
-    "SiteRun",
+    "SiteCall",
     "Splice",
     "Steer",
     "Targeted",

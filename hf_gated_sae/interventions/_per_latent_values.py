@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ._checks import PerRow, latent_values_per_row
 from .base import LatentEdit
-from .model_call import SiteRun
+from .model_call import SiteCall
 
 
 @dataclass(frozen=True, eq=False)
-class ValuedEdit(LatentEdit, is_verb=False):
+class LatentValueEdit(LatentEdit, is_verb=False):
     """Changes latents by a number for each, which a field of the verb holds.
 
     Attributes:
@@ -39,7 +39,7 @@ class ValuedEdit(LatentEdit, is_verb=False):
         """The latents to change."""
         return list(self.numbers)
 
-    def numbers_like(self, latents: Tensor, run: SiteRun) -> Tensor:
+    def numbers_like(self, latents: Tensor, run: SiteCall) -> Tensor:
         """Return the numbers in the dtype and on the device of latents, in the order of `indices`.
 
         Args:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import InputError, ShapeError, unknown_name
 from ._checks import latent_list, tensor_of
 from .base import LatentEdit
-from .model_call import SiteRun
+from .model_call import SiteCall
 from .positions import integers, shorten
 
 MODES = ("zero", "mean", "resample")
@@ -78,7 +78,7 @@ class Ablate(LatentEdit):
         """The latents to switch off."""
         return list(self.latents)
 
-    def change(self, latents: Tensor, run: SiteRun) -> Tensor:
+    def change(self, latents: Tensor, run: SiteCall) -> Tensor:
         """Return zeros, means, or samples, ``[B, S, n]``."""
         if self._drawn_from is not None:
             samples = self._drawn_from.to(latents)
@@ -93,7 +93,7 @@ class Ablate(LatentEdit):
 _OF_SEED, _OF_ROW, _OF_POSITION = -0x61C8864680B583EB, -0x3D4D51C2D82B14B1, 0x165667B19E3779F9
 
 
-def _drawn(run: SiteRun, seed: int, count: int) -> Tensor:
+def _drawn(run: SiteCall, seed: int, count: int) -> Tensor:
     """Return a number below `count` for each token, ``[B, S]``: a hash, which needs no state."""
     tokens = run.tokens
     mixed = tokens.index * _OF_POSITION + (tokens.owners * _OF_ROW).unsqueeze(-1)

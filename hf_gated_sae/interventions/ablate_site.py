@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import InputError, ShapeError
 from ..sites import Site
 from .base import Replacement, Targeted
-from .model_call import SiteRun
+from .model_call import SiteCall
 from .positions import shorten
 
 
@@ -48,6 +48,6 @@ class AblateSite(Targeted, Replacement):
                 f"AblateSite was given a value {list(self.value.shape)}, but {self.site} is {width} wide."
             )
 
-    def replacement(self, run: SiteRun) -> Tensor:
+    def replacement(self, run: SiteCall) -> Tensor:
         """Return the constant, ``[d]``."""
         return run.x.new_zeros(run.x.shape[-1]) if self.value is None else self.value.to(run.x)

@@ -16,7 +16,7 @@ from ..modeling import SAEModel
 from ..registry import Registry
 from ..sites import Site
 from ._checks import latent_values
-from .model_call import SiteRun
+from .model_call import SiteCall
 from .positions import Positions, check_positions, check_rows, integers, shorten
 
 interventions: Registry[type[Intervention]] = Registry("intervention", "hf_gated_sae.interventions")
@@ -106,7 +106,7 @@ class Intervention(ABC):
         """Whether there is anything to do at one of the `places`, by its number."""
         return True
 
-    def mask(self, run: SiteRun) -> Tensor | bool:
+    def mask(self, run: SiteCall) -> Tensor | bool:
         """Return which tokens to act on: ``[B, S]``, or True for all, or False for none."""
         rows = cast("Sequence[int] | None", self.rows)  # as they were checked
         return run.tokens.select(
@@ -124,7 +124,7 @@ class Edit(Intervention):
     """Adds something to the activation."""
 
     @abstractmethod
-    def delta(self, run: SiteRun) -> Tensor:
+    def delta(self, run: SiteCall) -> Tensor:
         """Return what to add at every token, ``[B, S, d]`` or broadcastable to it."""
 
 
@@ -138,7 +138,7 @@ class Replacement(Intervention):
         return True
 
     @abstractmethod
-    def replacement(self, run: SiteRun) -> Tensor | None:
+    def replacement(self, run: SiteCall) -> Tensor | None:
         """Return the new activation of every token, ``[B, S, d]`` or broadcastable to it; None to leave it."""
 
 
@@ -244,7 +244,7 @@ class Conditional(Targeted, Edit):
         """The latents that are changed, and those of the condition."""
         return tuple(dict.fromkeys([*self.indices, *self.when]))
 
-    def mask(self, run: SiteRun) -> Tensor | bool:
+    def mask(self, run: SiteCall) -> Tensor | bool:
         """Return which tokens to act on, the condition included."""
         mask, sae = super().mask(run), self.sae_used
         if sae is None or not self.when or (mask is False and self.window == 1):
@@ -258,7 +258,7 @@ class Conditional(Targeted, Edit):
             return mask and met
         return mask.to(met.device) & met
 
-    def _recently(self, run: SiteRun, met: Tensor) -> Tensor:
+    def _recently(self, run: SiteCall, met: Tensor) -> Tensor:
         """Return at which tokens the condition was met a moment ago, ``[B, S]``, given where it is met."""
         tokens = run.tokens
         if tokens.phase == "packed":
@@ -303,10 +303,10 @@ class LatentEdit(Conditional):
         return self.sae
 
     @abstractmethod
-    def change(self, latents: Tensor, run: SiteRun) -> Tensor:
+    def change(self, latents: Tensor, run: SiteCall) -> Tensor:
         """Return the new values of the latents, ``[B, S, n] -> [B, S, n]``, or ``[n]`` for every token."""
 
-    def delta(self, run: SiteRun) -> Tensor:
+    def delta(self, run: SiteCall) -> Tensor:
         """Return the difference that the changed latents make here, ``[B, S, d]``."""
         latents = run.latents(self.sae, self.indices)
         return run.written(self.sae, self.indices, self.change(latents, run) - latents)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._per_latent_values import ValuedEdit
-from .model_call import SiteRun
+from ._per_latent_values import LatentValueEdit
+from .model_call import SiteCall
 
 
 @dataclass(frozen=True, eq=False)
-class Cap(ValuedEdit):
+class Cap(LatentValueEdit):
     """Hold latents at most at given values: ``x + (m(latents, values) - latents) @ W_dec``, with `m` the minimum.
 
     Attributes:
@@ -23,6 +23,6 @@ class Cap(ValuedEdit):
 
     values: Mapping[int, float | Sequence[float]]
 
-    def change(self, latents: Tensor, run: SiteRun) -> Tensor:
+    def change(self, latents: Tensor, run: SiteCall) -> Tensor:
         """Return the latents, none of them beyond its bound, ``[B, S, n]``."""
         return torch.minimum(latents, self.numbers_like(latents, run))

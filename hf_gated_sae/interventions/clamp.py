@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ._per_latent_values import ValuedEdit
-from .model_call import SiteRun
+from ._per_latent_values import LatentValueEdit
+from .model_call import SiteCall
 
 
 @dataclass(frozen=True, eq=False)
-class Clamp(ValuedEdit):
+class Clamp(LatentValueEdit):
     """Set latents to given values, whatever they were: ``x + (values - latents) @ W_dec``.
 
     Attributes:
@@ -22,6 +22,6 @@ class Clamp(ValuedEdit):
 
     values: Mapping[int, float | Sequence[float]]
 
-    def change(self, latents: Tensor, run: SiteRun) -> Tensor:
+    def change(self, latents: Tensor, run: SiteCall) -> Tensor:
         """Return the given values, ``[n]``, or ``[B, 1, n]`` where they are given by rows."""
         return self.numbers_like(latents, run)

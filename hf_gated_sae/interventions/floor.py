@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._per_latent_values import ValuedEdit
-from .model_call import SiteRun
+from ._per_latent_values import LatentValueEdit
+from .model_call import SiteCall
 
 
 @dataclass(frozen=True, eq=False)
-class Floor(ValuedEdit):
+class Floor(LatentValueEdit):
     """Hold latents at least at given values: ``x + (m(latents, values) - latents) @ W_dec``, with `m` the maximum.
 
     Attributes:
@@ -23,6 +23,6 @@ class Floor(ValuedEdit):
 
     values: Mapping[int, float | Sequence[float]]
 
-    def change(self, latents: Tensor, run: SiteRun) -> Tensor:
+    def change(self, latents: Tensor, run: SiteCall) -> Tensor:
         """Return the latents, none of them beyond its bound, ``[B, S, n]``."""
         return torch.maximum(latents, self.numbers_like(latents, run))

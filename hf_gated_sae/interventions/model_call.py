@@ -17,7 +17,7 @@ from .positions import TokenContext
 _T = TypeVar("_T")
 
 
-class Call:
+class ModelCall:
     """One forward of the model: its tokens, and what passed its sites so far.
 
     Args:
@@ -99,7 +99,7 @@ class Call:
         self._seen.clear()
 
 
-class SiteRun:
+class SiteCall:
     """One activation passing one site that an intervention writes.
 
     Args:
@@ -116,12 +116,12 @@ class SiteRun:
         tokens: TokenContext,
         placed: Callable[[SAEModel, torch.device], SAEModel] | None = None,
         *,
-        call: Call | None = None,
+        call: ModelCall | None = None,
         output: int = 0,
     ) -> None:
         self.x = x
         self.tokens = tokens
-        self.call = call or Call(tokens)
+        self.call = call or ModelCall(tokens)
         self.output = output
         self._placed = placed
 

@@ -13,7 +13,7 @@ from ..modeling import SAEModel
 from ..sites import Site
 from ._checks import latent_list, tensor_of
 from .base import Conditional, Replacement, require_target
-from .model_call import SiteRun
+from .model_call import SiteCall
 from .positions import shorten
 
 
@@ -99,7 +99,7 @@ class Patch(Conditional, Replacement):
                 f"Patch was given activations {list(self.value.shape)}, but {self.place} is {width} wide."
             )
 
-    def mask(self, run: SiteRun) -> Tensor | bool:
+    def mask(self, run: SiteCall) -> Tensor | bool:
         """Return which tokens to act on, columns beyond those of `value` left out."""
         mask, tokens, covered = super().mask(run), run.tokens, self.value.shape[1]
         here = tokens.batch_columns
@@ -111,15 +111,15 @@ class Patch(Conditional, Replacement):
         within = (column >= 0) & (column < covered)
         return within.expand(tokens.shape) if mask is True else mask & within.to(torch.as_tensor(mask).device)
 
-    def replacement(self, run: SiteRun) -> Tensor:
+    def replacement(self, run: SiteCall) -> Tensor:
         """Return the other run's activations, ``[B, S, d]``."""
         return self._here(run).to(run.x.device)
 
-    def delta(self, run: SiteRun) -> Tensor:
+    def delta(self, run: SiteCall) -> Tensor:
         """Return the difference that the other run's latents make here, ``[B, S, d]``."""
         assert self.sae_used is not None  # or the activations are replaced
         latents = run.latents(self.sae_used, self.indices)
         return run.written(self.sae_used, self.indices, self._here(run).to(latents) - latents)
 
-    def _here(self, run: SiteRun) -> Tensor:
+    def _here(self, run: SiteCall) -> Tensor:
         return run.tokens.columns_of(self._values, "The value given to Patch")

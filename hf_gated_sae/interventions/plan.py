@@ -12,7 +12,7 @@ from typing import Any, overload
 from ..errors import InputError, MissingFileError, SAEError, did_you_mean, shown, unknown_name
 from ..functional.short_repr import few_lines
 from ..modeling import SAEModel
-from ..storage.atomic_write import replaced_together
+from ..storage.atomic_write import written_together
 from ._json_values import DTYPES, read, whole_numbers, written
 from ._pinning import checked_hashes, hashes, read_path, require_same_files, require_unchanged, written_path
 from .base import Intervention, interventions
@@ -304,7 +304,7 @@ class InterventionPlan(Sequence[Intervention]):
         if file.is_dir():
             raise InputError(f"{file} is a folder; expected a file, such as {file / 'plan.json'}.")
         text = json.dumps(self.to_dict(folder=file.parent, **arguments), indent=2, allow_nan=False)
-        with replaced_together(file.parent) as staging:
+        with written_together(file.parent) as staging:
             (staging / file.name).write_text(text + "\n", encoding="utf-8")
 
     @classmethod

@@ -14,7 +14,7 @@ from ..modeling import SAEModel
 from ..sites import Site
 from ._checks import latent_list
 from .base import Edit, Targeted, require_target
-from .model_call import SiteRun
+from .model_call import SiteCall
 from .positions import shorten
 
 
@@ -98,7 +98,7 @@ class ProjectOut(Targeted, Edit):
                 f"ProjectOut was given directions {self._bases[0].shape[1]} wide, but {self.place} is {width} wide."
             )
 
-    def delta(self, run: SiteRun) -> Tensor:
+    def delta(self, run: SiteCall) -> Tensor:
         """Return minus the component along the directions, ``[B, S, d]``, computed in float32 or wider."""
         x = run.x.to(torch.promote_types(run.x.dtype, torch.float32))
         basis = _placed(self, run.output, x)

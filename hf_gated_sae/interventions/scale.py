@@ -8,12 +8,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ._per_latent_values import ValuedEdit
-from .model_call import SiteRun
+from ._per_latent_values import LatentValueEdit
+from .model_call import SiteCall
 
 
 @dataclass(frozen=True, eq=False)
-class Scale(ValuedEdit):
+class Scale(LatentValueEdit):
     """Multiply latents by given factors: ``x + (factors - 1) * latents @ W_dec``; a latent that is off stays off.
 
     Attributes:
@@ -25,6 +25,6 @@ class Scale(ValuedEdit):
 
     factors: Mapping[int, float | Sequence[float]]
 
-    def change(self, latents: Tensor, run: SiteRun) -> Tensor:
+    def change(self, latents: Tensor, run: SiteCall) -> Tensor:
         """Return the products, ``[B, S, n]``."""
         return latents * self.numbers_like(latents, run)

@@ -12,7 +12,7 @@ from ..errors import InputError, LatentIndexError
 from ..functional.linear import only_values
 from ..modeling import SAEModel
 from .base import Replacement, Targeted, require_sae
-from .model_call import SiteRun
+from .model_call import SiteCall
 from .positions import shorten
 
 
@@ -53,7 +53,7 @@ class Splice(Targeted, Replacement):
         """The SAE."""
         return self.sae
 
-    def replacement(self, run: SiteRun) -> Tensor | None:
+    def replacement(self, run: SiteCall) -> Tensor | None:
         """Return the reconstruction ``[B, S, d]``, with the error if asked; None to leave the activation as it is."""
         if not self.error:
             return run.reconstruction(self.sae)

@@ -14,7 +14,7 @@ from ..modeling import SAEModel
 from ..sites import Site
 from ._checks import PerRow, latent_list, number_per_row, tensor_of
 from .base import Conditional, require_target
-from .model_call import SiteRun, rows_of
+from .model_call import SiteCall, rows_of
 from .positions import shorten
 
 UNITS = ("max", "raw", "norm")
@@ -114,7 +114,7 @@ class Steer(Conditional):
         """Return the latent's recorded maximum."""
         return sae.max_activation[rows_of(sae, self.indices)[0]]
 
-    def delta(self, run: SiteRun) -> Tensor:
+    def delta(self, run: SiteCall) -> Tensor:
         """Return what is added, ``[d]``; per row or token where strength or unit differ between them."""
         strength = self._strength(run)
         if isinstance(self.target, SAEModel):
@@ -132,7 +132,7 @@ class Steer(Conditional):
         length = run.x.to(wide).norm(dim=-1, keepdim=True)
         return strength * length * torch.nn.functional.normalize(added.to(wide), dim=-1)
 
-    def _strength(self, run: SiteRun) -> float | Tensor:
+    def _strength(self, run: SiteCall) -> float | Tensor:
         """Return the strength, or those of the rows, ``[B, 1, 1]`` in float32 at least."""
         strength = cast("PerRow", self.strength)  # as it was checked
         if isinstance(strength, float):

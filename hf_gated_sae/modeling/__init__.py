@@ -3,13 +3,13 @@
 from ..functional.squared_error import squared_error
 from .config import SAEConfig
 from .model import SAEModel, architectures
-from .objective import KeptObjective, Objective, Sparsity
+from .objective import Objective, Sparsity, TopKObjective
 from .output import SAEOutput, TrainingLoss
-from .topk_base import KeepingSAE
+from .topk_base import TopKBaseSAE
 
 __all__ = [
-    "KeepingSAE",
-    "KeptObjective",
+    "TopKBaseSAE",
+    "TopKObjective",
     "Objective",
     "SAEConfig",
     "SAEModel",

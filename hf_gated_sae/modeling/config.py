@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 
 from ..errors import InputError, SAEError, did_you_mean, shown, unknown_name
 from ..functional.metrics import FidelityMetrics
-from ..functional.normalization import FRAMES
+from ..functional.normalization import NORMALIZATIONS
 
 # Keys that transformers itself writes to config.json or passes through while loading.
 _TRANSFORMERS_KEYS = frozenset(
@@ -218,8 +218,8 @@ class SAEConfig(PreTrainedConfig):
 
     def validate_normalization(self) -> None:
         """Check that the normalisation is known."""
-        if self.normalization != "none" and self.normalization not in FRAMES:
-            raise unknown_name("normalization", self.normalization, ["none", *FRAMES], error=InputError)
+        if self.normalization != "none" and self.normalization not in NORMALIZATIONS:
+            raise unknown_name("normalization", self.normalization, ["none", *NORMALIZATIONS], error=InputError)
 
     def validate_kept_latents(self) -> None:
         """Check that the held latents exist, each once."""

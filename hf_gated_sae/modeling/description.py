@@ -16,7 +16,7 @@ HOME_MADE = "home_made"
 
 
 @dataclass(frozen=True)
-class Stated:
+class CheckpointDescription:
     """The arguments of `SAEModel.from_pretrained` that describe a home-made checkpoint.
 
     Attributes:
@@ -39,18 +39,18 @@ class Stated:
         return str(self.model_class.config_class.model_type).removesuffix("_sae")
 
 
-def stated(
+def describe_checkpoint(
     architecture: str | None,
     names: Mapping[str, str | None] | None,
     ignore: str | Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
-) -> Stated | None:
+) -> CheckpointDescription | None:
     """Return what was stated; None if no architecture was.
 
     Args:
         architecture: short name, such as ``"standard"``.
-        names: as in `Stated`.
-        ignore: as in `Stated`; one name alone may be a string.
+        names: as in `CheckpointDescription`.
+        ignore: as in `CheckpointDescription`; one name alone may be a string.
         options: arguments of which the keys of the configuration are taken.
 
     Raises:
@@ -76,4 +76,4 @@ def stated(
     patterns = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     fields = model_class.config_class.own_fields()
     taken = {name: value for name, value in (options or {}).items() if name in fields}
-    return Stated(model_class, given, patterns, taken)
+    return CheckpointDescription(model_class, given, patterns, taken)

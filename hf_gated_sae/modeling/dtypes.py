@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional.sparse_latents import LiveLatents
+from ..functional.sparse_latents import SparseLatents
 
 EQUATIONS = frozenset(
-    {"encode", "decode", "forward", "live", "reconstruct", "encode_source", "decode_at"}
+    {"encode", "decode", "forward", "encode_sparse", "reconstruct", "encode_source", "decode_at"}
     | {"training_loss", "constant", "margins", "codes"}
 )
 """Methods that compute with activations, in this package and in architectures of others."""
@@ -62,7 +62,7 @@ def _dtypes(values: Iterable[Any]) -> Iterator[torch.dtype]:
         if isinstance(value, Tensor):
             if value.is_floating_point():
                 yield value.dtype
-        elif isinstance(value, LiveLatents):
+        elif isinstance(value, SparseLatents):
             yield value.values.dtype
         elif isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
             yield from _dtypes(value)
@@ -72,7 +72,7 @@ def _converted(value: Any, dtype: torch.dtype) -> Any:
     """Return activations or latents in a dtype, and everything else as it is."""
     if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
         return [_converted(each, dtype) for each in value]
-    floating = isinstance(value, LiveLatents) or (isinstance(value, Tensor) and value.is_floating_point())
+    floating = isinstance(value, SparseLatents) or (isinstance(value, Tensor) and value.is_floating_point())
     return value.to(dtype) if floating else value
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..errors import InputError, ShapeError
 from ..functional.linear import linear
-from ..functional.parallel import PartialSupport
-from ..functional.support import DenseSupport, LiveSupport, Support
+from ..functional.parallel import LatentParallelSupport
+from ..functional.support import DenseSupport, SparseSupport, Support
 from .dtypes import Widest
 from .objective import Objective, Sparsity
 from .output import TrainingLoss
@@ -103,9 +103,9 @@ class Learning(Widest):
             cut: ``[d_sae]``; what is at or below it has no part in the objective. None if everything may have.
         """
         shift = self._shift()
-        live = None if cut is None else LiveSupport.above(x, shift, self.W_enc_T, cut.detach())
+        live = None if cut is None else SparseSupport.above(x, shift, self.W_enc_T, cut.detach())
         support = DenseSupport(x, shift, self.W_enc_T) if live is None else live
-        return support if self.others is None else PartialSupport(support, self.others)
+        return support if self.latent_group is None else LatentParallelSupport(support, self.latent_group)
 
     def margins(self: SAEModel | Any, x: Tensor, latents: Tensor) -> Tensor:
         """Return how far some latents are above the point where they turn on; below it they are negative.

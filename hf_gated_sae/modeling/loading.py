@@ -19,7 +19,7 @@ from ..hub.origin import Origin
 from ..registry import LateBound
 from ..storage import StoredTensor
 from .building import chosen_dtype, largest, ordinary_tensors, require_complete, unrecorded
-from .description import Stated
+from .description import CheckpointDescription
 
 if TYPE_CHECKING:
     from .config import SAEConfig
@@ -338,14 +338,14 @@ def load(checkpoint: Checkpoint, config: SAEConfig | None, arguments: Mapping[st
 def from_tensors(
     cls: type[SAEModel],
     config: SAEConfig | None,
-    stated: Stated | None,
+    description: CheckpointDescription | None,
     arguments: Mapping[str, Any],
 ) -> tuple[SAEModel, Any]:
     """Build an SAE from ``state_dict=``; statistics that are not among the tensors are zero.
 
     Args:
         cls: the class that `from_pretrained` was called on.
-        config: its configuration; None if the tensors are described by `stated`.
+        config: its configuration; None if the tensors are described by `description`.
         stated: what the user says of tensors with names of their own.
         arguments: what else `from_pretrained` was given.
 
@@ -357,11 +357,11 @@ def from_tensors(
         InputError: if an argument cannot be used, or one is missing.
     """
     settings = dict(arguments)
-    if stated is not None:
+    if description is not None:
         if config is not None:
             raise InputError("Given both config= and architecture=; pass one: config= says the architecture, too.")
-        config, settings["state_dict"] = _described_tensors(settings.get("state_dict"), stated)
-        settings = {name: value for name, value in settings.items() if name not in stated.options}
+        config, settings["state_dict"] = _described_tensors(settings.get("state_dict"), description)
+        settings = {name: value for name, value in settings.items() if name not in description.options}
     elif config is None:
         raise InputError(
             "Given neither a checkpoint nor config=; pass a repository id, a folder, or both config= (or "

@@ -16,20 +16,20 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from ..errors import CheckpointError, InputError, LatentIndexError, ShapeError
 from ..functional.metrics import FidelityMetrics
-from ..functional.normalization import FRAMES, Frame
+from ..functional.normalization import NORMALIZATIONS, TokenNormalization
 from ..functional.sparse_decode import decode
-from ..functional.sparse_latents import LiveLatents, latent_numbers
+from ..functional.sparse_latents import SparseLatents, latent_numbers
 from ..hub.origin import Origin
 from ..registry import LateBound, Registry
-from ..storage.atomic_write import replaced_together
+from ..storage.atomic_write import written_together
 from .building import assembled, require_complete, require_finite
 from .config import SAEConfig
-from .description import stated
+from .description import describe_checkpoint
 from .learning import Learning
 from .loading import from_tensors, load, named_place, open_checkpoint
 from .output import SAEOutput
 from .sparse_encoding import Sparse
-from .traits import Traits
+from .traits import ArchitectureTraits
 from .transformers_settings import quiet_transformers
 from .wiring import Wiring
 
@@ -37,7 +37,7 @@ architectures: Registry[type[SAEModel]] = Registry("architecture", "hf_gated_sae
 _push_to_hub = LateBound("hf_gated_sae.publishing.push", "push_to_hub")
 
 
-class SAEModel(Traits, Wiring, Learning, Sparse, PreTrainedModel):
+class SAEModel(ArchitectureTraits, Wiring, Learning, Sparse, PreTrainedModel):
     """An SAE: ``latents = encode(x)``, ``reconstruction = latents @ W_dec + b_dec``.
 
     A new architecture is one file in `architectures/`: a configuration class, and a subclass of this one that names
@@ -116,7 +116,7 @@ class SAEModel(Traits, Wiring, Learning, Sparse, PreTrainedModel):
             LatentIndexError: if an index is outside ``0 .. d_sae - 1``.
         """
         self.require_encodable()
-        return self._encode(self._framed(x), None if latents is None else self.latent_indices(latents))
+        return self._encode(self._normalized(x), None if latents is None else self.latent_indices(latents))
 
     def require_encodable(self) -> None:
         """Raise unless everything is held that encoding needs.
@@ -130,7 +130,7 @@ class SAEModel(Traits, Wiring, Learning, Sparse, PreTrainedModel):
                 f"{self.config.rows} of {self.config.d_sae} were loaded: load it without latents=."
             )
 
-    def _framed(self, x: Tensor) -> Tensor:
+    def _normalized(self, x: Tensor) -> Tensor:
         """Return `x` in the SAE's own frame, after checking its width."""
         if x.shape[-1:] != (self.config.d_in,):
             raise ShapeError(
@@ -138,10 +138,10 @@ class SAEModel(Traits, Wiring, Learning, Sparse, PreTrainedModel):
                 f"[..., {self.config.d_in}]. Check that site {self.config.site!r} of {self.config.base_model!r} is "
                 "meant."
             )
-        frame = self.frame(x)
-        return x if frame is None else frame.enter(x)
+        token_normalization = self.token_normalization(x)
+        return x if token_normalization is None else token_normalization.apply(x)
 
-    def decode(self, latents: Tensor | LiveLatents, x: Tensor | None = None) -> Tensor:
+    def decode(self, latents: Tensor | SparseLatents, x: Tensor | None = None) -> Tensor:
         """Turn latents into a reconstruction, ``latents @ W_dec + b_dec``.
 
         Args:
@@ -167,33 +167,33 @@ class SAEModel(Traits, Wiring, Learning, Sparse, PreTrainedModel):
         written = self._decode(latents)
         if self.config.skip_connection:
             written = written + self._skipped(self._needed(x))
-        frame = self._frame_out(x)
-        return written if frame is None else frame.leave(written)
+        token_normalization = self._output_normalization(x)
+        return written if token_normalization is None else token_normalization.undo(written)
 
-    def _decode(self, latents: Tensor | LiveLatents) -> Tensor:
+    def _decode(self, latents: Tensor | SparseLatents) -> Tensor:
         """Decode in the SAE's own frame."""
         written = decode(latents, self.W_dec)
-        return (written if self.others is None else self.others.summed(written)) + self.b_dec
+        return (written if self.latent_group is None else self.latent_group.summed(written)) + self.b_dec
 
     def _skipped(self, x: Tensor) -> Tensor:
         """Return what a skip connection writes."""
-        return nn.functional.linear(self._framed(x), self.W_skip)
+        return nn.functional.linear(self._normalized(x), self.W_skip)
 
-    def frame(self, x: Tensor) -> Frame | None:
+    def token_normalization(self, x: Tensor) -> TokenNormalization | None:
         """Return shift and scale of the normalisation of every token of ``x [..., d_in]``; None if there is none."""
         name = self.config.normalization
-        return None if name == "none" else FRAMES[name](x, self.config.normalization_eps)
+        return None if name == "none" else NORMALIZATIONS[name](x, self.config.normalization_eps)
 
     def written_scale(self, x: Tensor) -> Tensor | None:
         """Return what one unit that the decoder writes is worth at each token of `x`, ``[..., 1]``; None for 1."""
-        frame = self._frame_out(x)
-        return None if frame is None else frame.scale
+        token_normalization = self._output_normalization(x)
+        return None if token_normalization is None else token_normalization.scale
 
-    def _frame_out(self, x: Tensor | None) -> Frame | None:
+    def _output_normalization(self, x: Tensor | None) -> TokenNormalization | None:
         """Return the frame in which the decoder writes: that of the input, unless the output lies elsewhere."""
         if self.config.normalization == "none" or self.config.is_transcoder:
             return None
-        return self.frame(self._needed(x))
+        return self.token_normalization(self._needed(x))
 
     def _needed(self, x: Tensor | None) -> Tensor:
         """Return the input that decoding needs.
@@ -366,12 +366,12 @@ class SAEModel(Traits, Wiring, Learning, Sparse, PreTrainedModel):
             LatentIndexError: if one of `latents` does not exist.
             MissingFileError: if there is no such folder, repository, revision or file.
         """
-        described = stated(architecture, names, ignore, kwargs)
+        described = describe_checkpoint(architecture, names, ignore, kwargs)
         place, subfolder = named_place(pretrained_model_name_or_path, subfolder, kwargs)
         if place is None:
             model, info = from_tensors(cls, config, described, kwargs)
         else:
-            checkpoint = open_checkpoint(place, subfolder, format=format, stated=described, **kwargs)
+            checkpoint = open_checkpoint(place, subfolder, format=format, description=described, **kwargs)
             cls._require_class(checkpoint.model_class, f"checkpoint {checkpoint}")
             model, info = load(checkpoint, config, {**kwargs, "latents": latents})
         return (model, info) if output_loading_info else model
@@ -433,7 +433,7 @@ class SAEModel(Traits, Wiring, Learning, Sparse, PreTrainedModel):
             **kwargs: as for any transformers model: ``max_shard_size``, ``state_dict``, ``variant`` ...
         """
         publish = {key: kwargs.pop(key) for key in _PUBLISH_ARGUMENTS if key in kwargs}
-        with replaced_together(Path(save_directory)) as staging, quiet_transformers():
+        with written_together(Path(save_directory)) as staging, quiet_transformers():
             super().save_pretrained(staging, **kwargs)
             for weights in staging.glob("*.safetensors"):  # safetensors makes them readable by their owner only
                 shutil.copymode(staging / "config.json", weights)

@@ -15,7 +15,7 @@ from .output import TrainingLoss
 
 if TYPE_CHECKING:
     from .model import SAEModel
-    from .topk_base import KeepingSAE
+    from .topk_base import TopKBaseSAE
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Objective:
 
 
 @dataclass(frozen=True)
-class KeptObjective(Objective):
+class TopKObjective(Objective):
     """``|y - y^|^2`` of architectures that keep so many latents per token, and of nested parts of their dictionary.
 
     Attributes:
@@ -102,7 +102,7 @@ class KeptObjective(Objective):
         if not all(0 < share < 1 for share in self.prefixes):
             raise InputError(f"prefixes is {list(self.prefixes)}; expected shares of the latents between 0 and 1.")
 
-    def loss(self, sae: KeepingSAE, x: Tensor, target: Tensor, sparsity: Sparsity) -> TrainingLoss:
+    def loss(self, sae: TopKBaseSAE, x: Tensor, target: Tensor, sparsity: Sparsity) -> TrainingLoss:
         """Return the objective on some activations; arguments as for `Objective.loss`."""
         support, latents = sae.kept_support(x)
         return self._reconstruction(sae, x, target, support, latents)

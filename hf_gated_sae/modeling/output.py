@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from ..functional.short_repr import brief
-from ..functional.sparse_latents import LiveLatents
+from ..functional.short_repr import short_repr
+from ..functional.sparse_latents import SparseLatents
 
 
 @dataclass
@@ -42,12 +42,12 @@ class TrainingLoss:
     total: Tensor
     terms: Mapping[str, Tensor]
     reconstruction: Tensor
-    latents: Tensor | LiveLatents
+    latents: Tensor | SparseLatents
 
-    __repr__ = brief
+    __repr__ = short_repr
 
     @classmethod
-    def of(cls, terms: Mapping[str, Tensor], reconstruction: Tensor, latents: Tensor | LiveLatents) -> TrainingLoss:
+    def of(cls, terms: Mapping[str, Tensor], reconstruction: Tensor, latents: Tensor | SparseLatents) -> TrainingLoss:
         """Sum the terms."""
         total = sum(terms.values(), start=reconstruction.new_zeros(()))
         return cls(total=total, terms=terms, reconstruction=reconstruction, latents=latents)
@@ -55,13 +55,13 @@ class TrainingLoss:
     @property
     def fired(self) -> Tensor:
         """Which latents are on for some token, ``[d_sae]`` bool."""
-        if isinstance(self.latents, LiveLatents):
+        if isinstance(self.latents, SparseLatents):
             return torch.bincount(self.latents.indices, minlength=self.latents.d_sae) > 0
         return (self.latents != 0).reshape(-1, self.latents.shape[-1]).any(0)
 
     @property
     def l0(self) -> Tensor:
         """Mean number of latents that are on per token, ``[]``."""
-        if isinstance(self.latents, LiveLatents):
+        if isinstance(self.latents, SparseLatents):
             return self.latents.l0.float().mean()
         return (self.latents != 0).sum(-1).float().mean()

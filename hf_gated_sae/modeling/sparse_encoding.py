@@ -11,16 +11,16 @@ from torch import Tensor
 
 from ..functional.cpu.tiled_projection import above
 from ..functional.linear import is_plain, linear, only_values
-from ..functional.parallel import OtherLatents, OtherTokens
+from ..functional.parallel import DataParallelGroup, LatentParallelGroup
 from ..functional.sparse_decode import DENSEST
-from ..functional.sparse_latents import LiveLatents
+from ..functional.sparse_latents import SparseLatents
 from .dtypes import Widest
 
 if TYPE_CHECKING:
     from .model import SAEModel
 
 ACTIVATIONS_AT_ONCE = 1 << 23
-"""Numbers in the activations that are encoded together where only live latents are kept."""
+"""Numbers in the activations that are encoded together where only active latents are kept."""
 
 LATENTS_AT_ONCE = {"cpu": 1 << 22}
 """Latents, zeros included, that exist at once where an architecture computes them all: 16 MB stay in a cache."""
@@ -36,13 +36,13 @@ class Sparse(Widest):
     """Encoding that keeps only what is on.
 
     An architecture with one encoder product, of which each latent is a function of its own projection, defines
-    `_activate`; with `_cut` its live latents are found without computing the others.
+    `_activate`; with `_cut` its active latents are found without computing the others.
     """
 
-    others: OtherLatents | None = None
+    latent_group: LatentParallelGroup | None = None
     """Where other processes hold the rest of the latents, of which this is then a part."""
 
-    peers: OtherTokens | None = None
+    data_group: DataParallelGroup | None = None
     """Where other processes train the same SAE on the rest of a batch, for what is decided by a batch as a whole."""
 
     def _encode(self: SAEModel | Any, x: Tensor, latents: Tensor | None) -> Tensor:
@@ -74,7 +74,7 @@ class Sparse(Widest):
         """Return what is subtracted from the input, ``[d_in]``; None without `apply_b_dec_to_input`."""
         if not self.config.apply_b_dec_to_input:
             return None
-        return self.b_dec if self.others is None else self.others.alike(self.b_dec)
+        return self.b_dec if self.latent_group is None else self.latent_group.alike(self.b_dec)
 
     def _project(self: SAEModel | Any, x: Tensor, latents: Tensor | None) -> Tensor:
         """Return ``(x - b_dec) @ W_enc`` (``x @ W_enc`` without `apply_b_dec_to_input`) for the selected latents."""
@@ -85,8 +85,8 @@ class Sparse(Widest):
         """Select rows of a per-latent parameter."""
         return parameter if latents is None else parameter.index_select(0, latents)  # half the overhead of [latents]
 
-    def _few(self: SAEModel | Any, x: Tensor, most: float) -> LiveLatents | None:
-        """Return the live latents of framed activations ``[tokens, d_in]`` without computing the others.
+    def _few(self: SAEModel | Any, x: Tensor, most: float) -> SparseLatents | None:
+        """Return the active latents of framed activations ``[tokens, d_in]`` without computing the others.
 
         None if the architecture has no way to, or if more than about this share of the latents are on.
         """
@@ -101,20 +101,20 @@ class Sparse(Widest):
         on = values != 0
         if not on.all():
             tokens, latents, values = tokens[on], latents[on], values[on]
-        return LiveLatents.of(tokens, latents, values, (len(x), len(self.W_enc_T)))
+        return SparseLatents.of(tokens, latents, values, (len(x), len(self.W_enc_T)))
 
-    def _few_kept(self: SAEModel | Any, x: Tensor) -> LiveLatents | None:
-        """Return the live latents of an architecture that keeps so many per token; None if it does not."""
+    def _few_kept(self: SAEModel | Any, x: Tensor) -> SparseLatents | None:
+        """Return the active latents of an architecture that keeps so many per token; None if it does not."""
         parts = []
         for part in _latent_chunks(self, x):
             kept = self._kept(part)
             if kept is None:
                 return None
             indices, values = kept
-            parts.append(LiveLatents.from_places(indices, values, self.config.d_sae))
-        return LiveLatents.cat(parts, (len(x), self.config.d_sae))
+            parts.append(SparseLatents.from_indices(indices, values, self.config.d_sae))
+        return SparseLatents.cat(parts, (len(x), self.config.d_sae))
 
-    def live(self: SAEModel | Any, x: Tensor) -> LiveLatents:
+    def encode_sparse(self: SAEModel | Any, x: Tensor) -> SparseLatents:
         """Turn activations into the latents that are on.
 
         Equal to ``encode(x)`` to rounding. Where no gradients are wanted, a few tokens are encoded at a time.
@@ -131,15 +131,15 @@ class Sparse(Widest):
         """
         self.require_encodable()
         if not _in_parts(self, x):
-            return LiveLatents.from_dense(self.encode(x))
-        parts: list[LiveLatents] = []
+            return SparseLatents.from_dense(self.encode(x))
+        parts: list[SparseLatents] = []
         for chunk in _chunks(x.reshape(-1, *self.input_shape), ACTIVATIONS_AT_ONCE):
-            few = self._few(self._framed(chunk), 1.0) if is_plain(x) else None
+            few = self._few(self._normalized(chunk), 1.0) if is_plain(x) else None
             if few is not None:
                 parts.append(few)
             else:
-                parts += [LiveLatents.from_dense(self.encode(part)) for part in _latent_chunks(self, chunk)]
-        return LiveLatents.cat(parts, (*_leading(self, x), parts[0].d_sae))
+                parts += [SparseLatents.from_dense(self.encode(part)) for part in _latent_chunks(self, chunk)]
+        return SparseLatents.cat(parts, (*_leading(self, x), parts[0].d_sae))
 
     def reconstruct(self: SAEModel | Any, x: Tensor) -> Tensor:
         """Encode and decode, keeping no latents.
@@ -164,7 +164,7 @@ class Sparse(Widest):
         flat, first = x.reshape(-1, *self.input_shape), 0
         written = x.new_empty(0)
         for chunk in _chunks(flat, ACTIVATIONS_AT_ONCE):
-            few = self._few(self._framed(chunk), DENSEST)
+            few = self._few(self._normalized(chunk), DENSEST)
             for part in [chunk] if few is not None else _latent_chunks(self, chunk):
                 decoded = self.decode(self.encode(part) if few is None else few, part)
                 if not first:
@@ -185,7 +185,7 @@ def _in_parts(sae: SAEModel, x: Tensor) -> bool:
         return False  # `encode` says what is wrong, if anything
     if x.device.type == "meta" or torch.is_autocast_enabled(x.device.type):
         return False
-    if sae.others is not None:
+    if sae.latent_group is not None:
         return False  # how the parts are cut depends on the latents, and all processes have to cut alike
     return only_values(x, *sae.parameters(), *sae.buffers())
 

@@ -10,25 +10,25 @@ from torch import Tensor, nn
 
 from ..functional.activations import scattered
 from ..functional.cpu.bf16_screening import rounding_tells
-from ..functional.sparse_latents import LiveLatents
-from ..functional.support import DENSEST, DenseSupport, LiveSupport, Support
+from ..functional.sparse_latents import SparseLatents
+from ..functional.support import DENSEST, DenseSupport, SparseSupport, Support
 from .config import SAEConfig
 from .model import SAEModel
-from .objective import KeptObjective
+from .objective import TopKObjective
 
 
-class KeepingSAE(SAEModel):
+class TopKBaseSAE(SAEModel):
     """``latents = v * [v is kept]`` with ``v = activate((x - b_dec) @ W_enc + b_enc)``.
 
-    A subclass defines `kept_per_token` and `_choose`, and `_activate` where it is no ReLU; if latents can be negative,
-    it says so.
+    A subclass defines `latents_per_token` and `_choose`, `_activate` where it is not a ReLU, and `signed` where
+    latents can be negative.
 
     Attributes:
         b_enc: encoder bias ``[d_sae]``.
     """
 
     elementwise: ClassVar[bool] = False  # whether a latent is kept depends on others
-    objective_class = KeptObjective
+    objective_class = TopKObjective
 
     def __init__(self, config: SAEConfig) -> None:
         """Allocate the parameters."""
@@ -38,7 +38,7 @@ class KeepingSAE(SAEModel):
 
     @property
     @abstractmethod
-    def kept_per_token(self) -> int:
+    def latents_per_token(self) -> int:
         """Number of latents that are kept of a token."""
 
     @abstractmethod
@@ -71,30 +71,30 @@ class KeepingSAE(SAEModel):
         """
         return None
 
-    def _few_kept(self, x: Tensor) -> LiveLatents | None:
+    def _few_kept(self, x: Tensor) -> SparseLatents | None:
         found = self._highest(x)
         if found is None:
             return super()._few_kept(x)
         indices, projections = found
         values = self._activate(projections.reshape(-1), indices.reshape(-1))
-        return LiveLatents.from_places(indices, values.view_as(indices), self.config.d_sae)
+        return SparseLatents.from_indices(indices, values.view_as(indices), self.config.d_sae)
 
-    def _live_support(self, x: Tensor, shift: Tensor | None) -> LiveSupport | None:
+    def _sparse_support(self, x: Tensor, shift: Tensor | None) -> SparseSupport | None:
         """Return the projections of what is kept alone; None where a dense step is faster, or needed."""
-        few = self.kept_per_token <= DENSEST * self.config.d_sae
-        if not few or not LiveSupport.serves(x, self.W_enc_T):
+        few = self.latents_per_token <= DENSEST * self.config.d_sae
+        if not few or not SparseSupport.serves(x, self.W_enc_T):
             return None
         rounding, flat = rounding_tells(x), x.reshape(-1, x.shape[-1])
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             found = self._highest(flat, rounding=rounding)
             live = super()._few_kept(flat) if found is None else None
         if live is not None:
-            return LiveSupport(x, shift, self.W_enc_T, live.tokens, live.indices)
+            return SparseSupport(x, shift, self.W_enc_T, live.tokens, live.indices)
         if found is None:
             return None
         tokens = torch.arange(len(flat)).repeat_interleave(found[0].shape[1])
         latents, projections = (each.reshape(-1) for each in found)
-        return LiveSupport(x, shift, self.W_enc_T, tokens, latents, projections)
+        return SparseSupport(x, shift, self.W_enc_T, tokens, latents, projections)
 
     def kept_support(self, x: Tensor) -> tuple[Support, Tensor]:
         """Return the projections that an objective is computed from, and the latents made of them.
@@ -103,7 +103,7 @@ class KeepingSAE(SAEModel):
             x: activations ``[..., d_in]``.
         """
         shift = self.b_dec if self.config.apply_b_dec_to_input else None
-        live = self._live_support(x, shift)
+        live = self._sparse_support(x, shift)
         if live is not None:
             return live, self._activate(live.projection, live.latents)
         support = DenseSupport(x, shift, self.W_enc_T)

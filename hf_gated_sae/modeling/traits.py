@@ -7,7 +7,7 @@ from typing import ClassVar
 from .printing import Introduction
 
 
-class Traits(Introduction):
+class ArchitectureTraits(Introduction):
     """Properties of an architecture, all as the paper's SAE has them; a class that differs says so."""
 
     elementwise: ClassVar[bool] = True

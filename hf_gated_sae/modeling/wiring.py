@@ -41,7 +41,7 @@ class Wiring(Widest):
             Latents ``[..., n]``.
         """
         self.require_encodable()
-        latents: Tensor = self._encode(self._framed(x), rows)
+        latents: Tensor = self._encode(self._normalized(x), rows)
         return latents
 
     def rows_at(self: SAEModel | Any, rows: Tensor, output: int) -> Tensor:

@@ -26,7 +26,7 @@ HEADLINE = ("l0", "fvu", "loss_recovered", "relative_reconstruction_bias", "dead
 """The metrics that belong into ``model-index``, and whose absence the card admits."""
 
 MEANINGS = {
-    "l0": "mean number of live latents per token",
+    "l0": "mean number of active latents per token",
     "fvu": "fraction of variance unexplained, 0 is perfect",
     "fvu_with_outliers": "fvu of all activations, outliers included",
     "outliers": "activations that were left out for their norm, except where a name says otherwise",

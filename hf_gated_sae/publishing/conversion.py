@@ -21,7 +21,7 @@ from ..hub.error_messages import explained
 from ..hub.licences import OTHER
 from ..hub.location import LocalFolder, Location, clean_subfolder
 from ..modeling import SAEModel
-from ..modeling.description import Stated, stated
+from ..modeling.description import CheckpointDescription, describe_checkpoint
 from ..modeling.loading import load
 from .facts import CardFacts
 from .push import push_to_hub
@@ -88,8 +88,8 @@ def convert(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
-    said = stated(architecture, names, ignore, options)
-    return Conversion(location, dtype=dtype, licence=given, format=format, stated=said, options=options)
+    said = describe_checkpoint(architecture, names, ignore, options)
+    return Conversion(location, dtype=dtype, licence=given, format=format, description=said, options=options)
 
 
 class Conversion:
@@ -100,7 +100,7 @@ class Conversion:
         dtype: what to store it in; None for as it is.
         licence: for a source that states none; see `given_licence`.
         format: name of the layout, where several share the folder.
-        stated: what the user says of a home-made checkpoint.
+        description: what the user says of a home-made checkpoint.
         options: keys of the configuration that the user gives.
 
     Attributes:
@@ -115,7 +115,7 @@ class Conversion:
         dtype: str | None = None,
         licence: Licence | None = None,
         format: str | None = None,
-        stated: Stated | None = None,
+        description: CheckpointDescription | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         if dtype is not None and dtype not in DTYPES:
@@ -123,9 +123,9 @@ class Conversion:
         self.location = location
         self.dtype = dtype
         self.format = format
-        self.stated = stated
+        self.description = description
         self.options = dict(options or {})
-        self.checkpoint = open_at(location, format=format, stated=stated)
+        self.checkpoint = open_at(location, format=format, description=description)
         self.origin = self.checkpoint.origin
         known = self.checkpoint.model_class.config_class.own_fields()
         for name in self.options:
@@ -174,11 +174,11 @@ class Conversion:
         words = ["hf-gated-sae", "convert", origin.repo, *([origin.subfolder] if origin.subfolder else [])]
         words += ["--revision", str(origin.revision), *(["--dtype", self.dtype] if self.dtype else [])]
         words += ["--format", self.format] if self.format else []
-        if self.stated is not None:
-            words += ["--architecture", self.stated.architecture]
-            for ours, theirs in self.stated.names.items():
+        if self.description is not None:
+            words += ["--architecture", self.description.architecture]
+            for ours, theirs in self.description.names.items():
                 words += ["--name", f"{ours}={theirs or ''}"]
-            for pattern in self.stated.ignore:
+            for pattern in self.description.ignore:
                 words += ["--ignore", pattern]
         for name, value in self.options.items():
             words += ["--option", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]

@@ -117,7 +117,7 @@ class Mirror:
             steps.append(Step(address, folder, state))
         return steps
 
-    def carry_out(self, step: Step) -> CommitInfo:
+    def apply_interventions(self, step: Step) -> CommitInfo:
         """Convert one SAE and publish it in one commit.
 
         Raises:

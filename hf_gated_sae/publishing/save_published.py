@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..modeling import SAEModel
-from ..storage.atomic_write import replaced_together
+from ..storage.atomic_write import written_together
 from .card import model_card
 from .facts import CardFacts, read_facts, write_facts
 from .markdown import decoded, merge
@@ -38,7 +38,7 @@ def save(sae: SAEModel, folder: str | os.PathLike[str], facts: CardFacts | None 
     readme = target / CARD_FILE
     existing = decoded(readme.read_bytes(), str(readme)) if readme.is_file() else None
     facts = (read_facts(sae) if facts is None else facts).licensed()
-    with replaced_together(target) as staging:
+    with written_together(target) as staging:
         sae.save_pretrained(staging, **kwargs)
         write_extras(sae, staging, facts, existing_card=existing)
     return target

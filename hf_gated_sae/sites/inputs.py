@@ -18,7 +18,7 @@ from .probe import Seen, Subject, Trace
 from .projections import Origin, largest_rank
 from .roles import Roles, forward_blocks, noise, restore, slot_at
 from .site import Site
-from .slots import Edit, Place, Slot
+from .slots import Edit, Slot, TensorPath
 from .sums import Sums, rms
 
 _STEPS = 3  # norms and short convolutions between a sublayer and the residual stream
@@ -47,7 +47,7 @@ class Branch:
         return [seen for seen in taken if seen.value not in self.origin.passed]
 
 
-def read_by(root: nn.Module, trace: Trace, branch: Branch, steps: int = _STEPS) -> Place | str:
+def read_by(root: nn.Module, trace: Trace, branch: Branch, steps: int = _STEPS) -> TensorPath | str:
     """Return the place of what the sublayer reads that makes a contribution, or the reason why there is none.
 
     Args:
@@ -137,25 +137,25 @@ def prove_inputs(
     chain: Chain,
     sums: Sequence[Sums | str],
     roles: Sequence[Roles | str],
-    found: Mapping[Site, Place | str],
-) -> dict[Site, Place | str]:
+    found: Mapping[Site, TensorPath | str],
+) -> dict[Site, TensorPath | str]:
     """Prove the proposed inputs of all sublayers by one forward, and by one more where another tensor may be right.
 
     Returns:
         For each proposed input its place, which may be nearer to the first linear map, or why it is none.
     """
     terms: dict[Site, Seen] = {}
-    inner: dict[Site, Place] = {}
+    inner: dict[Site, TensorPath] = {}
     for path, layer, parts, role in zip(chain.paths, chain.layers, sums, roles, strict=True):
         if isinstance(parts, str) or isinstance(role, str):
             continue
         for name, numbers in (("attn_in", role.mixers), ("mlp_in", role.feeders)):
             place = found[Site(name, layer)]
-            if isinstance(place, Place):
+            if isinstance(place, TensorPath):
                 terms[Site(name, layer)] = parts.terms[numbers[0] - 1]
                 nearer = _at_first_map(subject.root, trace, path, place, chain.entries[0].place.width)
                 inner |= {} if nearer is None else {Site(name, layer): nearer}
-    outer = {site: place for site in terms if isinstance(place := found[site], Place)}
+    outer = {site: place for site in terms if isinstance(place := found[site], TensorPath)}
     proven = _carrying(subject, trace, chain, sums, terms, outer) if outer else set()
     nearest = _carrying(subject, trace, chain, sums, terms, inner) if inner else set()
     return {
@@ -168,7 +168,7 @@ def prove_inputs(
     }
 
 
-def _at_first_map(root: nn.Module, trace: Trace, block: str, place: Place, width: int) -> Place | None:
+def _at_first_map(root: nn.Module, trace: Trace, block: str, place: TensorPath, width: int) -> TensorPath | None:
     """Return the place of what the first linear map in a module reads, None if that is what the module reads, once."""
     taken = [seen for path in _maps(root, place.path) for seen in trace.one(path, "input") if seen.is_tokens]
     first = min(taken, key=lambda seen: seen.place.order, default=None)
@@ -185,7 +185,7 @@ def _at_first_map(root: nn.Module, trace: Trace, block: str, place: Place, width
     return _of_all_readers(trace, block, first.value, first.place)
 
 
-def _of_all_readers(trace: Trace, block: str, value: str, place: Place) -> Place:
+def _of_all_readers(trace: Trace, block: str, value: str, place: TensorPath) -> TensorPath:
     """Return where a write reaches all who read a value: what gave it, else the tensor itself at its first reader."""
     given = [seen for seen in trace.within(block, "output") if seen.value == value and seen.is_tokens]
     if given:
@@ -199,7 +199,7 @@ def _carrying(
     chain: Chain,
     sums: Sequence[Sums | str],
     terms: Mapping[Site, Seen],
-    places: Mapping[Site, Place],
+    places: Mapping[Site, TensorPath],
 ) -> set[Site]:
     """Return the places that carry all that contributions take of the stream, by one forward with another stream."""
     raw: dict[Slot, Tensor] = {}
@@ -207,7 +207,7 @@ def _carrying(
     for index, entry in enumerate(chain.entries):
         clean = trace.values[entry.value]
         edits[slot_at(entry, subject)] = restore(clean + noise(clean, index))
-    made: dict[Place, Slot] = {}
+    made: dict[TensorPath, Slot] = {}
     for parts in sums:
         for term in () if isinstance(parts, str) else parts.terms:
             slot = made[term.place] = slot_at(term, subject)
@@ -218,7 +218,7 @@ def _carrying(
     return {site for site in places if _unmoved(raw.get(made[terms[site].place]), trace.values[terms[site].value])}
 
 
-def _value_at(trace: Trace, place: Place) -> str:
+def _value_at(trace: Trace, place: TensorPath) -> str:
     return next(seen.value for seen in trace.one(place.path, place.port) if seen.place.keys == place.keys)
 
 

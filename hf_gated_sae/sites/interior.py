@@ -12,7 +12,7 @@ from .inputs import Branch, read_by
 from .probe import Seen, Trace, embedding_of, number_of
 from .projections import largest_rank, origin_of
 from .roles import Roles
-from .slots import Place
+from .slots import TensorPath
 from .sums import Sums
 
 
@@ -24,7 +24,7 @@ def block_places(
     sums: Sums | str,
     roles: Roles | str,
     additive: Collection[str] | str,
-) -> dict[str, Place | str]:
+) -> dict[str, TensorPath | str]:
     """Return, for every semantic name of one block, its place or the reason why there is none.
 
     Args:
@@ -36,7 +36,7 @@ def block_places(
         roles: which contribution is what, or why that is not known.
         additive: the paths of the modules that are proven to be linear, or why none is.
     """
-    places: dict[str, Place | str] = {
+    places: dict[str, TensorPath | str] = {
         "resid_pre": chain.entries[layer].place,
         "resid_post": chain.exits[layer].place,
     }
@@ -108,7 +108,7 @@ def _unseen(sums: Sums, roles: Roles) -> str:
     return f"the contribution {still} did not react to the block's input in the probe" if still else ""
 
 
-def _resid_mid(trace: Trace, path: str, sums: Sums, roles: Roles) -> Place | str:
+def _resid_mid(trace: Trace, path: str, sums: Sums, roles: Roles) -> TensorPath | str:
     """Find the stream between the mixer and the feed-forward.
 
     Where a module gives it, that output is the place. Else it is the input of the first module that reads it; the
@@ -133,7 +133,7 @@ def _resid_mid(trace: Trace, path: str, sums: Sums, roles: Roles) -> Place | str
     return dataclasses.replace(min(taken, key=lambda seen: seen.place.order).place, in_place=True)
 
 
-def end_places(root: nn.Module, trace: Trace, chain: Chain) -> dict[str, Place | str]:
+def end_places(root: nn.Module, trace: Trace, chain: Chain) -> dict[str, TensorPath | str]:
     """Return the places of the token embedding's output and of the final norm's output, or why there is none."""
     embedding = embedding_of(root)
     name = next((path for path, module in root.named_modules() if module is embedding), None)
@@ -143,7 +143,7 @@ def end_places(root: nn.Module, trace: Trace, chain: Chain) -> dict[str, Place |
     return {"embed": embed, "final_norm": _final_norm(root, trace, chain.exits[-1])}
 
 
-def _final_norm(root: nn.Module, trace: Trace, last: Seen) -> Place | str:
+def _final_norm(root: nn.Module, trace: Trace, last: Seen) -> TensorPath | str:
     """Find what the first norm after the blocks gives: a module without a matrix that changes what it reads.
 
     As between blocks, the model may scale the stream by a power of two before it.

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SiteError
-from ..functional.normalization import FRAMES
+from ..functional.normalization import NORMALIZATIONS
 from .probe import BATCH, SEQUENCE, Seen, Subject, Trace, quiet
 from .roles import forward_blocks, slot_at
-from .slots import Edit, Key, Place, Slot
+from .slots import Edit, Key, Slot, TensorPath
 from .transforms import NORM_NO_GAIN, Transform
 
 KINDS = ("rms_norm", "standardize")
@@ -63,7 +63,7 @@ class Norms:
         self._found: dict[str, Transform | str] | None = None
         self._lock = threading.Lock()
 
-    def reading(self, name: object, place: Place) -> Transform:
+    def reading(self, name: object, place: TensorPath) -> Transform:
         """Return the plain transform that the norm that reads a place applies before its gain.
 
         Args:
@@ -175,7 +175,7 @@ def _fit(module: nn.Module, x: Tensor, given: Tensor) -> Transform | str:
         if isinstance(value, float) and 0 < value <= _LARGEST_EPS
     }
     errors = {
-        Transform(kind, eps): _error(FRAMES[kind](x.double(), eps).enter(x.double()), given.double())
+        Transform(kind, eps): _error(NORMALIZATIONS[kind](x.double(), eps).apply(x.double()), given.double())
         for kind in KINDS
         for eps in sorted({*tried, torch.finfo(x.dtype).eps})
     }

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, SiteError, shown
 from .multi_rank import is_spread, mesh_within
-from .slots import Key, Place, pack_input, tensors_in
+from .slots import Key, TensorPath, pack_input, tensors_in
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -227,7 +227,7 @@ class Seen:
         is_tokens: whether it has one row per token and can be an activation.
     """
 
-    place: Place
+    place: TensorPath
     value: str
     is_tokens: bool
 
@@ -277,7 +277,7 @@ class Trace:
         shaped = (
             shape[:2] == (batch, sequence) if tensor.ndim == 3 else tensor.ndim == 2 and shape[0] == batch * sequence
         )
-        place = Place(path, port, keys, tensor.ndim, shape[-1] if shape else 0, self._clock)
+        place = TensorPath(path, port, keys, tensor.ndim, shape[-1] if shape else 0, self._clock)
         return Seen(place, self._number(tensor), shaped and tensor.is_floating_point())
 
     def _number(self, tensor: Tensor) -> str:

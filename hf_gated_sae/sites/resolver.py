@@ -23,7 +23,7 @@ from .projections import additive_modules
 from .roles import Roles, assign_roles
 from .site import LAYERED, Site
 from .site_map import PathKey, SiteMap
-from .slots import Place, Slot
+from .slots import Slot, TensorPath
 from .sums import Sums
 from .writing import Proven, failing_writes
 
@@ -184,7 +184,7 @@ def _probe(subject: Subject) -> _Found:
     sums = decompose(chain, seen, root, settings)
     roles = assign_roles(subject, chain, sums, seen)
     additive = additive_modules(subject, seen, chain, sums)
-    found: dict[Site, Place | str] = {Site(name): place for name, place in end_places(root, seen, chain).items()}
+    found: dict[Site, TensorPath | str] = {Site(name): place for name, place in end_places(root, seen, chain).items()}
     for index, (parts, role) in enumerate(zip(sums, roles, strict=True)):
         places = block_places(root, seen, chain, index, parts, role, additive)
         found |= {Site(name, chain.layers[index]): places[name] for name in LAYERED}
@@ -192,7 +192,7 @@ def _probe(subject: Subject) -> _Found:
     idle = "the block does not run on text alone"
     found |= {Site(name, layer): idle for name in LAYERED for layer in chain.idle}
     found = {site: _over(ranks, root, place) for site, place in found.items()}
-    slots = {site: Slot(site, place, root) for site, place in found.items() if isinstance(place, Place)}
+    slots = {site: Slot(site, place, root) for site, place in found.items() if isinstance(place, TensorPath)}
     refused = {site: reason for site, reason in found.items() if isinstance(reason, str)}
     failing = failing_writes(Proven(subject, seen, chain, sums, roles), slots)
     if Site("resid_post", count - 1) in failing:  # the blocks of a part beside the model proper, such as a patcher
@@ -250,7 +250,7 @@ def _stream(chain: Chain | str) -> list[str] | str:
     return [f"{seen.place}: {seen.value}" for seen in (*chain.entries, *chain.exits)]
 
 
-def _over(ranks: Ranks | None, root: nn.Module, place: Place | str) -> Place | str:
+def _over(ranks: Ranks | None, root: nn.Module, place: TensorPath | str) -> TensorPath | str:
     """Complete a place by how its tensor is split over ranks, or return the reason why that cannot be told."""
     if ranks is None or isinstance(place, str):
         return place
@@ -261,9 +261,9 @@ def _over(ranks: Ranks | None, root: nn.Module, place: Place | str) -> Place | s
     return dataclasses.replace(place, width=shards.width, shards=shards)
 
 
-def _path_places(seen: Trace) -> dict[PathKey, Place | str]:
+def _path_places(seen: Trace) -> dict[PathKey, TensorPath | str]:
     """Find, for each side of each module that ran, its tensors, and its activation: the first with a row per token."""
-    places: dict[PathKey, Place | str] = {}
+    places: dict[PathKey, TensorPath | str] = {}
     for path, count in seen.calls.items():
         for port in ("input", "output"):
             if count != 1:

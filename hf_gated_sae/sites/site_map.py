@@ -14,7 +14,7 @@ from ..errors import SiteError, did_you_mean
 from ..functional.short_repr import few_lines
 from .norm_sites import Norms
 from .site import GLOBAL, LAYERED, Site
-from .slots import Place, Slot
+from .slots import Slot, TensorPath
 from .transforms import NORM_NO_GAIN, Transform
 
 PathKey = tuple[str, str, int | None]
@@ -67,7 +67,7 @@ class SiteMap:
         root: nn.Module,
         slots: Mapping[Site, Slot],
         refused: Mapping[Site, str],
-        paths: Mapping[PathKey, Place | str],
+        paths: Mapping[PathKey, TensorPath | str],
         layers: int,
         text_path: str,
         evidence: str,
@@ -151,7 +151,7 @@ class SiteMap:
             "A module path such as 'model.layers.0.output' names a place directly."
         )
 
-    def _plain(self, site: Site, number: int, place: Place) -> Transform:
+    def _plain(self, site: Site, number: int, place: TensorPath) -> Transform:
         """Return one transform of a site as one that does not depend on the model."""
         transform = site.transforms[number]
         if transform.name != NORM_NO_GAIN:
@@ -176,7 +176,7 @@ class SiteMap:
                 raise SiteError(f"The module {site.name!r} did not run in the probe, so '{site}' has no activation.")
             raise SiteError(f"The model has no module {site.name!r}.{did_you_mean(site.name, known)}")
         found = self._paths.get((path, site.port, site.index))
-        if found is None and isinstance(activation, Place):
+        if found is None and isinstance(activation, TensorPath):
             there = sum(key[:2] == (path, site.port) and key[2] is not None for key in self._paths)
             tensors = f"{there} tensor{'' if there == 1 else 's'}"
             raise SiteError(f"There is no '{site}': that side of the module has {tensors}, counted from 0.")
@@ -209,7 +209,7 @@ def _base_path(root: nn.Module) -> str:
     return next((path for path, module in root.named_modules() if module is base), "")
 
 
-def _pattern(place: Place, block: str) -> str:
+def _pattern(place: TensorPath, block: str) -> str:
     """Return a place with the layer masked, and with what makes it more than a tensor of a module."""
     factor = "" if place.scale == 1.0 else f" * {place.scale:.6g}"
     return f"{_masked(str(place), block)}{factor}"

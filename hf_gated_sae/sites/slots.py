@@ -69,7 +69,7 @@ def put_tensor(value: Any, keys: tuple[Key, ...], new: Tensor) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class TensorPath:
     """One tensor that a module takes or gives.
 
     Args:
@@ -102,7 +102,7 @@ class Place:
         return self.transforms if self.scale == 1.0 else (Transform("scale", self.scale), *self.transforms)
 
     @property
-    def bare(self) -> Place:
+    def bare(self) -> TensorPath:
         """The place without transforms; what several sites with different ones have in common."""
         return dataclasses.replace(self, transforms=()) if self.transforms else self
 
@@ -125,7 +125,7 @@ class Slot:
         root: the model that holds it; only a weak reference is kept.
     """
 
-    def __init__(self, site: Site, place: Place, root: nn.Module) -> None:
+    def __init__(self, site: Site, place: TensorPath, root: nn.Module) -> None:
         self.site = site
         self.place = place
         self._root = weakref.ref(root)
@@ -202,7 +202,7 @@ class Slot:
 class _Hook:
     """The hook of one slot; a copied or unpickled model gets one that does nothing, since it is not attached there."""
 
-    def __init__(self, site: Site, place: Place, fn: Edit, tokens: Tokens | None) -> None:
+    def __init__(self, site: Site, place: TensorPath, fn: Edit, tokens: Tokens | None) -> None:
         self.site, self.place, self.fn, self.tokens = site, place, fn, tokens
 
     def _edited(self, packed: Any) -> Tensor | None:

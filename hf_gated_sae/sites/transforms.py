@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SiteError, unknown_name
-from ..functional.normalization import FRAMES, Frame
+from ..functional.normalization import NORMALIZATIONS, TokenNormalization
 
 NORM_NO_GAIN = "norm_no_gain"
 DEFAULT_EPS = 1e-6
@@ -44,10 +44,10 @@ class Kind(NamedTuple):
     default: float | None = 0.0
 
 
-def _framed(frame: Callable[[Tensor, float], Frame]) -> Apply:
+def _framed(frame: Callable[[Tensor, float], TokenNormalization]) -> Apply:
     def apply(x: Tensor, value: float) -> tuple[Tensor, Tensor | float]:
         found = frame(x, value)
-        return found.enter(x), found.scale
+        return found.apply(x), found.scale
 
     return apply
 
@@ -57,9 +57,9 @@ def _scale(x: Tensor, value: float) -> tuple[Tensor, Tensor | float]:
 
 
 TRANSFORMS: Mapping[str, Kind] = {
-    **{name: Kind(_framed(FRAMES[name])) for name in ("center", "layer_norm", "unit_norm")},
+    **{name: Kind(_framed(NORMALIZATIONS[name])) for name in ("center", "layer_norm", "unit_norm")},
     **{
-        name: Kind(_framed(FRAMES[name]), "the epsilon under the root", DEFAULT_EPS)
+        name: Kind(_framed(NORMALIZATIONS[name]), "the epsilon under the root", DEFAULT_EPS)
         for name in ("rms_norm", "standardize")
     },
     "scale": Kind(_scale, "a factor", None),

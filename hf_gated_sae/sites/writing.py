@@ -19,7 +19,7 @@ from .blocks import Chain
 from .probe import Seen, Subject, Trace, run, trace
 from .roles import Roles, forward, forward_blocks, noise, noted, restore, slot_at
 from .site import Site
-from .slots import Edit, Place, Slot
+from .slots import Edit, Slot, TensorPath
 from .sums import Sums, Tree, agrees
 
 STREAM = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
@@ -123,7 +123,7 @@ def _broken(proven: Proven, slots: Slots, sites: Sequence[Site]) -> set[int]:
     watched += [seen for stage in stages for seen in (stage.start, stage.goal, stage.read) if seen is not None]
     watched += [found.closing for found in proven.sums if not isinstance(found, str) and found.closing is not None]
     handles = []
-    before: dict[Place, Tensor] = {}
+    before: dict[TensorPath, Tensor] = {}
     paths = {seen.place.path for seen in watched} | {slots[site].place.path for site in sites}
     try:
         for site in sites:
@@ -148,7 +148,7 @@ def _broken(proven: Proven, slots: Slots, sites: Sequence[Site]) -> set[int]:
     return broken
 
 
-def _note(notes: dict[Place, Tensor], place: Place) -> Callable[[Tensor], None]:
+def _note(notes: dict[TensorPath, Tensor], place: TensorPath) -> Callable[[Tensor], None]:
     def edit(value: Tensor) -> None:
         notes[place] = value.detach().to("cpu", copy=True)
 
@@ -160,7 +160,7 @@ def _value(written: Trace, seen: Seen) -> Tensor | None:
     return _placed(written, seen.place)
 
 
-def _placed(written: Trace, place: Place) -> Tensor | None:
+def _placed(written: Trace, place: TensorPath) -> Tensor | None:
     found = (item for item in written.one(place.path, place.port) if item.place.keys == place.keys)
     return next((written.values[item.value] for item in found), None)
 
@@ -171,7 +171,7 @@ def _adds_up(
     slots: Slots,
     sites: Sequence[Site],
     index: int,
-    before: Mapping[Place, Tensor],
+    before: Mapping[TensorPath, Tensor],
 ) -> bool:
     """Whether one block's output, before any write to it, is the sum of what was written into the block."""
     chain, sums = proven.chain, proven.sums[index]

@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 @contextmanager
-def replaced_together(target: Path) -> Iterator[Path]:
+def written_together(target: Path) -> Iterator[Path]:
     """Give an empty folder to write into; if all goes well its files replace those in `target`, else nothing changes.
 
     Ctrl-C counts as something that goes wrong, but not in the moment in which the files are replaced: it waits.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .processes import Processes
-from .recent_batches import RememberedBatches
+from .recent_batches import RecentBatches
 
 Penalty = Callable[[float, Tensor, Tensor], float]
 """Returns the sparsity term without its coefficient, of a power, ``x [n, d_in]`` and ``target [n, d_out]``."""
@@ -40,7 +40,7 @@ class PowerAnnealing:
         self._batches = batches
         steps = [] if end == 1 else [first + (last - first) * k // max(1, changes - 1) for k in range(changes)]
         self._powers = {step: 1 + (end - 1) * (k + 1) / changes for k, step in enumerate(steps)}
-        self._recent = RememberedBatches()
+        self._recent = RecentBatches()
 
     def observe(self, step: int, x: Tensor, target: Tensor) -> None:
         """See a batch that is being trained on.

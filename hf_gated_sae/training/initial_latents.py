@@ -8,7 +8,7 @@ from torch import Tensor
 from ..modeling import SAEModel
 
 
-def fresh_vectors(sae: SAEModel) -> dict[str, Tensor]:
+def initial_vectors(sae: SAEModel) -> dict[str, Tensor]:
     """Return what a new SAE of this architecture has in its per-latent parameters that are no directions.
 
     Biases, mostly 0, and thresholds, which are not; and further matrices that start with one value everywhere, such as

@@ -16,7 +16,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed import ReduceOp
 
 from ..errors import CheckpointError, InputError, SAEError
-from ..functional.parallel import OtherLatents, OtherTokens
+from ..functional.parallel import DataParallelGroup, LatentParallelGroup
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -29,7 +29,7 @@ GRADIENTS_AT_ONCE = 1 << 26
 _DIGIT = 16  # bits that are looked at in each round of a selection
 
 
-class Processes(OtherLatents, OtherTokens):
+class Processes(LatentParallelGroup, DataParallelGroup):
     """Some processes that do the same at the same time, of which this is one.
 
     Every method has to be called by all of them, in the same order, with tensors of the same shapes.

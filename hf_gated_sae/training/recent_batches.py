@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class RememberedBatches:
+class RecentBatches:
     """Batches that were trained on, in their order; what is input and target in one is held, and stored, once."""
 
     def __init__(self) -> None:

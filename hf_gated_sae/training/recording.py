@@ -55,9 +55,9 @@ def _add(sae: SAEModel, accumulator: FidelityAccumulator, x: Tensor, target: Ten
     if outlier.any():
         apart, ordinary = outlier.to(given.device), ~outlier.to(given.device)
         read = given[apart]
-        accumulator.update_outliers(wanted[apart], sae.decode(sae.live(read), read))
+        accumulator.update_outliers(wanted[apart], sae.decode(sae.encode_sparse(read), read))
         given, wanted = given[ordinary], wanted[ordinary]
-    latents = sae.live(given)
+    latents = sae.encode_sparse(given)
     constant = sae.constant(given).expand_as(wanted)
     accumulator.update(wanted, sae.decode(latents, given), latents, constant=constant)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..functional.cpu.reused_memory import KeptMemory
+from ..functional.cpu.reused_memory import ReusedMemory
 
-BATCHES = KeptMemory(several=2)
+BATCHES = ReusedMemory(several=2)
 """The next batch is drawn while the one before is still there."""
 
 

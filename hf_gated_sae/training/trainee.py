@@ -22,7 +22,7 @@ from .activation_unit import change_unit, require_two_units, unit_tensors
 from .annealing import PowerAnnealing
 from .arguments import SAETrainingArguments
 from .dead_latents import DeadLatents
-from .initial_latents import fresh_vectors
+from .initial_latents import initial_vectors
 from .objective_call import build_objective
 from .remedies import DeadLatentRemedy, remedies
 from .schedules import LearningRateDip, linear_warmup
@@ -142,11 +142,11 @@ class Trainee:
         before = {name: parameter.requires_grad for name, parameter in parameters.items()}
         for parameter in parameters.values():
             parameter.requires_grad_(False)
-        self.sae.peers = None if self.grid.data.alone else self.grid.data
+        self.sae.data_group = None if self.grid.data.alone else self.grid.data
         try:
             yield
         finally:
-            self.sae.peers = None
+            self.sae.data_group = None
             for name, parameter in parameters.items():
                 parameter.requires_grad_(before[name])
             self.sae.zero_grad()
@@ -192,7 +192,7 @@ class Trainee:
 
     def _vectors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield what the SAE's per-latent vectors are when it is new."""
-        for name, vector in fresh_vectors(self.sae).items():
+        for name, vector in initial_vectors(self.sae).items():
             if vector.ndim == 1:
                 yield name, vector.to(getattr(self.sae, name).dtype)
 

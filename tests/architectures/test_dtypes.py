@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_gated_sae.architectures import architectures
-from hf_gated_sae.functional.sparse_latents import LiveLatents
+from hf_gated_sae.functional.sparse_latents import SparseLatents
 from hf_gated_sae.modeling import SAEModel
 from hf_gated_sae.modeling.dtypes import EQUATIONS
 from tests.support.example_saes import D_SAE, example
@@ -42,9 +42,9 @@ def everything(sae: SAEModel, x: torch.Tensor, latents: torch.Tensor) -> dict[st
         "keyword": sae.encode(x=x),
         "forward": sae(x).reconstruction,
         "reconstruct": sae.reconstruct(x),
-        "live": sae.live(x).dense(),
+        "live": sae.encode_sparse(x).dense(),
         "decode": sae.decode(latents, x),
-        "decode of live": sae.decode(LiveLatents.from_dense(latents), x),
+        "decode of live": sae.decode(SparseLatents.from_dense(latents), x),
         "encode_source": of_source,
         "decode_at": sae.decode_at([of_source], 0, source),
         "constant": sae.constant(x),

@@ -1,4 +1,4 @@
-"""Live latents and reconstructions, a few tokens at a time, are those of every architecture's equations."""
+"""Active latents and reconstructions, a few tokens at a time, are those of every architecture's equations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_gated_sae.architectures import architectures
 from hf_gated_sae.errors import LatentIndexError, ShapeError
 from hf_gated_sae.functional.cpu import bf16_screening, tiled_projection
-from hf_gated_sae.functional.sparse_latents import LiveLatents
+from hf_gated_sae.functional.sparse_latents import SparseLatents
 from hf_gated_sae.modeling import SAEModel
 from hf_gated_sae.modeling import sparse_encoding as module
 from tests.support.example_saes import D_IN, D_SAE, ONE_SITE, build, example, randomised
@@ -33,9 +33,9 @@ def activations(sae: SAEModel, *shape: int, dtype: torch.dtype = torch.float64) 
     return torch.randn(*shape, *sae.input_shape, generator=torch.Generator().manual_seed(7), dtype=dtype)
 
 
-def assert_the_same(sae: SAEModel, x: torch.Tensor, **tolerance: float) -> LiveLatents:
+def assert_the_same(sae: SAEModel, x: torch.Tensor, **tolerance: float) -> SparseLatents:
     """Check what is found against the plain equations; under `no_grad`, where it is found part by part."""
-    latents, live = sae.encode(x), sae.live(x)
+    latents, live = sae.encode(x), sae.encode_sparse(x)
     assert live.shape == tuple(latents.shape)
     torch.testing.assert_close(live.dense(), latents, **tolerance)
     assert torch.equal(live.l0, (latents != 0).sum(-1))
@@ -108,7 +108,7 @@ def test_what_is_not_a_number_stays_visible(architecture: str) -> None:
     x[5, 2] = float("nan")
     output = sae(x)
     assert sae.reconstruct(x)[5].isnan().all() == output.reconstruction[5].isnan().all()
-    assert torch.equal(sae.live(x).dense().isnan(), output.latents.isnan())
+    assert torch.equal(sae.encode_sparse(x).dense().isnan(), output.latents.isnan())
     if sae.per_token:
         assert not sae.reconstruct(x)[[0, 4, 6, 11]].isnan().any()
 
@@ -120,7 +120,7 @@ def test_other_dtypes(architecture: str, dtype: torch.dtype) -> None:
     sae = example(architecture).to(dtype)
     x = activations(sae, 6, 10, dtype=dtype)
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 6e-2}
-    live = sae.live(x)
+    live = sae.encode_sparse(x)
     assert live.values.dtype == dtype
     torch.testing.assert_close(live.dense(), sae.encode(x), **tolerance)
     torch.testing.assert_close(sae.reconstruct(x), sae(x).reconstruction, **tolerance)
@@ -136,7 +136,7 @@ def test_screened_latents_are_the_plain_ones(architecture: str, monkeypatch: pyt
     monkeypatch.setattr(module, "ACTIVATIONS_AT_ONCE", 1 << 20)
     sae = randomised(build(architecture, d_in=48, d_sae=200))
     x = torch.randn(120, 48, generator=torch.Generator().manual_seed(0))
-    found = sae.live(x).dense()
+    found = sae.encode_sparse(x).dense()
     reconstruction = sae.reconstruct(x)
     output = sae.double()(x.double())
     torch.testing.assert_close(found.double(), output.latents, rtol=1e-5, atol=1e-5)
@@ -166,7 +166,7 @@ def test_gradients_are_those_of_the_plain_equations(architecture: str) -> None:
         return list(torch.autograd.grad(reconstruction.square().sum(), parameters, allow_unused=True))
 
     wanted = gradients(sae(x).reconstruction)
-    for found in (gradients(sae.reconstruct(x)), gradients(sae.decode(sae.live(x), x))):
+    for found in (gradients(sae.reconstruct(x)), gradients(sae.decode(sae.encode_sparse(x), x))):
         for one, other in zip(found, wanted, strict=True):
             assert (one is None) == (other is None)
             if one is not None:

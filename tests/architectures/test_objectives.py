@@ -1,4 +1,4 @@
-"""What is minimised: gradients flow where they should, and a step over the live latents is the dense step."""
+"""What is minimised: gradients flow where they should, and a step over the active latents is the dense step."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from hf_gated_sae.architectures.standard import StandardObjective
 from hf_gated_sae.errors import InputError, ShapeError
 from hf_gated_sae.functional import support as supports
 from hf_gated_sae.functional.cpu import bf16_screening
-from hf_gated_sae.functional.sparse_latents import LiveLatents
-from hf_gated_sae.modeling import KeptObjective, Objective
+from hf_gated_sae.functional.sparse_latents import SparseLatents
+from hf_gated_sae.modeling import Objective, TopKObjective
 from hf_gated_sae.training.take_rows import take_rows
 
 D_IN, D_SAE, TOKENS = 24, 2048, 520
@@ -63,7 +63,7 @@ def step(sae: SAEModel, x: Tensor, *, bf16: bool = False, **settings: Any) -> tu
 
 
 def dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supports.LiveSupport, "serves", staticmethod(lambda *_: False))
+    monkeypatch.setattr(supports.SparseSupport, "serves", staticmethod(lambda *_: False))
 
 
 def screens(monkeypatch: pytest.MonkeyPatch, available: bool) -> list[Any]:
@@ -102,7 +102,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("topk", {}, {}),
     ("topk", {"rank_by_decoder_norm": True}, {}),
     ("topk", {"rectified": False}, {}),
-    ("topk", {}, {"objective": KeptObjective(prefixes=(0.1, 0.5))}),
+    ("topk", {}, {"objective": TopKObjective(prefixes=(0.1, 0.5))}),
     ("abs_topk", {}, {}),
     ("group_max", {"groups": 16}, {}),
     ("batch_topk", {}, {}),
@@ -131,7 +131,7 @@ def test_a_step_over_the_live_latents_is_the_dense_step(
     live, found = step(example(architecture, dtype, **settings), x, **{**options, **target})
     dense(monkeypatch)
     plain, wanted = step(example(architecture, dtype, **settings), x, **{**options, **target})
-    assert isinstance(live.latents, LiveLatents) and isinstance(plain.latents, Tensor)
+    assert isinstance(live.latents, SparseLatents) and isinstance(plain.latents, Tensor)
     sorts = architecture in ("abs_topk", "group_max") or "rank_by_decoder_norm" in settings
     assert len(used) == (screened and not sorts)
     torch.testing.assert_close(live.latents.dense(), plain.latents, rtol=1e-5, atol=1e-5)
@@ -157,7 +157,7 @@ def test_a_batch_is_let_go_of_with_its_loss(
             x = take_rows(held, torch.arange(TOKENS))
             places.append(x.data_ptr())
             loss, _ = step(sae, x, **{**options, **({"target": x} if options.get("target") else {})})
-            assert isinstance(loss.latents, LiveLatents)
+            assert isinstance(loss.latents, SparseLatents)
             del x, loss
     finally:
         gc.enable()
@@ -187,14 +187,14 @@ def test_under_autocast_rounding_may_decide_which_latents_are_on(
     x, settings = activations(torch.float32), {"bandwidth": 0.2} if architecture == "jumprelu" else {}
 
     def errors(loss: Any, gradients: dict[str, Tensor]) -> dict[str, float]:
-        latents = (code.dense() if isinstance(code := each.latents, LiveLatents) else code for each in (loss, plain))
+        latents = (code.dense() if isinstance(code := each.latents, SparseLatents) else code for each in (loss, plain))
         pairs = {name: (each, wanted[name]) for name, each in gradients.items()} | {"latents": tuple(latents)}
         return {name: float((each - own).norm() / own.norm()) for name, (each, own) in pairs.items()}
 
     plain, wanted = step(example(architecture, torch.float32, **settings), x)
     rounded = step(example(architecture, torch.float32, **settings), x, bf16=True)
     assert [type(each) for each in used] == [bf16_screening.BoundedScreen, bf16_screening.Screen] * screened
-    assert isinstance(rounded[0].latents, LiveLatents) and rounded[0].latents.values.dtype == torch.float32
+    assert isinstance(rounded[0].latents, SparseLatents) and rounded[0].latents.values.dtype == torch.float32
     on, was = rounded[0].latents.dense() != 0, plain.latents.dense() != 0
     assert (on != was).sum() <= (0.02 if screened else 0) * was.sum()
     dense(monkeypatch)
@@ -213,7 +213,7 @@ def test_no_live_latent_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     sae = example("gated")
     sae.b_gate.data.fill_(-100.0)
     loss, found = step(sae, activations())
-    assert isinstance(loss.latents, LiveLatents) and loss.l0 == 0 and not loss.fired.any()
+    assert isinstance(loss.latents, SparseLatents) and loss.l0 == 0 and not loss.fired.any()
     dense(monkeypatch)
     _, wanted = step(sae, activations())
     for name, gradient in found.items():
@@ -369,16 +369,16 @@ def test_a_power_changes_the_penalty_and_nothing_else() -> None:
 
 def test_prefixes_reconstruct_alone() -> None:
     sae, x = example("topk"), activations()
-    loss = sae.training_loss(x, objective=KeptObjective(prefixes=(0.25,)))
+    loss = sae.training_loss(x, objective=TopKObjective(prefixes=(0.25,)))
     latents = sae.encode(x)
     latents[:, D_SAE // 4 :] = 0
     expected = (x - sae.decode(latents)).square().sum(-1).mean()
     torch.testing.assert_close(loss.terms[f"reconstruction_{D_SAE // 4}"], expected)
     with pytest.raises(InputError, match=r"prefixes is \[1.5\]"):
-        KeptObjective(prefixes=(1.5,))
+        TopKObjective(prefixes=(1.5,))
     for alike in ((0.5, 0.50001), (0.99999,)):
         with pytest.raises(InputError, match="expected different numbers, each less than all"):
-            sae.training_loss(x, objective=KeptObjective(prefixes=alike))
+            sae.training_loss(x, objective=TopKObjective(prefixes=alike))
 
 
 def test_a_batchs_threshold_begins_with_the_first_batch() -> None:
@@ -403,10 +403,10 @@ def test_a_batch_keeps_its_largest_however_wrong_the_guess(monkeypatch: pytest.M
     refused = sae.training_loss(x).latents
     dense(monkeypatch)
     wanted = sae.training_loss(x).latents
-    assert isinstance(found, LiveLatents) and isinstance(refused, Tensor)
+    assert isinstance(found, SparseLatents) and isinstance(refused, Tensor)
     assert (wanted != 0).sum() == 12 * TOKENS
     for latents in (misled, refused):
-        whole = latents.dense() if isinstance(latents, LiveLatents) else latents
+        whole = latents.dense() if isinstance(latents, SparseLatents) else latents
         torch.testing.assert_close(whole, wanted, rtol=1e-12, atol=1e-12)
 
 

@@ -63,7 +63,7 @@ def ours_gated_bf16(w: dict[str, torch.Tensor]) -> Run:
 
 def ours_gated_live(w: dict[str, torch.Tensor]) -> Run:
     sae = ours("gated", w)
-    return lambda x: sae.live(x).values
+    return lambda x: sae.encode_sparse(x).values
 
 
 def ours_gated_whole(w: dict[str, torch.Tensor]) -> Run:

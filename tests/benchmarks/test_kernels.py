@@ -1,4 +1,4 @@
-"""What encoding and decoding cost: 4,096 tokens, 2,304 x 16,384, about 64 live latents, against the peers' own code.
+"""What encoding and decoding cost: 4,096 tokens, 2,304 x 16,384, about 64 active latents, against the peers' own code.
 
 Every way runs in a process of its own with the same weights; two at a time take turns. The peers run in the
 environment that `make test-peers` makes; without it their rows are skipped, the others are not.

@@ -1,4 +1,4 @@
-"""What one training step costs: 768 x 24,576, about 64 live latents, against the peers' own loops and its floor.
+"""What one training step costs: 768 x 24,576, about 64 active latents, against the peers' own loops and its floor.
 
 Every way runs in a process of its own with the same weights; all of a table take turns. The peers run in the
 environment that `make test-peers` makes; without it what compares with them is skipped.

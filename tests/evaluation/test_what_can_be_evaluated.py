@@ -9,7 +9,7 @@ import torch
 
 from hf_gated_sae import Splice, attach, evaluate
 from hf_gated_sae.errors import InputError
-from hf_gated_sae.functional.normalization import FRAMES
+from hf_gated_sae.functional.normalization import NORMALIZATIONS
 from hf_gated_sae.modeling import SAEModel
 from hf_gated_sae.training import SAETrainer, SAETrainingArguments
 from tests.support.example_saes import build, randomised
@@ -24,7 +24,7 @@ def made(**settings: Any) -> SAEModel:
     return randomised(build("jumprelu", d_in=width, **{"site": "resid_post.0", **settings}))
 
 
-@pytest.mark.parametrize("normalization", list(FRAMES))
+@pytest.mark.parametrize("normalization", list(NORMALIZATIONS))
 def test_a_normalised_sae_is_measured_in_the_units_of_the_model(normalization: str) -> None:
     """Against the equations written out: enter the frame, encode, decode, leave it, compare with x."""
     model = tiny_model("llama")
@@ -37,7 +37,7 @@ def test_a_normalised_sae_is_measured_in_the_units_of_the_model(normalization: s
     model(input_ids=IDS)
     handle.remove()
     x = seen[0][0].double()
-    frame = FRAMES[normalization](x, sae.config.normalization_eps)
+    frame = NORMALIZATIONS[normalization](x, sae.config.normalization_eps)
     normalised = (x - frame.shift) / frame.divisor
     written = plain.decode(plain.encode(normalised)) * frame.scale + frame.shift
     constant = plain.b_dec * frame.scale + frame.shift

@@ -124,7 +124,7 @@ def test_a_topk_sae_keeps_the_same(monkeypatch: pytest.MonkeyPatch, settings: di
     sae.b_enc.normal_()
     sae.W_dec.mul_(torch.rand(2048, 1) + 0.5)
     x = torch.randn(600, 32)
-    screened = sae.live(x), sae.reconstruct(x)
+    screened = sae.encode_sparse(x), sae.reconstruct(x)
     monkeypatch.setattr(bf16_screening, "serves", lambda *_: False)
     torch.testing.assert_close(screened[0].dense(), sae.encode(x), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(screened[1], sae.reconstruct(x), rtol=1e-5, atol=1e-5)

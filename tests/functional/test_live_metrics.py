@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_gated_sae.errors import ShapeError
-from hf_gated_sae.functional import FidelityAccumulator, LiveLatents
+from hf_gated_sae.functional import FidelityAccumulator, SparseLatents
 
 
 def batch(tokens: int, seed: int, signed: bool):
@@ -29,7 +29,7 @@ def test_live_latents_give_the_metrics_of_dense_ones(sizes, seed, signed):
     for number, tokens in enumerate(sizes):
         x, y, latents = batch(tokens, seed + number, signed)
         dense.update(x, y, latents)
-        live.update(x, y, LiveLatents.from_dense(latents))
+        live.update(x, y, SparseLatents.from_dense(latents))
     assert torch.equal(live.fired, dense.fired)
     assert torch.equal(live.max_activation, dense.max_activation)
     torch.testing.assert_close(live.mean_activation, dense.mean_activation, rtol=1e-6, atol=0)
@@ -41,10 +41,10 @@ def test_leading_axes_are_kept_apart_from_latents():
     x, y, latents = batch(6, 0, False)
     whole, shaped = (FidelityAccumulator(12, torch.zeros(5)) for _ in range(2))
     whole.update(x, y, latents)
-    shaped.update(x.view(2, 3, 5), y.view(2, 3, 5), LiveLatents.from_dense(latents.view(2, 3, 12)))
+    shaped.update(x.view(2, 3, 5), y.view(2, 3, 5), SparseLatents.from_dense(latents.view(2, 3, 12)))
     assert shaped.compute() == whole.compute()
     with pytest.raises(ShapeError, match=r"latents \[6, 12\]"):
-        shaped.update(x.view(2, 3, 5), y.view(2, 3, 5), LiveLatents.from_dense(latents))
+        shaped.update(x.view(2, 3, 5), y.view(2, 3, 5), SparseLatents.from_dense(latents))
 
 
 def test_pooled_accumulators_have_seen_what_all_have():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_gated_sae.functional.normalization import FRAMES
+from hf_gated_sae.functional.normalization import NORMALIZATIONS
 
 X = np.random.default_rng(0).normal(0.4, 2.0, (5, 8))
 MEAN = X.mean(-1, keepdims=True)
@@ -29,20 +29,20 @@ LEFT = {
 
 
 def test_every_frame_is_written_down_here() -> None:
-    assert set(ENTERED) == set(LEFT) == set(FRAMES)
+    assert set(ENTERED) == set(LEFT) == set(NORMALIZATIONS)
 
 
-@pytest.mark.parametrize("name", list(FRAMES))
+@pytest.mark.parametrize("name", list(NORMALIZATIONS))
 def test_entering_and_leaving(name: str) -> None:
-    frame = FRAMES[name](torch.from_numpy(X), EPS)
-    np.testing.assert_allclose(frame.enter(torch.from_numpy(X)).numpy(), ENTERED[name], rtol=1e-12)
+    frame = NORMALIZATIONS[name](torch.from_numpy(X), EPS)
+    np.testing.assert_allclose(frame.apply(torch.from_numpy(X)).numpy(), ENTERED[name], rtol=1e-12)
     y = np.random.default_rng(1).normal(size=X.shape)
-    np.testing.assert_allclose(frame.leave(torch.from_numpy(y)).numpy(), LEFT[name](y), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(frame.undo(torch.from_numpy(y)).numpy(), LEFT[name](y), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["rms_norm", "standardize"])
 def test_models_norms_are_computed_in_float32(name: str) -> None:
     x = torch.from_numpy(X).bfloat16()
-    frame, exact = FRAMES[name](x, EPS), FRAMES[name](x.double(), EPS)
+    frame, exact = NORMALIZATIONS[name](x, EPS), NORMALIZATIONS[name](x.double(), EPS)
     assert frame.scale.dtype == torch.bfloat16
     assert torch.equal(frame.scale, exact.scale.bfloat16())

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_gated_sae.functional.cpu import reused_memory
-from hf_gated_sae.functional.cpu.reused_memory import KeptMemory, forget
+from hf_gated_sae.functional.cpu.reused_memory import ReusedMemory, forget
 from hf_gated_sae.functional.cpu.sparse_pairs import LATENTS_AT_ONCE
-from hf_gated_sae.functional.support import LiveSupport
+from hf_gated_sae.functional.support import SparseSupport
 
 D_SAE, TOKENS = 2 * LATENTS_AT_ONCE + 300, 700
 
@@ -25,7 +25,7 @@ def test_this_build_of_torch_tells_who_holds_memory() -> None:
 
 
 def test_memory_is_given_out_again() -> None:
-    weight, memory = nn.Parameter(torch.ones(5, 3)), KeptMemory()
+    weight, memory = nn.Parameter(torch.ones(5, 3)), ReusedMemory()
     first = memory.of(weight)
     place = first.data_ptr()
     assert first.shape == (5, 3) and first.dtype == torch.float32 and not first.requires_grad
@@ -34,14 +34,14 @@ def test_memory_is_given_out_again() -> None:
     assert again.data_ptr() == place
     assert memory.of(weight).data_ptr() != place, "it is in use"
     assert memory.of(nn.Parameter(torch.ones(5, 3))).data_ptr() != place
-    assert KeptMemory().of(weight).data_ptr() != place, "for another purpose"
+    assert ReusedMemory().of(weight).data_ptr() != place, "for another purpose"
     del again
     forget([weight, nn.Parameter(torch.ones(2))])
     assert weight not in memory.kept
 
 
 def test_as_much_is_kept_as_is_in_use_at_a_time() -> None:
-    held, memory = torch.ones(40, 3), KeptMemory(several=2)
+    held, memory = torch.ones(40, 3), ReusedMemory(several=2)
     places, before = [], memory.of(held, (8, 3))
     for _ in range(6):
         following = memory.of(held, (8, 3), torch.float32)
@@ -69,7 +69,7 @@ def test_as_much_is_kept_as_is_in_use_at_a_time() -> None:
     ids=["itself", "detached", "view", "transposed", "array", "storage", "buffer", "dlpack"],
 )
 def test_what_somebody_still_sees_is_left_alone(hold: Callable[[Tensor], Any]) -> None:
-    weight, memory = nn.Parameter(torch.ones(5, 3)), KeptMemory()
+    weight, memory = nn.Parameter(torch.ones(5, 3)), ReusedMemory()
     grad = memory.of(weight).zero_()
     held = hold(grad)
     del grad
@@ -82,7 +82,7 @@ def test_what_somebody_still_sees_is_left_alone(hold: Callable[[Tensor], Any]) -
 
 
 def test_memory_that_inference_mode_has_asked_for_can_be_trained_on() -> None:
-    held, memory = torch.ones(5, 3), KeptMemory()
+    held, memory = torch.ones(5, 3), ReusedMemory()
     with torch.inference_mode():
         memory.of(held).fill_(1.0)
     again = memory.of(held).fill_(2.0)
@@ -94,7 +94,7 @@ def test_memory_that_inference_mode_has_asked_for_can_be_trained_on() -> None:
 
 
 def test_threads_do_not_get_the_same_memory() -> None:
-    held, memory = torch.ones(5, 3), KeptMemory(several=2)
+    held, memory = torch.ones(5, 3), ReusedMemory(several=2)
 
     def differ(number: int) -> bool:
         mine = memory.of(held).fill_(number)
@@ -106,7 +106,7 @@ def test_threads_do_not_get_the_same_memory() -> None:
 
 
 def test_memory_goes_with_the_weights() -> None:
-    weight, memory = nn.Parameter(torch.ones(5, 3)), KeptMemory()
+    weight, memory = nn.Parameter(torch.ones(5, 3)), ReusedMemory()
     memory.of(weight)
     assert len(memory.kept) == 1
     del weight
@@ -115,7 +115,7 @@ def test_memory_goes_with_the_weights() -> None:
 
 
 def test_weights_that_have_become_others_get_other_memory() -> None:
-    weight, memory = nn.Parameter(torch.ones(5, 3)), KeptMemory()
+    weight, memory = nn.Parameter(torch.ones(5, 3)), ReusedMemory()
     memory.of(weight)
     weight.data = torch.ones(4, 2, dtype=torch.float64)
     assert (memory.of(weight).shape, memory.of(weight).dtype) == ((4, 2), torch.float64)
@@ -124,7 +124,7 @@ def test_weights_that_have_become_others_get_other_memory() -> None:
 def backward(W_enc_T: nn.Parameter, W_dec: nn.Parameter, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(TOKENS, 6, generator=generator, dtype=torch.float64)
-    support = LiveSupport.above(x, None, W_enc_T, torch.full((D_SAE,), 6.0, dtype=torch.float64))
+    support = SparseSupport.above(x, None, W_enc_T, torch.full((D_SAE,), 6.0, dtype=torch.float64))
     assert support is not None and 0 < len(support.latents) < 0.05 * TOKENS * D_SAE
     support.decode(support.projection, W_dec).square().sum().backward()
 

@@ -1,4 +1,4 @@
-"""Decoding from live latents is the dense product."""
+"""Decoding from active latents is the dense product."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def steer(strength=6.0, site="resid_post.1", **settings):
     return Steer(make_sae(site=site), 3, strength=strength, unit="raw", **settings)
 
 
-def live_latents(model, sae, ids=IDS, count=4):
+def active_latents(model, sae, ids=IDS, count=4):
     """Latents that are on somewhere: an edit of them does something."""
     latents = capture(model, sae, input_ids=ids)[sae]
     order = (latents > 0).float().mean((0, 1)).sub(0.5).abs().argsort()

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_gated_sae import SAEModel, Splice, attach, resolve
 from hf_gated_sae.demo.bundled import MODEL, SAES
 from hf_gated_sae.errors import SiteError
-from hf_gated_sae.hooks.alternative_sites import far_places, near_places
+from hf_gated_sae.hooks.alternative_sites import far_sites, near_sites
 from tests.hooks.support import make_sae, model_of
 
 
@@ -93,7 +93,7 @@ def test_the_same_text_gives_the_same_numbers(language_model):
 
 
 def test_near_places_are_the_layers_beside_and_the_sites_of_the_layer():
-    near = near_places(resolve(model_of("llama")), make_sae(site="resid_post.1"))
+    near = near_sites(resolve(model_of("llama")), make_sae(site="resid_post.1"))
     assert set(near.slots) == {
         *("resid_post.0", "resid_post.2"),
         *("resid_pre.1", "attn_in.1", "attn_z.1", "attn_out.1", "resid_mid.1", "mlp_in.1", "mlp_out.1"),
@@ -103,9 +103,9 @@ def test_near_places_are_the_layers_beside_and_the_sites_of_the_layer():
 
 def test_near_places_of_a_path_and_of_a_view_are_of_their_kind():
     found = resolve(model_of("llama"))
-    path = near_places(found, make_sae(site="model.layers.1.self_attn.output")).slots
+    path = near_sites(found, make_sae(site="model.layers.1.self_attn.output")).slots
     assert {"model.layers.0.self_attn.output", "model.layers.2.self_attn.output", "mlp_out.1"} <= set(path)
-    view = near_places(found, make_sae(site="resid_post.1|center")).slots
+    view = near_sites(found, make_sae(site="resid_post.1|center")).slots
     assert {"resid_post.0|center", "resid_mid.1|center"} <= set(view)
     assert all(name.endswith("|center") for name in view)
 
@@ -113,13 +113,13 @@ def test_near_places_of_a_path_and_of_a_view_are_of_their_kind():
 def test_a_transcoder_is_moved_with_both_of_its_sites():
     found = resolve(model_of("llama"))
     sae = make_sae(site="mlp_in.0", site_out="mlp_out.0")
-    [near] = near_places(found, sae).stages
+    [near] = near_sites(found, sae).stages
     assert near == [("mlp_in.1", "mlp_out.1"), ("mlp_in.1", "mlp_out.0"), ("mlp_in.0", "mlp_out.1")]
-    [far] = far_places(found, model_of("llama"), sae).stages
+    [far] = far_sites(found, model_of("llama"), sae).stages
     assert ("mlp_in.2", "mlp_out.2") in far
 
 
 def test_far_places_are_those_of_every_layer():
     model = model_of("llama")
-    far = far_places(resolve(model), model, make_sae(site="mlp_out.0")).slots
+    far = far_sites(resolve(model), model, make_sae(site="mlp_out.0")).slots
     assert {"mlp_out.1", "mlp_out.2", "resid_post.1", "embed"} <= set(far)

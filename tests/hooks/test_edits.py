@@ -13,11 +13,11 @@ from tests.hooks.support import (
     ARCHITECTURES,
     FAMILIES,
     IDS,
+    active_latents,
     block,
     close,
     full_path,
     hand_made,
-    live_latents,
     logits_of,
     make_sae,
     model_of,
@@ -66,7 +66,7 @@ VERBS = {
 def test_each_verb_equals_the_full_path_for_each_architecture(architecture, verb):
     model = model_of("llama", DOUBLE)
     sae = make_sae(architecture, dtype=DOUBLE)
-    a, b = live_latents(model, sae)[:2]
+    a, b = active_latents(model, sae)[:2]
     make, plain = VERBS[verb]
     with hand_made(block(model, "llama"), full_path(sae, lambda f: put(f, plain(sae, a, b)))):
         expected = logits_of(model)
@@ -80,7 +80,7 @@ def test_edits_equal_the_full_path_in_each_family(family):
     # torch's grouped matrix product, with which these run their experts, has no float64.
     dtype, exact = (torch.float32, 1e-4) if family in ("gpt_oss", "qwen3_moe") else (DOUBLE, EXACT)
     model, sae = model_of(family, dtype), make_sae(dtype=dtype)
-    a, b = live_latents(model, sae)[:2]
+    a, b = active_latents(model, sae)[:2]
     with hand_made(
         block(model, family), full_path(sae, lambda f: put(f, {a: lambda x: 0 * x, b: lambda x: 0 * x + 2}))
     ):
@@ -108,7 +108,7 @@ def test_a_float32_sae_computes_in_float32_whatever_the_models_dtype(dtype):
         expected = logits_of(model)
     with attach(model, Splice(sae)):
         assert torch.equal(logits_of(model), expected)
-    latent = live_latents(model, sae)[0]
+    latent = active_latents(model, sae)[0]
 
     def by_hand(x):
         values = sae.encode(x.float())[..., latent : latent + 1]
@@ -125,7 +125,7 @@ def test_an_edit_of_a_few_latents_needs_nothing_of_the_others(architecture):
     """Where latents do not depend on each other, ruining all others must not matter."""
     model = model_of("llama", DOUBLE)
     sae = make_sae(architecture, dtype=DOUBLE)
-    a, b = live_latents(model, sae)[:2]
+    a, b = active_latents(model, sae)[:2]
     edits = [Scale(sae, {a: 3.0}, when={b: 0.0}), Ablate(sae, [b])]
     with attach(model, *edits):
         expected = logits_of(model)
@@ -165,7 +165,7 @@ def test_an_edit_of_n_latents_costs_n_encoder_and_n_decoder_rows(architecture, c
 
 def test_a_latent_named_twice_is_edited_once():
     model, sae = model_of("llama", DOUBLE), make_sae(dtype=DOUBLE)
-    latent = live_latents(model, sae)[0]
+    latent = active_latents(model, sae)[0]
     with attach(model, Ablate(sae, [latent])):
         expected = logits_of(model)
     with attach(model, Ablate(sae, [latent, latent])):
@@ -175,7 +175,7 @@ def test_a_latent_named_twice_is_edited_once():
 def test_several_interventions_add_up_in_any_order():
     model = model_of("gpt2", DOUBLE)
     first, second = make_sae(dtype=DOUBLE), make_sae("topk", seed=1, dtype=DOUBLE)
-    a, b = live_latents(model, first)[0], live_latents(model, second)[0]
+    a, b = active_latents(model, first)[0], active_latents(model, second)[0]
     direction = torch.randn(32)
     edits = [Ablate(first, [a]), Scale(second, {b: 3.0}), ProjectOut("resid_post.1", direction), Steer(first, b)]
 
@@ -201,7 +201,7 @@ def test_several_interventions_add_up_in_any_order():
 @pytest.mark.parametrize("splice_first", [True, False])
 def test_edits_beside_a_splice_act_on_the_reconstruction(splice_first):
     model, sae = model_of("llama", DOUBLE), make_sae(dtype=DOUBLE)
-    latent = live_latents(model, sae)[0]
+    latent = active_latents(model, sae)[0]
 
     def by_hand(x):
         latents = sae.encode(x)
@@ -231,7 +231,7 @@ def test_two_names_of_one_place_are_one_site():
     """What is attached under either name reads the clean activation."""
     model = model_of("llama", DOUBLE)
     named, by_path = make_sae(dtype=DOUBLE), make_sae(site="model.layers.1.output", seed=3, dtype=DOUBLE)
-    a, b = live_latents(model, named)[0], live_latents(model, by_path)[0]
+    a, b = active_latents(model, named)[0], active_latents(model, by_path)[0]
 
     def by_hand(x):
         return x - named.encode(x)[..., [a]] * named.W_dec[a] + (7.0 - by_path.encode(x)[..., [b]]) * by_path.W_dec[b]
@@ -268,7 +268,7 @@ def test_a_site_is_ablated_to_zero_or_to_a_vector(value):
 
 def test_conditions_hold_where_every_named_latent_exceeds_its_value():
     model, sae = model_of("llama", DOUBLE), make_sae(dtype=DOUBLE)
-    a, b, c = live_latents(model, sae)[:3]
+    a, b, c = active_latents(model, sae)[:3]
 
     def by_hand(x):
         latents = sae.encode(x)
@@ -332,7 +332,7 @@ def test_an_iterator_of_latents_or_positions_works_like_a_list():
 
 def test_ids_given_as_embeddings_are_edited_alike():
     model, sae = model_of("llama", DOUBLE), make_sae(dtype=DOUBLE)
-    with attach(model, Ablate(sae, live_latents(model, sae))):
+    with attach(model, Ablate(sae, active_latents(model, sae))):
         expected = logits_of(model)
         with torch.no_grad():
             close(model(inputs_embeds=model.get_input_embeddings()(IDS)).logits, expected, EXACT)

@@ -9,11 +9,11 @@ from hf_gated_sae.errors import AttachError
 from tests.hooks.support import (
     FAMILIES,
     IDS,
+    active_latents,
     block,
     close,
     continuing,
     hand_made,
-    live_latents,
     logits_of,
     make_sae,
     model_of,
@@ -91,7 +91,7 @@ def test_generation_edits_exactly_the_tokens_that_are_meant(family, positions):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_with_and_without_cache_are_the_same(family):
     model, sae = model_of(family), make_sae()
-    latents = live_latents(model, sae)
+    latents = active_latents(model, sae)
     with attach(
         model, Clamp(sae, {latents[0]: 4.0}, positions="generated"), Ablate(sae, latents[1:], positions=[1, 7])
     ):

@@ -5,7 +5,7 @@ import torch
 
 from hf_gated_sae import Ablate, Clamp, ProjectOut, Scale, Splice, Steer, TokenIds, attach
 from hf_gated_sae.interventions import AblateSite
-from tests.hooks.support import BLOCKS, FAMILIES, IDS, block, live_latents, logits_of, make_sae, model_of
+from tests.hooks.support import BLOCKS, FAMILIES, IDS, active_latents, block, logits_of, make_sae, model_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -29,7 +29,7 @@ def test_idle_interventions_leave_every_bit_of_the_logits(family, dtype):
     model = model_of(family, DTYPES[dtype])
     sae = make_sae()
     clean = logits_of(model)
-    latents = live_latents(model, sae)
+    latents = active_latents(model, sae)
     with attach(model, *idle(sae, latents).values()) as handle:
         assert torch.equal(logits_of(model), clean)
         assert all(entry.calls == 1 for entry in handle.report().interventions)
@@ -47,7 +47,7 @@ def test_idle_interventions_leave_generated_tokens_and_scores(family, dtype):
         max_new_tokens=4, min_new_tokens=4, do_sample=False, output_scores=True, return_dict_in_generate=True
     )
     clean = model.generate(IDS, **settings)
-    latents = live_latents(model, sae)
+    latents = active_latents(model, sae)
     chosen = [edit for name, edit in idle(sae, latents).items() if not name.startswith("generated")]
     with attach(model, *chosen):
         again = model.generate(IDS, **settings)

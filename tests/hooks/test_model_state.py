@@ -15,11 +15,11 @@ from hf_gated_sae.errors import AttachError
 from tests.hooks.support import (
     IDS,
     SHARED,
+    active_latents,
     block,
     checkpoint_layers,
     close,
     hand_made,
-    live_latents,
     logits_of,
     make_sae,
     model_of,
@@ -95,7 +95,7 @@ def test_autocast_leaves_the_sae_in_its_own_dtype():
             expected = logits_of(model)
         with attach(model, Splice(sae)):
             assert torch.equal(logits_of(model), expected)
-        latents = live_latents(model, sae)
+        latents = active_latents(model, sae)
         with attach(model, Clamp(sae, {latents[0]: 3.0}, when={latents[1]: 0.0})):
             assert logits_of(model).dtype == expected.dtype
 

@@ -14,7 +14,7 @@ from hf_gated_sae.errors import AttachError, InputError, ShapeError, SiteError
 from hf_gated_sae.hooks.nnsight import edit, report
 from hf_gated_sae.interventions import Ablate, Cap, Floor, Patch, interventions
 from tests.hooks.nnsight_support import wrap, wrapped
-from tests.hooks.support import IDS, SITE, continuing, hooks_on, live_latents, logits_of, make_sae, model_of, steer
+from tests.hooks.support import IDS, SITE, active_latents, continuing, hooks_on, logits_of, make_sae, model_of, steer
 from tests.support.tiny_models import HIDDEN, tiny_model
 
 PADDED = torch.cat([torch.zeros(2, 3, dtype=torch.long), IDS], dim=1)
@@ -69,7 +69,7 @@ def generated(generate, ids=IDS, **settings):
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_gives_the_logits_that_hooks_give(verb):
     model, sae = model_of("llama"), make_sae()
-    interventions = VERBS[verb](sae, live_latents(model, sae))
+    interventions = VERBS[verb](sae, active_latents(model, sae))
     with attach(model, *interventions) as handle:
         expected = logits_of(model)
         told = handle.report()
@@ -152,7 +152,7 @@ def test_the_calls_that_guide_a_generation_have_a_prompt_of_their_own(use_cache)
 
 def test_a_condition_on_earlier_tokens_remembers_them_between_steps():
     model, sae = model_of("llama"), make_sae()
-    one, other = live_latents(model, sae, count=2)
+    one, other = active_latents(model, sae, count=2)
     held = Clamp(sae, {one: 9.0}, when={other: 0.1}, window=3)
     with attach(model, held) as handle:
         expected = generated(model.generate)
@@ -179,7 +179,7 @@ def test_a_decoding_loop_of_ones_own_goes_on_where_it_was():
 
 def test_padding_is_left_out_in_prompts_of_unequal_length():
     model, sae = model_of("llama"), make_sae()
-    held = Ablate(sae, live_latents(model, sae))
+    held = Ablate(sae, active_latents(model, sae))
     edited = edit(wrapped("llama"), held)
     with torch.no_grad(), edited.trace() as tracer:
         with tracer.invoke("<11> <54> <33> <78>"):
@@ -222,7 +222,7 @@ def test_the_trace_sees_what_was_edited_and_may_go_on():
 
 def test_only_the_edited_copy_is_edited_and_copies_stack():
     model, sae = model_of("llama"), make_sae()
-    latents, lm = live_latents(model, sae), wrapped("llama")
+    latents, lm = active_latents(model, sae), wrapped("llama")
     once = edit(lm, Ablate(sae, latents[:2]))
     twice = edit(once, ProjectOut("resid_post.2", direction()))
     with attach(model, Ablate(sae, latents[:2])):

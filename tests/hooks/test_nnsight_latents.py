@@ -7,7 +7,7 @@ from hf_gated_sae import Clamp, Splice, attach, capture
 from hf_gated_sae.errors import AttachError, InputError, ShapeError, SiteError
 from hf_gated_sae.hooks.nnsight import sae_envoys
 from tests.hooks.nnsight_support import wrap
-from tests.hooks.support import D_SAE, IDS, close, live_latents, logits_of, make_sae, model_of
+from tests.hooks.support import D_SAE, IDS, active_latents, close, logits_of, make_sae, model_of
 from tests.support.tiny_models import tiny_model
 
 FAMILIES = {"llama": "resid_post.1", "bloom": "resid_post.1", "gpt2": "attn_z.1", "gemma2": "mlp_out.0"}
@@ -45,7 +45,7 @@ def test_reading_changes_nothing_under_autocast(held):
 
 def test_a_change_in_place_does_what_clamp_does(held):
     envoy, lm, model, sae = held
-    (latent,) = live_latents(model, sae, count=1)
+    (latent,) = active_latents(model, sae, count=1)
     with torch.no_grad(), lm.trace(IDS):
         envoy.latents[..., latent] = 10.0
         logits = lm.output.logits.save()

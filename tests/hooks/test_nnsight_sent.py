@@ -16,7 +16,7 @@ from hf_gated_sae.errors import AttachError, InputError, ShapeError
 from hf_gated_sae.hooks.nnsight import edit, sae_envoys
 from hf_gated_sae.interventions import Patch
 from tests.hooks.nnsight_support import wrap, wrapped
-from tests.hooks.support import D_SAE, IDS, SITE, close, live_latents, logits_of, make_sae, model_of
+from tests.hooks.support import D_SAE, IDS, SITE, active_latents, close, logits_of, make_sae, model_of
 from tests.support.tiny_models import HIDDEN, tiny_model
 
 PADDED = torch.cat([torch.zeros(2, 3, dtype=torch.long), IDS], dim=1)
@@ -75,7 +75,7 @@ def test_a_model_of_another_class_proves_nothing():
 def cases():
     """What is held, by family; among them places in inputs, in tuples, scaled, flattened, and with transforms."""
     sae = make_sae()
-    one, other, third, _ = live_latents(model_of("llama"), sae)
+    one, other, third, _ = active_latents(model_of("llama"), sae)
     yield "llama", [Clamp(sae, {one: 5.0, other: 0.0}, when={third: 0.01}, positions=[0, -1, 3])]
     yield "llama", [Splice(sae), Scale(sae, {one: 2.0}), Ablate(make_sae("topk", site="resid_post.2"), [3, 4])]
     yield "llama", [Splice(make_sae("standard", site="mlp_in.1", site_out="mlp_out.1"))]

@@ -9,11 +9,11 @@ from transformers import StaticCache
 from hf_gated_sae import Ablate, Clamp, Splice, Steer, attach, capture
 from tests.hooks.support import (
     FAMILIES,
+    active_latents,
     block,
     close,
     continuing,
     hand_made,
-    live_latents,
     logits_of,
     make_sae,
     model_of,
@@ -74,7 +74,7 @@ def test_padding_on_the_left_changes_no_real_token(family):
     """(recurrent_gemma runs its state through padding, with and without edits.)"""
     model = model_of(family)
     sae = make_sae()
-    latents = live_latents(model, sae)
+    latents = active_latents(model, sae)
     # As `generate` does: some models take padding for text unless they are told where each token stands.
     places = {"position_ids": (REAL["left"].cumsum(-1) - 1).clamp(min=0)}
     if "position_ids" not in inspect.signature(model.forward).parameters:

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from hf_gated_sae import Ablate, Clamp, Splice, Steer, attach, capture, resolve
 from hf_gated_sae.sites.multi_rank import must_finish
-from tests.hooks.support import IDS, block, close, hand_made, hooks_on, live_latents, logits_of, make_sae
+from tests.hooks.support import IDS, active_latents, block, close, hand_made, hooks_on, logits_of, make_sae
 from tests.support.tiny_models import tiny_model
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128}  # 4-bit weights are scaled in blocks of 64
@@ -84,7 +84,7 @@ def test_nothing_edited_changes_no_bit(quantised):
     clean = logits_of(model)
     for site in ("resid_post.1", "attn_z.1", "mlp_neurons.0"):
         sae = sae_at(model, site)
-        latents = live_latents(model, sae)
+        latents = active_latents(model, sae)
         with attach(model, Ablate(sae, latents, positions=[]), Clamp(sae, {3: 9.0}, when={latents[0]: 1e9})) as handle:
             assert torch.equal(logits_of(model), clean)
             assert handle.report().interventions[0].calls == 1

@@ -5,7 +5,7 @@ import torch
 
 from hf_gated_sae import Clamp, Splice, Steer, TokenIds, attach
 from hf_gated_sae.errors import AttachError, InputError
-from tests.hooks.support import IDS, block, close, hand_made, live_latents, logits_of, make_sae, model_of
+from tests.hooks.support import IDS, active_latents, block, close, hand_made, logits_of, make_sae, model_of
 
 # One row of 6 real tokens, one of 4; 1 begins and 2 ends a text, 0 pads.
 LONG, SHORT = [1, 54, 33, 78, 90, 17], [60, 41, 2, 13]
@@ -92,7 +92,7 @@ def test_generated_tokens_are_found_by_their_ids():
 
 def test_each_row_gets_its_own_edits():
     model, sae = model_of("gpt2"), make_sae()
-    a, b = live_latents(model, sae)[:2]
+    a, b = active_latents(model, sae)[:2]
     first, second = Clamp(sae, {a: 7.0}, rows=0), Clamp(sae, {b: 5.0}, rows=[1])
     with attach(model, first, second, check=False) as handle:
         together = logits_of(model)

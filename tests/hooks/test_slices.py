@@ -11,7 +11,7 @@ import torch
 from hf_gated_sae import Ablate, Clamp, SAEModel, Scale, Splice, Steer, attach
 from hf_gated_sae.architectures import architectures
 from hf_gated_sae.errors import InputError, LatentIndexError, SAEError
-from tests.hooks.support import ARCHITECTURES, IDS, close, hooks_on, live_latents, logits_of, make_sae, model_of
+from tests.hooks.support import ARCHITECTURES, IDS, active_latents, close, hooks_on, logits_of, make_sae, model_of
 from tests.support.example_saes import assert_same, example
 
 EXACT = 1e-12
@@ -45,7 +45,7 @@ def saved(tmp_path: Path) -> Any:
 @pytest.mark.parametrize("architecture", SLICEABLE)
 def test_an_edit_with_a_slice_is_that_with_the_full_sae(architecture: str, verb: str, saved: Any) -> None:
     model, full = model_of("llama", DOUBLE), make_sae(architecture, dtype=DOUBLE)
-    a, b, c = live_latents(model, full)[:3]
+    a, b, c = active_latents(model, full)[:3]
     some = SAEModel.from_pretrained(saved(full), latents=[c, 50, a, 3, b])
     clean, make = logits_of(model), VERBS[verb]
     with attach(model, make(full, a, b, c)):
@@ -59,7 +59,7 @@ def test_an_edit_with_a_slice_is_that_with_the_full_sae(architecture: str, verb:
 @pytest.mark.parametrize("verb", VERBS)
 def test_what_is_generated_with_a_slice(verb: str, saved: Any) -> None:
     model, full = model_of("llama", DOUBLE), make_sae(dtype=DOUBLE)
-    a, b, c = live_latents(model, full)[:3]
+    a, b, c = active_latents(model, full)[:3]
     some = SAEModel.from_pretrained(saved(full), latents=[b, c, a])
     written = []
     for sae in (full, some):
@@ -77,7 +77,7 @@ def test_what_is_generated_with_a_slice(verb: str, saved: Any) -> None:
 @pytest.mark.parametrize("normalization", ["center", "layer_norm", "unit_norm", "rms_norm"])
 def test_a_normalised_sae(normalization: str, saved: Any) -> None:
     model, full = model_of("llama", DOUBLE), make_sae(dtype=DOUBLE, normalization=normalization)
-    a, b = live_latents(model, full)[:2]
+    a, b = active_latents(model, full)[:2]
     some = SAEModel.from_pretrained(saved(full), latents=[b, a])
     with attach(model, Clamp(full, {a: 2.0}), Steer(full, b)):
         expected = logits_of(model)

@@ -11,10 +11,10 @@ from hf_gated_sae.errors import AttachError, InputError
 from hf_gated_sae.interventions import AblateSite
 from tests.hooks.support import (
     IDS,
+    active_latents,
     close,
     continuing,
     hooks_on,
-    live_latents,
     logits_of,
     make_cross_layer,
     make_sae,
@@ -91,7 +91,7 @@ def test_names_that_differ_in_a_transform_alone_are_edited_together():
 
 def test_a_history_is_not_inherited_by_an_intervention_that_comes_later():
     model, sae = model_of("llama"), make_sae()
-    gates = dict.fromkeys(live_latents(model, sae, count=1), 0.0)
+    gates = dict.fromkeys(active_latents(model, sae, count=1), 0.0)
     with attach(model, steer()), torch.no_grad():  # keeps what watches the model
         with attach(model, Steer(sae, 3, unit="raw", when=gates, window=3)):
             cache = model(IDS, use_cache=True)

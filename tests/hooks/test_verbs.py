@@ -24,11 +24,11 @@ from tests.hooks.support import (
     D_SAE,
     IDS,
     SITE,
+    active_latents,
     block,
     close,
     full_path,
     hand_made,
-    live_latents,
     logits_of,
     make_sae,
     model_of,
@@ -125,7 +125,7 @@ def test_no_verb_is_left_out():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_each_verb_equals_the_full_path_for_each_architecture(architecture, verb):
     model, sae = model_of("llama", DOUBLE), make_sae(architecture, dtype=DOUBLE)
-    a, b = live_latents(model, sae)[:2]
+    a, b = active_latents(model, sae)[:2]
     make, plain = VERBS[verb]
     with hand_made(block(model, "llama"), plain(sae, a, b, model)):
         expected = logits_of(model)
@@ -188,7 +188,7 @@ def test_gradients_flow_through_the_latents_with_the_error_held_constant(positio
 
 def test_edits_beside_a_splice_with_its_error_act_on_top_of_it():
     model, sae = model_of("llama", DOUBLE), make_sae(dtype=DOUBLE)
-    latent = live_latents(model, sae)[0]
+    latent = active_latents(model, sae)[0]
     with attach(model, Clamp(sae, {latent: 5.0}), check=False):
         expected = logits_of(model)
     with attach(model, Splice(sae, error=True), Clamp(sae, {latent: 5.0}), check=False):
@@ -207,7 +207,7 @@ def resampled(sae, model, latents, **settings):
 
 def test_every_token_gets_a_sample_that_depends_on_seed_row_and_position_alone():
     model, sae = model_of("llama", DOUBLE), make_sae(dtype=DOUBLE)
-    latent = live_latents(model, sae)[0]
+    latent = active_latents(model, sae)[0]
     samples = torch.arange(1.0, 101.0, dtype=DOUBLE)[:, None]
 
     def drawn(ids, mask=None, **settings):
@@ -235,7 +235,7 @@ def test_every_token_gets_a_sample_that_depends_on_seed_row_and_position_alone()
 @pytest.mark.parametrize("settings", [{}, {"num_return_sequences": 2, "do_sample": True}, {"num_beams": 3}], ids=str)
 def test_samples_are_the_same_with_and_without_cache(settings):
     model, sae = model_of("llama"), make_sae()
-    edit = resampled(sae, model, live_latents(model, sae), seed=4)
+    edit = resampled(sae, model, active_latents(model, sae), seed=4)
     texts = []
     with attach(model, edit, check=False):
         for cached in ({}, {"use_cache": False}, {"prefill_chunk_size": 2}):
@@ -246,7 +246,7 @@ def test_samples_are_the_same_with_and_without_cache(settings):
 
 def test_samples_may_be_given_for_the_latents_or_for_all():
     model, sae = model_of("llama", DOUBLE), make_sae(dtype=DOUBLE)
-    a, b = live_latents(model, sae)[:2]
+    a, b = active_latents(model, sae)[:2]
     every = samples_of(model, sae)
     with attach(model, Ablate(sae, [b, a], mode="resample", samples=every), check=False):
         expected = logits_of(model)
@@ -320,7 +320,7 @@ def test_a_patch_acts_at_the_columns_that_it_has():
 
 def test_columns_of_a_patch_count_padding_and_the_prompt_in_the_cache():
     model, sae = model_of("llama"), make_sae()
-    latents = live_latents(model, sae)
+    latents = active_latents(model, sae)
     value = 3 * torch.rand(2, PADDED.shape[1] + 2, len(latents))
     settings = dict(max_new_tokens=5, min_new_tokens=5, do_sample=False, attention_mask=MASK)
     with attach(model, Patch(sae, value, latents=latents), check=False) as handle:
@@ -345,7 +345,7 @@ def test_rows_of_a_patch_are_those_of_the_callers_batch():
 
 def test_padding_that_is_not_finite_does_not_matter():
     model, sae = model_of("llama", DOUBLE), make_sae(dtype=DOUBLE)
-    latent = live_latents(model, sae)[0]
+    latent = active_latents(model, sae)[0]
     value = torch.ones(2, PADDED.shape[1], 1, dtype=DOUBLE)
     inputs = {"attention_mask": MASK}
     with attach(model, Patch(sae, value, latents=[latent]), check=False):
@@ -357,7 +357,7 @@ def test_padding_that_is_not_finite_does_not_matter():
 
 def test_a_slice_of_an_sae_patches_as_the_whole(tmp_path):
     model, sae = model_of("llama", DOUBLE), make_sae(dtype=DOUBLE)
-    a, b = live_latents(model, sae)[:2]
+    a, b = active_latents(model, sae)[:2]
     sae.save_pretrained(tmp_path)
     some = SAEModel.from_pretrained(tmp_path, latents=[b, 5, a])
     value = samples_of(model, sae)

@@ -9,7 +9,7 @@ from torch import nn
 from hf_gated_sae import Ablate, Clamp, Patch, ProjectOut, Scale, Splice, Steer, attach, capture
 from hf_gated_sae.architectures.cross_layer import CrossLayerSAE, CrossLayerSAEConfig
 from hf_gated_sae.errors import InputError
-from tests.hooks.support import IDS, block, checkpoint_layers, close, live_latents, logits_of, make_sae, model_of
+from tests.hooks.support import IDS, active_latents, block, checkpoint_layers, close, logits_of, make_sae, model_of
 from tests.support.tiny_models import HIDDEN, tiny_model
 
 DOUBLE = torch.float64
@@ -82,7 +82,7 @@ EDITS = {
 @pytest.mark.parametrize("verb", EDITS)
 def test_edits_of_a_transcoder_change_what_its_latents_write(verb, spliced):
     model, sae = model_of("llama", DOUBLE), transcoder()
-    latent = live_latents(model, sae)[0]
+    latent = active_latents(model, sae)[0]
     make, plain = EDITS[verb]
     mlp = block(model, "llama").mlp
     real = type(mlp).forward
@@ -115,7 +115,7 @@ def test_a_transcoder_may_read_the_stream_and_normalise_it_itself(edited):
             return plain(read).reconstruction
         return real(mlp, x) - 2.0 * plain.encode(read)[..., [latent]] * plain.W_dec[latent]
 
-    latent = live_latents(model, sae)[0]
+    latent = active_latents(model, sae)[0]
     with mlp_by_hand(model, by_hand):
         expected = logits_of(model)
     handle.remove()
@@ -126,7 +126,7 @@ def test_a_transcoder_may_read_the_stream_and_normalise_it_itself(edited):
 
 def test_other_verbs_act_where_a_transcoder_writes():
     model, sae = model_of("llama", DOUBLE), transcoder()
-    a, b = live_latents(model, sae)[:2]
+    a, b = active_latents(model, sae)[:2]
     mlp, values = block(model, "llama").mlp, capture(model, sae, input_ids=OTHER)[sae]
     real = type(mlp).forward
     unit = torch.linalg.qr(sae.W_dec[[a, b]].T).Q

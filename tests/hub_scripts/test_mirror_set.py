@@ -55,10 +55,10 @@ def uploads(hub: MiniHub) -> int:
     return sum(method == "POST" and "/commit/" in path for method, path, *_ in hub.requests)
 
 
-def carry_out(source: str, target: str, most: int | None = None, **options: object) -> None:
+def apply_interventions(source: str, target: str, most: int | None = None, **options: object) -> None:
     mirror = Mirror(SAESet.from_pretrained(source), target, **options)
     for step in [step for step in mirror.plan() if step.state != "done"][:most]:
-        mirror.carry_out(step)
+        mirror.apply_interventions(step)
 
 
 def test_killed_half_way_and_resumed(hub: MiniHub, theirs: str, repo_id: str, cache_dir: str) -> None:
@@ -104,33 +104,33 @@ def test_dry_run_and_limit(hub: MiniHub, theirs: str, repo_id: str) -> None:
 
 
 def test_a_broken_upload_is_resumed(hub: MiniHub, theirs: str, repo_id: str) -> None:
-    carry_out(theirs, repo_id, 2)
+    apply_interventions(theirs, repo_id, 2)
     hub.fail("POST .*/commit/.*", "status", times=1, status=503)
     hub.fail("POST .*/commit/.*", "status", times=1, status=400)
     with pytest.raises(PublishError, match="nothing was committed"):
-        carry_out(theirs, repo_id)
+        apply_interventions(theirs, repo_id)
     hub.faults.clear()
     assert sorted(states(theirs, repo_id).values()) == ["done", "done", "missing", "missing", "missing"]
-    carry_out(theirs, repo_id)
+    apply_interventions(theirs, repo_id)
     assert set(states(theirs, repo_id).values()) == {"done"} and len(commits(hub, repo_id)) == 5
 
 
 def test_what_changed_at_the_source_is_converted_again(hub: MiniHub, theirs: str, repo_id: str) -> None:
-    carry_out(theirs, repo_id, 3)
+    apply_interventions(theirs, repo_id, 3)
     assert sorted(states(theirs, repo_id).values()) == ["done"] * 3 + ["missing"] * 2
     hub.seed(theirs, {"README.md": CARD + "\nA new commit.\n"})
     assert sorted(states(theirs, repo_id).values()) == ["missing"] * 2 + ["outdated"] * 3
-    carry_out(theirs, repo_id)
+    apply_interventions(theirs, repo_id)
     assert set(states(theirs, repo_id).values()) == {"done"}
     assert set(states(theirs, repo_id, dtype="float32").values()) == {"done"}
     assert set(states(theirs, repo_id, dtype="bfloat16").values()) == {"outdated"}
 
 
 def test_what_is_done_is_also_known_without_the_index(hub: MiniHub, theirs: str, repo_id: str) -> None:
-    carry_out(theirs, repo_id, 2)
+    apply_interventions(theirs, repo_id, 2)
     hub.seed(repo_id, {"sae_set.json": json.dumps({"schema": 1, "saes": {}})})
     assert sorted(states(theirs, repo_id).values()) == ["done"] * 2 + ["missing"] * 3
-    carry_out(theirs, repo_id, 1)
+    apply_interventions(theirs, repo_id, 1)
     index = json.loads(files(hub, repo_id)["sae_set.json"])["saes"]
     assert len(index) == 3 and all("conversion" in entry for entry in index.values())
 

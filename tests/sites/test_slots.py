@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from hf_gated_sae import AblateSite, Patch, attach
 from hf_gated_sae.errors import SiteError
 from hf_gated_sae.sites.site import Site
-from hf_gated_sae.sites.slots import Place, Slot, get_tensor, put_tensor, tensors_in
+from hf_gated_sae.sites.slots import Slot, TensorPath, get_tensor, put_tensor, tensors_in
 from tests.support.tiny_models import tiny_model
 
 Pair = collections.namedtuple("Pair", ["hidden", "other"])
@@ -60,7 +60,9 @@ def make(name, port="output", keys=None, **place):
     wrap, out_keys = CONTAINERS[name]
     holder = Holder(Wraps(wrap))
     settings = {"rank": 3, "width": 4, "order": 0} | place
-    slot = Slot(Site("inner", port=port), Place("inner", port, out_keys if keys is None else keys, **settings), holder)
+    slot = Slot(
+        Site("inner", port=port), TensorPath("inner", port, out_keys if keys is None else keys, **settings), holder
+    )
     return holder, slot, out_keys
 
 

@@ -12,9 +12,9 @@ from torch import nn
 
 from hf_gated_sae import Ablate, Splice, attach, capture
 from hf_gated_sae.errors import SiteError
-from hf_gated_sae.functional.normalization import FRAMES
+from hf_gated_sae.functional.normalization import NORMALIZATIONS
 from hf_gated_sae.sites import Site, Transform, resolve
-from hf_gated_sae.sites.slots import Place, Slot
+from hf_gated_sae.sites.slots import Slot, TensorPath
 from hf_gated_sae.sites.transforms import TRANSFORMS, view
 from tests.support.example_saes import example
 from tests.support.tiny_models import tiny_model
@@ -153,7 +153,7 @@ def test_a_site_in_a_frame_is_an_sae_in_that_frame(llama, name):
         return y * 0.7 + 0.1
 
     def as_an_sae(x):
-        frame = FRAMES[name](x, 1e-6)
+        frame = NORMALIZATIONS[name](x, 1e-6)
         return frame.leave(reconstruct(frame.enter(x)))
 
     at_site, _ = run(llama, f"resid_post.1|{name}", reconstruct)
@@ -344,7 +344,7 @@ def test_places_differ_by_transforms_and_share_the_bare_one(llama):
     assert centred.place != plain.place and centred.place.bare == plain.place
     assert hash(centred.place) == hash(sites["resid_post.1|center"].place)
     assert str(centred.site) == "resid_post.1|center" and centred.width == plain.width
-    assert isinstance(centred, Slot) and isinstance(centred.place, Place)
+    assert isinstance(centred, Slot) and isinstance(centred.place, TensorPath)
     assert centred.site == Site.parse("resid_post.1|center")
 
 

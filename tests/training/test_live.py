@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_gated_sae.functional import LiveLatents
+from hf_gated_sae.functional import SparseLatents
 from hf_gated_sae.training import SAETrainer
 
 from .test_trainer import quiet
@@ -48,7 +48,7 @@ def test_counters_and_logs_are_those_of_all_latents(arguments):
         )
         trainer = quiet(Watched(wide(), args, activations(3000, seed=0), dense=dense))
         trainer.train()
-        assert trainer.kinds == {LiveLatents}
+        assert trainer.kinds == {SparseLatents}
         logs.append([entry for entry in trainer.state.log_history if "loss" in entry])
         silent.append(trainer.trainees[""].dead.silent_for)
         weights.append(trainer.trainees[""].sae.W_dec.detach())

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from hf_gated_sae.errors import CheckpointError, InputError, MissingFileError, TrainingError
 from hf_gated_sae.modeling import SAEModel
 from hf_gated_sae.training import SAETrainer, TensorActivations
-from hf_gated_sae.training.recent_batches import RememberedBatches
+from hf_gated_sae.training.recent_batches import RecentBatches
 from hf_gated_sae.training.trainee import Trainee
 
 from .runs import STEPS, log, run, trainer, weights
@@ -81,7 +81,7 @@ def test_what_is_remembered_of_a_batch_is_stored_once(whole):
 
 def test_batches_are_remembered_as_they_were():
     x, y = torch.randn(5, 2), torch.randn(5, 3)
-    batches, again = RememberedBatches(), RememberedBatches()
+    batches, again = RecentBatches(), RecentBatches()
     batches.observe(x, x)
     batches.observe(x, y)
     again.load_state_dict(batches.state_dict(), x.device)

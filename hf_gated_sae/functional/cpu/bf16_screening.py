@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ..linear import is_plain
-from .reused_memory import KeptMemory
-from .threshold_search import MEMBERS, Reaching
+from .reused_memory import ReusedMemory
+from .threshold_search import MEMBERS, ThresholdSearch
 
 UP = 1 + 2**-7
 """Times this, a positive number rounds to no less than itself in bfloat16."""
@@ -38,7 +38,7 @@ FEWEST_TOKENS = 384
 _BLOCKS_PER_KEPT = 4  # with fewer blocks their k-th highest maximum lies further below the k-th highest of all
 _TOKENS_AT_ONCE = 512
 
-ROUNDED = KeptMemory()
+ROUNDED = ReusedMemory()
 """Of matrices that are rounded whole at every step; those of their parts go with the parts."""
 
 _ZERO = torch.tensor(0, dtype=torch.int16)
@@ -71,7 +71,7 @@ class Screen:
         """Round them."""
         self.x = x
         self.rounded, self.largest = self._round(x)
-        self.reaching = Reaching()
+        self.reaching = ThresholdSearch()
 
     def _round(self, x: Tensor) -> tuple[Tensor, float]:
         """Return the matrix that stands for the tokens, and what bounds it: here, its largest number."""
@@ -123,8 +123,8 @@ class Screen:
             return None
         told = torch.nn.functional.linear(columns, self.rounded)
         # Groups of tokens, so that the latents of what is found ascend.
-        tile = told.view(torch.int16).unflatten(1, (Reaching.members(len(self.x)), -1))
-        places = self.reaching.places(tile, self.reaching.largest(tile), _ZERO)
+        tile = told.view(torch.int16).unflatten(1, (ThresholdSearch.members(len(self.x)), -1))
+        places = self.reaching.find(tile, self.reaching.largest(tile), _ZERO)
         if len(places) > DENSEST * told.numel():
             return None
         latents = places // len(self.x)
@@ -239,7 +239,9 @@ def highest(
     return latents, projections
 
 
-def _candidates(told: Tensor, k: int, blocks: int, reaching: Reaching, least: Callable[[Tensor], Tensor]) -> Tensor:
+def _candidates(
+    told: Tensor, k: int, blocks: int, reaching: ThresholdSearch, least: Callable[[Tensor], Tensor]
+) -> Tensor:
     """Return the places of what may be among the `k` highest of its column, of which each has at least as many.
 
     Args:
@@ -249,7 +251,7 @@ def _candidates(told: Tensor, k: int, blocks: int, reaching: Reaching, least: Ca
         reaching: what finds them.
         least: of the k-th highest maximum of each column, what a candidate is told to be at least, ``[columns]`` each.
     """
-    members = Reaching.members(len(told)) if len(told) >= MEMBERS * blocks else 1
+    members = ThresholdSearch.members(len(told)) if len(told) >= MEMBERS * blocks else 1
     block = len(told) // (members * blocks)
     # As integers, which are compared faster, numbers above 0 are in the same order.
     for numbers in (told.view(torch.int16), told):
@@ -260,7 +262,7 @@ def _candidates(told: Tensor, k: int, blocks: int, reaching: Reaching, least: Ca
         level = least(kth.view(told.dtype).float()).to(told.dtype)
         if bool((level > 0).all()):
             break
-    return reaching.places(tile, largest, level.view(numbers.dtype))
+    return reaching.find(tile, largest, level.view(numbers.dtype))
 
 
 def _highest_of(

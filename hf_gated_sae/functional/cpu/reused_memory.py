@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 
-class KeptMemory:
+class ReusedMemory:
     """Memory for one purpose.
 
     Args:
@@ -52,7 +52,7 @@ class KeptMemory:
             return fresh.detach()
 
 
-_PURPOSES: list[KeptMemory] = []
+_PURPOSES: list[ReusedMemory] = []
 _ONE_AT_A_TIME = threading.Lock()
 
 

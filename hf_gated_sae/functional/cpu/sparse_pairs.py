@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from ..sparse_decode import sum_rows
-from ..sparse_latents import LiveLatents
+from ..sparse_latents import SparseLatents
 from .bf16_screening import dots
-from .reused_memory import KeptMemory
+from .reused_memory import ReusedMemory
 
 LATENTS_AT_ONCE = 1024
 """Rows of a gradient that are computed together: they are still in a cache when they are written where they belong."""
 
-GRADIENTS = KeptMemory()
+GRADIENTS = ReusedMemory()
 
 
-class LivePairs:
+class SparsePairs:
     """Some latents of some tokens, in the order of the latents; a value of each pair is one number.
 
     They hold no value that has a gradient, so that derivatives can hold them without holding themselves.
@@ -93,7 +93,7 @@ class LivePairs:
         weights = torch.cat(tuple(values)).index_select(0, own)
         return sum_rows(latents, offsets, weights, rows).view(self.count, several, -1)
 
-    def code(self, values: Tensor, leading: Sequence[int]) -> LiveLatents:
+    def code(self, values: Tensor, leading: Sequence[int]) -> SparseLatents:
         """Return values ``[live]`` as latents, token by token; zeros are left out.
 
         Args:
@@ -104,9 +104,9 @@ class LivePairs:
         values = values.index_select(0, order)
         on = values != 0
         if bool(on.all()):
-            return LiveLatents(self._by_token, self.latents.index_select(0, order), values, shape)
+            return SparseLatents(self._by_token, self.latents.index_select(0, order), values, shape)
         order = order[on]
-        return LiveLatents(_offsets(self.tokens[order], self.count), self.latents[order], values[on], shape)
+        return SparseLatents(_offsets(self.tokens[order], self.count), self.latents[order], values[on], shape)
 
 
 def _offsets(owners: Tensor, count: int) -> Tensor:

@@ -14,7 +14,7 @@ DENSEST = 1 / 4
 """Share of groups with one that matters above which it is faster to look at all numbers at once."""
 
 
-class Reaching:
+class ThresholdSearch:
     """Finds what reaches a level, in one tile after another.
 
     Of each group of numbers the largest is looked at first. That, and the answer, lie in memory that the next tile
@@ -41,7 +41,7 @@ class Reaching:
             self._on = torch.empty(shape, dtype=torch.bool, device=tile.device)
         return torch.amax(tile, 1, out=self._largest)
 
-    def places(self, tile: Tensor, largest: Tensor, level: Tensor) -> Tensor:
+    def find(self, tile: Tensor, largest: Tensor, level: Tensor) -> Tensor:
         """Return the places of what is not below a level; what is not a number is not.
 
         Args:
@@ -53,21 +53,21 @@ class Reaching:
             Places, counted through all axes, ``[found]`` int64; group by group, in each in no order.
         """
         _, members, columns = tile.shape
-        places = true_places(torch.lt(largest, level, out=self._on).logical_not_())
+        find = true_indices(torch.lt(largest, level, out=self._on).logical_not_())
         if members == 1:
-            return places
-        if len(places) > DENSEST * largest.numel():
-            return true_places((tile < level).logical_not_())
-        groups = places // max(columns, 1)
+            return find
+        if len(find) > DENSEST * largest.numel():
+            return true_indices((tile < level).logical_not_())
+        groups = find // max(columns, 1)
         if level.ndim:
-            level = level.index_select(0, places - groups * columns).unsqueeze(1)
-        firsts = groups.mul_((members - 1) * columns).add_(places)
-        places = firsts.unsqueeze(1) + torch.arange(members, device=tile.device) * columns
-        below = tile.view(-1).index_select(0, places.view(-1)).view_as(places) < level
-        return places.view(-1).index_select(0, below.logical_not_().view(-1).nonzero().squeeze(1))
+            level = level.index_select(0, find - groups * columns).unsqueeze(1)
+        firsts = groups.mul_((members - 1) * columns).add_(find)
+        find = firsts.unsqueeze(1) + torch.arange(members, device=tile.device) * columns
+        below = tile.view(-1).index_select(0, find.view(-1)).view_as(find) < level
+        return find.view(-1).index_select(0, below.logical_not_().view(-1).nonzero().squeeze(1))
 
 
-def true_places(mask: Tensor) -> Tensor:
+def true_indices(mask: Tensor) -> Tensor:
     """Return the places of what is true in ``mask [...]``, counted through all axes, in order, ``[n]`` int64.
 
     Eight places at once are skipped where all are false, which most are.

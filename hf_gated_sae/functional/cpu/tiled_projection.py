@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..linear import linear
 from . import bf16_screening
-from .threshold_search import Reaching
+from .threshold_search import ThresholdSearch
 
 FEW = 64
 """Tokens up to which a product with weights of other strides is faster as it is than with a copy of them."""
@@ -38,7 +38,7 @@ def above(
     screened = bf16_screening.screen_of(x, rounding=rounding) if bf16_screening.serves(x, weight, cut) else None
     # Of the numbers that a screen looks at twice as many fit the same cache.
     width = max(1, TILE * (1 if screened is None else 2) // max(tokens, 1))
-    reaching = Reaching()
+    reaching = ThresholdSearch()
     parts, left = [], most * tokens * d_sae
     for first in range(0, d_sae, width):
         rows, cuts = weight[first : first + width], cut[first : first + width]
@@ -57,16 +57,16 @@ def above(
     return token, latent, projection
 
 
-def _multiplied(x: Tensor, weight: Tensor, cut: Tensor, reaching: Reaching) -> tuple[Tensor, Tensor, Tensor]:
+def _multiplied(x: Tensor, weight: Tensor, cut: Tensor, reaching: ThresholdSearch) -> tuple[Tensor, Tensor, Tensor]:
     """Search one tile by computing all of it."""
     # The product that encoding takes, so that both come to the same bits. Weights that lie the other way, as mapped
     # from a file, are read as they are by few tokens, and copied for many.
     projections = linear(x, weight if weight.stride(-1) == 1 or len(x) <= FEW else weight.contiguous())
-    members = Reaching.members(len(x))
+    members = ThresholdSearch.members(len(x))
     tile = projections.reshape(len(x) // members, members, len(weight))
     wide = torch.promote_types(x.dtype, torch.float32)
     level = cut.to(wide).nextafter(cut.new_full((), torch.inf, dtype=wide))
-    places = reaching.places(tile, reaching.largest(tile), level)
+    places = reaching.find(tile, reaching.largest(tile), level)
     tokens = places // max(len(weight), 1)
     return tokens, places - tokens * len(weight), projections.reshape(-1)[places]
 

@@ -15,9 +15,9 @@ from ...errors import AttachError, InputError
 from ...interventions import Intervention
 from ...sites import Slot
 from ...sites.probe import unwrap
-from ...sites.slots import Place
+from ...sites.slots import TensorPath
 from ...sites.transforms import view
-from ..apply import carry_out
+from ..apply import apply_interventions
 from ..attach import Attachment, attach, require_fit, sites_of
 from ..attach_report import AttachReport
 from ..continuation import facts_of
@@ -117,12 +117,12 @@ class _Carrier:
         given = [batcher.kwargs, batcher.extra_kwargs, *(kwargs for _, kwargs in batcher.invokes)]
         return what(self.root._module, (), {name: value for each in given for name, value in each.items()})
 
-    def _act(self, place: Place, x: Tensor) -> Tensor | None:
+    def _act(self, place: TensorPath, x: Tensor) -> Tensor | None:
         """Carry out what is to be done at one place."""
         call = self._tracker.current
         for site, transforms in self.attachment.reads(place):
             call.see(site, view(x, transforms).value)
-        return carry_out(x, call, self.attachment.records(place), self.attachment.placed, replaying=False)
+        return apply_interventions(x, call, self.attachment.records(place), self.attachment.placed, replaying=False)
 
 
 _CARRIERS: WeakKeyDictionary[Any, _Carrier] = WeakKeyDictionary()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import AttachError, InputError, ShapeError
-from ...interventions import Call, SiteRun, TokenContext
+from ...interventions import ModelCall, SiteCall, TokenContext
 from ...interventions.base import require_sae, require_written_width, sites_read_elsewhere, sites_written
 from ...modeling import SAEModel
 from ...sites import Slot
@@ -67,11 +67,11 @@ class _Latents:
             return value
         return self._unpacked(put_tensor(self._packed(value), self.slot.place.keys, new))
 
-    def _run(self, tensor: Tensor) -> SiteRun:
+    def _run(self, tensor: Tensor) -> SiteCall:
         x = view(tensor, self.slot.place.steps).value
         index = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
         tokens = TokenContext(index, index[:, :1], None, "mixed", x.shape[1])  # which token is which is not asked
-        return SiteRun(x, tokens, self._placed, call=Call(tokens))
+        return SiteCall(x, tokens, self._placed, call=ModelCall(tokens))
 
     def _tensor(self, value: Any) -> Tensor:
         place = self.slot.place

@@ -19,10 +19,10 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ...errors import AttachError
-from ...interventions import Call, TokenContext
+from ...interventions import ModelCall, TokenContext
 from ...sites import Slot
 from ...sites.transforms import view
-from ..apply import carry_out
+from ..apply import apply_interventions
 from ..attach import Attachment
 from ..attach_report import Record
 
@@ -60,7 +60,7 @@ class _SingleTokens(TokenContext):
         raise AttachError("it depends on the columns of the batch.")
 
 
-class _SingleTokensCall(Call):
+class _SingleTokensCall(ModelCall):
     """A forward of which nothing is kept for the next one."""
 
     def remember(self, owner: object, now: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def portable(attachment: Attachment, slot: Slot, seen: Sequence[Slot]) -> tuple[
         for other, value in (*before, (slot, here.value)):
             for site, transforms in attachment.reads(other.place):
                 call.see(site, view(value, transforms).value)
-        new = carry_out(here.value, call, records, attachment.placed, replaying=True)
+        new = apply_interventions(here.value, call, records, attachment.placed, replaying=True)
         return x if new is None else here.written(new) if slot.place.steps else new
 
     # Where gradients are wanted, no shorter way is chosen by looking at values.

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ...modeling import SAEModel
-from ..initial_latents import fresh_vectors
-from ..recent_batches import RememberedBatches
+from ..initial_latents import initial_vectors
+from ..recent_batches import RecentBatches
 from ..sharding import Grid
 from .base import DeadLatentRemedy
 
@@ -31,7 +31,7 @@ class Resample(DeadLatentRemedy):
         super().__init__(*args)
         self._steps = frozenset(self.args.resample_steps)
         self._window = math.ceil(self.args.resample_inputs / self.args.activations_per_step)
-        self._recent = RememberedBatches()
+        self._recent = RecentBatches()
         self._generator = torch.Generator().manual_seed(self.args.seed)
         self.resampled = 0
 
@@ -109,14 +109,14 @@ def resample(
     counts = grid.latents.rows(torch.tensor([len(dead)], device=dead.device))  # each process has its own dead latents
     if not (drawn := min(int(counts.sum()), int((weights > 0).sum()))):
         return dead[:0]
-    loudness = encoder_scale * _live_norm(sae, dead, grid)
+    loudness = encoder_scale * _sparse_norm(sae, dead, grid)
     # Scaled by the largest so that the squares of large errors stay representable.
     chosen = torch.multinomial((weights / weights.max()).double().cpu(), drawn, generator=generator)
     chosen = chosen[int(counts[: grid.latents.rank].sum()) :][: len(dead)].to(directions.device)
     dead = dead[: len(chosen)]
     directions, written = (grid.data.chosen(each, chosen) for each in (directions, written))
     reads, writes = (nn.functional.normalize(each, dim=-1).to(sae.dtype) for each in (directions, written))
-    fresh = fresh_vectors(sae)
+    fresh = initial_vectors(sae)
     kept: set[str] = set()
     for name, parameter in ((name, each) for name, each in sae.named_parameters() if each.requires_grad):
         if name == "W_dec":
@@ -174,8 +174,8 @@ def _directions(sae: SAEModel, inputs: Tensor, targets: Tensor) -> tuple[Tensor,
     return read, targets - sae.b_dec if sae.config.is_transcoder else read
 
 
-def _live_norm(sae: SAEModel, dead: Tensor, grid: Grid) -> Tensor:
-    """Return the mean norm of the encoder rows of live latents, ``[]``; of all if none is alive."""
+def _sparse_norm(sae: SAEModel, dead: Tensor, grid: Grid) -> Tensor:
+    """Return the mean norm of the encoder rows of active latents, ``[]``; of all if none is alive."""
     alive = torch.ones(sae.config.d_sae, dtype=torch.bool, device=dead.device)
     alive[dead] = False
     norms = sae.W_enc.norm(dim=0)

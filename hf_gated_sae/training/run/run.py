@@ -18,7 +18,7 @@ from transformers.trainer_utils import TrainOutput
 
 from ...errors import CheckpointError, InputError, SAEError
 from ...modeling import SAEModel
-from ...storage.atomic_write import replaced_together
+from ...storage.atomic_write import written_together
 from ..arguments import ARGUMENTS_FILE
 from ..checkpoints import checkpoints, newest_whole
 from ..memory import TrainingMemory, require_room
@@ -284,7 +284,7 @@ def _alone_in(folder: Path, *, writes: bool) -> Iterator[None]:
 def write_run(config: RunConfig) -> Path:
     """Write a run, with the commits that it was resolved to, as the YAML file that carries it out again."""
     folder = Path(config.output_dir)
-    with replaced_together(folder) as staging:
+    with written_together(folder) as staging:
         text = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True, width=100)
         (staging / RUN_FILE).write_text(text, encoding="utf-8")
     return folder / RUN_FILE

@@ -13,7 +13,7 @@ import os
 import torch
 
 from ...errors import InputError
-from ...modeling import KeptObjective, SAEConfig, SAEModel
+from ...modeling import SAEConfig, SAEModel, TopKObjective
 from ...modeling.loading import open_checkpoint
 from ...modeling.model import architectures
 from ..processes import Processes
@@ -98,15 +98,15 @@ def load_part(folder: str | os.PathLike[str], subfolder: str = "", *, processes:
     rows = part.config.rows
     part.config.kept_latents = None
     part.config.d_sae = rows
-    part.others = processes
+    part.latent_group = processes
     return part
 
 
 def whole_config(part: SAEModel) -> SAEConfig:
     """Return the configuration of the SAE that this is a part of."""
     config = copy.deepcopy(part.config)
-    if isinstance(part.others, Processes):
-        config.d_sae *= part.others.count
+    if isinstance(part.latent_group, Processes):
+        config.d_sae *= part.latent_group.count
     return config
 
 
@@ -117,7 +117,7 @@ def require_splittable(sae_class: type[SAEModel]) -> None:
         InputError: saying why not.
     """
     why = ""
-    if not sae_class.elementwise or issubclass(sae_class.objective_class, KeptObjective):
+    if not sae_class.elementwise or issubclass(sae_class.objective_class, TopKObjective):
         why = "which latents are on is decided among all of them"
     elif not (sae_class.sliceable and sae_class.one_site and sae_class.per_token):
         why = "its tensors are not one row per latent"
@@ -135,7 +135,7 @@ def _empty(sae_class: type[SAEModel], config: SAEConfig, processes: Processes) -
     config.d_sae = len(latents_of(config.d_sae, processes))
     part = sae_class(config)
     if not processes.alone:
-        part.others = processes
+        part.latent_group = processes
     return part
 
 
@@ -150,7 +150,7 @@ def own_part(sae: SAEModel, processes: Processes, remedy: str | None) -> SAEMode
     Raises:
         InputError: if it cannot be split, or trained so.
     """
-    others = sae.others
+    others = sae.latent_group
     if isinstance(others, Processes) and (others.count, others.rank) != (processes.count, processes.rank):
         raise InputError(
             f"This is the part of an SAE that {others.count} processes share (number {others.rank} of them), and "

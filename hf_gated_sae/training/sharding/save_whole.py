@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError, SAEError, reason
 from ...modeling import SAEModel
-from ...storage.atomic_write import replaced_together
+from ...storage.atomic_write import written_together
 from ..processes import Processes
 from .latent_split import whole_config
 
@@ -46,7 +46,7 @@ def save_whole(part: SAEModel, folder: str | Path, *, bytes_per_file: int = BYTE
     Raises:
         CheckpointError: in all processes, if it cannot be written.
     """
-    processes = part.others
+    processes = part.latent_group
     if not isinstance(processes, Processes):
         part.save_pretrained(folder)
         return
@@ -64,7 +64,7 @@ def save_whole(part: SAEModel, folder: str | Path, *, bytes_per_file: int = BYTE
         staging, full = Path(), None
         with processes.agreed(explained):  # before the others wait for somebody to take their rows
             if not processes.rank:
-                staging = stack.enter_context(replaced_together(Path(folder)))
+                staging = stack.enter_context(written_together(Path(folder)))
         for file, names in files.items():
             out = _UntilFull(None if processes.rank else staging / file)
             out.append(_header({name: (tensors[name], rows[name]) for name in names}))

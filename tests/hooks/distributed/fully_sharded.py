@@ -13,7 +13,7 @@ from transformers.distributed import DistributedConfig
 from hf_gated_sae import Ablate, Splice, Steer, attach, capture, resolve
 from hf_gated_sae.sites import multi_rank
 from tests.hooks.distributed.ranks import RANKS, require_alike, run
-from tests.hooks.support import IDS, close, hooks_on, live_latents, logits_of, make_sae
+from tests.hooks.support import IDS, active_latents, close, hooks_on, logits_of, make_sae
 from tests.support.tiny_models import tiny_model
 
 FAMILIES = ("llama", "gpt2")
@@ -131,7 +131,7 @@ def each_rank_edits_its_own_batch(models):
     sharded, plain = models["llama"]
     first = distributed.get_rank() == 0
     ids = IDS if first else OWN
-    latents = live_latents(plain, make_sae(), ids)
+    latents = active_latents(plain, make_sae(), ids)
     edit = Ablate(make_sae(), latents if first else latents[:1])
     with attach(plain, edit):
         expected = logits_of(plain, ids)

@@ -19,7 +19,7 @@ from hf_gated_sae import Ablate, Clamp, Splice, Steer, attach, capture, resolve
 from hf_gated_sae.errors import AttachError, ShapeError, SiteError
 from hf_gated_sae.sites import multi_rank
 from tests.hooks.distributed.ranks import RANKS, gathered, require_alike, run
-from tests.hooks.support import IDS, close, hooks_on, live_latents, logits_of, make_sae
+from tests.hooks.support import IDS, active_latents, close, hooks_on, logits_of, make_sae
 from tests.support.tiny_models import tiny_model
 
 EVEN = {"vocab_size": 98}  # older versions of transformers do not split an odd vocabulary
@@ -103,7 +103,7 @@ def nothing_edited_changes_no_bit(pairs):
         clean = logits_of(split)
         for site in ("resid_post.1", "attn_z.1", "mlp_out.0"):
             sae = make_sae(site=site, d_in=resolve(split)[site].width)
-            latents = live_latents(split, sae)
+            latents = active_latents(split, sae)
             idle = Ablate(sae, latents, positions=[]), Clamp(sae, {3: 9.0}, when={latents[0]: 1e9})
             with attach(split, *idle) as handle:
                 assert torch.equal(logits_of(split), clean)
@@ -122,7 +122,7 @@ def edits_on_all_ranks_are_those_of_one_process(pairs):
             sae = make_sae(site=site, d_in=sites[site].width)
             for edit in (
                 Splice(sae),
-                Ablate(sae, live_latents(plain, sae)),
+                Ablate(sae, active_latents(plain, sae)),
                 Steer(sae, 3, strength=4.0),
                 Clamp(sae, {5: 6.0}, positions=[1, -1]),
             ):

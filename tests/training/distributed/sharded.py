@@ -293,7 +293,7 @@ def a_threshold_over_the_batch_is_that_of_the_whole_batch(given):
     whole, own = (double("batch_topk", k=4, threshold_momentum=0.5) for _ in range(2))
     for sae in (whole, own):
         sae.b_enc.data.zero_()
-    own.peers = everyone
+    own.data_group = everyone
     x = tokens(256)
     train(whole, batches_of(x, 64), 12)
     mine = (batch[everyone.rank :: RANKS] for batch in batches_of(x, 64))
