@@ -11,11 +11,10 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..functional import jumprelu
-from ..functional.activations import largest
-from ..functional.cpu.tiled_projection import lowest_projection
-from ..functional.linear import is_transformed
-from ..functional.support import DENSEST, SparseSupport, Support
+from ..functional import cpu, jumprelu
+from ..functional.activations import largest, lowest_projection
+from ..functional.support import Support
+from ..functional.tensor_checks import is_transformed
 from ..modeling import SAEConfig, SAEModel, Sparsity, TopKObjective, TrainingLoss
 
 SAMPLE = 64
@@ -110,8 +109,8 @@ class BatchTopKSAE(SAEModel):
         """
         wanted = self.config.k * math.prod(x.shape[:-1])
         alone = self.data_group is None  # others may have their share of the largest below what is guessed here
-        few = self.config.k <= DENSEST * self.config.d_sae
-        guess = self._guess(x) if alone and few and SparseSupport.serves(x, self.W_enc_T) else None
+        few = self.config.k <= cpu.DENSEST * self.config.d_sae
+        guess = self._guess(x) if alone and few and cpu.serves_sparse_step(x, self.W_enc_T) else None
         support = self._support(x, None if guess is None else lowest_projection(guess, self.b_enc))
         pre_latents = support.projection + self._take(self.b_enc, support.latents)
         if guess is not None and support.latents is not None and int((pre_latents > guess).sum()) < wanted:

@@ -11,7 +11,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..functional.cpu.tiled_projection import lowest_projection
+from ..functional.activations import lowest_projection
 from ..functional.support import Support
 from ..modeling import Objective, SAEConfig, SAEModel, Sparsity, TrainingLoss, squared_error
 from .jumprelu import JumpReLUSAE, JumpReLUSAEConfig

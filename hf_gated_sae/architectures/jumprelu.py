@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..functional import above_threshold, jumprelu
-from ..functional.cpu.tiled_projection import lowest_projection
+from ..functional.activations import lowest_projection
 from ..functional.support import Support
 from ..modeling import Objective, SAEConfig, SAEModel, Sparsity, TrainingLoss, squared_error
 

@@ -7,8 +7,8 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor
 
 from ..errors import InputError
+from ..functional import cpu
 from ..functional.activations import topk_indices
-from ..functional.cpu import bf16_screening
 from ..modeling import SAEConfig, TopKBaseSAE
 
 
@@ -71,4 +71,4 @@ class TopKSAE(TopKBaseSAE):
     def _highest(self, x: Tensor, *, rounding: bool = False) -> tuple[Tensor, Tensor] | None:
         if self.config.rank_by_decoder_norm:
             return None
-        return bf16_screening.highest(self._centred(x), self.W_enc_T, self.b_enc, self.config.k, rounding=rounding)
+        return cpu.highest(self._centred(x), self.W_enc_T, self.b_enc, self.config.k, rounding=rounding)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .linear import is_ordinary
+from .tensor_checks import is_ordinary
 
 
 class _JumpReLU(torch.autograd.Function):
@@ -174,3 +174,21 @@ def largest(pre_latents: Tensor, count: int) -> Tensor:
     flat = torch.relu(pre_latents).reshape(-1)
     values, indices = flat.topk(min(count, flat.numel()), sorted=False)
     return torch.zeros_like(flat).scatter(0, indices, values).view_as(pre_latents)
+
+
+def lowest_projection(threshold: Tensor, bias: Tensor) -> Tensor:
+    """Return a cut: a projection at or below it stays at or below the threshold when the bias is added.
+
+    However the sum is rounded, in the biases' dtype or a wider one.
+
+    Args:
+        threshold: ``[d_sae]`` or a scalar, not negative.
+        bias: ``[d_sae]``.
+
+    Returns:
+        ``threshold - bias`` and a margin, ``[d_sae]`` in the dtype of the bias.
+    """
+    margin = 4 * torch.finfo(bias.dtype).eps
+    wide = torch.promote_types(bias.dtype, torch.float32)
+    threshold, bias_wide = threshold.to(wide), bias.to(wide)
+    return (threshold - bias_wide - margin * (threshold.abs() + bias_wide.abs())).to(bias.dtype)

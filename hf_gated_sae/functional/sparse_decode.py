@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import InputError
-from .linear import is_plain, linear
+from .linear import linear
+from .row_sums import sum_rows, sums_rows
 from .sparse_latents import SparseLatents
+from .tensor_checks import is_plain
 
 DENSEST = 1 / 16
 """Share of latents that are on up to which summing their rows takes less time than the dense product."""
@@ -46,13 +48,6 @@ def decode(latents: Tensor | SparseLatents, W_dec: Tensor) -> Tensor:
     return written.reshape(*latents.shape[:-1], W_dec.shape[1])
 
 
-def sums_rows(W_dec: Tensor) -> bool:
-    """Whether rows of this matrix can be summed as exactly as a product sums them."""
-    if W_dec.dtype in (torch.float32, torch.float64):
-        return W_dec.is_contiguous()
-    return W_dec.dtype in _SUMMED_IN_FLOAT32 and W_dec.device.type == "cpu" and W_dec.is_contiguous()
-
-
 def _decode_sparse(latents: SparseLatents, W_dec: Tensor) -> Tensor:
     """Sum rows, or multiply a few tokens at a time where many latents are on.
 
@@ -81,42 +76,8 @@ def _sum_active(latents: SparseLatents, W_dec: Tensor) -> Tensor:
     return sum_rows(latents.indices, latents.offsets, latents.values, W_dec)
 
 
-def sum_rows(indices: Tensor, offsets: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
-    """Return weighted sums of some rows.
-
-    Args:
-        indices: numbers of rows, sum after sum, ``[n]`` int64.
-        offsets: where each sum begins among them, and the end, ``[sums + 1]`` int64.
-        weights: of each, ``[n]``.
-        rows: ``[m, d]``.
-
-    Returns:
-        ``[sums, d]``.
-    """
-    return nn.functional.embedding_bag(
-        indices, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
-    )
-
-
 def _few_may_be_on(latents: Tensor, W_dec: Tensor) -> bool:
     """Whether it is worth looking, and rows can be summed."""
     if latents.numel() < SMALLEST or latents.dtype != W_dec.dtype or not sums_rows(W_dec):
         return False
     return is_plain(latents, W_dec)
-
-
-def _summed_in_float32() -> frozenset[torch.dtype]:
-    """Return the halves of which this build of torch adds up rows in float32; others it rounds at every step."""
-    ones, bag = torch.arange(2000) % 7, torch.tensor([0])
-    return frozenset(
-        dtype
-        for dtype in (torch.bfloat16, torch.float16)
-        if nn.functional.embedding_bag(
-            ones, torch.ones(7, 64, dtype=dtype), bag, mode="sum", per_sample_weights=torch.ones(2000, dtype=dtype)
-        )
-        .eq(torch.tensor(2000, dtype=dtype))
-        .all()
-    )
-
-
-_SUMMED_IN_FLOAT32 = _summed_in_float32()

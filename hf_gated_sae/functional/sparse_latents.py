@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, ShapeError, shown
-from .cpu.threshold_search import true_indices
+from .indices import true_indices
 from .short_repr import short_repr
 
 

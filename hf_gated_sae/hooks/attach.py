@@ -22,6 +22,7 @@ from ..sites.multi_rank import absent, tensor_ranks
 from ..sites.probe import unwrap
 from ..sites.slots import TensorPath
 from ..sites.transforms import Transform
+from ..upstream.torch_private import is_compiled
 from .attach_report import AttachReport, Record
 from .dispatch import Session, enter, leave, prove
 from .eager import run_eagerly
@@ -388,8 +389,4 @@ def require_model(caller: str, model: Any) -> None:
 def _is_compiled(module: nn.Module) -> bool:
     """Whether a module, its call or its `forward` went through torch.compile."""
     forward = vars(module).get("forward")
-    return (
-        "_orig_mod" in module._modules
-        or module._compiled_call_impl is not None
-        or hasattr(forward, "_torchdynamo_orig_callable")
-    )
+    return "_orig_mod" in module._modules or is_compiled(module) or hasattr(forward, "_torchdynamo_orig_callable")

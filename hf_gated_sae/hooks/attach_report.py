@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import AttachError
-from ..functional.linear import is_transformed, untransformed
 from ..functional.short_repr import few_lines, short_repr
+from ..functional.tensor_checks import is_transformed, untransformed
 from ..interventions import Conditional, Intervention, TokenContext
 from ..interventions.positions import unreached
 from ..sites import Site

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import sys
-from types import CodeType, FrameType
+from types import FrameType
 
-from torch import nn
-
-_CALL: CodeType = nn.Module._call_impl.__code__
+from ..upstream.torch_private import MODULE_CALL
 
 
 def call_frame() -> FrameType | None:
     """Return where the interpreter runs the call of the module whose hook asks; None if that is not to be found."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not _CALL:
+    while frame is not None and frame.f_code is not MODULE_CALL:
         frame = frame.f_back
     return frame
 

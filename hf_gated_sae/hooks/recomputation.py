@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
-import torch
 from torch import nn
 
 from ..errors import AttachError
 from ..interventions import ModelCall
+from ..upstream.torch_private import next_node_number
 
 if TYPE_CHECKING:
     from .dispatch import Session
@@ -58,11 +58,11 @@ class Forwards:
 
     def begin(self) -> None:
         """Take note that from here on every forward will be told of; those before were not edited."""
-        self._since = node_number()
+        self._since = next_node_number()
 
     def note(self, start: int, call: ModelCall | None, sessions: Sequence[Session]) -> None:
         """Take note of a forward that has ended in this thread, whose first node had this number."""
-        end = node_number()
+        end = next_node_number()
         if end == start:  # it left no graph
             return
         if len(self._kept) == _KEPT:
@@ -108,8 +108,7 @@ class Forwards:
 
     def _running(self) -> Forward | None:
         """Return the forward that is run again; None for one from before anything was attached."""
-        node = torch._C._current_autograd_node()
-        number = None if node is None else node._sequence_nr()
+        number = current_node_number()
         found = [each for each in self._kept if number is not None and each.start <= number < each.end]
         if len({each.thread for each in found}) > 1:
             _refuse("and forwards in several threads may be meant")
@@ -125,16 +124,6 @@ def _refuse(why: str) -> NoReturn:
         f"backward() runs layers again (gradient checkpointing), {why}, so that it is not known what to do with them: "
         "call backward() after each forward, in the same thread, while the same things are attached."
     )
-
-
-def node_number() -> int:
-    """Return the number of the next node that this thread adds to a graph."""
-    return int(torch._C._autograd._get_sequence_nr())
-
-
-def in_backward() -> int:
-    """Return the number of the backward() that is running in this thread; -1 if none is."""
-    return int(torch._C._current_graph_task_id())
 
 
 _forwards: weakref.WeakKeyDictionary[nn.Module, Forwards] = weakref.WeakKeyDictionary()

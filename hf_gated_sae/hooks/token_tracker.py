@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from ..errors import AttachError
 from ..interventions import ModelCall, TokenContext, special_token_ids
+from ..upstream.torch_private import current_backward, next_node_number
 from .call_arguments import PLACES, CallFacts, ForwardArguments, by_name, cache_in, read, tensors_within
 from .call_stack import call_frame, is_running
 from .generation import GenerateBoundary, generation_of
 from .peft_virtual_tokens import VirtualTokens, without_virtual
-from .recomputation import forwards_of, in_backward, node_number
+from .recomputation import forwards_of
 from .token_positions import describe_tokens
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ class TokenTracker:
     @property
     def replaying(self) -> bool:
         """Whether backward() is running a layer again that gradient checkpointing did not keep."""
-        backward = in_backward()
+        backward = current_backward()
         if backward == -1:
             return False
         running = self._innermost()
@@ -192,7 +193,7 @@ class TokenTracker:
             frame: where the interpreter runs the call; None if it is sure that `end` is called, whatever happens.
         """
         self._innermost()
-        running = _Running(self._acting(), node_number(), in_backward(), frame)
+        running = _Running(self._acting(), next_node_number(), current_backward(), frame)
         # First, since the hook after the call always takes one off.
         self._running.set((*self._running.get(), running))
         if not running.sessions:

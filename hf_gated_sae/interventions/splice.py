@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, LatentIndexError
-from ..functional.linear import only_values
+from ..functional.tensor_checks import only_values
 from ..modeling import SAEModel
 from .base import Replacement, Targeted, require_sae
 from .model_call import SiteCall

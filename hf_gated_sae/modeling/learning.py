@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, ShapeError
+from ..functional import cpu
+from ..functional.dense_support import DenseSupport
 from ..functional.linear import linear
 from ..functional.parallel import LatentParallelSupport
-from ..functional.support import DenseSupport, SparseSupport, Support
+from ..functional.support import Support
 from .dtypes import Widest
 from .objective import Objective, Sparsity
 from .output import TrainingLoss
@@ -40,7 +42,7 @@ class Learning(Widest):
         """Return the objective that the architecture is trained with, term by term.
 
         Where few latents are on, on a CPU, the memory of the large gradients stays with the weights once they are
-        cleared, for the next step; ``functional.cpu.reused_memory.forget(sae.parameters())`` lets go of it.
+        cleared, for the next step; ``functional.cpu.forget(sae.parameters())`` lets go of it.
 
         Args:
             x: activations ``[..., d_in]``.
@@ -103,7 +105,7 @@ class Learning(Widest):
             cut: ``[d_sae]``; what is at or below it has no part in the objective. None if everything may have.
         """
         shift = self._shift()
-        live = None if cut is None else SparseSupport.above(x, shift, self.W_enc_T, cut.detach())
+        live = None if cut is None else cpu.support_above(x, shift, self.W_enc_T, cut.detach())
         support = DenseSupport(x, shift, self.W_enc_T) if live is None else live
         return support if self.latent_group is None else LatentParallelSupport(support, self.latent_group)
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..functional.cpu.tiled_projection import above
-from ..functional.linear import is_plain, linear, only_values
+from ..functional import cpu
+from ..functional.linear import linear
 from ..functional.parallel import DataParallelGroup, LatentParallelGroup
 from ..functional.sparse_decode import DENSEST
 from ..functional.sparse_latents import SparseLatents
+from ..functional.tensor_checks import is_plain, only_values
 from .dtypes import Widest
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class Sparse(Widest):
         cut = self._cut() if type(self)._encode is Sparse._encode else None
         if cut is None:
             return self._few_kept(x)
-        found = above(self._centred(x), self.W_enc_T, cut, most=most)
+        found = cpu.find_above(self._centred(x), self.W_enc_T, cut, most=most)
         if found is None:
             return None
         tokens, latents, projections = found

@@ -8,10 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..functional import cpu
 from ..functional.activations import scattered
-from ..functional.cpu.bf16_screening import rounding_tells
+from ..functional.dense_support import DenseSupport
 from ..functional.sparse_latents import SparseLatents
-from ..functional.support import DENSEST, DenseSupport, SparseSupport, Support
+from ..functional.support import Support
 from .config import SAEConfig
 from .model import SAEModel
 from .objective import TopKObjective
@@ -79,22 +80,22 @@ class TopKBaseSAE(SAEModel):
         values = self._activate(projections.reshape(-1), indices.reshape(-1))
         return SparseLatents.from_indices(indices, values.view_as(indices), self.config.d_sae)
 
-    def _sparse_support(self, x: Tensor, shift: Tensor | None) -> SparseSupport | None:
+    def _sparse_support(self, x: Tensor, shift: Tensor | None) -> cpu.SparseSupport | None:
         """Return the projections of what is kept alone; None where a dense step is faster, or needed."""
-        few = self.latents_per_token <= DENSEST * self.config.d_sae
-        if not few or not SparseSupport.serves(x, self.W_enc_T):
+        few = self.latents_per_token <= cpu.DENSEST * self.config.d_sae
+        if not few or not cpu.serves_sparse_step(x, self.W_enc_T):
             return None
-        rounding, flat = rounding_tells(x), x.reshape(-1, x.shape[-1])
+        rounding, flat = cpu.autocast_rounds(x), x.reshape(-1, x.shape[-1])
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             found = self._highest(flat, rounding=rounding)
             live = super()._few_kept(flat) if found is None else None
         if live is not None:
-            return SparseSupport(x, shift, self.W_enc_T, live.tokens, live.indices)
+            return cpu.SparseSupport(x, shift, self.W_enc_T, live.tokens, live.indices)
         if found is None:
             return None
         tokens = torch.arange(len(flat)).repeat_interleave(found[0].shape[1])
         latents, projections = (each.reshape(-1) for each in found)
-        return SparseSupport(x, shift, self.W_enc_T, tokens, latents, projections)
+        return cpu.SparseSupport(x, shift, self.W_enc_T, tokens, latents, projections)
 
     def kept_support(self, x: Tensor) -> tuple[Support, Tensor]:
         """Return the projections that an objective is computed from, and the latents made of them.

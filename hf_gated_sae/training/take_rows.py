@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..functional.cpu.reused_memory import ReusedMemory
+from ..functional.cpu import ReusedMemory
 
 BATCHES = ReusedMemory(several=2)
 """The next batch is drawn while the one before is still there."""

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from ..errors import CheckpointError, InputError, ShapeError
 from ..functional import FidelityAccumulator
-from ..functional.cpu.reused_memory import forget
+from ..functional.cpu import forget
 from ..functional.outliers import is_outlier, largest_share
 from ..modeling import SAEModel, TrainingLoss
 from . import decoder_norm

@@ -17,8 +17,8 @@ from hf_gated_sae.architectures.gated_untied import UntiedGatedSAE
 from hf_gated_sae.architectures.jumprelu import JumpReLUObjective
 from hf_gated_sae.architectures.standard import StandardObjective
 from hf_gated_sae.errors import InputError, ShapeError
-from hf_gated_sae.functional import support as supports
 from hf_gated_sae.functional.cpu import bf16_screening
+from hf_gated_sae.functional.cpu import sparse_support as supports
 from hf_gated_sae.functional.sparse_latents import SparseLatents
 from hf_gated_sae.modeling import Objective, TopKObjective
 from hf_gated_sae.training.take_rows import take_rows

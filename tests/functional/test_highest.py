@@ -71,8 +71,8 @@ def test_none_of_them_is_missed(
 @pytest.mark.parametrize("rounding", [False, True])
 def test_few_are_computed(monkeypatch: pytest.MonkeyPatch, rounding: bool) -> None:
     computed = []
-    dots = bf16_screening.dots
-    monkeypatch.setattr(bf16_screening, "dots", lambda *given: computed.append(len(given[2])) or dots(*given))
+    dots = bf16_screening.pair_dots
+    monkeypatch.setattr(bf16_screening, "pair_dots", lambda *given: computed.append(len(given[2])) or dots(*given))
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(1024, 256, generator=generator), torch.randn(4096, 256, generator=generator)
     found = bf16_screening.highest(x, weight, torch.zeros(4096), 16, rounding=rounding)

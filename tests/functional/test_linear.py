@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.autograd import forward_ad
 
-from hf_gated_sae.functional import linear as module
+from hf_gated_sae.functional.cpu import products as module
 from hf_gated_sae.functional.linear import linear
 
 sides = st.integers(1, 40)

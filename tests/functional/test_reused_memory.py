@@ -12,10 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_gated_sae.functional.cpu import reused_memory
+from hf_gated_sae.functional.cpu import SparseSupport, reused_memory
 from hf_gated_sae.functional.cpu.reused_memory import ReusedMemory, forget
 from hf_gated_sae.functional.cpu.sparse_pairs import LATENTS_AT_ONCE
-from hf_gated_sae.functional.support import SparseSupport
 
 D_SAE, TOKENS = 2 * LATENTS_AT_ONCE + 300, 700
 
@@ -139,7 +138,7 @@ def test_gradients_are_the_same_at_every_step(monkeypatch: pytest.MonkeyPatch, a
     """In the memory of an earlier gradient, with one that is held, and with one that is added to."""
     mine, held, places = weights(), [], []
     for step in range(6):
-        monkeypatch.setattr(reused_memory, "_ALONE", reused_memory._alone() if available else None)
+        monkeypatch.setattr(reused_memory, "storage_holders", reused_memory.storage_holders if available else None)
         for part in range(1 + step % 2):
             backward(*mine, seed=10 * step + part)
         fresh = weights()

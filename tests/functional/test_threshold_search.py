@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_gated_sae.functional.cpu.threshold_search import ThresholdSearch, true_indices
+from hf_gated_sae.functional.cpu.threshold_search import ThresholdSearch
+from hf_gated_sae.functional.indices import true_indices
 
 shares = st.sampled_from([0.0, 0.01, 0.1, 0.5, 1.0])
 whole = st.sampled_from([torch.int16, torch.bfloat16, torch.float32, torch.float64])

@@ -7,8 +7,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hf_gated_sae.functional.activations import lowest_projection
 from hf_gated_sae.functional.cpu import bf16_screening, tiled_projection
-from hf_gated_sae.functional.cpu.tiled_projection import above, lowest_projection
+from hf_gated_sae.functional.cpu.tiled_projection import above
 
 same_for_all = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 roundings = pytest.mark.parametrize("rounding", [False, True])

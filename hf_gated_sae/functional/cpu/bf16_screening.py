@@ -16,7 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..linear import is_plain
+from ...upstream.torch_private import pair_dots
+from ..tensor_checks import is_plain
 from .reused_memory import ReusedMemory
 from .threshold_search import MEMBERS, ThresholdSearch
 
@@ -54,7 +55,7 @@ def serves(x: Tensor, weight: Tensor, cut: Tensor) -> bool:
     return weight.stride(-1) == 1 and is_plain(x, weight, cut) and bool(torch.backends.mkldnn.enabled)
 
 
-def rounding_tells(x: Tensor) -> bool:
+def autocast_rounds(x: Tensor) -> bool:
     """Whether autocast asks for products in bfloat16 where `x` is."""
     kind = x.device.type
     return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
@@ -188,7 +189,8 @@ class BoundedScreen(Screen):
         self, told: Tensor, places: Tensor, weight: Tensor, bias: Tensor, tokens: Tensor, latents: Tensor
     ) -> Tensor:
         """Return the exact projections; see `Screen.projections`."""
-        return dots(weight, self.x, latents, tokens)
+        assert pair_dots is not None
+        return pair_dots(weight, self.x, latents, tokens)
 
 
 def screen_of(x: Tensor, *, rounding: bool) -> Screen:
@@ -301,36 +303,14 @@ def _largest(rounded: Tensor) -> float:
     return float(torch.stack(rounded.aminmax()).float().abs().max()) if rounded.numel() else 0.0
 
 
-def dots(rows: Tensor, others: Tensor, row: Tensor, other: Tensor) -> Tensor:
-    """Return the inner products of some pairs.
-
-    Args:
-        rows: ``[n, d]``.
-        others: ``[m, d]``.
-        row: of each pair ``[pairs]`` int64; in ascending order each row is read once.
-        other: of each pair, ``[pairs]`` int64.
-
-    Returns:
-        ``rows[row] . others[other]``, ``[pairs]``.
-    """
-    counts = torch.bincount(row, minlength=len(rows))
-    # What a weighted sum of rows hands back to its weights; torch has no other name for it.
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        rows, others, other, counts.cumsum(0) - counts, row, 0
-    )
-
-
-def _available() -> bool:
-    """Whether this CPU multiplies bfloat16 faster than float32, and this build of torch has the inner products."""
-    rows, others = torch.arange(6.0).reshape(2, 3), torch.arange(12.0).reshape(4, 3)
-    row, other = torch.tensor([0, 0, 1]), torch.tensor([3, 1, 2])
+def _multiplies_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 faster than float32."""
     try:
-        found = dots(rows, others, row, other)
         capabilities = torch.cpu.get_capabilities()
-    except (AttributeError, RuntimeError, TypeError):  # another version of torch
+    except (AttributeError, RuntimeError):  # another version of torch
         return False
     native = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
-    return bool(native) and torch.backends.mkldnn.is_available() and torch.equal(found, (rows @ others.T)[row, other])
+    return bool(native) and torch.backends.mkldnn.is_available()
 
 
-_AVAILABLE = _available()
+_AVAILABLE = _multiplies_bf16() and pair_dots is not None

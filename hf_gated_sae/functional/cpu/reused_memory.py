@@ -7,13 +7,14 @@ it belongs to, and given out again once nobody can see what is in it any more, w
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Iterable, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from ...upstream.torch_private import storage_holders
 
 
 class ReusedMemory:
@@ -63,30 +64,9 @@ def forget(owners: Iterable[Tensor]) -> None:
             purpose.kept.pop(owner, None)
 
 
-def _holders(tensor: Tensor) -> tuple[int, int]:
-    """Return how many hold a tensor's memory: as a storage object, and as tensors; torch has no public name for it."""
-    storage = tensor.untyped_storage()
-    return sys.getrefcount(storage), torch._C._storage_Use_Count(storage._cdata)
-
-
 def _is_unseen(tensor: Tensor) -> bool:
     """Whether this tensor object is all that there is to its memory: no view, no detached tensor, no array."""
-    return _holders(tensor) == _ALONE
+    return storage_holders is not None and storage_holders(tensor) == _ALONE
 
 
-def _alone() -> tuple[int, int] | None:
-    """Return what `_holders` says of a tensor that nobody else sees; None if this build of torch does not tell."""
-    tensor = torch.empty(4)
-    try:
-        alone = _holders(tensor)
-        for see in (Tensor.detach, lambda each: each[1:], Tensor.untyped_storage):
-            other = see(tensor)
-            if _holders(tensor) == alone:
-                return None
-            del other
-        return alone if _holders(tensor) == alone else None
-    except (AttributeError, TypeError, RuntimeError):  # another version of torch
-        return None
-
-
-_ALONE = _alone()
+_ALONE = None if storage_holders is None else storage_holders(torch.empty(4))

@@ -8,9 +8,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..sparse_decode import sum_rows
+from ...upstream.torch_private import pair_dots
+from ..row_sums import sum_rows
 from ..sparse_latents import SparseLatents
-from .bf16_screening import dots
 from .reused_memory import ReusedMemory
 
 LATENTS_AT_ONCE = 1024
@@ -45,7 +45,8 @@ class SparsePairs:
             of_latents: ``[d_sae, d]``.
             of_tokens: ``[count, d]``.
         """
-        return dots(of_latents, of_tokens, self.latents, self.tokens)
+        assert pair_dots is not None  # else no sparse step is taken
+        return pair_dots(of_latents, of_tokens, self.latents, self.tokens)
 
     def by_latent(self, values: Tensor) -> Tensor:
         """Return the sum of each latent's values ``[live]``, ``[d_sae]``."""

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..indices import true_indices
+
 MEMBERS = 8
 """Numbers of which the largest is looked at first: of so many, few groups have one that matters."""
 
@@ -65,16 +67,3 @@ class ThresholdSearch:
         find = firsts.unsqueeze(1) + torch.arange(members, device=tile.device) * columns
         below = tile.view(-1).index_select(0, find.view(-1)).view_as(find) < level
         return find.view(-1).index_select(0, below.logical_not_().view(-1).nonzero().squeeze(1))
-
-
-def true_indices(mask: Tensor) -> Tensor:
-    """Return the places of what is true in ``mask [...]``, counted through all axes, in order, ``[n]`` int64.
-
-    Eight places at once are skipped where all are false, which most are.
-    """
-    flat = mask.reshape(-1)
-    if flat.numel() % 8 or mask.device.type != "cpu" or flat.storage_offset() % 8:
-        return flat.nonzero().squeeze(1)
-    eights = flat.view(torch.int64).nonzero().squeeze(1)
-    within = flat.view(-1, 8).index_select(0, eights).view(-1).nonzero().squeeze(1)
-    return eights.index_select(0, within >> 3).mul_(8).add_(within.bitwise_and_(7))

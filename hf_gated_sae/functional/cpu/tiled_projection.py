@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..linear import linear
 from . import bf16_screening
+from .products import multiply
 from .threshold_search import ThresholdSearch
 
 FEW = 64
@@ -61,7 +61,7 @@ def _multiplied(x: Tensor, weight: Tensor, cut: Tensor, reaching: ThresholdSearc
     """Search one tile by computing all of it."""
     # The product that encoding takes, so that both come to the same bits. Weights that lie the other way, as mapped
     # from a file, are read as they are by few tokens, and copied for many.
-    projections = linear(x, weight if weight.stride(-1) == 1 or len(x) <= FEW else weight.contiguous())
+    projections = multiply(x, weight if weight.stride(-1) == 1 or len(x) <= FEW else weight.contiguous())
     members = ThresholdSearch.members(len(x))
     tile = projections.reshape(len(x) // members, members, len(weight))
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -69,21 +69,3 @@ def _multiplied(x: Tensor, weight: Tensor, cut: Tensor, reaching: ThresholdSearc
     places = reaching.find(tile, reaching.largest(tile), level)
     tokens = places // max(len(weight), 1)
     return tokens, places - tokens * len(weight), projections.reshape(-1)[places]
-
-
-def lowest_projection(threshold: Tensor, bias: Tensor) -> Tensor:
-    """Return a cut: a projection at or below it stays at or below the threshold when the bias is added.
-
-    However the sum is rounded, in the biases' dtype or a wider one.
-
-    Args:
-        threshold: ``[d_sae]`` or a scalar, not negative.
-        bias: ``[d_sae]``.
-
-    Returns:
-        ``threshold - bias`` and a margin, ``[d_sae]`` in the dtype of the bias.
-    """
-    margin = 4 * torch.finfo(bias.dtype).eps
-    wide = torch.promote_types(bias.dtype, torch.float32)
-    threshold, bias_wide = threshold.to(wide), bias.to(wide)
-    return (threshold - bias_wide - margin * (threshold.abs() + bias_wide.abs())).to(bias.dtype)

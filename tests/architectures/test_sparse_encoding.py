@@ -187,7 +187,7 @@ def test_a_slice_finds_its_own_latents(architecture: str) -> None:
 @every_architecture
 def test_wrong_widths_are_refused(architecture: str) -> None:
     sae = example(architecture)
-    for call in (sae.live, sae.reconstruct):
+    for call in (sae.encode_sparse, sae.reconstruct):
         with pytest.raises(ShapeError, match=r"\[2, 5\]"):
             call(torch.zeros(2, 5))
 
@@ -227,7 +227,7 @@ def test_dense_latents_of_all_tokens_never_exist(architecture: str) -> None:
         if name in ("b_enc", "b_gate", "b_mag"):
             tensor -= 1.5
     x = activations(sae, 300, dtype=torch.float32)
-    for call in (sae.live, sae.reconstruct):
+    for call in (sae.encode_sparse, sae.reconstruct):
         with Largest() as seen:
             call(x)
         assert seen.numbers < 300 * D_SAE

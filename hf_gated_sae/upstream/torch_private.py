@@ -1,0 +1,124 @@
+"""Private names of torch, seen in 2.9 and 2.13.
+
+Operations that exist for speed (`onednn_linear`, `pair_dots`, `storage_holders`) are None where this build of torch
+lacks them or computes something else; callers then take the public way. The others are needed to know which forward
+is running: without them hooks could edit the wrong call, so a missing one raises when it is first used.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import CodeType
+
+import torch
+from torch import Tensor, nn
+
+# ---------------------------------------------------------------- operations for speed
+
+
+def _onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Return ``x @ weight.T`` by oneDNN, ``[n, d] -> [n, m]``; torch's own `linear` takes BLAS in float32."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def _pair_dots(rows: Tensor, others: Tensor, row: Tensor, other: Tensor) -> Tensor:
+    """Return ``rows[row] . others[other]`` of each pair, ``[pairs]``.
+
+    It is the gradient of `embedding_bag` with respect to its weights, which torch offers under no public name.
+
+    Args:
+        rows: ``[n, d]``.
+        others: ``[m, d]``.
+        row: of each pair ``[pairs]`` int64; in ascending order each row is read once.
+        other: of each pair ``[pairs]`` int64.
+    """
+    counts = torch.bincount(row, minlength=len(rows))
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        rows, others, other, counts.cumsum(0) - counts, row, 0
+    )
+
+
+def _storage_holders(tensor: Tensor) -> tuple[int, int]:
+    """Return how many hold a tensor's memory: as Python storage objects, and as tensors."""
+    storage = tensor.untyped_storage()
+    return sys.getrefcount(storage), torch._C._storage_Use_Count(storage._cdata)
+
+
+def _checked_onednn_linear() -> Callable[[Tensor, Tensor], Tensor] | None:
+    if not torch.backends.mkldnn.is_available():
+        return None
+    x, weight = torch.arange(6.0).reshape(2, 3), torch.arange(12.0).reshape(4, 3)
+    try:
+        return _onednn_linear if torch.equal(_onednn_linear(x, weight), x @ weight.T) else None
+    except (AttributeError, RuntimeError, TypeError):
+        return None
+
+
+def _checked_pair_dots() -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None:
+    rows, others = torch.arange(6.0).reshape(2, 3), torch.arange(12.0).reshape(4, 3)
+    row, other = torch.tensor([0, 0, 1]), torch.tensor([3, 1, 2])
+    try:
+        found = _pair_dots(rows, others, row, other)
+    except (AttributeError, RuntimeError, TypeError):
+        return None
+    return _pair_dots if torch.equal(found, (rows @ others.T)[row, other]) else None
+
+
+def _checked_storage_holders() -> Callable[[Tensor], tuple[int, int]] | None:
+    tensor = torch.empty(4)
+    try:
+        alone = _storage_holders(tensor)
+        for see in (Tensor.detach, lambda each: each[1:], Tensor.untyped_storage):
+            other = see(tensor)
+            if _storage_holders(tensor) == alone:
+                return None
+            del other
+        return _storage_holders if _storage_holders(tensor) == alone else None
+    except (AttributeError, TypeError, RuntimeError):
+        return None
+
+
+onednn_linear = _checked_onednn_linear()
+pair_dots = _checked_pair_dots()
+storage_holders = _checked_storage_holders()
+
+# ---------------------------------------------------------------- transformations of torch.func
+
+
+def is_functorch_wrapped(tensor: Tensor) -> bool:
+    """Whether a transformation of `torch.func` wraps a tensor, which may then not be written elsewhere."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def functorch_unwrapped(tensor: Tensor) -> Tensor:
+    """Return the tensor that a transformation of `torch.func` wraps."""
+    return torch._C._functorch.get_unwrapped(tensor)
+
+
+# ---------------------------------------------------------------- which forward runs
+
+MODULE_CALL: CodeType = nn.Module._call_impl.__code__
+"""The code of a module's call. torch runs no hook after a call that KeyboardInterrupt ended, so that whether it still
+runs has to be seen on the stack."""
+
+
+def next_node_number() -> int:
+    """Return the number of the next autograd node of this thread."""
+    return int(torch._C._autograd._get_sequence_nr())
+
+
+def current_node_number() -> int | None:
+    """Return the number of the autograd node for which backward() runs now in this thread; None outside of one."""
+    node = torch._C._current_autograd_node()
+    return None if node is None else node._sequence_nr()
+
+
+def current_backward() -> int:
+    """Return the number of the backward() that runs in this thread; -1 if none does."""
+    return int(torch._C._current_graph_task_id())
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `module.compile()` was called on this module."""
+    return module._compiled_call_impl is not None
