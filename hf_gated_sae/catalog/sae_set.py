@@ -14,7 +14,8 @@ from ..errors import CheckpointError, InputError, UnknownNameError, did_you_mean
 from ..formats import locate_sae, open_at, sae_addresses
 from ..functional.short_repr import few_lines
 from ..hub.location import Location
-from ..modeling.loading import PLACE_ARGUMENTS, Checkpoint, load
+from ..modeling.checkpoint import Checkpoint
+from ..modeling.loading import PLACE_ARGUMENTS, load
 from ..modeling.model import SAEModel
 
 LOADING_ARGUMENTS = ("latents", "dtype", "torch_dtype", "device_map", "max_memory")

@@ -20,7 +20,7 @@ from .tables import facts_grid, l0_text
 
 if TYPE_CHECKING:
     from ..hub.location import Location
-    from ..modeling.loading import Checkpoint
+    from ..modeling.checkpoint import Checkpoint
 
 SHOWN_ROWS = 16
 SHOWN_ADDRESSES = 6

@@ -13,8 +13,8 @@ from torch import Tensor
 from ..errors import CheckpointError, InputError, shown
 from ..hub.location import Location
 from ..modeling import SAEConfig
+from ..modeling.checkpoint import Checkpoint, Tensors, as_stored
 from ..modeling.description import HOME_MADE, CheckpointDescription
-from ..modeling.loading import Checkpoint, Tensors, as_stored
 from ..storage import TENSOR_FILES, StoredTensor
 from ._folders import again
 from ._home_made_content import Content, content_of, listed

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..architectures.cross_layer import CrossLayerSAE, CrossLayerSAEConfig
 from ..errors import CheckpointError
 from ..hub.origin import Origin
-from ..modeling.loading import Checkpoint
+from ..modeling.checkpoint import Checkpoint
 from ..storage import StoredTensor
 
 REQUIRED = ("encoder", "decoder", "b_enc", "b_dec")

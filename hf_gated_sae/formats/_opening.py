@@ -11,8 +11,8 @@ from ..errors import CheckpointError, InputError, MissingFileError, SAEError, di
 from ..hub.index import releases, resolve_alias
 from ..hub.location import LocalFolder, Location, clean_subfolder, locate
 from ..hub.neuronpedia import sae_of_dashboards, unknown_dashboards
+from ..modeling.checkpoint import Checkpoint
 from ..modeling.description import HOME_MADE, CheckpointDescription
-from ..modeling.loading import Checkpoint
 from ..storage import TENSOR_FILES
 from ._claims import claims_of, is_claimed, the_layout
 from ._home_made import open_home_made

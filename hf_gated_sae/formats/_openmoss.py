@@ -20,7 +20,7 @@ from ..hub.hook_names import place_of
 from ..hub.index import known_facts
 from ..hub.location import Location
 from ..modeling import SAEModel
-from ..modeling.loading import Checkpoint
+from ..modeling.checkpoint import Checkpoint
 from ..storage import StoredTensor
 from ._config_values import flag, integer, one_of, text
 from ._folding import decoder_norms, fold, gate_by_decoder_norms

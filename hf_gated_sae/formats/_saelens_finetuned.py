@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..hub.location import Location
-from ..modeling.loading import Tensors
+from ..modeling.checkpoint import Tensors
 from ._config_values import flag
 
 FINETUNED = "scaling_factor"

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from ..errors import CheckpointError
 from ..hub.location import Location
-from ..modeling.loading import Checkpoint
+from ..modeling.checkpoint import Checkpoint
 from ..registry import Registry
 from ..storage import StoredTensor
 

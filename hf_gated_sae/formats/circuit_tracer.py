@@ -19,8 +19,8 @@ from ..hub.base_model_norms import normalization_of
 from ..hub.hook_names import place_of
 from ..hub.location import Location
 from ..hub.model_names import repository_of
+from ..modeling.checkpoint import Checkpoint
 from ..modeling.config import SAEConfig
-from ..modeling.loading import Checkpoint
 from ..modeling.model import SAEModel
 from ..storage import StoredTensor
 from ._config_values import integer, one_of, text

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from ..hub.location import Location
 from ..hub.model_names import repository_of
-from ..modeling.loading import Checkpoint
+from ..modeling.checkpoint import Checkpoint
 from ._config_values import text
 from ._layer_files import Layer, cross_layer_checkpoint
 from ._tensor_names import renamed

@@ -17,7 +17,7 @@ from ..hub.base_model_norms import normalization_of
 from ..hub.hook_names import place_of
 from ..hub.location import Location
 from ..hub.model_names import repository_of
-from ..modeling.loading import Checkpoint
+from ..modeling.checkpoint import Checkpoint
 from ..storage import TENSOR_FILES
 from ._config_values import one_of, text
 from .base import CheckpointFormat, Example, formats

@@ -16,7 +16,7 @@ from ..hub.base_model_norms import normalization_of
 from ..hub.hook_names import place_of
 from ..hub.location import Location
 from ..hub.model_names import repository_of
-from ..modeling.loading import Checkpoint
+from ..modeling.checkpoint import Checkpoint
 from ._config_values import integer, text
 from ._tensor_names import renamed
 from .base import CheckpointFormat, Example, the_file, widths

@@ -11,7 +11,7 @@ import torch
 from ..architectures.standard import StandardSAE, StandardSAEConfig
 from ..hub.location import Location
 from ..hub.model_names import repository_of
-from ..modeling.loading import Checkpoint
+from ..modeling.checkpoint import Checkpoint
 from ._tensor_names import renamed
 from .base import CheckpointFormat, Example, the_file, widths
 from .goodfire import single_files

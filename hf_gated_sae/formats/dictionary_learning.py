@@ -23,7 +23,7 @@ from ..hub.index import known_facts
 from ..hub.location import Location
 from ..hub.model_names import repository_of
 from ..modeling import SAEModel
-from ..modeling.loading import Checkpoint, as_stored
+from ..modeling.checkpoint import Checkpoint, as_stored
 from ..storage import StoredTensor
 from . import _dictionary_learning_sites as sites
 from ._config_values import mapping, number, text

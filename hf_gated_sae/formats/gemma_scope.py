@@ -13,7 +13,7 @@ import numpy as np
 from ..architectures.jumprelu import JumpReLUSAE, JumpReLUSAEConfig
 from ..hub.base_model_norms import normalization_of
 from ..hub.location import Location
-from ..modeling.loading import Checkpoint, as_stored
+from ..modeling.checkpoint import Checkpoint, as_stored
 from ._folders import folders_with
 from ._folding import fold_input_scale
 from .base import CheckpointFormat, Example, widths

@@ -14,7 +14,7 @@ from ..architectures.jumprelu import JumpReLUSAE, JumpReLUSAEConfig
 from ..errors import CheckpointError
 from ..hub.location import Location
 from ..hub.model_names import repository_of
-from ..modeling.loading import Checkpoint
+from ..modeling.checkpoint import Checkpoint
 from ._config_values import text
 from ._folders import folders_with
 from ._module_paths import site_of_path

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from ..errors import CheckpointError, MissingFileError
 from ..hub.location import Location
-from ..modeling.loading import Checkpoint
+from ..modeling.checkpoint import Checkpoint
 from ._config_values import text
 from ._folders import folders_with
 from ._layer_files import Layer, cross_layer_checkpoint

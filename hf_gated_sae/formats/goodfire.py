@@ -16,7 +16,7 @@ from ..architectures.topk import TopKSAE
 from ..errors import CheckpointError
 from ..hub.location import Location
 from ..hub.model_names import repository_of
-from ..modeling.loading import Checkpoint, as_stored
+from ..modeling.checkpoint import Checkpoint, as_stored
 from ._tensor_names import renamed
 from .base import CheckpointFormat, Example, the_file, widths
 

@@ -19,7 +19,7 @@ from ..architectures.topk import TopKSAE
 from ..errors import CheckpointError
 from ..hub.location import Location
 from ..modeling import SAEModel
-from ..modeling.loading import Checkpoint
+from ..modeling.checkpoint import Checkpoint
 from ._config_values import flag, integer, mapping, number, one_of
 from ._openmoss import base_model_of, finish_standardised, place, training_scale
 from ._tensor_names import renamed

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from ..errors import CheckpointError
 from ..hub.location import Location
-from ..modeling.loading import Checkpoint
+from ..modeling.checkpoint import Checkpoint
 from ._config_values import flag, text
 from ._folders import folders_with
 from ._openmoss import AVERAGE, base_model_of, trained

@@ -13,7 +13,7 @@ from ..auto import model_type_of
 from ..errors import CheckpointError, MissingFileError, SAEError, did_you_mean, shown
 from ..hub.location import Location
 from ..modeling import architectures
-from ..modeling.loading import Checkpoint
+from ..modeling.checkpoint import Checkpoint
 from ..storage import StoredTensor
 from ..storage.atomic_write import FACTS_FILE as FACTS
 from .base import CheckpointFormat, Example

@@ -14,7 +14,7 @@ from ..errors import CheckpointError
 from ..hub import index
 from ..hub.location import Location
 from ..modeling import SAEConfig, SAEModel
-from ..modeling.loading import Checkpoint
+from ..modeling.checkpoint import Checkpoint
 from ._config_values import integer, mapping, one_of
 from ._folders import again
 from ._tensor_names import renamed

@@ -12,7 +12,7 @@ import torch
 from ..architectures.topk import TopKSAE, TopKSAEConfig
 from ..errors import CheckpointError
 from ..hub.location import Location
-from ..modeling.loading import Checkpoint
+from ..modeling.checkpoint import Checkpoint
 from ._config_values import integer
 from ._tensor_names import renamed
 from .base import CheckpointFormat, Example, the_file, widths

@@ -19,7 +19,7 @@ from ..errors import CheckpointError, shown
 from ..hub import index
 from ..hub.location import Location
 from ..modeling import SAEModel
-from ..modeling.loading import Checkpoint, Tensors
+from ..modeling.checkpoint import Checkpoint, Tensors
 from ..storage import StoredTensor
 from ._config_values import flag, integer, mapping, number, one_of
 from ._folders import again, folders_with

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from ..architectures.tanh_relu import TanhReLUSAE
 from ..errors import CheckpointError
 from ..hub.location import Location
-from ..modeling.loading import Checkpoint
+from ..modeling.checkpoint import Checkpoint
 from ._config_values import integer, mapping, one_of
 from ._folders import folders_with
 from ._saelens_sites import EXPECTED_AVERAGE

@@ -20,7 +20,7 @@ from ..hub.index import known_facts
 from ..hub.location import Location
 from ..hub.model_names import repository_of
 from ..modeling import SAEModel
-from ..modeling.loading import Checkpoint
+from ..modeling.checkpoint import Checkpoint
 from ._config_values import flag, integer, one_of, text
 from ._folders import folders_with
 from ._tensor_names import renamed

@@ -16,7 +16,7 @@ from ..architectures.temporal import TemporalSAE, TemporalSAEConfig
 from ..errors import CheckpointError
 from ..hub import index
 from ..hub.location import Location
-from ..modeling.loading import Checkpoint, Tensors
+from ..modeling.checkpoint import Checkpoint, Tensors
 from ._config_values import flag, integer, mapping, one_of
 from ._folders import again, folders_with
 from ._saelens_sites import positive

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..errors import AttachError
 from ..interventions import ModelCall
-from ..upstream.torch_private import next_node_number
+from ..upstream.torch_private import current_node_number, next_node_number
 
 if TYPE_CHECKING:
     from .dispatch import Session

@@ -2,9 +2,10 @@
 
 from ..functional.squared_error import squared_error
 from .config import SAEConfig
-from .model import SAEModel, architectures
+from .model import SAEModel
 from .objective import Objective, Sparsity, TopKObjective
 from .output import SAEOutput, TrainingLoss
+from .registry import architectures
 from .topk_base import TopKBaseSAE
 
 __all__ = [

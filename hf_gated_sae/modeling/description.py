@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, shown
+from .registry import architectures
 
 if TYPE_CHECKING:
     from .model import SAEModel
@@ -64,8 +65,6 @@ def describe_checkpoint(
                 "architecture=: pass that, too, such as architecture='standard'."
             )
         return None
-    from .model import architectures
-
     model_class = architectures[architecture]
     given = dict(names or {})
     if not all(isinstance(ours, str) and isinstance(theirs, (str, type(None))) for ours, theirs in given.items()):

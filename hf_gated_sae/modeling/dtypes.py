@@ -18,19 +18,18 @@ EQUATIONS = frozenset(
 """Methods that compute with activations, in this package and in architectures of others."""
 
 
-class Widest:
-    """Classes below this one compute their equations in the widest dtype of the SAE and of what they are given.
+def compute_in_widest_dtype(cls: type) -> None:
+    """Let the equations that a class itself defines compute in the widest dtype of the SAE and of what they are given.
 
     Float32 activations given to a bfloat16 SAE are computed with float32 copies of its weights, which are exact, and
     gradients reach the weights through them. The copies are made for each call: load the SAE in the wider dtype to do
     without. Where autocast is on, it decides instead.
-    """
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Let the equations that a class defines begin with a look at the dtypes."""
-        super().__init_subclass__(**kwargs)
-        for name in EQUATIONS & set(vars(cls)):
-            setattr(cls, name, _in_widest(vars(cls)[name]))
+    Args:
+        cls: `SAEModel` or an architecture; those of `EQUATIONS` in its own body are wrapped.
+    """
+    for name in EQUATIONS & set(vars(cls)):
+        setattr(cls, name, _in_widest(vars(cls)[name]))
 
 
 def _in_widest(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,125 +6,30 @@ import copy
 import operator
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..errors import CheckpointError, InputError, LatentIndexError, did_you_mean, shown
-from ..hub.origin import Origin
 from ..registry import LateBound
-from ..storage import StoredTensor
-from .building import chosen_dtype, largest, ordinary_tensors, require_complete, unrecorded
+from .building import assembled, chosen_dtype, largest, ordinary_tensors, require_complete, require_finite, unrecorded
+from .checkpoint import Checkpoint, Tensors
 from .description import CheckpointDescription
+from .registry import architectures
+from .transformers_settings import quiet_transformers
 
 if TYPE_CHECKING:
     from .config import SAEConfig
     from .model import SAEModel
 
 
-Tensors = dict[str, Tensor]
 COMPUTED = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 """Types of weights that can be computed with; numbers of 8 bits are for storage alone."""
-
-
-def as_stored(tensors: Tensors) -> Tensors:
-    """Return the tensors unchanged: the layout has our names, shapes and conventions."""
-    return tensors
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """One SAE, found and identified but not loaded.
-
-    Attributes:
-        model_class: the architecture's class.
-        config: its complete configuration.
-        origin: where it lies.
-        stored: its tensors, known by their headers; one row per latent (transposed lazily where the file has columns).
-        shared: names among them of tensors that are not one row per latent.
-        finish: turns the tensors read into those of the architecture. It must be row-wise in the latents, may write
-            into its input, and must work on the meta device, where shapes are tried before anything is read.
-        unsaid: keys of the configuration that the SAE cannot do without and its files do not say, each with the error
-            to raise if the user does not say it either.
-    """
-
-    model_class: type[SAEModel]
-    config: SAEConfig
-    origin: Origin
-    stored: Mapping[str, StoredTensor] = field(default_factory=dict)
-    shared: frozenset[str] = frozenset({"b_dec", "W_skip"})
-    finish: Callable[[Tensors], Tensors] = as_stored
-    unsaid: Mapping[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        """Return the name to use in messages."""
-        return str(self.origin)
-
-    def shapes(self, config: SAEConfig) -> Tensors:
-        """Return the finished tensors on the meta device, for an SAE that holds the latents `config` says.
-
-        Raises:
-            CheckpointError: if the stored shapes do not fit each other.
-        """
-        empty = {}
-        for name, tensor in self.stored.items():
-            shape = tensor.shape
-            if self._per_latent(name) and config.kept_latents != self.config.kept_latents:
-                shape = (config.rows, *shape[1:])
-            empty[name] = torch.empty(shape, dtype=tensor.dtype, device="meta")
-        try:
-            return self.finish(empty)
-        except (RuntimeError, IndexError, KeyError, ValueError) as error:
-            shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in self.stored.items())
-            raise CheckpointError(
-                f"The tensors of {self} do not fit each other ({str(error).splitlines()[0]}): it holds {shapes}. "
-                "Fetch or convert it again."
-            ) from error
-
-    def read(self, config: SAEConfig, dtype: torch.dtype | None = None) -> Tensors:
-        """Return the finished tensors; of an SAE that holds only some latents, only their rows are read.
-
-        Args:
-            config: says which latents are held.
-            dtype: the one that is wanted. A wider one than the stored is taken before the layout's arithmetic, which
-                would otherwise be rounded to the stored one.
-        """
-        rows = self._rows(config)
-        read = {}
-        for name, tensor in self.stored.items():
-            if rows is None:
-                read[name] = tensor.read()
-            else:
-                read[name] = tensor.rows(rows) if self._per_latent(name) else tensor.small()
-            if dtype is not None and torch.promote_types(read[name].dtype, dtype) == dtype:
-                read[name] = read[name].to(dtype)
-        return self.finish(read)
-
-    def bytes_read(self) -> int:
-        """Return how many bytes have been read of its files."""
-        sources = {id(tensor.source): tensor.source for tensor in self.stored.values()}
-        return sum(source.bytes_read for source in sources.values())
-
-    def _per_latent(self, name: str) -> bool:
-        return name not in self.shared and self.stored[name].ndim > 0
-
-    def _rows(self, config: SAEConfig) -> list[int] | None:
-        """Return which stored rows are wanted; None for all."""
-        wanted, held = config.kept_latents, self.config.kept_latents
-        if wanted is None or wanted == held:
-            return None
-        if held is None:
-            return wanted
-        place = {latent: row for row, latent in enumerate(held)}
-        if missing := [latent for latent in wanted if latent not in place]:
-            raise LatentIndexError(
-                f"{self} holds {len(held)} of {config.d_sae} latents, and latent {missing[0]} is not among them."
-            )
-        return [place[latent] for latent in wanted]
 
 
 # Say what a checkpoint is, and where: used up once its files are on this machine.
@@ -325,10 +230,10 @@ def load(checkpoint: Checkpoint, config: SAEConfig | None, arguments: Mapping[st
     with explained(checkpoint.model_class.config_class), ordinary_tensors():
         dtypes: dict[str, Any] = {name: settings[name] for name in ("dtype", "torch_dtype") if name in settings}
         tensors = read_tensors(checkpoint, config, dtypes)
-        model, info = checkpoint.model_class._load_strictly(
-            str(checkpoint), {**settings, "config": config, "state_dict": tensors}
+        model, info = load_strictly(
+            checkpoint.model_class, str(checkpoint), {**settings, "config": config, "state_dict": tensors}
         )
-    model._checkpoint = replace(
+    model._origin = replace(
         checkpoint.origin, bytes_read=checkpoint.bytes_read(), cache_dir=arguments.get("cache_dir")
     )
     model.name_or_path = model.config.name_or_path = checkpoint.origin.repo
@@ -367,8 +272,43 @@ def from_tensors(
             "Given neither a checkpoint nor config=; pass a repository id, a folder, or both config= (or "
             "architecture=) and state_dict=."
         )
-    model_class = cls._of_architecture(config)
+    model_class = architectures[config.architecture]
+    require_class(cls, model_class, "given configuration")
     with explained(model_class.config_class), ordinary_tensors():
         if isinstance(settings.get("state_dict"), Mapping):
             settings["state_dict"] = {**unrecorded(config.rows), **settings["state_dict"]}
-        return model_class._load_strictly("given as state_dict", {**settings, "config": config})
+        return load_strictly(model_class, "given as state_dict", {**settings, "config": config})
+
+
+def require_class(wanted: type[SAEModel], found: type[SAEModel], what: str) -> None:
+    """Raise unless what was found is of the class on which `from_pretrained` was called.
+
+    Raises:
+        CheckpointError: naming both.
+    """
+    if not issubclass(found, wanted):
+        raise CheckpointError(
+            f"The {what} is a {found.__name__}, not a {wanted.__name__}: load it with {found.__name__}."
+            "from_pretrained or SAEModel.from_pretrained."
+        )
+
+
+def load_strictly(
+    model_class: type[SAEModel], where: str, arguments: dict[str, Any]
+) -> tuple[SAEModel, dict[str, Any]]:
+    """Build an SAE around its tensors, and raise for all that transformers would only have warned of.
+
+    transformers itself is called for what it alone can do, such as quantising or dispatching; it first prepares for
+    the checkpoints of every model that it knows.
+    """
+    if set(arguments) <= {"config", "state_dict", "dtype", "torch_dtype"}:
+        model, info = assembled(model_class, where, **arguments)
+    else:
+        from_pretrained = PreTrainedModel.from_pretrained.__func__  # that of SAEModel would come back here
+        with quiet_transformers():
+            model, info = from_pretrained(
+                model_class, None, output_loading_info=True, **{**arguments, "ignore_mismatched_sizes": True}
+            )
+        require_complete(where, info, list(model.state_dict()))
+    require_finite(where, model)
+    return model, info

@@ -3,41 +3,31 @@
 from __future__ import annotations
 
 import copy
-import os
-import shutil
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import transformers.initialization as init
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from ..errors import CheckpointError, InputError, LatentIndexError, ShapeError
+from ..errors import InputError, LatentIndexError, ShapeError
 from ..functional.metrics import FidelityMetrics
 from ..functional.normalization import NORMALIZATIONS, TokenNormalization
 from ..functional.sparse_decode import decode
-from ..functional.sparse_latents import SparseLatents, latent_numbers
-from ..hub.origin import Origin
-from ..registry import LateBound, Registry
-from ..storage.atomic_write import written_together
-from .building import assembled, require_complete, require_finite
+from ..functional.sparse_latents import SparseLatents
+from .architecture import ArchitectureContract
 from .config import SAEConfig
-from .description import describe_checkpoint
-from .learning import Learning
-from .loading import from_tensors, load, named_place, open_checkpoint
-from .output import SAEOutput
-from .sparse_encoding import Sparse
-from .traits import ArchitectureTraits
-from .transformers_settings import quiet_transformers
-from .wiring import Wiring
-
-architectures: Registry[type[SAEModel]] = Registry("architecture", "hf_gated_sae.architectures")
-_push_to_hub = LateBound("hf_gated_sae.publishing.push", "push_to_hub")
+from .dtypes import compute_in_widest_dtype
+from .latent_rows import held_rows
+from .objective import Objective, Sparsity
+from .output import SAEOutput, TrainingLoss
+from .printing import summary
+from .registry import architectures
+from .sparse_encoding import encode_sparse, reconstruct
+from .training_input import require_trainable_input, training_obstacle
 
 
-class SAEModel(ArchitectureTraits, Wiring, Learning, Sparse, PreTrainedModel):
+class SAEModel(ArchitectureContract):
     """An SAE: ``latents = encode(x)``, ``reconstruction = latents @ W_dec + b_dec``.
 
     A new architecture is one file in `architectures/`: a configuration class, and a subclass of this one that names
@@ -58,10 +48,6 @@ class SAEModel(ArchitectureTraits, Wiring, Learning, Sparse, PreTrainedModel):
             Both mean something only if ``config.recorded_tokens`` is not 0; `record_statistics` fills them.
     """
 
-    config: SAEConfig
-    config_class = SAEConfig
-    base_model_prefix = ""
-    main_input_name = "x"
     _keep_in_fp32_modules_strict = ["max_activation", "mean_activation"]
 
     W_enc_T: nn.Parameter
@@ -71,14 +57,9 @@ class SAEModel(ArchitectureTraits, Wiring, Learning, Sparse, PreTrainedModel):
     mean_activation: Tensor
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Register the architecture with our registry and with transformers' Auto classes."""
+        """Let the equations that the class defines compute in the widest dtype involved."""
         super().__init_subclass__(**kwargs)
-        config_class = cls.__dict__.get("config_class")
-        inherited = {getattr(base, "config_class", None) for base in cls.__bases__}
-        if config_class not in (None, SAEConfig) and config_class not in inherited:  # FSDP2 makes subclasses, too
-            architectures.register(config_class.model_type.removesuffix("_sae"), cls)
-            AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-            AutoModel.register(config_class, cls, exist_ok=True)
+        compute_in_widest_dtype(cls)
 
     def __init__(self, config: SAEConfig) -> None:
         """Allocate the parameters that all architectures share; subclasses add theirs, then call `post_init`."""
@@ -96,6 +77,10 @@ class SAEModel(ArchitectureTraits, Wiring, Learning, Sparse, PreTrainedModel):
             self.W_skip = nn.Parameter(torch.empty(self.d_out, config.d_in))
         self.register_buffer("max_activation", torch.empty(config.rows, dtype=torch.float32))
         self.register_buffer("mean_activation", torch.empty(config.rows, dtype=torch.float32))
+
+    def __repr__(self) -> str:
+        """Return what it is, where it belongs, how large it is and where it is from, in a few lines."""
+        return summary(self)
 
     # ------------------------------------------------------------------ the equations
 
@@ -220,6 +205,141 @@ class SAEModel(ArchitectureTraits, Wiring, Learning, Sparse, PreTrainedModel):
         latents = self.encode(x)
         return SAEOutput(reconstruction=self.decode(latents, x), latents=latents)
 
+    def encode_sparse(self, x: Tensor) -> SparseLatents:
+        """Turn activations into the latents that are on.
+
+        Equal to ``encode(x)`` to rounding. Where no gradients are wanted, a few tokens are encoded at a time.
+
+        Args:
+            x: activations ``[..., d_in]``; computed in the wider of their dtype and the SAE's.
+
+        Returns:
+            Those latents of ``encode(x)`` that are not zero.
+
+        Raises:
+            ShapeError: if the last axis of `x` is not `d_in` wide.
+            LatentIndexError: if only some latents were loaded, and whether they are on depends on the others.
+        """
+        self.require_encodable()
+        return encode_sparse(self, x)
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Encode and decode, keeping no latents.
+
+        Equal to ``sae(x).reconstruction`` to rounding. Where gradients, `torch.func` or a compiler need it, and away
+        from a CPU, it is that very call; else latents exist for a few tokens at a time, and only those that are on.
+
+        Args:
+            x: activations ``[..., d_in]``; computed in the wider of their dtype and the SAE's.
+
+        Returns:
+            Reconstruction ``[..., d_out]``.
+
+        Raises:
+            ShapeError: if the last axis of `x` is not `d_in` wide.
+            LatentIndexError: if only some latents were loaded.
+        """
+        return reconstruct(self, x)
+
+    # ------------------------------------------------------------------ sites that are read and written
+    # Latents of a source are computed from that site's activation alone, and write to outputs of its number and
+    # above. Here there is one source and one output; an architecture with several overrides these methods.
+
+    def sources_of(self, rows: Tensor) -> list[int]:
+        """Return which source each latent reads, given the latents' rows ``[n]``."""
+        return [0] * len(rows)
+
+    def rows_in_source(self, rows: Tensor, source: int) -> Tensor:
+        """Return the places of rows ``[n]``, all of one source, among the latents of that source."""
+        return rows
+
+    def encode_source(self, x: Tensor, source: int, rows: Tensor | None = None) -> Tensor:
+        """Turn one source's activation into its latents.
+
+        Args:
+            x: ``[..., d_in]``.
+            source: which source it is.
+            rows: rows ``[n]`` of the latents to compute, all of this source; None for all that it has.
+
+        Returns:
+            Latents ``[..., n]``.
+        """
+        self.require_encodable()
+        latents: Tensor = self._encode(self._normalized(x), rows)
+        return latents
+
+    def rows_at(self, rows: Tensor, output: int) -> Tensor:
+        """Return what a unit of each latent writes at an output, ``[n, d_out]``; zeros where it does not write."""
+        written: Tensor = self.W_dec[rows]
+        return written
+
+    def decode_at(self, latents: Sequence[Tensor], output: int, x: Tensor) -> Tensor:
+        """Return what is written at one output.
+
+        Args:
+            latents: of the sources up to this output, each ``[..., n]``.
+            output: which output.
+            x: the activation ``[..., d_in]`` of the source that belongs to this output; used where tokens are
+                normalised or where there is a skip connection.
+
+        Returns:
+            ``[..., d_out]``, in the units of the output's activation.
+        """
+        written: Tensor = self.decode(latents[0], x)
+        return written
+
+    # ------------------------------------------------------------------ training
+
+    def training_loss(
+        self,
+        x: Tensor,
+        *,
+        target: Tensor | None = None,
+        sparsity_coefficient: float = 0.0,
+        sparsity_power: float = 1.0,
+        objective: Objective | None = None,
+    ) -> TrainingLoss:
+        """Return the objective that the architecture is trained with, term by term.
+
+        Where few latents are on, on a CPU, the memory of the large gradients stays with the weights once they are
+        cleared, for the next step; ``functional.cpu.forget(sae.parameters())`` lets go of it.
+
+        Args:
+            x: activations ``[..., d_in]``.
+            target: what is to be written, ``[..., d_out]``; `x` itself by default.
+            sparsity_coefficient: weight of the sparsity term, in units of a squared error summed over the width.
+            sparsity_power: power of the latents in it, for objectives that anneal it.
+            objective: a variant; ``objective_class()`` by default.
+
+        Raises:
+            InputError: if the SAE normalises its input, or holds only some of its latents.
+            ShapeError: if activations or target are not as wide as the SAE.
+        """
+        target = x if target is None else target
+        require_trainable_input(self, x, target)
+        chosen: Objective = self.objective_class() if objective is None else objective
+        return chosen.loss(self, x, target, Sparsity(sparsity_coefficient, sparsity_power))
+
+    def forget_statistics(self) -> None:
+        """Forget what `record_statistics` remembered: of other weights it would be wrong."""
+        self.record_statistics(torch.zeros_like(self.max_activation), torch.zeros_like(self.mean_activation), 0)
+
+    def training_obstacle(self) -> str:
+        """Return why no objective can be computed of this SAE; empty if one can."""
+        return training_obstacle(self.config)
+
+    def constant(self, x: Tensor) -> Tensor:
+        """Return what is written when no latent is on, in the SAE's own frame.
+
+        Args:
+            x: activations ``[..., d_in]``.
+
+        Returns:
+            ``[d_out]``; ``[..., d_out]`` where there is a skip connection.
+        """
+        written: Tensor = self.b_dec
+        return written + self._skipped(x) if self.config.skip_connection else written
+
     # ------------------------------------------------------------------ what it is made of
 
     @property
@@ -250,24 +370,7 @@ class SAEModel(ArchitectureTraits, Wiring, Learning, Sparse, PreTrainedModel):
             InputError: if they are anything else than integers, such as a mask.
             LatentIndexError: naming the first index that is out of range or was not loaded.
         """
-        device, d_sae = self.b_dec.device, self.config.d_sae
-        indices = latent_numbers(latents)  # a list is checked without a device
-        lowest, highest = indices.aminmax() if indices.numel() else (0, 0)
-        if lowest < 0 or highest >= d_sae:
-            outside = indices[(indices < 0) | (indices >= d_sae)]
-            raise LatentIndexError(
-                f"Latent {int(outside[0])} does not exist: this SAE has d_sae = {d_sae} latents, 0 .. {d_sae - 1}."
-            )
-        held = self.config.kept_latents
-        if held is None:
-            return indices.to(device, non_blocking=True)
-        row_of = {latent: row for row, latent in enumerate(held)}
-        if missing := [latent for latent in indices.tolist() if latent not in row_of]:
-            raise LatentIndexError(
-                f"Latent {missing[0]} was not loaded: this SAE holds {len(held)} of its {self.config.d_sae} latents. "
-                f"Load it with latents=[..., {missing[0]}]."
-            )
-        return torch.tensor([row_of[latent] for latent in indices.tolist()], device=device, dtype=torch.int64)
+        return held_rows(self.config, latents).to(self.b_dec.device, non_blocking=True)
 
     @torch.no_grad()
     def record_statistics(
@@ -318,134 +421,5 @@ class SAEModel(ArchitectureTraits, Wiring, Learning, Sparse, PreTrainedModel):
             full, bare = cls(config).state_dict(), cls(none_held).state_dict()
         return frozenset(name for name, tensor in full.items() if tensor.shape == bare[name].shape)
 
-    # ------------------------------------------------------------------ disk and Hub
 
-    @classmethod
-    def from_pretrained(  # the second argument is the subfolder, as users of SAEs expect
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike[str] | None = None,
-        subfolder: str = "",
-        *,
-        latents: Sequence[int] | None = None,
-        config: SAEConfig | None = None,
-        format: str | None = None,
-        architecture: str | None = None,
-        names: Mapping[str, str | None] | None = None,
-        ignore: str | Sequence[str] = (),
-        output_loading_info: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """Load an SAE from a folder or the Hub; the architecture is read from the checkpoint.
-
-        Args:
-            pretrained_model_name_or_path: repository id, folder, file, Neuronpedia name, or SAELens's ``release=``;
-                None to build one from ``state_dict=`` and either `config`, or `architecture` and `names`.
-            subfolder: folder (or file) of the SAE inside the repository, or SAELens's ``sae_id=``.
-            latents: read only these latents, a few rows of every tensor, from disk or over HTTP range requests. The
-                SAE keeps their numbers and acts in interventions on them exactly as the full one does.
-            config: use this configuration instead of the stored one.
-            format: name of the layout, where several share a folder, such as ``"native"``.
-            architecture: of a home-made checkpoint, such as ``"standard"``: tensors in no known layout, in
-                safetensors, npz or torch files. Widths are read from the shapes; ``k=``, ``site=`` and other keys of
-                the configuration are given by name.
-            names: of a home-made checkpoint, its name of each tensor of ours, where it is not a usual one:
-                ``{"W_enc": "encode.matrix"}``. A matrix is transposed as its shape demands; of a square one, the
-                ``_T`` of ``{"W_enc_T": "encode.matrix"}`` says that one row is one latent (``"encode.matrix.T"``: one
-                column is). None means that there is no such vector: zeros.
-            ignore: of a home-made checkpoint, tensors to leave out, perhaps with ``*``.
-            output_loading_info: also return transformers' loading info.
-            **kwargs: keys of the configuration, and as for any transformers model: ``revision``, ``token``,
-                ``cache_dir``, ``local_files_only``, ``dtype``, ``device_map``, ``state_dict`` ...
-
-        Returns:
-            The SAE in evaluation mode, of the checkpoint's class.
-
-        Raises:
-            CheckpointError: if the checkpoint is of another class, truncated, or has tensors that are missing, extra,
-                of the wrong shape or not finite.
-            LatentIndexError: if one of `latents` does not exist.
-            MissingFileError: if there is no such folder, repository, revision or file.
-        """
-        described = describe_checkpoint(architecture, names, ignore, kwargs)
-        place, subfolder = named_place(pretrained_model_name_or_path, subfolder, kwargs)
-        if place is None:
-            model, info = from_tensors(cls, config, described, kwargs)
-        else:
-            checkpoint = open_checkpoint(place, subfolder, format=format, description=described, **kwargs)
-            cls._require_class(checkpoint.model_class, f"checkpoint {checkpoint}")
-            model, info = load(checkpoint, config, {**kwargs, "latents": latents})
-        return (model, info) if output_loading_info else model
-
-    @classmethod
-    def _of_architecture(cls, config: SAEConfig) -> type[SAEModel]:
-        """Return the class of a configuration that the user gave."""
-        model_class = architectures[config.architecture]
-        cls._require_class(model_class, "given configuration")
-        return model_class
-
-    @classmethod
-    def _require_class(cls, found: type[SAEModel], what: str) -> None:
-        """Raise unless what was found is of the class that was asked for.
-
-        Raises:
-            CheckpointError: naming both.
-        """
-        if not issubclass(found, cls):
-            raise CheckpointError(
-                f"The {what} is a {found.__name__}, not a {cls.__name__}: load it with {found.__name__}."
-                "from_pretrained or SAEModel.from_pretrained."
-            )
-
-    @classmethod
-    def _load_strictly(cls, where: str, arguments: dict[str, Any]) -> tuple[SAEModel, dict[str, Any]]:
-        """Build it around the tensors, and raise for all that transformers would only have warned of.
-
-        transformers itself is asked for what it alone can do, such as quantising or dispatching; it first prepares for
-        the checkpoints of every model that it knows.
-        """
-        if set(arguments) <= {"config", "state_dict", "dtype", "torch_dtype"}:
-            model, info = assembled(cls, where, **arguments)
-        else:
-            with quiet_transformers():
-                loaded: Any = super().from_pretrained(
-                    None, output_loading_info=True, **{**arguments, "ignore_mismatched_sizes": True}
-                )
-            model, info = loaded
-            require_complete(where, info, list(model.state_dict()))
-        require_finite(where, model)
-        return model, info
-
-    _checkpoint: Origin | None = None
-
-    @property
-    def checkpoint(self) -> Origin | None:
-        """Where this SAE was loaded from, with the commit; None for one that was built or trained here."""
-        return self._checkpoint
-
-    def save_pretrained(  # what else there is goes through kwargs
-        self, save_directory: str | os.PathLike[str], *, push_to_hub: bool = False, **kwargs: Any
-    ) -> None:
-        """Write ``config.json`` and ``model.safetensors``; either all files are replaced or none.
-
-        Args:
-            save_directory: folder, created if need be.
-            push_to_hub: also publish, with ``repo_id=`` among `kwargs` (the folder's name by default).
-            **kwargs: as for any transformers model: ``max_shard_size``, ``state_dict``, ``variant`` ...
-        """
-        publish = {key: kwargs.pop(key) for key in _PUBLISH_ARGUMENTS if key in kwargs}
-        with written_together(Path(save_directory)) as staging, quiet_transformers():
-            super().save_pretrained(staging, **kwargs)
-            for weights in staging.glob("*.safetensors"):  # safetensors makes them readable by their owner only
-                shutil.copymode(staging / "config.json", weights)
-        if push_to_hub:
-            self.push_to_hub(publish.pop("repo_id", Path(save_directory).name), **publish)
-
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """Publish to the Hub in one commit, with a model card; see `hf_gated_sae.publishing.push_to_hub`."""
-        return _push_to_hub(self, repo_id, **kwargs)
-
-
-_PUBLISH_ARGUMENTS = (
-    *("repo_id", "subfolder", "private", "create_pr", "revision", "token"),
-    *("commit_message", "commit_description"),
-)
+compute_in_widest_dtype(SAEModel)

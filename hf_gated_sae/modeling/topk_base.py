@@ -53,11 +53,11 @@ class TopKBaseSAE(SAEModel):
     def _activate(self, projection: Tensor, latents: Tensor | None) -> Tensor:
         return torch.relu(projection + self._take(self.b_enc, latents))
 
-    def _kept(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _select(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self._choose(self._activate(self._project(x, None), None))
 
     def _encode(self, x: Tensor, latents: Tensor | None) -> Tensor:
-        kept = scattered(*self._kept(x), self.config.d_sae)
+        kept = scattered(*self._select(x), self.config.d_sae)
         return kept if latents is None else kept[..., latents]
 
     def _highest(self, x: Tensor, *, rounding: bool = False) -> tuple[Tensor, Tensor] | None:
@@ -72,10 +72,10 @@ class TopKBaseSAE(SAEModel):
         """
         return None
 
-    def _few_kept(self, x: Tensor) -> SparseLatents | None:
+    def _select_sparse(self, x: Tensor) -> SparseLatents | None:
         found = self._highest(x)
         if found is None:
-            return super()._few_kept(x)
+            return super()._select_sparse(x)
         indices, projections = found
         values = self._activate(projections.reshape(-1), indices.reshape(-1))
         return SparseLatents.from_indices(indices, values.view_as(indices), self.config.d_sae)
@@ -88,7 +88,7 @@ class TopKBaseSAE(SAEModel):
         rounding, flat = cpu.autocast_rounds(x), x.reshape(-1, x.shape[-1])
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             found = self._highest(flat, rounding=rounding)
-            live = super()._few_kept(flat) if found is None else None
+            live = super()._select_sparse(flat) if found is None else None
         if live is not None:
             return cpu.SparseSupport(x, shift, self.W_enc_T, live.tokens, live.indices)
         if found is None:

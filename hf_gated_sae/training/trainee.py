@@ -397,7 +397,7 @@ def require_trainable(sae: SAEModel) -> None:
         InputError: saying why.
     """
     config = sae.config
-    why = sae.learning_obstacle()
+    why = sae.training_obstacle()
     if config.skip_connection and not config.is_transcoder:
         why = "has a skip connection from a site to itself, which learns to copy: name the site_out of a transcoder"
     elif len(config.sites_read) > 1 or not sae.per_token:

@@ -13,7 +13,7 @@ from hf_gated_sae.errors import CheckpointError, MissingFileError
 from hf_gated_sae.formats import CheckpointFormat, Example, formats, sae_addresses
 from hf_gated_sae.hub import Location, locate
 from hf_gated_sae.hub.base_model_norms import normalization_of
-from hf_gated_sae.modeling.loading import Checkpoint
+from hf_gated_sae.modeling.checkpoint import Checkpoint
 from tests.support.example_saes import example
 
 

@@ -320,7 +320,7 @@ def test_dropout_takes_no_part():
 
 def test_what_others_state_of_their_saes_is_expected():
     sae = make_sae()
-    sae._checkpoint = Origin("google/gemma-scope-2b-pt-res", "layer_12/width_16k/average_l0_82", format="gemma_scope")
+    sae._origin = Origin("google/gemma-scope-2b-pt-res", "layer_12/width_16k/average_l0_82", format="gemma_scope")
     assert attached(model_of("llama"), sae, check=TOKENS).expected_l0 == 82
 
 

@@ -13,9 +13,8 @@ import os
 import torch
 
 from ...errors import InputError
-from ...modeling import SAEConfig, SAEModel, TopKObjective
+from ...modeling import SAEConfig, SAEModel, TopKObjective, architectures
 from ...modeling.loading import open_checkpoint
-from ...modeling.model import architectures
 from ..processes import Processes
 
 

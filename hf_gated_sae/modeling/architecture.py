@@ -1,0 +1,152 @@
+"""What an architecture defines."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, cast
+
+from torch import Tensor, nn
+
+from ..functional import cpu
+from ..functional.dense_support import DenseSupport
+from ..functional.linear import linear
+from ..functional.parallel import DataParallelGroup, LatentParallelGroup, LatentParallelSupport
+from ..functional.sparse_latents import SparseLatents
+from ..functional.support import Support
+from .objective import Objective
+from .pretrained import PretrainedSAE
+from .sparse_encoding import select_sparse
+
+if TYPE_CHECKING:
+    from .model import SAEModel
+
+
+class ArchitectureContract(PretrainedSAE):
+    """The properties and equations by which architectures differ; `SAEModel` is built on them.
+
+    The defaults are those of the paper's SAE. An architecture with one encoder product, of which each latent is a
+    function of its own projection, defines `_activate`; with `_cut` its active latents are found without computing the
+    others. One that selects a number of latents defines `_select`, all others `_encode`.
+    """
+
+    W_enc_T: nn.Parameter
+    W_dec: nn.Parameter
+    b_dec: nn.Parameter
+
+    # ------------------------------------------------------------------ properties
+
+    elementwise: ClassVar[bool] = True
+    """Whether a latent depends on its own pre-latent only, so that a few latents cost a few encoder rows."""
+
+    sliceable: ClassVar[bool] = True
+    """Whether a few latents can be held alone: whether every tensor is one row per latent, or shared by all."""
+
+    per_token: ClassVar[bool] = True
+    """Whether a token's latents depend on that token alone. Otherwise `encode` and `decode` need whole sequences,
+    ``[..., seq, d_in]`` from the first position on, and `decode` needs the activations, too."""
+
+    one_site: ClassVar[bool] = True
+    """Whether one vector of one site is encoded by itself. Otherwise `input_shape` begins with an axis of sites, and
+    there is no single `W_enc_T` or `W_dec`."""
+
+    signed: ClassVar[bool] = False
+    """Whether latents can be negative."""
+
+    tied: ClassVar[bool] = False
+    """Whether the encoder is the decoder's transpose: there is no `W_enc_T`, and `d_out` is `d_in`."""
+
+    encoder_names: ClassVar[tuple[str, ...]] = ("W_enc_T",)
+    """Matrices ``[d_sae, d_in]`` of which a row is a direction that is read; a new latent's are all the same."""
+
+    homogeneous: ClassVar[bool] = True
+    """Whether input, biases and thresholds times a positive factor give latents and output times that factor."""
+
+    objective_class: ClassVar[type[Objective]] = Objective
+    """What the architecture is trained with; its fields are the variants."""
+
+    latent_group: LatentParallelGroup | None = None
+    """Where other processes hold the rest of the latents, of which this is then a part."""
+
+    data_group: DataParallelGroup | None = None
+    """Where other processes train the same SAE on the rest of a batch, for what is decided by a batch as a whole."""
+
+    # ------------------------------------------------------------------ equations
+
+    def _encode(self, x: Tensor, latents: Tensor | None) -> Tensor:
+        """Encode framed activations; `latents` selects rows, None means all. Here it is `_activate` of `_project`."""
+        activated: Tensor = self._activate(self._project(x, latents), latents)
+        return activated
+
+    def _activate(self, projection: Tensor, latents: Tensor | None) -> Tensor:
+        """Turn projections into latents, of all rows or of those given; `latents` may be as long as `projection`."""
+        raise NotImplementedError(f"{type(self).__name__} must define _encode or _activate.")
+
+    def _cut(self) -> Tensor | None:
+        """Return ``[d_sae]`` so that `_activate` gives 0 for a projection at or below it; None if there is no such.
+
+        However sums and products are rounded: too low a value costs time, too high a one costs latents.
+        """
+        return None
+
+    def _select(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return which latents may be on and their values, ``[..., k]`` each; None where no number of them is kept."""
+        return None
+
+    def _centred(self, x: Tensor) -> Tensor:
+        """Return what the encoder's matrix is applied to: ``x - b_dec``, or `x` without `apply_b_dec_to_input`."""
+        shift = self._shift()
+        return x if shift is None else x - shift
+
+    def _shift(self) -> Tensor | None:
+        """Return what is subtracted from the input, ``[d_in]``; None without `apply_b_dec_to_input`."""
+        if not self.config.apply_b_dec_to_input:
+            return None
+        return self.b_dec if self.latent_group is None else self.latent_group.alike(self.b_dec)
+
+    def _project(self, x: Tensor, latents: Tensor | None) -> Tensor:
+        """Return ``(x - b_dec) @ W_enc`` (``x @ W_enc`` without `apply_b_dec_to_input`) for the selected latents."""
+        return linear(self._centred(x), self._take(self.W_enc_T, latents))
+
+    @staticmethod
+    def _take(parameter: Tensor, latents: Tensor | None) -> Tensor:
+        """Select rows of a per-latent parameter."""
+        return parameter if latents is None else parameter.index_select(0, latents)  # half the overhead of [latents]
+
+    def _select_sparse(self, x: Tensor) -> SparseLatents | None:
+        """Return the selected latents of normalised activations ``[tokens, d_in]``; None without a selection."""
+        return select_sparse(cast("SAEModel", self), x)
+
+    @property
+    def encodes_projections(self) -> bool:
+        """Whether `encode` is `_activate` of the encoder's product, one projection for each latent."""
+        return type(self)._encode is ArchitectureContract._encode
+
+    # ------------------------------------------------------------------ training
+
+    def _support(self, x: Tensor, cut: Tensor | None) -> Support:
+        """Return the projections that an objective is computed from.
+
+        Args:
+            x: activations ``[..., d_in]``.
+            cut: ``[d_sae]``; what is at or below it has no part in the objective. None if everything may have.
+        """
+        shift = self._shift()
+        live = None if cut is None else cpu.support_above(x, shift, self.W_enc_T, cut.detach())
+        support = DenseSupport(x, shift, self.W_enc_T) if live is None else live
+        return support if self.latent_group is None else LatentParallelSupport(support, self.latent_group)
+
+    def margins(self, x: Tensor, latents: Tensor) -> Tensor:
+        """Return how far some latents are above the point where they turn on; below it they are negative.
+
+        Where latents compete to be kept, that point is the pre-latent 0.
+
+        Args:
+            x: activations ``[n, d_in]``.
+            latents: rows ``[m]``.
+
+        Returns:
+            ``[n, m]``, with gradients to the encoder and to what decides that point.
+        """
+        cut = self._cut()
+        if cut is None:
+            raise NotImplementedError(f"{type(self).__name__} must define margins.")
+        return linear(self._centred(x), self.W_enc_T.index_select(0, latents)) - cut.index_select(0, latents)
