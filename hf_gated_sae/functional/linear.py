@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from . import cpu
+from .cpu import products
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -14,5 +15,5 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         x: ``[..., d_in]``.
         weight: ``[n, d_in]``, of any strides.
     """
-    fast = cpu.linear(x, weight)
+    fast = cpu.linear(x, weight) if x.numel() * weight.shape[0] >= products.SMALLEST else None
     return nn.functional.linear(x, weight) if fast is None else fast

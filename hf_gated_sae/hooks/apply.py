@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import AttachError, ShapeError
-from ..interventions import Edit, ModelCall, Replacement, SiteCall
+from ..interventions import ModelCall, SiteCall
 from ..modeling import SAEModel
 from ..sites.transforms import view
 from .attach_report import Record
@@ -49,28 +48,23 @@ def apply_interventions(
     acted: list[Record] = []
     with exact_dtype(x.device):
         for record in records:
-            intervention = record.intervention
-            if not intervention.acts_at(record.output):
-                if not replaying:
-                    record.add(call.tokens, False)
-                continue
-            seen = view(x, record.transforms)
-            run = SiteCall(seen.value, call.tokens, placed, call=call, output=record.output)
-            mask = call.once(intervention, partial(intervention.mask, run))
+            seen = view(x, record.transforms) if record.transforms else None
+            site_call = SiteCall(
+                x if seen is None else seen.value, call.tokens, placed, call=call, output=record.output
+            )
+            mask, value = record.intervention.act(site_call)
             if not replaying:
                 record.add(call.tokens, mask)
             if mask is False:
                 continue
             acted.append(record)
-            if intervention.replaces:
-                new = cast(Replacement, intervention).replacement(run)
-                if new is not None:
-                    record.watch(new, mask)
-                    base = _where(mask, seen.written(new) if record.transforms else new, base)
+            if value is None:
+                continue
+            record.watch(value, mask)
+            if record.replaces:
+                base = _where(mask, value if seen is None else seen.written(value), base)
             else:
-                delta = cast(Edit, intervention).delta(run)
-                record.watch(delta, mask)
-                deltas.append((mask, delta * seen.factor if record.transforms else delta))
+                deltas.append((mask, value if seen is None else value * seen.factor))
         result = add(base, deltas, x)
         if result is not None and torch.finfo(x.dtype).max < _RANGE:
             beyond = _is_finite(x) & ~_is_finite(result)  # not where the model's own numbers are no longer finite

@@ -24,8 +24,9 @@ from ..sites.slots import TensorPath
 from ..sites.transforms import Transform
 from ..upstream.torch_private import is_compiled
 from .attach_report import AttachReport, Record
-from .dispatch import Session, enter, leave, prove
+from .dispatch import enter, leave, prove
 from .eager import run_eagerly
+from .session import Session
 from .site_check import AttachCheck, Check, check_saes
 
 
@@ -55,16 +56,17 @@ class Attachment(Session):
         self._model = weakref.ref(unwrap(model)[0])
         self._slots = {slot.place.bare: slot.bare for slot in slots.values()}
         self._records: list[Record] = []
-        self._at: dict[TensorPath, list[Record]] = {place: [] for place in self._slots}
-        self._read: dict[TensorPath, list[tuple[Site, tuple[Transform, ...]]]] = {place: [] for place in self._slots}
+        at: dict[TensorPath, list[Record]] = {place: [] for place in self._slots}
+        read: dict[TensorPath, list[tuple[Site, tuple[Transform, ...]]]] = {place: [] for place in self._slots}
         for intervention in interventions:
             for output, site in enumerate(intervention.places):
                 place = slots[str(site)].place
                 self._records.append(Record(intervention, output, place.transforms))
-                self._at[place.bare].append(self._records[-1])
+                at[place.bare].append(self._records[-1])
             for site in intervention.reads:
                 place = slots[str(site)].place
-                self._read[place.bare].append((site, place.transforms))
+                read[place.bare].append((site, place.transforms))
+        self.records, self.reads = at, read
         self._saes: dict[tuple[int, torch.device], SAEModel] = {}
         self._before: tuple[int, int, list[int]] = (0, 0, [])
         self._compile_again: Callable[[], object] = lambda: None
@@ -194,14 +196,6 @@ class Attachment(Session):
     def slots(self) -> list[Slot]:
         """The places that are written or read, each once, in the order in which the model runs through them."""
         return sorted(self._slots.values(), key=lambda slot: slot.order)
-
-    def records(self, place: TensorPath) -> list[Record]:
-        """Return the interventions at a place."""
-        return self._at.get(place, [])
-
-    def reads(self, place: TensorPath) -> list[tuple[Site, tuple[Transform, ...]]]:
-        """Return the names under which interventions elsewhere need what passes a place, and how they see it."""
-        return self._read.get(place, [])
 
     def placed(self, sae: SAEModel, device: torch.device) -> SAEModel:
         """Return an SAE on a device, moved there once per attachment."""

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from ..errors import AttachError
 from ..functional.short_repr import few_lines, short_repr
-from ..functional.tensor_checks import is_transformed, untransformed
+from ..functional.tensor_checks import untransformed
 from ..interventions import Conditional, Intervention, TokenContext
 from ..interventions.positions import unreached
+from ..modeling import SAEModel
 from ..sites import Site
 from ..sites.transforms import Transform
+from ..upstream.torch_private import is_functorch_wrapped
 
 # What is remembered token by token; beyond it the oldest calls are counted, not listed, so that memory stays bounded.
 CALLS_REMEMBERED = 4096
@@ -93,6 +95,14 @@ class Record:
     """Whether something was put in that is beyond the model's range; not on a CPU, either."""
     dtype: torch.dtype = torch.float32
     """The model's type of numbers there, where its range was watched."""
+    replaces: bool = field(init=False)
+    """Whether the intervention puts something in the activation's place."""
+    sae: SAEModel | None = field(init=False)
+    """The SAE that the intervention reads, None if it reads none."""
+
+    def __post_init__(self) -> None:
+        """Look up what does not change."""
+        self.sae, self.replaces = self.intervention.sae_used, self.intervention.replaces
 
     @property
     def site(self) -> Site:
@@ -135,7 +145,7 @@ class Record:
             total = torch.where(mask.to(rows.device), rows, 0.0).sum()
         else:
             total = value.sum(dtype=wide)
-        if is_transformed(total):
+        if is_functorch_wrapped(total):
             total = untransformed(total).sum()  # of all that vmap computes together
         if total.device.type == "cpu":
             self._require_finite(total)
@@ -162,7 +172,7 @@ class Record:
             AttachError: if it has; as with `watch`, only `require_sound` says so on another device than the CPU.
         """
         self.dtype = dtype
-        if is_transformed(beyond):
+        if is_functorch_wrapped(beyond):
             beyond = untransformed(beyond).any()
         if beyond.device.type == "cpu":
             self._require_within(beyond)

@@ -20,10 +20,10 @@ from ..sites.slots import TensorPath
 from ..sites.transforms import view
 from .apply import exact_dtype
 from .attach import require_model
-from .call_arguments import cache_in
 from .continuation import facts_of
 from .dispatch import prove
 from .observation import Observation, real_tokens
+from .running_call import cache_in
 from .token_batches import sequences_in_rows
 
 Wanted = Site | str | SAEModel

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import AttachError, SiteError
 from ..sites.probe import Subject, make_subject, quiet, unwrap
-from .call_arguments import MASK, PLACES, CallFacts, cache_in, is_cache, tensors_within
+from .running_call import MASK, PLACES, CallFacts, cache_in, is_cache, tensors_within
 from .token_tracker import TokenTracker
 
 NEW = 3

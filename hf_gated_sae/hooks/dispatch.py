@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,66 +14,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import AttachError, InputError
-from ..interventions import Intervention
 from ..modeling import SAEModel
-from ..sites import Site, Slot, resolve
+from ..sites import Slot, resolve
 from ..sites.probe import unwrap
 from ..sites.slots import TensorPath
-from ..sites.transforms import Transform, view
+from ..sites.transforms import view
 from .apply import apply_interventions
-from .attach_report import Record
 from .continuation import facts_of, prove_calls
 from .peft_virtual_tokens import know_wrapper
+from .session import Session
 from .token_tracker import TokenTracker
-
-
-class Session:
-    """Something attached to one model: interventions to carry out, and an observer of what comes out.
-
-    Args:
-        all_threads: whether it acts on calls of the model from every thread and task, not only from where it began.
-    """
-
-    interventions: tuple[Intervention, ...] = ()
-    """What it carries out; none if it only observes."""
-
-    def __init__(self, *, all_threads: bool = False) -> None:
-        self.all_threads = all_threads
-        self.active = False
-        self.completed = 0
-        """How many forwards have ended without an error while it was active."""
-        self.generations = 0
-        """How many calls of `generate` have computed tokens of their own while it acted."""
-        self.failure: Exception | None = None
-        """What was raised while it acted in another thread than its own, where perhaps only a log shows it."""
-        self._thread: int | None = None
-        self.passed_by = False
-        """Whether the model was called from a thread or task in which it does not act."""
-
-    def begin(self) -> None:
-        """Take note that it begins, from this thread."""
-        self.active, self.failure, self._thread = True, None, threading.get_ident()
-
-    def fail(self, error: Exception) -> None:
-        """Take note of an error raised while it acted."""
-        if threading.get_ident() != self._thread:
-            self.failure = self.failure or error
-
-    def records(self, place: TensorPath) -> Sequence[Record]:
-        """Return the interventions at a place."""
-        return ()
-
-    def reads(self, place: TensorPath) -> Sequence[tuple[Site, tuple[Transform, ...]]]:
-        """Return the names under which interventions elsewhere need what passes a place, and how they see it."""
-        return ()
-
-    def placed(self, sae: SAEModel, device: torch.device) -> SAEModel:
-        """Return an SAE on a device."""
-        return sae
-
-    def observe(self, place: TensorPath, value: Tensor) -> Tensor | None:
-        """See the activation that the model goes on with, and give what is to stand for it; None for itself."""
-
 
 # What is attached acts on calls from the thread, or asyncio task, in which it was attached, and on tasks begun there.
 _ACTIVE: ContextVar[tuple[Session, ...]] = ContextVar("active", default=())
@@ -139,26 +90,29 @@ class Dispatcher:
 
     def _refuse_second_replacement(self, slot: Slot, sessions: Sequence[Session]) -> None:
         """Raise if two of the sessions that may act on one call replace the same place."""
-        found = [record.intervention for session in sessions for record in session.records(slot.place)]
+        found = [record.intervention for session in sessions for record in session.records.get(slot.place, ())]
         replacing = [type(intervention).__name__ for intervention in found if intervention.replaces]
         if len(replacing) > 1:
             raise InputError(f"Both {replacing[0]} and {replacing[1]} replace {slot.site}; attach only one of them.")
 
     def _hook(self, slot: Slot) -> Callable[[Tensor], Tensor | None]:
-        place, held = slot.place, slot.module
+        place, path = slot.place, slot.module_path()
 
         def hook(x: Tensor) -> Tensor | None:
             sessions = self.tracker.sessions
             if not sessions:  # a call from another thread, or one that nothing is to act on
                 return None
             try:
-                _require_in_place(slot, held)
+                if any(getattr(parent, name, None) is not module for parent, name, module in path):
+                    _raise_replaced(slot)
                 result = self._apply(place, x, sessions)
             except Exception as error:
                 for session in sessions:
                     session.fail(error)
                 raise
             for session in sessions:
+                if not session.observes:
+                    continue
                 standing = session.observe(place, x if result is None else result)
                 result = result if standing is None else standing
             return result
@@ -167,14 +121,14 @@ class Dispatcher:
 
     def _apply(self, place: TensorPath, x: Tensor, sessions: Sequence[Session]) -> Tensor | None:
         """Apply every intervention at a place; None if none of them means any token of this call."""
-        records = [(session, record) for session in sessions for record in session.records(place)]
-        reads = dict(pair for session in sessions for pair in session.reads(place))
+        records = [(session, record) for session in sessions for record in session.records.get(place, ())]
+        reads = dict(pair for session in sessions for pair in session.reads.get(place, ()))
         if not records and not reads:
             return None
         call = self.tracker.current
         for site, transforms in reads.items():
-            call.see(site, view(x, transforms).value)
-        owners = {id(record.intervention.sae_used): session for session, record in records}
+            call.see(site, view(x, transforms).value if transforms else x)
+        owners = {id(record.sae): session for session, record in records}
 
         def placed(sae: SAEModel, device: torch.device) -> SAEModel:
             return owners[id(sae)].placed(sae, device)
@@ -185,18 +139,17 @@ class Dispatcher:
         return apply_interventions(x, call, [record for _, record in records], placed, replaying=replaying)
 
 
-def _require_in_place(slot: Slot, held: nn.Module) -> None:
-    """Raise if the module that carries a hook is no longer the one that the model has there.
+def _raise_replaced(slot: Slot) -> NoReturn:
+    """Say that the module that carries a hook is no longer the one that the model has there.
 
     Raises:
         AttachError: since a wrapper around the module, such as a LoRA layer, would read or add something else.
+        SiteError: if the model has no such module any more.
     """
-    now = slot.module
-    if now is not held:
-        raise AttachError(
-            f"The module {slot.place.path!r}, where {slot.site} is, was replaced by a {type(now).__name__} after it "
-            "was attached to, as get_peft_model() and quantisation do: attach() again, afterwards."
-        )
+    raise AttachError(
+        f"The module {slot.place.path!r}, where {slot.site} is, was replaced by a {type(slot.module).__name__} after "
+        "it was attached to, as get_peft_model() and quantisation do: attach() again, afterwards."
+    )
 
 
 def prove(model: nn.Module, sites: Iterable[str]) -> dict[str, Slot]:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..sites.probe import unwrap
-from .call_arguments import ForwardArguments
+from .running_call import ForwardArguments
 
 if TYPE_CHECKING:
-    from .dispatch import Session
+    from .session import Session
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Generation:
 
 # Generations that are running, by the id of the model without wrappers: another model that is called within one, as
 # by a logits processor, has its own prompt and rows.
-_generations: ContextVar[Mapping[int, Generation]] = ContextVar("generations", default=MappingProxyType({}))
+GENERATIONS: ContextVar[Mapping[int, Generation]] = ContextVar("generations", default=MappingProxyType({}))
 
 
 @contextmanager
@@ -88,7 +88,7 @@ def generating(
         beams: whether rows are reordered between forwards.
         guided: whether some of the forwards have another prompt, or none (classifier-free guidance).
     """
-    running = _generations.get()
+    running = GENERATIONS.get()
     begun = {}
     for model in models:
         # A model that drafts generates within a generation, from a prompt that holds what is generated.
@@ -96,16 +96,11 @@ def generating(
         begun[id(model)] = (
             Generation(outer.prompt, outer.batch, outer.beams) if outer else Generation(prompt, batch, beams, guided)
         )
-    token = _generations.set({**running, **begun})
+    token = GENERATIONS.set({**running, **begun})
     try:
         yield
     finally:
-        _generations.reset(token)
-
-
-def generation_of(model: nn.Module) -> Generation | None:
-    """Return the generation of a model, without wrappers, that a call from here is part of; None if it is of none."""
-    return _generations.get().get(id(model))
+        GENERATIONS.reset(token)
 
 
 class GenerateBoundary:

@@ -16,8 +16,9 @@ from ..functional.outliers import is_outlier
 from ..sites import Slot
 from ..sites.probe import Subject
 from ..sites.slots import TensorPath
-from .dispatch import Session, enter, leave
+from .dispatch import enter, leave
 from .peft_virtual_tokens import virtual_tokens
+from .session import Session
 from .token_batches import counted_positions
 
 
@@ -41,6 +42,8 @@ class Observation(Session):
         self.grad = grad
         self.stop = stop
         self.seen: dict[TensorPath, Tensor] = {}
+
+    observes = True
 
     def observe(self, place: TensorPath, value: Tensor) -> Tensor | None:
         """Keep the activation."""

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import AttachError
 from ..versions import require_supported
-from .call_arguments import ForwardArguments, by_name
-from .call_stack import call_frame, is_running
+from .running_call import ForwardArguments, by_name, call_frame, is_running
 
 # PEFT's names of the methods that fill the cache instead of prepending embeddings.
 _IN_CACHE = ("PREFIX_TUNING", "CARTRIDGE")
@@ -52,7 +51,7 @@ class _Entered:
     frame: FrameType | None
 
 
-_NONE = Virtual()
+NONE = Virtual()
 _wrappers: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]] = weakref.WeakKeyDictionary()
 
 
@@ -123,10 +122,10 @@ class VirtualTokens:
             prepare = vars(self._model()).get("prepare_inputs_for_generation")
             wrapper, arguments = getattr(prepare, "__self__", None), {}
         else:
-            return _NONE
+            return NONE
         count = virtual_tokens(wrapper)
         if not count:
-            return _NONE
+            return NONE
         if wrapper.active_peft_config.peft_type in _IN_CACHE:
             return Virtual(cached=count)
         prepended = call.ids is None

@@ -20,7 +20,7 @@ from ..interventions import ModelCall
 from ..upstream.torch_private import current_node_number, next_node_number
 
 if TYPE_CHECKING:
-    from .dispatch import Session
+    from .session import Session
 
 # Forwards that one backward() may be about; what is kept of each are positions and ids of its tokens.
 _KEPT = 256
@@ -61,10 +61,8 @@ class Forwards:
         self._since = next_node_number()
 
     def note(self, start: int, call: ModelCall | None, sessions: Sequence[Session]) -> None:
-        """Take note of a forward that has ended in this thread, whose first node had this number."""
+        """Record a forward that has ended in this thread and left a graph, whose first node had this number."""
         end = next_node_number()
-        if end == start:  # it left no graph
-            return
         if len(self._kept) == _KEPT:
             self._dropped = max(self._dropped, self._kept[0].end)
         acted = tuple((weakref.ref(session), bool(session.interventions)) for session in sessions)

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from ..errors import InputError, ShapeError
 from ..interventions import special_token_mask
 from ..sites.probe import unwrap
-from .call_arguments import MASK, PLACES
 from .peft_virtual_tokens import takes_positions
+from .running_call import MASK, PLACES
 from .token_positions import number_sequences
 
 TokenBatch: TypeAlias = "Tensor | Mapping[str, Any]"

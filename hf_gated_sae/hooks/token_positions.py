@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..interventions import TokenContext, special_token_mask
-from .call_arguments import ForwardArguments
+from .running_call import ForwardArguments
 
 
 def describe_tokens(

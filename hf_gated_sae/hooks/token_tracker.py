@@ -7,6 +7,7 @@ the model's own forward is watched for its arguments, and `generate` for where t
 from __future__ import annotations
 
 import dataclasses
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
@@ -21,15 +22,24 @@ from torch import Tensor, nn
 from ..errors import AttachError
 from ..interventions import ModelCall, TokenContext, special_token_ids
 from ..upstream.torch_private import current_backward, next_node_number
-from .call_arguments import PLACES, CallFacts, ForwardArguments, by_name, cache_in, read, tensors_within
-from .call_stack import call_frame, is_running
-from .generation import GenerateBoundary, generation_of
-from .peft_virtual_tokens import VirtualTokens, without_virtual
+from .generation import GENERATIONS, GenerateBoundary
+from .peft_virtual_tokens import NONE, VirtualTokens, without_virtual
 from .recomputation import forwards_of
+from .running_call import (
+    PLACES,
+    CallFacts,
+    ForwardArguments,
+    by_name,
+    cache_in,
+    call_frame,
+    is_running,
+    read,
+    tensors_within,
+)
 from .token_positions import describe_tokens
 
 if TYPE_CHECKING:
-    from .dispatch import Session
+    from .session import Session
 
 
 _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -213,14 +223,19 @@ class TokenTracker:
             AttachError: if an argument is not understood.
         """
         call = read(by_name(self._forward, args, kwargs), self._caches)
-        generation = generation_of(model)
+        generation = GENERATIONS.get().get(id(model))
         if self._facts.padding and generation is None:
             self._warn_of_padding(model, call)
         # Calls that guide a generation are not prepared by a wrapper, and so have none.
-        virtual = self._virtual.of(call, generating=generation is not None and generation.owns(call))
+        guided = generation is not None and not generation.owns(call)
+        virtual = (
+            self._virtual.of(call, generating=generation is not None and not guided) if "peft" in sys.modules else NONE
+        )
         history = self._history(call.cache, virtual.cached)
-        call = without_virtual(call, virtual, history.past)
-        if not history.past or self._special is None:  # a decoding step has no time to ask
+        call = call if virtual is NONE else without_virtual(call, virtual, history.past)
+        if not history.past:
+            self._special = None  # looked up for each prompt; a decoding step has no time for that
+        elif self._special is None:
             self._special = torch.tensor(special_token_ids(model))
         prompt = generation.prompt_of(call) if generation else None
         tokens = describe_tokens(
@@ -262,16 +277,16 @@ class TokenTracker:
         if running is None:
             return
         self._running.set(self._running.get()[:-1])
-        if output is not None and running.backward == -1:
+        left_graph = next_node_number() != running.start
+        if output is not None and running.backward == -1 and left_graph:
             self._forwards.note(running.start, running.call, running.sessions)
         if running.call is None:
             return
+        if output is not None:  # else it failed
+            for session in running.sessions:
+                session.completed += 1
+            self.keep(running.call, output)
         running.call.finish()
-        if output is None:  # it failed
-            return
-        for session in running.sessions:
-            session.completed += 1
-        self.keep(running.call, output)
 
     def keep(self, call: ModelCall, output: Any) -> None:
         """Remember a call by the cache that it returned, for the call that continues from it."""

@@ -6,6 +6,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import cast
 
 import torch
@@ -113,6 +114,21 @@ class Intervention(ABC):
             self.positions, special_tokens=self.special_tokens, rows=rows, special_ids=self._special_ids
         )
 
+    @abstractmethod
+    def effect(self, run: SiteCall) -> Tensor | None:
+        """Return what to add or put there, ``[B, S, d]`` or broadcastable to it; None for nothing."""
+
+    def act(self, run: SiteCall) -> tuple[Tensor | bool, Tensor | None]:
+        """Return on which tokens of a site to act, and what to add or to put there.
+
+        Returns:
+            The mask ``[B, S]``, True for all tokens or False for none; and the value, None for nothing.
+        """
+        if not self.acts_at(run.output):
+            return False, None
+        mask = run.call.once(self, partial(self.mask, run))
+        return mask, None if mask is False else self.effect(run)
+
     @property
     def _special_ids(self) -> list[int] | None:
         """The special tokens that the SAE has recorded; None if those of the model are meant."""
@@ -127,6 +143,10 @@ class Edit(Intervention):
     def delta(self, run: SiteCall) -> Tensor:
         """Return what to add at every token, ``[B, S, d]`` or broadcastable to it."""
 
+    def effect(self, run: SiteCall) -> Tensor:
+        """Return what to add."""
+        return self.delta(run)
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Replacement(Intervention):
@@ -140,6 +160,10 @@ class Replacement(Intervention):
     @abstractmethod
     def replacement(self, run: SiteCall) -> Tensor | None:
         """Return the new activation of every token, ``[B, S, d]`` or broadcastable to it; None to leave it."""
+
+    def effect(self, run: SiteCall) -> Tensor | None:
+        """Return the new activation."""
+        return self.replacement(run)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -127,12 +127,14 @@ class SiteCall:
 
     def sae(self, sae: SAEModel, device: torch.device | None = None) -> SAEModel:
         """Return the SAE on the activation's device, or on another one."""
-        return sae if self._placed is None else self._placed(sae, device or self.x.device)
+        device = device or self.x.device
+        return sae if self._placed is None or sae.b_dec.device == device else self._placed(sae, device)
 
     def source(self, sae: SAEModel, source: int = 0) -> Tensor:
         """Return the clean activation that one source of an SAE reads, ``[B, S, d_in]``, in the SAE's dtype."""
-        if source == self.output and not sae.config.is_transcoder:
-            return self.x.to(sae.dtype)
+        writes_elsewhere = not (sae.one_site and sae.config.site_out is None) and sae.config.is_transcoder
+        if source == self.output and not writes_elsewhere:
+            return self.x.to(sae.b_dec.dtype)
         return self.call.seen(Site.parse(sae.config.sites_read[source])).to(sae.dtype)
 
     def latents(self, sae: SAEModel, latents: Sequence[int]) -> Tensor:
@@ -141,7 +143,7 @@ class SiteCall:
         Latents of sources that come after this site are not known yet, and given as 0: they do not write here.
         """
         rows = rows_of(sae, latents)
-        sources = sae.sources_of(rows)
+        sources = [0] if sae.one_site else sae.sources_of(rows)
         if sources[0] <= self.output and len(set(sources)) == 1:
             return self._of_source(sae, sources[0], rows, tuple(latents))
         values = self.x.new_zeros(*self.x.shape[:-1], len(rows), dtype=sae.dtype)

@@ -82,7 +82,9 @@ def special_token_ids(model: Any, sae: SAEModel | None = None) -> list[int]:
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(config, name, None)
             found.update(value if isinstance(value, (list, tuple)) else [] if value is None else [int(value)])
-    return sorted(found.union(_ids_of_tokenizer(unwrap(model)[0]) if isinstance(model, nn.Module) else ()))
+    if isinstance(model, nn.Module):
+        found.update(_ids_of_tokenizer(model if model in _OF_TOKENIZER else unwrap(model)[0]))
+    return sorted(found)
 
 
 def _ids_of_tokenizer(root: nn.Module) -> list[int]:

@@ -166,6 +166,23 @@ class Slot:
                 f"The module {self.place.path!r} of the site '{self.site}' has left the model; resolve it again."
             ) from error
 
+    def module_path(self) -> list[tuple[nn.Module, str, nn.Module]]:
+        """Return the way from the model to the module, as (parent, name, child) triples; empty for the model itself.
+
+        Raises:
+            SiteError: as for `module`.
+        """
+        module = self.module
+        parent = self._root()
+        path: list[tuple[nn.Module, str, nn.Module]] = []
+        if parent is None or parent is module:
+            return path
+        for name in self.place.path.split("."):
+            child = parent.get_submodule(name)
+            path.append((parent, name, child))
+            parent = child
+        return path
+
     def register(self, fn: Edit, tokens: Tokens | None = None) -> RemovableHandle:
         """Put one hook at the place, before all other hooks of the module.
 

@@ -86,14 +86,11 @@ storage_holders = _checked_storage_holders()
 # ---------------------------------------------------------------- transformations of torch.func
 
 
-def is_functorch_wrapped(tensor: Tensor) -> bool:
-    """Whether a transformation of `torch.func` wraps a tensor, which may then not be written elsewhere."""
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+is_functorch_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
+"""Whether a transformation of `torch.func` wraps a tensor, which may then not be written elsewhere."""
 
-
-def functorch_unwrapped(tensor: Tensor) -> Tensor:
-    """Return the tensor that a transformation of `torch.func` wraps."""
-    return torch._C._functorch.get_unwrapped(tensor)
+functorch_unwrapped: Callable[[Tensor], Tensor] = torch._C._functorch.get_unwrapped
+"""Returns the tensor that a transformation of `torch.func` wraps."""
 
 
 # ---------------------------------------------------------------- which forward runs
@@ -103,20 +100,17 @@ MODULE_CALL: CodeType = nn.Module._call_impl.__code__
 runs has to be seen on the stack."""
 
 
-def next_node_number() -> int:
-    """Return the number of the next autograd node of this thread."""
-    return int(torch._C._autograd._get_sequence_nr())
+next_node_number: Callable[[], int] = torch._C._autograd._get_sequence_nr
+"""Returns the number of the next autograd node of this thread."""
+
+current_backward: Callable[[], int] = torch._C._current_graph_task_id
+"""Returns the number of the backward() that runs in this thread; -1 if none does."""
 
 
 def current_node_number() -> int | None:
     """Return the number of the autograd node for which backward() runs now in this thread; None outside of one."""
     node = torch._C._current_autograd_node()
     return None if node is None else node._sequence_nr()
-
-
-def current_backward() -> int:
-    """Return the number of the backward() that runs in this thread; -1 if none does."""
-    return int(torch._C._current_graph_task_id())
 
 
 def is_compiled(module: nn.Module) -> bool:

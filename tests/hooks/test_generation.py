@@ -1,5 +1,7 @@
 """In `generate` the same tokens are edited however the model computes them."""
 
+from contextvars import ContextVar
+
 import pytest
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessor, RwkvConfig, RwkvForCausalLM
@@ -387,8 +389,8 @@ def test_a_generation_in_which_all_tokens_were_edited_though_some_are_meant_is_a
         pytest.raises(AttachError, match="edited all 20 tokens of a generation"),
         attach(model, edit_of(sae, "prompt")),
     ):
-        monkeypatch.setattr("hf_gated_sae.hooks.token_tracker.generation_of", lambda model: None)
-        monkeypatch.setattr("hf_gated_sae.hooks.call_arguments._the_cache", lambda call, names: None)
+        monkeypatch.setattr("hf_gated_sae.hooks.token_tracker.GENERATIONS", ContextVar("none", default={}))
+        monkeypatch.setattr("hf_gated_sae.hooks.running_call._the_cache", lambda call, names: None)
         generate(model)
 
 

@@ -120,9 +120,11 @@ class _Carrier:
     def _act(self, place: TensorPath, x: Tensor) -> Tensor | None:
         """Carry out what is to be done at one place."""
         call = self._tracker.current
-        for site, transforms in self.attachment.reads(place):
+        for site, transforms in self.attachment.reads.get(place, ()):
             call.see(site, view(x, transforms).value)
-        return apply_interventions(x, call, self.attachment.records(place), self.attachment.placed, replaying=False)
+        return apply_interventions(
+            x, call, self.attachment.records.get(place, ()), self.attachment.placed, replaying=False
+        )
 
 
 _CARRIERS: WeakKeyDictionary[Any, _Carrier] = WeakKeyDictionary()
@@ -192,7 +194,7 @@ def report(edited: Any) -> AttachReport:
         raise InputError(f"report() was given {type(edited).__name__} that edit() has not returned.")
     attachment = _CARRIERS[edited].attachment
     for slot in attachment.slots:
-        for record in attachment.records(slot.place):
+        for record in attachment.records.get(slot.place, ()):
             record.require_sound()
     return attachment.report()
 

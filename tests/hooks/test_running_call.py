@@ -9,7 +9,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 from hf_gated_sae import Steer, attach, capture
 from hf_gated_sae.errors import AttachError
-from hf_gated_sae.hooks import call_arguments
+from hf_gated_sae.hooks import running_call
 from hf_gated_sae.hooks.continuation import facts_of
 from tests.hooks.support import IDS, cache_name, continuing, logits_of, make_sae, model_of, steer
 from tests.support.tiny_models import TINY_NAMES, tiny_model
@@ -53,15 +53,15 @@ def test_what_may_be_a_cache_a_mask_or_positions_is_refused_where_it_is_not_unde
 
 def test_arguments_about_other_inputs_are_let_through():
     called = {"input_ids": IDS, "encoder_hidden_states": (torch.ones(2, 3, 4),), "image_mask": torch.ones(2, 9)}
-    assert call_arguments.read(called).cache is None
-    assert call_arguments.read({**called, "logits_to_keep": 1, "cross_attention_mask": torch.ones(2, 9)}).mask is None
+    assert running_call.read(called).cache is None
+    assert running_call.read({**called, "logits_to_keep": 1, "cross_attention_mask": torch.ones(2, 9)}).mask is None
 
 
 def test_two_caches_are_refused_and_one_under_two_names_is_one():
     one = DynamicCache()
-    assert call_arguments.read({"input_ids": IDS, "cache": one, "past_key_values": one}).cache is one
+    assert running_call.read({"input_ids": IDS, "cache": one, "past_key_values": one}).cache is one
     with pytest.raises(AttachError, match="several caches, cache=, past_key_values="):
-        call_arguments.read({"input_ids": IDS, "cache": one, "past_key_values": DynamicCache()})
+        running_call.read({"input_ids": IDS, "cache": one, "past_key_values": DynamicCache()})
 
 
 @pytest.mark.parametrize("family", TINY_NAMES)

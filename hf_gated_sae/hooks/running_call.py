@@ -1,4 +1,4 @@
-"""The facts that are read off the arguments of a model's forward call.
+"""What is known of a running forward call: the facts in its arguments, and whether it still runs.
 
 No other file of the hooks reads arguments by name, except for the batches that we make ourselves. Libraries rename
 arguments (transformers 5.24 calls `cache` what was `past_key_values`), and an edit at a position would then reach
@@ -17,14 +17,17 @@ name, and an argument that may be a cache, a padding mask or positions, but is n
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import Cache
 
 from ..errors import AttachError
+from ..upstream.torch_private import MODULE_CALL
 
 TOKENS = ("input_ids", "inputs_embeds")
 MASK = "attention_mask"
@@ -238,3 +241,21 @@ def _refuse_unknown(call: Mapping[str, Any], found: ForwardArguments) -> None:
                 f"{'which tokens are padding' if is_mask else 'where the tokens stand'}, and is not understood: "
                 f"positions could be wrong. Expected it as {known}=; newer transformers may need a newer hf-gated-sae."
             )
+
+
+def call_frame() -> FrameType | None:
+    """Return where the interpreter runs the call of the module whose hook asks; None if that is not to be found."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not MODULE_CALL:
+        frame = frame.f_back
+    return frame
+
+
+def is_running(frame: FrameType | None) -> bool:
+    """Whether this thread is within the call that runs in a frame; true where the frame is not known."""
+    if frame is None:
+        return True
+    within: FrameType | None = sys._getframe(1)
+    while within is not None and within is not frame:
+        within = within.f_back
+    return within is not None
