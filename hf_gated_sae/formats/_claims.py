@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from fnmatch import fnmatchcase
+from pathlib import PurePosixPath
+
 from ..errors import CheckpointError, InputError, unknown_name
 from ..hub.location import Location
 from ..modeling.description import HOME_MADE
@@ -16,9 +20,11 @@ def claims_of(location: Location) -> tuple[list[str], list[CheckpointError]]:
     fetched that nobody needs.
     """
     unreadable: list[CheckpointError] = []
+    names = {PurePosixPath(name).name for name in _near_files(location)}
     for any_name in (False, True):
         asked = {name: layout for name, layout in formats.items() if layout.any_name is any_name}
-        found = [name for name, layout in asked.items() if _claims(layout, location, unreadable)]
+        likely = {name: layout for name, layout in asked.items() if not names or _has_file(layout, names)}
+        found = [name for name, layout in likely.items() if _claims(layout, location, unreadable)]
         if found:
             return found, unreadable
     return [], unreadable
@@ -27,6 +33,18 @@ def claims_of(location: Location) -> tuple[list[str], list[CheckpointError]]:
 def is_claimed(location: Location) -> bool:
     """Whether any layout claims a folder (or file)."""
     return bool(claims_of(location)[0])
+
+
+def _near_files(location: Location) -> list[str]:
+    """Return the file that a location is, or the files in a folder and in the folders directly in it."""
+    if location.file is not None:
+        return [location.file]
+    return [name for name in location.files if name.count("/") <= 1]
+
+
+def _has_file(layout: CheckpointFormat, names: Collection[str]) -> bool:
+    """Whether one of some file names is one of the layout's."""
+    return any(fnmatchcase(name, pattern) for pattern in layout.files for name in names)
 
 
 def _claims(layout: CheckpointFormat, location: Location, unreadable: list[CheckpointError]) -> bool:

@@ -36,11 +36,14 @@ class CheckpointFormat(ABC):
 
     Attributes:
         name: short name, such as ``"native"``; a subclass without one is not registered.
+        files: names of its tensor files, perhaps with ``*``. A layout is asked only about folders with one, and
+            about addresses at which there is no file.
         any_name: whether its files may have any name, so that it looks into files that may be something else. It is
             asked only about what no other layout claims.
     """
 
     name: ClassVar[str] = ""
+    files: ClassVar[tuple[str, ...]] = ("*",)
     any_name: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

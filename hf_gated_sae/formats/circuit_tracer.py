@@ -55,6 +55,7 @@ class CircuitTracerFormat(CheckpointFormat):
     """
 
     name: ClassVar[str] = "circuit_tracer"
+    files = ("layer_*.safetensors",)
 
     def addresses(self, location: Location) -> list[str]:
         """Return the files ``layer_L.safetensors`` of folders that have a configuration."""

@@ -37,6 +37,7 @@ class CircuitTracerCLTFormat(CheckpointFormat):
     """
 
     name: ClassVar[str] = "circuit_tracer_clt"
+    files = ("W_enc_*.safetensors", "W_dec_*.safetensors")
 
     def addresses(self, location: Location) -> list[str]:
         """Return the folders of cross-layer transcoders, and the encoders' files of all layers."""

@@ -61,6 +61,7 @@ class CircuitTracerPointersFormat(CheckpointFormat):
     """
 
     name: ClassVar[str] = "circuit_tracer_pointers"
+    files = (CONFIG,)
 
     def addresses(self, location: Location) -> list[str]:
         """Return what every configuration below, without weights beside it, points to."""

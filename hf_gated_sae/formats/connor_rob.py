@@ -37,6 +37,7 @@ class ConnorRobFormat(CheckpointFormat):
     """
 
     name: ClassVar[str] = "connor_rob"
+    files = ("*.pt",)
 
     def addresses(self, location: Location) -> list[str]:
         """Return the ``.pt`` files that have a configuration beside them."""

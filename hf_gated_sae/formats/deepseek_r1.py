@@ -29,6 +29,7 @@ class DeepSeekR1Format(CheckpointFormat):
     """
 
     name: ClassVar[str] = "deepseek_r1"
+    files = ("*.pt",)
 
     def addresses(self, location: Location) -> list[str]:
         """Return the folders with one such file, and the files where there are more."""

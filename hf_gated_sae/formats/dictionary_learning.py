@@ -100,6 +100,7 @@ class DictionaryLearningFormat(CheckpointFormat):
     """
 
     name: ClassVar[str] = "dictionary_learning"
+    files = ("ae*.pt",)
 
     def addresses(self, location: Location) -> list[str]:
         """Return the folders with ``ae.pt`` and ``config.json``, and the ``ae_step.pt`` files below such folders."""

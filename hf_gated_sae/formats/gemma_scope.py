@@ -38,6 +38,7 @@ class GemmaScopeFormat(CheckpointFormat):
     """
 
     name: ClassVar[str] = "gemma_scope"
+    files = (FILE,)
 
     def addresses(self, location: Location) -> list[str]:
         """Return the folders of ``params.npz``."""

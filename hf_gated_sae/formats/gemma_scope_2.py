@@ -53,6 +53,7 @@ class GemmaScope2Format(CheckpointFormat):
     """
 
     name: ClassVar[str] = "gemma_scope_2"
+    files = (FILE,)
 
     def addresses(self, location: Location) -> list[str]:
         """Return the folders of ``params.safetensors``."""

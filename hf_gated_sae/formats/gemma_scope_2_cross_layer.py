@@ -46,6 +46,7 @@ class GemmaScope2CrossLayerFormat(CheckpointFormat):
     """
 
     name: ClassVar[str] = "gemma_scope_2_cross_layer"
+    files = ("params_layer_*.safetensors",)
 
     def addresses(self, location: Location) -> list[str]:
         """Return the folders with a ``params_layer_0.safetensors``, and the files of all layers in them."""

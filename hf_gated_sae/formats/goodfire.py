@@ -41,6 +41,7 @@ class GoodfireFormat(CheckpointFormat):
     """
 
     name: ClassVar[str] = "goodfire"
+    files = ("*.pt", "*.pth")
 
     def addresses(self, location: Location) -> list[str]:
         """Return the folders with one such file, and the files where there are more."""

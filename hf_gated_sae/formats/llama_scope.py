@@ -43,6 +43,7 @@ class LlamaScopeFormat(CheckpointFormat):
     """
 
     name: ClassVar[str] = "llama_scope"
+    files = ("final.safetensors",)
 
     def addresses(self, location: Location) -> list[str]:
         """Return the folders that have both files."""

@@ -37,6 +37,7 @@ class LlamaScopeR1Format(CheckpointFormat):
     """
 
     name: ClassVar[str] = "llama_scope_r1"
+    files = (WEIGHTS,)
 
     def addresses(self, location: Location) -> list[str]:
         """Return the folders that have both files."""

@@ -43,6 +43,7 @@ class LlamascopiumFormat(CheckpointFormat):
     """
 
     name: ClassVar[str] = "llamascopium"
+    files = (WEIGHTS,)
 
     def addresses(self, location: Location) -> list[str]:
         """Return the folders that have both files."""

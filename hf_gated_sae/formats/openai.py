@@ -55,6 +55,7 @@ class OpenAIFormat(CheckpointFormat):
     """
 
     name: ClassVar[str] = "openai"
+    files = ("*.pt",)
     any_name: ClassVar[bool] = True
 
     def addresses(self, location: Location) -> list[str]:

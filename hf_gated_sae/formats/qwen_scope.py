@@ -34,6 +34,7 @@ class QwenScopeFormat(CheckpointFormat):
     """
 
     name: ClassVar[str] = "qwen_scope"
+    files = ("layer*.sae.pt",)
 
     def addresses(self, location: Location) -> list[str]:
         """Return the files."""

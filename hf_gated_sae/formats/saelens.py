@@ -89,6 +89,7 @@ class SAELensFormat(CheckpointFormat):
     """
 
     name: ClassVar[str] = "saelens"
+    files = (WEIGHTS,)
 
     def addresses(self, location: Location) -> list[str]:
         """Return the folders with both files; which version wrote them is not looked at."""

@@ -40,6 +40,7 @@ class SAELensLegacyFormat(CheckpointFormat):
     """
 
     name: ClassVar[str] = "saelens_legacy"
+    files = (WEIGHTS,)
 
     def addresses(self, location: Location) -> list[str]:
         """Return the folders with both files; which version wrote them is not looked at."""

@@ -54,6 +54,7 @@ class SparsifyFormat(CheckpointFormat):
     """
 
     name: ClassVar[str] = "sparsify"
+    files = (FILE,)
 
     def addresses(self, location: Location) -> list[str]:
         """Return the folders with ``sae.safetensors`` and ``cfg.json``."""

@@ -43,6 +43,7 @@ class TemporalFormat(CheckpointFormat):
     """
 
     name: ClassVar[str] = "temporal"
+    files = (WEIGHTS,)
 
     def addresses(self, location: Location) -> list[str]:
         """Return the folders with both files."""
