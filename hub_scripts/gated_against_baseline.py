@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -30,11 +31,14 @@ from transformers import PrinterCallback, ProgressCallback
 
 from hf_gated_sae import GatedSAE, SAEModel
 from hf_gated_sae.architectures import architectures
-from hf_gated_sae.demo import bundled, dictionaries
-from hf_gated_sae.demo.dictionary_report import ROWS, held_out_material
-from hf_gated_sae.demo.language_model import load_language_model
+from hf_gated_sae.demo import bundled
 from hf_gated_sae.evaluation import evaluate
 from hf_gated_sae.training import SAETrainer, SAETrainingArguments
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python hub_scripts/gated_against_baseline.py`
+from hub_scripts.demo_assets import dictionaries
+from hub_scripts.demo_assets.dictionary_report import ROWS, held_out_material
+from hub_scripts.demo_assets.language_model import load_language_model
 
 SITES = ("resid_post.1", "mlp_out.2")
 SPARSITIES = {"gated": (0.5, 1.0, 2.0, 4.0), "standard": (0.5, 1.0, 1.5, 2.0, 3.0)}

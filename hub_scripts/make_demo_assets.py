@@ -7,6 +7,7 @@ Stages, each a command that reads what the one before it wrote:
 
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,12 +17,15 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from hf_gated_sae import SAEModel
-from hf_gated_sae.demo import corpus, dictionaries, language_model
-from hf_gated_sae.demo import dictionary_report as report
-from hf_gated_sae.demo.dictionaries import DictionaryRecipe
-from hf_gated_sae.demo.language_model_report import training_facts
+from hf_gated_sae.demo import corpus
 from hf_gated_sae.errors import unknown_name
 from hf_gated_sae.publishing.facts import write_facts
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python hub_scripts/make_demo_assets.py`
+from hub_scripts.demo_assets import dictionaries, language_model
+from hub_scripts.demo_assets import dictionary_report as report
+from hub_scripts.demo_assets.dictionaries import DictionaryRecipe
+from hub_scripts.demo_assets.language_model_report import training_facts
 
 COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 

@@ -1,12 +1,15 @@
 """Write model_cards/: the cards of what is bundled, and one example card per architecture."""
 
+import sys
 from pathlib import Path
 
 from hf_gated_sae.architectures import architectures
 from hf_gated_sae.demo import bundled
-from hf_gated_sae.demo.cards import language_model_card
 from hf_gated_sae.modeling import SAEModel
 from hf_gated_sae.publishing import model_card, read_facts
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python hub_scripts/render_cards.py`
+from hub_scripts.demo_assets.language_model_card import language_model_card
 
 FOLDER = Path(__file__).parents[1] / "model_cards"
 # An example states a shape and a place; nothing is claimed about an SAE that nobody has trained.

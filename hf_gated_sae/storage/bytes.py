@@ -1,4 +1,8 @@
-"""The bytes of one file, wherever it lies."""
+"""The bytes of one file, wherever it lies: one source for disk and HTTP, on which every tensor reader is built.
+
+`safetensors` opens files on disk alone. A file object of `fsspec` reads one range after the other, where the rows of a
+few latents are many ranges that one HTTP request brings, and does not map a local file into memory.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""A pool of activations of stated size that mixes the tokens of many documents."""
+"""A pool of activations of stated size that mixes the tokens of many documents.
+
+The buffer of `datasets.IterableDataset.shuffle` holds rows of Python, and loses them when it is resumed (its
+`state_dict` says so). This one holds tensors on the device of the model, and is stored with a checkpoint, so that a
+resumed run sees the same batches.
+"""
 
 from __future__ import annotations
 

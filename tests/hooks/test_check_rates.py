@@ -8,10 +8,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_gated_sae import SAEModel
 from hf_gated_sae.architectures.topk import TopKSAE, TopKSAEConfig
-from hf_gated_sae.demo import corpus, dictionaries
+from hf_gated_sae.demo import corpus
 from hf_gated_sae.demo.bundled import MODEL, SAES
-from hf_gated_sae.demo.language_model import pack, token_stream
 from hf_gated_sae.training import SAETrainer, SAETrainingArguments, collect
+from hub_scripts.demo_assets import dictionaries
+from hub_scripts.demo_assets.language_model import pack, token_stream
 from tests.hooks import check_rates
 
 MOST_FALSE_ALARMS, MOST_MISSES = 0.02, 0.1

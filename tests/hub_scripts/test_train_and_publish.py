@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from hf_gated_sae import SAEModel, evaluate
 from hf_gated_sae.demo import bundled, corpus
-from hf_gated_sae.demo.language_model import load_language_model
 from hf_gated_sae.errors import SAEError
 from hf_gated_sae.publishing import read_facts
+from hub_scripts.demo_assets.language_model import load_language_model
 from tests.support.hub_state import commits, files
 from tests.support.mini_hub import MiniHub, read_card
 

@@ -117,7 +117,7 @@ def test_the_cost_is_estimated_without_the_weights(small: dict, tmp_path: Path) 
 
 
 def _model() -> Any:
-    from hf_gated_sae.demo.language_model import load_language_model
+    from hub_scripts.demo_assets.language_model import load_language_model
 
     return load_language_model(bundled.MODEL)[0]
 

@@ -179,6 +179,7 @@ def test_merging_replaces_what_is_given_and_nothing_else(base: dict, over: dict)
         ("--data.buffer_size 63", "data.buffer_size is 63; expected at least two batches, 64"),
         ("--seed -1", "seed is -1"),
         ("--seed 4294967296", "seed is 4294967296"),
+        (f"--seed 1{'0' * 400}", "expected a whole number"),
         ("--training.hub_token secret", "training.hub_token means nothing"),
         ("--training.learning_rate -1", "learning_rate is -1; expected 0 or a positive number"),
         ("--training.learning_rate .nan", "learning_rate is nan; expected"),

@@ -7,12 +7,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 from ...architectures import architectures
 from ...errors import InputError, SAEError, unknown_name
 from ...hub.licences import normalise
-from ...modeling import SAEConfig, SAEModel
+from ...modeling import SAEModel
 from ..arguments import SAETrainingArguments
 from ..group import require_names
 from ..presets import presets
@@ -401,20 +401,9 @@ def settings_of(sae: SAESettings, place: str = "sae.") -> dict[str, Any]:
         sae: the SAE.
         place: where it stands, for errors.
     """
-    config_class: type[SAEConfig] = architectures[sae.architecture].config_class
-    hints = hints_of_config(config_class)
+    own = architectures[sae.architecture].config_class.own_fields()
+    hints = {name: Union[kinds] for name, kinds in own.items()}  # noqa: UP007  # any of them
     return {name: read_value(hints[name], value, f"{place}{name}") for name, value in sae.settings.items()}
-
-
-def hints_of_config(config_class: type[SAEConfig]) -> dict[str, Any]:
-    """Return the types of an SAE's configuration, each as one union."""
-    found: dict[str, Any] = {}
-    for name, kinds in config_class.own_fields().items():
-        hint: Any = kinds[0]
-        for kind in kinds[1:]:
-            hint = hint | kind
-        found[name] = hint
-    return found
 
 
 def _read_training(training: Mapping[str, Any]) -> dict[str, Any]:

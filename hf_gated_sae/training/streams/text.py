@@ -1,4 +1,9 @@
-"""Text: documents in a fixed order, that can be read again, from any position, and by several processes."""
+"""Text: documents in a fixed order, that can be read again, from any position, and by several processes.
+
+Plain text is read here and not by `datasets`, which is an optional dependency, and whose `text` builder gives other
+documents: an empty line is one, and a paragraph does not end at a line of spaces. Runs that were started would so not
+resume on the same text; tables and data sets of the Hub, which need a library, are read by it (see `dataset.py`).
+"""
 
 from __future__ import annotations
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from . import corpus
+from hf_gated_sae.demo import corpus
+from hf_gated_sae.demo.lexer import LogicalLine, lex
+
 from .language_model import END_OF_TEXT, LanguageModelRecipe, pack, token_stream
-from .lexer import LogicalLine, lex
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,18 @@
-"""What training a wide SAE on a large model takes on many devices, on paper."""
+"""What training a wide SAE on a large model takes on many devices, on paper: python hub_scripts/training_plan.py.
+
+Prints the table of the section "A 1M-latent Gated SAE on a 70B model, on paper" of hf_gated_sae/training/README.md,
+which states the assumptions in words.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+import typer
 
-from ...architectures import architectures
-from ..memory import TrainingMemory
+from hf_gated_sae.architectures import architectures
+from hf_gated_sae.training.memory import TrainingMemory
 
 PRODUCTS = 7
 """Of ``tokens x width x latents`` in a dense Gated step: the encoder's, two reconstructions, the gradients of the
@@ -21,6 +26,10 @@ UPDATE_BYTES = 48
 
 PASSES = 16
 """Over an array ``[tokens, latents]`` in float32, for all that is no matrix product."""
+
+
+LAYOUTS = ((8, 8, 16_384), (16, 8, 32_768), (16, 16, 32_768), (64, 8, 131_072), (64, 16, 131_072), (64, 64, 131_072))
+"""Devices in all, how many of them share an SAE, and activations per step, for each row of the table."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +165,7 @@ def plan(
 
 
 def table(plans: list[Plan]) -> str:
-    """Return plans as a table in Markdown, as it stands in the README of this room."""
+    """Return plans as a table in Markdown, as it stands in the README of hf_gated_sae/training."""
     lines = [
         "| GPUs | share an SAE | data parallel | tokens/step | GB per GPU | s/step | tokens/s | $ per 10⁹ tokens |",
         "|---|---|---|---|---|---|---|---|",
@@ -178,3 +187,17 @@ def _rounded(number: float) -> str:
 def _all_reduce(amount: float, among: int) -> float:
     """Return the bytes that a device sends where so many sum so many bytes in a ring."""
     return 2 * amount * (among - 1) / among
+
+
+def plans() -> list[Plan]:
+    """Return the plan of each of `LAYOUTS`."""
+    return [plan(devices, latents, job=Job(tokens=tokens)) for devices, latents, tokens in LAYOUTS]
+
+
+def main() -> None:
+    """Print the table."""
+    typer.echo(table(plans()))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
 
-from ..architectures import architectures
-from ..modeling import SAEModel
-from ..training import SAETrainer, SAETrainingArguments, collect
-from . import bundled, corpus
+from hf_gated_sae.architectures import architectures
+from hf_gated_sae.demo import bundled, corpus
+from hf_gated_sae.modeling import SAEModel
+from hf_gated_sae.training import SAETrainer, SAETrainingArguments, collect
+
 from .language_model import pack, token_stream
 
 ASSETS = bundled.SAES

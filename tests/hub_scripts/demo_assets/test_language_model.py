@@ -6,9 +6,16 @@ import re
 import pytest
 import torch
 
-from hf_gated_sae.demo import corpus, language_model
-from hf_gated_sae.demo.language_model_report import LineCount, count_python_lines, held_out_loss, sample, token_lengths
+from hf_gated_sae.demo import corpus
 from hf_gated_sae.errors import InputError
+from hub_scripts.demo_assets import language_model
+from hub_scripts.demo_assets.language_model_report import (
+    LineCount,
+    count_python_lines,
+    held_out_loss,
+    sample,
+    token_lengths,
+)
 
 TINY = language_model.LanguageModelRecipe(
     vocab_size=300,

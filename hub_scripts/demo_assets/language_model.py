@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ..errors import InputError
-from . import bundled
+from hf_gated_sae.demo import bundled
+from hf_gated_sae.errors import InputError
 
 END_OF_TEXT = "<|endoftext|>"
 ASSETS = bundled.MODEL

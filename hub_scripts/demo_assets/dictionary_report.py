@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 
-from ..evaluation import evaluate
-from ..modeling import SAEModel
-from ..publishing import CardFacts, LatentLabel
-from . import corpus
+from hf_gated_sae.demo import corpus
+from hf_gated_sae.demo.labelled_text import LabelledText, cut
+from hf_gated_sae.demo.targets import concept_scores
+from hf_gated_sae.demo.token_concepts import CONCEPTS
+from hf_gated_sae.evaluation import evaluate
+from hf_gated_sae.modeling import SAEModel
+from hf_gated_sae.publishing import CardFacts, LatentLabel
+
 from .dictionaries import DictionaryRecipe
-from .labelled_text import LabelledText, cut
-from .targets import concept_scores
-from .token_concepts import CONCEPTS
 
 ROWS = 16
 """Windows per forward pass."""

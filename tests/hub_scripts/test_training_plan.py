@@ -8,19 +8,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import hf_gated_sae
-from hf_gated_sae.training.sharding.plan import PRODUCTS, Job, Machine, plan, table
+from hub_scripts.training_plan import PRODUCTS, Job, Machine, main, plan, plans, table
 from tests.training.worlds import build
 
 README = (Path(hf_gated_sae.__file__).parent / "training" / "README.md").read_text(encoding="utf-8")
-LAYOUTS = ((8, 8, 16_384), (16, 8, 32_768), (16, 16, 32_768), (64, 8, 131_072), (64, 16, 131_072), (64, 64, 131_072))
 
 
-def plans():
-    return [plan(devices, latents, job=Job(tokens=tokens)) for devices, latents, tokens in LAYOUTS]
-
-
-def test_the_readme_has_the_table():
-    assert table(plans()) in README
+def test_the_readme_has_the_table_that_the_script_prints(capsys):
+    main()
+    printed = capsys.readouterr().out.strip()
+    assert printed == table(plans()) and printed in README
 
 
 def test_the_readme_states_the_assumptions():

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from hf_gated_sae import SAEModel
-from hf_gated_sae.demo import dictionaries, dictionary_report, language_model
-from hf_gated_sae.demo.dictionaries import RECIPES, DictionaryRecipe
 from hf_gated_sae.evaluation import FidelityReport, evaluate
 from hf_gated_sae.publishing import read_facts
+from hub_scripts.demo_assets import dictionaries, dictionary_report, language_model
+from hub_scripts.demo_assets.dictionaries import RECIPES, DictionaryRecipe
 
 NAMES = [recipe.name for recipe in RECIPES]
 BY_NAME = {recipe.name: recipe for recipe in RECIPES}

@@ -7,7 +7,7 @@ from importlib.resources import files
 
 from jinja2 import Environment, StrictUndefined
 
-from . import bundled
+from hf_gated_sae.demo import bundled
 
 
 def language_model_card() -> str:
