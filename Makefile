@@ -17,7 +17,7 @@ INSTALL := -m pip install --quiet --disable-pip-version-check
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: demo test lint types suite fuzz test-matrix test-oldest test-newest test-wheel test-torchao test-peers \
-	benchmark assets cards clean
+	benchmark assets cards stub clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hf-gated-sae demo
@@ -74,6 +74,10 @@ assets: $(VENV)/.installed-test
 
 cards: $(VENV)/.installed-test
 	$(BIN)/python hub_scripts/render_cards.py
+
+stub: $(VENV)/.installed-test
+	$(BIN)/python -c "from pathlib import Path; from hf_gated_sae import exports; \
+		Path('hf_gated_sae/__init__.pyi').write_text(exports.stub())"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "hf_gated_sae"
 FLOORS = [
-    {"errors", "registry", "auto", "versions", "upstream"},
+    {"errors", "registry", "auto", "versions", "exports", "upstream"},
     {"functional", "storage"},
     {"hub"},
     {"modeling"},

@@ -1,6 +1,5 @@
 """The names that users import, and the root that all errors share."""
 
-import ast
 import inspect
 import subprocess
 import sys
@@ -9,30 +8,48 @@ from pathlib import Path
 import pytest
 
 import hf_gated_sae
-from hf_gated_sae import errors
+from hf_gated_sae import errors, exports
 from hf_gated_sae.architectures import architectures
+from hf_gated_sae.interventions import interventions
 from hf_gated_sae.registry import Registry
 
-SOURCE = ast.parse(Path(hf_gated_sae.__file__).read_text(encoding="utf-8"))
-TYPED = {
-    alias.name
-    for node in SOURCE.body
-    if isinstance(node, ast.If)
-    for statement in node.body
-    if isinstance(statement, ast.ImportFrom)
-    for alias in statement.names
-}
+STUB = Path(hf_gated_sae.__file__).with_suffix(".pyi")
 
 
-@pytest.mark.parametrize("name", sorted(TYPED))
+@pytest.mark.parametrize("name", hf_gated_sae.__all__)
 def test_what_editors_see_is_there_at_run_time(name):
     assert getattr(hf_gated_sae, name).__name__ == name
 
 
-def test_what_is_there_at_run_time_is_seen_by_editors():
-    built_in = {cls.__name__ for model in architectures.values() for cls in (model, model.config_class)}
-    ours = {name for name in built_in if getattr(hf_gated_sae, name).__module__.startswith("hf_gated_sae.")}
-    assert TYPED == set(hf_gated_sae.__all__) | ours
+def test_the_stub_is_what_is_exported():
+    assert STUB.read_text(encoding="utf-8") == exports.stub(), "run make stub"
+
+
+def test_every_plug_in_of_ours_is_exported_and_completes_on_tab():
+    models = [cls for model in architectures.values() for cls in (model, model.config_class)]
+    ours = {cls.__name__ for cls in [*models, *interventions.values()] if cls.__module__.startswith("hf_gated_sae.")}
+    assert ours <= set(hf_gated_sae.__all__) <= set(dir(hf_gated_sae))
+
+
+def test_a_new_file_is_exported_without_another_being_edited(tmp_path, monkeypatch):
+    for room in ("architectures", "interventions"):
+        (tmp_path / room).mkdir()
+    (tmp_path / "architectures" / "their.py").write_text(
+        "class TheirSAEConfig(SAEConfig): ...\nclass TheirSAE(SAEModel): ...\n"
+    )
+    (tmp_path / "interventions" / "turn_off.py").write_text(
+        "class TurnOff(LatentEdit): ...\nclass Helper(object): ...\n"
+    )
+    (tmp_path / "interventions" / "_helper.py").write_text("class Helper(object): ...\n")
+    monkeypatch.setattr(exports, "PACKAGE", tmp_path)
+    found = exports.exported.__wrapped__()
+    assert found["TheirSAE"] == found["TheirSAEConfig"] == "architectures.their"
+    assert found["TurnOff"] == "interventions.turn_off" and "Helper" not in found
+
+
+def test_importing_the_package_imports_no_torch():
+    code = "import sys, hf_gated_sae; dir(hf_gated_sae); hf_gated_sae.__all__; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..hooks import attach
-from ..interventions import Ablate, Steer
+from ..interventions.ablate import Ablate
+from ..interventions.steer import Steer
 from ..modeling import SAEModel
 from .labelled_text import LabelledText
 from .targets import Target

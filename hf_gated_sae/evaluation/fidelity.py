@@ -18,7 +18,9 @@ from ..functional.outliers import OUTLIER_MULTIPLE, is_outlier, norm_limit
 from ..hooks import attach, capture
 from ..hooks.observation import CountedTokens
 from ..hooks.token_batches import TokenBatches, model_inputs
-from ..interventions import AblateSite, Splice, special_token_ids
+from ..interventions import special_token_ids
+from ..interventions.ablate_site import AblateSite
+from ..interventions.splice import Splice
 from ..modeling import SAEModel
 from .report import LEFT_OUT, FidelityReport
 

@@ -15,7 +15,8 @@ from torch import nn
 
 from ..errors import AttachError, InputError
 from ..functional.short_repr import few_lines
-from ..interventions import Edit, Intervention, Replacement, Splice
+from ..interventions import Edit, Intervention, Replacement
+from ..interventions.splice import Splice
 from ..modeling import SAEModel
 from ..sites import Site, Slot
 from ..sites.multi_rank import absent, tensor_ranks

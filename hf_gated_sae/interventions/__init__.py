@@ -1,45 +1,30 @@
 """What to do with latents and activations, at which positions, under which condition: plain frozen data.
 
 One file per verb; `hf_gated_sae.hooks.attach` carries them out. To add a verb, subclass `LatentEdit` (changes
-latents), `Edit` (adds to the activation) or `Replacement` (takes its place) in a new file here.
+latents), `Edit` (adds to the activation) or `Replacement` (takes its place) in a new file here
+that is named after it; `hf_gated_sae` exports it.
 """
 
-from .ablate import Ablate
-from .ablate_site import AblateSite
+import importlib
+from typing import Any
+
+from ..exports import exported
 from .base import Conditional, Edit, Intervention, LatentEdit, Replacement, Targeted, interventions
-from .cap import Cap
-from .clamp import Clamp
-from .floor import Floor
 from .model_call import ModelCall, SiteCall
-from .patch import Patch
 from .plan import InterventionPlan
 from .positions import Positions, TokenContext, TokenIds
-from .project_out import ProjectOut
-from .scale import Scale
 from .special_tokens import special_ids_for, special_token_ids, special_token_mask
-from .splice import Splice
-from .steer import Steer
 
 __all__ = [
-    "Ablate",
-    "AblateSite",
     "ModelCall",
-    "Cap",
-    "Clamp",
     "Conditional",
     "Edit",
-    "Floor",
     "Intervention",
     "InterventionPlan",
     "LatentEdit",
-    "Patch",
     "Positions",
-    "ProjectOut",
     "Replacement",
-    "Scale",
     "SiteCall",
-    "Splice",
-    "Steer",
     "Targeted",
     "TokenContext",
     "TokenIds",
@@ -48,3 +33,11 @@ __all__ = [
     "special_token_ids",
     "special_token_mask",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Return a verb, whose file is imported when it is first asked for."""
+    module = exported().get(name, "")
+    if module.startswith("interventions."):
+        return getattr(importlib.import_module(f"hf_gated_sae.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

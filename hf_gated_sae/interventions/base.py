@@ -114,9 +114,9 @@ class Intervention(ABC):
             self.positions, special_tokens=self.special_tokens, rows=rows, special_ids=self._special_ids
         )
 
-    @abstractmethod
     def effect(self, run: SiteCall) -> Tensor | None:
         """Return what to add or put there, ``[B, S, d]`` or broadcastable to it; None for nothing."""
+        raise NotImplementedError(f"{type(self).__name__} must be an Edit or a Replacement.")
 
     def act(self, run: SiteCall) -> tuple[Tensor | bool, Tensor | None]:
         """Return on which tokens of a site to act, and what to add or to put there.

@@ -1,0 +1,56 @@
+"""Written by `make stub`; a test compares it with `hf_gated_sae.exports`."""
+
+from .architectures.abs_topk import AbsTopKSAE as AbsTopKSAE
+from .architectures.abs_topk import AbsTopKSAEConfig as AbsTopKSAEConfig
+from .architectures.batch_topk import BatchTopKSAE as BatchTopKSAE
+from .architectures.batch_topk import BatchTopKSAEConfig as BatchTopKSAEConfig
+from .architectures.cross_layer import CrossLayerSAE as CrossLayerSAE
+from .architectures.cross_layer import CrossLayerSAEConfig as CrossLayerSAEConfig
+from .architectures.gated import GatedSAE as GatedSAE
+from .architectures.gated import GatedSAEConfig as GatedSAEConfig
+from .architectures.gated_untied import UntiedGatedSAE as UntiedGatedSAE
+from .architectures.gated_untied import UntiedGatedSAEConfig as UntiedGatedSAEConfig
+from .architectures.glu import GLUSAE as GLUSAE
+from .architectures.glu import GLUSAEConfig as GLUSAEConfig
+from .architectures.group_max import GroupMaxSAE as GroupMaxSAE
+from .architectures.group_max import GroupMaxSAEConfig as GroupMaxSAEConfig
+from .architectures.jumprelu import JumpReLUSAE as JumpReLUSAE
+from .architectures.jumprelu import JumpReLUSAEConfig as JumpReLUSAEConfig
+from .architectures.matching_pursuit import MatchingPursuitSAE as MatchingPursuitSAE
+from .architectures.matching_pursuit import MatchingPursuitSAEConfig as MatchingPursuitSAEConfig
+from .architectures.standard import StandardSAE as StandardSAE
+from .architectures.standard import StandardSAEConfig as StandardSAEConfig
+from .architectures.tanh_relu import TanhReLUSAE as TanhReLUSAE
+from .architectures.tanh_relu import TanhReLUSAEConfig as TanhReLUSAEConfig
+from .architectures.temporal import TemporalSAE as TemporalSAE
+from .architectures.temporal import TemporalSAEConfig as TemporalSAEConfig
+from .architectures.topk import TopKSAE as TopKSAE
+from .architectures.topk import TopKSAEConfig as TopKSAEConfig
+from .catalog import SAESet as SAESet
+from .catalog import search as search
+from .evaluation import evaluate as evaluate
+from .hooks import ActivationShards as ActivationShards
+from .hooks import attach as attach
+from .hooks import attribute as attribute
+from .hooks import capture as capture
+from .hooks import harvest as harvest
+from .hooks import save_activations as save_activations
+from .interventions import InterventionPlan as InterventionPlan
+from .interventions import TokenIds as TokenIds
+from .interventions.ablate import Ablate as Ablate
+from .interventions.ablate_site import AblateSite as AblateSite
+from .interventions.cap import Cap as Cap
+from .interventions.clamp import Clamp as Clamp
+from .interventions.floor import Floor as Floor
+from .interventions.patch import Patch as Patch
+from .interventions.project_out import ProjectOut as ProjectOut
+from .interventions.scale import Scale as Scale
+from .interventions.splice import Splice as Splice
+from .interventions.steer import Steer as Steer
+from .modeling import SAEConfig as SAEConfig
+from .modeling import SAEModel as SAEModel
+from .modeling import SAEOutput as SAEOutput
+from .sites import Site as Site
+from .sites import resolve as resolve
+
+__version__: str
