@@ -56,8 +56,9 @@ class Registry(Mapping[str, Plugin], Generic[Plugin]):
                 self._loading = True  # the modules imported below may ask the registry themselves
                 try:
                     package = importlib.import_module(self.package)
-                    for module in pkgutil.iter_modules(package.__path__, prefix=f"{self.package}."):
-                        importlib.import_module(module.name)
+                    for module in pkgutil.iter_modules(package.__path__):
+                        if not module.name.startswith("_"):  # a helper
+                            importlib.import_module(f"{self.package}.{module.name}")
                     for entry in entry_points(group=self.package):
                         entry.load()
                     self._complete = True  # if not, the next one tries again: half a registry would say "unknown"

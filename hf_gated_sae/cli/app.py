@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -125,10 +126,12 @@ def say_interrupted(more: str = "") -> None:
 
 
 def load_commands() -> None:
-    """Import every subcommand, which adds itself to `app`."""
+    """Import every subcommand, those of other packages included; each adds itself to `app`."""
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
         if module.name != "app":
             importlib.import_module(f"{__package__}.{module.name}")
+    for entry in entry_points(group="hf_gated_sae.cli"):
+        entry.load()
 
 
 def _run() -> None:

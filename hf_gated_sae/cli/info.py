@@ -44,6 +44,9 @@ def info(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Load this causal LM instead, and prove its sites.")
     ] = None,
+    plugins: Annotated[
+        bool, typer.Option("--plugins", help="List architectures, layouts and other plug-ins.")
+    ] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -52,8 +55,15 @@ def info(
     Of what cannot be reached, such as when offline, the row of the index is shown.
 
     Raises:
-        InputError: unless exactly one of REPO and --model is given.
+        InputError: unless exactly one of REPO, --model and --plugins is given.
     """
+    if plugins and repo is None and model is None:
+        from .plugins import show_plugins
+
+        show_plugins(Output(quiet, as_json))
+        return
+    if plugins:
+        raise InputError(f"info --plugins lists what is installed; it was given {repo or f'--model {model}'}, too.")
     if (repo is None) == (model is None):
         given = "neither" if repo is None else f"both, {repo} and --model {model}"
         raise InputError(

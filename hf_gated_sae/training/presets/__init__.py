@@ -1,5 +1,8 @@
 """Recipes by name, one YAML file each; a run may lay anything over them.
 
+Another package offers one by an entry point ``name = "package"`` in the group ``hf_gated_sae.training.presets``, where
+the package holds ``name.yaml``.
+
 A file says what the recipe is (`description`), where it comes from (`source`) and in which unit its loss and lambda
 are (`units`); its sections `sae`, `data` and `training` are those of a run.
 """
@@ -9,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.metadata import entry_points
 from importlib.resources import files
 from typing import Any
 
@@ -30,6 +34,7 @@ class Preset:
         sae: a part of a run's section of that name.
         data: likewise.
         training: likewise.
+        package: the package that its file lies in.
     """
 
     description: str
@@ -38,6 +43,7 @@ class Preset:
     sae: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
+    package: str = __package__
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -54,25 +60,27 @@ class Presets(Mapping[str, Preset]):
         Raises:
             UnknownNameError: if there is none of that name.
         """
-        names = self._names()
-        if name not in names:
-            raise unknown_name("preset", name, names)
-        text = (files(__package__) / f"{name}{SUFFIX}").read_text(encoding="utf-8")
-        return Preset(**yaml.safe_load(text))
+        packages = self._packages()
+        if name not in packages:
+            raise unknown_name("preset", name, packages)
+        text = (files(packages[name]) / f"{name}{SUFFIX}").read_text(encoding="utf-8")
+        return Preset(**yaml.safe_load(text), package=packages[name])
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names, in alphabetical order."""
-        return iter(self._names())
+        return iter(sorted(self._packages()))
 
     def __len__(self) -> int:
         """Number of recipes."""
-        return len(self._names())
+        return len(self._packages())
 
     @staticmethod
     @cache
-    def _names() -> tuple[str, ...]:
-        found = (each.name for each in files(__package__).iterdir())
-        return tuple(sorted(name.removesuffix(SUFFIX) for name in found if name.endswith(SUFFIX)))
+    def _packages() -> dict[str, str]:
+        """Return the package that each recipe lies in; those of other packages are named by entry points."""
+        found = {entry.name: entry.value for entry in entry_points(group=__package__)}
+        names = (each.name for each in files(__package__).iterdir())
+        return found | {name.removesuffix(SUFFIX): __package__ for name in names if name.endswith(SUFFIX)}
 
 
 presets = Presets()
