@@ -50,3 +50,14 @@ def test_engineer(tmp_path, monkeypatch, capsys):
     assert (names["written"] != names["plain"]).any()
     assert "mine" in names["refusal"] or "gated" in names["refusal"]
     assert all(each.sae_used.config.kept_latents for each in names["pinned"])  # only the latents that are needed
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+@pytest.mark.timeout(900)  # a minute on a core of its own
+def test_fine_tuning_with_a_concept_ablated(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = run(TUTORIALS / "fine_tuning_with_a_concept_ablated.md", tmp_path)
+    alike, apart = names["alike"], names["apart"]
+    assert min(alike.values()) > 0.9
+    assert apart["comments"] > 0.85 and max(apart["plain"], apart["random"]) < apart["comments"] - 0.1
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in names["model"].modules())
