@@ -3,11 +3,13 @@
 # make fuzz   many more damaged checkpoints of every format than make test tries
 # make test-matrix  the suite with the oldest and the newest versions that are promised, and the wheel as users get it
 # make test-torchao the tests with models that torchao quantised; installed, it would slow down every other start
+# make docs   builds the documentation, with the API reference, into build/docs; its tools get their own environment
 # make test-peers   compares with the libraries that write other layouts, which get an environment of their own
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
+DOCS := .venv-docs
 TORCHAO := .venv-torchao
 OLDEST := .venv-oldest
 NEWEST := .venv-newest
@@ -17,7 +19,7 @@ INSTALL := -m pip install --quiet --disable-pip-version-check
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: demo test lint types suite fuzz test-matrix test-oldest test-newest test-wheel test-torchao test-peers \
-	benchmark assets cards stub clean
+	benchmark assets cards docs stub clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hf-gated-sae demo
@@ -33,6 +35,11 @@ types: $(VENV)/.installed-test
 
 suite: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -m "not benchmark"
+
+docs: $(DOCS)/.installed
+	$(DOCS)/bin/python docs/make_site.py
+	rm -rf build/docs
+	cd build && ../$(DOCS)/bin/zensical build --strict --clean --config-file zensical.toml
 
 test-peers: $(VENV)/.installed-test $(PEERS)/.installed
 	rm -rf build/peers
@@ -115,5 +122,13 @@ $(PEERS)/.installed: tests/peers/requirements.txt constraints.txt
 	$(PEERS)/bin/python -m pip uninstall --quiet --yes torchvision
 	touch $@
 
+# The extra alone, without the package and torch: the generator reads the source and does not import it.
+$(DOCS)/.installed: pyproject.toml
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+		print(*project["optional-dependencies"]["docs"], sep="\n")' > $(DOCS)/requirements.txt
+	$(DOCS)/bin/python $(INSTALL) --requirement $(DOCS)/requirements.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(PEERS) $(TORCHAO) $(OLDEST) $(NEWEST) $(WHEEL) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) $(DOCS) $(TORCHAO) $(OLDEST) $(NEWEST) $(WHEEL) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -16,7 +16,7 @@ from tests.support.documents import assert_edits, blocks, run
 from tests.support.gpt2_small import seed_gpt2_small
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+PAGES = sorted(DOCS.rglob("*.md"))
 
 
 def test_coming_from_saelens_or_neuronpedia(hub, tmp_path, monkeypatch, capsys):
@@ -51,11 +51,31 @@ def test_sites(tmp_path, monkeypatch):
     assert str(names["read_name"]("model.layers.1")) == str(names["read_name"]("blocks.1.hook_resid_post"))
 
 
-def test_measure_and_publish(tmp_path, monkeypatch, hub):
+def test_measure(tmp_path, monkeypatch):
+    names = run(DOCS / "measure.md", tmp_path)
+    report = names["report"]
+    assert 0.5 < report.loss_recovered <= 1.05
+    assert report.metrics.tokens + report.metrics.outliers + report.tokens_left_out == names["ids"].numel()
+    assert names["sae"].max_activation[484] == report.max_activation[484]  # record=True put it there
+    [best] = names["scores"].best("function_name")
+    assert best.latent == 293 and best.f1 > 5 * best.chance_f1
+
+
+def test_publish(tmp_path, monkeypatch, hub):
     monkeypatch.chdir(tmp_path)
-    names = run(DOCS / "measure-and-publish.md", tmp_path)
+    names = run(DOCS / "publish.md", tmp_path)
     assert all((names["again"].state_dict()[key] == value).all() for key, value in names["sae"].state_dict().items())
-    assert 0.5 < names["report"].loss_recovered <= 1.05
+    recovered = f"{names['facts'].metrics['loss_recovered']:.3f}"[:4]
+    assert recovered in names["card"] and "license: apache-2.0" in names["card"]
+    exactly = names["SAEModel"].from_pretrained("alice/my-saes", "resid_post.1", revision=names["commit"].oid)
+    assert exactly.checkpoint.revision == names["commit"].oid
+
+
+def test_how_sites_are_proven(tmp_path):
+    names = run(DOCS / "how-sites-are-proven.md", tmp_path)
+    assert len(names["forwards"]) == 10
+    assert names["sites"].names()[:4] == ["embed", "resid_pre.0", "attn_in.0", "attn_z.0"]
+    assert names["resolve"](names["model"]) is names["sites"]
 
 
 def test_the_training_run_trains_and_is_resumed(tmp_path, monkeypatch, capsys):
