@@ -1,5 +1,6 @@
 # make demo   installs into .venv and runs the demo
 # make test   installs the test tools too, then lint, types, doctests and the whole suite
+# make test-fast  what can be tested in three minutes on two cores
 # make fuzz   many more damaged checkpoints of every format than make test tries
 # make test-matrix  the suite with the oldest and the newest versions that are promised, and the wheel as users get it
 # make test-torchao the tests with models that torchao quantised; installed, it would slow down every other start
@@ -18,7 +19,7 @@ TORCH ?= $$(grep '^torch==' constraints.txt)
 INSTALL := -m pip install --quiet --disable-pip-version-check
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint types suite fuzz test-matrix test-oldest test-newest test-wheel test-torchao test-peers \
+.PHONY: demo test test-fast lint types suite fuzz test-matrix test-oldest test-newest test-wheel test-torchao test-peers \
 	benchmark assets cards docs stub clean
 
 demo: $(VENV)/.installed
@@ -33,8 +34,14 @@ lint: $(VENV)/.installed-test
 types: $(VENV)/.installed-test
 	$(BIN)/mypy
 
+# One process per core, each with one thread: the models are tiny.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --dist worksteal --durations 10
+
 suite: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q -m "not benchmark"
+	$(PYTEST) -m "not benchmark"
+
+test-fast: $(VENV)/.installed-test
+	$(PYTEST) -m "not benchmark and not slow" tests
 
 docs: $(DOCS)/.installed
 	$(DOCS)/bin/python docs/make_site.py
@@ -51,10 +58,10 @@ test-peers: $(VENV)/.installed-test $(PEERS)/.installed
 test-matrix: test-wheel test-newest test-oldest
 
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest -q -m "not benchmark" tests
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q --numprocesses auto --dist worksteal -m "not benchmark" tests
 
 test-newest: $(NEWEST)/.installed
-	$(NEWEST)/bin/python -m pytest -q -m "not benchmark" tests
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -q --numprocesses auto --dist worksteal -m "not benchmark" tests
 
 # Without constraints, away from the sources: what `pip install hf-gated-sae` gives has to show an effect.
 test-wheel:

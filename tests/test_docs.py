@@ -15,6 +15,8 @@ from hf_gated_sae.demo import bundled, corpus
 from tests.support.documents import assert_edits, blocks, run
 from tests.support.gpt2_small import seed_gpt2_small
 
+pytestmark = pytest.mark.slow
+
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 

@@ -9,6 +9,8 @@ from huggingface_hub import hf_hub_download
 
 from tests.support.documents import run
 
+pytestmark = pytest.mark.slow
+
 TUTORIALS = Path(__file__).parents[1] / "docs" / "tutorials"
 
 

@@ -26,7 +26,7 @@ def show_known(out: Output, repo: str, subfolder: str, revision: str | None, why
     Returns:
         Whether the index knows any of it; if not, nothing was printed.
     """
-    from ..catalog.search import search
+    from ..catalog.index_search import search
     from ..hub.index import releases, resolve_alias
 
     name, _, named_revision = repo.partition("@")

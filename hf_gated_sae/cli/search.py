@@ -18,7 +18,7 @@ from .output import AsJson, Output, Quiet
 from .tables import l0_text
 
 if TYPE_CHECKING:
-    from ..catalog.search import SearchResult
+    from ..catalog.index_search import SearchResult
 
 SHOWN_REPOSITORIES = 4
 
@@ -56,7 +56,7 @@ def search(
 
     The exit status is 1 if none fits, as that of grep.
     """
-    from ..catalog.search import search as find  # here, so that --help does not wait for torch
+    from ..catalog.index_search import search as find  # here, so that --help does not wait for torch
     from .site_names import site_of
 
     for option, value in (("--limit", limit), ("--layer", layer), ("--l0", l0)):
@@ -126,7 +126,7 @@ def _left_out(rest: list[SearchResult]) -> str:
 
 def _instead(model: str | None, layer: int | None, live: bool) -> str:
     """Return what there is of a base model, for a search that found nothing."""
-    from ..catalog.search import search as find
+    from ..catalog.index_search import search as find
 
     if model is None:
         return " Leave an option out."

@@ -22,7 +22,7 @@ def site_of(name: str) -> str:
     >>> site_of("blocks.12.hook_resid_post"), site_of("hook_resid_pre")
     ('resid_post.12', 'resid_pre')
     """
-    from ..catalog.search import SITES
+    from ..catalog.index_search import SITES
     from ..sites import read_name
 
     kind = name.rpartition(".")[0] if name.rpartition(".")[2].isdigit() else name

@@ -39,7 +39,7 @@ def short_repr(report: Any) -> str:
     ... class Counted:
     ...     tokens: int
     ...     fired: tuple[int, ...]
-    ...     __repr__ = brief
+    ...     __repr__ = short_repr
     >>> Counted(12, tuple(range(1000)))
     Counted(tokens=12, fired=(0, 1, 2, 3, ... 1000 in all))
     """

@@ -136,7 +136,7 @@ def loaded_in_a_fresh_process(tmp_path_factory: pytest.TempPathFactory) -> dict[
         "    found[name] = [config, type(sae).__name__, str(sae.dtype), latents]\n"
         "print(json.dumps(found))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout)
     return result

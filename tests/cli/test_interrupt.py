@@ -14,6 +14,8 @@ import pytest
 
 from tests.support.foreign import example_files
 
+pytestmark = pytest.mark.slow
+
 MAIN = "from hf_gated_sae.cli import main\nmain()\n"
 # The weights lie in the staging folder, and nothing has taken their place yet.
 SLOW = """
@@ -47,12 +49,12 @@ def interrupted(
             # What runs in the background of a shell ignores Ctrl-C, and so would its children.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 800
         while not ready(errors.read_text(), process.pid):
             assert process.poll() is None and time.monotonic() < deadline, errors.read_text()
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=200)
+        output, _ = process.communicate(timeout=800)
     left = [path for path in temporary.rglob("*") if "hf-gated-sae" in path.name or "saving" in path.name]
     assert not left, left
     return process.returncode, output, errors.read_text()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import hf_gated_sae
-from hf_gated_sae.catalog.search import SITES
+from hf_gated_sae.catalog.index_search import SITES
 from hf_gated_sae.cli import complete
 from hf_gated_sae.demo import bundled, corpus
 from hf_gated_sae.hub.index import releases
@@ -279,6 +279,6 @@ def test_a_system_that_says_no_is_one_sentence(monkeypatch, capsys):
     def full(*_, **__):
         Path("/dev/full").write_text("x" * 10_000)
 
-    monkeypatch.setattr("hf_gated_sae.catalog.search.search", full)
+    monkeypatch.setattr("hf_gated_sae.catalog.index_search.search", full)
     assert run(monkeypatch, "search", "-m", "gpt2") == 1
     assert capsys.readouterr().err == "error: No space left on device.\n"

@@ -8,7 +8,7 @@ import re
 import pytest
 from typer.testing import CliRunner
 
-from hf_gated_sae.catalog.search import SearchResult
+from hf_gated_sae.catalog.index_search import SearchResult
 from hf_gated_sae.cli import search as _command
 from hf_gated_sae.cli.app import app
 from hf_gated_sae.errors import UnknownNameError
@@ -102,7 +102,7 @@ def test_an_unknown_model_is_our_error():
 
 
 def test_a_model_of_whose_saes_little_is_known(monkeypatch):
-    monkeypatch.setattr("hf_gated_sae.catalog.search.search", lambda *_, **__: [SearchResult("me/saes")])
+    monkeypatch.setattr("hf_gated_sae.catalog.index_search.search", lambda *_, **__: [SearchResult("me/saes")])
     assert _command._instead("me/lm", 3, False) == " There are the sites ? and the widths ?."
-    monkeypatch.setattr("hf_gated_sae.catalog.search.search", lambda *_, **__: [])
+    monkeypatch.setattr("hf_gated_sae.catalog.index_search.search", lambda *_, **__: [])
     assert _command._instead("me/lm", None, False) == " There is none of me/lm."

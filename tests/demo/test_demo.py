@@ -16,6 +16,8 @@ from hf_gated_sae.demo.effort import QUICK, THOROUGH, Effort, effort_for
 from hf_gated_sae.errors import AttachError, InputError, MissingFileError, UnknownNameError
 from hf_gated_sae.hooks.dispatch import _dispatchers
 
+pytestmark = pytest.mark.slow
+
 SMALL = SteeringPlan(prompts=8, new_tokens=48)
 EFFORT = Effort(tokens=24 * 256, candidates=10, choosing=SteeringPlan(prompts=8, new_tokens=40), showing=SMALL)
 

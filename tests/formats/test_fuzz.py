@@ -17,6 +17,8 @@ import pytest
 from hf_gated_sae.formats import formats
 from tests.support.hostile import CANARY
 
+pytestmark = pytest.mark.slow
+
 CASES = int(os.environ.get("HF_GATED_SAE_FUZZ_CASES", "150"))
 SEED = int(os.environ.get("HF_GATED_SAE_FUZZ_SEED", "0"))
 MEGABYTES = 500

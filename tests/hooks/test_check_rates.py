@@ -15,6 +15,8 @@ from hub_scripts.demo_assets import dictionaries
 from hub_scripts.demo_assets.language_model import pack, token_stream
 from tests.hooks import check_rates
 
+pytestmark = pytest.mark.slow
+
 MOST_FALSE_ALARMS, MOST_MISSES = 0.02, 0.1
 FRESH = "resid_post.2"
 BUNDLED = sorted(str(path.parent.relative_to(SAES)) for path in SAES.glob("*/*/config.json"))

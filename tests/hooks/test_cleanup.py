@@ -18,6 +18,8 @@ from hf_gated_sae.sites import Site
 from tests.hooks.support import IDS, block, close, hooks_on, is_clean, logits_of, make_sae, model_of, steer
 from tests.support.tiny_models import tiny_model
 
+pytestmark = pytest.mark.slow
+
 
 class Boom(Exception):
     pass

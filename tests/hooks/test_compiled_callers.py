@@ -11,6 +11,8 @@ from hf_gated_sae.errors import AttachError
 from tests.hooks.support import IDS, SITE, logits_of, make_sae, model_of
 from tests.support.tiny_models import tiny_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _forget_compiled_code():

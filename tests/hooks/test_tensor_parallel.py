@@ -6,6 +6,8 @@ from tests.hooks.distributed import tensor_parallel
 from tests.hooks.distributed.ranks import launch, require_passed
 from tests.support.tiny_models import tiny_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):

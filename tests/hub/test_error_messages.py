@@ -49,7 +49,7 @@ def test_offline_environment_in_a_fresh_process(hub: MiniHub, repo_id: str, cach
     )
     hub.requests.clear()
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     revision, message = done.stdout.strip().split("\n")
     assert revision == hub.repo(repo_id).at("main").id and not hub.requests

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from hf_gated_sae.catalog.search import search
+from hf_gated_sae.catalog.index_search import search
 from hf_gated_sae.errors import InputError, UnknownNameError
 from hf_gated_sae.hub import neuronpedia
 from hf_gated_sae.hub.index import Release, known_facts, known_saes

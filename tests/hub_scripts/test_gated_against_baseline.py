@@ -7,6 +7,8 @@ import torch
 
 from hub_scripts.gated_against_baseline import RESCALED, SPARSITIES, Comparison, Outcome, candidates, l0_ratio, tables
 
+pytestmark = pytest.mark.slow
+
 ONE = Outcome("resid_post.1", "gated", 1.0, 0, l0=10.0, loss_recovered=0.9, fvu=0.1, gamma=1.0, dead=0.0)
 
 

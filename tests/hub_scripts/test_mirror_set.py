@@ -65,7 +65,7 @@ def test_killed_half_way_and_resumed(hub: MiniHub, theirs: str, repo_id: str, ca
     command = [sys.executable, str(SCRIPTS / "mirror_set.py"), theirs, repo_id]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        until = time.monotonic() + 120
+        until = time.monotonic() + 600
         while ("models", repo_id) not in hub.repos or not hub.repo(repo_id).branches or not commits(hub, repo_id):
             assert process.poll() is None and time.monotonic() < until, process.communicate()[0]
             time.sleep(0.005)

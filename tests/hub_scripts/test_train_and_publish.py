@@ -18,6 +18,8 @@ from hub_scripts.demo_assets.language_model import load_language_model
 from tests.support.hub_state import commits, files
 from tests.support.mini_hub import MiniHub, read_card
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[2] / "hub_scripts" / "train_and_publish.py"
 FLAGS = (
     *("--sae.site", "resid_post.1", "--sae.d_sae", "64", "--model.hub_id", "me/python-lm", "--seed", "1"),

@@ -10,6 +10,8 @@ from hf_gated_sae.sites import Site, resolve
 from hf_gated_sae.sites.site import LAYERED
 from tests.support.tiny_models import LAYERS, TINY_NAMES, tiny_model
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.tensor([[11, 54, 33, 78, 90], [60, 41, 22, 13, 5]])
 
 # Blocks; within a block, what is added for attention and feed-forward; and the modules whose inputs are z and neurons.

@@ -154,7 +154,7 @@ def test_a_site_in_a_frame_is_an_sae_in_that_frame(llama, name):
 
     def as_an_sae(x):
         frame = NORMALIZATIONS[name](x, 1e-6)
-        return frame.leave(reconstruct(frame.enter(x)))
+        return frame.undo(reconstruct(frame.apply(x)))
 
     at_site, _ = run(llama, f"resid_post.1|{name}", reconstruct)
     tolerance = {"rtol": 1e-4, "atol": 1e-4}  # layer_norm's own undoing leaves an epsilon out

@@ -281,5 +281,5 @@ def test_xet_left_on(repo):
         "except Exception as e:\n    print('refused', e)\n" % (repo, repo)
     )
     env = {**os.environ, "HF_HUB_DISABLE_XET": "0", "HF_HOME": tempfile.mkdtemp()}
-    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=600)
     assert out.returncode == 0 and "xet-write-token" in out.stdout, out

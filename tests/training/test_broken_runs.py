@@ -21,6 +21,8 @@ from .runs import log, run, trainer, weights
 from .test_trainer import quiet
 from .worlds import D_IN, activations, build
 
+pytestmark = pytest.mark.slow
+
 
 class At(TrainerCallback):
     """Does something before a step."""

@@ -6,6 +6,8 @@ import torch
 from tests.hooks.distributed.ranks import launch, require_passed
 from tests.training.distributed import data_parallel, failing, grid
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -26,6 +26,8 @@ from ..support.tiny_models import tiny_model
 from .test_trainer import quiet
 from .worlds import D_IN, activations, build
 
+pytestmark = pytest.mark.slow
+
 BATCHES = [torch.randint(3, 97, (4, 16), generator=torch.Generator().manual_seed(n)) for n in range(10)]
 
 

@@ -25,6 +25,8 @@ from .test_resume import StopAt
 from .test_trainer import quiet
 from .worlds import D_IN, activations, build
 
+pytestmark = pytest.mark.slow
+
 SINK = 5000.0
 
 

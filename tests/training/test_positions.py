@@ -20,6 +20,8 @@ from tests.support.tiny_models import tiny_model
 from .positions import equal, first, through_files
 from .words import documents, word_tokenizer
 
+pytestmark = pytest.mark.slow
+
 SITES = ["resid_post.0", "mlp_out.1"]
 BATCH, BATCHES, AFTERWARDS = 8, 120, 12
 DOCUMENTS = documents(90, longest=10)

@@ -15,6 +15,8 @@ from hf_gated_sae.training.run import assemble, plain
 from hf_gated_sae.training.run.assembly import arguments
 from hf_gated_sae.training.run.run_parts import new_saes
 
+pytestmark = pytest.mark.slow
+
 SMALL = {
     **{"max_steps": 3, "activation_batch_size": 32, "statistics_activations": 128, "recorded_activations": 128},
     **{"use_cpu": True, "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True},

@@ -12,6 +12,8 @@ from hf_gated_sae.training.progress_bar import TrainingProgress, postfix
 from .runs import trainer
 from .worlds import D_IN, activations, build
 
+pytestmark = pytest.mark.slow
+
 
 class Spy(TrainerCallback):
     """Stands where TensorBoard, trackio and wandb stand."""

@@ -14,6 +14,8 @@ from hf_gated_sae.training.proportions import BUFFER, RECORDED, STATISTICS, buff
 from hf_gated_sae.training.run import Run, assemble
 from hf_gated_sae.training.run.run import write_run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("steps", [200, 500, 2_000, 300_000])
 @pytest.mark.parametrize("batch", [512, 1024, 4096])

@@ -15,6 +15,8 @@ from hf_gated_sae.training.schedules import LearningRateDip
 from .test_trainer import quiet
 from .worlds import D_IN, activations, build
 
+pytestmark = pytest.mark.slow
+
 TERMS = {"auxk": "auxk", "ghost_gradients": "ghost", "pre_activation_pull": "pull"}
 DEAD = torch.tensor([3, 17, 40])
 

@@ -24,6 +24,8 @@ from .runs import STEPS, log, run, trainer, weights
 from .test_trainer import quiet
 from .worlds import D_IN, activations, build
 
+pytestmark = pytest.mark.slow
+
 
 class StopAt(TrainerCallback):
     """Ends the process's part in a run, as a crash would."""
@@ -143,7 +145,7 @@ def test_a_run_that_is_killed_at_any_moment_can_be_resumed(tmp_path, whole):
         child = context.Process(target=run, args=(str(tmp_path),))
         child.start()
         begun = len(list(tmp_path.glob("checkpoint-*")))
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while child.is_alive() and time.monotonic() < deadline:
             if moment == "saving" and (tmp_path / ".unfinished").is_dir():
                 break

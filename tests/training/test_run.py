@@ -28,6 +28,8 @@ from hf_gated_sae.training.run.run_parts import build
 from hf_gated_sae.training.run.strict_yaml import merged, read_yaml
 from tests.support.tiny_models import tiny_model
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_parts_are_what_the_run_says(small: dict) -> None:
     small["sae"] |= {"expansion_factor": 2, "d_sae": None, "dtype": "bfloat16"}

@@ -18,6 +18,8 @@ from hf_gated_sae.training.run import Run, assemble, estimate, measured, tokens_
 from hf_gated_sae.training.run.estimate import in_time
 from hf_gated_sae.training.run.tokens_read import TRAIN
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_cost_is_measured_on_real_steps(small: dict) -> None:
     found = measured(assemble(small))

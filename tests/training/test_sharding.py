@@ -5,6 +5,8 @@ import pytest
 from tests.hooks.distributed.ranks import launch, require_passed
 from tests.training.distributed import sharded
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):

@@ -21,6 +21,8 @@ from hf_gated_sae.training.supported import OPTIMISERS_BY_LAYER, UNSUPPORTED, re
 
 from .worlds import D_IN, activations, build
 
+pytestmark = pytest.mark.slow
+
 RECIPE = {
     *("max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args"),
     *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "gradient_accumulation_steps", "max_grad_norm"),

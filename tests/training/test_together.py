@@ -16,6 +16,8 @@ from tests.support.tiny_models import tiny_model
 from .test_trainer import measured, quiet
 from .worlds import D_IN, activations, build
 
+pytestmark = pytest.mark.slow
+
 OTHER = 20
 SITES = {"site": "resid_post.0", "site_out": "mlp_out.1"}
 

@@ -17,6 +17,8 @@ from tests.support.tiny_models import tiny_model
 
 from .worlds import D_IN, FEATURES, activations, build, features
 
+pytestmark = pytest.mark.slow
+
 
 def quiet(trainer: SAETrainer) -> SAETrainer:
     trainer.remove_callback(PrinterCallback)

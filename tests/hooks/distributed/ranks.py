@@ -15,10 +15,10 @@ from torch import distributed
 
 RANKS = 2
 PASSED = "passed"
-SOON = timedelta(seconds=30)  # a rank that waits longer than this for the others waits for ever
+SOON = timedelta(seconds=120)  # a rank that waits longer than this for the others waits for ever
 
 
-def launch(module, folder, timeout=120, count=RANKS):
+def launch(module, folder, timeout=900, count=RANKS):
     """Run the checks of a module on all ranks.
 
     Returns what became of each check, by name and rank. Nothing of a check that is missing is known: an earlier one
@@ -33,7 +33,7 @@ def launch(module, folder, timeout=120, count=RANKS):
     try:
         while any(rank.is_alive() for rank in ranks) and time.monotonic() < until:
             if any(rank.exitcode for rank in ranks):  # one has failed: the others may wait for it in vain
-                until = min(until, time.monotonic() + 5)
+                until = min(until, time.monotonic() + 30)
             time.sleep(0.05)
     finally:
         for rank in ranks:

@@ -14,6 +14,8 @@ from hf_gated_sae.publishing import read_facts
 from hub_scripts.demo_assets import dictionaries, dictionary_report, language_model
 from hub_scripts.demo_assets.dictionaries import RECIPES, DictionaryRecipe
 
+pytestmark = pytest.mark.slow
+
 NAMES = [recipe.name for recipe in RECIPES]
 BY_NAME = {recipe.name: recipe for recipe in RECIPES}
 

@@ -17,6 +17,8 @@ from hub_scripts.demo_assets.language_model_report import (
     token_lengths,
 )
 
+pytestmark = pytest.mark.slow
+
 TINY = language_model.LanguageModelRecipe(
     vocab_size=300,
     context=32,

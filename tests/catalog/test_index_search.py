@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import hf_gated_sae
 from hf_gated_sae import SAEModel
-from hf_gated_sae.catalog.search import SearchResult, search
+from hf_gated_sae.catalog.index_search import SearchResult, search
 from hf_gated_sae.cli import info as _info  # noqa: F401  # makes the subcommand known
 from hf_gated_sae.cli.app import app
 from hf_gated_sae.errors import InputError, MissingFileError, UnknownNameError
