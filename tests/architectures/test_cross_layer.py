@@ -1,4 +1,4 @@
-"""The cross-layer SAE against plain numpy, and what the other architectures' conformance tests ask of one site."""
+"""The cross-layer SAE against its equations, and what the other architectures' conformance tests ask of one site."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from transformers import AutoModel
 from hf_gated_sae import SAEModel, Splice
 from hf_gated_sae.architectures.cross_layer import CrossLayerSAE, CrossLayerSAEConfig
 from hf_gated_sae.errors import CheckpointError, InputError, LatentIndexError, ShapeError
+from tests.architectures.references import cross_layer as reference
+from tests.architectures.references import normalization
 from tests.support.example_saes import assert_same, randomised
 
 D_IN, D_OUT = 5, 4
@@ -55,41 +57,21 @@ def activations(sae: SAEModel, *shape: int, dtype: torch.dtype = torch.float64) 
     return torch.randn(*shape, *sae.input_shape, generator=torch.Generator().manual_seed(7), dtype=dtype)
 
 
-def in_numpy(sae: CrossLayerSAE, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sum over sources and outputs, one pair after the other."""
-    p = {name: tensor.double().numpy() for name, tensor in sae.state_dict().items()}
-    config = sae.config
-    mean = x.mean(-1, keepdims=True) if config.normalization == "center" else 0.0
-    if config.normalization == "rms_norm":
-        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + config.normalization_eps)
-    x = x - mean
-    read = x - p["b_dec"] if config.apply_b_dec_to_input else x
-    latents, first = [], 0
-    for at, number in enumerate(sae.latents_per_site):
-        pre = read[:, at] @ p[f"encoders.{at}"].T + p["b_enc"][first : first + number]
-        threshold = p["threshold"][first : first + number] if config.activation == "jumprelu" else 0
-        latents.append(np.where((pre > 0) & (pre > threshold), pre, 0))
-        first += number
-    output = np.tile(p["b_dec"], (len(x), 1, 1))
-    for at, own in enumerate(latents):
-        for later in range(len(sae.sites_out) - at):
-            output[:, at + later] += own @ p[f"decoders.{at}"][:, later]
-        if config.skip_connection:
-            output[:, at] += x[:, at] @ p[f"skips.{at}"].T
-    return np.concatenate(latents, -1), output + mean
-
-
 @every_case
 def test_it_computes_its_equations(case: str) -> None:
+    """On the shapes of real checkpoints; `test_equations.py` draws others."""
     sae = example(case).double()
-    x = activations(sae, 40)
-    latents, output = in_numpy(sae, x.numpy())
-    got = sae(x)
+    x = activations(sae, 40).numpy()
+    shift, divisor, scale = normalization(x, sae.config)
+    read, p = (x - shift) / divisor, {name: tensor.numpy() for name, tensor in sae.state_dict().items()}
+    latents = reference.encode(read, p, sae.config)
+    output = reference.decode(latents, read, p, sae.config)
+    if sae.sites == sae.sites_out:
+        output = output * scale + shift
+    got = sae(torch.from_numpy(x))
     assert 0.05 < (latents > 0).mean() < 0.95
-    # The mean square is taken in float32, as the models do.
-    tight = {"rtol": 1e-5, "atol": 1e-6} if "rms" in case else {"rtol": 1e-10, "atol": 1e-12}
-    np.testing.assert_allclose(got.latents.detach().numpy(), latents, **tight)
-    np.testing.assert_allclose(got.reconstruction.detach().numpy(), output, **tight)
+    np.testing.assert_allclose(got.latents.detach().numpy(), latents, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(got.reconstruction.detach().numpy(), output, rtol=1e-10, atol=1e-12)
 
 
 @every_case

@@ -1,8 +1,17 @@
-"""Each architecture against plain numpy in float64, written from the papers' equations and not from our code."""
+"""Each architecture against plain numpy in float64, written from the papers' equations and not from our code.
+
+The equations are in `references`, one file per architecture.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+import importlib.util
+import pkgutil
 from pathlib import Path
+from random import Random
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -11,128 +20,124 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import hf_gated_sae.architectures as package
 from hf_gated_sae import GatedSAE, GatedSAEConfig
 from hf_gated_sae.architectures import architectures
 from hf_gated_sae.architectures.gated_untied import UntiedGatedSAE
+from hf_gated_sae.errors import InputError
+from hf_gated_sae.functional.normalization import NORMALIZATIONS
 from hf_gated_sae.modeling import SAEModel
+from tests.architectures import references
 from tests.support.example_saes import build, randomised
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 TIGHT = {"rtol": 1e-10, "atol": 1e-12}
+ARCHITECTURES = [module.name for module in pkgutil.iter_modules(package.__path__)]
+"""The files of the package; architectures of other packages bring their own tests."""
+
+every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 
-def relu(values: Array) -> Array:
-    return np.where(values > 0, values, 0.0)
-
-
-def gated(x: Array, p: dict[str, Array], k: int) -> Array:
-    """Equations 6 and 7 of arXiv 2404.16014: a Heaviside gate times a ReLU magnitude, with tied encoders."""
-    w_gate = p["W_enc_T"]
-    w_mag = np.exp(p["r_mag"])[:, None] * w_gate
-    is_open = (x @ w_gate.T + p["b_gate"]) > 0
-    return is_open.astype(float) * relu(x @ w_mag.T + p["b_mag"])
-
-
-def standard(x: Array, p: dict[str, Array], k: int) -> Array:
-    return relu(x @ p["W_enc_T"].T + p["b_enc"])
-
-
-def jumprelu(x: Array, p: dict[str, Array], k: int) -> Array:
-    z = x @ p["W_enc_T"].T + p["b_enc"]
-    return np.where(z > p["threshold"], relu(z), 0.0)
-
-
-def topk(x: Array, p: dict[str, Array], k: int) -> Array:
-    z = relu(x @ p["W_enc_T"].T + p["b_enc"])
-    latents = np.zeros_like(z)
-    for row, values in enumerate(z):
-        kept = np.argsort(-values, kind="stable")[:k]
-        latents[row, kept] = values[kept]
-    return latents
-
-
-def abs_topk(x: Array, p: dict[str, Array], k: int) -> Array:
-    z = x @ p["W_enc_T"].T + p["b_enc"]
-    smallest = np.sort(np.abs(z), axis=-1)[:, -k, None]
-    return np.where(np.abs(z) >= smallest, z, 0.0)
-
-
-def tanh_relu(x: Array, p: dict[str, Array], k: int) -> Array:
-    return np.tanh(standard(x, p, k))
-
-
-def matching_pursuit(x: Array, p: dict[str, Array], k: int, *, threshold: float = 1e-2, steps: int = 0) -> Array:
-    """One token after the other: take the best matching decoder row out of what is left, until a rule says stop."""
-    latents = np.zeros((len(x), len(p["W_dec"])))
-    for token, left in enumerate(x.copy()):
-        for _ in range(steps or x.shape[-1]):
-            matches = p["W_dec"] @ left
-            best = int(np.argmax(matches))
-            support = set(np.flatnonzero(latents[token]))
-            if matches[best] > 0:
-                latents[token, best] += matches[best]
-                left = left - matches[best] * p["W_dec"][best]
-            if set(np.flatnonzero(latents[token])) == support or np.linalg.norm(left) < threshold:
-                break
-    return latents
-
-
-REFERENCES = {
-    "gated": gated,
-    "standard": standard,
-    "jumprelu": jumprelu,
-    "topk": topk,
-    "batch_topk": jumprelu,
-    "abs_topk": abs_topk,
-    "tanh_relu": tanh_relu,
-    "matching_pursuit": matching_pursuit,
-}
+def reference_of(architecture: str) -> ModuleType:
+    """Return the module of an architecture's reference; the test fails if there is none."""
+    name = f"{references.__name__}.{architecture}"
+    if importlib.util.find_spec(name) is None:
+        pytest.fail(
+            f"The architecture {architecture!r} has no equations to be compared with: write "
+            f"tests/architectures/references/{architecture}.py, as the docstring of its __init__.py says."
+        )
+    return importlib.import_module(name)
 
 
 def numpy_parameters(sae: SAEModel) -> dict[str, Array]:
     return {name: tensor.double().numpy() for name, tensor in sae.state_dict().items()}
 
 
-@st.composite
-def cases(draw: st.DrawFn) -> dict[str, Any]:
-    d_sae = draw(st.integers(1, 24))
-    return {
-        "d_in": draw(st.integers(1, 9)),
-        "d_out": draw(st.one_of(st.none(), st.integers(1, 9))),
-        "d_sae": d_sae,
-        "k": draw(st.integers(1, d_sae)),
-        "tokens": draw(st.integers(0, 5)),
-        "apply_b_dec_to_input": draw(st.booleans()),
-        "seed": draw(st.integers(0, 2**20)),
-        "scale": draw(st.sampled_from([1e-3, 1.0, 1e3])),
+def built(architecture: str, random: Random, d_sae: int, **common: Any) -> SAEModel:
+    """Return an SAE with common settings and its own, which decide where they meet."""
+    own = getattr(reference_of(architecture), "settings", lambda random, d_sae: {})(random, d_sae)
+    common = {
+        **{"k": random.randint(1, d_sae), "d_out": random.choice([None, None, 1, 9])},
+        **({"site": "mlp_in.1", "site_out": "mlp_out.1"} if random.random() < 0.5 else {}),
+        **{"skip_connection": random.random() < 0.5, "apply_b_dec_to_input": random.random() < 0.5},
+        **common,
+        **own,
     }
+    if common["d_out"] not in (None, common["d_in"]):
+        common["apply_b_dec_to_input"] = False  # a decoder bias of another width
+    return randomised(build(architecture, d_sae=d_sae, **common), random.randrange(1 << 20)).double()
 
 
-@pytest.mark.parametrize("architecture", list(REFERENCES))
-@settings(max_examples=60, deadline=None)
-@given(case=cases())
-def test_encode_and_decode_are_the_equations(architecture: str, case: dict[str, Any]) -> None:
-    tokens, seed, scale = case.pop("tokens"), case.pop("seed"), case.pop("scale")
-    if case["d_out"] not in (None, case["d_in"]):
-        case["apply_b_dec_to_input"] = False  # a transcoder's decoder bias has another width
-        if architectures[architecture].tied:
-            case["d_out"] = None
-    sae = randomised(build(architecture, **case), seed).double()
-    x = scale * np.random.default_rng(seed).normal(size=(tokens, case["d_in"]))
-    parameters = numpy_parameters(sae)
-    centred = x - parameters["b_dec"] if case["apply_b_dec_to_input"] else x
-    wanted = REFERENCES[architecture](centred, parameters, case["k"])
-    with torch.no_grad():
-        output = sae(torch.from_numpy(x))
-    np.testing.assert_allclose(output.latents.numpy(), wanted, **TIGHT)
-    np.testing.assert_allclose(
-        output.reconstruction.numpy(), wanted @ parameters["W_dec"] + parameters["b_dec"], **TIGHT
-    )
+def drawn(shape: tuple[int, ...], random: Random) -> Array:
+    return random.choice([1e-3, 1.0, 1e3]) * np.random.default_rng(random.randrange(1 << 20)).normal(size=shape)
 
 
-def test_every_architecture_has_a_reference() -> None:
-    """Remind whoever adds an architecture; those with one are compared above."""
-    assert set(REFERENCES) <= set(architectures)
+@every_architecture
+def test_encode_and_decode_are_the_equations(architecture: str) -> None:
+    """Behind every normalisation of tokens, and with a skip connection, too."""
+    reference = reference_of(architecture)
+    for seed in range(120):
+        random, normalization = Random(seed), ["none", *NORMALIZATIONS][seed % (1 + len(NORMALIZATIONS))]
+        d_in = random.randint(1 if normalization == "none" else 2, 9)
+        sae = built(architecture, random, random.randint(1, 24), d_in=d_in, normalization=normalization)
+        x = drawn((random.randint(0 if normalization == "none" else 1, 5), *sae.input_shape), random)
+        parameters, config = numpy_parameters(sae), sae.config
+        shift, divisor, scale = references.normalization(x, config)
+        read = (x - shift) / divisor
+        latents = reference.encode(read, parameters, config)
+        written = getattr(reference, "decode", references.decode)(latents, read, parameters, config)
+        if config.sites_read == config.sites_written:
+            written = written * scale + shift
+        with torch.no_grad():
+            output = sae(torch.from_numpy(x))
+        case = {**TIGHT, "err_msg": f"seed {seed}: {config}"}
+        np.testing.assert_allclose(output.latents.numpy(), latents, **case)
+        np.testing.assert_allclose(output.reconstruction.numpy(), written, **case)
+
+
+@every_architecture
+def test_the_training_objective_is_the_equations(architecture: str) -> None:
+    """Every variant term by term; where the reference has none, training is refused."""
+    reference, objective_class = reference_of(architecture), architectures[architecture].objective_class
+    variants = getattr(reference, "VARIANTS", [{}])
+    for seed in range(20 * len(variants)):
+        random, variant = Random(seed), variants[seed % len(variants)]
+        sae = built(architecture, random, random.randint(12, 24), d_in=random.randint(1, 9))
+        x = drawn((random.randint(1, 5), *sae.input_shape), random)
+        target = drawn((len(x), *sae.b_dec.shape), random)
+        power = random.choice([1.0, 0.5]) if objective_class.anneals else 1.0
+        wanted = reference.objective(
+            x, target, numpy_parameters(sae), sae.config, coefficient=0.7, power=power, **variant
+        )
+        arguments: dict[str, Any] = {
+            **{"target": torch.from_numpy(target), "objective": objective_class(**variant)},
+            **{"sparsity_coefficient": 0.7, "sparsity_power": power},
+        }
+        if wanted is None:
+            with pytest.raises(InputError, match=r"cannot be trained here|is not supported yet"):
+                sae.training_loss(torch.from_numpy(x), **arguments)
+            continue
+        loss = sae.training_loss(torch.from_numpy(x), **arguments)
+        found = {name: term.item() for name, term in loss.terms.items()}
+        assert found == pytest.approx(wanted, rel=1e-9, abs=1e-12), f"seed {seed}: {variant}, {sae.config}"
+        assert loss.total.item() == pytest.approx(sum(wanted.values()), rel=1e-9, abs=1e-12)
+
+
+@every_architecture
+def test_a_reference_knows_every_variant_of_the_objective(architecture: str) -> None:
+    fields = {field.name for field in dataclasses.fields(architectures[architecture].objective_class)}
+    missing = fields - {name for variant in getattr(reference_of(architecture), "VARIANTS", [{}]) for name in variant}
+    assert not missing, f"name {sorted(missing)} in VARIANTS of tests/architectures/references/{architecture}.py"
+
+
+def test_architectures_and_their_references_have_the_names_of_their_files() -> None:
+    ours = {name for name, each in architectures.items() if each.__module__.startswith(f"{package.__name__}.")}
+    assert ours == set(ARCHITECTURES) == {module.name for module in pkgutil.iter_modules(references.__path__)}
+
+
+def test_an_architecture_without_a_reference_fails() -> None:
+    with pytest.raises(pytest.fail.Exception, match=r"write tests/architectures/references/no_such\.py"):
+        reference_of("no_such")
 
 
 def test_comparisons_are_strict() -> None:
@@ -165,7 +170,7 @@ def test_batch_topk_trains_on_the_largest_of_the_batch() -> None:
     """``k * tokens`` latents are kept in all, wherever they are; the threshold follows the smallest of them."""
     sae = randomised(build("batch_topk", d_in=4, d_sae=12, k=2)).double()
     x = torch.randn(6, 4, dtype=torch.float64)
-    z = relu(standard(x.numpy() - numpy_parameters(sae)["b_dec"], numpy_parameters(sae), 0))
+    z = reference_of("standard").encode(x.numpy(), numpy_parameters(sae), sae.config)
     kept = np.sort(z[z > 0])[::-1][:12]
     before = sae.threshold.item()
     latents = sae.training_loss(x).latents.detach().numpy()
@@ -174,57 +179,15 @@ def test_batch_topk_trains_on_the_largest_of_the_batch() -> None:
     assert sae.threshold.item() == pytest.approx(momentum * before + (1 - momentum) * kept[-1])
 
 
-def softmax(values: Array) -> Array:
-    powers = np.exp(values - values.max())
-    return powers / powers.sum()
-
-
-def temporal(x: Array, p: dict[str, Array], *, heads: int, k: int | None, c: float) -> tuple[Array, Array]:
-    """Section 3 of arXiv 2511.01836 for one sequence, position by position and head by head."""
-    d, dec, enc = x.shape[-1], p["W_dec"], p["W_enc_T"].T
-    left, predicted = c * x - p["b_dec"], np.zeros((len(x), len(dec)))
-    for layer in range(sum(name.endswith("query.weight") for name in p)):
-        w = {name.split(".", 2)[2]: value for name, value in p.items() if name.startswith(f"attention.{layer}.")}
-        codes = relu(left @ enc / (4 * d))
-        earlier = np.vstack([np.zeros_like(codes[:1]), codes[:-1]])
-        q, key, v = (
-            part @ w[f"{name}.weight"].T + w[f"{name}.bias"]
-            for name, part in (("query", codes), ("key", earlier), ("value", earlier))
-        )
-        width, value_width = q.shape[1] // heads, v.shape[1] // heads
-        for token in range(len(x)):
-            mixed = []
-            for head in range(heads):
-                mine = slice(head * width, (head + 1) * width)
-                weights = softmax(key[: token + 1, mine] @ q[token, mine] / np.sqrt(width))
-                mixed.append(weights @ v[: token + 1, head * value_width : (head + 1) * value_width])
-            code = relu(np.concatenate(mixed) @ w["output.weight"].T + w["output.bias"])
-            written = code @ dec
-            share = written @ left[token] / (np.linalg.norm(written) + 1e-6) ** 2
-            predicted[token] += share * code
-            left[token] = left[token] - share * written
-    novel = relu(left @ enc / (4 * d))
-    for row in novel:
-        row[np.argsort(-row, kind="stable")[k or len(row) :]] = 0
-    return novel, ((novel + predicted) @ dec + p["b_dec"]) / c
-
-
-@pytest.mark.parametrize("settings_", [{"k": 2}, {"k": None, "heads": 2, "bottleneck": 3, "attention_layers": 2}])
-@pytest.mark.parametrize("c", [1.0, 0.03])
-def test_temporal_is_the_equations(settings_: dict[str, Any], c: float) -> None:
-    sae = randomised(build("temporal", d_in=5, d_sae=12, scaling_factor=c, **settings_)).double()
-    x = 3 / c * np.random.default_rng(0).normal(size=(2, 7, 5))
+def test_an_edit_of_latents_of_a_temporal_sae_writes_what_any_other_does() -> None:
+    sae = randomised(build("temporal", d_in=5, d_sae=12, scaling_factor=0.03)).double()
+    x = 100 * torch.randn(2, 7, 5, dtype=torch.float64)
     with torch.no_grad():
-        output = sae(torch.from_numpy(x))
-    for row in range(2):
-        parameters = numpy_parameters(sae)
-        novel, reconstruction = temporal(x[row], parameters, heads=sae.config.heads, k=settings_["k"], c=c)
-        np.testing.assert_allclose(output.latents[row].numpy(), novel, **TIGHT)
-        np.testing.assert_allclose(output.reconstruction[row].numpy(), reconstruction, rtol=1e-9)
-    one = torch.zeros_like(output.latents)
-    one[..., 4] = 1.0
-    moved = sae.decode(output.latents + one, torch.from_numpy(x)) - output.reconstruction
-    torch.testing.assert_close(moved, (sae.W_dec[4] * sae.written_scale(torch.from_numpy(x))).detach())
+        output = sae(x)
+        one = torch.zeros_like(output.latents)
+        one[..., 4] = 1.0
+        moved = sae.decode(output.latents + one, x) - output.reconstruction
+        torch.testing.assert_close(moved, sae.W_dec[4] * sae.written_scale(x))
 
 
 @pytest.mark.parametrize("rule", ["threshold", "steps", "support"])
@@ -326,29 +289,6 @@ def test_conversion_of_halves_rounds_neither_thresholds_nor_records(tmp_path: Pa
 # ---------------------------------------------------------------- the loss
 
 
-def test_gated_loss_is_equation_8() -> None:
-    sae = gated_sae(3, dtype=torch.float64)
-    x = torch.randn(50, 5, dtype=torch.float64)
-    p = numpy_parameters(sae)
-    centred = x.numpy() - p["b_dec"]
-    pi = centred @ p["W_enc_T"].T + p["b_gate"]
-    latents = gated(centred, p, 0)
-
-    def decode(values: Array) -> Array:
-        return values @ p["W_dec"] + p["b_dec"]
-
-    wanted = {
-        "reconstruction": ((x.numpy() - decode(latents)) ** 2).sum(-1).mean(),
-        "sparsity": 0.7 * np.abs(relu(pi)).sum(-1).mean(),
-        "auxiliary": ((x.numpy() - decode(relu(pi))) ** 2).sum(-1).mean(),
-    }
-    loss = sae.training_loss(x, sparsity_coefficient=0.7)
-    assert set(loss.terms) == set(wanted)
-    for name, value in wanted.items():
-        assert loss.terms[name].item() == pytest.approx(value, rel=1e-12), name
-    assert loss.total.item() == pytest.approx(sum(wanted.values()), rel=1e-12)
-
-
 # Which term trains which parameter (arXiv 2404.16014, section 3.2.2): True where there is a gradient, False where it
 # is exactly zero. b_dec is reached by sparsity and auxiliary through the centring of the input only.
 ROUTING = {
@@ -404,7 +344,7 @@ def test_auxiliary_gradient_is_that_of_a_frozen_decoder() -> None:
 
     def auxiliary(b_dec_of_the_encoder: Array) -> float:
         pi = (x.numpy() - b_dec_of_the_encoder) @ p["W_enc_T"].T + p["b_gate"]
-        return float(((x.numpy() - relu(pi) @ p["W_dec"] - p["b_dec"]) ** 2).sum(-1).mean())
+        return float(((x.numpy() - references.relu(pi) @ p["W_dec"] - p["b_dec"]) ** 2).sum(-1).mean())
 
     step = 1e-6 * np.eye(3)
     wanted = [(auxiliary(p["b_dec"] + s) - auxiliary(p["b_dec"] - s)) / 2e-6 for s in step]

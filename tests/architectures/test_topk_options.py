@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from hf_gated_sae import SAEModel
 from hf_gated_sae.functional import topk
+from tests.architectures.references import topk as reference
 from tests.support.example_saes import assert_same, build, randomised
 
 OPTIONS = [(True, False), (True, True), (False, False), (False, True)]
@@ -26,28 +27,12 @@ def example(rectified: bool, by_norm: bool, seed: int = 0, **settings: Any) -> S
     return sae
 
 
-def reference(sae: SAEModel, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Choose the k places token by token, and copy the values there."""
-    p = {name: tensor.double().numpy() for name, tensor in sae.state_dict().items()}
-    values = (x - p["b_dec"]) @ p["W_enc_T"].T + p["b_enc"]
-    if sae.config.rectified:
-        values = np.clip(values, 0, None)
-    scores = values.copy()
-    if sae.config.rank_by_decoder_norm:
-        scores *= np.sqrt((p["W_dec"] ** 2).sum(1))
-    latents = np.zeros_like(values)
-    for token, score in enumerate(scores):
-        for place in sorted(range(len(score)), key=lambda i: -score[i])[: sae.config.k]:
-            latents[token, place] = values[token, place]
-    return latents
-
-
 @settings(max_examples=40, deadline=None)
 @given(option=st.sampled_from(OPTIONS), seed=st.integers(0, 2**20), d_sae=st.integers(1, 24), share=st.floats(0, 1))
 def test_every_combination_is_its_equation(option: tuple[bool, bool], seed: int, d_sae: int, share: float) -> None:
     sae = example(*option, seed, d_sae=d_sae, k=1 + int(share * (d_sae - 1)))
     x = np.random.default_rng(seed).normal(size=(5, sae.config.d_in))
-    latents = reference(sae, x)
+    latents = reference.encode(x, {name: tensor.numpy() for name, tensor in sae.state_dict().items()}, sae.config)
     output = sae(torch.from_numpy(x))
     np.testing.assert_allclose(output.latents.detach().numpy(), latents, rtol=1e-10, atol=1e-12)
     W_dec, b_dec = (sae.state_dict()[name].numpy() for name in ("W_dec", "b_dec"))

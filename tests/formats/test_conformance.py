@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -43,7 +44,20 @@ every_example = pytest.mark.parametrize(
 
 
 def reference_of(name: str) -> ModuleType:
+    """Return the module of a format's equations; the test fails if there is none."""
+    if importlib.util.find_spec(f"tests.formats.references.{name}") is None:
+        pytest.fail(
+            f"The format {name!r} has no equations to be compared with: write tests/formats/references/{name}.py, as "
+            "the docstring of its __init__.py says."
+        )
     return importlib.import_module(f"tests.formats.references.{name}")
+
+
+@pytest.mark.parametrize("name", [name for name in formats if name != "native"])
+def test_every_format_has_examples_and_says_what_is_expected_of_each(name: str) -> None:
+    examples = {f"{example.repo}/{example.address}" for own, example in CASES if own == name}
+    assert examples, f"examples() of the format {name!r} wrote none"
+    assert set(reference_of(name).EXPECTED) == examples
 
 
 @pytest.fixture

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from hf_gated_sae import Cap, Clamp, Floor, InterventionPlan, SAEModel, Scale, Steer, attach
+from hf_gated_sae import Clamp, InterventionPlan, SAEModel, Steer, attach
 from hf_gated_sae.errors import AttachError, InputError
+from hf_gated_sae.interventions import interventions
+from hf_gated_sae.interventions._per_latent_values import LatentValueEdit
 from tests.hooks.support import IDS, SITE, close, logits_of, make_sae, model_of
 
 PAIR = (0.4, 1.7)
@@ -15,10 +17,11 @@ VERBS = {
     "Steer by the norm": lambda sae, number: Steer(sae, 3, strength=number, unit="norm"),
     "Steer along a vector": lambda sae, number: Steer(SITE, VECTOR, strength=number),
     "Steer along a vector by the norm": lambda sae, number: Steer(SITE, VECTOR, strength=number, unit="norm"),
-    "Clamp": lambda sae, number: Clamp(sae, {3: number, 5: 1.0}),
-    "Floor": lambda sae, number: Floor(sae, {3: number, 5: 1.0}),
-    "Cap": lambda sae, number: Cap(sae, {3: number, 5: 0.1}),
-    "Scale": lambda sae, number: Scale(sae, {3: number, 5: 0.5}),
+    **{
+        name: lambda sae, number, verb=verb: verb(sae, {3: number, 5: 0.1})
+        for name, verb in interventions.items()
+        if issubclass(verb, LatentValueEdit)
+    },
 }
 
 
@@ -94,4 +97,5 @@ def test_they_are_kept_in_a_plan(tmp_path):
     InterventionPlan([VERBS[verb](sae, PAIR) for verb in VERBS]).save(tmp_path / "plan.json")
     read = InterventionPlan.load(tmp_path / "plan.json")
     assert [each.strength for each in read[:5]] == [PAIR] * 5
-    assert [each.numbers[3] for each in read[5:]] == [PAIR] * 4
+    assert [each.numbers[3] for each in read[5:]] == [PAIR] * (len(VERBS) - 5)
+    assert {"Cap", "Clamp", "Floor", "Scale"} <= set(VERBS)

@@ -12,24 +12,19 @@ from hypothesis import strategies as st
 from hf_gated_sae import (
     Ablate,
     AblateSite,
-    Cap,
     Clamp,
-    Floor,
     InterventionPlan,
-    Patch,
     ProjectOut,
     SAEModel,
-    Scale,
-    Site,
     Splice,
     Steer,
-    TokenIds,
     attach,
 )
 from hf_gated_sae.errors import InputError, MissingFileError, SAEError
-from hf_gated_sae.interventions import interventions
 from tests.hooks.support import IDS, SITE, logits_of, make_sae, model_of
 from tests.support.example_saes import example
+
+from .examples import every_plan
 
 
 @pytest.fixture(scope="module")
@@ -45,36 +40,6 @@ def sae(folder):
     return SAEModel.from_pretrained(folder)
 
 
-def every_verb(sae):
-    """Every verb, and every kind of setting."""
-    random = torch.Generator().manual_seed(0)
-    numbers = torch.randn(2, 6, 3, generator=random)
-    numbers[0, 0, 0], numbers[0, 0, 1] = torch.nan, -0.0
-    return [
-        Ablate(sae, [3, 7], when={5: 0.1}, window=4),
-        Ablate(sae, [3], mode="resample", samples=numbers[1, :, :1], seed=-5),
-        AblateSite(SITE, torch.linspace(0, 1, 32), positions="generated"),
-        AblateSite(Site.parse("resid_post.2|center"), positions=TokenIds([96])),
-        Cap(sae, {3: 1 / 3}, positions=slice(-4, None)),
-        Clamp(sae, {456 % 64: 1e-300, 3: 8}, positions=[0, -1], rows=[0, 1]),
-        Floor(sae, {9: -0.0}, positions=3),
-        Patch(sae, numbers, latents=[9, 8, 1], positions=torch.tensor([[True, False], [False, True]])),
-        Patch(SITE, torch.randn(2, 6, 32, generator=random).bfloat16()),
-        ProjectOut(SITE, torch.randn(2, 32, generator=random)),
-        ProjectOut(sae, [3, 4]),
-        Scale(sae, {3: 0.5}, special_tokens=True),
-        Splice(sae, error=True, rows=1),
-        Steer(sae, 3, strength=-2.0, unit="norm"),
-        Steer(SITE, torch.randn(32, generator=random).half(), strength=0.1),
-    ]
-
-
-def test_no_verb_is_left_out(sae):
-    assert {type(each) for each in every_verb(sae)} == {
-        verb for verb in interventions.values() if verb.__module__.startswith("hf_gated_sae.")
-    }
-
-
 def same(one, other):
     """Whether two values are equal to the bit, and of one type."""
     if isinstance(one, torch.Tensor):
@@ -86,7 +51,7 @@ def same(one, other):
 
 
 def test_every_verb_is_the_same_after_a_file(sae, folder, tmp_path):
-    plan = InterventionPlan(every_verb(sae))
+    plan = InterventionPlan(every_plan(sae))
     plan.save(tmp_path / "plan.json")
     again = InterventionPlan.load(tmp_path / "plan.json")
     assert [type(each) for each in again] == [type(each) for each in plan]
@@ -249,7 +214,7 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_content_says_what_is_wrong(case, sae):
     path, value, phrases = WRONG[case]
-    content = put(InterventionPlan(every_verb(sae)).to_dict(), path, value)
+    content = put(InterventionPlan(every_plan(sae)).to_dict(), path, value)
     with pytest.raises(SAEError) as caught:
         InterventionPlan.from_dict(content)
     message = str(caught.value)
@@ -259,7 +224,7 @@ def test_wrong_content_says_what_is_wrong(case, sae):
 
 @pytest.mark.parametrize("key", ["version", "saes", "interventions"])
 def test_a_key_that_lacks(key, sae):
-    content = InterventionPlan(every_verb(sae)).to_dict()
+    content = InterventionPlan(every_plan(sae)).to_dict()
     del content[key]
     with pytest.raises(InputError, match=f"lacks {key}"):
         InterventionPlan.from_dict(content)
@@ -317,7 +282,7 @@ def paths(content, here=()):
     max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_anything_in_place_of_anything_is_a_plan_or_an_error_of_ours(data, sae):
-    content = FUZZED.setdefault("content", InterventionPlan(every_verb(sae)[:6]).to_dict())
+    content = FUZZED.setdefault("content", InterventionPlan(every_plan(sae)[:6]).to_dict())
     places = [path for path in paths(content) if path and path[:1] != ("saes",)]
     changed = content
     for _ in range(data.draw(st.integers(1, 2))):

@@ -1,0 +1,30 @@
+"""The SAE with a gated linear unit for an encoder: OpenMOSS/Language-Model-SAEs, ``use_glu_encoder``.
+
+There ``hidden_pre = (x @ W_E + b_E) * sigmoid(x @ W_E_glu + b_E_glu)`` comes before the activation function, here a
+JumpReLU (arXiv 2407.14435), with whose objective it is trained.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from . import Array, Parameters, Terms, centred, pre_latents
+from .jumprelu import jump, jump_terms
+
+VARIANTS = [{}, {"tanh_scale": 4.0}]
+
+
+def encode(x: Array, p: Parameters, config: Any) -> Array:
+    """Return the gated pre-latents that are above their thresholds."""
+    gate = centred(x, p, config) @ p["W_glu_T"].T + p["b_glu"]
+    share = np.where(gate < 0, np.exp(-np.abs(gate)), 1.0) / (1 + np.exp(-np.abs(gate)))  # sigmoid, never too large
+    return jump(pre_latents(x, p, config) * share, p["threshold"])
+
+
+def objective(
+    x: Array, target: Array, p: Parameters, config: Any, *, coefficient: float, power: float, **variant: float
+) -> Terms:
+    """Return the terms of the JumpReLU SAE."""
+    return jump_terms(encode(x, p, config), x, target, p, config, coefficient, **variant)

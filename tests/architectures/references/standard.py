@@ -1,0 +1,41 @@
+"""The ReLU SAE with an L1 penalty: Bricken et al. 2023, "Towards Monosemanticity".
+
+The weights of the penalty by the decoder's norms: Conerly et al. 2024, "Update on how we train SAEs".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import Array, Parameters, Terms, decode, decoder_norms, pre_latents, relu, squared_error
+
+VARIANTS = [{}, {"weighted_by_decoder_norm": True}]
+
+
+def encode(x: Array, p: Parameters, config: Any) -> Array:
+    """Return ``f = ReLU(W_e (x - b_d) + b_e)``."""
+    return relu(pre_latents(x, p, config))
+
+
+def objective(
+    x: Array,
+    target: Array,
+    p: Parameters,
+    config: Any,
+    *,
+    coefficient: float,
+    power: float,
+    weighted_by_decoder_norm: bool = False,
+) -> Terms:
+    """Return the squared error, and ``lambda * sum f_i`` or ``lambda * sum f_i |W_d,i|``."""
+    latents = encode(x, p, config)
+    return {
+        "reconstruction": squared_error(target, decode(latents, x, p, config)),
+        "sparsity": penalty(latents, p, coefficient, power, weighted_by_decoder_norm),
+    }
+
+
+def penalty(latents: Array, p: Parameters, coefficient: float, power: float, weighted: bool) -> float:
+    """Return ``lambda * sum f_i ** power``, averaged over tokens; of the weighted ``f_i |W_d,i|`` if so wanted."""
+    paid = latents * decoder_norms(p) if weighted else latents
+    return coefficient * float((paid**power).sum(-1).mean())

@@ -1,0 +1,39 @@
+"""The ReLU SAE whose latents saturate: SAELens 3 to 5, ``activation_fn_str = "tanh-relu"``.
+
+There ``tanh_relu(z) = tanh(relu(z))`` takes the place of the ReLU, in the penalty too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from . import Array, Parameters, Terms, decode, pre_latents, relu, squared_error
+from .standard import penalty
+
+VARIANTS = [{}, {"weighted_by_decoder_norm": True}]
+
+
+def encode(x: Array, p: Parameters, config: Any) -> Array:
+    """Return ``tanh(relu(z))`` with the pre-latents ``z``."""
+    z = relu(pre_latents(x, p, config))
+    return 1 - 2 / (np.exp(2 * np.minimum(z, 300)) + 1)
+
+
+def objective(
+    x: Array,
+    target: Array,
+    p: Parameters,
+    config: Any,
+    *,
+    coefficient: float,
+    power: float,
+    weighted_by_decoder_norm: bool = False,
+) -> Terms:
+    """Return the squared error, and the L1 penalty."""
+    latents = encode(x, p, config)
+    return {
+        "reconstruction": squared_error(target, decode(latents, x, p, config)),
+        "sparsity": penalty(latents, p, coefficient, power, weighted_by_decoder_norm),
+    }
