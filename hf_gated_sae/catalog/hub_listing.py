@@ -16,7 +16,7 @@ from ..hub.error_messages import TransportError
 from ..hub.index import layer_of
 from ..hub.location import Location
 from ..hub.repository import Access, HubRepository
-from .index_search import SearchResult
+from .search_result import SearchResult
 
 _log = logging.getLogger(__name__)
 

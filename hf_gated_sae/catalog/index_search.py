@@ -2,85 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, unknown_name
 from ..formats import natural_order
-from ..functional.short_repr import short_repr
 from ..hub.hook_names import GLOBAL, IN_BLOCK
 from ..hub.index import KnownSAE, has_size, known_saes, plainer, releases
 from ..hub.model_names import repository_of
 from ..hub.neuronpedia import sae_of_dashboards, unknown_dashboards
+from .search_result import SearchResult
 
 if TYPE_CHECKING:
-    from ..modeling import SAEModel
+    pass
 
 SITES = ("resid_post", "resid_pre", "resid_mid", "mlp_out", "attn_out", "attn_z", "mlp_in", "mlp_neurons", "embed")
 """Kinds of sites in the order in which they are shown."""
 MERGED = ("base_model", "site", "site_out", "d_sae", "architecture", "l0", "l0_kind", "neuronpedia")
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """One SAE that can be loaded; None is what is not known of it before it is opened.
-
-    Attributes:
-        repo: repository on the Hub.
-        subfolder: folder or file of the SAE inside it.
-        revision: the commit, if the result is only about that one.
-        base_model: repository of the model that it was trained on.
-        site: where it reads, such as ``"resid_post.12"``.
-        site_out: where it writes, if that is elsewhere: of a transcoder.
-        layer: the block that it reads at.
-        d_sae: number of latents.
-        architecture: such as ``"jumprelu"``.
-        l0: mean number of active latents per token.
-        l0_kind: ``"measured"``; or ``"target"``, if `l0` is what training aimed at or the k of a TopK.
-        neuronpedia: name of its dashboards, as ``<model>/<sae>``.
-        release: the release that lists it; None if it is not in the index.
-    """
-
-    repo: str
-    subfolder: str = ""
-    revision: str | None = None
-    base_model: str | None = None
-    site: str | None = None
-    site_out: str | None = None
-    layer: int | None = None
-    d_sae: int | None = None
-    architecture: str | None = None
-    l0: float | None = None
-    l0_kind: str | None = None
-    neuronpedia: str | None = None
-    release: str | None = None
-
-    __repr__ = short_repr
-
-    @property
-    def code(self) -> str:
-        """The line that loads it."""
-        return f"SAEModel.from_pretrained({', '.join(self.arguments)})"
-
-    @property
-    def arguments(self) -> list[str]:
-        """The arguments in `code`."""
-        # Names come from the Hub: as JSON writes them they stay texts, whatever is in them.
-        quoted = [json.dumps(name) for name in (self.repo, self.subfolder) if name]
-        return quoted + ([f"revision={json.dumps(self.revision)}"] if self.revision else [])
-
-    def load(self, **kwargs: Any) -> SAEModel:
-        """Load it.
-
-        Args:
-            **kwargs: further arguments of `SAEModel.from_pretrained`, such as ``latents=`` or ``dtype=``.
-        """
-        from ..modeling import SAEModel
-
-        return SAEModel.from_pretrained(self.repo, self.subfolder, **{"revision": self.revision, **kwargs})
 
 
 def search(

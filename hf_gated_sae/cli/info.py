@@ -133,7 +133,7 @@ def _show_one(out: Output, checkpoint: Checkpoint, location: Location) -> None:
 
 def record(checkpoint: Checkpoint, location: Location) -> dict[str, Any]:
     """Return what the headers and the configuration of an SAE say, as JSON has it."""
-    from ..catalog.index_search import SearchResult
+    from ..catalog.search_result import SearchResult
     from ..hub.index import known_at, known_facts
 
     config, origin = checkpoint.config, checkpoint.origin
@@ -245,7 +245,7 @@ def size_text(size: float) -> str:
 
 def _show_code(out: Output, repo: str, subfolder: str, revision: str | None) -> None:
     """Print the code that loads an SAE, from that commit; a hint, which `quiet` leaves out."""
-    from ..catalog.index_search import SearchResult
+    from ..catalog.search_result import SearchResult
     from .search import code
 
     if not out.quiet:

@@ -18,7 +18,7 @@ from .output import AsJson, Output, Quiet
 from .tables import l0_text
 
 if TYPE_CHECKING:
-    from ..catalog.index_search import SearchResult
+    from ..catalog.search_result import SearchResult
 
 SHOWN_REPOSITORIES = 4
 

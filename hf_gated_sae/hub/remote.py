@@ -13,11 +13,10 @@ from urllib.parse import urlsplit
 from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils._headers import build_hf_headers
-from huggingface_hub.utils._http import hf_raise_for_status, http_stream_backoff
 
 from ..errors import CheckpointError, MissingFileError
 from ..storage import ByteSource, LocalBytes
+from ..upstream.huggingface_hub_private import build_hf_headers, hf_raise_for_status, http_stream_backoff
 from .column_reads import turned_rows
 from .error_messages import TransportError, explained
 from .integrity import MARKERS

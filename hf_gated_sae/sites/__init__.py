@@ -1,6 +1,6 @@
 """Names such as ``resid_post.12`` to a proven place in a model, for any causal language model of transformers."""
 
-from .names import read as read_name
+from .names._read_name import read as read_name
 from .resolver import resolve
 from .site import Site
 from .site_map import SiteMap, SiteRow

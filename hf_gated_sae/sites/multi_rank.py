@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from ..errors import SiteError
+from ..upstream.torch_private import default_store
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -224,7 +225,7 @@ def absent(ranks: Sequence[int], point: str) -> list[int]:
     """
     if not ranks:
         return []
-    store = distributed.distributed_c10d._get_default_store()
+    store = default_store()
     keys = {rank: f"hf_gated_sae/{point}/{list(ranks)}/{rank}" for rank in ranks}
     mine = keys[distributed.get_rank()]
     times, until = store.add(mine, 1), time.monotonic() + PATIENCE

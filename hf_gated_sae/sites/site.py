@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 
 from ..errors import SiteError, did_you_mean
+from .names import explain
 from .transforms import Transform
 
 LAYERED = (
@@ -141,8 +142,6 @@ def _is_count(number: object) -> bool:
 
 def _complaint(text: str, head: str, last: str) -> str:
     """Say what is wrong with a name that no rule of the grammar accepts."""
-    from .names import explain  # here, because those readers make sites
-
     if text in LAYERED:
         return f"The site {text!r} needs a layer number, such as '{text}.0'."
     if head in GLOBAL:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, shown
+from ..upstream.pickle_private import Unpickler
 from .bytes import ByteSource
 from .stored import MOST_AXES, StoredTensor
 from .zipped import archive, stored_offsets, unpacked
@@ -107,11 +108,11 @@ class _Instructions(dict[int, Callable[[Any], None]]):
         raise pickle.UnpicklingError(f"it uses the instruction {chr(code)!r}")
 
 
-class _Reader(pickle._Unpickler):
+class _Reader(Unpickler):
     """Reads containers, plain values and tensors; any other name or instruction is an error."""
 
     dispatch = _Instructions(
-        (code[0], pickle._Unpickler.dispatch[code[0]])
+        (code[0], Unpickler.dispatch[code[0]])
         for code in (
             *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.BINPERSID, pickle.REDUCE),
             *(pickle.GLOBAL, pickle.STACK_GLOBAL),

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
@@ -22,6 +22,7 @@ from ..errors import CheckpointError, InputError, SAEError, TrainingError, reaso
 from ..functional import FidelityMetrics
 from ..hooks.token_batches import TokenBatches
 from ..modeling import SAEModel, TrainingLoss
+from ..upstream.trainer_private import require_trainer
 from . import checkpoints
 from .arguments import SAETrainingArguments
 from .gradients import GradientsOfSAEs
@@ -110,6 +111,7 @@ class SAETrainer(GradientsOfSAEs, Resumable):
         self._logged: dict[str, tuple[Batch, TrainingLoss]] | None = None
         self._inputs: dict[str, Tensor] = {}
         self._loss_sum: Tensor | None = None
+        require_trainer(Trainer)
         super().__init__(
             model=module,
             args=args,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from types import CodeType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -116,3 +117,14 @@ def current_node_number() -> int | None:
 def is_compiled(module: nn.Module) -> bool:
     """Whether `module.compile()` was called on this module."""
     return module._compiled_call_impl is not None
+
+
+# ---------------------------------------------------------------- processes
+
+
+def default_store() -> Any:
+    """Return the key-value store by which the processes of the default group found each other.
+
+    Ranks meet there with a time limit; every public collective waits for ranks that never come.
+    """
+    return torch.distributed.distributed_c10d._get_default_store()

@@ -8,7 +8,7 @@ import re
 import pytest
 from typer.testing import CliRunner
 
-from hf_gated_sae.catalog.index_search import SearchResult
+from hf_gated_sae.catalog.search_result import SearchResult
 from hf_gated_sae.cli import search as _command
 from hf_gated_sae.cli.app import app
 from hf_gated_sae.errors import UnknownNameError

@@ -17,6 +17,7 @@ from ...sites import Slot
 from ...sites.probe import unwrap
 from ...sites.slots import TensorPath
 from ...sites.transforms import view
+from ...upstream.nnsight_private import counts_rows
 from ..apply import apply_interventions
 from ..attach import Attachment, attach, require_fit, sites_of
 from ..attach_report import AttachReport
@@ -40,12 +41,10 @@ class _Carrier:
     """
 
     def __init__(self, lm: Any, model: nn.Module, attachment: Attachment) -> None:
-        from nnsight.intervention.envoy import Envoy
-
         envoys = {id(envoy._module): envoy for envoy in lm.modules()}
         self.attachment = attachment
         self.root = envoys[id(model)]
-        self._counts_rows = type(lm)._batch_size is not Envoy._batch_size  # which says one for whatever it is given
+        self._counts_rows = counts_rows(lm)
         self._tracker = TokenTracker(model, lambda: (attachment,), facts_of(model))
         self._stops: list[tuple[Slot, Any, Callable[..., Any]]] = [
             (slot, envoys[id(slot.module)], slot.hook(partial(self._act, slot.place), tokens=self._tracker.shape))

@@ -3,7 +3,7 @@
 One file per library: to add one, copy `nnterp.py`, which registers itself. Nothing else needs to be edited.
 """
 
+from ._meanings import explain
 from .base import Library, Meaning, libraries
-from .read_name import explain, read
 
-__all__ = ["Library", "Meaning", "explain", "libraries", "read"]
+__all__ = ["Library", "Meaning", "explain", "libraries"]

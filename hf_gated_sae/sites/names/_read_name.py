@@ -8,6 +8,7 @@ from ...errors import SiteError, did_you_mean
 from ..resolver import resolve
 from ..site import Site
 from ..site_map import SiteMap
+from ._meanings import explain, meanings
 from .base import LAST, LAYER, Library, Meaning, libraries
 
 
@@ -53,11 +54,6 @@ def read(
     return _site(name, meaning, layer, sites)
 
 
-def explain(text: str) -> str:
-    """Return whose name a text is and what of, in words; empty if nobody's."""
-    return " and ".join(f"{title}'s name of {meaning}" for meaning, title in _meanings(text).items())
-
-
 def _ours(text: str) -> Meaning | None:
     """Return a name of our own grammar as it is."""
     try:
@@ -72,7 +68,7 @@ def _agreed(text: str) -> Meaning:
     Raises:
         SiteError: if none does, or they do not agree.
     """
-    found = _meanings(text)
+    found = meanings(text)
     if len(found) == 1:
         return next(iter(found))
     if found:
@@ -80,16 +76,6 @@ def _agreed(text: str) -> Meaning:
     names = [name for library in libraries.values() for name in library.known]
     titles = ", ".join(library.title for library in libraries.values())
     raise SiteError(f"{text!r} is no site, and no name of {titles} that is known here.{did_you_mean(text, names)}")
-
-
-def _meanings(text: str) -> dict[Meaning, str]:
-    """Return what a name stands for, each with the library that means it."""
-    found: dict[Meaning, str] = {}
-    for library in libraries.values():
-        meaning = library.meaning(text)
-        if meaning is not None:
-            found.setdefault(meaning, library.title)
-    return found
 
 
 def _of(library: Library, text: str) -> Meaning | None:
