@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, SiteError, shown
-from .multi_rank import is_spread, mesh_within
+from .multi_rank import is_distributed, mesh_within
 from .slots import Key, TensorPath, pack_input, tensors_in
 
 if TYPE_CHECKING:
@@ -268,7 +268,7 @@ class Trace:
         if self.calls[path] > 1:
             return
         for keys, tensor in tensors_in(packed):
-            if not is_spread(tensor):
+            if not is_distributed(tensor):
                 self.seen[path, port].append(self._look(path, port, keys, tensor))
 
     def _look(self, path: str, port: str, keys: tuple[Key, ...], tensor: Tensor) -> Seen:

@@ -198,7 +198,7 @@ WRONG = {
     "a latent that does not exist": (["interventions", 0, "latents"], [64], ["Latent 64"]),
     "a latent beyond all numbers": (["interventions", 0, "latents"], [10**30], ["expected integers"]),
     "a tensor without data": (["interventions", 1, "samples"], {"tensor": {}}, ["is no tensor", "dtype"]),
-    "a site of no kind": (["interventions", 3, "site"], {"site": "resid_pst.1"}, ["is no site", "Did you mean"]),
+    "a site of no kind": (["interventions", 3, "site"], {"site": "resid_pst.1"}, ["is not a site", "Did you mean"]),
     "an SAE without a place": (["saes", 0, "repo"], None, ["repo", "expected text"]),
     "an SAE elsewhere": (["saes", 0, "repo"], "/nowhere/at/all", ["nowhere"]),
     "an SAE in no dtype": (["saes", 0, "dtype"], "int64", ["dtype", "int64"]),

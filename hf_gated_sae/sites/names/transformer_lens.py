@@ -1,4 +1,4 @@
-"""TransformerLens: the hook points of `HookedTransformer`, and those of the bridge that mean the same."""
+"""TransformerLens: the hook points of `HookedTransformer`, and those of the bridge with the same meaning."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KNOWN = (*(f"blocks.L.{name}" for name in IN_BLOCK), *ENDS)
 
 
 def meaning(name: str) -> Meaning | None:
-    """Return what a hook point is, with its block or without.
+    """Return the meaning of a hook point, with or without its block.
 
     Source: TransformerLens, ``components`` and ``model_bridge/generalized_components``.
     """
