@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import CheckpointError
-from ..hub.base_model_norms import is_normed_again
+from ..hub.base_model_norms import has_post_norms
 from ._config_values import integer, text
 
 BLOCK = ("resid_post", "resid_out", "residual", "resid", "res")
@@ -57,7 +57,7 @@ def place_of(trainer: Mapping[str, Any], buffer: Mapping[str, Any], address: str
     kind = _kind(found[1])
     model = text(trainer, "lm_name", where, None)
     sites = dict(SITES[kind])
-    if kind in RAW and is_normed_again(model):
+    if kind in RAW and has_post_norms(model):
         sites["out"] = RAW[kind]
     if side == "in_and_out":
         return {"site": sites["in"].format(found[2]), "site_out": sites["out"].format(found[2])}

@@ -160,7 +160,7 @@ def open_at(
         MissingFileError: if the SAEs are in folders below.
         UnknownNameError: if there is no format of that name.
     """
-    location = location.afresh()
+    location = location.without_known_errors()
     if description is not None:
         _require_home_made(location, variant, format)
         return open_home_made(location, description)

@@ -16,7 +16,7 @@ from ..architectures.standard import StandardSAE
 from ..architectures.topk import TopKSAE
 from ..errors import CheckpointError
 from ..hub.base_model_norms import normalization_of
-from ..hub.hook_names import place_of
+from ..hub.hook_names import site_of_hook
 from ..hub.index import known_facts
 from ..hub.location import Location
 from ..modeling import SAEModel
@@ -43,10 +43,10 @@ def place(config: Mapping[str, Any], base_model: str | None, where: str) -> dict
     """
     hook_in = text(config, "hook_point_in", where)
     hook_out = text(config, "hook_point_out", where, hook_in)
-    site, normalization = place_of(hook_in, base_model=base_model)
+    site, normalization = site_of_hook(hook_in, base_model=base_model)
     found = {"base_model": base_model, "site": site, **normalization_of(normalization, base_model, hook_in, where)}
     if hook_out != hook_in:
-        found["site_out"], written = place_of(hook_out, base_model=base_model)
+        found["site_out"], written = site_of_hook(hook_out, base_model=base_model)
         if written != "none":
             raise CheckpointError(f"{where} says hook_point_out = {hook_out!r}; expected a place that a block writes.")
     return found

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import CheckpointError, shown
 from ..hub.base_model_norms import has_rms_norm, normalization_of
-from ..hub.hook_names import place_of
+from ..hub.hook_names import site_of_hook
 from ..hub.location import Location
 from ..hub.model_names import repository_of
 from ._config_values import flag, mapping, number, one_of, text
@@ -156,7 +156,7 @@ def _site(metadata: Mapping[str, Any], key: str, base_model: str | None, where: 
         return f"{name}.output", "none"
     layer = metadata.get("hook_layer")
     try:
-        return place_of(name.replace("{layer}", str(layer)) if type(layer) is int else name, base_model=base_model)
+        return site_of_hook(name.replace("{layer}", str(layer)) if type(layer) is int else name, base_model=base_model)
     except CheckpointError as error:  # the SAE is sound all the same
         _log.warning("%s: the configuration has no %s, so that it cannot be attached. %s", where, key, error)
         return None, "none"

@@ -16,7 +16,7 @@ from ..architectures.standard import StandardSAE, StandardSAEConfig
 from ..architectures.topk import TopKSAE, TopKSAEConfig
 from ..errors import CheckpointError
 from ..hub.base_model_norms import normalization_of
-from ..hub.hook_names import place_of
+from ..hub.hook_names import site_of_hook
 from ..hub.location import Location
 from ..hub.model_names import repository_of
 from ..modeling.checkpoint import Checkpoint
@@ -162,8 +162,8 @@ def places(read: str, written: str, layer: int, base_model: str | None, where: s
     Raises:
         CheckpointError: if a name is unknown, what is written is normalised, or what is read is, by an unknown norm.
     """
-    site, normalization = place_of(read, layer, base_model)
-    site_out, normalised = place_of(written, layer, base_model)
+    site, normalization = site_of_hook(read, layer, base_model)
+    site_out, normalised = site_of_hook(written, layer, base_model)
     if normalised != "none":
         raise CheckpointError(
             f"The checkpoint writes {written!r}, which is not added to anything; expected 'hook_mlp_out'."

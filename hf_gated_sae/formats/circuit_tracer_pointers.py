@@ -14,7 +14,7 @@ import yaml
 
 from ..errors import CheckpointError, MissingFileError, SAEError, shown
 from ..hub.base_model_norms import normalization_of
-from ..hub.hook_names import place_of
+from ..hub.hook_names import site_of_hook
 from ..hub.location import Location
 from ..hub.model_names import repository_of
 from ..modeling.checkpoint import Checkpoint
@@ -203,7 +203,7 @@ def _facts(folder: Location, config: dict[str, Any], layer: int | None, pointed:
         if sites is None:
             raise CheckpointError(f"{where} says {KINDS[1]}, but points to {pointed}, which is none.")
         if hook is not None:
-            named = [place_of(hook, block, base_model) for block in range(len(sites))]
+            named = [site_of_hook(hook, block, base_model) for block in range(len(sites))]
             facts[name] = [site for site, _ in named]
             if key == HOOKS[0]:
                 facts |= normalization_of(named[0][1], base_model, hook, where)

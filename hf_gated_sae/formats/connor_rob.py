@@ -13,7 +13,7 @@ from ..architectures.standard import StandardSAE, StandardSAEConfig
 from ..errors import CheckpointError
 from ..hub import index
 from ..hub.base_model_norms import normalization_of
-from ..hub.hook_names import place_of
+from ..hub.hook_names import site_of_hook
 from ..hub.location import Location
 from ..hub.model_names import repository_of
 from ..modeling.checkpoint import Checkpoint
@@ -66,7 +66,7 @@ class ConnorRobFormat(CheckpointFormat):
         named = repository_of(text(cfg, "model_name", where, None) or (stem["model"] if stem else None))
         base_model = named or facts.get("base_model")
         name = text(cfg, "act_name", where)
-        site, normalization = place_of(name)
+        site, normalization = site_of_hook(name)
         config = StandardSAEConfig(
             d_in=d_in,
             d_sae=d_sae,

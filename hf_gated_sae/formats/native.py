@@ -114,7 +114,7 @@ def _weights(location: Location, variant: str | None) -> list[str]:
         return [whole]
     if index not in location:
         raise MissingFileError(
-            f"There is no {whole} in {location}. It holds {location.listing()}; expected the weights as safetensors: "
+            f"There is no {whole} in {location}. It has {location.listing()}; expected the weights as safetensors: "
             "save the SAE again with save_pretrained."
         )
     shards = location.read_json(index).get("weight_map")

@@ -222,7 +222,7 @@ def test_without_a_network_the_index_is_searched_and_that_is_said(monkeypatch, c
     monkeypatch.setattr("hf_gated_sae.catalog.hub_listing.HfApi", lambda token: HfApi(endpoint="http://127.0.0.1:9"))
     with caplog.at_level(logging.WARNING):
         assert search(GEMMA, layer=12) == search(GEMMA, layer=12, live=False)
-    assert "only known SAEs are shown" in caplog.text
+    assert "only SAEs of the index are shown" in caplog.text
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_gated_sae.errors import CheckpointError, SiteError, UnknownNameError
-from hf_gated_sae.hub.hook_names import place_of
+from hf_gated_sae.hub.hook_names import site_of_hook
 from hf_gated_sae.sites import Site, read_name, resolve
 from hf_gated_sae.sites.names import explain, libraries
 from tests.support.tiny_models import tiny_model
@@ -176,7 +176,7 @@ def test_a_name_of_a_checkpoint_is_the_same_name():
     for library, name, site in SAID:
         if library == "transformer_lens":
             try:
-                place, normalization = place_of(name)
+                place, normalization = site_of_hook(name)
             except CheckpointError:
                 continue  # outside the blocks
             assert site == place + ("|norm_no_gain" if normalization == "rms_norm" else "")

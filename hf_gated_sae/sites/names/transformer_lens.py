@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...hub.hook_names import GLOBAL, IN_BLOCK, RAW, split
+from ...hub.hook_names import GLOBAL, IN_BLOCK, MODULE_OUTPUTS, split
 from ..transforms import NORM_NO_GAIN
 from .base import LAST, LAYER, Library, Meaning, libraries
 
@@ -28,8 +28,8 @@ def meaning(name: str) -> Meaning | None:
     if suffix not in IN_BLOCK:
         return None
     kind, normalization = IN_BLOCK[suffix]
-    if suffix in RAW:
-        return Meaning(f"{RAW[suffix].takes}.{LAYER}", layer, of_module=True)
+    if suffix in MODULE_OUTPUTS:
+        return Meaning(f"{MODULE_OUTPUTS[suffix].site_in}.{LAYER}", layer, of_module=True)
     return Meaning(f"{kind}.{LAYER}" + (f"|{NORM_NO_GAIN}" if normalization == "rms_norm" else ""), layer)
 
 
