@@ -321,7 +321,7 @@ def test_a_misspelt_name_of_dashboards_gets_close_matches(hub: MiniHub, cache_di
 
 
 def test_dashboards_and_a_subfolder_contradict_each_other(hub: MiniHub, cache_dir: str):
-    with pytest.raises(InputError, match="subfolder 'layer_3': leave the subfolder away"):
+    with pytest.raises(InputError, match="subfolder 'layer_3': omit the subfolder"):
         SAEModel.from_pretrained("gemma-2-2b/12-gemmascope-res-16k", "layer_3", cache_dir=cache_dir)
 
 
