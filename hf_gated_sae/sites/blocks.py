@@ -140,7 +140,11 @@ def prove_chain(trace: Trace, paths: list[str], evidence: str) -> Chain | str:
     name = f"{paths[0]} .. {paths[-1]}"
     refusal = _refusal(trace, name, (*entries, *exits))
     for here, there in zip(paths, paths[1:], strict=False):
-        alike = [given for given, _ in _unscaled_links(trace, here, there) if given.place.width == first.place.width]
+        alike = [
+            given
+            for given, _ in _unscaled_links(trace, here, there)
+            if given.tensor_path.width == first.tensor_path.width
+        ]
         if not refusal and sum(seen.is_tokens for seen in alike) > 1:  # as reversible blocks do
             refusal = f"the blocks {name} pass on {len(alike)} tensors with a row for each token, not one stream"
     return Chain(tuple(paths), entries, exits, tuple(ran), evidence, refusal, idle, factors)
@@ -157,7 +161,7 @@ def _refusal(trace: Trace, name: str, stream: tuple[Seen, ...]) -> str:
             )
         if not seen.is_tokens:
             return f"the blocks {name} pass on {shape}, not one row for each of the [{batch}, {sequence}] tokens"
-    if len({seen.place.width for seen in stream}) != 1:
+    if len({seen.tensor_path.width for seen in stream}) != 1:
         return f"the blocks {name} change the width of the residual stream"
     return ""
 
@@ -185,8 +189,8 @@ def _unchanged_or_scaled_link(trace: Trace, here: str, there: str, usual: tuple[
     outputs = [seen for seen in trace.one(here, "output") if seen.is_tokens]
     inputs = [seen for seen in trace.one(there, "input") if seen.is_tokens]
     if usual is not None:
-        outputs = [seen for seen in outputs if seen.place.keys == usual[0].place.keys]
-        inputs = [seen for seen in inputs if seen.place.keys == usual[1].place.keys]
+        outputs = [seen for seen in outputs if seen.tensor_path.keys == usual[0].tensor_path.keys]
+        inputs = [seen for seen in inputs if seen.tensor_path.keys == usual[1].tensor_path.keys]
     if len(outputs) != 1 or len(inputs) != 1:
         return None
     factor = 1.0 if outputs[0].value == inputs[0].value else power_of_two(trace, outputs[0], inputs[0])
@@ -216,4 +220,4 @@ def _unscaled_links(trace: Trace, here: str, there: str) -> Iterator[tuple[Seen,
 
 def _same_keys(items: list[Seen], like: Seen) -> Seen | None:
     """Return the tensor that has the same keys in its module's input or output as `like`."""
-    return next((seen for seen in items if seen.place.keys == like.place.keys), None)
+    return next((seen for seen in items if seen.tensor_path.keys == like.tensor_path.keys), None)

@@ -48,7 +48,7 @@ class _Block:
     @property
     def names(self) -> tuple[str, ...]:
         """The candidates' module paths and ports relative to the block."""
-        return tuple(str(seen.place)[len(self.path) :] for seen in self.candidates)
+        return tuple(str(seen.tensor_path)[len(self.path) :] for seen in self.candidates)
 
     def step(
         self,
@@ -60,7 +60,7 @@ class _Block:
     ) -> Step:
         """Return a step within the block, whose candidates are the outputs between two times, less excluded values."""
         known = {start.value, goal.value, *excluded}
-        usable = [c for c in self.candidates if c.value not in known and after < c.place.order < before]
+        usable = [c for c in self.candidates if c.value not in known and after < c.tensor_path.order < before]
         return Step(self.trace, start, goal, usable)
 
     def norms(self) -> list[_Norm]:
@@ -68,17 +68,17 @@ class _Block:
         found = []
         last = {seen.value: seen for seen in self.candidates}  # a module around the norm may return its output
         for output in self.trace.within(self.path, "output"):
-            inputs = self.trace.one(output.place.path, "input")
+            inputs = self.trace.one(output.tensor_path.path, "input")
             of_stream = len(inputs) == 1 and all(_of_stream(seen, self.entry) for seen in (output, inputs[0]))
             if of_stream and inputs[0].value != output.value:
-                module = self.root.get_submodule(output.place.path)
+                module = self.root.get_submodule(output.tensor_path.path)
                 found += [_Norm(inputs[0], last.get(output.value, output))] if largest_rank(module) < 2 else []
         return found
 
     def vectors(self) -> list[Tensor]:
         """Return the block's own parameters with one number per channel; those of its submodules are not included."""
         module = self.root.get_submodule(self.path)
-        width = self.entry.place.width
+        width = self.entry.tensor_path.width
         own = [p.detach() for p in module.parameters(recurse=False) if p.device.type != "meta" and p.numel() == width]
         return [vector.to("cpu").reshape(width) for vector in own]
 
@@ -93,13 +93,13 @@ class _Block:
 
     def zero_modules(self, terms: Sequence[Seen]) -> tuple[str, ...]:
         """Return the outermost modules whose output was all zero and that are not inside a contributing module."""
-        contributing = tuple(f"{term.place.path}." for term in terms)
+        contributing = tuple(f"{term.tensor_path.path}." for term in terms)
         found: list[str] = []
-        for seen in sorted(self.trace.within(self.path, "output"), key=lambda seen: len(seen.place.path)):
-            path = f"{seen.place.path}."
+        for seen in sorted(self.trace.within(self.path, "output"), key=lambda seen: len(seen.tensor_path.path)):
+            path = f"{seen.tensor_path.path}."
             inside = path.startswith((*contributing, *(f"{other}." for other in found)))
             if not inside and _of_stream(seen, self.entry) and not self.trace.values[seen.value].any():
-                found.append(seen.place.path)
+                found.append(seen.tensor_path.path)
         return tuple(found)
 
 
@@ -157,7 +157,7 @@ def known_numbers(config: Mapping[str, Any]) -> set[float]:
 
 
 def _of_stream(seen: Seen, entry: Seen) -> bool:
-    return seen.is_tokens and seen.place.width == entry.place.width
+    return seen.is_tokens and seen.tensor_path.width == entry.tensor_path.width
 
 
 def _candidates(trace: Trace, path: str, entry: Seen, exit_: Seen) -> list[Seen]:
@@ -168,9 +168,9 @@ def _candidates(trace: Trace, path: str, entry: Seen, exit_: Seen) -> list[Seen]
             continue
         if not trace.values[seen.value].any():
             continue
-        if seen.value not in last or seen.place.order > last[seen.value].place.order:
+        if seen.value not in last or seen.tensor_path.order > last[seen.value].tensor_path.order:
             last[seen.value] = seen
-    return sorted(last.values(), key=lambda seen: seen.place.order)[-MOST_CANDIDATES:]
+    return sorted(last.values(), key=lambda seen: seen.tensor_path.order)[-MOST_CANDIDATES:]
 
 
 def _transfer(block: _Block, origin: _Block, known: Sums) -> Sums | None:
@@ -181,9 +181,11 @@ def _transfer(block: _Block, origin: _Block, known: Sums) -> Sums | None:
             return seen and block.entry
         if seen.value == origin.exit.value:
             return block.exit
-        path = block.path + seen.place.path[len(origin.path) :]
-        items = block.trace.one(path, seen.place.port)
-        return next((s for s in items if s.place.keys == seen.place.keys and _of_stream(s, block.entry)), None)
+        path = block.path + seen.tensor_path.path[len(origin.path) :]
+        items = block.trace.one(path, seen.tensor_path.port)
+        return next(
+            (s for s in items if s.tensor_path.keys == seen.tensor_path.keys and _of_stream(s, block.entry)), None
+        )
 
     stages = []
     for stage in known.stages:
@@ -243,11 +245,11 @@ def _in_stages(block: _Block, numbers: Sequence[float], exactly: bool) -> Sums |
     goals: list[tuple[Seen, Seen | None]] = [(block.exit, None)]
     goals += [(norm.input, norm.output) for norm in norms if norm.output.value == block.exit.value]
     for middle in _middles(block, {goal.value for goal, _ in goals}):
-        first = summed(block.entry, middle, until=middle.place.order)
+        first = summed(block.entry, middle, until=middle.tensor_path.order)
         if first is None:
             continue
         for goal, norm_output in goals:
-            second = summed(middle, goal, after=middle.place.order)
+            second = summed(middle, goal, after=middle.tensor_path.order)
             if second is not None:
                 return Sums((first, second), norm_output)
     for goal, norm_output in goals:
@@ -264,7 +266,7 @@ def _middles(block: _Block, ends: set[str]) -> list[Seen]:
     """
     outputs = {seen.value for seen in block.trace.within(block.path, "output")} | {block.entry.value} | ends
     first: dict[str, Seen] = {}
-    for seen in sorted(block.trace.within(block.path, "input"), key=lambda seen: seen.place.order):
+    for seen in sorted(block.trace.within(block.path, "input"), key=lambda seen: seen.tensor_path.order):
         if _of_stream(seen, block.entry) and seen.value not in outputs:
             first.setdefault(seen.value, seen)
     return list(first.values())

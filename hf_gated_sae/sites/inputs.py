@@ -53,8 +53,8 @@ class Branch:
 
     def inputs(self, trace: Trace, path: str) -> list[Seen]:
         """Return a module's inputs that are as wide as the stream and that the branch has not computed itself."""
-        width = self.entry.place.width
-        inputs = [seen for seen in trace.one(path, "input") if seen.is_tokens and seen.place.width == width]
+        width = self.entry.tensor_path.width
+        inputs = [seen for seen in trace.one(path, "input") if seen.is_tokens and seen.tensor_path.width == width]
         return [seen for seen in inputs if seen.value not in self.origin.branch_values]
 
 
@@ -76,19 +76,19 @@ def sublayer_input(root: nn.Module, trace: Trace, branch: Branch, steps: int = _
     fresh = branch.stream | _normed_values(root, trace, branch.block, branch.stream)
     if (
         found.value in fresh
-        or _modules_with_matrix(root, found.place.path)
+        or _modules_with_matrix(root, found.tensor_path.path)
         or not _modules_with_matrix(root, branch.block)
     ):
-        return found.place
+        return found.tensor_path
     producers = [
         seen
         for seen in trace.within(branch.block, "output")
-        if seen.value == found.value and seen.is_tokens and branch.is_exclusive(trace, seen.place.path)
+        if seen.value == found.value and seen.is_tokens and branch.is_exclusive(trace, seen.tensor_path.path)
     ]
     if not producers or not steps:
-        return f"the input of {found.place.path} is not the output of a module in the block"
+        return f"the input of {found.tensor_path.path} is not the output of a module in the block"
     origin = Origin("", (*branch.origin.values, found.value), "it lies before another module")
-    outermost = min(producers, key=lambda seen: len(seen.place.path))
+    outermost = min(producers, key=lambda seen: len(seen.tensor_path.path))
     return sublayer_input(root, trace, dataclasses.replace(branch, term=outermost, origin=origin), steps - 1)
 
 
@@ -101,8 +101,8 @@ def _proposed_input(root: nn.Module, trace: Trace, branch: Branch) -> Seen | str
     inputs the first that another module of the block returned is used.
     """
     origin, block = branch.origin, branch.block
-    projection = "" if isinstance(origin.projection, str) else origin.projection.place.path
-    steps = (projection or branch.term.place.path)[len(block) + 1 :].split(".")
+    projection = "" if isinstance(origin.projection, str) else origin.projection.tensor_path.path
+    steps = (projection or branch.term.tensor_path.path)[len(block) + 1 :].split(".")
     containing = [".".join((block, *steps[:count])) for count in range(1, len(steps) + 1)]
     exclusive = [path for path in containing if branch.is_exclusive(trace, path)]
     if not exclusive:
@@ -118,7 +118,8 @@ def _proposed_input(root: nn.Module, trace: Trace, branch: Branch) -> Seen | str
             return known[0]
     fresh = branch.stream | _normed_values(root, trace, block, branch.stream)
     producers = sorted(
-        {seen.place.path for seen in trace.within(block, "output") if seen.value in origin.branch_values}, key=len
+        {seen.tensor_path.path for seen in trace.within(block, "output") if seen.value in origin.branch_values},
+        key=len,
     )
     for path in producers:
         if path != projection and branch.is_exclusive(trace, path) and largest_rank(root.get_submodule(path)) >= 2:
@@ -135,8 +136,8 @@ def _normed_values(root: nn.Module, trace: Trace, block: str, stream: set[str]) 
     return {
         seen.value
         for seen in trace.within(block, "output")
-        if {read.value for read in trace.one(seen.place.path, "input")} <= stream
-        and largest_rank(root.get_submodule(seen.place.path)) < 2
+        if {read.value for read in trace.one(seen.tensor_path.path, "input")} <= stream
+        and largest_rank(root.get_submodule(seen.tensor_path.path)) < 2
     }
 
 
@@ -173,7 +174,7 @@ def prove_inputs(
             proposed = found[Site(name, layer)]
             if isinstance(proposed, TensorPath):
                 terms[Site(name, layer)] = parts.terms[numbers[0] - 1]
-                first = _first_map_input(subject.root, trace, path, proposed, chain.entries[0].place.width)
+                first = _first_map_input(subject.root, trace, path, proposed, chain.entries[0].tensor_path.width)
                 inner |= {} if first is None else {Site(name, layer): first}
     outer = {site: proposed for site in terms if isinstance(proposed := found[site], TensorPath)}
     outer_proven = _sufficient(subject, trace, chain, sums, terms, outer) if outer else set()
@@ -200,18 +201,18 @@ def _first_map_input(root: nn.Module, trace: Trace, block: str, sublayer: Tensor
     """
     maps = _modules_with_matrix(root, sublayer.path)
     reads = [seen for path in maps for seen in trace.one(path, "input") if seen.is_tokens]
-    first = min(reads, key=lambda seen: seen.place.order, default=None)
+    first = min(reads, key=lambda seen: seen.tensor_path.order, default=None)
     outside = _digest_at(trace, sublayer)
     if sum(seen.value == outside for seen in trace.one(sublayer.path, sublayer.port)) > 1:  # as query, key and value
         return _shared_by_readers(trace, block, outside, sublayer)
-    if first is None or first.value == outside or first.place.width != width:
+    if first is None or first.value == outside or first.tensor_path.width != width:
         return None
     readers = [seen for seen in trace.within(block, "input") if seen.value == first.value and seen.is_tokens]
-    paths = {seen.place.path for seen in readers}
-    for seen in sorted(readers, key=lambda seen: len(seen.place.path)):
-        if all(f"{path}.".startswith(f"{seen.place.path}.") for path in paths):
-            return seen.place
-    return _shared_by_readers(trace, block, first.value, first.place)
+    paths = {seen.tensor_path.path for seen in readers}
+    for seen in sorted(readers, key=lambda seen: len(seen.tensor_path.path)):
+        if all(f"{path}.".startswith(f"{seen.tensor_path.path}.") for path in paths):
+            return seen.tensor_path
+    return _shared_by_readers(trace, block, first.value, first.tensor_path)
 
 
 def _shared_by_readers(trace: Trace, block: str, value: str, first: TensorPath) -> TensorPath:
@@ -221,7 +222,7 @@ def _shared_by_readers(trace: Trace, block: str, value: str, first: TensorPath) 
     """
     outputs = [seen for seen in trace.within(block, "output") if seen.value == value and seen.is_tokens]
     if outputs:
-        return max(outputs, key=lambda seen: seen.place.order).place
+        return max(outputs, key=lambda seen: seen.tensor_path.order).tensor_path
     return dataclasses.replace(first, in_place=True)
 
 
@@ -246,19 +247,21 @@ def _sufficient(
     slots: dict[TensorPath, Slot] = {}
     for parts in sums:
         for term in () if isinstance(parts, str) else parts.terms:
-            slot = slots[term.place] = slot_at(term, subject)
+            slot = slots[term.tensor_path] = slot_at(term, subject)
             edits[slot] = restore(trace.values[term.value], found, slot)
     for site, tensor_path in inputs.items():
         edits[Slot(site, tensor_path, subject.root)] = restore(trace.values[_digest_at(trace, tensor_path)])
     forward_blocks(subject, edits)
     return {
-        site for site in inputs if _almost_equal(found.get(slots[terms[site].place]), trace.values[terms[site].value])
+        site
+        for site in inputs
+        if _almost_equal(found.get(slots[terms[site].tensor_path]), trace.values[terms[site].value])
     }
 
 
 def _digest_at(trace: Trace, tensor_path: TensorPath) -> str:
     recorded = trace.one(tensor_path.path, tensor_path.port)
-    return next(seen.value for seen in recorded if seen.place.keys == tensor_path.keys)
+    return next(seen.value for seen in recorded if seen.tensor_path.keys == tensor_path.keys)
 
 
 def _almost_equal(found: Tensor | None, clean: Tensor) -> bool:

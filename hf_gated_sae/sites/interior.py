@@ -14,7 +14,7 @@ from torch import nn
 
 from .blocks import Chain, power_of_two
 from .inputs import Branch, sublayer_input
-from .probe import Seen, Trace, embedding_of, number_of
+from .probe import Seen, Trace, digest_of, embedding_of
 from .projections import largest_rank, origin_of
 from .roles import Roles
 from .slots import TensorPath
@@ -42,8 +42,8 @@ def block_sites(
         additive: paths of the modules that are proven to be linear, or why that is not known.
     """
     found: dict[str, TensorPath | str] = {
-        "resid_pre": chain.entries[layer].place,
-        "resid_post": chain.exits[layer].place,
+        "resid_pre": chain.entries[layer].tensor_path,
+        "resid_post": chain.exits[layer].tensor_path,
     }
     inner = ("attn_in", "attn_z", "attn_out", "resid_mid", "mlp_in", "mlp_neurons", "mlp_out")
     if isinstance(sums, str):
@@ -58,19 +58,19 @@ def block_sites(
         ("mlp", roles.feed_forwards, "acts on each token alone", "mlp_neurons"),
     ):
         if len(numbers) != 1:
-            listed = ", ".join(str(sums.terms[number - 1].place) for number in numbers)
+            listed = ", ".join(str(sums.terms[number - 1].tensor_path) for number in numbers)
             reason = f"{len(numbers)} contributions ({listed}) have that role" if numbers else f"nothing in it {what}"
             reason = reason if numbers else _hidden_contribution(sums, roles) or reason
             found |= dict.fromkeys((f"{kind}_in", last, f"{kind}_out"), reason)
             continue
         term = sums.terms[numbers[0] - 1]
-        found[f"{kind}_out"] = dataclasses.replace(term.place, scale=sums.scales[numbers[0] - 1])
+        found[f"{kind}_out"] = dataclasses.replace(term.tensor_path, scale=sums.scales[numbers[0] - 1])
         if not trace.values[term.value].any():  # zeros do not show which module computed them
-            found |= dict.fromkeys((f"{kind}_in", last), _all_zero(f"{term.place}"))
+            found |= dict.fromkeys((f"{kind}_in", last), _all_zero(f"{term.tensor_path}"))
             continue
         origin = origin_of(root, trace, path, term, additive)
-        found[last] = origin.projection if isinstance(origin.projection, str) else origin.projection.place
-        others = tuple(other.place.path for other in sums.terms if other is not term)
+        found[last] = origin.projection if isinstance(origin.projection, str) else origin.projection.tensor_path
+        others = tuple(other.tensor_path.path for other in sums.terms if other is not term)
         found[f"{kind}_in"] = sublayer_input(root, trace, Branch(path, entry, term, origin, others, stream))
     return found
 
@@ -91,7 +91,7 @@ def middle_value(trace: Trace, sums: Sums, roles: Roles) -> str:
         return ""
     goal = trace.values[first.goal.value]
     terms = [trace.values[term.value].reshape(goal.shape) for term in first.terms]
-    return number_of(first.total(trace.values[first.start.value].reshape(goal.shape), terms, node).to(goal.dtype))
+    return digest_of(first.total(trace.values[first.start.value].reshape(goal.shape), terms, node).to(goal.dtype))
 
 
 def _stream_values(trace: Trace, entry: Seen, sums: Sums, roles: Roles) -> set[str]:
@@ -109,7 +109,7 @@ def _hidden_contribution(sums: Sums, roles: Roles) -> str:
     """Return why a block may have a contribution that the probe could not show, empty if it cannot have one."""
     if sums.zero_modules:
         return _all_zero(*(f"{path}.output" for path in sums.zero_modules))
-    unresponsive = ", ".join(str(sums.terms[number - 1].place) for number in roles.unresponsive)
+    unresponsive = ", ".join(str(sums.terms[number - 1].tensor_path) for number in roles.unresponsive)
     return (
         f"the contribution {unresponsive} did not change with the block's input in the probe" if unresponsive else ""
     )
@@ -125,19 +125,19 @@ def _resid_mid(trace: Trace, path: str, sums: Sums, roles: Roles) -> TensorPath 
         return _hidden_contribution(sums, roles) or "the block has only one kind of contribution"
     value = middle_value(trace, sums, roles)
     if value == sums.stages[0].start.value:
-        zeros = _all_zero(*(str(sums.terms[number - 1].place) for number in roles.mixers))
+        zeros = _all_zero(*(str(sums.terms[number - 1].tensor_path) for number in roles.mixers))
         return f"{zeros}, so that the stream before and after it is the same"
     if not value:
         return "attention and feed-forward are added together, in parallel"
     outputs = [seen for seen in trace.within(path, "output") if seen.value == value and seen.is_tokens]
     if outputs:
-        return max(outputs, key=lambda seen: seen.place.order).place
+        return max(outputs, key=lambda seen: seen.tensor_path.order).tensor_path
     reads = [seen for seen in trace.within(path, "input") if seen.value == value and seen.is_tokens]
     if not reads and not all(stage.exact for stage in sums.stages):
         return "the scales of the contributions are known only within rounding"
     if not reads:
         return "no module reads it: the feed-forward runs in parallel to attention"
-    return dataclasses.replace(min(reads, key=lambda seen: seen.place.order).place, in_place=True)
+    return dataclasses.replace(min(reads, key=lambda seen: seen.tensor_path.order).tensor_path, in_place=True)
 
 
 def end_sites(root: nn.Module, trace: Trace, chain: Chain) -> dict[str, TensorPath | str]:
@@ -146,7 +146,7 @@ def end_sites(root: nn.Module, trace: Trace, chain: Chain) -> dict[str, TensorPa
     name = next((path for path, module in root.named_modules() if module is embedding), None)
     outputs = trace.one(name, "output") if name is not None else []
     first = next((seen for seen in outputs if seen.is_tokens), None)
-    embed = first.place if first is not None else "the token embedding did not run exactly once"
+    embed = first.tensor_path if first is not None else "the token embedding did not run exactly once"
     return {"embed": embed, "final_norm": _final_norm(root, trace, chain.exits[-1])}
 
 
@@ -159,17 +159,23 @@ def _final_norm(root: nn.Module, trace: Trace, last: Seen) -> TensorPath | str:
         seen
         for (_, port), items in trace.seen.items()
         for seen in items
-        if port == "input" and seen.place.order > last.place.order and seen.is_tokens
+        if port == "input" and seen.tensor_path.order > last.tensor_path.order and seen.is_tokens
     ]
-    readers = {seen.place.path: seen.place.order for seen in later if seen.value == last.value}
+    readers = {seen.tensor_path.path: seen.tensor_path.order for seen in later if seen.value == last.value}
     if not readers:
-        wide = (seen for seen in later if seen.place.width == last.place.width)
-        readers = {seen.place.path: seen.place.order for seen in wide if power_of_two(trace, last, seen) is not None}
+        wide = (seen for seen in later if seen.tensor_path.width == last.tensor_path.width)
+        readers = {
+            seen.tensor_path.path: seen.tensor_path.order
+            for seen in wide
+            if power_of_two(trace, last, seen) is not None
+        }
     for path in sorted(readers, key=lambda path: readers[path]):
         outputs = [seen for seen in trace.one(path, "output") if seen.is_tokens]
-        changed = bool(outputs) and outputs[0].place.width == last.place.width and outputs[0].value != last.value
+        changed = (
+            bool(outputs) and outputs[0].tensor_path.width == last.tensor_path.width and outputs[0].value != last.value
+        )
         if changed and largest_rank(root.get_submodule(path)) < 2:  # a prediction head reads it too, but has a matrix
-            return outputs[0].place
+            return outputs[0].tensor_path
     producers = {
         path
         for (path, port), items in trace.seen.items()

@@ -182,7 +182,7 @@ def ranks_of(root: nn.Module) -> tuple[int, ...]:
     from torch.distributed.tensor import DTensor
 
     split = [value for value in root.parameters() if isinstance(value, DTensor)]
-    kinds = {(value.device_mesh, tuple(place.is_replicate() for place in value.placements)) for value in split}
+    kinds = {(value.device_mesh, tuple(each.is_replicate() for each in value.placements)) for value in split}
     found: set[int] = set()
     for mesh, replicated in kinds:
         here = mesh.get_coordinate()

@@ -55,7 +55,7 @@ class Norms:
         self._inputs = _few_tokens(subject)
         self._candidates = _candidates(subject.root, seen)
         self._values: dict[tuple[str, str, tuple[Key, ...]], str] = {
-            (item.place.path, item.place.port, item.place.keys): item.value
+            (item.tensor_path.path, item.tensor_path.port, item.tensor_path.keys): item.value
             for items in seen.seen.values()
             for item in items
             if item.value in self._candidates
@@ -78,11 +78,11 @@ class Norms:
         why = "no module that could be one reads exactly that tensor"
         if readers:
             found = self._prove()
-            proven = {found[reader.input.place.path] for reader in readers}
+            proven = {found[reader.input.tensor_path.path] for reader in readers}
             transforms = [item for item in proven if isinstance(item, Transform)]
             if len(transforms) == 1:
                 return transforms[0]
-            shown = (f"{reader.input.place.path}: {found[reader.input.place.path]}" for reader in readers)
+            shown = (f"{reader.input.tensor_path.path}: {found[reader.input.tensor_path.path]}" for reader in readers)
             problem = "several norms read it and differ" if transforms else "no module that reads it is a norm"
             why = f"{problem} ({'; '.join(shown)})"
         raise SiteError(
@@ -119,7 +119,7 @@ def _candidates(root: nn.Module, seen: Trace) -> dict[str, list[_Candidate]]:
         if count != 1 or len(inputs) != 1 or len(outputs) != 1:
             continue
         [read], [returned] = inputs, outputs
-        same_width = read.is_tokens and returned.is_tokens and read.place.width == returned.place.width > 1
+        same_width = read.is_tokens and returned.is_tokens and read.tensor_path.width == returned.tensor_path.width > 1
         if same_width and all(p.ndim < 2 for p in root.get_submodule(path).parameters()):
             found.setdefault(read.value, []).append(_Candidate(read, returned))
     return found
@@ -145,13 +145,13 @@ def _prove(subject: Subject, candidates: Mapping[str, list[_Candidate]]) -> dict
 
     for readers in candidates.values():
         for reader in readers:
-            path = reader.input.place.path
+            path = reader.input.tensor_path.path
             edits[slot_at(reader.input, subject)] = write(path)
             edits[slot_at(reader.output, subject)] = record(path)
     forward_blocks(subject, edits)
     return {
-        reader.input.place.path: _fit(subject.root.get_submodule(path), inputs[path], outputs[path])
-        if (path := reader.input.place.path) in inputs and path in outputs
+        reader.input.tensor_path.path: _fit(subject.root.get_submodule(path), inputs[path], outputs[path])
+        if (path := reader.input.tensor_path.path) in inputs and path in outputs
         else "it did not run in a second forward"
         for readers in candidates.values()
         for reader in readers

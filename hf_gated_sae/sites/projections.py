@@ -65,7 +65,7 @@ def origin_of(root: nn.Module, trace: Trace, block: str, term: Seen, additive: C
     inputs = {seen.value: seen for seen in trace.one(path, "input") if seen.is_tokens}
     projection: Seen | str
     if not path:
-        projection = f"no linear module computes the output of {term.place.path}"
+        projection = f"no linear module computes the output of {term.tensor_path.path}"
     elif not _may_be_linear(root.get_submodule(path)):
         projection = f"it is computed inside {path}, not by a linear module of its own"
     elif len(inputs) != 1:
@@ -86,7 +86,7 @@ def _last_matrix(root: nn.Module, trace: Trace, block: str, term: Seen) -> tuple
         outputs = [seen for seen in trace.within(block, "output") if seen.value == values[-1]]
         if not outputs:
             break
-        path = min(outputs, key=lambda seen: seen.place.order).place.path
+        path = min(outputs, key=lambda seen: seen.tensor_path.order).tensor_path.path
         path = _outermost(trace, block, path, values[-1])
         if largest_rank(root.get_submodule(path)) >= 2:
             return path, tuple(values)

@@ -26,7 +26,7 @@ from .inputs import prove_inputs
 from .interior import block_sites, end_sites
 from .multi_rank import Ranks, declared_width, is_distributed, refuse_stages, wait_for_ranks
 from .norm_sites import Norms
-from .probe import Seen, Subject, Trace, make_subject, number_of, quiet, trace, unwrap
+from .probe import Seen, Subject, Trace, digest_of, make_subject, quiet, trace, unwrap
 from .projections import additive_modules
 from .roles import Roles, assign_roles
 from .site import LAYERED, Site
@@ -187,7 +187,7 @@ def _probe(subject: Subject) -> _Found:
         refused = {Site(name, layer): chain.refusal for name in LAYERED for layer in range(count)}
         text_path = _text_path(subject, seen, chain)
         return _Found(SiteMap(root, {}, refused, paths, count, text_path, chain.refusal, Norms(subject, seen), blocks))
-    seen.forget_but(chain.entries[0].place.width)
+    seen.keep_width(chain.entries[0].tensor_path.width)
     settings = config.to_dict() if config is not None else {}
     sums = decompose(chain, seen, root, settings)
     roles = assign_roles(subject, chain, sums, seen)
@@ -247,7 +247,7 @@ def _ranks(subject: Subject, seen: Trace) -> Ranks | None:
     if seen.mesh is None:
         return None
     mine = {
-        (path, port, item.place.keys): (item.value, tuple(seen.values[item.value].shape))
+        (path, port, item.tensor_path.keys): (item.value, tuple(seen.values[item.value].shape))
         for (path, port), items in seen.seen.items()
         for item in items
     }
@@ -260,7 +260,7 @@ def _exchangeable(chain: Chain | str) -> list[str] | str:
     """Return the tensors of a chain, or why there is none, in a form that ranks can exchange."""
     if isinstance(chain, str):
         return chain
-    return [f"{seen.place}: {seen.value}" for seen in (*chain.entries, *chain.exits)]
+    return [f"{seen.tensor_path}: {seen.value}" for seen in (*chain.entries, *chain.exits)]
 
 
 def _with_shards(ranks: Ranks | None, root: nn.Module, found: TensorPath | str) -> TensorPath | str:
@@ -285,20 +285,20 @@ def _module_paths(seen: Trace) -> dict[PathKey, TensorPath | str]:
             usable: list[Seen] = []
             for index, item in enumerate(seen.seen.get((path, port), [])):
                 dtype = seen.values[item.value].dtype
-                if item.place.rank in (2, 3) and dtype.is_floating_point:
+                if item.tensor_path.rank in (2, 3) and dtype.is_floating_point:
                     usable.append(item)
-                    paths[path, port, index] = item.place
+                    paths[path, port, index] = item.tensor_path
                 else:
-                    paths[path, port, index] = f"that tensor is of {dtype} and rank {item.place.rank}"
+                    paths[path, port, index] = f"that tensor is of {dtype} and rank {item.tensor_path.rank}"
             first = min(usable, key=lambda item: not item.is_tokens, default=None)
             none_usable = f"the module's {port} has no floating-point tensor of rank 2 or 3"
-            paths[path, port, None] = none_usable if first is None else first.place
+            paths[path, port, None] = none_usable if first is None else first.tensor_path
     return paths
 
 
 def _text_path(subject: Subject, seen: Trace, chain: Chain | None) -> str:
     """Return the path of the innermost module that takes the ids and contains the blocks."""
-    ids = number_of(subject.ids.detach().cpu())
+    ids = digest_of(subject.ids.detach().cpu())
     paths = [
         path
         for (path, port), items in seen.seen.items()

@@ -48,7 +48,7 @@ class Roles:
 
 def slot_at(seen: Seen, subject: Subject) -> Slot:
     """Return the slot of a tensor that the probe recorded; its site is the module path."""
-    return Slot(Site(seen.place.path, port=seen.place.port), seen.place, subject.root)
+    return Slot(Site(seen.tensor_path.path, port=seen.tensor_path.port), seen.tensor_path, subject.root)
 
 
 def forward(subject: Subject, edits: Mapping[Slot, Edit]) -> Tensor:
@@ -133,7 +133,9 @@ def assign_roles(subject: Subject, chain: Chain, sums: Sequence[Sums | str], tra
         if isinstance(parts, str):
             roles.append(parts)
         elif not _equal_at_later_positions(found[exit_], trace.values[seen.value]):
-            roles.append(f"{seen.place.path} adds more than {' and '.join(str(term.place) for term in parts.terms)}")
+            roles.append(
+                f"{seen.tensor_path.path} adds more than {' and '.join(str(term.tensor_path) for term in parts.terms)}"
+            )
         else:
             roles.append(_roles(slots, parts, found, lambda seen: trace.values[seen.value]))
     return _completed_from_other_blocks(chain, sums, roles)
@@ -148,7 +150,7 @@ def _completed_from_other_blocks(
     named: list[tuple[int, Roles, list[str]]] = []
     for index, (path, found, role) in enumerate(zip(chain.paths, sums, roles, strict=True)):
         if not isinstance(found, str) and not isinstance(role, str):
-            names = [str(term.place)[len(path) :] for term in found.terms]
+            names = [str(term.tensor_path)[len(path) :] for term in found.terms]
             named.append((index, role, names))
             mixing |= {names[number - 1]: True for number in role.mixers}
             mixing |= {names[number - 1]: False for number in role.feed_forwards}
@@ -178,7 +180,7 @@ def _roles(
     unresponsive: list[int] = []
     for number, (slot, term) in enumerate(zip(slots, sums.terms, strict=True), start=1):
         if slot not in found:
-            return f"{term.place} was not called in a second forward"
+            return f"{term.tensor_path} was not called in a second forward"
         change = (found[slot].float() - clean(term).reshape(found[slot].shape).float()).abs().amax(dim=(0, 2))
         at_first = float(change[0])
         if not at_first > 0:

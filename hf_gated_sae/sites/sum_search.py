@@ -19,7 +19,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from .probe import Seen, Trace, number_of
+from .probe import Seen, Trace, digest_of
 from .sums import TOLERANCE, Decomposition, rms, trees
 
 MOST_TERMS = 3
@@ -50,7 +50,7 @@ class Step:
 
     def spread(self, vector: Tensor) -> Tensor:
         """Return one value per channel ``[width]`` at the sampled elements ``[m]``."""
-        return vector[self._where() % self.goal.place.width]
+        return vector[self._where() % self.goal.tensor_path.width]
 
     def _where(self) -> Tensor:
         elements = self.trace.values[self.goal.value].numel()
@@ -68,7 +68,7 @@ class Step:
             return False
         terms = [self.trace.values[term.value].reshape(goal.shape) for term in sums.terms]
         total = sums.total(self.trace.values[self.start.value].reshape(goal.shape), terms)
-        return number_of(total.to(goal.dtype)) == self.goal.value
+        return digest_of(total.to(goal.dtype)) == self.goal.value
 
 
 def find_sum(

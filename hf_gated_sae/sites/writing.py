@@ -125,22 +125,24 @@ def _layers_with_wrong_sum(probed: ProbeResult, slots: Slots, sites: Sequence[Si
     watched += [sums.norm_output for sums in probed.sums if not isinstance(sums, str) and sums.norm_output is not None]
     handles = []
     before: dict[TensorPath, Tensor] = {}
-    paths = {seen.place.path for seen in watched} | {slots[site].place.path for site in sites}
+    paths = {seen.tensor_path.path for seen in watched} | {slots[site].place.path for site in sites}
     try:
         for site in sites:
             handles.append(slots[site].register(added.edit(site, slots[site]), subject.tokens))
-        for seen in {seen.place: seen for seen in (*chain.entries, *chain.exits, *(s.goal for s in stages))}.values():
-            handles.append(slot_at(seen, subject).register(_record(before, seen.place), subject.tokens))
+        for seen in {
+            seen.tensor_path: seen for seen in (*chain.entries, *chain.exits, *(s.goal for s in stages))
+        }.values():
+            handles.append(slot_at(seen, subject).register(_record(before, seen.tensor_path), subject.tokens))
         written = trace(subject, only=paths)
     finally:
         for handle in handles:
             handle.remove()
     wrong = set()
     for index, layer in enumerate(chain.layers):
-        output = _value_in(written, chain.exits[index].place)
+        output = _value_in(written, chain.exits[index].tensor_path)
         reaches_next = True
         if index < len(chain.factors):
-            following = before[chain.entries[index + 1].place]
+            following = before[chain.entries[index + 1].tensor_path]
             reaches_next = output is not None and torch.equal(
                 following, output.reshape(following.shape) * chain.factors[index]
             )
@@ -158,7 +160,9 @@ def _record(records: dict[TensorPath, Tensor], tensor_path: TensorPath) -> Calla
 
 def _value_in(written: Trace, tensor_path: TensorPath) -> Tensor | None:
     """Return the value of one tensor in another recorded forward; None if it was not there."""
-    found = (item for item in written.one(tensor_path.path, tensor_path.port) if item.place.keys == tensor_path.keys)
+    found = (
+        item for item in written.one(tensor_path.path, tensor_path.port) if item.tensor_path.keys == tensor_path.keys
+    )
     return next((written.values[item.value] for item in found), None)
 
 
@@ -172,8 +176,8 @@ def _sum_holds(
 ) -> bool:
     """Whether one block's output, before any write to it, is the sum of what was written into the block."""
     chain, sums = probed.chain, probed.sums[index]
-    output = before[chain.exits[index].place]
-    entry = _value_in(written, chain.entries[index].place)
+    output = before[chain.exits[index].tensor_path]
+    entry = _value_in(written, chain.entries[index].tensor_path)
     if entry is None:
         return False
     if isinstance(sums, str):  # no sum is known for this block: noise at its entry must change its output
@@ -183,21 +187,21 @@ def _sum_holds(
     stream: Tensor | None = entry
     for stage in sums.stages:
         partial = _written_middle(probed, written, slots, sites, index) if len(sums.stages) == 1 else {}
-        start = _value_in(written, stage.start.place)
-        source = start if stage.norm_input is None else _value_in(written, stage.norm_input.place)
-        terms = [_value_in(written, term.place) for term in stage.terms]
+        start = _value_in(written, stage.start.tensor_path)
+        source = start if stage.norm_input is None else _value_in(written, stage.norm_input.tensor_path)
+        terms = [_value_in(written, term.tensor_path) for term in stage.terms]
         if partial is None or stream is None or start is None or source is None or any(term is None for term in terms):
             return False
-        goal = before[stage.goal.place]
+        goal = before[stage.goal.tensor_path]
         parts = [part.reshape(goal.shape) for part in (start, *terms) if part is not None]
         if not torch.equal(source.reshape(stream.shape), stream):
             return False
         if not agrees(stage, stage.total(parts[0], parts[1:], given=partial), goal, parts):
             return False
-        stream = _value_in(written, stage.goal.place)
-    if sums.norm_output is None or sums.norm_output.place == chain.exits[index].place:
+        stream = _value_in(written, stage.goal.tensor_path)
+    if sums.norm_output is None or sums.norm_output.tensor_path == chain.exits[index].tensor_path:
         return True
-    normed = _value_in(written, sums.norm_output.place)
+    normed = _value_in(written, sums.norm_output.tensor_path)
     return normed is not None and torch.equal(normed.reshape(output.shape), output)
 
 
@@ -238,7 +242,7 @@ def _failing_effects(probed: ProbeResult, slots: Slots) -> dict[Site, str]:
         terms: dict[str, Slot] = {}
         for sums in probed.sums:
             for term in () if isinstance(sums, str) else sums.terms:
-                slot = terms[str(term.place)] = slot_at(term, probed.subject)
+                slot = terms[str(term.tensor_path)] = slot_at(term, probed.subject)
                 edits[slot] = restore(probed.trace.values[term.value], found, slot)
         exits = {layer: slot_at(exit_, probed.subject) for layer, exit_ in zip(chain.layers, chain.exits, strict=True)}
         for slot in exits.values():  # the last hook runs first, before any noise at the block's output
@@ -273,4 +277,4 @@ def _contribution(
     assert not isinstance(sums, str) and not isinstance(roles, str)  # else the site would have been refused before
     numbers = roles.mixers if _BRANCHES[site.name] == "mixers" else roles.feed_forwards
     term = sums.terms[numbers[0] - 1]
-    return probed.trace.values[term.value], found[terms[str(term.place)]]
+    return probed.trace.values[term.value], found[terms[str(term.tensor_path)]]

@@ -83,7 +83,7 @@ def test_any_text_is_a_site_or_a_site_error(text):
         ("resid_post.3|rms_norm=-1", "must be positive"),
         ("resid_post.3|scale=1e-40", "in float32"),
         ("resid_post.3|scale=-1e38", "in float32"),
-        ("resid_post.3|center|", "nothing stands behind '|'"),
+        ("resid_post.3|center|", "there is no name after '|'"),
         ("residpost.1", "With its layer: 'resid_post.1'"),
         ("resid_post.1.5", "Did you mean 'resid_post.1'?"),
         ("resid_post." + "9" * 5000, "is not a layer number"),
