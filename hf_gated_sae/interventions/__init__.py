@@ -1,8 +1,8 @@
 """Interventions as frozen data: what to do with latents or activations, at which positions, under which condition.
 
 One file per verb; `hf_gated_sae.hooks.attach` applies them. To add a verb, subclass `LatentEdit` (changes latents),
-`Edit` (adds to the activation) or `Replacement` (replaces the activation) in a new file here with the name of the
-class in snake case; `hf_gated_sae` exports it.
+`Edit` (adds to the activation) or `Replacement` (replaces the activation) in a new file here, named after the
+class; `hf_gated_sae` exports it.
 """
 
 import importlib

@@ -226,7 +226,7 @@ class Conditional(Targeted, Edit):
         window = integers(self.window)
         if window is None or len(window) != 1 or window[0] < 1:
             raise InputError(
-                f"{type(self).__name__} was given window={shorten(self.window)}; expected a count of tokens from 1."
+                f"{type(self).__name__} was given window={shorten(self.window)}; expected 1 or more tokens."
             )
         object.__setattr__(self, "window", window[0])
         if self.window > 1 and not self.when:
