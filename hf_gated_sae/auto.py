@@ -1,8 +1,8 @@
-"""`AutoConfig` and `AutoModel` know our SAEs as soon as the package is imported, at no import cost.
+"""Register the SAEs with transformers' `AutoConfig` and `AutoModel` on import, without importing transformers.
 
-The classes of the SAEs need `transformers.modeling_utils`, which takes longer to import than torch itself. What is
-registered here is one light stand-in per architecture file; asked for a configuration, it imports the architectures,
-whose real classes take its place. Where transformers has not been imported yet, even that waits until it is, so that
+The SAE classes need `transformers.modeling_utils`, which takes longer to import than torch. So one light stand-in per
+architecture file is registered. When a configuration is built or read, it imports the architectures, whose real
+classes replace it. If transformers has not been imported yet, the registration waits until it is, so that
 ``hf-gated-sae --help`` needs neither it nor torch.
 """
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 ARCHITECTURES = "hf_gated_sae.architectures"
 AUTO = "transformers.models.auto.configuration_auto"
-"""The module whose import makes `AutoConfig`; `AutoModel` needs it, too."""
+"""The module that defines `AutoConfig`; `AutoModel` imports it, too."""
 
 
 def model_type_of(architecture: str) -> str:
-    """Return the ``model_type`` that `config.json` carries for an architecture.
+    """Return the ``model_type`` in the `config.json` of an architecture.
 
     >>> model_type_of("gated")
     'gated_sae'
@@ -36,7 +36,7 @@ def model_type_of(architecture: str) -> str:
 
 
 def register_stand_ins() -> None:
-    """Register one stand-in configuration per architecture file and entry point, once transformers is imported."""
+    """Register a stand-in configuration per architecture file and entry point, now or after transformers' import."""
     if AUTO in sys.modules:
         _register(sys.modules[AUTO].AutoConfig)
     else:
@@ -45,12 +45,14 @@ def register_stand_ins() -> None:
 
 def _register(auto_config: Any) -> None:
     """Register the stand-ins with transformers' `AutoConfig`."""
-    from importlib.metadata import entry_points  # here, as it takes a tenth of what `hf-gated-sae --help` takes
+    from importlib.metadata import (
+        entry_points,  # imported here, as it takes a tenth of the time of `hf-gated-sae --help`
+    )
 
     from transformers.configuration_utils import PreTrainedConfig
 
     class StandIn(PreTrainedConfig):
-        """Becomes the real configuration when one is built or read."""
+        """A configuration class that builds and reads the real one."""
 
         def __new__(cls, *args: Any, **kwargs: Any) -> Any:
             """Build the real configuration instead."""
@@ -76,27 +78,27 @@ def _real_config_class(model_type: str) -> type[PreTrainedConfig]:
 
 
 class _AfterImport(MetaPathFinder):
-    """Finds the module of `AutoConfig` as Python would, and registers the stand-ins when it has been executed."""
+    """Finder of the module of `AutoConfig`; registers the stand-ins after the module has been executed."""
 
     def __init__(self) -> None:
-        self._asking = False
+        self._searching = False
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Return the spec of that module, and None for every other one."""
-        if name != AUTO or self._asking:
+        """Return the spec of that module, None for every other one."""
+        if name != AUTO or self._searching:
             return None
-        self._asking = True  # the other finders are asked through the same list
+        self._searching = True  # `importlib` calls all finders, this one included
         try:
             spec = importlib.util.find_spec(name)
         finally:
-            self._asking = False
+            self._searching = False
         if spec is not None and spec.loader is not None:
             spec.loader = _Registering(spec.loader, self)
         return spec
 
 
 class _Registering(Loader):
-    """Loads a module as another loader does, then registers the stand-ins."""
+    """Loader that wraps another one and registers the stand-ins after it."""
 
     def __init__(self, loader: Loader, finder: MetaPathFinder) -> None:
         self._loader = loader
@@ -109,7 +111,7 @@ class _Registering(Loader):
     def exec_module(self, module: ModuleType) -> None:
         """Execute the module, then register the stand-ins."""
         self._loader.exec_module(module)
-        assert module.__spec__ is not None  # it is being imported by it
+        assert module.__spec__ is not None  # a module that is being imported has a spec
         module.__spec__.loader = module.__loader__ = self._loader
         _register(module.AutoConfig)
-        sys.meta_path.remove(self._finder)  # not before: an import that fails may be tried again
+        sys.meta_path.remove(self._finder)  # only after success: an import that failed may be tried again

@@ -1,6 +1,6 @@
-"""Every error that this package raises: one root, and each is also the builtin that a caller would expect.
+"""The errors of this package: one base class, and each is also the builtin error that a caller would expect.
 
-A message says what was given, what was expected and what to do; names get close matches.
+A message states what was given, what was expected and what to do; unknown names get close matches.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ LONGEST_MESSAGE = 2000
 
 
 class SAEError(Exception):
-    """Root of the package's errors."""
+    """Base class of the package's errors."""
 
     def __str__(self) -> str:
-        """Return the message; of one that repeats what a file or a caller has made very long, start and end."""
-        message = Exception.__str__(self)  # as it was given: a KeyError's would show it in quotes
+        """Return the message; only the start and end of a very long one, which may quote a file or an argument."""
+        message = Exception.__str__(self)  # not KeyError's, which would show it in quotes
         half = LONGEST_MESSAGE // 2
         return message if len(message) <= LONGEST_MESSAGE else f"{message[:half]} [...] {message[-half:]}"
 
@@ -39,11 +39,11 @@ class LatentIndexError(SAEError, IndexError):
 
 
 class CheckpointError(SAEError, ValueError):
-    """A checkpoint is incomplete, broken, or holds something else than its configuration says."""
+    """A checkpoint is incomplete, broken, or contradicts its configuration."""
 
 
 class MissingFileError(SAEError, FileNotFoundError):
-    """A file or folder that a checkpoint needs is not there."""
+    """A file or folder that a checkpoint needs does not exist."""
 
 
 class SiteError(SAEError, LookupError):
@@ -55,7 +55,7 @@ class AttachError(SAEError, RuntimeError):
 
 
 class TrainingError(SAEError, RuntimeError):
-    """A training run cannot go on."""
+    """A training run cannot continue."""
 
 
 class PublishError(SAEError, RuntimeError):
@@ -63,11 +63,11 @@ class PublishError(SAEError, RuntimeError):
 
 
 class VersionError(SAEError, ImportError):
-    """Another library is installed in a version that this one is not tested with."""
+    """Another library is installed in a version outside the tested range."""
 
 
 def reason(error: BaseException) -> str:
-    """Return why something failed, in the system's own words if it was the system that said no."""
+    """Return an error's message, or that of the operating system, such as "No space left on device", if it has one."""
     found: BaseException | None = error
     while found is not None:
         if isinstance(found, OSError) and found.strerror:
@@ -82,12 +82,12 @@ def did_you_mean(given: object, known: Iterable[object], *, most: int = 3) -> st
     Args:
         given: what the caller wrote.
         known: the names that would have worked.
-        most: at most this many suggestions.
+        most: maximum number of suggestions.
     """
     wanted = str(given).lower()
     names = {str(name).lower(): str(name) for name in known}
     close = difflib.get_close_matches(wanted, names, n=most, cutoff=0.6)
-    if not close and "/" not in wanted:  # a repository, named without its owner
+    if not close and "/" not in wanted:  # a repository without its owner
         tails = {name.rpartition("/")[2]: name for name in names if "/" in name}
         close = [tails[match] for match in difflib.get_close_matches(wanted, tails, n=most, cutoff=0.6)]
     return f" Did you mean {' or '.join(repr(names[match]) for match in close)}?" if close else ""
@@ -96,10 +96,10 @@ def did_you_mean(given: object, known: Iterable[object], *, most: int = 3) -> st
 def unknown_name(
     kind: str, given: object, known: Iterable[object], *, error: type[SAEError] = UnknownNameError
 ) -> SAEError:
-    """Build the error for a name that is not known: it lists close matches, else the known names.
+    """Build the error for an unknown name; it lists close matches and the known names.
 
     Args:
-        kind: what the name stands for, such as ``"architecture"``.
+        kind: the kind of name, such as ``"architecture"``.
         given: what the caller wrote.
         known: the names that would have worked.
         error: class of the error.
@@ -118,11 +118,11 @@ _short.maxstring = _short.maxother = 300
 
 
 def shown(value: object, most: int = 80) -> str:
-    """Return a foreign value as a message shows it: short, however large the value, and however often it holds itself.
+    """Return a short representation of an untrusted value for messages, even of a huge or self-containing one.
 
     Args:
-        value: what a file held.
-        most: at most this many characters.
+        value: a value from a file or a caller.
+        most: maximum number of characters.
 
     >>> shown([[[["deep"]]]])
     '[[[...]]]'

@@ -1,7 +1,7 @@
-"""Names to plug-ins. A registry fills itself from the modules of one package and from entry points of other packages.
+"""Registries of plug-ins by name, filled from the modules of one package and the entry points of other packages.
 
-A variant is one file: its class names itself, and importing the file registers it. The package is named by a string
-and imported on first use, so that a lower floor can look up what a higher floor provides without importing it.
+A plug-in is one file: importing it registers it. The package is given by its name and imported on first use, so that a
+lower layer can look up plug-ins of a higher one without importing it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ Plugin = TypeVar("Plugin")
 
 
 class Registry(Mapping[str, Plugin], Generic[Plugin]):
-    """A read-only mapping of names to plug-ins that imports its package when first asked.
+    """A read-only mapping of names to plug-ins, which imports its package on first use.
 
     Args:
-        kind: what one entry is, for error messages, such as ``"architecture"``.
+        kind: the kind of plug-in, for error messages, such as ``"architecture"``.
         package: dotted name of the package whose modules register themselves; also the entry-point group
             (``hf_gated_sae.architectures``) under which other distributions name modules to import.
     """
@@ -53,7 +53,7 @@ class Registry(Mapping[str, Plugin], Generic[Plugin]):
             return self._entries
         with self._lock:  # other threads wait for the whole registry
             if not self._loading and not self._complete:
-                self._loading = True  # the modules imported below may ask the registry themselves
+                self._loading = True  # the modules imported below may use the registry themselves
                 try:
                     package = importlib.import_module(self.package)
                     for module in pkgutil.iter_modules(package.__path__):
@@ -61,7 +61,9 @@ class Registry(Mapping[str, Plugin], Generic[Plugin]):
                             importlib.import_module(f"{self.package}.{module.name}")
                     for entry in entry_points(group=self.package):
                         entry.load()
-                    self._complete = True  # if not, the next one tries again: half a registry would say "unknown"
+                    self._complete = (
+                        True  # after an error the next call tries again, as a partial registry would report "unknown"
+                    )
                 finally:
                     self._loading = False
         return self._entries
@@ -83,9 +85,9 @@ class Registry(Mapping[str, Plugin], Generic[Plugin]):
 
 
 class LateBound:
-    """A function that a higher floor provides to a lower one, imported when first called.
+    """A function of a higher layer that a lower one offers; its module is imported on the first call.
 
-    Only for the verbs that users look for on the model, or on a set of models, although their work is done far above:
+    Only for methods that users expect on the model, or on a set of models, but that are implemented in higher layers:
     ``from_pretrained`` (formats, hub) and ``push_to_hub`` (publishing).
 
     Args:

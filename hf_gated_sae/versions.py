@@ -1,4 +1,4 @@
-"""Which versions of other libraries this one is tested with, from the oldest to the newest that it accepts."""
+"""The tested ranges of versions of other libraries, and the check that the installed ones are within them."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ SUPPORTED = {
     "nnsight": ">=0.8,<0.9",
     "peft": ">=0.19,<0.22",
 }
-"""The ranges that ``pyproject.toml`` states, too; `make test-matrix` runs the suite at both ends of each."""
+"""The same ranges as in ``pyproject.toml``; `make test-matrix` runs the suite at both ends of each."""
 
 
 def require_supported(*libraries: str) -> None:
     """Raise unless the installed versions of libraries are in their ranges.
 
-    A newer major version may have renamed what hooks depend on, and what was renamed does not always raise: an edit
-    would silently reach no token, or others.
+    A newer major version may rename attributes on which hooks depend. That does not always raise an error: an edit
+    could silently apply to no token, or to the wrong ones.
 
     Args:
-        libraries: names among `SUPPORTED`; those that are not installed are passed over.
+        libraries: names among `SUPPORTED`; those that are not installed are skipped.
 
     Raises:
-        VersionError: naming the first that is not in its range.
+        VersionError: naming the first library outside its range.
     """
     for library in libraries:
         try:
@@ -41,5 +41,5 @@ def require_supported(*libraries: str) -> None:
         if not accepted.contains(Version(installed), prereleases=True):
             raise VersionError(
                 f"{library} {installed} is installed, and hf-gated-sae is tested with {library}{accepted}: run "
-                f"pip install '{library}{accepted}', or install the version of hf-gated-sae that knows it."
+                f"pip install '{library}{accepted}', or install a version of hf-gated-sae that supports it."
             )

@@ -28,7 +28,7 @@ import yaml
 
 from hf_gated_sae.errors import InputError, SAEError
 from hf_gated_sae.formats import sae_addresses
-from hf_gated_sae.hub.hook_names import place_of
+from hf_gated_sae.hub.hook_names import site_of_hook
 from hf_gated_sae.hub.index import FILE, layer_of, size_of
 from hf_gated_sae.hub.index_encoding import grouped
 from hf_gated_sae.hub.location import locate
@@ -88,7 +88,7 @@ def gemma_scope_2(repo: str, path: str, id: str) -> Facts:
 def saelens(repo: str, path: str, id: str) -> Facts:
     """SAELens's own layout: the place by the id, the rest as far as a name says it."""
     hook = match(r"(?P<hook>blocks\.\d+\.hook_[a-z]+(?:_[a-z]+)*)(?:_\d+)?", id)["hook"]
-    facts: Facts = {"site": place_of(hook)[0]}
+    facts: Facts = {"site": site_of_hook(hook)[0]}
     if width := re.search(r"_(\d{3,6})(?:_anthropic|_fast_lr|:v\d|$)", path):
         facts["d_sae"] = width[1]
     elif width := re.search(r"-v5-(\d+k)-|-w-(\d+k)-", repo):

@@ -1,4 +1,4 @@
-"""SAEs that the Hub lists under the tags that SAEs have."""
+"""List SAEs on the Hub by the tags of SAE repositories."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .search_result import SearchResult
 _log = logging.getLogger(__name__)
 
 TAGS = ("hf-gated-sae", "sparse-autoencoder")
-"""Our library's name, and what SAEs of any library are tagged with."""
+"""The tag of this library, and the one that SAEs of any library have."""
 MOST_REPOSITORIES = 100
 MOST_CONFIGURATIONS = 50
-"""Of a repository without a table of contents so many SAEs are described by their own configurations."""
+"""In a repository without a table of contents, the configurations of at most this many SAEs are read."""
 PATIENCE = 5
-"""Seconds in which the Hub has to show that it can be reached."""
+"""Seconds within which the Hub must respond."""
 CONTENTS = "sae_set.json"
 CONFIG = "config.json"
 
@@ -39,18 +39,18 @@ def on_the_hub(base_model: str | None, known: Collection[str], token: str | bool
 
     Args:
         base_model: only repositories whose card names this one.
-        known: repositories to leave out.
+        known: repositories to skip.
         token: access token; None uses the stored one, False none.
 
     Returns:
-        What the Hub answers; nothing, with a warning, if it cannot be reached, and nothing when offline.
+        The SAEs; none, with a warning, if the Hub cannot be reached, and none when offline.
     """
     if is_offline_mode():
         return []
     api = HfApi(token=token)
     wanted = [f"base_model:{base_model}"] if base_model else []
     try:
-        # Not repeated, unlike a list, for which the client asks six times before it says that there is no network.
+        # One request without retries; the client tries a listing six times before it reports that there is no network.
         get_session().head(api.endpoint, timeout=PATIENCE)
         tagged = {
             info.id: info
@@ -60,40 +60,42 @@ def on_the_hub(base_model: str | None, known: Collection[str], token: str | bool
     except (TransportError, OfflineModeIsEnabled, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         _log.warning(
-            "The Hub could not be asked (%s): only known SAEs are shown. live=False (--no-live) does not ask.", reason
+            "The Hub could not be reached (%s): only SAEs of the index are shown. live=False (--no-live) skips the "
+            "request.",
+            reason,
         )
         return []
     return [result for info in tagged.values() if info.id not in known for result in _saes_of(info, base_model, token)]
 
 
 def _saes_of(info: ModelInfo, base_model: str | None, token: str | bool | None) -> list[SearchResult]:
-    """Return the SAEs of one repository; nothing, with a warning, if what it holds cannot be read."""
+    """Return the SAEs of one repository; none, with a warning, if its files cannot be read."""
     root = HubRepository(info.id, "", info.sha or "", [file.rfilename for file in info.siblings or []], Access(token))
     try:
         results = list(contents_of(root).values() if CONTENTS in root else _from_folders(root))
     except SAEError as error:
-        _log.warning("%s is left out: %s", info.id, error)
+        _log.warning("%s is skipped: %s", info.id, error)
         return []
     base = base_model or _base_model(info)
     return [SearchResult(**{**result, "base_model": result.get("base_model") or base}) for result in results]
 
 
 def contents_of(root: Location) -> dict[str, dict[str, Any]]:
-    """Return what a repository's own table of contents says of its SAEs, by address.
+    """Return the SAEs in a repository's table of contents, by address.
 
     Raises:
-        CheckpointError: if it is no JSON object.
+        CheckpointError: if it is not a JSON object.
     """
     found = {}
     for folder, entry in _mapping(root.read_json(CONTENTS).get("saes")).items():
         if isinstance(entry, dict):
             l0 = _number(_mapping(entry.get("metrics")).get("l0"))
-            found[folder] = {**_described(root, folder, entry, _checked(entry.get("architecture"), str)), "l0": l0}
+            found[folder] = {**_row(root, folder, entry, _checked(entry.get("architecture"), str)), "l0": l0}
     return found
 
 
 def _from_folders(root: Location) -> Iterator[dict[str, Any]]:
-    """Return the SAEs that the listing shows, those of our layout with what their configurations say."""
+    """Yield the SAEs in the listing; those in this library's layout with facts from their configurations."""
     read = 0
     for address in sae_addresses(root):
         location = root.at(address)
@@ -102,14 +104,14 @@ def _from_folders(root: Location) -> Iterator[dict[str, Any]]:
             config = location.read_json(CONFIG)
             model_type = config.get("model_type")
             if isinstance(model_type, str) and model_type.endswith("_sae"):
-                yield _described(root, address, config, model_type.removesuffix("_sae"))
+                yield _row(root, address, config, model_type.removesuffix("_sae"))
                 continue
         layer = _LAYER.search(address)
         yield {"repo": root.repo, "subfolder": address, "layer": int(layer[1]) if layer else None}
 
 
-def _described(root: Location, address: str, entry: Mapping[str, Any], architecture: str | None) -> dict[str, Any]:
-    """Return what a configuration, or a line of the table of contents, says of an SAE."""
+def _row(root: Location, address: str, entry: Mapping[str, Any], architecture: str | None) -> dict[str, Any]:
+    """Return the fields of a result from a configuration, or from an entry of the table of contents."""
     site, site_out = (_checked(entry.get(name), str) for name in ("site", "site_out"))
     return {
         "repo": root.repo,
@@ -124,19 +126,19 @@ def _described(root: Location, address: str, entry: Mapping[str, Any], architect
 
 
 def _base_model(info: ModelInfo) -> str | None:
-    """Return the one base model that the tags name."""
+    """Return the base model in the tags, None unless there is exactly one."""
     names = [tag.removeprefix("base_model:") for tag in info.tags or [] if tag.startswith("base_model:")]
-    plain = [name for name in names if ":" not in name]  # others say the relation, too: base_model:adapter:owner/name
+    plain = [name for name in names if ":" not in name]  # others name the relation, too: base_model:adapter:owner/name
     return plain[0] if len(plain) == 1 else None
 
 
 def _checked(value: Any, kind: type[Kind]) -> Kind | None:
-    """Return a foreign value if it is of the expected type."""
+    """Return a value from the Hub if it is of the expected type, else None."""
     return value if type(value) is kind else None
 
 
 def _mapping(value: Any) -> dict[str, Any]:
-    """Return a foreign value if it is a mapping, else an empty one."""
+    """Return a value from the Hub if it is a mapping, else an empty one."""
     return value if isinstance(value, dict) else {}
 
 

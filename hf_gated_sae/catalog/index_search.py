@@ -1,4 +1,4 @@
-"""Find SAEs by what they are: in the index of known ones, and live on the Hub."""
+"""Search for SAEs by base model, site, width and more: in the index of known ones, and on the Hub."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError, unknown_name
 from ..formats import natural_order
 from ..hub.hook_names import GLOBAL, IN_BLOCK
-from ..hub.index import KnownSAE, has_size, known_saes, plainer, releases
+from ..hub.index import KnownSAE, has_size, known_saes, releases, shorter_dashboard_name
 from ..hub.model_names import repository_of
 from ..hub.neuronpedia import sae_of_dashboards, unknown_dashboards
 from .search_result import SearchResult
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     pass
 
 SITES = ("resid_post", "resid_pre", "resid_mid", "mlp_out", "attn_out", "attn_z", "mlp_in", "mlp_neurons", "embed")
-"""Kinds of sites in the order in which they are shown."""
+"""Kinds of sites in the order of the results."""
 MERGED = ("base_model", "site", "site_out", "d_sae", "architecture", "l0", "l0_kind", "neuronpedia")
 
 
@@ -34,40 +34,39 @@ def search(
     live: bool = True,
     token: str | bool | None = None,
 ) -> list[SearchResult]:
-    """Return pretrained SAEs, from the index of known ones and from the tags of the Hub.
+    """Return pretrained SAEs, from the index of known ones and from tagged repositories on the Hub.
 
-    What is asked for has to be known of an SAE for it to be found: an SAE in the index whose width, say, only its
-    files tell is not among the results of a search by width. Anything on the Hub loads by its repository, found or
-    not.
+    Filters match only recorded facts: an SAE whose width, say, is only in its files is not found by width. Any SAE on
+    the Hub can be loaded by its repository, whether or not it is found here.
 
     Args:
-        base_model: repository of the language model, or a short name of it such as ``"gpt2-small"``. In its place,
-            a release of the index, or a name of dashboards on Neuronpedia, which lead to their own SAEs.
-        site: where the SAE reads: a kind such as ``"resid_post"``, or a site such as ``"resid_post.12"``.
-        layer: the block that it reads at.
-        width: number of latents, or a short name such as ``"16k"``.
+        base_model: repository of the language model, or a short name of it such as ``"gpt2-small"``. Instead, the
+            name of a release of the index, or of dashboards on Neuronpedia, returns their SAEs.
+        site: the site that the SAE reads, such as ``"resid_post.12"``, or its kind, such as ``"resid_post"``.
+        layer: the block of the site.
+        width: number of latents, or a short width such as ``"16k"``.
         architecture: such as ``"gated"``.
-        near_l0: of SAEs by one publisher that differ in their L0, only the one nearest to this.
-        live: whether to ask the Hub, too; without it, and with ``HF_HUB_OFFLINE=1``, nothing leaves this machine.
+        near_l0: among SAEs of one publisher that differ only in their L0, return the one nearest to this.
+        live: whether to search the Hub, too; if not, or with ``HF_HUB_OFFLINE=1``, no request is sent.
         token: access token; None uses the stored one, False none.
 
     Returns:
         The residual stream first; then by layer, publisher, width and L0.
 
     Raises:
-        UnknownNameError: if nothing is known for a base model, or there is no such site or architecture.
-        InputError: if `layer`, `width` or `near_l0` is not a number of that kind.
+        UnknownNameError: if no SAE of the base model is known, or there is no such site or architecture.
+        InputError: if `layer`, `width` or `near_l0` is not a number of the expected kind.
 
     >>> [found] = search("google/gemma-2-2b", site="resid_post.12", width="32k", near_l0=80, live=False)[:1]
     >>> found.code
     'SAEModel.from_pretrained("google/gemma-scope-2b-pt-res", "layer_12/width_32k/average_l0_76")'
     """
     _require_numbers(layer, near_l0)
-    listed = _listed_as(base_model)
-    base_model = _spelt_as_known(base_model)
-    found = merged(map(_of_known, known_saes(base_model) if listed is None else listed))
+    listed = _saes_of_alias(base_model)
+    base_model = _index_spelling(base_model)
+    found = merged(map(_from_index, known_saes(base_model) if listed is None else listed))
     if live and listed is None:
-        from .hub_listing import on_the_hub  # the client, which a search of the index does not need
+        from .hub_listing import on_the_hub  # imports huggingface_hub, which a search of the index does not need
 
         found += on_the_hub(base_model, {release.repo for release in releases().values()}, token)
     if base_model is not None and not found:
@@ -90,20 +89,20 @@ def base_models() -> list[str]:
 
 
 def merged(results: Iterable[SearchResult]) -> list[SearchResult]:
-    """Return every SAE once, with what the results about it know together; where they differ, the first one counts."""
+    """Merge the results for each SAE into one; where they differ, the first wins."""
     found: dict[tuple[str, str], SearchResult] = {}
     for result in results:
         first = found.setdefault((result.repo, result.subfolder), result)
         if first is not result:
             more = {name: getattr(result, name) for name in MERGED if getattr(first, name) is None}
             if first.neuronpedia is not None:
-                more["neuronpedia"] = plainer(first.neuronpedia, result.neuronpedia)
+                more["neuronpedia"] = shorter_dashboard_name(first.neuronpedia, result.neuronpedia)
             found[result.repo, result.subfolder] = replace(first, **more)
     return list(found.values())
 
 
 def nearest(results: Sequence[SearchResult], l0: float) -> list[SearchResult]:
-    """Return of results that differ in their L0 (and repository, but not in its owner) the one nearest to `l0`."""
+    """Return the result nearest to `l0` of each group that differs only in L0, and in repositories of one owner."""
     best: dict[tuple[Any, ...], SearchResult] = {}
     for result in results:
         if result.l0 is None:
@@ -115,15 +114,15 @@ def nearest(results: Sequence[SearchResult], l0: float) -> list[SearchResult]:
     return list(best.values())
 
 
-def _of_known(sae: KnownSAE) -> SearchResult:
-    """Return what the index knows as a result."""
+def _from_index(sae: KnownSAE) -> SearchResult:
+    """Return an SAE of the index as a result."""
     shared = {name: getattr(sae, name) for name in (*MERGED, "release", "repo", "layer")}
     return SearchResult(subfolder=sae.address, **shared)
 
 
-def _listed_as(name: str | None) -> list[KnownSAE] | None:
-    """Return the SAEs of a release, or the one that dashboards on Neuronpedia are of; None for any other name."""
-    if name is None or _spelt_as_known(name) in base_models():
+def _saes_of_alias(name: str | None) -> list[KnownSAE] | None:
+    """Return the SAEs of a release, or the one of a dashboard name on Neuronpedia; None for any other name."""
+    if name is None or _index_spelling(name) in base_models():
         return None
     if name in releases() and releases()[name].saes:
         return list(releases()[name].saes.values())
@@ -131,8 +130,8 @@ def _listed_as(name: str | None) -> list[KnownSAE] | None:
     return None if sae is None else [sae]
 
 
-def _spelt_as_known(base_model: str | None) -> str | None:
-    """Return the repository that a name of a base model stands for, in the letter case of the index."""
+def _index_spelling(base_model: str | None) -> str | None:
+    """Return the repository of a base model, from its short name, in the letter case of the index."""
     repository = repository_of(base_model)
     if repository is None:
         return None
@@ -141,10 +140,10 @@ def _spelt_as_known(base_model: str | None) -> str | None:
 
 
 def _require_numbers(layer: Any, near_l0: Any) -> None:
-    """Raise for a layer or an L0 that can be none, which would find nothing, or anything.
+    """Raise for an impossible layer or L0, for which the results would be meaningless.
 
     Raises:
-        InputError: saying what was expected.
+        InputError: with the expected kind of number.
     """
     if layer is not None and (isinstance(layer, bool) or not isinstance(layer, Integral) or layer < 0):
         raise InputError(f"layer is {layer!r}; expected the number of a block, counted from 0, such as 12.")
@@ -155,7 +154,7 @@ def _require_numbers(layer: Any, near_l0: Any) -> None:
 
 
 def _require_known(site: str | None, architecture: str | None, found: Sequence[SearchResult]) -> None:
-    """Raise for a site or an architecture that does not exist, or exists nowhere here.
+    """Raise for a site or an architecture that neither this library nor any result has.
 
     Raises:
         UnknownNameError: with close matches.
@@ -179,22 +178,22 @@ def _at(site: str | None, wanted: str) -> bool:
 
 
 def _kind(site: str) -> str:
-    """Return a site without its layer: ``resid_post`` of ``resid_post.12``; a module's path is its own kind."""
+    """Return a site without its layer: ``resid_post`` for ``resid_post.12``; a module path is returned unchanged."""
     kind, dot, block = site.rpartition(".")
     return kind if dot and block.isdigit() else site
 
 
 def _order(result: SearchResult) -> tuple[Any, ...]:
-    """Return the key by which results are shown; what is not known comes last."""
+    """Return the sort key of a result; unknown values come last."""
     kind = _kind(result.site) if result.site else ""
     numbers = (result.layer, result.d_sae, result.l0)
     layer, d_sae, l0 = (float("inf") if number is None else number for number in numbers)
     unfinished = "_step_" in result.subfolder  # saved during training
-    place = SITES.index(kind) if kind in SITES else len(SITES)
+    rank = SITES.index(kind) if kind in SITES else len(SITES)
     publisher = (result.release is None, result.l0 is None, result.l0_kind == "target", result.repo)
     return (
         unfinished,
-        place,
+        rank,
         kind,
         layer,
         result.base_model or "",

@@ -1,4 +1,4 @@
-"""Several SAEs of one repository, pinned to one commit, each loaded when it is asked for."""
+"""The SAEs of one repository as a mapping, pinned to one commit and loaded on request."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ _log = logging.getLogger(__name__)
 
 
 class SAESet(Mapping[str, SAEModel]):
-    """The SAEs of a repository (or of a folder in it) by their addresses; ``sae_set["resid_post.3"]`` finds by site.
+    """The SAEs of a repository (or of a folder in it) by address; ``sae_set["resid_post.3"]`` finds one by its site.
 
-    Looking at addresses costs one listing, and asking for sites or configurations reads headers; weights are read when
-    an SAE is asked for. The set does not keep SAEs alive: as long as somebody else holds one it is given out again,
-    and otherwise loaded anew, so that a loop over all of them needs the memory of one.
+    Addresses need one listing, sites and configurations the headers of the files; weights are read when an SAE is
+    requested. The set holds only weak references to SAEs: one that is still in use is returned again, another is
+    loaded again. So a loop over all of them needs the memory of one.
 
     Build one with `from_pretrained`.
 
     Args:
         location: folder of the SAEs.
-        addresses: what is in the set.
+        addresses: addresses of the SAEs in the set.
         variant: which of several sets of weights.
-        options: arguments of `SAEModel.from_pretrained` that say how to load.
+        options: loading arguments of `SAEModel.from_pretrained`.
     """
 
     def __init__(
@@ -72,23 +72,23 @@ class SAESet(Mapping[str, SAEModel]):
 
         Args:
             repo: repository id, ``repository@revision``, or folder.
-            subfolder: take only what is in this folder.
-            sites: take only SAEs at these sites, such as ``"resid_post.3"`` or ``"resid_post.*"``. Sites are not in
-                the listing: this reads the headers of every SAE that `addresses` leaves.
-            addresses: take only these addresses, such as ``"layer_*/width_16k/average_l0_7?"``.
+            subfolder: include only SAEs in this folder.
+            sites: include only SAEs at these sites, such as ``"resid_post.3"`` or ``"resid_post.*"``. Sites are not
+                in the listing: this reads the headers of every SAE that `addresses` includes.
+            addresses: include only these addresses, such as ``"layer_*/width_16k/average_l0_7?"``.
             revision: branch, tag, ``refs/pr/1`` or commit.
             token: access token; None uses the stored one, False none.
             cache_dir: folder of the Hub cache.
-            local_files_only: use only what is cached.
-            force_download: download even what is cached.
+            local_files_only: use only cached files.
+            force_download: download files even if they are cached.
             variant: which of several sets of weights.
             **options: for every SAE that is loaded: ``dtype``, ``device_map``, ``latents`` ...
 
         Raises:
-            CheckpointError: if something that is to be looked at is no SAE in a known format.
+            CheckpointError: if an address that has to be read is not an SAE in a known format.
             InputError: if an argument is not known.
             MissingFileError: if there is no such folder, repository or revision, or no SAE in it.
-            UnknownNameError: if nothing is at one of the given sites or addresses.
+            UnknownNameError: if no SAE is at one of the given sites or addresses.
         """
         _require_known(options)
         location = locate_sae(
@@ -104,7 +104,7 @@ class SAESet(Mapping[str, SAEModel]):
         if location.file is not None:
             found = [address for address in found if address == location.address]
         if not found:
-            found = [open_at(location, variant=variant).origin.subfolder]  # or the error that says what is there
+            found = [open_at(location, variant=variant).origin.subfolder]  # or its error, which lists the files
         if addresses is not None:
             wanted = _matching("address", addresses, found)
             found = [address for address in found if address in wanted]
@@ -115,7 +115,7 @@ class SAESet(Mapping[str, SAEModel]):
         """Return the SAEs that read one of the sites.
 
         Raises:
-            UnknownNameError: if nothing is at one of them.
+            UnknownNameError: if no SAE is at one of them.
         """
         sites_of = self._sites_of()
         try:
@@ -127,7 +127,7 @@ class SAESet(Mapping[str, SAEModel]):
         chosen._described = {address: self._described[address] for address in addresses}
         return chosen
 
-    # ------------------------------------------------------------------ what there is
+    # ------------------------------------------------------------------ contents
 
     @property
     def repo(self) -> str:
@@ -141,14 +141,14 @@ class SAESet(Mapping[str, SAEModel]):
 
     @property
     def addresses(self) -> list[str]:
-        """Folders (or files) of the SAEs, counted from the repository's root, ``layer_2`` before ``layer_10``."""
+        """Folders (or files) of the SAEs, relative to the repository's root, ``layer_2`` before ``layer_10``."""
         return list(self._addresses)
 
     @property
     def sites(self) -> list[str]:
         """Sites of the SAEs, each once, in the order of the addresses; reads every SAE's headers, once.
 
-        One that cannot be opened is left out, with a warning; asked for by its address, it raises.
+        An SAE that cannot be opened is skipped, with a warning; access by its address raises.
         """
         return list(dict.fromkeys(site for sites in self._sites_of().values() for site in sites))
 
@@ -160,15 +160,15 @@ class SAESet(Mapping[str, SAEModel]):
         """
         address = self._address(key)
         if address not in self._described:
-            self._described[address] = self._opened(address)
+            self._described[address] = self._open(address)
         return self._described[address]
 
     def __iter__(self) -> Iterator[str]:
-        """Go through the addresses."""
+        """Iterate over the addresses."""
         return iter(self._addresses)
 
     def __len__(self) -> int:
-        """Return how many SAEs there are."""
+        """Return the number of SAEs."""
         return len(self._addresses)
 
     def __contains__(self, key: object) -> bool:
@@ -176,10 +176,10 @@ class SAESet(Mapping[str, SAEModel]):
         return key in self._addresses or key in self.sites
 
     def __repr__(self) -> str:
-        """Return the name for people."""
+        """Show the location and the number of SAEs."""
         return few_lines([f"{type(self).__name__}({self.location}, {len(self)} SAEs)"])
 
-    # Two mappings are equal if their values are; these would have to be loaded for that.
+    # Mappings compare their values, for which all SAEs would have to be loaded; compare identity instead.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
@@ -206,20 +206,20 @@ class SAESet(Mapping[str, SAEModel]):
             **options: ``dtype``, ``device_map``, ``latents`` ...
         """
         _require_known(options)
-        # Opened anew: an SAE goes on to change its configuration, and files count what was read of them.
-        return load(self._opened(self._address(key)), None, {**self._options, **options})[0]
+        # Opened again: an SAE may change its configuration, and open files count the bytes read from them.
+        return load(self._open(self._address(key)), None, {**self._options, **options})[0]
 
-    def _opened(self, address: str) -> Checkpoint:
+    def _open(self, address: str) -> Checkpoint:
         """Find and identify one SAE."""
         try:
             return open_at(self.location.at(address), variant=self._variant)
         except CheckpointError as error:
             raise CheckpointError(
-                f"{error} To leave it out of a set, pass addresses= that do not match it."
+                f"{error} To exclude it from a set, pass addresses= that do not match it."
             ) from error
 
     def _address(self, key: str) -> str:
-        """Return the address that a key means; an address is looked for first, because that costs nothing."""
+        """Return the address for a key: the key itself, if it is one, else that of the only SAE at a site."""
         if key in self._addresses:
             return key
         found = [address for address, sites in self._sites_of().items() if key in sites]
@@ -228,7 +228,7 @@ class SAESet(Mapping[str, SAEModel]):
                 f"{len(found)} SAEs of {self.location} are at the site {key!r}: {_shown(found)}. Name one by its "
                 "address, or narrow the set with addresses=."
             )
-        if not found and self._unusable:  # it may be the one
+        if not found and self._unusable:  # the SAE may be among those that could not be opened
             raise next(iter(self._unusable.values()))
         if not found:
             below = [address for address in self._addresses if address.startswith(f"{key}/")]
@@ -236,32 +236,32 @@ class SAESet(Mapping[str, SAEModel]):
         return found[0]
 
     def _sites_of(self) -> dict[str, list[str]]:
-        """Return the sites that every SAE reads, by address; what is not known yet is asked for side by side."""
+        """Return the sites that every SAE reads, by address; SAEs that have not been opened yet are, in parallel."""
         known = {*self._described, *self._unusable}
         unknown = [address for address in self._addresses if address not in known]
         if unknown:
             with ThreadPoolExecutor(CONNECTIONS) as pool:
-                for address, found in zip(unknown, pool.map(self._looked_at, unknown), strict=True):
+                for address, found in zip(unknown, pool.map(self._open_or_error, unknown), strict=True):
                     if isinstance(found, Checkpoint):
                         self._described[address] = found
                     else:
                         self._unusable[address] = found
-                        _log.warning("Left out of the sites of %s: %s", self.location, found)
+                        _log.warning("Skipped in the sites of %s: %s", self.location, found)
         if self._addresses and not self._described:
             raise next(iter(self._unusable.values()))
         usable = [address for address in self._addresses if address in self._described]
         return {address: self._described[address].config.sites_read for address in usable}
 
-    def _looked_at(self, address: str) -> Checkpoint | CheckpointError:
-        """Return one SAE, or why it cannot be opened, which spoils no other one."""
+    def _open_or_error(self, address: str) -> Checkpoint | CheckpointError:
+        """Return one SAE, or the error if it cannot be opened, so that the others still can."""
         try:
-            return self._opened(address)
+            return self._open(address)
         except CheckpointError as error:
             return error
 
 
 def _require_known(options: Mapping[str, Any]) -> None:
-    """Raise for an option that does not say how to load; one configuration key for all SAEs would be wrong for most.
+    """Raise unless all options are loading arguments; a configuration key for all SAEs would be wrong for most.
 
     Raises:
         InputError: with close matches.
@@ -270,16 +270,16 @@ def _require_known(options: Mapping[str, Any]) -> None:
     for name in options:
         if name not in LOADING_ARGUMENTS:
             raise InputError(
-                f"SAESet has no argument {name!r}.{did_you_mean(name, known)} How to load is said by "
-                f"{', '.join(LOADING_ARGUMENTS)}; load one SAE with SAEModel.from_pretrained to set more."
+                f"SAESet has no argument {name!r}.{did_you_mean(name, known)} Its loading arguments are "
+                f"{', '.join(LOADING_ARGUMENTS)}; to set others, load one SAE with SAEModel.from_pretrained."
             )
 
 
 def _matching(kind: str, patterns: str | Sequence[str], names: Sequence[str]) -> set[str]:
-    """Return the names that one of the patterns means.
+    """Return the names that match one of the patterns.
 
     Raises:
-        UnknownNameError: for a pattern that means none.
+        UnknownNameError: for a pattern that matches none.
     """
     wanted: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:

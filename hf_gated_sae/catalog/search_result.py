@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """One SAE that can be loaded; None is what is not known of it before it is opened.
+    """One SAE that can be loaded; fields that are not known before it is opened are None.
 
     Attributes:
         repo: repository on the Hub.
         subfolder: folder or file of the SAE inside it.
-        revision: the commit, if the result is only about that one.
+        revision: the commit, if the result is only for that one.
         base_model: repository of the model that it was trained on.
-        site: where it reads, such as ``"resid_post.12"``.
-        site_out: where it writes, if that is elsewhere: of a transcoder.
-        layer: the block that it reads at.
+        site: the site that it reads, such as ``"resid_post.12"``.
+        site_out: the site that a transcoder writes; None if it is `site`.
+        layer: the block of its site.
         d_sae: number of latents.
         architecture: such as ``"jumprelu"``.
         l0: mean number of active latents per token.
-        l0_kind: ``"measured"``; or ``"target"``, if `l0` is what training aimed at or the k of a TopK.
+        l0_kind: ``"measured"``; or ``"target"``, if `l0` is the target of training or the k of a TopK.
         neuronpedia: name of its dashboards, as ``<model>/<sae>``.
         release: the release that lists it; None if it is not in the index.
     """
@@ -56,7 +56,7 @@ class SearchResult:
     @property
     def arguments(self) -> list[str]:
         """The arguments in `code`."""
-        # Names come from the Hub: as JSON writes them they stay texts, whatever is in them.
+        # Names come from the Hub: JSON quotes them safely, whatever they contain.
         quoted = [json.dumps(name) for name in (self.repo, self.subfolder) if name]
         return quoted + ([f"revision={json.dumps(self.revision)}"] if self.revision else [])
 

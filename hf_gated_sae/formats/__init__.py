@@ -1,8 +1,8 @@
-"""One file per checkpoint layout, and finding the one layout that claims a folder.
+"""Checkpoint layouts, one file each, and the search for the one layout that claims a folder.
 
 To add one, copy `native.py`: a subclass of `CheckpointFormat` with a ``name`` registers itself. Nothing else needs to
-be edited. Loading never guesses: exactly one format must claim a folder. Files whose name begins with an underscore
-are helpers, not layouts.
+be edited. Loading never guesses: exactly one format must claim a folder. Files whose names begin with an underscore
+are helpers.
 """
 
 from ._claims import claims_of

@@ -1,4 +1,4 @@
-"""Which layouts claim a folder (or file)."""
+"""Find the layouts that claim a folder (or file)."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from .base import CheckpointFormat, formats
 
 
 def claims_of(location: Location) -> tuple[list[str], list[CheckpointError]]:
-    """Return the names of the layouts that claim a folder (or file), and why others could not look at it.
+    """Return the names of the layouts that claim a folder (or file), and the errors of layouts that could not read it.
 
-    What cannot be read is not claimed: an optimiser's pickle beside an SAE does not keep the SAE from being loaded.
-    Layouts whose files may have any name are asked only if no other one claims the folder, so that files are not
-    fetched that nobody needs.
+    Unreadable files are not claimed: an optimiser's pickle beside an SAE does not prevent loading the SAE. Layouts
+    whose files may have any name are asked only if no other one claims the folder, so that no files are fetched in
+    vain.
     """
     unreadable: list[CheckpointError] = []
     names = {PurePosixPath(name).name for name in _near_files(location)}
     for any_name in (False, True):
-        asked = {name: layout for name, layout in formats.items() if layout.any_name is any_name}
-        likely = {name: layout for name, layout in asked.items() if not names or _has_file(layout, names)}
+        candidates = {name: layout for name, layout in formats.items() if layout.any_name is any_name}
+        likely = {name: layout for name, layout in candidates.items() if not names or _has_file(layout, names)}
         found = [name for name, layout in likely.items() if _claims(layout, location, unreadable)]
         if found:
             return found, unreadable
@@ -36,19 +36,19 @@ def is_claimed(location: Location) -> bool:
 
 
 def _near_files(location: Location) -> list[str]:
-    """Return the file that a location is, or the files in a folder and in the folders directly in it."""
+    """Return the file at a location, or the files in a folder and in its direct subfolders."""
     if location.file is not None:
         return [location.file]
     return [name for name in location.files if name.count("/") <= 1]
 
 
 def _has_file(layout: CheckpointFormat, names: Collection[str]) -> bool:
-    """Whether one of some file names is one of the layout's."""
+    """Whether one of the file names matches a pattern of the layout."""
     return any(fnmatchcase(name, pattern) for pattern in layout.files for name in names)
 
 
 def _claims(layout: CheckpointFormat, location: Location, unreadable: list[CheckpointError]) -> bool:
-    """Whether a layout claims a folder; not if what it would have to look at cannot be read."""
+    """Whether a layout claims a folder; False, with the error recorded, if a file that it needs cannot be read."""
     try:
         return layout.claims(location)
     except CheckpointError as error:
@@ -56,17 +56,17 @@ def _claims(layout: CheckpointFormat, location: Location, unreadable: list[Check
         return False
 
 
-def the_layout(name: str, location: Location) -> CheckpointFormat:
-    """Return the layout that the user chose.
+def requested_layout(name: str, location: Location) -> CheckpointFormat:
+    """Return the layout that the user named.
 
     Raises:
-        CheckpointError: if it does not claim the folder, or what it would have to look at cannot be read.
-        UnknownNameError: if there is none of that name.
+        CheckpointError: if it does not claim the folder, or a file that it needs cannot be read.
+        UnknownNameError: if there is no layout of that name.
     """
     if name == HOME_MADE:
         raise InputError(
-            f"Given format={name!r}, whose tensors the user describes, without architecture=: pass that, too, such as "
-            "architecture='standard'."
+            f"Given format={name!r} without architecture=, which describes a home-made checkpoint: pass that, too, "
+            "such as architecture='standard'."
         )
     if name not in formats:
         raise unknown_name("format", name, [*formats, HOME_MADE])
@@ -74,9 +74,9 @@ def the_layout(name: str, location: Location) -> CheckpointFormat:
     if not layout.claims(location):
         others, _ = claims_of(location)
         why = layout.near_miss(location)
-        what = f" It is in the layout {', '.join(others)}." if others else ""
+        actual = f" It is in the layout {', '.join(others)}." if others else ""
         raise CheckpointError(
-            f"{location} is not in the layout {name!r} that format= names: it holds {location.listing()}."
-            f"{f' {why}' if why else ''}{what}"
+            f"{location} is not in the layout {name!r} that format= names: it has {location.listing()}."
+            f"{f' {why}' if why else ''}{actual}"
         )
     return layout

@@ -1,4 +1,4 @@
-"""Values out of somebody else's configuration file, checked where they are read."""
+"""Read and check values of another library's configuration file."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def integer(config: Mapping[str, Any], key: str, where: object, default: Default
         config: content of the configuration file.
         key: its key.
         where: the file, for messages.
-        default: what a missing or null key means; without one it is an error.
+        default: value for a missing or null key; without a default that is an error.
 
     Raises:
-        CheckpointError: if it is missing without a default, or something else.
+        CheckpointError: if it is missing without a default, or of another type.
     """
     return _value(config, key, where, default, "a whole number", lambda value: type(value) is int)
 
@@ -58,7 +58,7 @@ def one_of(
 
 
 def _value(config: Mapping[str, Any], key: str, where: object, default: Any, expected: str, fits: Any) -> Any:
-    """Return a value that fits, or the default for one that is not there."""
+    """Return a value that fits, or the default if it is missing."""
     value = config.get(key)
     if value is None:
         if default is _REQUIRED:
@@ -69,4 +69,4 @@ def _value(config: Mapping[str, Any], key: str, where: object, default: Any, exp
             return value
     except (TypeError, OverflowError):
         pass
-    raise CheckpointError(f"{where} says {key} = {shown(value)}; expected {expected}.")
+    raise CheckpointError(f"{where} has {key} = {shown(value)}; expected {expected}.")

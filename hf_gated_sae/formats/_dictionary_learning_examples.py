@@ -1,4 +1,4 @@
-"""Small checkpoints as dictionary_learning writes them."""
+"""Example checkpoints in the layout of dictionary_learning."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NORM_FACTOR = 2.5
 
 
 def _plan() -> list[tuple[str, str, str, dict[str, Any], dict[str, Any]]]:
-    """Return repository, file, class, what ``trainer`` says, and scalars beside the weights."""
+    """Return repository, file, class, ``trainer`` of the configuration, and scalars beside the weights."""
     pythia = {"lm_name": "EleutherAI/pythia-70m-deduped"}
     gemma = {"lm_name": "google/gemma-2-2b"}
     return [
@@ -62,7 +62,7 @@ def _plan() -> list[tuple[str, str, str, dict[str, Any], dict[str, Any]]]:
 
 
 def write_examples(root: Path) -> list[Example]:
-    """Write one SAE of every class, and every place where a file of weights may lie, below ``root/<repo>``."""
+    """Write one SAE of every class, and of every possible path of the weights, below ``root/<repo>``."""
     generator = torch.Generator().manual_seed(0)
     made = []
     for number, (repo, path, kind, trainer, scalars) in enumerate(_plan()):
@@ -105,7 +105,7 @@ def _state(dict_class: str, d: int, generator: torch.Generator, **scalars: Any) 
         return torch.randn(*shape, generator=generator)
 
     if dict_class in ("MatryoshkaBatchTopKSAE", "JumpReluAutoEncoder"):
-        # The library makes the encoder as a transposed view, and it is saved with those strides.
+        # The library creates the encoder as a transposed view, which is saved with those strides.
         state = {"W_enc": random(D_SAE, d).T, "b_enc": random(D_SAE), "W_dec": random(D_SAE, d), "b_dec": random(d)}
     elif dict_class == "GatedAutoEncoder":
         vectors = {name: 0.3 * random(D_SAE) for name in ("r_mag", "gate_bias", "mag_bias")}

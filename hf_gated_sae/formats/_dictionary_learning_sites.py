@@ -1,4 +1,4 @@
-"""Where dictionary_learning's activations were taken, by what its configuration says."""
+"""The sites of dictionary_learning's SAEs, from its configuration."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import CheckpointError
-from ..hub.base_model_norms import is_normed_again
+from ..hub.base_model_norms import has_post_norms
 from ._config_values import integer, text
 
 BLOCK = ("resid_post", "resid_out", "residual", "resid", "res")
@@ -25,15 +25,15 @@ SITES = {
     "attention": {"in": "attn_in.{}", "out": "attn_out.{}"},
     "mlp": {"in": "mlp_in.{}", "out": "mlp_out.{}"},
 }
-RAW = {"attention": "layers.{}.self_attn.output", "mlp": "layers.{}.mlp.output"}
-"""The sublayers' own outputs in those families, as paths inside the base model."""
+MODULE_OUTPUTS = {"attention": "layers.{}.self_attn.output", "mlp": "layers.{}.mlp.output"}
+"""Module paths of the sublayers' outputs in families that have a norm after them, inside the base model."""
 
 
-def place_of(trainer: Mapping[str, Any], buffer: Mapping[str, Any], address: str, where: object) -> dict[str, Any]:
-    """Return the site, and for a transcoder where its output belongs, as far as they are said.
+def site_fields(trainer: Mapping[str, Any], buffer: Mapping[str, Any], address: str, where: object) -> dict[str, Any]:
+    """Return the configuration fields ``site`` and, for a transcoder, ``site_out``; empty for unknown names.
 
     The submodule is named by ``trainer.submodule_name``, such as ``"resid_post_layer_8"``, or else by a folder of that
-    name; ``buffer.io`` says whether its input or its output was read, or both. Nothing is returned for other names.
+    name; ``buffer.io`` states whether its input, its output, or both were used.
 
     Args:
         trainer: the configuration's ``trainer``.
@@ -53,25 +53,29 @@ def place_of(trainer: Mapping[str, Any], buffer: Mapping[str, Any], address: str
     if found is None or side not in ("in", "out", "in_and_out"):
         return {}
     if layer is not None and layer != int(found[2]):
-        raise CheckpointError(f"{where} says layer = {layer}, but the activations' name is {found[0]!r}: correct one.")
+        raise CheckpointError(f"{where} has layer = {layer}, but the activations' name is {found[0]!r}: correct one.")
     kind = _kind(found[1])
     model = text(trainer, "lm_name", where, None)
     sites = dict(SITES[kind])
-    if kind in RAW and is_normed_again(model):
-        sites["out"] = RAW[kind]
+    if kind in MODULE_OUTPUTS and has_post_norms(model):
+        sites["out"] = MODULE_OUTPUTS[kind]
     if side == "in_and_out":
         return {"site": sites["in"].format(found[2]), "site_out": sites["out"].format(found[2])}
     return {"site": sites[side].format(found[2])}
 
 
 def _layer(trainer: Mapping[str, Any], where: object) -> int | None:
-    """Return the number of the block, which some write as a text."""
-    said = trainer.get("layer")
-    return int(said) if isinstance(said, str) and _NUMBER.fullmatch(said) else integer(trainer, "layer", where, None)
+    """Return the number of the block, which some files have as a text."""
+    stated = trainer.get("layer")
+    return (
+        int(stated)
+        if isinstance(stated, str) and _NUMBER.fullmatch(stated)
+        else integer(trainer, "layer", where, None)
+    )
 
 
 def _kind(name: str) -> str:
-    """Return what a submodule is."""
+    """Return the kind of a submodule, a key of `SITES`."""
     if name == "resid_pre":
         return "before the block"
     return "attention" if name in ATTENTION else "mlp" if name in MLP else "block"

@@ -1,4 +1,4 @@
-"""Absorb a layout's conventions into the weights: row-wise in the latents, in place, no copy of a matrix.
+"""Fold a layout's scales and norms into the weights, row by row and in place, without a copy of a matrix.
 
 Every function takes and returns the tensors of `Checkpoint.finish`: ``W_enc_T [n, d_in]``, ``W_dec [n, d_out]`` and
 vectors ``[n]``, by name; those that are absent are skipped. Matrices keep their dtype and are rounded once.
@@ -14,9 +14,9 @@ from torch import Tensor
 INPUT_SCALED = ("W_enc_T", "W_glu_T")
 """Matrices that read the input."""
 PER_LATENT_SCALED = ("b_enc", "threshold", "b_gate", "b_mag")
-"""Vectors that grow with the latents' unit."""
+"""Vectors that scale with the latents."""
 BLOCK = 1 << 19
-"""Values that are widened at a time; an eighth of a matrix at most."""
+"""Number of values that are converted to a wider dtype at a time; an eighth of a matrix at most."""
 
 
 def fold(
@@ -26,23 +26,23 @@ def fold(
     scale_out: float | None = None,
     latent_unit: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Change the units of input, output and latents, all at once.
+    """Change the scales of input, output and latents together.
 
     For an SAE that was trained on ``scale_in * x`` and writes ``scale_out * y``, return the one that reads `x`, writes
-    `y`, and whose latents are ``latent_unit`` times as large. With units ``u_i``:
+    `y`, and whose latents are ``latent_unit`` times as large. With latent units ``u_i``:
 
     ``W_enc[:, i] *= scale_in * u_i``; biases and thresholds ``*= u_i``; ``W_dec[i] /= scale_out * u_i``;
     ``b_dec /= scale_out``; ``W_skip *= scale_in / scale_out``. `r_mag`, a ratio, stays, and so does the gate of a GLU.
 
-    Right for any activation that a positive factor passes through; with a `latent_unit` not for a TopK that ranks
-    unscaled values.
+    Valid for positively homogeneous activation functions; with a `latent_unit` not for a TopK that ranks unscaled
+    values.
 
     Args:
         tensors: the tensors.
-        scale_in: what the input was multiplied by in training.
-        scale_out: what the output was multiplied by; as the input by default.
-        latent_unit: positive factor of every latent ``[n]``; 1 by default. A latent whose factor is 0, which never
-            wrote anything, is off ever after.
+        scale_in: factor of the input in training.
+        scale_out: factor of the output in training; `scale_in` by default.
+        latent_unit: positive factor of every latent ``[n]``; 1 by default. A latent whose factor is 0, because its
+            decoder row is zero, is always 0 afterwards.
     """
     scale_out = scale_in if scale_out is None else scale_out
     for name in INPUT_SCALED:
@@ -61,16 +61,16 @@ def fold(
 
 
 def fold_input_scale(tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """Let an SAE that was trained on ``scale * x`` read and write plain `x`; its latents stay what they were."""
+    """Make an SAE that was trained on ``scale * x`` read and write plain `x`; its latents stay the same."""
     return fold(tensors, scale_in=scale)
 
 
 def fold_decoder_norms(tensors: dict[str, Tensor], norms: Tensor | None = None) -> dict[str, Tensor]:
-    """Give decoder rows unit norm and measure latents in units of the old ones; the output stays what it was.
+    """Scale decoder rows to unit norm, and latents by the old norms; the output stays the same.
 
     Args:
         tensors: the tensors.
-        norms: norm of every decoder row ``[n]``, where it is known.
+        norms: norm of every decoder row ``[n]``; computed by default.
     """
     return fold(tensors, latent_unit=decoder_norms(tensors["W_dec"]) if norms is None else norms)
 
@@ -78,7 +78,7 @@ def fold_decoder_norms(tensors: dict[str, Tensor], norms: Tensor | None = None) 
 def gate_by_decoder_norms(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Turn thresholds of ``latent_i * |W_dec[i]|`` into thresholds of the latents: ``threshold_i /= |W_dec[i]|``.
 
-    A latent that writes nothing has the highest threshold there is.
+    A latent whose decoder row is zero gets the highest finite threshold.
     """
     threshold = tensors["threshold"]
     highest = torch.finfo(threshold.dtype).max
@@ -93,15 +93,15 @@ def decoder_norms(W_dec: Tensor) -> Tensor:
     if wide == W_dec.dtype:
         return torch.linalg.vector_norm(W_dec, dim=1)
     norms = W_dec.new_empty(len(W_dec), dtype=wide)
-    for place, _, widened in _blocks(W_dec, wide):
-        norms[place] = torch.linalg.vector_norm(widened, dim=1)
+    for indices, _, widened in _blocks(W_dec, wide):
+        norms[indices] = torch.linalg.vector_norm(widened, dim=1)
     return norms
 
 
 def scale_rows(matrix: Tensor, scale: float, factors: Tensor | None) -> None:
-    """Multiply every row of ``matrix [n, width]`` by `scale` and its own of ``factors [n]``, in place.
+    """Multiply every row of ``matrix [n, width]`` by `scale` and by its factor in ``factors [n]``, in place.
 
-    Arithmetic of two dtypes would make a wide copy of the whole matrix, in place or not; this makes one of a few rows.
+    Arithmetic of two dtypes makes a wide copy of the whole matrix, even in place; this makes one of a few rows.
     """
     if factors is None:
         if scale != 1:
@@ -111,21 +111,21 @@ def scale_rows(matrix: Tensor, scale: float, factors: Tensor | None) -> None:
     if matrix.dtype == factors.dtype:
         matrix.mul_(factors[:, None])
         return
-    for place, rows, widened in _blocks(matrix, factors.dtype):
-        rows.copy_(widened.mul_(factors[place, None]))
+    for indices, rows, widened in _blocks(matrix, factors.dtype):
+        rows.copy_(widened.mul_(factors[indices, None]))
 
 
 def _blocks(matrix: Tensor, wide: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Return a few rows of a matrix at a time: which they are, a view of them, and a wider copy."""
+    """Yield a few rows of a matrix at a time: their indices, a view of them, and a copy in a wider dtype."""
     rows, width = matrix.shape
     at_once = max(1, min(BLOCK // max(width, 1), rows // 8))
-    buffer = torch.empty_like(matrix[:at_once], dtype=wide)  # one for all: many would leave holes in the heap
+    buffer = torch.empty_like(matrix[:at_once], dtype=wide)  # reused: many buffers would fragment the heap
     for start in range(0, rows, at_once):
-        place = slice(start, start + at_once)
-        view = matrix[place]
-        yield place, view, buffer[: len(view)].copy_(view)
+        indices = slice(start, start + at_once)
+        view = matrix[indices]
+        yield indices, view, buffer[: len(view)].copy_(view)
 
 
 def _scaled(vector: Tensor, factor: float | Tensor) -> Tensor:
-    """Return a short vector times a factor, computed wide, in the dtype of the vector."""
+    """Return a vector times a factor, computed in float32 or wider, in the dtype of the vector."""
     return (vector.to(torch.promote_types(vector.dtype, torch.float32)) * factor).to(vector.dtype)

@@ -1,4 +1,4 @@
-"""Home-made checkpoints: tensors in no known layout, which the user describes."""
+"""Load home-made checkpoints: tensors in no known layout, which the user describes."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from ..modeling import SAEConfig
 from ..modeling.checkpoint import Checkpoint, Tensors, as_stored
 from ..modeling.description import HOME_MADE, CheckpointDescription
 from ..storage import TENSOR_FILES, StoredTensor
-from ._folders import again
+from ._folders import mapped_again
 from ._home_made_content import Content, content_of, listed
-from ._home_made_matching import WIDTHS, Parameter, SiteFit, fitted, is_left_out, parameters_of
+from ._home_made_matching import WIDTHS, Parameter, SiteFit, fitted, is_ignored, parameters_of
 from ._home_made_options import BIAS, options_of
 
 MOST_FILES = 12
 
 
 @dataclass(frozen=True)
-class Described:
-    """A content that fits what the user said.
+class FittedContent:
+    """Content that fits the user's description.
 
     Attributes:
-        fit: which tensor is which.
+        fit: the tensor of each parameter.
         config: the configuration.
         parameters: tensors of the architecture, by name.
     """
@@ -40,33 +40,32 @@ class Described:
 
 
 def open_home_made(location: Location, description: CheckpointDescription) -> Checkpoint:
-    """Describe a home-made SAE by the headers of its file.
+    """Open a home-made SAE; only the headers of its file are read.
 
     Args:
-        location: the file, or a folder in which one file alone fits.
-        stated: what the user says of it.
+        location: the file, or a folder in which exactly one file fits.
+        description: the user's description.
 
     Raises:
-        CheckpointError: if no file fits, or several do; it says what each holds, and what is missing.
+        CheckpointError: if no file fits, or several do; the message lists the tensors of each, and what is missing.
     """
     files = [location.file] if location.file else tensor_files(location)
     if not files:
         raise CheckpointError(
-            f"{location} has no tensor file; it holds {location.listing()}. Expected one of "
-            f"{', '.join(TENSOR_FILES)}: pass subfolder= if it lies below."
+            f"{location} has no tensor file; it has {location.listing()}. Expected one of "
+            f"{', '.join(TENSOR_FILES)}: pass subfolder= if it is in a folder below."
         )
-    found: dict[str, Described] = {}
+    found: dict[str, FittedContent] = {}
     faults: dict[str, CheckpointError] = {}
     for file in files[:MOST_FILES]:
         try:
             where = f"{file} of {location.at(location.subfolder)}"
-            found[file] = described(content_of(location.content(file), where), description, where)
+            found[file] = fit_description(content_of(location.content(file), where), description, where)
         except CheckpointError as error:
             faults[file] = error
     if len(found) > 1:
         raise CheckpointError(
-            f"Each of {', '.join(found)} of {location} could be the SAE: pass the one that is meant, as part of "
-            "subfolder=."
+            f"Each of {', '.join(found)} of {location} could be the SAE: choose one, as part of subfolder=."
         )
     if not found:
         raise next(iter(faults.values())) if len(faults) == 1 else CheckpointError(" ".join(map(str, faults.values())))
@@ -84,11 +83,11 @@ def open_home_made(location: Location, description: CheckpointDescription) -> Ch
 
 
 def described_tensors(state_dict: Any, description: CheckpointDescription) -> tuple[SAEConfig, Tensors]:
-    """Return configuration and tensors of an SAE that is given as ``state_dict=``.
+    """Return configuration and tensors of an SAE from ``state_dict=`` and its description.
 
     Raises:
-        CheckpointError: if it does not fit what the user says.
-        InputError: if it is no mapping.
+        CheckpointError: if it does not fit the description.
+        InputError: if it is not a mapping of names to tensors.
     """
     if not isinstance(state_dict, Mapping):
         raise InputError(
@@ -96,7 +95,7 @@ def described_tensors(state_dict: Any, description: CheckpointDescription) -> tu
             "by name."
         )
     content = content_of(state_dict, "state_dict=")
-    what = described(content, description, "state_dict=")
+    what = fit_description(content, description, "state_dict=")
     everything = {**content.tensors, **content.training}
     tensors: Tensors = {}
     for name, found in what.fit.found.items():
@@ -116,34 +115,34 @@ def tensor_files(location: Location) -> list[str]:
     return [name for name in location.files if "/" not in name and name.endswith(tuple(TENSOR_FILES))]
 
 
-def described(content: Content, description: CheckpointDescription, where: str) -> Described:
-    """Return how a content fits what the user said of it.
+def fit_description(content: Content, description: CheckpointDescription, where: str) -> FittedContent:
+    """Return how content fits the user's description of it.
 
     Args:
-        content: what the file holds.
-        stated: what the user says.
+        content: the content of the file.
+        description: the user's description.
         where: the file, for messages.
 
     Raises:
-        CheckpointError: listing all that does not fit, what there is, and how to say what is what.
+        CheckpointError: listing everything that does not fit, the tensors, and how to name them.
     """
     skips = bool(description.options.get("skip_connection", False))
     parameters = parameters_of(description.architecture, skips)
     options, faults, used = options_of(description.model_class, description.options, content)
     widths = {name: width for name in WIDTHS if type(width := description.options.get(name)) is int}
-    fit = chosen(content, description, parameters, widths, used)
+    fit = best_fit(content, description, parameters, widths, used)
     if not fit.complete or faults:
-        raise CheckpointError(_explained(fit, faults, content, description, parameters, where))
-    # A tied one has no matrix of its own that reads, or none that is known to write elsewhere.
+        raise CheckpointError(_misfit_message(fit, faults, content, description, parameters, where))
+    # A tied SAE has one matrix only, which gives one of the two widths.
     either = {"d_in": fit.widths.get("d_out"), "d_out": fit.widths.get("d_in")}
     options |= {**either, **fit.widths}
     moved = options.get("site_out") not in (None, options.get("site"))
     if moved or options["d_out"] != options["d_in"]:
-        options.setdefault(BIAS, False)  # it belongs to another place than the input
-    return Described(fit, description.model_class.config_class(**options), parameters)
+        options.setdefault(BIAS, False)  # the decoder bias is at another site than the input
+    return FittedContent(fit, description.model_class.config_class(**options), parameters)
 
 
-def chosen(
+def best_fit(
     content: Content,
     description: CheckpointDescription,
     parameters: Mapping[str, Parameter],
@@ -153,10 +152,10 @@ def chosen(
     """Return the one complete fit, or the nearest one with its faults.
 
     Args:
-        content: what the file holds.
-        stated: what the user says.
+        content: the content of the file.
+        description: the user's description.
         parameters: tensors of the architecture.
-        widths: widths that the user gave.
+        widths: widths in the description.
         used: paths of tensors that are settings.
     """
     pinned = [name for name in description.names.values() if name is not None and name in content.tensors]
@@ -168,7 +167,7 @@ def chosen(
             fit.leftover = [path for path in fit.leftover if path not in used]
             fits.append(fit)
     fits = fits or [fitted(content, "", parameters, description.names, description.ignore, widths)]
-    complete = _different([fit for fit in fits if fit.complete])
+    complete = _distinct([fit for fit in fits if fit.complete])
     if not complete:
         return min(fits, key=lambda fit: (fit.distance[0], -fit.distance[1]))
     best = complete[0]
@@ -176,27 +175,27 @@ def chosen(
         held = " and ".join(repr(fit.root) for fit in complete[:4])
         name, found = next(iter(complete[-1].found.items()))
         best.faults.append(
-            f"{held} each hold one: name a tensor by its whole path to choose, such as "
+            f"{held} each hold one: name a tensor by its full path to choose, such as "
             f"names={{{parameters[name].stem!r}: {found.path!r}}}"
         )
         return best
     others = [fitted(content, root, parameters, {}) for root in roots if pinned]
-    besides = {found.path for other in others if other.complete for found in other.found.values()}
-    inside = {*content.below(best.root).values(), *besides, *used}
+    elsewhere = {found.path for other in others if other.complete for found in other.found.values()}
+    inside = {*content.below(best.root).values(), *elsewhere, *used}
     best.leftover = [
-        path for path in content.tensors if path not in inside and not is_left_out(path, path, description.ignore)
+        path for path in content.tensors if path not in inside and not is_ignored(path, path, description.ignore)
     ]
     best.leftover = [path for path in best.leftover if path not in {found.path for found in best.found.values()}]
     return best
 
 
-def _different(fits: Sequence[SiteFit]) -> list[SiteFit]:
-    """Return the fits that take different tensors."""
+def _distinct(fits: Sequence[SiteFit]) -> list[SiteFit]:
+    """Return one fit for each set of tensors."""
     by_tensors = {frozenset(found.path for found in fit.found.values()): fit for fit in reversed(fits)}
     return list(reversed(by_tensors.values()))
 
 
-def _explained(
+def _misfit_message(
     fit: SiteFit,
     faults: Sequence[str],
     content: Content,
@@ -204,32 +203,32 @@ def _explained(
     parameters: Mapping[str, Parameter],
     where: str,
 ) -> str:
-    """Return the error for a content that does not fit: all faults, what there is, what is expected, what to do."""
-    said = [*faults, *fit.faults]
+    """Return the message for content that does not fit: all faults, the tensors, those expected, and what to do."""
+    stated = [*faults, *fit.faults]
     advice = []
     if fit.missing:
-        said.append(f"no tensor is known to be {', '.join(map(str, fit.missing))}")
+        stated.append(f"no tensor is known to be {', '.join(map(str, fit.missing))}")
         vector = next((each.stem for each in fit.missing if not each.is_matrix), None)
         none = f" (None instead of a name if there is none: {vector} is then zero)" if vector else ""
-        advice.append(f"say which it is, names={{{fit.missing[0].stem!r}: ...}}{none}")
+        advice.append(f"name it, names={{{fit.missing[0].stem!r}: ...}}{none}")
     if fit.leftover:
-        said.append(f"{listed({path: content.tensors[path] for path in fit.leftover})} would be left over")
-        advice.append(f"leave out what encoding does not need, ignore={fit.leftover[:4]!r}")
+        stated.append(f"{listed({path: content.tensors[path] for path in fit.leftover})} would be left over")
+        advice.append(f"ignore tensors that encoding does not need, ignore={fit.leftover[:4]!r}")
     expected = ", ".join(str(parameter) for parameter in parameters.values() if not parameter.optional)
     what = f" To continue: {'; '.join(advice)}." if advice else ""
     return (
-        f"{where} does not fit architecture {description.architecture!r}: {'; '.join(said)}. It holds "
+        f"{where} does not fit architecture {description.architecture!r}: {'; '.join(stated)}. It holds "
         f"{listed(content.tensors)}; expected {expected}.{what}"
     )
 
 
-def _shape(what: Described, name: str) -> tuple[int, ...]:
-    """Return the shape that one of our tensors has."""
+def _shape(what: FittedContent, name: str) -> tuple[int, ...]:
+    """Return the shape of a parameter."""
     return tuple(what.fit.widths[side] for side in what.parameters[name].sides)
 
 
-def _stored(what: Described, held: Mapping[str, Any], location: Location, file: str) -> dict[str, StoredTensor]:
-    """Return the stored tensors by our names, oriented as ours."""
+def _stored(what: FittedContent, held: Mapping[str, Any], location: Location, file: str) -> dict[str, StoredTensor]:
+    """Return the stored tensors by parameter name, in the parameters' orientation."""
     content = content_of(held, file)
     everything = {**content.tensors, **content.training}
     stored: dict[str, StoredTensor] = {}
@@ -237,7 +236,7 @@ def _stored(what: Described, held: Mapping[str, Any], location: Location, file: 
     for name, found in what.fit.found.items():
         tensor: StoredTensor = everything[found.path]
         if found.path in paths:
-            tensor = again(tensor, location, file)
+            tensor = mapped_again(tensor, location, file)
         paths.add(found.path)
         if len(tensor.shape) != len(what.parameters[name].sides):  # axes of length 1
             tensor = replace(tensor, stored_shape=_shape(what, name), transposed=False)
@@ -246,7 +245,7 @@ def _stored(what: Described, held: Mapping[str, Any], location: Location, file: 
 
 
 def _with_zeros(tensors: Tensors, zeros: Sequence[Parameter]) -> Tensors:
-    """Add the vectors that a checkpoint does not have."""
+    """Add zeros for the vectors that a checkpoint does not have."""
     W_dec = tensors["W_dec"]
     widths = {"d_sae": W_dec.shape[0], "d_out": W_dec.shape[1], "d_in": W_dec.shape[1]}
     for parameter in zeros:

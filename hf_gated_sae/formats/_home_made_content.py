@@ -1,4 +1,4 @@
-"""What a home-made checkpoint holds, whatever it is wrapped in."""
+"""The tensors and values of a home-made checkpoint, in any nesting."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ DEEPEST = 6
 MOST_ENTRIES = 20_000
 SHOWN_TENSORS = 12
 MOST_TENSORS = 64
-"""An SAE has a handful of tensors; what has more than this is something else, such as a language model."""
+"""Most tensors of an SAE; content with more is something else, such as a language model."""
 
 _TRAINING = re.compile(r"(optim\w*|opt|opt_state|\w*scheduler\w*|rng\w*|\w+_rng\w*|grad_scaler|callbacks|loops)(\.|$)")
-"""Names under which training keeps its own state."""
+"""Names under which training stores its own state."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Content:
     Attributes:
         tensors: stored tensors, or torch's own.
         values: numbers, texts and flags.
-        training: tensors of an optimiser, a scheduler or a random generator beside them, which are no weights.
+        training: tensors of an optimiser, a scheduler or a random generator, which are not weights.
     """
 
     tensors: Mapping[str, Any]
@@ -34,12 +34,12 @@ class Content:
     training: Mapping[str, Any]
 
     def below(self, root: str) -> dict[str, str]:
-        """Return the tensors below a path, by what follows it."""
+        """Return the full paths of the tensors below a path, by their paths relative to it."""
         prefix = f"{root}." if root else ""
         return {path[len(prefix) :]: path for path in self.tensors if path.startswith(prefix)}
 
     def roots(self) -> list[str]:
-        """Return the paths below which there are a few tensors, the shortest first."""
+        """Return the paths below which there are 2 to `MOST_TENSORS` tensors, the shortest first."""
         counts: dict[str, int] = {"": len(self.tensors)}
         for path in self.tensors:
             parts = path.split(".")[:-1]
@@ -54,7 +54,7 @@ def content_of(held: Mapping[str, Any], where: str) -> Content:
     """Return the content of a file, or of a ``state_dict=``.
 
     Raises:
-        CheckpointError: if it has more entries than any SAE.
+        CheckpointError: if it has more than `MOST_ENTRIES` entries.
     """
     tensors: dict[str, Any] = {}
     values: dict[str, Any] = {}
@@ -67,7 +67,7 @@ def content_of(held: Mapping[str, Any], where: str) -> Content:
 
 
 def _entries(held: Any, path: str, depth: int) -> Iterator[tuple[str, Any]]:
-    """Yield what nested containers hold, by path; what lies too deep is left out."""
+    """Yield the entries of nested containers with their paths; those below `DEEPEST` levels are skipped."""
     inner: Iterator[tuple[Any, Any]]
     if isinstance(held, Mapping):
         inner = iter(held.items())

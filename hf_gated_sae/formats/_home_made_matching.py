@@ -1,4 +1,4 @@
-"""Which tensor of a home-made checkpoint is which of ours: by the stated names, the usual ones, and the shapes."""
+"""Match the tensors of a home-made checkpoint to parameters: by the user's names, usual names, and the shapes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ._home_made_content import Content
 
 TRANSPOSED = "_T"
 WIDTHS = {"d_in": 100_003, "d_sae": 1 << 18, "d_out": 300_007}
-"""Widths that tell the sides of an architecture's tensors apart; nothing of that size is made."""
+"""Distinct widths by which the sides of an architecture's tensors are recognised; no tensor of that size is made."""
 
 USUAL = {
     "W_enc": "encoder encoder.weight encoder.0.weight encoder_linear.weight enc enc.weight encode.weight W_e",
@@ -30,12 +30,12 @@ USUAL = {
     "threshold": "thresholds",
     "W_skip": "skip skip.weight",
 }
-"""Other people's usual names of our tensors, besides our own; case and punctuation do not count."""
+"""Usual names of the parameters in other code, beside their own; case and punctuation do not matter."""
 UNUSED = (
     *("num_batches_not_active", "num_batches_tracked", "stats_last_nonzero"),
     *("latents_activation_frequency", "latents_mean_square"),
 )
-"""Names of what training counts; no encoder and no decoder reads it."""
+"""Names of training statistics, which neither encoder nor decoder uses."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Parameter:
     """A tensor of an architecture.
 
     Attributes:
-        name: ours, such as ``"W_enc_T"``.
-        sides: what its axes count, such as ``("d_sae", "d_in")``.
+        name: its name, such as ``"W_enc_T"``.
+        sides: names of its axes, such as ``("d_sae", "d_in")``.
         optional: whether it may be missing.
     """
 
@@ -54,7 +54,7 @@ class Parameter:
 
     @property
     def stem(self) -> str:
-        """Its name without the ``_T`` that says that it is stored transposed."""
+        """Its name without the ``_T`` of a parameter that is stored transposed."""
         return self.name.removesuffix(TRANSPOSED)
 
     @property
@@ -70,12 +70,12 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Found:
-    """A tensor of the file that is one of ours.
+    """The tensor of the file for one parameter.
 
     Attributes:
-        path: where it is in the file.
-        transposed: whether the file holds the transpose of ours; of a matrix that the user named, as stated, and None
-            if that was not.
+        path: its path in the file.
+        transposed: whether the file has the transpose of the parameter; None where the user has not stated it and the
+            shapes have not been compared yet.
     """
 
     path: str
@@ -84,15 +84,15 @@ class Found:
 
 @dataclass
 class SiteFit:
-    """How the tensors below one path of a file are those of an architecture.
+    """How well the tensors below one path of a file match the parameters of an architecture.
 
     Attributes:
         root: the path.
-        found: ours, by name.
-        zeros: ours that the file does not have, and that are to be zero.
-        widths: ``d_in``, ``d_sae`` and ``d_out``, as far as the shapes tell.
-        missing: ours that were not found.
-        leftover: paths of tensors that are none of ours.
+        found: the matched tensors, by parameter name.
+        zeros: parameters that the file does not have and that are set to zero.
+        widths: ``d_in``, ``d_sae`` and ``d_out``, as far as the shapes determine them.
+        missing: parameters that were not found.
+        leftover: paths of tensors that match no parameter.
         faults: sentences about everything else that does not fit.
     """
 
@@ -111,28 +111,28 @@ class SiteFit:
 
     @property
     def distance(self) -> tuple[int, int]:
-        """How far it is from being complete; missing matrices count most."""
+        """Number of faults, in which missing matrices count most, and number of matched tensors."""
         missing = sum(3 if parameter.is_matrix else 1 for parameter in self.missing)
         return missing + len(self.leftover) + len(self.faults), len(self.found)
 
 
 @functools.cache
 def parameters_of(architecture: str, skip_connection: bool = False) -> dict[str, Parameter]:
-    """Return the tensors of an architecture by name, the recorded statistics as optional ones.
+    """Return the parameters of an architecture by name; recorded statistics are optional.
 
     Raises:
-        InputError: if the architecture has more than one row per latent, so that it cannot be described by names.
+        InputError: if the architecture has tensors without one row per latent, which names cannot describe.
     """
     model_class = architectures[architecture]
     if not model_class.sliceable:
         raise InputError(
-            f"The tensors of a {model_class.__name__} are of other shapes than one row per latent, so that names do "
-            "not describe them: save it in a known layout."
+            f"The tensors of a {model_class.__name__} are of other shapes than one row per latent, so names do not "
+            "describe them: save it in a known layout."
         )
     options = {"apply_b_dec_to_input": False, "skip_connection": skip_connection}
     try:
         config = model_class.config_class(**WIDTHS, **options)
-    except InputError:  # it writes where it reads
+    except InputError:  # this architecture writes the site that it reads
         config = model_class.config_class(**{**WIDTHS, "d_out": WIDTHS["d_in"]}, **options)
     side = {width: name for name, width in WIDTHS.items()}
     with torch.device("meta"):
@@ -151,36 +151,36 @@ def fitted(
     ignore: tuple[str, ...] = (),
     widths: Mapping[str, int] | None = None,
 ) -> SiteFit:
-    """Return how the tensors below a path are those of an architecture.
+    """Match the tensors below a path to the parameters of an architecture.
 
     Args:
-        content: what the file holds.
+        content: the content of the file.
         root: the path.
-        parameters: tensors of the architecture.
+        parameters: the parameters.
         names: as in `CheckpointDescription`.
         ignore: as in `CheckpointDescription`.
-        widths: widths that the user gave.
+        widths: widths in the description.
     """
     fit = SiteFit(root, widths=dict(widths or {}))
     below = content.below(root)
     _take_stated(fit, content, below, parameters, names)
     taken = {found.path for found in fit.found.values()}
     rest = {short: path for short, path in below.items() if path not in taken}
-    free = {short: path for short, path in rest.items() if not is_left_out(path, short, ignore)}
+    free = {short: path for short, path in rest.items() if not is_ignored(path, short, ignore)}
     settled = {*fit.found, *(parameter.name for parameter in fit.zeros)}
     for parameter in parameters.values():
         if parameter.name not in settled:
             _take_usual(fit, parameter, free)
     taken = {found.path for found in fit.found.values()}
     fit.leftover += [path for path in free.values() if path not in taken]
-    _measure(fit, content, parameters)
+    _resolve_shapes(fit, content, parameters)
     return fit
 
 
-def is_left_out(path: str, short: str, ignore: tuple[str, ...]) -> bool:
-    """Whether a tensor is none of the SAE's: training counts with it, or the user says so."""
-    own = _plain(short.rpartition(".")[2])
-    return own in map(_plain, UNUSED) or any(fnmatchcase(name, each) for each in ignore for name in (path, short))
+def is_ignored(path: str, short: str, ignore: tuple[str, ...]) -> bool:
+    """Whether a tensor is ignored: it is a training statistic, or the user names it in ``ignore=``."""
+    own = _normalised(short.rpartition(".")[2])
+    return own in map(_normalised, UNUSED) or any(fnmatchcase(name, each) for each in ignore for name in (path, short))
 
 
 def _take_stated(
@@ -190,46 +190,48 @@ def _take_stated(
     parameters: Mapping[str, Parameter],
     names: Mapping[str, str | None],
 ) -> None:
-    """Take the tensors that the user named."""
+    """Match the tensors that the user named."""
     everything = {**content.tensors, **content.training}
     by_key = {parameter.name: parameter for parameter in parameters.values()}
-    by_key |= {name: parameter for parameter in parameters.values() for name in _keys(parameter)}
-    for key, theirs in names.items():
+    by_key |= {name: parameter for parameter in parameters.values() for name in _accepted_keys(parameter)}
+    for key, stored_name in names.items():
         parameter = by_key.get(key)
         if parameter is None:
-            turned = " (names= goes from our names to the file's)" if theirs in by_key else ""
+            hint = " (names= maps this library's names to the file's)" if stored_name in by_key else ""
             close = did_you_mean(key, [each.stem for each in parameters.values()])
-            fit.faults.append(f"names= speaks of {key!r}, which this architecture lacks.{close}{turned}")
+            fit.faults.append(f"names= has {key!r}, which this architecture lacks.{close}{hint}")
         elif parameter.name in fit.found or parameter in fit.zeros:
-            fit.faults.append(f"names= speaks of {parameter.stem} twice")
-        elif theirs is None and parameter.is_matrix:
-            fit.faults.append(f"names= says that there is no {parameter.stem}; only vectors can be zero")
-        elif theirs is None:
+            fit.faults.append(f"names= has {parameter.stem} twice")
+        elif stored_name is None and parameter.is_matrix:
+            fit.faults.append(f"names= states that there is no {parameter.stem}; only vectors can be zero")
+        elif stored_name is None:
             fit.zeros.append(parameter)
         else:
-            wanted = theirs if theirs in everything or theirs in below else theirs.removesuffix(".T")
+            wanted = (
+                stored_name if stored_name in everything or stored_name in below else stored_name.removesuffix(".T")
+            )
             path = wanted if wanted in everything else below.get(wanted)
             if path is None:
                 close = did_you_mean(wanted, [*everything, *below, *(path.rpartition(".")[2] for path in everything)])
                 fit.faults.append(f"there is no {wanted!r}, which names= gives for {key}.{close}")
                 continue
-            marks = [key.endswith(TRANSPOSED), parameter.name != parameter.stem, wanted != theirs]
+            marks = [key.endswith(TRANSPOSED), parameter.name != parameter.stem, wanted != stored_name]
             is_stated = parameter.is_matrix and (marks[0] or marks[2])
             fit.found[parameter.name] = Found(path, sum(marks) % 2 == 1 if is_stated else None)
 
 
-def _keys(parameter: Parameter) -> tuple[str, ...]:
-    """Return the names by which a user may mean a tensor of ours."""
+def _accepted_keys(parameter: Parameter) -> tuple[str, ...]:
+    """Return the keys of ``names=`` that refer to a parameter."""
     return (parameter.stem, parameter.stem + TRANSPOSED) if parameter.is_matrix else (parameter.name,)
 
 
 def _take_usual(fit: SiteFit, parameter: Parameter, free: Mapping[str, str]) -> None:
-    """Take the one tensor that has a usual name of one of ours; two of them are a fault."""
-    exact = [name for name in _keys(parameter) if name in free]
-    usual = {_plain(name) for name in (*_keys(parameter), *USUAL.get(parameter.stem, "").split())}
-    close = exact if len(exact) == 1 else [short for short in free if _plain(short) in usual]
+    """Match the one tensor with a usual name of a parameter; two of them are a fault."""
+    exact = [name for name in _accepted_keys(parameter) if name in free]
+    usual = {_normalised(name) for name in (*_accepted_keys(parameter), *USUAL.get(parameter.stem, "").split())}
+    close = exact if len(exact) == 1 else [short for short in free if _normalised(short) in usual]
     if len(close) > 1:
-        fit.faults.append(f"{' and '.join(close)} could both be {parameter.stem}: say which in names=")
+        fit.faults.append(f"{' and '.join(close)} could both be {parameter.stem}: choose one in names=")
         fit.missing.append(parameter)
     elif close:
         fit.found[parameter.name] = Found(free[close[0]])
@@ -237,13 +239,13 @@ def _take_usual(fit: SiteFit, parameter: Parameter, free: Mapping[str, str]) -> 
         fit.missing.append(parameter)
 
 
-def _plain(name: str) -> str:
-    """Return a name without case and punctuation."""
+def _normalised(name: str) -> str:
+    """Return a name in lower case, without punctuation."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def _measure(fit: SiteFit, content: Content, parameters: Mapping[str, Parameter]) -> None:
-    """Read the widths from the shapes, and from the widths which matrices are transposed."""
+def _resolve_shapes(fit: SiteFit, content: Content, parameters: Mapping[str, Parameter]) -> None:
+    """Determine the widths from the shapes, and which matrices are transposed from the widths."""
     everything = {**content.tensors, **content.training}
     shapes = {name: tuple(everything[found.path].shape) for name, found in fit.found.items()}
     for name, shape in shapes.items():
@@ -258,56 +260,58 @@ def _measure(fit: SiteFit, content: Content, parameters: Mapping[str, Parameter]
             fit.faults.append(_misshaped(fit, parameter, shape))
     matrices = [name for name in fit.found if parameters[name].is_matrix and len(shapes[name]) == 2]
     ways = []
-    for turned in product((False, True), repeat=len(matrices)):
-        widths = _agreed(fit.widths, [parameters[name] for name in matrices], turned, [shapes[n] for n in matrices])
+    for flags in product((False, True), repeat=len(matrices)):
+        widths = _consistent_widths(
+            fit.widths, [parameters[name] for name in matrices], flags, [shapes[n] for n in matrices]
+        )
         if widths is not None:
-            ways.append((dict(zip(matrices, turned, strict=True)), widths))
-    # What was stated counts where it is possible; elsewhere the shapes leave no choice.
-    stated = [
-        way for way in ways if all(fit.found[name].transposed in (None, turned) for name, turned in way[0].items())
+            ways.append((dict(zip(matrices, flags, strict=True)), widths))
+    # The user's statement decides where it is possible; elsewhere the shapes leave no choice.
+    as_stated = [
+        way for way in ways if all(fit.found[name].transposed in (None, flag) for name, flag in way[0].items())
     ]
-    ways = stated or ways
+    ways = as_stated or ways
     if len(ways) == 1:
-        turned_by_name, fit.widths = ways[0]
-        fit.found |= {name: Found(fit.found[name].path, turned) for name, turned in turned_by_name.items()}
+        transposed, fit.widths = ways[0]
+        fit.found |= {name: Found(fit.found[name].path, flag) for name, flag in transposed.items()}
     elif not ways:
         held = ", ".join(f"{fit.found[name].path} {list(shapes[name])}" for name in matrices)
         wanted = ", ".join(str(parameters[name]) for name in matrices)
-        said = ", ".join(f"{name} = {width}" for name, width in fit.widths.items())
-        fit.faults.append(f"{held} cannot be {wanted}, transposed or not{f', where {said}' if said else ''}")
+        stated = ", ".join(f"{name} = {width}" for name, width in fit.widths.items())
+        fit.faults.append(f"{held} cannot be {wanted}, transposed or not{f', where {stated}' if stated else ''}")
     else:
         unsure = [name for name in matrices if len({way[0][name] for way in ways}) > 1]
         fit.faults += [_unknown_orientation(fit, parameters[name], shapes[name]) for name in unsure]
 
 
-def _agreed(
-    known: Mapping[str, int], matrices: list[Parameter], turned: tuple[bool, ...], shapes: list[tuple[int, ...]]
+def _consistent_widths(
+    known: Mapping[str, int], matrices: list[Parameter], transposed: tuple[bool, ...], shapes: list[tuple[int, ...]]
 ) -> dict[str, int] | None:
-    """Return the widths that matrices have, each transposed or not; None if they contradict each other."""
+    """Return the widths of matrices, each transposed or not; None if they contradict each other."""
     widths = dict(known)
-    for parameter, is_turned, shape in zip(matrices, turned, shapes, strict=True):
-        for side, width in zip(parameter.sides, shape[::-1] if is_turned else shape, strict=True):
+    for parameter, is_transposed, shape in zip(matrices, transposed, shapes, strict=True):
+        for side, width in zip(parameter.sides, shape[::-1] if is_transposed else shape, strict=True):
             if widths.setdefault(side, width) != width:
                 return None
     return widths
 
 
 def _misshaped(fit: SiteFit, parameter: Parameter, shape: tuple[int, ...], known: int | None = None) -> str:
-    """Say that a tensor has a shape that ours cannot have."""
+    """Return the fault of a tensor whose shape the parameter cannot have."""
     width = f" with {parameter.sides[0]} = {known}" if known is not None and len(parameter.sides) == 1 else ""
     return f"{fit.found[parameter.name].path} has shape {list(shape)} and cannot be {parameter}{width}"
 
 
 def _unknown_orientation(fit: SiteFit, parameter: Parameter, shape: tuple[int, ...]) -> str:
-    """Say that a shape does not tell which axis is which, and how to state it."""
+    """Return the fault of a matrix whose orientation its shape does not determine, and how to state it."""
     path, key = fit.found[parameter.name].path, parameter.stem + TRANSPOSED
     first, second = parameter.sides if parameter.name != parameter.stem else parameter.sides[::-1]
     order = list(WIDTHS)
-    linear = [", as nn.Linear keeps it", ""]  # whose rows are its outputs
+    linear = [", as nn.Linear stores it", ""]  # whose rows are its outputs
     if order.index(first) < order.index(second):
         linear.reverse()
     return (
-        f"the shape {list(shape)} of {path} does not tell which axis is which: state "
+        f"the shape {list(shape)} of {path} does not determine which axis is which: state "
         f"names={{{key!r}: {path!r}}} if it is [{first}, {second}]{linear[0]}, or "
         f"{{{key!r}: {path + '.T'!r}}} if it is [{second}, {first}]{linear[1]}"
     )

@@ -1,4 +1,4 @@
-"""Put a cross-layer SAE together from the files of its layers."""
+"""Build a cross-layer SAE from the files of its layers."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ REQUIRED = ("encoder", "decoder", "b_enc", "b_dec")
 OPTIONAL = ("threshold", "skip")
 
 Layer = Mapping[str, StoredTensor]
-"""Tensors of one source site: ``encoder [n, d_in]``, ``decoder [n, outputs, d_out]``, ``b_enc``, ``b_dec`` and, if
-there are any, ``threshold`` and ``skip [d_out, d_in]``."""
+"""Tensors of one source site: ``encoder [n, d_in]``, ``decoder [n, outputs, d_out]``, ``b_enc``, ``b_dec`` and
+optionally ``threshold`` and ``skip [d_out, d_in]``."""
 
 
 def cross_layer_checkpoint(
@@ -32,25 +32,25 @@ def cross_layer_checkpoint(
     before: int = 0,
     **settings: Any,
 ) -> Checkpoint:
-    """Describe a cross-layer SAE by the headers of its layers' tensors.
+    """Describe a cross-layer SAE from the headers of its layers' tensors.
 
     Args:
         layers: the tensors of every source site, in order.
-        origin: where it lies.
-        sites_out: what it writes, from the first source site's own output on.
-        absolute: whether every decoder has a plane for each output; else from its own output on.
+        origin: its location.
+        sites_out: the sites that it writes, from the first source site's own output on.
+        absolute: whether every decoder has a plane for each output; otherwise only from its own output on.
         before: number of outputs before the first source site's own, for which absolute decoders have planes, too.
         **settings: further fields of the configuration.
 
     Raises:
-        CheckpointError: if the layers do not fit each other.
+        CheckpointError: if the layers do not fit together.
     """
     for name in (*REQUIRED, *OPTIONAL):
         having = [name in layer for layer in layers]
         if not all(having) and (name in REQUIRED or any(having)):
             raise CheckpointError(
                 f"Layer {having.index(False)} of {origin} has no {name}, which the others have; expected the same "
-                "tensors of every layer: fetch it again."
+                "tensors in every layer: fetch it again."
             )
     first = layers[0]
     for name, axes in (("encoder", 2), ("decoder", 3)):
@@ -86,41 +86,41 @@ def cross_layer_checkpoint(
 
 
 def _joined(tensors: dict[str, Tensor], *, sources: int, outputs: int, before: int | None) -> dict[str, Tensor]:
-    """Join the layers' vectors; matrices stay where they are.
+    """Join the layers' vectors; matrices are not copied.
 
     Args:
-        tensors: those of all layers.
+        tensors: the tensors of all layers.
         sources: number of source sites.
-        outputs: number of places that are written.
-        before: of decoders that have a plane for each output of the whole, the number of those that are not written;
-            None of decoders that begin with their own.
+        outputs: number of sites that are written.
+        before: for absolute decoders, the number of outputs before the first source site's own; None for decoders
+            that start at their own output.
 
     Raises:
         CheckpointError: if a threshold is negative.
     """
     for name in ("b_enc", "threshold"):
-        parts = [tensors.pop(f"{name}.{at}") for at in range(sources) if f"{name}.{at}" in tensors]
+        parts = [tensors.pop(f"{name}.{index}") for index in range(sources) if f"{name}.{index}" in tensors]
         if parts:
             tensors[name] = torch.cat(parts)
-    b_dec = torch.stack([tensors.pop(f"b_dec.{at}") for at in range(sources)])
-    # One layer alone brings the bias of its own output: the layers of a transcoder add up to the whole.
+    b_dec = torch.stack([tensors.pop(f"b_dec.{index}") for index in range(sources)])
+    # A single layer has the bias of its own output only, so that the layers add up to the whole transcoder.
     missing = b_dec.new_zeros(outputs - sources, b_dec.shape[1])
     tensors["b_dec"] = torch.cat([b_dec, missing]) if outputs > sources else b_dec
     if before is not None:
-        for at in range(sources):
-            planes = tensors[f"decoders.{at}"]
-            is_whole = planes.shape[1] == before + outputs  # else the shapes are refused as they are
-            tensors[f"decoders.{at}"] = planes[:, before + at :] if is_whole else planes
+        for index in range(sources):
+            planes = tensors[f"decoders.{index}"]
+            is_whole = planes.shape[1] == before + outputs  # otherwise the wrong shape is refused later
+            tensors[f"decoders.{index}"] = planes[:, before + index :] if is_whole else planes
     if "threshold" in tensors:
         require_not_negative(tensors["threshold"])
     return tensors
 
 
 def require_not_negative(threshold: Tensor) -> None:
-    """Raise for a threshold below zero, where writers of JumpReLU disagree about what is on.
+    """Raise for a threshold below zero, for which JumpReLU implementations differ.
 
     Raises:
-        CheckpointError: naming the smallest.
+        CheckpointError: with the smallest threshold.
     """
     if not threshold.is_meta and bool((threshold < 0).any()):
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Module paths of Gemma 2 and 3, as Gemma Scope 2 names places, as our sites."""
+"""Translate module paths of Gemma 2 and 3, by which Gemma Scope 2 names sites."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ IN_BLOCK = {
     "mlp.down_proj.input": "mlp_neurons",
     "post_feedforward_layernorm.output": "mlp_out",
 }
-"""Sites inside a block. What attention and MLP add to the stream has passed the norm behind them, so that the
-output of ``mlp`` itself is no site of ours and keeps its path."""
+"""Sites inside a block. A norm is applied to the outputs of attention and MLP before they are added to the stream, so
+the output of ``mlp`` itself has no semantic name and keeps its path."""
 
 _BLOCK = re.compile(r"(?:\w+\.)*?layers\.(\d{1,4})\.(.+)")
 _PATH = re.compile(r"\w+(\.\w+)*\.(input|output)")
@@ -28,10 +28,9 @@ _EMBEDDING = re.compile(r"(?:\w+\.)*embed_tokens\.output")
 
 
 def site_of_path(path: str) -> str:
-    """Return the site at one side of a module of Gemma.
+    """Return the site at the input or output of a module of Gemma.
 
-    What comes before the list of blocks does not matter: it differs between the models that read text alone and those
-    that read images, too.
+    The path before the list of blocks is ignored: it differs between text models and multimodal ones.
 
     Args:
         path: such as ``"model.layers.12.output"`` or ``"model.language_model.layers.3.mlp.input"``.
@@ -40,7 +39,7 @@ def site_of_path(path: str) -> str:
         A semantic name where there is one, else the path.
 
     Raises:
-        CheckpointError: if it is no module path with a side.
+        CheckpointError: if it is not a module path that ends in ``.input`` or ``.output``.
 
     >>> site_of_path("model.language_model.layers.12.post_feedforward_layernorm.output")
     'mlp_out.12'
@@ -49,7 +48,7 @@ def site_of_path(path: str) -> str:
     """
     if _PATH.fullmatch(path) is None:
         raise CheckpointError(
-            f"The checkpoint names the place {path[:120]!r}; expected a module path that ends in '.input' or "
+            f"The checkpoint names the site {path[:120]!r}; expected a module path that ends in '.input' or "
             "'.output', such as 'model.layers.12.output'."
         )
     if _EMBEDDING.fullmatch(path):

@@ -1,4 +1,4 @@
-"""Find the one SAE that a repository id, folder and subfolder name."""
+"""Find and open the SAE at a repository id (or folder) and subfolder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..hub.neuronpedia import sae_of_dashboards, unknown_dashboards
 from ..modeling.checkpoint import Checkpoint
 from ..modeling.description import HOME_MADE, CheckpointDescription
 from ..storage import TENSOR_FILES
-from ._claims import claims_of, is_claimed, the_layout
+from ._claims import claims_of, is_claimed, requested_layout
 from ._home_made import open_home_made
 from ._home_made_advice import NEAREST, advice
 from .base import formats
@@ -34,15 +34,15 @@ def open_checkpoint(
     description: CheckpointDescription | None = None,
     **arguments: Any,
 ) -> Checkpoint:
-    """Pin, list, let the one format that claims the folder open it.
+    """Pin and list a repository, and open an SAE with the one format that claims its folder.
 
     Args:
         repo: folder, repository id, or ``repository@revision``; a local folder wins.
         subfolder: folder (or file) of the SAE inside it.
         variant: which of several sets of weights.
-        format: name of the layout, where several share the folder.
-        stated: what the user says of a home-made checkpoint.
-        **arguments: those of `locate_sae`; what else `from_pretrained` was given says nothing about where it is.
+        format: name of the layout, where several claim the folder.
+        description: the user's description of a home-made checkpoint.
+        **arguments: those of `locate_sae`; other arguments of `from_pretrained` are ignored.
 
     Returns:
         The checkpoint, described by its headers.
@@ -67,9 +67,9 @@ def locate_sae(
 ) -> Location:
     """Pin a repository and list it.
 
-    `repo` may also name a release of the index, such as ``"gemma-scope-2b-pt-res-canonical"``, and `subfolder` an id
-    that the index knows: SAELens's ``release`` and ``sae_id``. Alone, it may be a name of dashboards on Neuronpedia
-    (see `sae_of_dashboards`). A local folder of that name, and a folder or file of the repository, win.
+    `repo` may also be a release of the index, such as ``"gemma-scope-2b-pt-res-canonical"``, and `subfolder` an id in
+    it: SAELens's ``release`` and ``sae_id``. Without a `subfolder`, `repo` may be a dashboard name on Neuronpedia (see
+    `sae_of_dashboards`). A local folder of that name, and a folder or file of the repository, win.
 
     Args:
         repo: folder, tensor file, repository id, or ``repository@revision``.
@@ -77,14 +77,14 @@ def locate_sae(
         revision: branch, tag, ``refs/pr/1`` or commit.
         token: access token; None uses the stored one, False none.
         cache_dir: folder of the Hub cache.
-        local_files_only: use only what is cached; also implied by ``HF_HUB_OFFLINE=1``.
-        force_download: download even what is cached.
+        local_files_only: use only cached files; also implied by ``HF_HUB_OFFLINE=1``.
+        force_download: download files even if they are cached.
 
     Returns:
         The folder (or file) `subfolder`.
 
     Raises:
-        InputError: if a name means several SAEs, or a subfolder is given with one that means one SAE.
+        InputError: if several SAEs have a name, or a subfolder is given with the name of one SAE.
         MissingFileError: if there is no such folder, repository or revision.
     """
     repo, subfolder = _repository(os.fspath(repo), clean_subfolder(subfolder or ""))
@@ -108,21 +108,21 @@ def locate_sae(
             raise MissingFileError(f"{error} {unknown}") from error
         raise
     location = root.at(subfolder)
-    if not _is_there(location):
+    if not _exists(location):
         known = root.at(resolve_alias(root.repo_id, subfolder)[1])
-        if not _is_there(known):
+        if not _exists(known):
             raise _no_such_folder(root, location)
         location = known
     return location
 
 
-def _is_there(location: Location) -> bool:
-    """Whether there are files, or a small file above gives this name to what lies elsewhere."""
+def _exists(location: Location) -> bool:
+    """Whether a location has files, or a file above points from it to files elsewhere."""
     return bool(location.files) or is_claimed(location)
 
 
 def _repository(repo: str, subfolder: str) -> tuple[str, str]:
-    """Return the repository (at a revision or not) and address that a release and an id, or dashboards, stand for."""
+    """Return the repository (perhaps with a revision) and address of a release and an id, or of a dashboard name."""
     name, at, revision = repo.partition("@")
     if Path(repo).expanduser().exists():
         return repo, subfolder
@@ -134,7 +134,7 @@ def _repository(repo: str, subfolder: str) -> tuple[str, str]:
         return repo, subfolder
     if subfolder:
         raise InputError(
-            f"Given {name!r}, the Neuronpedia name of one SAE, and subfolder {subfolder!r}: leave the subfolder away."
+            f"Given {name!r}, the Neuronpedia name of one SAE, and subfolder {subfolder!r}: omit the subfolder."
         )
     return f"{sae.repo}{at}{revision}", sae.address
 
@@ -146,30 +146,30 @@ def open_at(
     format: str | None = None,
     description: CheckpointDescription | None = None,
 ) -> Checkpoint:
-    """Let the one format that claims a folder (or file) open it, or read it as the user says.
+    """Open an SAE with the one format that claims its folder (or file), or as the user describes it.
 
     Args:
         location: the folder or file.
         variant: which of several sets of weights.
         format: name of the layout, where several claim the folder.
-        stated: what the user says of a home-made checkpoint.
+        description: the user's description of a home-made checkpoint.
 
     Raises:
-        CheckpointError: if no format, or more than one, claims it, or not the given one.
+        CheckpointError: if no format, or more than one, claims it, or the given one does not.
         InputError: if it is described as home-made and is in a known layout.
         MissingFileError: if the SAEs are in folders below.
         UnknownNameError: if there is no format of that name.
     """
-    location = location.afresh()
+    location = location.without_known_errors()
     if description is not None:
         _require_home_made(location, variant, format)
         return open_home_made(location, description)
     if format is not None:
-        return the_layout(format, location).open(location, variant=variant)
+        return requested_layout(format, location).open(location, variant=variant)
     claims, unreadable = claims_of(location)
     if len(claims) > 1:
         raise CheckpointError(
-            f"{location} could be any of the formats {', '.join(claims)}: it holds {location.listing()}. "
+            f"{location} could be any of the formats {', '.join(claims)}: it has {location.listing()}. "
             f"Expected the files of one SAE; choose with format={claims[0]!r}, or remove or move the others."
         )
     if not claims:
@@ -178,7 +178,7 @@ def open_at(
 
 
 def _require_home_made(location: Location, variant: str | None, format: str | None) -> None:
-    """Raise if what is described as home-made is in a layout that says for itself what it is.
+    """Raise if a checkpoint that is described as home-made is in a known layout, which needs no description.
 
     Raises:
         InputError: naming the layout.
@@ -192,16 +192,16 @@ def _require_home_made(location: Location, variant: str | None, format: str | No
     for name in claims_of(location)[0]:
         try:
             formats[name].open(location, variant=variant)
-        except SAEError:  # its files have the layout's names, and nothing else of it
+        except SAEError:  # its files only have the names of that layout
             continue
         raise InputError(
-            f"{location} is in the layout {name!r}, which says its own architecture: leave architecture=, names= and "
-            f"ignore= away. To read its tensors as a home-made checkpoint all the same, pass format={HOME_MADE!r}."
+            f"{location} is in the layout {name!r}, which states its own architecture: omit architecture=, names= and "
+            f"ignore=. To read its tensors as a home-made checkpoint nevertheless, pass format={HOME_MADE!r}."
         )
 
 
 def sae_addresses(location: Location) -> list[str]:
-    """Return the folders and files at or below `location`, counted from the root, that hold an SAE by their names."""
+    """Return the addresses, relative to the root, of SAEs at or below `location`, from the names of files."""
     prefix = f"{location.subfolder}/" if location.subfolder else ""
     found = {address for layout in formats.values() for address in layout.addresses(location)}
     return sorted(((prefix + address).rstrip("/") for address in found), key=natural_order)
@@ -221,7 +221,7 @@ def _shown(folders: list[str]) -> str:
 
 
 def _no_such_folder(root: Location, location: Location) -> MissingFileError:
-    """Explain a folder without files."""
+    """Return the error for a folder without files."""
     if not location.subfolder:
         return MissingFileError(f"{location} is empty; expected config.json and model.safetensors.")
     known = [folder for folder in sae_addresses(root) if folder] or root.folders
@@ -232,20 +232,20 @@ def _no_such_folder(root: Location, location: Location) -> MissingFileError:
 
 
 def _nothing_found(location: Location, unreadable: list[CheckpointError]) -> CheckpointError | MissingFileError:
-    """Explain a folder that no format claims.
+    """Return the error for a folder that no format claims.
 
     Args:
         location: the folder or file.
-        unreadable: why formats could not look at what they would have had to.
+        unreadable: errors of formats that could not read a file that they need.
     """
     addresses = sae_addresses(location)
     if location.file is not None and location.subfolder in addresses:
-        what = f"pass subfolder={location.subfolder!r}" if location.subfolder else "leave subfolder= away"
+        what = f"pass subfolder={location.subfolder!r}" if location.subfolder else "omit subfolder="
         return MissingFileError(f"{location} is one file of the SAE in its folder: {what}.")
     below = [address for address in addresses if address != location.address]
     if below and (not unreadable or location.address not in addresses):
         return MissingFileError(
-            f"{location} itself holds no SAE, but what is in it does: pass subfolder= one of {_shown(below)}."
+            f"{location} itself holds no SAE, but folders or files in it do: pass subfolder= one of {_shown(below)}."
         )
     found = advice(location)
     if unreadable and NEAREST not in found:
@@ -253,10 +253,10 @@ def _nothing_found(location: Location, unreadable: list[CheckpointError]) -> Che
         return unreadable[0] if len(messages) == 1 else CheckpointError(" ".join(messages))
     reasons = [str(error) for error in unreadable if str(error) not in found] or _near_misses(location)
     known = "" if NEAREST in found else f"; known formats: {', '.join(formats)}"
-    sentences = [*dict.fromkeys(reasons or [f"It holds {location.listing()}{known}."]), found]
+    sentences = [*dict.fromkeys(reasons or [f"It has {location.listing()}{known}."]), found]
     return CheckpointError(f"{location} holds no SAE in a known format. {' '.join(filter(None, sentences))}")
 
 
 def _near_misses(location: Location) -> list[str]:
-    """Return why layouts that the folder looks like do not claim it."""
+    """Return why layouts that the folder resembles do not claim it."""
     return [reason for layout in formats.values() if (reason := layout.near_miss(location))]

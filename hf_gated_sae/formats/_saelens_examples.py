@@ -1,4 +1,4 @@
-"""Small SAEs as SAELens saves them, in every version and architecture."""
+"""Example checkpoints in the layouts of all SAELens versions and architectures."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ATTENTION = {"n_heads": 2, "n_attn_layers": 2, "bottleneck_factor": 2, "sae_diff
 
 
 def _current() -> list[tuple[str, str, dict[str, Any], dict[str, Any], dict[str, Any]]]:
-    """Return address, architecture, more of ``cfg.json``, its metadata, and how the tensors are written."""
+    """Return address, architecture, further keys of ``cfg.json``, its metadata, and settings of the tensors."""
     scaler = {"activation_scaler.json": {"scaling_factor": 0.37, "has_whitening": False}}
     half = torch.bfloat16
     tied = {**ATTENTION, "tied_weights": True, "apply_b_dec_to_input": False}
@@ -156,7 +156,7 @@ def _pursuit(threshold: float, iterations: int | None) -> dict[str, Any]:
 
 
 def _whole_run() -> dict[str, Any]:
-    """Return part of what version 2 wrote: the training run's configuration."""
+    """Return part of the training run's configuration, as version 2 wrote it."""
     return {
         "model_name": "gemma-2b",
         "hook_point": "blocks.1.hook_resid_post",
@@ -179,7 +179,7 @@ def _whole_run() -> dict[str, Any]:
 
 
 def _tensors(architecture: str, d: int, d_out: int, seed: int, tied: bool = False) -> dict[str, Tensor]:
-    """Return random tensors under the names and in the shapes that an architecture has in the file."""
+    """Return random tensors with an architecture's names and shapes in the file."""
     s = D_SAE
     shapes: dict[str, tuple[int, ...]] = {"W_dec": (s, d_out), "b_dec": (d_out,)}
     if architecture != "matching_pursuit" and not tied:

@@ -1,4 +1,4 @@
-"""A layout's tensor names, as ours."""
+"""Rename a layout's tensors to parameter names."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ TRANSPOSED = ".T"
 def renamed(
     held: Mapping[str, object], names: Mapping[str, str], where: object, *, besides: Iterable[str] = ()
 ) -> dict[str, StoredTensor]:
-    """Return the tensors of a file by our names.
+    """Return the tensors of a file by parameter name.
 
     Args:
-        held: what the file holds, by its own names.
-        names: for each of our names the file's; with ``.T`` at the end where the file holds the transpose.
+        held: content of the file, by its own names.
+        names: for each parameter the name in the file, with ``.T`` at the end where the file has the transpose.
         where: the file, for messages.
-        besides: names that the file may hold, too, and that are left out here.
+        besides: further names that the file may have; they are not returned.
 
     Raises:
-        CheckpointError: if a tensor is missing or is none, or the file holds something that is unknown.
+        CheckpointError: if a tensor is missing, an entry is not a tensor, or the file has an unknown entry.
     """
-    wanted = {name: theirs.removesuffix(TRANSPOSED) for name, theirs in names.items()}
+    wanted = {name: stored_name.removesuffix(TRANSPOSED) for name, stored_name in names.items()}
     missing = sorted(set(wanted.values()) - set(held))
     unknown = sorted(set(held) - set(wanted.values()) - set(besides))
     if missing or unknown:
@@ -36,9 +36,9 @@ def renamed(
             "correct the configuration beside it."
         )
     tensors = {}
-    for name, theirs in wanted.items():
-        tensor = held[theirs]
+    for name, stored_name in wanted.items():
+        tensor = held[stored_name]
         if not isinstance(tensor, StoredTensor):
-            raise CheckpointError(f"{where} holds {theirs} = {str(tensor)[:60]!r}; expected a tensor.")
+            raise CheckpointError(f"{where} holds {stored_name} = {str(tensor)[:60]!r}; expected a tensor.")
         tensors[name] = tensor.T if names[name].endswith(TRANSPOSED) else tensor
     return tensors

@@ -1,4 +1,4 @@
-"""What every checkpoint layout has to be able to do."""
+"""The interface of a checkpoint layout."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ formats: Registry[CheckpointFormat] = Registry("format", "hf_gated_sae.formats")
 
 @dataclass(frozen=True)
 class Example:
-    """A small checkpoint that looks like a real one.
+    """A small checkpoint in a layout, for tests.
 
     Attributes:
-        repo: repository id; the files lie in the folder of that name.
+        repo: repository id; the files are in the folder of that name.
         address: folder or file of the SAE inside it.
     """
 
@@ -32,14 +32,14 @@ class Example:
 
 
 class CheckpointFormat(ABC):
-    """A layout of an SAE's files. The docstring of a subclass says who writes it and which files it has.
+    """A layout of an SAE's files. The docstring of a subclass names its writer and its files.
 
     Attributes:
         name: short name, such as ``"native"``; a subclass without one is not registered.
-        files: names of its tensor files, perhaps with ``*``. A layout is asked only about folders with one, and
-            about addresses at which there is no file.
-        any_name: whether its files may have any name, so that it looks into files that may be something else. It is
-            asked only about what no other layout claims.
+        files: name patterns of its tensor files, perhaps with ``*``. A layout is asked only about folders with such a
+            file, and about addresses without files.
+        any_name: whether its files may have any name, so that it reads files that may be something else. It is asked
+            only about folders and files that no other layout claims.
     """
 
     name: ClassVar[str] = ""
@@ -54,46 +54,46 @@ class CheckpointFormat(ABC):
 
     @abstractmethod
     def addresses(self, location: Location) -> list[str]:
-        """Return where SAEs of this layout lie below a folder, as far as file names (and small files) tell.
+        """Return the addresses of SAEs of this layout below a folder, from file names (and small files).
 
         Returns:
-            Folders, or files of folders that hold several SAEs, relative to `location`; ``""`` is the folder itself.
+            Folders, or files of folders with several SAEs, relative to `location`; ``""`` is the folder itself.
         """
 
     @abstractmethod
     def claims(self, location: Location) -> bool:
-        """Whether the folder (or file) holds one SAE of this layout, by the listing, small files and headers alone."""
+        """Whether the folder (or file) is one SAE of this layout, judged by the listing, small files and headers."""
 
     @abstractmethod
     def open(self, location: Location, *, variant: str | None = None) -> Checkpoint:
-        """Describe the SAE by its headers; weights are not read.
+        """Describe the SAE from its headers; weights are not read.
 
         Args:
             location: a folder or file that this format claims.
-            variant: which of several sets of weights, where a layout has such.
+            variant: which of several sets of weights, if the layout has several.
         """
 
     @abstractmethod
     def examples(self, root: Path) -> list[Example]:
-        """Write small checkpoints of this layout, one of every kind that it has, below ``root/<repo>``.
+        """Write small checkpoints of this layout, one of every kind, below ``root/<repo>``.
 
-        They have the file names, tensor names, shapes and dtypes of real ones, random values, and widths of a few.
+        They have the file names, tensor names, axes and dtypes of real ones, random values, and small widths.
         """
 
     def near_miss(self, location: Location) -> str | None:
-        """Return why a folder that looks like this layout is not claimed, as a sentence; None if it does not."""
+        """Return why a folder that resembles this layout is not claimed, as a sentence; None if it does not."""
         return None
 
 
-def the_file(location: Location, pattern: re.Pattern[str]) -> str | None:
-    """Return the one file that is meant, in a layout with one SAE per file.
+def selected_file(location: Location, pattern: re.Pattern[str]) -> str | None:
+    """Return the file of an SAE, in a layout with one SAE per file.
 
     Args:
         location: a file, or a folder.
-        pattern: what the file's name has to match in full.
+        pattern: pattern that the file's name must match in full.
 
     Returns:
-        The file at `location`, or the only one of that name directly in the folder; None if there is not exactly one.
+        The file at `location`, or the only matching one directly in the folder; None if there is not exactly one.
     """
     if location.file is not None:
         return location.file if pattern.fullmatch(location.file) else None
@@ -102,16 +102,16 @@ def the_file(location: Location, pattern: re.Pattern[str]) -> str | None:
 
 
 def widths(stored: Mapping[str, StoredTensor]) -> tuple[int, int, int]:
-    """Return ``d_sae``, ``d_in`` and ``d_out`` by the shapes of `W_enc_T` and `W_dec`.
+    """Return ``d_sae``, ``d_in`` and ``d_out`` from the shapes of `W_enc_T` and `W_dec`.
 
     Raises:
-        CheckpointError: if one is missing, is no matrix, or they disagree about ``d_sae``.
+        CheckpointError: if one is missing or not a matrix, or they differ in ``d_sae``.
     """
     shapes = [stored[name].shape if name in stored else () for name in ("W_enc_T", "W_dec")]
     if any(len(shape) != 2 for shape in shapes) or shapes[0][0] != shapes[1][0]:
         held = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in stored.items())
         raise CheckpointError(
-            f"Encoder and decoder have shapes {list(shapes[0])} and {list(shapes[1])}; expected one row per latent in "
-            f"both, and as many. The file holds {held}: fetch it again."
+            f"Encoder and decoder have shapes {list(shapes[0])} and {list(shapes[1])}; expected the same number of "
+            f"rows, one per latent. The file holds {held}: fetch it again."
         )
     return shapes[0][0], shapes[0][1], shapes[1][1]

@@ -16,7 +16,7 @@ from ..architectures.standard import StandardSAE, StandardSAEConfig
 from ..architectures.topk import TopKSAE, TopKSAEConfig
 from ..errors import CheckpointError
 from ..hub.base_model_norms import normalization_of
-from ..hub.hook_names import place_of
+from ..hub.hook_names import site_of_hook
 from ..hub.location import Location
 from ..hub.model_names import repository_of
 from ..modeling.checkpoint import Checkpoint
@@ -26,7 +26,7 @@ from ..storage import StoredTensor
 from ._config_values import integer, one_of, text
 from ._layer_files import require_not_negative
 from ._tensor_names import renamed
-from .base import CheckpointFormat, Example, the_file
+from .base import CheckpointFormat, Example, selected_file
 
 CONFIG = "config.yaml"
 RUNS = ("wandb-config.yaml", "wanb-config.yaml")
@@ -34,7 +34,7 @@ NAMES = {"W_enc_T": "W_enc", "W_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec
 OPTIONAL = {"threshold": "activation_function.threshold", "W_skip": "W_skip"}
 ACTIVATIONS = ("relu", "topk", "jump_relu", "jumprelu")
 KNOWN_K = {"facebook/crv-8b-instruct-transcoders": 128}
-"""Number of latents kept by TopK transcoders whose files do not say it; they are known to circuit-tracer by name."""
+"""k of TopK transcoders whose files do not state it, by repository, as in circuit-tracer."""
 QWEN_HOOKS = ("mlp.hook_in", "mlp.hook_out")
 
 _FILE = re.compile(r"layer_(\d{1,4})\.safetensors")
@@ -43,13 +43,14 @@ _QWEN = re.compile(r"mwhanna/(qwen3-[\d.]+b)-transcoders(-lowl0)?")
 
 
 class CircuitTracerFormat(CheckpointFormat):
-    """``layer_L.safetensors`` with ``W_enc [d_sae, d_in]`` and ``W_dec [d_sae, d_out]``; ``config.yaml`` for all.
+    """Written for circuit-tracer: one ``layer_L.safetensors`` per layer, and a ``config.yaml`` for all of them.
 
-    The configuration names the base model and the places that are read and written, without the block. The activation
-    is a JumpReLU if there is an ``activation_function.threshold``, else what ``activation`` says, else a ReLU. With
-    ``W_skip [d_out, d_in]`` the transcoder adds ``x @ W_skip.T``. Files of June 2025 hold ``W_dec [d_out, d_sae]``;
-    the biases tell which. mwhanna's for Qwen 3 come with the run's configuration, and those for the 14B with nothing
-    else. The address of one transcoder is its file.
+    Each file has ``W_enc [d_sae, d_in]`` and ``W_dec [d_sae, d_out]``, and is the address of one transcoder. The
+    configuration names the base model and the hook points that are read and written, without the block. The activation
+    is a JumpReLU if there is an ``activation_function.threshold``, else that in ``activation``, else a ReLU. With
+    ``W_skip [d_out, d_in]`` the transcoder adds ``x @ W_skip.T``. Files of June 2025 have ``W_dec [d_out, d_sae]``,
+    which the shapes of the biases show. mwhanna's transcoders for Qwen 3 also have the training run's configuration;
+    those for the 14B model have only that.
 
     Source: safety-research/circuit-tracer.
     """
@@ -68,7 +69,7 @@ class CircuitTracerFormat(CheckpointFormat):
 
     def claims(self, location: Location) -> bool:
         """Whether this is a file of a layer with circuit-tracer's tensors."""
-        file = the_file(location, _FILE)
+        file = selected_file(location, _FILE)
         if file is None or not any(name in location for name in (CONFIG, *RUNS)):
             return False
         return set(location.content(file)) - set(OPTIONAL.values()) == set(NAMES.values())
@@ -77,12 +78,12 @@ class CircuitTracerFormat(CheckpointFormat):
         """Read shapes from the header, the rest from the configuration.
 
         Raises:
-            CheckpointError: if the tensors do not fit each other, or the configuration does not say what is needed.
+            CheckpointError: if the tensors do not fit together, or the configuration lacks a required value.
         """
-        file = the_file(location, _FILE) or ""
+        file = selected_file(location, _FILE) or ""
         where = f"{file} of {location}"
         held = location.tensors(file)
-        optional = {ours: theirs for ours, theirs in OPTIONAL.items() if theirs in held}
+        optional = {name: stored_name for name, stored_name in OPTIONAL.items() if stored_name in held}
         stored = renamed(held, {**NAMES, **optional}, where)
         stored["W_dec"] = _latent_major(stored, where)
         [layer] = re.findall(r"\d+", file)
@@ -94,7 +95,7 @@ class CircuitTracerFormat(CheckpointFormat):
             "apply_b_dec_to_input": False,
             "skip_connection": "W_skip" in stored,
             "trained_on_bos": False,
-            **_place(location, config, int(layer)),
+            **_site_fields(location, config, int(layer)),
         }
         model_class, sae_config = _architecture(location, config, "threshold" in stored, settings)
         files = [file, *(name for name in (CONFIG, *RUNS) if name in location)]
@@ -102,12 +103,12 @@ class CircuitTracerFormat(CheckpointFormat):
         return Checkpoint(model_class, sae_config, origin, stored, finish=_checked)
 
     def examples(self, root: Path) -> list[Example]:
-        """Write one transcoder of every activation, with and without skip connection, of both generations."""
+        """Write one transcoder of every activation, with and without skip connection, in old and new orientation."""
         return write_examples(root)
 
 
 def named_layer(location: Location) -> tuple[Location, int] | None:
-    """Return folder and number of an address such as ``folder/layer_3``, where there is no folder of that name."""
+    """Return folder and layer of an address such as ``folder/layer_3``; None if that is an existing folder."""
     folder, _, name = location.address.rpartition("/")
     match = _LAYER.fullmatch(name)
     if match is None or location.file is not None or location.files:
@@ -116,10 +117,10 @@ def named_layer(location: Location) -> tuple[Location, int] | None:
 
 
 def _latent_major(stored: dict[str, StoredTensor], where: str) -> StoredTensor:
-    """Return the decoder with one row per latent, whichever way it is stored; the biases tell.
+    """Return the decoder with one row per latent; its stored orientation is determined by the biases' widths.
 
     Raises:
-        CheckpointError: if they do not, or nothing fits.
+        CheckpointError: if the widths are equal, or the shapes do not fit together.
     """
     encoder, decoder, b_enc, b_dec = (stored[name].shape for name in ("W_enc_T", "W_dec", "b_enc", "b_dec"))
     wanted = (*b_enc, *b_dec)
@@ -130,43 +131,44 @@ def _latent_major(stored: dict[str, StoredTensor], where: str) -> StoredTensor:
         )
     if wanted[0] == wanted[1]:
         raise CheckpointError(
-            f"{where} has as many latents as outputs ({wanted[0]}), so that nothing tells whether W_dec is stored "
-            "transposed, as it was until June 2025. Convert it to another layout."
+            f"{where} has the same number of latents and outputs ({wanted[0]}), so it is unknown whether W_dec is "
+            "stored transposed, as it was until June 2025. Convert it to another layout."
         )
     return stored["W_dec"] if decoder == wanted else stored["W_dec"].T
 
 
-def _place(location: Location, config: dict[str, Any], layer: int) -> dict[str, Any]:
+def _site_fields(location: Location, config: dict[str, Any], layer: int) -> dict[str, Any]:
     """Return base model, sites and normalisation.
 
     Raises:
-        CheckpointError: if there is no configuration and the repository's name does not tell either.
+        CheckpointError: if there is no configuration and the repository's name is not a known one.
     """
     qwen, where = _QWEN.fullmatch(location.repo_id), f"{CONFIG} of {location}"
     if not config and qwen is None:
         raise CheckpointError(
-            f"{location} has no {CONFIG}, which names the base model and the places that are read and written: add "
-            "it, with model_name, feature_input_hook and feature_output_hook."
+            f"{location} has no {CONFIG}, which names the base model and the hook points that are read and written: "
+            "add it, with model_name, feature_input_hook and feature_output_hook."
         )
     if not config and qwen is not None:
         base_model, hooks = repository_of(qwen[1]), QWEN_HOOKS
     else:
         base_model = repository_of(text(config, "model_name", where))
         hooks = text(config, "feature_input_hook", where), text(config, "feature_output_hook", where)
-    return {"base_model": base_model, **places(*hooks, layer, base_model, where)}
+    return {"base_model": base_model, **site_fields(*hooks, layer, base_model, where)}
 
 
-def places(read: str, written: str, layer: int, base_model: str | None, where: str) -> dict[str, Any]:
-    """Return the fields of a configuration that two names of places give.
+def site_fields(read: str, written: str, layer: int, base_model: str | None, where: str) -> dict[str, Any]:
+    """Return the configuration fields for the hook points that are read and written.
 
     Raises:
-        CheckpointError: if a name is unknown, what is written is normalised, or what is read is, by an unknown norm.
+        CheckpointError: if a hook point is unknown, the one that is written is normalised, or the one that is read is
+            the output of a norm of an unknown kind.
     """
-    site, normalization = place_of(read, layer, base_model)
-    site_out, normalised = place_of(written, layer, base_model)
+    site, normalization = site_of_hook(read, layer, base_model)
+    site_out, normalised = site_of_hook(written, layer, base_model)
     if normalised != "none":
         raise CheckpointError(
-            f"The checkpoint writes {written!r}, which is not added to anything; expected 'hook_mlp_out'."
+            f"The checkpoint writes {written!r}, which is not added to the stream; expected 'hook_mlp_out'."
         )
     return {"site": site, "site_out": site_out, **normalization_of(normalization, base_model, read, where)}
 
@@ -177,7 +179,7 @@ def _architecture(
     """Return class and configuration.
 
     Raises:
-        CheckpointError: if threshold and configuration contradict each other, or nothing says `k`.
+        CheckpointError: if threshold and configuration contradict each other, or `k` is not stated.
     """
     where = f"{CONFIG} of {location}"
     k = KNOWN_K.get(location.repo_id)
@@ -185,19 +187,19 @@ def _architecture(
     activation = one_of(config, "activation", where, ACTIVATIONS, usual)
     if (activation in ("jump_relu", "jumprelu")) != has_threshold:
         raise CheckpointError(
-            f"{where} says activation {activation!r}, and there is {'a' if has_threshold else 'no'} threshold; a "
-            "JumpReLU, and nothing else, has one."
+            f"{where} has activation {activation!r}, and there is {'a' if has_threshold else 'no'} threshold; "
+            "expected a threshold with a JumpReLU, and only with that."
         )
     if has_threshold:
         return JumpReLUSAE, JumpReLUSAEConfig(**settings)
     if activation == "relu":
         return StandardSAE, StandardSAEConfig(**settings)
-    kept = integer(config, "k", where, k) if k is not None else integer(config, "k", where)
-    return TopKSAE, TopKSAEConfig(**settings, rectified=False, k=kept)
+    selected = integer(config, "k", where, k) if k is not None else integer(config, "k", where)
+    return TopKSAE, TopKSAEConfig(**settings, rectified=False, k=selected)
 
 
 def _checked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors, whose threshold is not negative."""
+    """Raise for a negative threshold, else return the tensors."""
     if "threshold" in tensors:
         require_not_negative(tensors["threshold"])
     return tensors

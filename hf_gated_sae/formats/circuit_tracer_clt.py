@@ -17,7 +17,7 @@ from ._config_values import text
 from ._layer_files import Layer, cross_layer_checkpoint
 from ._tensor_names import renamed
 from .base import CheckpointFormat, Example
-from .circuit_tracer import CONFIG, named_layer, places
+from .circuit_tracer import CONFIG, named_layer, site_fields
 from .gemma_scope_2_cross_layer import layer_files
 
 _ENCODER = re.compile(r"W_enc_(\d{1,4})\.safetensors")
@@ -25,13 +25,13 @@ _DECODER = re.compile(r"W_dec_(\d{1,4})\.safetensors")
 
 
 class CircuitTracerCLTFormat(CheckpointFormat):
-    """``W_enc_L.safetensors`` with ``W_enc_L [d_sae, d_in]``; ``W_dec_L.safetensors`` with ``[d_sae, layers - L, d]``.
+    """Written for circuit-tracer: ``W_enc_L.safetensors`` and ``W_dec_L.safetensors`` per layer, and ``config.yaml``.
 
-    The decoder's second axis starts at the layer's own output. The encoder's file also has ``b_enc_L``, the bias of
-    the layer's output ``b_dec_L`` and perhaps ``threshold_L``; ``config.yaml`` names base model and places. The folder
-    is the whole transcoder. The file ``W_enc_L.safetensors`` is the address of one layer's latents, for which
-    ``layer_L`` is taken, too: an SAE that reads one site and writes its own share of all outputs from L on, and
-    ``b_dec_L``, so that the layers add up to the whole.
+    ``W_enc_L [d_sae, d_in]`` is the encoder. ``W_dec_L [d_sae, layers - L, d]`` is the decoder; its second axis starts
+    at the layer's own output. The encoder's file also has ``b_enc_L``, the bias ``b_dec_L`` of the layer's output and
+    optionally ``threshold_L``. The configuration names base model and hook points. The folder is the address of the
+    whole transcoder. ``W_enc_L.safetensors``, or ``layer_L``, is the address of one layer's latents: an SAE that reads
+    one site and writes its share of the outputs from L on, with ``b_dec_L``, so that the layers add up to the whole.
 
     Source: safety-research/circuit-tracer; mntss/clt-* on the Hub.
     """
@@ -40,12 +40,12 @@ class CircuitTracerCLTFormat(CheckpointFormat):
     files = ("W_enc_*.safetensors", "W_dec_*.safetensors")
 
     def addresses(self, location: Location) -> list[str]:
-        """Return the folders of cross-layer transcoders, and the encoders' files of all layers."""
+        """Return the folders of cross-layer transcoders, and the encoder files of their layers."""
         files = [name for name in location.files if _ENCODER.fullmatch(name.rpartition("/")[2])]
         return sorted({name.rpartition("/")[0] for name in files}) + files
 
     def claims(self, location: Location) -> bool:
-        """Whether there are encoders' and decoders' files of layers, and the configuration."""
+        """Whether there are encoder and decoder files of layers, and the configuration."""
         folder, layer = _folder_and_layer(location)
         if location.file is not None and layer is None:
             return False
@@ -56,7 +56,7 @@ class CircuitTracerCLTFormat(CheckpointFormat):
         """Read shapes from the headers, base model and sites from the configuration.
 
         Raises:
-            CheckpointError: if files or configuration do not fit each other.
+            CheckpointError: if files and configuration do not fit together.
             MissingFileError: if a layer between others, or a decoder, is missing.
         """
         folder, layer = _folder_and_layer(location)
@@ -66,13 +66,13 @@ class CircuitTracerCLTFormat(CheckpointFormat):
         config, where = folder.read_yaml(CONFIG), f"{CONFIG} of {folder}"
         hooks = text(config, "feature_input_hook", where), text(config, "feature_output_hook", where)
         base_model = repository_of(text(config, "model_name", where))
-        found = [places(*hooks, block, base_model, where) for block in everything]
+        found = [site_fields(*hooks, block, base_model, where) for block in everything]
         read_as = {key: value for key, value in found[0].items() if key.startswith("normalization")}
         files = [f"W_{part}_{block}.safetensors" for block in wanted for part in ("enc", "dec")]
         return cross_layer_checkpoint(
             [_layer(folder, block) for block in wanted],
             location.origin(self.name, [CONFIG, *files]),
-            [place["site_out"] for place in found[wanted[0] :]],
+            [fields["site_out"] for fields in found[wanted[0] :]],
             absolute=False,
             sites=[found[block]["site"] for block in wanted],
             base_model=base_model,
@@ -80,7 +80,7 @@ class CircuitTracerCLTFormat(CheckpointFormat):
         )
 
     def examples(self, root: Path) -> list[Example]:
-        """Write transcoders with ReLU and JumpReLU, and name one layer alone."""
+        """Write transcoders with ReLU and JumpReLU; some addresses are those of single layers."""
         raw = {"feature_input_hook": "hook_resid_mid", "feature_output_hook": "hook_mlp_out"}
         made = [
             ("mntss/clt-gemma-2-2b-2.5M", "google/gemma-2-2b", False),
@@ -101,14 +101,14 @@ class CircuitTracerCLTFormat(CheckpointFormat):
 
 
 def _folder_and_layer(location: Location) -> tuple[Location, int | None]:
-    """Return the transcoder's folder, and the layer that is meant; None for all."""
+    """Return the transcoder's folder, and the layer of the address; None for the whole transcoder."""
     if location.file is not None and (match := _ENCODER.fullmatch(location.file)):
         return location.at(location.subfolder), int(match[1])
     return named_layer(location) or (location, None)
 
 
 def _layer(location: Location, layer: int) -> Layer:
-    """Return the tensors of one layer, by our names."""
+    """Return the tensors of one layer, by parameter name."""
     parts: list[tuple[str, dict[str, str]]] = [
         (f"W_enc_{layer}.safetensors", {"encoder": "W_enc", "b_enc": "b_enc", "b_dec": "b_dec"}),
         (f"W_dec_{layer}.safetensors", {"decoder": "W_dec"}),
@@ -118,13 +118,13 @@ def _layer(location: Location, layer: int) -> Layer:
         held = location.tensors(file)
         if f"threshold_{layer}" in held:
             names = {**names, "threshold": "threshold"}
-        numbered = {ours: f"{theirs}_{layer}" for ours, theirs in names.items()}
+        numbered = {name: f"{stored_name}_{layer}" for name, stored_name in names.items()}
         tensors |= renamed(held, numbered, f"{file} of {location}")
     return tensors
 
 
 def _write_layers(folder: Path, layers: int, has_threshold: bool, generator: torch.Generator) -> None:
-    """Write the files of all layers, in bfloat16 as the real ones."""
+    """Write the files of all layers, in bfloat16 like the real ones."""
     d = 8
     for layer in range(layers):
         s = 10 + layer

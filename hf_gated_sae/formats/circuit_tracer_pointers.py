@@ -1,4 +1,4 @@
-"""Sets of circuit-tracer that hold no weights: a ``config.yaml`` says where every transcoder lies on the Hub."""
+"""Sets of transcoders for circuit-tracer without weights: a ``config.yaml`` points to every transcoder on the Hub."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import yaml
 
 from ..errors import CheckpointError, MissingFileError, SAEError, shown
 from ..hub.base_model_norms import normalization_of
-from ..hub.hook_names import place_of
+from ..hub.hook_names import site_of_hook
 from ..hub.location import Location
 from ..hub.model_names import repository_of
 from ..modeling.checkpoint import Checkpoint
 from ..storage import TENSOR_FILES
 from ._config_values import one_of, text
 from .base import CheckpointFormat, Example, formats
-from .circuit_tracer import CONFIG, named_layer, places
+from .circuit_tracer import CONFIG, named_layer, site_fields
 from .gemma_scope import FILE as GEMMA_SCOPE_FILE
 from .gemma_scope_2 import FILE as GEMMA_SCOPE_2_FILE
 from .gemma_scope_2 import write_tensors
@@ -51,11 +51,11 @@ class Pointer(NamedTuple):
 
 
 class CircuitTracerPointersFormat(CheckpointFormat):
-    """A folder with a ``config.yaml`` whose ``transcoders`` are ``hf://owner/name[@revision]/path``, one per layer.
+    """Written for circuit-tracer: a ``config.yaml`` whose ``transcoders`` list ``hf://owner/name[@revision]/path``.
 
-    In a ``transcoder_set`` the one of layer L has the address ``folder/layer_L``; a ``cross_layer_transcoder`` has the
-    folder's. What is pointed to is read by its own format, from its own repository, pinned to a commit; base model and
-    places are those that the set names.
+    There is one entry per layer. In a ``transcoder_set`` the transcoder of layer L has the address ``folder/layer_L``;
+    a ``cross_layer_transcoder`` has the folder's. The files are read by their own format, from their own repository,
+    pinned to a commit; base model and hook points are those of the set's configuration.
 
     Source: safety-research/circuit-tracer; mntss and mwhanna on the Hub.
     """
@@ -64,7 +64,7 @@ class CircuitTracerPointersFormat(CheckpointFormat):
     files = (CONFIG,)
 
     def addresses(self, location: Location) -> list[str]:
-        """Return what every configuration below, without weights beside it, points to."""
+        """Return the addresses of the transcoders to which the configurations without weights point."""
         found = []
         for name in location.files:
             folder, _, file = name.rpartition("/")
@@ -75,14 +75,14 @@ class CircuitTracerPointersFormat(CheckpointFormat):
                 continue
             try:
                 pointers, whole = _pointers(here)
-            except SAEError:  # somebody else's, or broken; opening it says why
+            except SAEError:  # another library's, or broken; opening it raises the reason
                 continue
             names = [""] if whole else [f"layer_{layer}" for layer in range(len(pointers))]
             found += ["/".join(part for part in (folder, name) if part) for name in names]
         return found
 
     def claims(self, location: Location) -> bool:
-        """Whether a configuration here points to a whole transcoder, or one above to this layer's."""
+        """Whether the configuration points to a cross-layer transcoder, or that of the folder above to this layer."""
         if location.file is not None:
             return False
         named = named_layer(location)
@@ -93,10 +93,10 @@ class CircuitTracerPointersFormat(CheckpointFormat):
         return bool(pointers) and (whole if layer is None else not whole and layer < len(pointers))
 
     def open(self, location: Location, *, variant: str | None = None) -> Checkpoint:
-        """Open what is pointed to, and let the set's configuration name base model and places.
+        """Open the transcoder to which the set points, with base model and hook points of the set's configuration.
 
         Raises:
-            CheckpointError: if it is in no known format, or is not what the configuration says.
+            CheckpointError: if it is in no known format, or not of the kind in the configuration.
             MissingFileError: if it cannot be reached.
         """
         folder, layer = named_layer(location) or (location, None)
@@ -118,7 +118,7 @@ class CircuitTracerPointersFormat(CheckpointFormat):
         return replace(pointed, config=type(pointed.config).from_dict(settings), origin=origin)
 
     def examples(self, root: Path) -> list[Example]:
-        """Write sets and what they point to: Gemma Scope's transcoders, single and cross-layer ones of the second."""
+        """Write sets that point to transcoders of Gemma Scope, and to single and cross-layer ones of Gemma Scope 2."""
         return write_examples(root)
 
 
@@ -127,20 +127,20 @@ def _folder(pointer: Pointer) -> tuple[str, str, str | None]:
 
 
 def _has_weights(folder: Location) -> bool:
-    """Whether a folder has weights of its own, so that its configuration speaks of those."""
+    """Whether a folder has weights of its own, to which its configuration then refers."""
     return any(name.endswith(tuple(TENSOR_FILES)) for name in folder.files if "/" not in name)
 
 
 def _has_pointers(folder: Location) -> bool:
-    """Whether a configuration speaks of transcoders elsewhere; what they are is checked later."""
+    """Whether a configuration has a list of transcoders; its entries are checked later."""
     return isinstance(folder.read_yaml(CONFIG).get("transcoders"), list)
 
 
 def _pointers(folder: Location) -> tuple[list[Pointer], bool]:
-    """Return the files that a configuration names, by layer, and whether they are one cross-layer transcoder.
+    """Return the files that a configuration lists, by layer, and whether they are one cross-layer transcoder.
 
     Raises:
-        CheckpointError: if it names something else.
+        CheckpointError: if an entry is not a pointer to a tensor file.
     """
     config, where = folder.read_yaml(CONFIG), f"{CONFIG} of {folder}"
     listed = config.get("transcoders")
@@ -151,8 +151,8 @@ def _pointers(folder: Location) -> tuple[list[Pointer], bool]:
         match = _URI.fullmatch(entry) if isinstance(entry, str) and len(entry) < 1000 else None
         if match is None or not match["path"].endswith(tuple(TENSOR_FILES)):
             raise CheckpointError(
-                f"{where} names the transcoder {shown(entry, 120)}; expected hf://owner/name/path of a file with "
-                "tensors, and for a revision hf://owner/name@revision/path."
+                f"{where} names the transcoder {shown(entry, 120)}; expected hf://owner/name/path of a tensor file, "
+                "or hf://owner/name@revision/path."
             )
         revision = match["at"] or match["query"]
         pointers.append(Pointer(match["repo"], match["path"], unquote(revision) if revision else None))
@@ -160,30 +160,30 @@ def _pointers(folder: Location) -> tuple[list[Pointer], bool]:
 
 
 def _pointed(root: Location, pointer: Pointer, whole: bool, variant: str | None) -> Checkpoint:
-    """Open the file that is pointed to, or its folder, by the one format that claims it.
+    """Open the file of a pointer, or its folder, with the one format that claims it.
 
     Raises:
-        CheckpointError: if none does, or several.
-        MissingFileError: if it is not there.
+        CheckpointError: if no format claims it, or several do.
+        MissingFileError: if the file does not exist.
     """
     if pointer.path not in root:
         raise MissingFileError(f"There is no {pointer.path} in {root}, which a set of transcoders points to.")
     others = [layout for name, layout in formats.items() if name != CircuitTracerPointersFormat.name]
     folder = pointer.path.rpartition("/")[0]
-    for place in (root.at(folder),) if whole else (root.at(pointer.path), root.at(folder)):
-        claims = [layout for layout in others if layout.claims(place)]
+    for target in (root.at(folder),) if whole else (root.at(pointer.path), root.at(folder)):
+        claims = [layout for layout in others if layout.claims(target)]
         if len(claims) == 1:
-            return claims[0].open(place, variant=variant)
+            return claims[0].open(target, variant=variant)
     raise CheckpointError(
         f"A set of transcoders points to {pointer.path} of {root}, which is not an SAE in a known format."
     )
 
 
 def _facts(folder: Location, config: dict[str, Any], layer: int | None, pointed: Checkpoint) -> dict[str, Any]:
-    """Return base model and places as the set names them.
+    """Return base model and sites from the set's configuration.
 
     Raises:
-        CheckpointError: if a cross-layer transcoder is not what the set says.
+        CheckpointError: if the set declares a cross-layer transcoder and the files are not one.
     """
     where = f"{CONFIG} of {folder}"
     facts: dict[str, Any] = {}
@@ -193,17 +193,22 @@ def _facts(folder: Location, config: dict[str, Any], layer: int | None, pointed:
     hooks = [text(config, key, where, None) for key in HOOKS]
     if layer is not None:
         read, written = hooks
-        # Other keys than these describe places for nnsight; then what is pointed to says where it belongs.
+        # Sets for nnsight have other keys for the hook points; then the transcoder's own sites are used.
         return (
-            facts if read is None or written is None else {**facts, **places(read, written, layer, base_model, where)}
+            facts
+            if read is None or written is None
+            else {**facts, **site_fields(read, written, layer, base_model, where)}
         )
     stored: Any = pointed.config
     for key, hook, name in zip(HOOKS, hooks, ("sites", "sites_out"), strict=True):
         sites = getattr(stored, name, None)
         if sites is None:
-            raise CheckpointError(f"{where} says {KINDS[1]}, but points to {pointed}, which is none.")
+            raise CheckpointError(
+                f"{where} has model_kind {KINDS[1]}, but points to {pointed}, which is not one; expected {KINDS[0]}, "
+                "or pointers to a cross-layer transcoder."
+            )
         if hook is not None:
-            named = [place_of(hook, block, base_model) for block in range(len(sites))]
+            named = [site_of_hook(hook, block, base_model) for block in range(len(sites))]
             facts[name] = [site for site, _ in named]
             if key == HOOKS[0]:
                 facts |= normalization_of(named[0][1], base_model, hook, where)
@@ -211,9 +216,9 @@ def _facts(folder: Location, config: dict[str, Any], layer: int | None, pointed:
 
 
 def write_examples(root: Path) -> list[Example]:
-    """Write the examples: a configuration each, and next to them the repositories that they point to."""
+    """Write the examples: a configuration each, and the repositories to which they point."""
     generator = torch.Generator().manual_seed(6)
-    places_of = {"feature_input_hook": "ln2.hook_normalized", "feature_output_hook": "hook_mlp_out"}
+    raw = {"feature_input_hook": "ln2.hook_normalized", "feature_output_hook": "hook_mlp_out"}
     gained = {"feature_input_hook": "mlp.hook_in", "feature_output_hook": "hook_mlp_out"}
     first, second, whole = (
         "google/gemma-scope-2b-pt-transcoders",
@@ -233,7 +238,7 @@ def write_examples(root: Path) -> list[Example]:
     (root / second / whole).mkdir(parents=True, exist_ok=True)
     write_layers(root / second / whole, 3, False, generator)
     sets: list[tuple[str, str, dict[str, Any]]] = [
-        ("mntss/gemma-scope-transcoders", "", {"model_name": "google/gemma-2-2b", **places_of, "transcoders":
+        ("mntss/gemma-scope-transcoders", "", {"model_name": "google/gemma-2-2b", **raw, "transcoders":
             [f"hf://{first}/{folder}/{GEMMA_SCOPE_FILE}" for folder in folders]}),
         ("mwhanna/gemma-scope-2-1b-pt", "transcoder_all/width_16k_l0_small_affine", {"model_name":
             "google/gemma-3-1b-pt", **gained, "transcoders":

@@ -13,13 +13,13 @@ from ..architectures.standard import StandardSAE, StandardSAEConfig
 from ..errors import CheckpointError
 from ..hub import index
 from ..hub.base_model_norms import normalization_of
-from ..hub.hook_names import place_of
+from ..hub.hook_names import site_of_hook
 from ..hub.location import Location
 from ..hub.model_names import repository_of
 from ..modeling.checkpoint import Checkpoint
 from ._config_values import integer, text
 from ._tensor_names import renamed
-from .base import CheckpointFormat, Example, the_file, widths
+from .base import CheckpointFormat, Example, selected_file, widths
 
 TENSORS = {"W_enc_T": "W_enc.T", "W_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec"}
 _FILE = re.compile(r"[^/]*\.pt")
@@ -27,11 +27,11 @@ _STEM = re.compile(r"(?P<model>[\w-]+?)_L\d+_.*")
 
 
 class ConnorRobFormat(CheckpointFormat):
-    """``<name>.pt`` and ``<name>_cfg.json`` side by side, one pair per layer: ReLU SAEs with ``W_enc [d_in, d_sae]``.
+    """Written by Kissane and Krzyzanowski: ``<name>.pt`` and ``<name>_cfg.json``, one pair per layer.
 
-    They read the concatenated heads before the output projection. Only the activations' width and place are in the
-    configuration; the base model begins the name. Whether the training library had folded the value biases of GPT-2
-    away is not recorded; the activations are taken as Hugging Face's model gives them.
+    ReLU SAEs with ``W_enc [d_in, d_sae]``, which read the concatenated heads before the output projection. The
+    configuration has only the activations' width and hook point; the name starts with the base model. Whether the
+    training library had folded GPT-2's value biases is not recorded; activations of Hugging Face's model are assumed.
 
     Source: ckkissane/attn-saes-gpt2-small-all-layers.
     """
@@ -41,32 +41,32 @@ class ConnorRobFormat(CheckpointFormat):
 
     def addresses(self, location: Location) -> list[str]:
         """Return the ``.pt`` files that have a configuration beside them."""
-        return [file for file in location.files if file.endswith(".pt") and _described_by(file) in location]
+        return [file for file in location.files if file.endswith(".pt") and _config_of(file) in location]
 
     def claims(self, location: Location) -> bool:
-        """Whether there is one ``.pt`` file with a configuration beside it, and it holds exactly these tensors."""
-        file = self._file(location)
+        """Whether there is one ``.pt`` file with a configuration beside it, and it has exactly these tensors."""
+        file = self._weights_file(location)
         return file is not None and set(location.content(file)) == {
             name.removesuffix(".T") for name in TENSORS.values()
         }
 
     def open(self, location: Location, *, variant: str | None = None) -> Checkpoint:
-        """Read shapes from the header, the place from the configuration, and the base model from the name."""
-        file = self._file(location)
+        """Read shapes from the header, the site from the configuration, and the base model from the name."""
+        file = self._weights_file(location)
         if file is None:
-            raise CheckpointError(f"{location} is no .pt file with its _cfg.json beside it.")
-        cfg, where = location.read_json(_described_by(file)), f"{_described_by(file)} of {location}"
+            raise CheckpointError(f"{location} is not a .pt file with its _cfg.json beside it; expected both files.")
+        cfg, where = location.read_json(_config_of(file)), f"{_config_of(file)} of {location}"
         stored = renamed(location.content(file), TENSORS, f"{file} of {location}")
         d_sae, d_in, d_out = widths(stored)
         for key, width in (("act_size", d_in), ("dict_size", d_sae)):
             if integer(cfg, key, where, width) != width:
-                raise CheckpointError(f"{where} says {key} = {cfg[key]}, and the tensors beside it have {width}.")
+                raise CheckpointError(f"{where} has {key} = {cfg[key]}, and the tensors beside it have {width}.")
         facts = index.known_facts(location.repo_id, location.at(_below(location, file)).address)
         stem = _STEM.fullmatch(file)
         named = repository_of(text(cfg, "model_name", where, None) or (stem["model"] if stem else None))
         base_model = named or facts.get("base_model")
         name = text(cfg, "act_name", where)
-        site, normalization = place_of(name)
+        site, normalization = site_of_hook(name)
         config = StandardSAEConfig(
             d_in=d_in,
             d_sae=d_sae,
@@ -75,7 +75,7 @@ class ConnorRobFormat(CheckpointFormat):
             base_model=base_model,
             **normalization_of(normalization, base_model, name, where),
         )
-        return Checkpoint(StandardSAE, config, location.origin(self.name, [file, _described_by(file)]), stored)
+        return Checkpoint(StandardSAE, config, location.origin(self.name, [file, _config_of(file)]), stored)
 
     def examples(self, root: Path) -> list[Example]:
         """Write two layers of one repository."""
@@ -96,14 +96,14 @@ class ConnorRobFormat(CheckpointFormat):
         return [Example(repo, f"{name}.pt") for name in names]
 
     @staticmethod
-    def _file(location: Location) -> str | None:
-        """Return the file that is meant, if it has a configuration."""
-        file = the_file(location, _FILE)
-        return file if file is not None and _described_by(file) in location else None
+    def _weights_file(location: Location) -> str | None:
+        """Return the ``.pt`` file at a location, if it has a configuration."""
+        file = selected_file(location, _FILE)
+        return file if file is not None and _config_of(file) in location else None
 
 
-def _described_by(file: str) -> str:
-    """Return the name of a file's configuration."""
+def _config_of(file: str) -> str:
+    """Return the name of the configuration of a ``.pt`` file."""
     return f"{file.removesuffix('.pt')}_cfg.json"
 
 

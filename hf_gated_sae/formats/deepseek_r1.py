@@ -13,7 +13,7 @@ from ..hub.location import Location
 from ..hub.model_names import repository_of
 from ..modeling.checkpoint import Checkpoint
 from ._tensor_names import renamed
-from .base import CheckpointFormat, Example, the_file, widths
+from .base import CheckpointFormat, Example, selected_file, widths
 from .goodfire import single_files
 
 FILE = re.compile(r"(?P<model>.+)-SAE-l(?P<layer>\d+)\.pt")
@@ -21,9 +21,9 @@ NAMES = {"W_enc_T": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder
 
 
 class DeepSeekR1Format(CheckpointFormat):
-    """``<base model>-SAE-l19.pt`` with the state of the linear layers ``encoder`` and ``decoder``, in bfloat16.
+    """Written by qresearch: ``<base model>-SAE-l19.pt``, the state of the linear layers ``encoder`` and ``decoder``.
 
-    ``relu(encoder(x))`` of the residual stream after the block that the name says.
+    In bfloat16. Latents are ``relu(encoder(x))`` of the residual stream after the block in the file's name.
 
     Source: qresearch/DeepSeek-R1-Distill-Llama-8B-SAE-l19.
     """
@@ -32,24 +32,24 @@ class DeepSeekR1Format(CheckpointFormat):
     files = ("*.pt",)
 
     def addresses(self, location: Location) -> list[str]:
-        """Return the folders with one such file, and the files where there are more."""
+        """Return folders with one such file, and the files of folders with several."""
         return single_files(location, FILE)
 
     def claims(self, location: Location) -> bool:
         """Whether there is such a file with two linear layers."""
-        file = the_file(location, FILE)
+        file = selected_file(location, FILE)
         return file is not None and set(location.content(file)) == {
-            theirs.removesuffix(".T") for theirs in NAMES.values()
+            stored_name.removesuffix(".T") for stored_name in NAMES.values()
         }
 
     def open(self, location: Location, *, variant: str | None = None) -> Checkpoint:
         """Read shapes from the header, layer and base model from the file's name."""
-        file = the_file(location, FILE) or ""
+        file = selected_file(location, FILE) or ""
         stored = renamed(location.tensors(file), NAMES, f"{file} of {location}")
         d_sae, d_in, d_out = widths(stored)
         match = FILE.fullmatch(file)
-        place = {"site": f"resid_post.{match['layer']}", "base_model": repository_of(match["model"])} if match else {}
-        config = StandardSAEConfig(d_in=d_in, d_sae=d_sae, d_out=d_out, apply_b_dec_to_input=False, **place)
+        fields = {"site": f"resid_post.{match['layer']}", "base_model": repository_of(match["model"])} if match else {}
+        config = StandardSAEConfig(d_in=d_in, d_sae=d_sae, d_out=d_out, apply_b_dec_to_input=False, **fields)
         return Checkpoint(StandardSAE, config, location.origin(self.name, [file]), stored)
 
     def examples(self, root: Path) -> list[Example]:

@@ -30,7 +30,7 @@ from ._config_values import mapping, number, text
 from ._dictionary_learning_examples import write_examples
 from ._folding import PER_LATENT_SCALED, decoder_norms, fold_decoder_norms
 from ._tensor_names import renamed
-from .base import CheckpointFormat, Example, the_file, widths
+from .base import CheckpointFormat, Example, selected_file, widths
 
 CONFIG = "config.json"
 FILE = "ae.pt"
@@ -47,11 +47,11 @@ class _Kind:
     """How one of the library's classes is read.
 
     Attributes:
-        model_class: our architecture.
-        names: for each of our tensors the name in the file.
-        subtracts_bias: whether the decoder bias is taken from the input.
-        besides: tensors that are no weights: settings, or thresholds that encoding does not use.
-        unit_decoder: whether the library's loader gives the decoder unit norm.
+        model_class: this library's class.
+        names: for each parameter the name in the file.
+        subtracts_bias: whether the decoder bias is subtracted from the input.
+        besides: tensors that are not weights: settings, or thresholds that encoding does not use.
+        unit_decoder: whether the library's loader scales decoder rows to unit norm.
     """
 
     model_class: type[SAEModel]
@@ -86,15 +86,15 @@ KINDS = {
 
 
 class DictionaryLearningFormat(CheckpointFormat):
-    """``trainer_i/ae.pt`` with a ``config.json`` whose ``trainer`` names the class; ``checkpoints/ae_step.pt`` below.
+    """Written by dictionary_learning: ``trainer_i/ae.pt`` with ``config.json``, and ``checkpoints/ae_step.pt`` below.
 
-    Latents are those that the library's own loader gives. For `AutoEncoder` that loader gives every decoder row unit
-    norm (``normalize_decoder=True``), so they are ``|W_dec_i|`` times what the stored weights compute as they stand;
-    for all other classes they are what the stored weights compute. `AutoEncoderTopK` ignores its threshold and keeps
-    the k largest; `BatchTopKSAE` and `MatryoshkaBatchTopKSAE` use theirs (which is -1, so that any positive value is
-    kept, as long as training has not set it), the latter with all groups. Training's constant input scale is folded
-    into the biases of whatever is saved, except in the backups for resuming, where it is done here. An ``ae.pt`` may
-    be such a backup.
+    ``trainer`` of the configuration names the class. Latents are those of the library's own loader. For `AutoEncoder`
+    it scales decoder rows to unit norm (``normalize_decoder=True``), so its latents are ``|W_dec_i|`` times those of
+    the stored weights; all other classes use the stored weights. `AutoEncoderTopK` ignores its threshold and selects
+    the k largest. `BatchTopKSAE` and `MatryoshkaBatchTopKSAE`, the latter with all groups, use their threshold; it is
+    -1, which any positive value exceeds, until training sets it. The library folds training's constant input scale
+    into the biases of saved SAEs, but not into backups for resuming, where it is folded here. An ``ae.pt`` may be such
+    a backup.
 
     Source: saprmarks/dictionary_learning, ``dictionary.py``, ``training.py``, ``utils.load_dictionary``.
     """
@@ -107,49 +107,49 @@ class DictionaryLearningFormat(CheckpointFormat):
         found = []
         for path in location.files:
             folder, _, file = path.rpartition("/")
-            if _FILE.fullmatch(file) and _joined(_configured(folder), CONFIG) in location:
+            if _FILE.fullmatch(file) and _joined(_config_path(folder), CONFIG) in location:
                 found.append(folder if file == FILE else path)
         return found
 
     def claims(self, location: Location) -> bool:
         """Whether there is an ``ae.pt`` (or the address is one of a training step), and the configuration fits."""
-        if the_file(location, _FILE) is None:
+        if selected_file(location, _FILE) is None:
             return False
-        home = _home(location)
-        if CONFIG not in home:
+        config_folder = _config_folder(location)
+        if CONFIG not in config_folder:
             return False
-        trainer = home.read_json(CONFIG).get("trainer")
+        trainer = config_folder.read_json(CONFIG).get("trainer")
         return isinstance(trainer, dict) and "dict_class" in trainer
 
     def near_miss(self, location: Location) -> str | None:
-        """Explain an ``ae.pt`` without a configuration that names its class."""
+        """Return why an ``ae.pt`` without a configuration that names its class is not claimed."""
         if FILE not in location:
             return None
         return (
-            f"Its {FILE} looks like dictionary_learning's, but there is no {CONFIG} beside it whose trainer names a "
-            "dict_class: add the one that the training wrote."
+            f"Its {FILE} looks like dictionary_learning's, but no {CONFIG} beside it names a dict_class in its "
+            "trainer: add the one that the training run wrote."
         )
 
     def open(self, location: Location, *, variant: str | None = None) -> Checkpoint:
         """Read the class from the configuration, and names and shapes from the header.
 
         Raises:
-            CheckpointError: if the class is unknown, or the file does not hold its tensors.
+            CheckpointError: if the class is unknown, or the file does not have its tensors.
         """
-        file = the_file(location, _FILE)
-        assert file is not None  # it is claimed
-        home = _home(location)
-        where = f"{CONFIG} of {home}"
-        config = home.read_json(CONFIG)
+        file = selected_file(location, _FILE)
+        assert file is not None  # `claims` has found it
+        config_folder = _config_folder(location)
+        where = f"{CONFIG} of {config_folder}"
+        config = config_folder.read_json(CONFIG)
         trainer = mapping(config, "trainer", where)
         name = text(trainer, "dict_class", where)
         if name not in KINDS:
-            raise CheckpointError(f"{where} says dict_class {name!r}; expected one of {', '.join(KINDS)}.")
+            raise CheckpointError(f"{where} has dict_class {name!r}; expected one of {', '.join(KINDS)}.")
         kind = KINDS[name]
         held, scale = _weights(location.content(file), f"{file} of {location}")
         stored = _tensors(kind, held, f"{file} of {location}")
         d_sae, d_in, d_out = widths(stored)
-        place = sites.place_of(
+        fields = sites.site_fields(
             trainer, mapping(config, "buffer", where, {}), f"{location.repo_id}/{location.address}", where
         )
         settings = {"k": _k(held, trainer, where)} if "k" in kind.besides else {}
@@ -159,7 +159,7 @@ class DictionaryLearningFormat(CheckpointFormat):
             d_out=d_out,
             apply_b_dec_to_input=kind.subtracts_bias,
             base_model=repository_of(text(trainer, "lm_name", where, None)) or _known_model(location),
-            **place,
+            **fields,
             **settings,
         )
         finish = partial(_finished, scale=scale, unit_decoder=kind.unit_decoder)
@@ -173,20 +173,20 @@ class DictionaryLearningFormat(CheckpointFormat):
         )
 
     def examples(self, root: Path) -> list[Example]:
-        """Write one SAE of every class, a backup, and two steps of one training."""
+        """Write one SAE of every class, a backup, and two steps of one training run."""
         return write_examples(root)
 
 
-def _home(location: Location) -> Location:
+def _config_folder(location: Location) -> Location:
     """Return the folder that has the configuration: that of the file, or the one above ``checkpoints``."""
-    return location.at(_configured(location.subfolder))
+    return location.at(_config_path(location.subfolder))
 
 
 def _known_model(location: Location) -> str | None:
     return known_facts(location.repo_id, location.address).get("base_model")
 
 
-def _configured(folder: str) -> str:
+def _config_path(folder: str) -> str:
     above, _, own = folder.rpartition("/")
     return above if own == _CHECKPOINTS else folder
 
@@ -196,50 +196,50 @@ def _joined(folder: str, file: str) -> str:
 
 
 def _weights(content: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], float]:
-    """Return the named tensors of a file, and the factor by which its biases are still to be multiplied.
+    """Return the named tensors of a file, and the factor by which its biases must be multiplied.
 
-    A backup holds them as ``ae``, in training's frame, where activations are divided by ``norm_factor``.
+    A backup has them in ``ae``, at the scale of training, where activations are divided by ``norm_factor``.
     """
     if isinstance(content.get(BACKUP), dict):
         scale = number(content, "norm_factor", where, 1.0)
         if scale <= 0:
-            raise CheckpointError(f"{where} says norm_factor = {scale}; expected a positive number.")
+            raise CheckpointError(f"{where} has norm_factor = {scale}; expected a positive number.")
         return content[BACKUP], float(scale)
     return content, 1.0
 
 
 def _tensors(kind: _Kind, held: Mapping[str, Any], where: str) -> dict[str, StoredTensor]:
-    """Return the tensors by our names.
+    """Return the tensors by parameter name.
 
     Raises:
-        CheckpointError: naming what is missing or unknown.
+        CheckpointError: naming missing and unknown tensors.
     """
     if kind.model_class is BatchTopKSAE and "threshold" not in held:
         raise CheckpointError(
             f"{where} holds a BatchTopK SAE without a threshold, as versions before December 2024 saved it: its "
-            "latents are only defined for a whole batch. Measure the smallest latent that the batch's k * tokens "
-            "largest have in the mean, and add it to the file as the scalar 'threshold'."
+            "latents are only defined for a whole batch. Measure the mean over batches of the smallest of the k * "
+            "tokens largest latents, and add it to the file as the scalar 'threshold'."
         )
     return renamed(held, kind.names, where, besides=kind.besides)
 
 
 def _k(held: Mapping[str, Any], trainer: Mapping[str, Any], where: str) -> int:
-    """Return how many latents are kept: as the file says, or (in old ones) the configuration.
+    """Return the number of selected latents, from the file or, for old ones, the configuration.
 
     Raises:
-        CheckpointError: if neither says, they disagree, or it is no whole number.
+        CheckpointError: if neither has it, they disagree, or it is not a whole number.
     """
-    said = [value for value in (held.get("k"), trainer.get("k")) if value is not None]
+    stated = [value for value in (held.get("k"), trainer.get("k")) if value is not None]
     counts = set()
-    for value in said:
+    for value in stated:
         if isinstance(value, StoredTensor) and math.prod(value.shape) == 1 and not value.dtype.is_floating_point:
             value = int(value.small())
         if type(value) is not int:
-            raise CheckpointError(f"{where}, or the file beside it, says k = {shown(value, 60)}; expected a number.")
+            raise CheckpointError(f"{where}, or the file beside it, has k = {shown(value, 60)}; expected a number.")
         counts.add(value)
     if len(counts) != 1:
         raise CheckpointError(
-            f"{where} and the file beside it say k = {', '.join(map(str, sorted(counts))) or 'nothing'}; expected "
+            f"{where} and the file beside it have k = {', '.join(map(str, sorted(counts))) or 'nothing'}; expected "
             "one number: fetch both again."
         )
     return counts.pop()
@@ -248,14 +248,14 @@ def _k(held: Mapping[str, Any], trainer: Mapping[str, Any], where: str) -> int:
 def _finished(tensors: dict[str, Tensor], *, scale: float, unit_decoder: bool) -> dict[str, Tensor]:
     """Fold training's input scale into the biases, and the decoder's norms into the encoder.
 
-    An SAE that reads ``x / scale`` and one that reads `x` with biases and thresholds times `scale` have the same
-    function, the latter's latents being `scale` times larger: that is how the library saves a finished training.
+    Multiplying biases and thresholds by `scale` makes an SAE for ``x / scale`` one for `x`, with latents `scale` times
+    as large, as the library does when it saves a finished training run.
     """
     if scale != 1.0:
         for name in ("b_dec", *PER_LATENT_SCALED):
             if name in tensors:
                 value = tensors[name]
-                # A scalar threshold of -1, which stands for none, stays.
+                # A scalar threshold of -1, which means that there is none, is not scaled.
                 tensors[name] = torch.where(value < 0, value, value * scale) if value.ndim == 0 else value * scale
     if unit_decoder:
         norms = decoder_norms(tensors["W_dec"])

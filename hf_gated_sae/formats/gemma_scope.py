@@ -28,11 +28,12 @@ SITES = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_z"}
 
 
 class GemmaScopeFormat(CheckpointFormat):
-    """``layer_L/width_W/average_l0_N/params.npz`` with ``W_enc [d_in, d_sae]``, and no configuration.
+    """Written by Google DeepMind: ``layer_L/width_W/average_l0_N/params.npz``, without a configuration.
 
-    Base model and site are known from the repository's name: ``res`` reads the residual stream after block L, ``mlp``
-    what the MLP adds to it (after Gemma's post-norm), ``att`` the concatenated heads before the output projection, and
-    ``transcoders`` the MLP's normalised input before the norm's gain, writing ``mlp``. Trained without BOS.
+    ``W_enc`` is ``[d_in, d_sae]``. Base model and site are in the repository's name: ``res`` is the residual stream
+    after block L, ``mlp`` the MLP's contribution to it (after Gemma's post-norm), ``att`` the concatenated heads
+    before the output projection. ``transcoders`` read the MLP's normalised input before the norm's gain and write
+    ``mlp``. Trained without BOS.
 
     Source: google/gemma-scope; shapes and sites from the technical report.
     """
@@ -51,16 +52,16 @@ class GemmaScopeFormat(CheckpointFormat):
         return set(location.content(FILE)) == TENSORS
 
     def open(self, location: Location, *, variant: str | None = None) -> Checkpoint:
-        """Read shapes from the header, and place and base model from the names of folder and repository."""
+        """Read shapes from the header, and site and base model from the names of folder and repository."""
         stored = location.tensors(FILE)
         stored["W_enc_T"] = stored.pop("W_enc").T
         d_sae, d_in, d_out = widths(stored)
-        place = _place(location)
+        fields = _site_fields(location)
         config = JumpReLUSAEConfig(
-            d_in=d_in, d_sae=d_sae, d_out=d_out, apply_b_dec_to_input=False, trained_on_bos=False, **place
+            d_in=d_in, d_sae=d_sae, d_out=d_out, apply_b_dec_to_input=False, trained_on_bos=False, **fields
         )
-        # Embedding SAEs read rows of the table; the model's site gives them times sqrt(d_in).
-        finish = partial(fold_input_scale, scale=d_in**-0.5) if place.get("site") == EMBEDDING_SITE else as_stored
+        # Embedding SAEs read rows of the table; the model's site has them times sqrt(d_in).
+        finish = partial(fold_input_scale, scale=d_in**-0.5) if fields.get("site") == EMBEDDING_SITE else as_stored
         return Checkpoint(JumpReLUSAE, config, location.origin(self.name, [FILE]), stored, finish=finish)
 
     def examples(self, root: Path) -> list[Example]:
@@ -83,16 +84,16 @@ class GemmaScopeFormat(CheckpointFormat):
         return made
 
 
-def _place(location: Location) -> dict[str, Any]:
-    """Return site and base model as far as the names tell."""
+def _site_fields(location: Location) -> dict[str, Any]:
+    """Return the fields for site and base model that the names determine."""
     layer = _ADDRESS.search(location.address)
     repo = _REPO.search(location.repo_id)
     if layer is None or repo is None:
         if layer and layer["embedding"]:
             return {"site": EMBEDDING_SITE}
         _log.warning(
-            "%s lies in no folder or repository of Gemma Scope's names, which alone say what it is: site and base "
-            "model are unknown, and it is read as an SAE of the stream, not as a transcoder.",
+            "%s is not in a folder and repository with Gemma Scope's names, from which site and base model are read: "
+            "both are unknown, and it is read as an SAE of the stream, not as a transcoder.",
             location,
         )
         return {}
@@ -100,6 +101,6 @@ def _place(location: Location) -> dict[str, Any]:
     if layer["embedding"]:
         return {"base_model": model, "site": EMBEDDING_SITE}
     if repo["site"] == "transcoders":
-        place = {"site": f"resid_mid.{layer['layer']}", "site_out": f"mlp_out.{layer['layer']}"}
-        return {"base_model": model, **place, **normalization_of("rms_norm", model, repo["site"], location)}
+        fields = {"site": f"resid_mid.{layer['layer']}", "site_out": f"mlp_out.{layer['layer']}"}
+        return {"base_model": model, **fields, **normalization_of("rms_norm", model, repo["site"], location)}
     return {"base_model": model, "site": f"{SITES[repo['site']]}.{layer['layer']}"}

@@ -33,7 +33,7 @@ SITES = {
     "mlp_out": ("mlp_out", None),
     "transcoder": ("mlp_in", "mlp_out"),
 }
-"""Site that is read and, for transcoders, site that is written, for each name of a top folder."""
+"""Site that is read and, for transcoders, site that is written, by the name of the top folder."""
 
 _ADDRESS = re.compile(
     rf"(?P<kind>{'|'.join(SITES)})(_all)?/layer_(?P<layer>\d+)_width_\w+?_l0_(small|medium|big)(_affine)?"
@@ -43,11 +43,11 @@ _MODEL = re.compile(r"(?:google/)?gemma-v?3-(?P<size>\d+m|\d+b)-(?P<kind>pt|it)"
 
 
 class GemmaScope2Format(CheckpointFormat):
-    """``SITE[_all]/layer_L_width_W_l0_N[_affine]/params.safetensors`` with ``w_enc [d_in, d_sae]``.
+    """Written by Google DeepMind: ``SITE[_all]/layer_L_width_W_l0_N[_affine]/params.safetensors`` and ``config.json``.
 
-    A ``config.json`` names the places by module paths and the base model; some folders lack it, and then folder and
-    repository tell the same. Transcoders read the MLP's input after the norm's gain; ``_affine`` ones add
-    ``x @ affine_skip_connection``. Trained without BOS. Files of examples beside the weights are not touched.
+    ``w_enc`` is ``[d_in, d_sae]``. The configuration names the sites by module paths, and the base model; where it is
+    missing, the names of folder and repository determine them. Transcoders read the MLP's input after the norm's gain;
+    ``_affine`` ones add ``x @ affine_skip_connection``. Trained without BOS. Files with examples of texts are ignored.
 
     Source: google/gemma-scope-2-* on the Hub.
     """
@@ -64,10 +64,10 @@ class GemmaScope2Format(CheckpointFormat):
         return location.file is None and FILE in location and set(location.content(FILE)) - {AFFINE} == TENSORS
 
     def open(self, location: Location, *, variant: str | None = None) -> Checkpoint:
-        """Read shapes from the header, place and base model from the configuration or from names.
+        """Read shapes from the header, site and base model from the configuration or from names.
 
         Raises:
-            CheckpointError: if the configuration says something that is unknown here.
+            CheckpointError: if the configuration has an unknown value.
         """
         held = location.tensors(FILE)
         names = {**NAMES, "W_skip": f"{AFFINE}.T"} if AFFINE in held else NAMES
@@ -81,7 +81,7 @@ class GemmaScope2Format(CheckpointFormat):
             apply_b_dec_to_input=False,
             skip_connection="W_skip" in stored,
             trained_on_bos=False,
-            **(_described(location) if CONFIG in location else _named(location)),
+            **(_fields_of_config(location) if CONFIG in location else _fields_of_names(location)),
         )
         return Checkpoint(JumpReLUSAE, config, location.origin(self.name, files), stored)
 
@@ -91,7 +91,7 @@ class GemmaScope2Format(CheckpointFormat):
 
 
 def base_model_of(repo_id: str) -> str | None:
-    """Return the model that a repository of Gemma Scope 2 is about, by its name; None for another name.
+    """Return the base model of a repository of Gemma Scope 2, from its name; None for another name.
 
     >>> base_model_of("google/gemma-scope-2-270m-pt")
     'google/gemma-3-270m'
@@ -101,22 +101,22 @@ def base_model_of(repo_id: str) -> str | None:
 
 
 def model_of(name: str) -> str | None:
-    """Return the repository of a base model as configurations write it, such as ``gemma-v3-1b-pt``."""
+    """Return the repository of a base model from its name in configurations, such as ``gemma-v3-1b-pt``."""
     model = _MODEL.fullmatch(name)
     return _gemma_3(model) if model else repository_of(name)
 
 
 def _gemma_3(match: re.Match[str]) -> str:
-    # Of the smallest model the base version has no suffix.
+    # The pretrained version of the smallest model has no suffix.
     plain = match["size"] == "270m" and match["kind"] == "pt"
     return f"google/gemma-3-{match['size']}" + ("" if plain else f"-{match['kind']}")
 
 
-def _described(location: Location) -> dict[str, Any]:
-    """Return site and base model as ``config.json`` says."""
+def _fields_of_config(location: Location) -> dict[str, Any]:
+    """Return the fields for site and base model from ``config.json``."""
     config, where = location.read_json(CONFIG), f"{CONFIG} of {location}"
     if (architecture := text(config, "architecture", where, ARCHITECTURE)) != ARCHITECTURE:
-        raise CheckpointError(f"{where} says architecture {architecture[:60]!r}; expected {ARCHITECTURE!r}.")
+        raise CheckpointError(f"{where} has architecture {architecture[:60]!r}; expected {ARCHITECTURE!r}.")
     site = site_of_path(text(config, "hf_hook_point_in", where))
     site_out = text(config, "hf_hook_point_out", where, None)
     written = site_of_path(site_out) if site_out else site
@@ -128,8 +128,8 @@ def _described(location: Location) -> dict[str, Any]:
     }
 
 
-def _named(location: Location) -> dict[str, Any]:
-    """Return site and base model as far as the names of folder and repository tell."""
+def _fields_of_names(location: Location) -> dict[str, Any]:
+    """Return the fields for site and base model that the names of folder and repository determine."""
     address = _ADDRESS.search(location.address)
     if address is None:
         return {"base_model": base_model_of(location.repo_id)}
@@ -138,7 +138,7 @@ def _named(location: Location) -> dict[str, Any]:
 
 
 def write_examples(root: Path) -> list[Example]:
-    """Write the examples; those that have a configuration name places as the real ones do."""
+    """Write the examples; configurations name sites as the real ones do."""
     block, language = "model.layers.1", "model.language_model.layers.0"
     heads = f"{block}.self_attn.o_proj.input"
     norms = "{0}.pre_feedforward_layernorm.output", "{0}.post_feedforward_layernorm.output"
@@ -157,16 +157,16 @@ def write_examples(root: Path) -> list[Example]:
     ]
     generator = torch.Generator().manual_seed(2)
     examples = []
-    for number, (repo, address, places) in enumerate(made):
+    for number, (repo, address, hooks) in enumerate(made):
         example = Example(f"google/gemma-scope-2-{repo}", address)
         folder = root / example.repo / address
         d, s = 6 + number % 3, 12 + number
         o = d + 1 if address.startswith("transcoder") else d
         affine = address.endswith("_affine")
         write_tensors(folder, d, s, o, generator, affine=affine)
-        if places is not None:
+        if hooks is not None:
             described: dict[str, Any] = dict(
-                zip(("hf_hook_point_in", "hf_hook_point_out", "model_name"), places, strict=True)
+                zip(("hf_hook_point_in", "hf_hook_point_out", "model_name"), hooks, strict=True)
             )
             more = {"width": s, "architecture": ARCHITECTURE, "l0": 20, "affine_connection": affine}
             (folder / CONFIG).write_text(json.dumps({**described, **more, "type": "sae"}))

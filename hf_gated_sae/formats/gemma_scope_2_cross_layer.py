@@ -31,16 +31,16 @@ _TRANSCODER = re.compile(r"clt[^/]*/width_")
 
 
 class GemmaScope2CrossLayerFormat(CheckpointFormat):
-    """One file per source site: ``params_layer_I.safetensors`` with ``w_dec [latents, n_sites, d_out]``.
+    """Written by Google DeepMind: one ``params_layer_I.safetensors`` per source site; some with a ``config.json``.
 
     ``clt/width_W_l0_N[_affine]/`` reads every MLP's input after the norm's gain and writes every MLP's output;
-    ``crosscoder/layer_A_B_C_D_width_W_l0_N/`` reads and writes the stream after four blocks. The decoder's second axis
-    counts all outputs; those before the source site are zero in training and are not read here. ``_affine`` ones add
-    ``x_m @ affine_skip_connection_m``.
+    ``crosscoder/layer_A_B_C_D_width_W_l0_N/`` reads and writes the stream after four blocks. The second axis of
+    ``w_dec [latents, n_sites, d_out]`` has all outputs; those before the source site are zero in training and are not
+    read. ``_affine`` ones add ``x_m @ affine_skip_connection_m``.
 
-    The folder is the whole. The file ``params_layer_I.safetensors``, or ``layer_I`` in the folder, is the address of
-    one source site's latents: an SAE that reads one site and writes its own share of all outputs from I on, with
-    ``b_dec`` and the skip connection of output I, so that the source sites add up to the whole.
+    The folder is the address of the whole. ``params_layer_I.safetensors``, or ``layer_I`` in the folder, is that of
+    one source site's latents: an SAE that reads one site and writes its share of the outputs from I on, with ``b_dec``
+    and the skip connection of output I, so that the source sites add up to the whole.
 
     Source: google/gemma-scope-2-* on the Hub, and its tutorial.
     """
@@ -49,13 +49,13 @@ class GemmaScope2CrossLayerFormat(CheckpointFormat):
     files = ("params_layer_*.safetensors",)
 
     def addresses(self, location: Location) -> list[str]:
-        """Return the folders with a ``params_layer_0.safetensors``, and the files of all layers in them."""
+        """Return the folders with a ``params_layer_0.safetensors``, and the files of their layers."""
         folders = folders_with(location, FIRST)
         files = [name for name in location.files if _FILE.fullmatch(name.rpartition("/")[2])]
         return folders + [name for name in files if name.rpartition("/")[0] in folders]
 
     def claims(self, location: Location) -> bool:
-        """Whether there is a first layer's file, or that of the layer that is meant, with Gemma Scope 2's tensors."""
+        """Whether there is a file of the first layer, and one of the address's layer with Gemma Scope 2's tensors."""
         folder, layer = _folder_and_layer(location)
         if location.file is not None and layer is None:
             return False
@@ -66,7 +66,7 @@ class GemmaScope2CrossLayerFormat(CheckpointFormat):
         """Read shapes from the headers, sites from the names of folder and files.
 
         Raises:
-            CheckpointError: if the files do not fit each other, or the folder's name.
+            CheckpointError: if the files do not fit together, or not to the folder's name.
             MissingFileError: if a layer between others is missing.
         """
         folder, layer = _folder_and_layer(location)
@@ -80,7 +80,7 @@ class GemmaScope2CrossLayerFormat(CheckpointFormat):
         described = folder.read_json(CONFIG) if CONFIG in folder else {}
         where = f"{CONFIG} of {folder}"
         if (architecture := text(described, "architecture", where, ARCHITECTURE)) != ARCHITECTURE:
-            raise CheckpointError(f"{where} says architecture {architecture[:60]!r}; expected {ARCHITECTURE!r}.")
+            raise CheckpointError(f"{where} has architecture {architecture[:60]!r}; expected {ARCHITECTURE!r}.")
         model = text(described, "model_name", where, None)
         sites, sites_out = _sites(folder, len(everything), described)
         return cross_layer_checkpoint(
@@ -106,14 +106,14 @@ class GemmaScope2CrossLayerFormat(CheckpointFormat):
         ]
         generator = torch.Generator().manual_seed(3)
         examples = []
-        for repo, address, places in made:
+        for repo, address, hooks in made:
             example = Example(repo, address)
             folder = root / repo / address
             folder.mkdir(parents=True, exist_ok=True)
             write_layers(folder, 4 if "crosscoder" in address else 3, "affine" in address, generator)
-            if places:
+            if hooks:
                 more = {"architecture": ARCHITECTURE, "model_name": "gemma-v3-270m-it", "type": "clt"}
-                (folder / CONFIG).write_text(json.dumps({**places, **more}))
+                (folder / CONFIG).write_text(json.dumps({**hooks, **more}))
             examples.append(example)
         layer = "params_layer_1.safetensors"
         return [*(Example(each.repo, f"{each.address}/{layer}") for each in examples), *examples]
@@ -128,42 +128,45 @@ def layer_files(location: Location, pattern: re.Pattern[str]) -> list[str]:
     found = {int(match[1]): name for name in location.files if (match := pattern.fullmatch(name))}
     if missing := [number for number in range(len(found)) if number not in found]:
         raise MissingFileError(
-            f"{location} has {len(found)} files of layers, but none of layer {missing[0]}: it holds "
+            f"{location} has {len(found)} files of layers, but none of layer {missing[0]}: it has "
             f"{location.listing()}. Expected all from 0 on; fetch it again."
         )
     return [found[number] for number in range(len(found))]
 
 
 def _folder_and_layer(location: Location) -> tuple[Location, int | None]:
-    """Return the folder of the whole, and the layer that is meant; None for all."""
+    """Return the folder, and the layer of the address; None for the whole."""
     if location.file is not None and (match := _FILE.fullmatch(location.file)):
         return location.at(location.subfolder), int(match[1])
     return named_layer(location) or (location, None)
 
 
 def _sites(location: Location, number: int, described: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """Return what is read and what is written.
+    """Return the sites that are read and written, from the folder's name.
 
     Raises:
-        CheckpointError: if the folder's name does not tell, or tells of another number of sites.
+        CheckpointError: if the folder has another name, or the name has another number of sites.
     """
     where = f"{CONFIG} of {location}"
     crosscoder = _CROSSCODER.search(location.address)
     if crosscoder is None and _TRANSCODER.search(location.address) is None:
         raise CheckpointError(
-            f"Which sites {location} belongs to is told by the name of its folder; expected "
-            "'clt/width_...' or 'crosscoder/layer_..._width_...': keep the names that it has on the Hub."
+            f"The sites of {location} are read from the name of its folder; expected 'clt/width_...' or "
+            "'crosscoder/layer_..._width_...': keep the names that it has on the Hub."
         )
     blocks = [int(block) for block in crosscoder[1].split("_")] if crosscoder else list(range(number))
     if len(blocks) != number:
         raise CheckpointError(
-            f"{location} names {len(blocks)} layers and has {number} files of layers; expected as many."
+            f"{location} names {len(blocks)} layers and has {number} files of layers; expected one file per layer: "
+            "fetch it again."
         )
     kinds = ("resid_post", "resid_post") if crosscoder else ("mlp_in", "mlp_out")
     for key, kind in zip(("hf_hook_point_in", "hf_hook_point_out"), kinds, strict=True):
-        said = text(described, key, where, None)
-        if said is not None and site_of_path(said).rpartition(".")[0] != kind:
-            raise CheckpointError(f"{where} says {key} = {said[:120]!r}, but its folder's name means {kind}.")
+        stated = text(described, key, where, None)
+        if stated is not None and site_of_path(stated).rpartition(".")[0] != kind:
+            raise CheckpointError(
+                f"{where} has {key} = {stated[:120]!r}, but its folder's name implies {kind}: correct one of them."
+            )
     read, written = kinds
     return [f"{read}.{block}" for block in blocks], [f"{written}.{block}" for block in blocks]
 

@@ -18,7 +18,7 @@ from ..hub.location import Location
 from ..hub.model_names import repository_of
 from ..modeling.checkpoint import Checkpoint, as_stored
 from ._tensor_names import renamed
-from .base import CheckpointFormat, Example, the_file, widths
+from .base import CheckpointFormat, Example, selected_file, widths
 
 FILE = re.compile(r".+-SAE-l(?P<layer>\d+)\.pth?|topk_sae_l(?P<topk_layer>\d+)_exp\d+_k(?P<k>\d+)\.pth?")
 _MODEL = re.compile(r"(?:.*/)?(?:Hackathon-)?(?P<model>[^/]+)-SAE-l\d+")
@@ -31,11 +31,11 @@ TOPK_BIASES = {"encoder_linear.bias": "b_enc", "decoder_bias": "b_dec", "decoder
 
 
 class GoodfireFormat(CheckpointFormat):
-    """One torch file with the state of two linear layers, and no configuration.
+    """Written by Goodfire: one torch file with the state of two linear layers, without a configuration.
 
     ``Llama-3.3-70B-Instruct-SAE-l50.pt``: ``encoder_linear`` and ``decoder_linear``, ``relu(encoder_linear(x))``.
-    ``topk_sae_l15_exp16_k32.pt``: ``encoder_linear`` and ``decoder``, biases where it has them, a ReLU and a TopK
-    whose `k` is in the name of the file. Both read the residual stream after the block that the name says.
+    ``topk_sae_l15_exp16_k32.pt``: ``encoder_linear`` and ``decoder``, with or without biases, a ReLU and a TopK whose
+    `k` is in the name of the file. Both read the residual stream after the block in the file's name.
 
     Source: the notebook beside Goodfire/Llama-3.1-8B-Instruct-SAE-l19.
     """
@@ -44,12 +44,12 @@ class GoodfireFormat(CheckpointFormat):
     files = ("*.pt", "*.pth")
 
     def addresses(self, location: Location) -> list[str]:
-        """Return the folders with one such file, and the files where there are more."""
+        """Return folders with one such file, and the files of folders with several."""
         return single_files(location, FILE)
 
     def claims(self, location: Location) -> bool:
         """Whether there is such a file with Goodfire's tensors."""
-        file = the_file(location, FILE)
+        file = selected_file(location, FILE)
         if file is None:
             return False
         held = set(location.content(file))
@@ -59,21 +59,21 @@ class GoodfireFormat(CheckpointFormat):
         """Read shapes from the header, layer and base model from the names.
 
         Raises:
-            CheckpointError: if the file's name does not say the `k` of a TopK, or says one of an SAE that has none.
+            CheckpointError: if the file's name lacks the `k` of a TopK, or has one for an SAE with a ReLU.
         """
-        file = the_file(location, FILE) or ""
+        file = selected_file(location, FILE) or ""
         held, match = location.tensors(file), FILE.fullmatch(file)
         layer, k = (match["layer"] or match["topk_layer"], match["k"]) if match else (None, None)
         if (k is None) != (DECODER in held):
             raise CheckpointError(
-                f"{file} of {location} holds {', '.join(sorted(held))}; expected {DECODER} of an SAE with a ReLU, and "
-                f"{TOPK_DECODER} of a TopK, whose file's name says k: topk_sae_l15_exp16_k32.pt."
+                f"{file} of {location} holds {', '.join(sorted(held))}; expected {DECODER} of an SAE with a ReLU, or "
+                f"{TOPK_DECODER} of a TopK with k in the file's name, such as topk_sae_l15_exp16_k32.pt."
             )
         names = RELU_NAMES if k is None else _topk_names(held)
         stored = renamed(held, names, f"{file} of {location}")
         d_sae, d_in, d_out = widths(stored)
-        place = {"site": f"resid_post.{layer}" if layer else None, "base_model": _base_model(location, file)}
-        settings = {"d_in": d_in, "d_sae": d_sae, "d_out": d_out, "apply_b_dec_to_input": False, **place}
+        fields = {"site": f"resid_post.{layer}" if layer else None, "base_model": _base_model(location, file)}
+        settings = {"d_in": d_in, "d_sae": d_sae, "d_out": d_out, "apply_b_dec_to_input": False, **fields}
         origin = location.origin(self.name, [file])
         if k is None:
             return Checkpoint(StandardSAE, StandardSAE.config_class(**settings), origin, stored)
@@ -106,25 +106,25 @@ class GoodfireFormat(CheckpointFormat):
 
 
 def single_files(location: Location, pattern: re.Pattern[str]) -> list[str]:
-    """Return the folders that have one file of a name directly in them; of others the files."""
+    """Return folders with exactly one matching file, and the matching files of folders with several."""
     files = [file for file in location.files if pattern.fullmatch(file.rsplit("/", 1)[-1])]
     folders = [file.rpartition("/")[0] for file in files]
     return [folder if folders.count(folder) == 1 else file for file, folder in zip(files, folders, strict=True)]
 
 
 def with_biases(tensors: dict[str, Tensor], width: int) -> dict[str, Tensor]:
-    """Add biases of zeros to an SAE that has none."""
+    """Add biases of zeros where they are missing."""
     W_dec = tensors["W_dec"]
     return {"b_enc": W_dec.new_zeros(W_dec.shape[0]), "b_dec": W_dec.new_zeros(width), **tensors}
 
 
 def _topk_names(held: Mapping[str, object]) -> dict[str, str]:
-    """Return the names of a TopK SAE's tensors, whose biases may be missing."""
-    biases = {ours: theirs for theirs, ours in TOPK_BIASES.items() if theirs in held}
+    """Return the names in the file of a TopK SAE's tensors, without missing biases."""
+    biases = {name: stored_name for stored_name, name in TOPK_BIASES.items() if stored_name in held}
     return {"W_enc_T": ENCODER, "W_dec": f"{TOPK_DECODER}.T", **biases}
 
 
 def _base_model(location: Location, file: str) -> str | None:
-    """Return the base model that the file's or the repository's name says."""
+    """Return the base model in the file's or the repository's name."""
     match = _MODEL.match(file) or _MODEL.match(location.repo_id)
     return repository_of(match["model"]) if match else None

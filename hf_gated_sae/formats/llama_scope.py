@@ -21,7 +21,7 @@ from ..hub.location import Location
 from ..modeling import SAEModel
 from ..modeling.checkpoint import Checkpoint
 from ._config_values import flag, integer, mapping, number, one_of
-from ._openmoss import base_model_of, finish_standardised, place, training_scale
+from ._openmoss import base_model_of, finish_standardised, site_fields, training_scale
 from ._tensor_names import renamed
 from .base import CheckpointFormat, Example, widths
 
@@ -32,12 +32,13 @@ _LLAMA = re.compile(r"Llama3_1-8B-Base")
 
 
 class LlamaScopeFormat(CheckpointFormat):
-    """``Llama3_1-8B-Base-L15R-8x/`` with ``hyperparams.json`` and ``checkpoints/final.safetensors``, linear layers.
+    """Written by the OpenMOSS team: ``hyperparams.json`` and ``checkpoints/final.safetensors``, two linear layers.
 
-    As the authors load it: the scales of input and output, ``sqrt(d) / average norm``, go into the weights so that the
-    raw activation is read; then, with ``sparsity_include_decoder_norm``, decoder rows are brought to unit norm; then
-    ``latents = p * [p > jump_relu_threshold]``, one threshold for all. Sites are TransformerLens's names; transcoders
-    read ``ln2.hook_normalized`` and write ``hook_mlp_out``. Trained without BOS.
+    In folders such as ``Llama3_1-8B-Base-L15R-8x/``. Loaded as the authors do: the scales of input and output,
+    ``sqrt(d) / average norm``, are folded into the weights; then, with ``sparsity_include_decoder_norm``, decoder rows
+    are scaled to unit norm; then ``latents = p * [p > jump_relu_threshold]``, with one threshold for all. Sites are
+    TransformerLens's hook points; transcoders read ``ln2.hook_normalized`` and write ``hook_mlp_out``. Trained without
+    BOS.
 
     Source: fnlp/Llama3_1-8B-Base-LX*, OpenMOSS/Language-Model-SAEs of November 2024.
     """
@@ -46,36 +47,36 @@ class LlamaScopeFormat(CheckpointFormat):
     files = ("final.safetensors",)
 
     def addresses(self, location: Location) -> list[str]:
-        """Return the folders that have both files."""
+        """Return the folders with both files."""
         folders = [file.removesuffix(CONFIG) for file in location.files if file.split("/")[-1] == CONFIG]
         return [folder.rstrip("/") for folder in folders if f"{folder}{WEIGHTS}" in location]
 
     def claims(self, location: Location) -> bool:
-        """Whether both files are there, and the weights are linear layers."""
+        """Whether both files exist, and the weights are linear layers."""
         if location.file is not None or CONFIG not in location or WEIGHTS not in location:
             return False
         return "encoder.weight" in location.content(WEIGHTS)
 
     def open(self, location: Location, *, variant: str | None = None) -> Checkpoint:
-        """Read conventions and place from ``hyperparams.json``, shapes from the header.
+        """Read conventions and site from ``hyperparams.json``, shapes from the header.
 
         Raises:
-            CheckpointError: if the configuration says something that is not known here, or contradicts the weights.
+            CheckpointError: if the configuration has an unknown value, or contradicts the weights.
         """
         config, where = location.read_json(CONFIG), f"{CONFIG} of {location}"
         if flag(config, "use_glu_encoder", where, False):
-            raise CheckpointError(f"{where} says use_glu_encoder, which Llama Scope's SAEs do not have.")
+            raise CheckpointError(f"{where} has use_glu_encoder, which Llama Scope's SAEs do not have.")
         biased = flag(config, "use_decoder_bias", where, True)
-        names = {ours: theirs for ours, theirs in NAMES.items() if biased or ours != "b_dec"}
+        names = {name: stored_name for name, stored_name in NAMES.items() if biased or name != "b_dec"}
         stored = renamed(location.tensors(WEIGHTS), names, f"{WEIGHTS} of {location}")
         d_sae, d_in, d_out = widths(stored)
         if (integer(config, "d_model", where), integer(config, "d_sae", where, d_sae)) != (d_in, d_sae):
             raise CheckpointError(
-                f"{where} says d_model = {config['d_model']} and d_sae = {config.get('d_sae')}, but the encoder has "
+                f"{where} has d_model = {config['d_model']} and d_sae = {config.get('d_sae')}, but the encoder has "
                 f"d_in = {d_in} and d_sae = {d_sae}: fetch it again."
             )
         known = "meta-llama/Llama-3.1-8B" if _LLAMA.search(f"{location.repo_id}/{location.address}") else None
-        found = place(config, base_model_of(location, known), where)
+        found = site_fields(config, base_model_of(location, known), where)
         model_class, more, threshold = _activation(config, where)
         model_config = model_class.config_class(
             **{"d_in": d_in, "d_sae": d_sae, "d_out": d_out, "trained_on_bos": False},
@@ -95,7 +96,7 @@ class LlamaScopeFormat(CheckpointFormat):
         )
 
     def examples(self, root: Path) -> list[Example]:
-        """Write an SAE of every site, and a transcoder; the real files are bfloat16, with columns of any norm."""
+        """Write an SAE of every site, and a transcoder; real files are in bfloat16, with columns of any norm."""
         made = []
         for kind, layer, expansion, dtype in (
             ("R", 1, 8, torch.bfloat16),
@@ -110,9 +111,9 @@ class LlamaScopeFormat(CheckpointFormat):
 
 
 def _activation(config: Mapping[str, Any], where: str) -> tuple[type[SAEModel], dict[str, Any], float | None]:
-    """Return the architecture, the keys that it alone has, and the threshold.
+    """Return the architecture, its own configuration fields, and the threshold.
 
-    A TopK that was given a threshold is used with it, as the authors do.
+    A TopK with a threshold is used as a JumpReLU, as the authors do.
 
     Raises:
         CheckpointError: if the threshold is negative.
@@ -120,7 +121,7 @@ def _activation(config: Mapping[str, Any], where: str) -> tuple[type[SAEModel], 
     name = one_of(config, "act_fn", where, ("relu", "topk", "jumprelu"), "relu")
     threshold = number(config, "jump_relu_threshold", where, 0.0)
     if threshold < 0:
-        raise CheckpointError(f"{where} says jump_relu_threshold = {threshold}; expected none below zero.")
+        raise CheckpointError(f"{where} has jump_relu_threshold = {threshold}; expected none below zero.")
     if name == "jumprelu" or (name == "topk" and threshold > 0):
         return JumpReLUSAE, {}, float(threshold)
     if name == "topk":
@@ -129,17 +130,17 @@ def _activation(config: Mapping[str, Any], where: str) -> tuple[type[SAEModel], 
 
 
 def _scales(config: Mapping[str, Any], where: str) -> tuple[float, float]:
-    """Return what input and output were multiplied by in training.
+    """Return the factors of input and output in training.
 
     Raises:
-        CheckpointError: if the averages are missing, or tokens were scaled each in its own way.
+        CheckpointError: if the average norms are missing, or tokens were scaled individually.
     """
     kinds = ("dataset-wise", "inference", "none", "token-wise", "batch-wise")
     kind = one_of(config, "norm_activation", where, kinds, "token-wise")
     if kind in ("inference", "none"):
         return 1.0, 1.0
     if kind != "dataset-wise":
-        raise CheckpointError(f"{where} says norm_activation = {kind!r}; expected 'dataset-wise', as in Llama Scope.")
+        raise CheckpointError(f"{where} has norm_activation = {kind!r}; expected 'dataset-wise', as in Llama Scope.")
     averages = mapping(config, "dataset_average_activation_norm", where)
     within, d_model = f"dataset_average_activation_norm in {where}", integer(config, "d_model", where)
     scale_in, scale_out = (training_scale(number(averages, end, within), d_model, within) for end in ("in", "out"))
@@ -147,7 +148,7 @@ def _scales(config: Mapping[str, Any], where: str) -> tuple[float, float]:
 
 
 HOOKS = {"R": "hook_resid_post", "A": "hook_attn_out", "M": "hook_mlp_out", "TC": "ln2.hook_normalized"}
-# Columns whose squares add up to a power of four, so that even bfloat16 holds their unit-norm multiples exactly.
+# Columns whose squares sum to a power of four, so that bfloat16 represents their unit-norm multiples exactly.
 EXACT = np.array([[7, 3, 2, 1, 1], [5, 5, 3, 2, 1]]) / 8
 
 

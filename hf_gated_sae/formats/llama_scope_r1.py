@@ -1,4 +1,4 @@
-"""Llama Scope R1 (OpenMOSS 2025): SAEs for DeepSeek-R1-Distill-Llama-8B, and others of that library's generation."""
+"""Llama Scope R1 (OpenMOSS 2025): SAEs for DeepSeek-R1-Distill-Llama-8B, and others by that version of the library."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..hub.location import Location
 from ..modeling.checkpoint import Checkpoint
 from ._config_values import flag, text
 from ._folders import folders_with
-from ._openmoss import AVERAGE, base_model_of, trained
+from ._openmoss import AVERAGE, base_model_of, checkpoint_as_trained
 from ._tensor_names import renamed
 from .base import CheckpointFormat, Example
 
@@ -28,10 +28,11 @@ _R1 = re.compile(r"Llama-Scope-R1-Distill", re.IGNORECASE)
 
 
 class LlamaScopeR1Format(CheckpointFormat):
-    """``config.json`` and ``sae_weights.safetensors`` with linear layers and ``log_jumprelu_threshold [d_sae]``.
+    """Written by the OpenMOSS team's library in 2025: ``config.json`` and ``sae_weights.safetensors``.
 
-    The threshold is compared with ``p_i * |W_dec[i]|``. What activations were multiplied by is ``sqrt(d)`` divided by
-    ``dataset_average_activation_norm.<hook point>``, a scalar beside the weights; or else what our index knows.
+    The weights are linear layers and ``log_jumprelu_threshold [d_sae]``, which is compared with ``p_i * |W_dec[i]|``.
+    The scale of activations in training is ``sqrt(d) / dataset_average_activation_norm.<hook point>``, a scalar beside
+    the weights, or is read from the index.
 
     Source: fnlp/Llama-Scope-R1-Distill, OpenMOSS/Language-Model-SAEs of April 2025.
     """
@@ -40,22 +41,22 @@ class LlamaScopeR1Format(CheckpointFormat):
     files = (WEIGHTS,)
 
     def addresses(self, location: Location) -> list[str]:
-        """Return the folders that have both files."""
+        """Return the folders with both files."""
         return folders_with(location, CONFIG, WEIGHTS)
 
     def claims(self, location: Location) -> bool:
-        """Whether both files are there, and the weights are linear layers."""
+        """Whether both files exist, and the weights are linear layers."""
         return is_trained_folder(location) and "encoder.weight" in location.content(WEIGHTS)
 
     def open(self, location: Location, *, variant: str | None = None) -> Checkpoint:
-        """Read conventions and place from ``config.json``, shapes and scales from the weights.
+        """Read conventions and site from ``config.json``, shapes and scales from the weights.
 
         Raises:
-            CheckpointError: if the configuration says something that is not known here.
+            CheckpointError: if the configuration has an unknown value.
         """
         config, where = location.read_json(CONFIG), f"{CONFIG} of {location}"
         if text(config, "sae_type", where, "sae") != "sae":
-            raise CheckpointError(f"{where} says sae_type = {config['sae_type']!r}; expected 'sae'.")
+            raise CheckpointError(f"{where} has sae_type = {config['sae_type']!r}; expected 'sae'.")
         held = location.tensors(WEIGHTS)
         names = dict(NAMES)
         if flag(config, "use_decoder_bias", where, True):
@@ -68,7 +69,7 @@ class LlamaScopeR1Format(CheckpointFormat):
         stored = renamed(held, names, f"{WEIGHTS} of {location}", besides=averages)
         is_r1 = _R1.search(location.repo_id) is not None
         known = "deepseek-ai/DeepSeek-R1-Distill-Llama-8B" if is_r1 else None
-        return trained(
+        return checkpoint_as_trained(
             location,
             self.name,
             (CONFIG, WEIGHTS),
@@ -80,7 +81,7 @@ class LlamaScopeR1Format(CheckpointFormat):
         )
 
     def examples(self, root: Path) -> list[Example]:
-        """Write two mixtures of one layer, with and without decoder norms in the gate."""
+        """Write SAEs of two data mixtures, with and without decoder norms in the gate."""
         repo = "fnlp/Llama-Scope-R1-Distill"
         mixtures = ("800M-Slimpajama-0-OpenR1-Math-220k", "400M-Slimpajama-400M-OpenR1-Math-220k")
         made = [Example(repo, f"{mixture}/L{layer}R") for mixture, layer in zip(mixtures, (1, 0), strict=True)]
@@ -110,5 +111,5 @@ class LlamaScopeR1Format(CheckpointFormat):
 
 
 def is_trained_folder(location: Location) -> bool:
-    """Whether the folder has both files, and is not another library's, which calls its configuration ``cfg.json``."""
+    """Whether the folder has both files, and no ``cfg.json``, the name of another library's configuration."""
     return location.file is None and CONFIG in location and WEIGHTS in location and "cfg.json" not in location

@@ -1,4 +1,4 @@
-"""llamascopium, the OpenMOSS team's library, formerly Language-Model-SAEs: whatever its users train."""
+"""SAEs and transcoders trained with llamascopium (formerly Language-Model-SAEs), the OpenMOSS team's library."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..hub.location import Location
 from ..modeling.checkpoint import Checkpoint
 from ._config_values import flag, text
 from ._folders import folders_with
-from ._openmoss import AVERAGE, base_model_of, trained
+from ._openmoss import AVERAGE, base_model_of, checkpoint_as_trained
 from ._tensor_names import renamed
 from .base import CheckpointFormat, Example
 from .llama_scope_r1 import CONFIG, WEIGHTS, is_trained_folder
@@ -28,16 +28,17 @@ KINDS = {
     "molt": "a mixture of linear transforms, which has no decoder directions",
     "lorsa": "a low-rank sparse attention, whose latents depend on other tokens",
 }
-"""What the library trains besides SAEs and transcoders."""
+"""Other kinds of model that the library trains, which are not read."""
 
 
 class LlamascopiumFormat(CheckpointFormat):
-    """``config.json`` with a ``sae_type``; ``sae_weights.safetensors`` with ``W_E [d, d_sae]`` and ``W_D [d_sae, d]``.
+    """Written by llamascopium: ``config.json`` with a ``sae_type``, and ``sae_weights.safetensors``.
 
-    With ``sparsity_include_decoder_norm`` the activation function, any of relu, jumprelu, topk and batchtopk, sees
-    ``p_i * |W_D[i]|``, and latents are given in units of `p`; with ``use_glu_encoder`` ``p = (x @ W_E + b_E) *
-    sigmoid(x @ W_E_glu + b_E_glu)``. Activations are scaled as ``norm_activation`` says. A batch TopK, which keeps the
-    largest latents of all tokens it is given, encodes each token as a batch of its own.
+    The weights are ``W_E [d, d_sae]`` and ``W_D [d_sae, d]``. With ``sparsity_include_decoder_norm`` the activation
+    function (relu, jumprelu, topk or batchtopk) is applied to ``p_i * |W_D[i]|``, and active latents have the value
+    ``p_i``. With ``use_glu_encoder`` ``p = (x @ W_E + b_E) * sigmoid(x @ W_E_glu + b_E_glu)``. ``norm_activation``
+    determines the scaling of activations. A batch TopK, which selects the largest latents of all tokens of a batch,
+    encodes each token as its own batch.
 
     Source: OpenMOSS/Language-Model-SAEs, ``llamascopium.models.sae``, 2026.
     """
@@ -46,23 +47,23 @@ class LlamascopiumFormat(CheckpointFormat):
     files = (WEIGHTS,)
 
     def addresses(self, location: Location) -> list[str]:
-        """Return the folders that have both files."""
+        """Return the folders with both files."""
         return folders_with(location, CONFIG, WEIGHTS)
 
     def claims(self, location: Location) -> bool:
-        """Whether both files are there and the configuration has a ``sae_type``; not only for those that can be read.
+        """Whether both files exist and the configuration has a ``sae_type``, including kinds that cannot be read.
 
-        The library's earlier generation had linear layers, and is another format.
+        The library's earlier versions had linear layers, and are another format.
         """
         if not is_trained_folder(location) or "encoder.weight" in location.content(WEIGHTS):
             return False
         return isinstance(location.read_json(CONFIG).get("sae_type"), str)
 
     def open(self, location: Location, *, variant: str | None = None) -> Checkpoint:
-        """Read conventions and place from ``config.json``, shapes and scales from the weights.
+        """Read conventions and site from ``config.json``, shapes and scales from the weights.
 
         Raises:
-            CheckpointError: if it is neither an SAE nor a transcoder, or says something that is not known here.
+            CheckpointError: if it is neither an SAE nor a transcoder, or the configuration has an unknown value.
         """
         config, where = location.read_json(CONFIG), f"{CONFIG} of {location}"
         kind = text(config, "sae_type", where)
@@ -82,10 +83,12 @@ class LlamascopiumFormat(CheckpointFormat):
         averages = [name for name in held if name.startswith(AVERAGE)]
         stored = renamed(held, names, f"{WEIGHTS} of {location}", besides=averages)
         files = (CONFIG, WEIGHTS)
-        return trained(location, self.name, files, config, held, stored, base_model=base_model_of(location))
+        return checkpoint_as_trained(
+            location, self.name, files, config, held, stored, base_model=base_model_of(location)
+        )
 
     def examples(self, root: Path) -> list[Example]:
-        """Write one SAE of every activation function, a transcoder, a GLU, and each way of scaling activations."""
+        """Write one SAE of every activation function, a transcoder, GLUs, and each scaling of activations."""
         made = []
         for number, (folder, changes) in enumerate(_EXAMPLES.items()):
             made.append(Example("acme/llama-3.1-8b-llamascopium", folder))

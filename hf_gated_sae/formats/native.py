@@ -1,4 +1,4 @@
-"""Our own layout, that of any transformers model."""
+"""This library's own layout, that of any transformers model."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ CONFIG = "config.json"
 
 
 class NativeFormat(CheckpointFormat):
-    """``config.json`` with one of our model types, and ``model.safetensors``, whole or in shards with an index.
+    """Written by this library: ``config.json`` with one of its model types, and ``model.safetensors``.
 
-    A ``sae_metrics.json`` beside them, the measured facts, is fetched along.
+    The weights may be in shards with an index. A ``sae_metrics.json`` with measurements beside them is fetched, too.
     """
 
     name: ClassVar[str] = "native"
@@ -34,13 +34,13 @@ class NativeFormat(CheckpointFormat):
         return native_folders(location.files)
 
     def claims(self, location: Location) -> bool:
-        """Whether ``config.json`` names one of our model types, and a width: others have a ``topk_sae``, too."""
+        """Whether ``config.json`` has one of this library's model types, and a width, which other libraries lack."""
         if location.file is not None or CONFIG not in location or _architecture(location) not in architectures:
             return False
         return bool({"d_in", "d_sae"} & set(location.read_json(CONFIG)))
 
     def near_miss(self, location: Location) -> str | None:
-        """Explain a ``config.json`` of another kind of model."""
+        """Return why a ``config.json`` of another kind of model is not claimed."""
         if CONFIG not in location:
             return None
         model_type = location.read_json(CONFIG).get("model_type")
@@ -48,11 +48,11 @@ class NativeFormat(CheckpointFormat):
         if model_type is None:
             return f"Its {CONFIG} has no model_type; expected one of {', '.join(known)}."
         if not isinstance(model_type, str):
-            return f"Its {CONFIG} says model_type {shown(model_type)}, which is unknown. Known: {', '.join(known)}."
+            return f"Its {CONFIG} has model_type {shown(model_type)}, which is unknown. Known: {', '.join(known)}."
         close = did_you_mean(model_type, known, most=1)
         if not close and model_type in CONFIG_MAPPING:
-            return f"Its {CONFIG} says model_type {model_type!r}: that is a model of another kind, not an SAE."
-        return f"Its {CONFIG} says model_type {model_type!r}, which is unknown.{close} Known: {', '.join(known)}."
+            return f"Its {CONFIG} has model_type {model_type!r}: that is a model of another kind, not an SAE."
+        return f"Its {CONFIG} has model_type {model_type!r}, which is unknown.{close} Known: {', '.join(known)}."
 
     def open(self, location: Location, *, variant: str | None = None) -> Checkpoint:
         """Fetch configuration, weights and facts.
@@ -86,7 +86,7 @@ class NativeFormat(CheckpointFormat):
 
 
 def native_folders(files: Iterable[str]) -> list[str]:
-    """Return the folders, of files in a listing, that have a ``config.json`` and a ``model*.safetensors``."""
+    """Return the folders in a listing that have a ``config.json`` and a ``model*.safetensors``."""
     paths = [PurePosixPath(file) for file in files]
     described = {path.parent for path in paths if path.name == CONFIG}
     weighted = {path.parent for path in paths if path.match("model*.safetensors")}
@@ -94,13 +94,13 @@ def native_folders(files: Iterable[str]) -> list[str]:
 
 
 def _architecture(location: Location) -> str:
-    """Return the architecture that ``config.json`` names; empty if it names none."""
+    """Return the architecture in ``config.json``; empty if it has none."""
     model_type = location.read_json(CONFIG).get("model_type")
     return model_type.removesuffix("_sae") if isinstance(model_type, str) and model_type.endswith("_sae") else ""
 
 
 def _weights(location: Location, variant: str | None) -> list[str]:
-    """Return the files that hold the weights, the index first.
+    """Return the files of the weights, the index first.
 
     Raises:
         CheckpointError: if there are two sets of weights, or the index names no files.
@@ -114,7 +114,7 @@ def _weights(location: Location, variant: str | None) -> list[str]:
         return [whole]
     if index not in location:
         raise MissingFileError(
-            f"There is no {whole} in {location}. It holds {location.listing()}; expected the weights as safetensors: "
+            f"There is no {whole} in {location}. It has {location.listing()}; expected the weights as safetensors: "
             "save the SAE again with save_pretrained."
         )
     shards = location.read_json(index).get("weight_map")

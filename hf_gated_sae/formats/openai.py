@@ -16,9 +16,9 @@ from ..hub.location import Location
 from ..modeling import SAEConfig, SAEModel
 from ..modeling.checkpoint import Checkpoint
 from ._config_values import integer, mapping, one_of
-from ._folders import again
+from ._folders import mapped_again
 from ._tensor_names import renamed
-from .base import CheckpointFormat, Example, the_file, widths
+from .base import CheckpointFormat, Example, selected_file, widths
 
 SITES = {
     "mlp_post_act": "mlp_neurons",
@@ -27,7 +27,7 @@ SITES = {
     "resid_post_attn": "resid_mid",
     "resid_post_mlp": "resid_post",
 }
-"""By the location in the name of the folder."""
+"""Sites by the location in the name of the folder."""
 ALWAYS = {"pre_bias", "latent_bias", "encoder.weight"}
 UNTIED, TIED = "decoder.weight", "decoder.linear.weight"
 BESIDES = (
@@ -42,14 +42,15 @@ BESIDES = (
 BASE_MODEL = "openai-community/gpt2"
 
 _FILE = re.compile(r"(?!final_sparse_autoencoder_)[^/]*\.pt")
-_ADDRESS = re.compile(r"(?:.*/)?(?P<place>" + "|".join(SITES) + r")(?:_v\w+)?/autoencoders/(?P<layer>\d+)\.pt")
+_ADDRESS = re.compile(r"(?:.*/)?(?P<location>" + "|".join(SITES) + r")(?:_v\w+)?/autoencoders/(?P<layer>\d+)\.pt")
 
 
 class OpenAIFormat(CheckpointFormat):
-    """``<location>[_v4|_v5_32k|_v5_128k]/autoencoders/<layer>.pt``: ``encoder.weight [d_sae, d_in]``, ``pre_bias`` ...
+    """Written by OpenAI: ``<location>[_v4|_v5_32k|_v5_128k]/autoencoders/<layer>.pt``, without a configuration.
 
-    TopK SAEs normalise each token (mean and standard deviation, undone after decoding), as OpenAI's loader assumes;
-    those with a ReLU do not. The site is in the names of folder and file, and is unknown for a file elsewhere.
+    The tensors are ``encoder.weight [d_sae, d_in]``, ``pre_bias``, ``latent_bias`` and a decoder. TopK SAEs normalise
+    each token (mean and standard deviation, undone after decoding), as OpenAI's loader assumes; those with a ReLU do
+    not. The site is read from the names of folder and file, and is unknown for a file with another path.
 
     Source: openai/sparse_autoencoder.
     """
@@ -59,20 +60,20 @@ class OpenAIFormat(CheckpointFormat):
     any_name: ClassVar[bool] = True
 
     def addresses(self, location: Location) -> list[str]:
-        """Return the files whose path is that of the layout."""
+        """Return the files with a path of this layout."""
         prefix = f"{location.subfolder}/" if location.subfolder else ""
         return [file for file in location.files if _ADDRESS.fullmatch(f"{prefix}{file}")]
 
     def claims(self, location: Location) -> bool:
-        """Whether there is one ``.pt`` file, and it holds these tensors."""
-        file = the_file(location, _FILE)
+        """Whether there is one ``.pt`` file, and it has these tensors."""
+        file = selected_file(location, _FILE)
         return file is not None and set(location.content(file)) >= ALWAYS
 
     def open(self, location: Location, *, variant: str | None = None) -> Checkpoint:
-        """Read shapes from the header, the activation from the file, and the place from its path."""
-        file = the_file(location, _FILE)
+        """Read shapes from the header, the activation from the file, and the site from its path."""
+        file = selected_file(location, _FILE)
         if file is None:
-            raise CheckpointError(f"{location} is no .pt file; expected one, such as 'autoencoders/5.pt'.")
+            raise CheckpointError(f"{location} is not a .pt file; expected one, such as 'autoencoders/5.pt'.")
         content, where = location.content(file), f"{file} of {location}"
         model_class, settings = _activation(content, where)
         tied = TIED in content
@@ -80,11 +81,13 @@ class OpenAIFormat(CheckpointFormat):
         names |= {"b_enc": "latent_bias", "b_dec": "pre_bias"}
         stored = renamed(content, names, where, besides=BESIDES)
         if tied:  # the two names share one matrix
-            stored["W_dec"] = again(stored["W_dec"], location, file)
+            stored["W_dec"] = mapped_again(stored["W_dec"], location, file)
         d_sae, d_in, d_out = widths(stored)
         address = location.address if location.file else "/".join(filter(None, (location.subfolder, file)))
         config_class: Any = model_class.config_class
-        config: SAEConfig = config_class(d_in=d_in, d_sae=d_sae, d_out=d_out, **settings, **_place(location, address))
+        config: SAEConfig = config_class(
+            d_in=d_in, d_sae=d_sae, d_out=d_out, **settings, **_site_fields(location, address)
+        )
         return Checkpoint(model_class, config, location.origin(self.name, [file]), stored)
 
     def examples(self, root: Path) -> list[Example]:
@@ -109,7 +112,7 @@ class OpenAIFormat(CheckpointFormat):
             if "mlp_post_act" in example.address:
                 state[TIED] = state["encoder.weight"]
             else:
-                # As a layer keeps it: a transposed view of the encoder that training started from.
+                # As the real files have it: training starts from a transposed view of the encoder.
                 state[UNTIED] = torch.randn(s, d, generator=generator).T
             if "_v5" in example.address:
                 state |= {"activation.k": 5, "activation.postact_fn": "ReLU", "activation": "TopK"}
@@ -126,7 +129,7 @@ def _activation(content: dict[str, Any], where: str) -> tuple[type[SAEModel], di
     """Return the architecture, and its settings.
 
     Raises:
-        CheckpointError: if the activation is none of those that were published.
+        CheckpointError: if the activation is not one of the published SAEs'.
     """
     if one_of(content, "activation", where, ("ReLU", "TopK"), "ReLU") == "ReLU":
         return StandardSAE, {}
@@ -135,10 +138,10 @@ def _activation(content: dict[str, Any], where: str) -> tuple[type[SAEModel], di
     return TopKSAE, {"k": integer(state, "k", where), "normalization": "layer_norm"}
 
 
-def _place(location: Location, address: str) -> dict[str, Any]:
-    """Return site and base model as far as the names tell."""
+def _site_fields(location: Location, address: str) -> dict[str, Any]:
+    """Return the fields for site and base model that index and names determine."""
     facts = index.known_facts(location.repo_id, address)
     named = re.search(r"gpt-?2", f"{location.repo_id}/{address}", re.IGNORECASE)
-    place = {"base_model": facts.get("base_model") or (BASE_MODEL if named else None)}
+    fields = {"base_model": facts.get("base_model") or (BASE_MODEL if named else None)}
     found = _ADDRESS.fullmatch(address)
-    return {**place, "site": f"{SITES[found['place']]}.{int(found['layer'])}"} if found else place
+    return {**fields, "site": f"{SITES[found['location']]}.{int(found['layer'])}"} if found else fields

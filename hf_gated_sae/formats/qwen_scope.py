@@ -15,7 +15,7 @@ from ..hub.location import Location
 from ..modeling.checkpoint import Checkpoint
 from ._config_values import integer
 from ._tensor_names import renamed
-from .base import CheckpointFormat, Example, the_file, widths
+from .base import CheckpointFormat, Example, selected_file, widths
 
 FILE = re.compile(r"layer(?P<layer>\d+)\.sae\.pt")
 CONFIG = "config.json"
@@ -24,11 +24,11 @@ _REPO = re.compile(r"SAE-Res-(?P<model>.+)-W\d+K-L0_(?P<k>\d+)")
 
 
 class QwenScopeFormat(CheckpointFormat):
-    """``layer0.sae.pt``, ``layer1.sae.pt`` ... in one folder; each is addressed by its file.
+    """Written by the Qwen team: ``layer0.sae.pt``, ``layer1.sae.pt`` ... in one folder; the address is the file.
 
-    ``W_enc [d_sae, d]`` and ``W_dec [d, d_sae]``, in spite of the names. The `k` largest pre-latents of a token are
-    kept as they are, without a ReLU, of the residual stream after the block. `k` and the base model are in the
-    repository's name, ``Qwen/SAE-Res-Qwen3-8B-Base-W64K-L0_50``. Qwen has no BOS token.
+    The tensors are ``W_enc [d_sae, d]`` and ``W_dec [d, d_sae]``, contrary to the usual orientation. Latents are the
+    `k` largest pre-latents of a token, without a ReLU, of the residual stream after the block. `k` and the base model
+    are in the repository's name, ``Qwen/SAE-Res-Qwen3-8B-Base-W64K-L0_50``. Qwen has no BOS token.
 
     Source: the example on the model cards of Qwen/SAE-Res-*.
     """
@@ -41,19 +41,19 @@ class QwenScopeFormat(CheckpointFormat):
         return [file for file in location.files if FILE.fullmatch(file.rsplit("/", 1)[-1])]
 
     def claims(self, location: Location) -> bool:
-        """Whether a file of such a name, and none but that, is meant, and holds Qwen-Scope's tensors."""
+        """Whether the address is a file with such a name and Qwen-Scope's tensors."""
         if location.file is None:
             return False
-        file = the_file(location, FILE)
+        file = selected_file(location, FILE)
         return file is not None and set(location.content(file)) == {"W_enc", "W_dec", "b_enc", "b_dec"}
 
     def open(self, location: Location, *, variant: str | None = None) -> Checkpoint:
         """Read shapes from the header, layer, `k` and base model from the names of file and repository.
 
         Raises:
-            CheckpointError: if the names do not say `k`.
+            CheckpointError: if the names do not have `k`.
         """
-        file = the_file(location, FILE) or ""
+        file = selected_file(location, FILE) or ""
         stored = renamed(location.tensors(file), NAMES, f"{file} of {location}")
         d_sae, d_in, d_out = widths(stored)
         layer, repo = FILE.fullmatch(file), _REPO.search(location.repo_id)
@@ -85,19 +85,19 @@ class QwenScopeFormat(CheckpointFormat):
 
 
 def _k(location: Location) -> int:
-    """Return the number of latents that are kept, by the repository's name and, if there is one, ``config.json``.
+    """Return the number of selected latents, from the repository's name and, if there is one, ``config.json``.
 
     Raises:
-        CheckpointError: if neither says it, or they disagree.
+        CheckpointError: if neither has it, or they disagree.
     """
     named = _REPO.search(location.repo_id)
-    said = [int(named["k"])] if named else []
+    stated = [int(named["k"])] if named else []
     if CONFIG in location:
         found = integer(location.read_json(CONFIG), "k", f"{CONFIG} of {location}", None)
-        said += [] if found is None else [found]
-    if len(set(said)) != 1:
+        stated += [] if found is None else [found]
+    if len(set(stated)) != 1:
         raise CheckpointError(
-            f"How many latents of {location} are kept is {' or '.join(map(str, said)) or 'not said'}; expected it at "
-            "the end of the repository's name, as in SAE-Res-Qwen3-8B-Base-W64K-L0_50: keep that name for the folder."
+            f"The k of {location} is {' or '.join(map(str, stated)) or 'not stated'}; expected it at the end of the "
+            "repository's name, as in SAE-Res-Qwen3-8B-Base-W64K-L0_50: keep that name for the folder."
         )
-    return said[0]
+    return stated[0]

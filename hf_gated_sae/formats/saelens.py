@@ -22,10 +22,10 @@ from ..modeling import SAEModel
 from ..modeling.checkpoint import Checkpoint, Tensors
 from ..storage import StoredTensor
 from ._config_values import flag, integer, mapping, number, one_of
-from ._folders import again, folders_with
+from ._folders import folders_with, mapped_again
 from ._folding import fold_decoder_norms, fold_input_scale
-from ._saelens_finetuned import FINETUNED, finetuning
-from ._saelens_sites import SCALER, no_output, normalized, places
+from ._saelens_finetuned import FINETUNED, finetuning_step
+from ._saelens_sites import SCALER, no_output, normalized, site_fields
 from ._tensor_names import renamed
 from .base import CheckpointFormat, Example, widths
 from .temporal import attention_names, attention_settings, matrix_shape
@@ -38,15 +38,15 @@ Step = Callable[[Tensors], Tensors]
 
 @dataclass(frozen=True)
 class Kind:
-    """What an architecture of SAELens is here.
+    """How an architecture of SAELens is read.
 
     Attributes:
-        model_class: our class.
-        vectors: its tensors of one number per latent, the same in the file.
-        transcoder: whether its output belongs elsewhere.
+        model_class: this library's class.
+        vectors: names of its tensors with one number per latent, which are the same in the file.
+        transcoder: whether its output is at another site.
         skip: whether it has a skip connection.
-        k: whether it keeps a given number of latents.
-        batch_threshold: whether training selects by batch, and the file holds one threshold for all latents.
+        k: whether it selects k latents.
+        batch_threshold: whether training selects latents by batch, and the file has one threshold for all latents.
     """
 
     model_class: type[SAEModel]
@@ -72,18 +72,19 @@ KINDS = {
     "batchtopk": Kind(JumpReLUSAE, batch_threshold=True),
     "matryoshka_batchtopk": Kind(JumpReLUSAE, batch_threshold=True),
 }
-"""By the name in ``cfg.json``. What is trained as BatchTopK is used, and by its owner published, as JumpReLU."""
+"""Kinds by the architecture's name in ``cfg.json``. SAELens publishes SAEs trained as BatchTopK as JumpReLU."""
 
 
 class SAELensFormat(CheckpointFormat):
-    """``cfg.json`` with an object ``metadata``, and ``sae_weights.safetensors``, as SAELens 6 saves.
+    """Written by SAELens 6 and later: ``cfg.json`` with an object ``metadata``, and ``sae_weights.safetensors``.
 
-    ``W_enc [d_in, d_sae]``, ``W_dec [d_sae, d_out]``, and vectors by the architecture; ``sparsity.safetensors`` and
-    ``runner_cfg.json`` beside them are left alone. Folders of checkpoints from the middle of training are read, too.
+    The weights are ``W_enc [d_in, d_sae]``, ``W_dec [d_sae, d_out]`` and the architecture's vectors.
+    ``sparsity.safetensors`` and ``runner_cfg.json`` beside them are ignored. Checkpoints from the middle of training
+    are read, too.
 
-    What is trained on scaled activations needs the scale, which the file does not hold: it is read from
-    ``activation_scaler.json`` of such a checkpoint, or known from the index, else loading stops. Where TopK ranks
-    latents times the norm of their decoder rows, the norms are folded into the weights.
+    An SAE trained on scaled activations needs the scale, which ``cfg.json`` does not have: it is read from
+    ``activation_scaler.json`` of such a checkpoint or from the index, else loading raises. Where TopK ranks latents
+    times the norm of their decoder rows, the norms are folded into the weights.
 
     Source: decoderesearch/SAELens, version 6.
     """
@@ -92,7 +93,7 @@ class SAELensFormat(CheckpointFormat):
     files = (WEIGHTS,)
 
     def addresses(self, location: Location) -> list[str]:
-        """Return the folders with both files; which version wrote them is not looked at."""
+        """Return the folders with both files, of any version of SAELens."""
         return folders_with(location, CONFIG, WEIGHTS)
 
     def claims(self, location: Location) -> bool:
@@ -102,61 +103,61 @@ class SAELensFormat(CheckpointFormat):
         return isinstance(location.read_json(CONFIG).get("metadata"), dict)
 
     def open(self, location: Location, *, variant: str | None = None) -> Checkpoint:
-        """Read shapes from the header, and all else from ``cfg.json`` and, for a running training, the scale."""
+        """Read shapes from the header, the rest from ``cfg.json`` and, in the middle of training, the scale's file."""
         cfg, where = location.read_json(CONFIG), f"{CONFIG} of {location}"
         kind = KINDS[one_of(cfg, "architecture", where, tuple(KINDS))]
-        return described(location, self.name, kind, cfg, mapping(cfg, "metadata", where))
+        return described_checkpoint(location, self.name, kind, cfg, mapping(cfg, "metadata", where))
 
     def examples(self, root: Path) -> list[Example]:
         """Write an SAE of every architecture, normalisation, and kind of folder name."""
-        from ._saelens_examples import write_current  # what only tests need
+        from ._saelens_examples import write_current  # only tests need it
 
         return write_current(root)
 
 
-def described(
+def described_checkpoint(
     location: Location,
     layout: str,
     kind: Kind,
     cfg: Mapping[str, Any],
     metadata: Mapping[str, Any],
 ) -> Checkpoint:
-    """Describe an SAE of SAELens by its headers.
+    """Describe an SAE of SAELens from its headers.
 
     Args:
         location: its folder.
         layout: name of the format.
-        kind: what its architecture is.
-        cfg: its configuration, under the names of version 6.
-        metadata: what it says of training.
+        kind: its architecture.
+        cfg: its configuration, with the key names of version 6.
+        metadata: the part of it that describes training.
 
     Raises:
         CheckpointError: if something is missing, unknown or contradictory.
     """
     where = f"{CONFIG} of {location}"
     facts = index.known_facts(location.repo_id, location.address)
-    place = places(metadata, facts, where, transcoder=kind.transcoder)
-    implied = place.pop("normalization")
+    fields = site_fields(metadata, facts, where, transcoder=kind.transcoder)
+    implied = fields.pop("normalization")
     normalization, scale = normalized(cfg, implied, facts, location, where)
     if kind.skip and normalization != implied:
         raise CheckpointError(
-            f"{where} says normalize_activations = {shown(cfg.get('normalize_activations'))} of a transcoder whose "
-            "skip connection reads the plain input. It would need a skip connection that reads another input than the "
-            "encoder, which there is none here: it cannot be loaded."
+            f"{where} has normalize_activations = {shown(cfg.get('normalize_activations'))} for a transcoder "
+            "whose skip connection reads the unnormalised input. A skip connection with another input than the "
+            "encoder is not supported: it cannot be loaded."
         )
-    settings: dict[str, Any] = {"normalization": normalization, **place}
-    # A transcoder's bias has another width than its input; SAELens refuses to build one that subtracts it.
+    settings: dict[str, Any] = {"normalization": normalization, **fields}
+    # SAELens refuses transcoders that subtract the decoder bias, whose width may differ from the input's.
     settings["apply_b_dec_to_input"] = flag(cfg, "apply_b_dec_to_input", where, not kind.transcoder)
     settings |= {"skip_connection": True} if kind.skip else {}
     settings |= {"k": integer(cfg, "k", where)} if kind.k else {}
     own = _own_settings(kind, cfg, where, scale)
-    tuning = finetuning(location, WEIGHTS, cfg, where) if kind.vectors else None
+    tuning = finetuning_step(location, WEIGHTS, cfg, where) if kind.vectors else None
     names = _names(kind, is_tied=_is_tied(kind, cfg, where), is_tuned=tuning is not None)
     names |= attention_names(own.get("attention_layers", 0))
     stored = renamed(location.tensors(WEIGHTS), names, f"{WEIGHTS} of {location}")
     if _is_tied(kind, cfg, where):
-        stored["W_enc_T"] = again(stored["W_dec"], location, WEIGHTS)
-    settings |= _agreed(stored, cfg, where)
+        stored["W_enc_T"] = mapped_again(stored["W_dec"], location, WEIGHTS)
+    settings |= _consistent_widths(stored, cfg, where)
     config = kind.model_class.config_class(**settings, **own)
     arithmetic = [
         *([tuning] if tuning else []),
@@ -169,13 +170,13 @@ def described(
         location.origin(layout, read),
         stored,
         frozenset({"b_dec", "W_skip"}),
-        partial(_in_turn, steps=arithmetic),
+        partial(_in_sequence, steps=arithmetic),
         unsaid={"site_out": no_output(metadata, where)} if kind.transcoder else {},
     )
 
 
 def _names(kind: Kind, *, is_tied: bool, is_tuned: bool) -> dict[str, str]:
-    """Return the file's name for each tensor of ours, and for those that are folded into them."""
+    """Return the name in the file of each parameter, and of each tensor that is folded into one."""
     same = ["W_dec", "b_dec", *kind.vectors]
     same += ["W_skip"] if kind.skip else []
     same += ["topk_threshold"] if kind.batch_threshold else []
@@ -185,12 +186,12 @@ def _names(kind: Kind, *, is_tied: bool, is_tuned: bool) -> dict[str, str]:
 
 
 def _own_settings(kind: Kind, cfg: Mapping[str, Any], where: str, scale: float) -> dict[str, Any]:
-    """Return the fields that only one architecture has."""
+    """Return the configuration fields that only one architecture has."""
     if kind.model_class is TemporalSAE:
         return {**attention_settings(cfg, where), "scaling_factor": scale}
     if kind.model_class is MatchingPursuitSAE:
         return {
-            # Measured in units of what is pursued, which is here the plain activation.
+            # At the scale of the pursued vector, which is the unscaled activation here.
             "residual_threshold": float(number(cfg, "residual_threshold", where)) / scale,
             "max_iterations": integer(cfg, "max_iterations", where, None),
             "stop_on_duplicate_support": flag(cfg, "stop_on_duplicate_support", where, True),
@@ -203,49 +204,49 @@ def _is_tied(kind: Kind, cfg: Mapping[str, Any], where: str) -> bool:
 
 
 def _arithmetic(kind: Kind, cfg: Mapping[str, Any], where: str, scale: float, centred: bool) -> list[Step]:
-    """Return what makes the stored tensors ours, in turn."""
+    """Return the steps that turn the stored tensors into the parameters."""
     if kind.model_class is TemporalSAE:
-        # SAELens's tied one leaves the bias out of the output, too, where it does not subtract it.
+        # SAELens's tied one does not add the bias to the output either, if it does not subtract it.
         return [] if centred or not _is_tied(kind, cfg, where) else [_without_bias]
     if kind.model_class is MatchingPursuitSAE:
         return [partial(_pursuit_bias, scale=scale) if centred else _without_bias]
     steps: list[Step] = [partial(fold_input_scale, scale=scale)] if scale != 1 else []
     if flag(cfg, "rescale_acts_by_decoder_norm", where, False) and (kind.k or kind.batch_threshold):
-        # On the trained decoder: its rows' norms, by which latents are ranked, are in units of the scaled output.
+        # First, as latents are ranked by the norms of the trained decoder's rows, at the scale of the scaled output.
         steps.insert(0, fold_decoder_norms)
     return [*steps, _threshold_for_all] if kind.batch_threshold else steps
 
 
-def _in_turn(tensors: Tensors, steps: Sequence[Step]) -> Tensors:
+def _in_sequence(tensors: Tensors, steps: Sequence[Step]) -> Tensors:
     for step in steps:
         tensors = step(tensors)
     return tensors
 
 
 def _threshold_for_all(tensors: Tensors) -> Tensors:
-    """Give every latent the one threshold, which was averaged in float64."""
+    """Give every latent the same threshold, which was averaged in float64."""
     threshold = tensors.pop("topk_threshold").float()
     tensors["threshold"] = threshold.expand(len(tensors["W_dec"])).clone()
     return tensors
 
 
 def _without_bias(tensors: Tensors) -> Tensors:
-    """Leave a bias out that the owner neither subtracts nor adds."""
+    """Set a bias to zero that SAELens neither subtracts nor adds."""
     tensors["b_dec"] = tensors["b_dec"] * 0
     return tensors
 
 
 def _pursuit_bias(tensors: Tensors, scale: float) -> Tensors:
-    """Bring the bias to the units of the activations; rows and latents, being tied, change theirs by themselves."""
+    """Divide the bias by the scale of the activations; tied decoder rows stay, and latents scale with the input."""
     tensors["b_dec"] = tensors["b_dec"] / scale
     return tensors
 
 
-def _agreed(stored: Mapping[str, StoredTensor], cfg: Mapping[str, Any], where: str) -> dict[str, int]:
-    """Return the widths, in which the tensors and the configuration agree as far as it says them.
+def _consistent_widths(stored: Mapping[str, StoredTensor], cfg: Mapping[str, Any], where: str) -> dict[str, int]:
+    """Return the widths of the tensors.
 
     Raises:
-        CheckpointError: if they do not.
+        CheckpointError: if the configuration states other ones.
     """
     if "W_enc_T" in stored:
         d_sae, d_in, d_out = widths(stored)
@@ -254,10 +255,10 @@ def _agreed(stored: Mapping[str, StoredTensor], cfg: Mapping[str, Any], where: s
         d_out = d_in
     found = {"d_in": d_in, "d_sae": d_sae, "d_out": d_out}
     for name, width in found.items():
-        said = integer(cfg, name, where, width)
-        if said != width:
+        stated = integer(cfg, name, where, width)
+        if stated != width:
             raise CheckpointError(
-                f"{where} says {name} = {said}, and the tensors beside it have {width}: these files do not belong "
-                "together. Fetch or save both again."
+                f"{where} has {name} = {stated}, and the tensors beside it have {width}: the two files are not of the "
+                "same SAE. Fetch or save both again."
             )
     return found

@@ -15,7 +15,7 @@ from ._config_values import integer, mapping, one_of
 from ._folders import folders_with
 from ._saelens_sites import EXPECTED_AVERAGE
 from .base import CheckpointFormat, Example
-from .saelens import CONFIG, KINDS, WEIGHTS, Kind, described
+from .saelens import CONFIG, KINDS, WEIGHTS, Kind, described_checkpoint
 
 PICKLES = ("final_sparse_autoencoder_*.pt", "*.pkl.gz")
 ARCHITECTURES = ("standard", "gated", "jumprelu", "topk")
@@ -30,11 +30,11 @@ TANH_RELU = Kind(TanhReLUSAE)
 
 
 class SAELensLegacyFormat(CheckpointFormat):
-    """``cfg.json``, flat, and ``sae_weights.safetensors``, as SAELens 2 to 5 saved.
+    """Written by SAELens 2 to 5: ``cfg.json`` without ``metadata``, and ``sae_weights.safetensors``.
 
     Version 2 wrote the whole configuration of the training run, with ``hook_point``; versions 3 to 5 the SAE's own,
-    with ``hook_name``. A tensor ``scaling_factor [d_sae]``, from fine-tuning, multiplies the latents when they are
-    decoded; here the decoder's rows.
+    with ``hook_name``. A tensor ``scaling_factor [d_sae]`` from fine-tuning scales the latents on decoding; it is
+    folded into the decoder's rows.
 
     Source: jbloomAus/SAELens, versions 2 to 5.
     """
@@ -43,7 +43,7 @@ class SAELensLegacyFormat(CheckpointFormat):
     files = (WEIGHTS,)
 
     def addresses(self, location: Location) -> list[str]:
-        """Return the folders with both files; which version wrote them is not looked at."""
+        """Return the folders with both files, of any version of SAELens."""
         return folders_with(location, CONFIG, WEIGHTS)
 
     def claims(self, location: Location) -> bool:
@@ -53,31 +53,31 @@ class SAELensLegacyFormat(CheckpointFormat):
         return not isinstance(location.read_json(CONFIG).get("metadata"), dict)
 
     def near_miss(self, location: Location) -> str | None:
-        """Explain pickles of version 1 and before."""
+        """Return why pickles of version 1 and before are not read."""
         names = [location.file] if location.file else location.files
         for name in names:
             if any(fnmatch.fnmatch(PurePosixPath(name).name, pattern) for pattern in PICKLES):
                 return (
-                    f"{name} is a checkpoint of SAELens 1 or older, a pickle of its own classes, which is not opened: "
-                    "it could run any code. Look for a copy in safetensors (GPT2-Small-SAEs has one, "
-                    "jbloom/GPT2-Small-SAEs-Reformatted), or convert it with SAELens 2 on a machine where you trust "
-                    f"the file, and load the folder with {CONFIG} and {WEIGHTS}."
+                    f"{name} is a checkpoint of SAELens 1 or older, a pickle of its own classes, which is not opened, "
+                    "as it could run any code. Look for a copy in safetensors (GPT2-Small-SAEs has one, "
+                    "jbloom/GPT2-Small-SAEs-Reformatted), or, if you trust the file, convert it with SAELens 2 and "
+                    f"load the folder with {CONFIG} and {WEIGHTS}."
                 )
         return None
 
     def open(self, location: Location, *, variant: str | None = None) -> Checkpoint:
-        """Read shapes from the header, and all else from ``cfg.json``."""
+        """Read shapes from the header, the rest from ``cfg.json``."""
         where = f"{CONFIG} of {location}"
         cfg = {RENAMED.get(name, name): value for name, value in location.read_json(CONFIG).items()}
         cfg = {**cfg, **_activation(cfg, where)}
         kind = cfg.pop("kind")
         if isinstance(cfg.get("normalize_activations"), bool):  # version 3
             cfg["normalize_activations"] = EXPECTED_AVERAGE if cfg["normalize_activations"] else "none"
-        return described(location, self.name, kind, cfg, cfg)
+        return described_checkpoint(location, self.name, kind, cfg, cfg)
 
     def examples(self, root: Path) -> list[Example]:
         """Write SAEs of every version, architecture and normalisation."""
-        from ._saelens_examples import write_legacy  # what only tests need
+        from ._saelens_examples import write_legacy  # only tests need it
 
         return write_legacy(root)
 
@@ -86,7 +86,7 @@ def _activation(cfg: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return the architecture as a `Kind`, and `k`.
 
     Raises:
-        CheckpointError: if architecture and activation do not go together.
+        CheckpointError: if SAELens has no such architecture with that activation.
     """
     architecture = one_of(cfg, "architecture", where, ARCHITECTURES, "standard")
     activation = one_of(cfg, "activation_fn", where, ACTIVATIONS, "topk" if architecture == "topk" else "relu")
@@ -96,7 +96,7 @@ def _activation(cfg: Mapping[str, Any], where: str) -> dict[str, Any]:
         return {"kind": TANH_RELU}
     if activation != "relu":
         raise CheckpointError(
-            f"{where} says architecture = {architecture!r} with the activation {activation!r}; expected 'relu' there, "
-            "as nothing else is known of such an SAE."
+            f"{where} has architecture = {architecture!r} with the activation {activation!r}; expected 'relu' "
+            "with that architecture."
         )
     return {"kind": KINDS[architecture]}

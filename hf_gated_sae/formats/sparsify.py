@@ -39,16 +39,17 @@ _EMBEDDING = re.compile(r"(?:\w+\.)*(?:embed_tokens|embed_in|wte)")
 
 
 class SparsifyFormat(CheckpointFormat):
-    """``<hookpoint>/sae.safetensors`` with ``cfg.json``, or ``<hookpoint>/seed<n>/`` where several were trained.
+    """Written by EleutherAI's sparsify: ``<hookpoint>/sae.safetensors`` and ``<hookpoint>/cfg.json``.
 
-    The hookpoint is the path of a module inside the base model. An SAE reads what the module gives; a transcoder
-    (``transcode``) reads what it takes and writes what it gives, and does not subtract ``b_dec``. A block's sides are
-    the residual stream; any other module is named by its path, since what an ``mlp`` gives is not in every family
-    what is added to the stream. ``config.json`` at the root of the run, where it is there, says the base model.
+    With several seeds the folders are ``<hookpoint>/seed<n>/``. The hookpoint is the path of a module inside the base
+    model. An SAE reads the module's output. A transcoder (``transcode``) reads the module's input, writes its output,
+    and does not subtract ``b_dec``. Input and output of a block are the residual stream; other modules are named by
+    their path, as in some families the output of ``mlp`` is not what is added to the stream. An optional
+    ``config.json`` at the root of the training run names the base model.
 
-    Transcoders of before February 2025 say ``transcode`` in that file only, and do subtract ``b_dec``. ``signed``, of
-    mid-2024, means that the k largest by magnitude are kept with their sign. ``multi_topk`` and ``normalize_decoder``
-    are about training. Missing keys have the library's defaults.
+    Transcoders from before February 2025 have ``transcode`` in that file only, and do subtract ``b_dec``. ``signed``,
+    of mid-2024, means that the k latents of largest magnitude are selected, with their sign. ``multi_topk`` and
+    ``normalize_decoder`` only concern training. Missing keys have the library's defaults.
 
     Source: EleutherAI/sparsify, ``sparse_coder.py``, ``fused_encoder.py``, ``config.py``, ``trainer.py``.
     """
@@ -61,14 +62,14 @@ class SparsifyFormat(CheckpointFormat):
         return folders_with(location, FILE, CONFIG)
 
     def claims(self, location: Location) -> bool:
-        """Whether there are both files."""
+        """Whether the folder has both files."""
         return location.file is None and FILE in location and CONFIG in location
 
     def open(self, location: Location, *, variant: str | None = None) -> Checkpoint:
-        """Read the configuration and the run's, and names and shapes from the header.
+        """Read the SAE's and the training run's configuration, and names and shapes from the header.
 
         Raises:
-            CheckpointError: if the configuration cannot be used, or is not that of the tensors.
+            CheckpointError: if the configuration cannot be used, or does not match the tensors.
         """
         where = f"{CONFIG} of {location}"
         config = location.read_json(CONFIG)
@@ -79,16 +80,16 @@ class SparsifyFormat(CheckpointFormat):
         _require_widths(config, d_in, d_sae, where)
         subtracts = not flag(config, "transcode", where, False)
         model_class, settings = _architecture(config, where)
-        made = model_class.config_class(
+        sae_config = model_class.config_class(
             d_in=d_in,
             d_sae=d_sae,
             d_out=d_out,
             apply_b_dec_to_input=subtracts,
             skip_connection=skips,
-            **_place(location, transcodes=not subtracts),
+            **_site_fields(location, transcodes=not subtracts),
             **settings,
         )
-        return Checkpoint(model_class, made, location.origin(self.name, [CONFIG, FILE]), stored)
+        return Checkpoint(model_class, sae_config, location.origin(self.name, [CONFIG, FILE]), stored)
 
     def examples(self, root: Path) -> list[Example]:
         """Write SAEs and transcoders of every activation, of old and new versions."""
@@ -129,12 +130,12 @@ class SparsifyFormat(CheckpointFormat):
 
 
 def _require_widths(config: Mapping[str, Any], d_in: int, d_sae: int, where: str) -> None:
-    """Raise unless the tensors have the widths that the configuration says."""
-    said = {"d_in": (integer(config, "d_in", where, d_in), d_in)}
-    said["num_latents"] = (integer(config, "num_latents", where, 0) or d_sae, d_sae)
-    for name, (value, found) in said.items():
+    """Raise unless the tensors have the widths in the configuration."""
+    stated = {"d_in": (integer(config, "d_in", where, d_in), d_in)}
+    stated["num_latents"] = (integer(config, "num_latents", where, 0) or d_sae, d_sae)
+    for name, (value, found) in stated.items():
         if value != found:
-            raise CheckpointError(f"{where} says {name} = {value}, but the tensors have {found}: fetch both again.")
+            raise CheckpointError(f"{where} has {name} = {value}, but the tensors have {found}: fetch both again.")
 
 
 def _architecture(config: Mapping[str, Any], where: str) -> tuple[type[SAEModel], dict[str, Any]]:
@@ -146,37 +147,39 @@ def _architecture(config: Mapping[str, Any], where: str) -> tuple[type[SAEModel]
     return (GroupMaxSAE, {"groups": k}) if activation == "groupmax" else (TopKSAE, {"k": k})
 
 
-def _place(location: Location, *, transcodes: bool) -> dict[str, Any]:
-    """Return sites and base model, as far as folder names and the run's configuration say.
+def _site_fields(location: Location, *, transcodes: bool) -> dict[str, Any]:
+    """Return the fields for sites and base model that folder names and the run's configuration determine.
 
     Args:
         location: the folder.
-        transcodes: what the SAE's own configuration says; an old run's may say it instead.
+        transcodes: ``transcode`` in the SAE's configuration; old ones have it in the run's instead.
     """
     folders = _unseeded(location.subfolder.split("/") if location.subfolder else [])
     run, where = _run(location, folders)
     model = repository_of(text(run, "model", where, None))
     if model is None:
         model = known_facts(location.repo_id, location.address).get("base_model")
-    place: dict[str, Any] = {"base_model": model}
+    fields: dict[str, Any] = {"base_model": model}
     if model is not None:
-        place["base_model_revision"] = text(run, "revision", where, None)
-    hookpoint = (folders or _unseeded(location.repo_id.split("/")) or [""])[-1]  # a local folder may itself be one
+        fields["base_model_revision"] = text(run, "revision", where, None)
+    hookpoint = (folders or _unseeded(location.repo_id.split("/")) or [""])[
+        -1
+    ]  # a local folder may itself be named for a hookpoint
     if not is_module(hookpoint, run):
-        return place
+        return fields
     before, after = sites_of(hookpoint)
     if transcodes or flag(run, "transcode", where, False):
-        return {**place, "site": before, "site_out": after}
-    return {**place, "site": after}
+        return {**fields, "site": before, "site_out": after}
+    return {**fields, "site": after}
 
 
 def _unseeded(folders: list[str]) -> list[str]:
-    """Return the folders of a path without that of a seed at its end."""
+    """Return the folders of a path without a seed's folder at the end."""
     return folders[:-1] if folders and _SEED.fullmatch(folders[-1]) else folders
 
 
 def _run(location: Location, folders: list[str]) -> tuple[Mapping[str, Any], str]:
-    """Return the configuration of the training, from the nearest folder above that has one; empty if none has."""
+    """Return the training run's configuration, from the nearest folder above that has one; empty if none has."""
     for depth in range(len(folders), -1, -1):
         above = location.at("/".join(folders[:depth]))
         if RUN_CONFIG in above:
@@ -187,7 +190,7 @@ def _run(location: Location, folders: list[str]) -> tuple[Mapping[str, Any], str
 
 
 def sites_of(hookpoint: str) -> tuple[str, str]:
-    """Return the sites of what a module takes and of what it gives.
+    """Return the sites of a module's input and output.
 
     >>> sites_of("layers.10"), sites_of("layers.10.mlp")[1]
     (('resid_pre.10', 'resid_post.10'), 'layers.10.mlp.output')
@@ -199,7 +202,7 @@ def sites_of(hookpoint: str) -> tuple[str, str]:
 
 
 def is_module(name: str, run: Mapping[str, Any] = MappingProxyType({})) -> bool:
-    """Whether a folder is named for a module: one that the training lists, or one of a block, or the embedding."""
+    """Whether a folder is named for a module: a hookpoint of the run, a module in a block, or the embedding."""
     listed = run.get("hookpoints")
     if isinstance(listed, list) and name in listed:
         return True

@@ -1,4 +1,4 @@
-"""Temporal SAEs (arXiv 2511.01836) as their authors publish them."""
+"""Temporal SAEs (arXiv 2511.01836) in their authors' layout."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..hub import index
 from ..hub.location import Location
 from ..modeling.checkpoint import Checkpoint, Tensors
 from ._config_values import flag, integer, mapping, one_of
-from ._folders import again, folders_with
+from ._folders import folders_with, mapped_again
 from ._saelens_sites import positive
 from ._tensor_names import renamed
 from .base import CheckpointFormat, Example
@@ -33,11 +33,12 @@ _LAYER = re.compile(r"(?:^|/)layer_(\d+)(?:/|$)")
 
 
 class TemporalFormat(CheckpointFormat):
-    """``<model>/layer_L/temporal/`` with ``conf.yaml`` and ``latest_ckpt.safetensors``.
+    """Written by the authors of Temporal SAEs: ``conf.yaml`` and ``latest_ckpt.safetensors``.
 
-    Tensors: ``D [d_sae, d_in]`` the decoder, ``E [d_in, d_sae]`` the encoder unless it is the decoder's transpose,
-    ``b [d_in]`` (of early uploads ``[1, d_in]``), and ``attn_layers.{i}`` with ``q_target``, ``k_ctx``, ``v_ctx`` and
-    ``c_proj``. They read the residual stream after block L; base model and block are in the folder's name.
+    In folders ``<model>/layer_L/temporal/``, which name base model and block; the residual stream after block L is
+    read. Tensors: ``D [d_sae, d_in]`` the decoder, ``E [d_in, d_sae]`` the encoder unless it is the decoder's
+    transpose, ``b [d_in]`` (in early uploads ``[1, d_in]``), and ``attn_layers.{i}`` with ``q_target``, ``k_ctx``,
+    ``v_ctx`` and ``c_proj``.
 
     Source: canrager/temporalSAEs.
     """
@@ -54,7 +55,7 @@ class TemporalFormat(CheckpointFormat):
         return location.file is None and CONFIG in location and WEIGHTS in location
 
     def open(self, location: Location, *, variant: str | None = None) -> Checkpoint:
-        """Read shapes from the header, the attention from ``conf.yaml``, and the place from the folder's name."""
+        """Read shapes from the header, the attention from ``conf.yaml``, and the site from the folder's name."""
         where = f"{CONFIG} of {location}"
         conf = mapping(location.read_yaml(CONFIG), "sae", where)
         tied = flag(conf, "tied_weights", where)
@@ -67,7 +68,7 @@ class TemporalFormat(CheckpointFormat):
             f"{WEIGHTS} of {location}",
         )
         if tied:
-            stored["W_enc_T"] = again(stored["W_dec"], location, WEIGHTS)
+            stored["W_enc_T"] = mapped_again(stored["W_dec"], location, WEIGHTS)
         d_sae, d_in = matrix_shape(stored["W_dec"].shape, where)
         layer = _LAYER.search(location.address)
         config = TemporalSAEConfig(
@@ -82,7 +83,7 @@ class TemporalFormat(CheckpointFormat):
         return Checkpoint(TemporalSAE, config, origin, stored, finish=flat_bias)
 
     def examples(self, root: Path) -> list[Example]:
-        """Write a tied one in half precision, and an untied one of two layers with an old bias."""
+        """Write a tied SAE in bfloat16, and an untied one with two attention layers and a bias of early shape."""
         made = [
             (Example("canrager/temporalSAEs", "gemma-2-2B/layer_12/temporal"), True, torch.bfloat16, 6, 2, 0.05),
             (Example("canrager/temporalSAEs", "llama-3.1-8B/layer_15/temporal"), False, torch.float32, 7, 4, 0.029),
@@ -109,14 +110,14 @@ class TemporalFormat(CheckpointFormat):
 
 
 def attention_settings(conf: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the configuration's fields of attention and sparsity, under the names that SAELens took over.
+    """Return the configuration fields for attention and sparsity, from key names that SAELens uses, too.
 
     Raises:
         CheckpointError: if one is missing or cannot be used.
     """
     layers = integer(conf, "n_attn_layers", where)
     if not 0 <= layers <= MOST_LAYERS:
-        raise CheckpointError(f"{where} says n_attn_layers = {layers}; expected 0 .. {MOST_LAYERS}.")
+        raise CheckpointError(f"{where} has n_attn_layers = {layers}; expected 0 .. {MOST_LAYERS}.")
     kind = one_of(conf, "sae_diff_type", where, ("topk", "relu"))
     return {
         "heads": integer(conf, "n_heads", where),
@@ -127,20 +128,20 @@ def attention_settings(conf: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def attention_names(layers: int) -> dict[str, str]:
-    """Return the file's name of every tensor of the attention, by ours."""
+    """Return the name in the file of every attention parameter."""
     return {
-        f"attention.{layer}.{ours}.{part}": f"attn_layers.{layer}.{theirs}.{part}"
+        f"attention.{layer}.{name}.{part}": f"attn_layers.{layer}.{stored_name}.{part}"
         for layer in range(layers)
-        for ours, theirs in ATTENTION.items()
+        for name, stored_name in ATTENTION.items()
         for part in ("weight", "bias")
     }
 
 
 def matrix_shape(shape: tuple[int, ...], where: str) -> tuple[int, int]:
-    """Return ``d_sae`` and ``d_in`` by the decoder's shape.
+    """Return ``d_sae`` and ``d_in`` from the decoder's shape.
 
     Raises:
-        CheckpointError: if it is no matrix.
+        CheckpointError: if it is not a matrix.
     """
     if len(shape) != 2:
         raise CheckpointError(f"The decoder beside {where} has shape {list(shape)}; expected [d_sae, d_in].")
@@ -148,14 +149,14 @@ def matrix_shape(shape: tuple[int, ...], where: str) -> tuple[int, int]:
 
 
 def flat_bias(tensors: Tensors) -> Tensors:
-    """Give the bias one axis."""
+    """Remove the first axis of a bias ``[1, d_in]``."""
     bias: Tensor = tensors["b_dec"]
     tensors["b_dec"] = bias.reshape(-1) if bias.ndim == 2 and bias.shape[0] == 1 else bias
     return tensors
 
 
 def _base_model(location: Location) -> str | None:
-    """Return the base model, as far as the index or the folder's name tells."""
+    """Return the base model in the index or in the folder's name, None if neither has it."""
     known = index.known_facts(location.repo_id, location.address).get("base_model")
     named = [MODELS[part] for part in location.address.lower().split("/") if part in MODELS]
     return known or (named[0] if named else None)

@@ -42,8 +42,8 @@ def apply_interventions(
     Raises:
         AttachError: if it is not known where the call's tokens stand.
     """
-    if call.tokens.unplaced is not None:
-        raise AttachError(f"Nothing can be edited in this call: {call.tokens.unplaced}.")
+    if call.tokens.unknown_positions is not None:
+        raise AttachError(f"Nothing can be edited in this call: {call.tokens.unknown_positions}.")
     base, deltas = x, []
     acted: list[Record] = []
     with exact_dtype(x.device):

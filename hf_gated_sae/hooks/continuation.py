@@ -107,8 +107,8 @@ def _two_calls(subject: Subject, count: int) -> tuple[Any, Any, str | None]:
     tokens = tracker.describe(root, (), inputs).tokens
     expected = torch.arange(count, ids.shape[1], device=ids.device).expand_as(inputs["input_ids"])
     misread = None
-    if tokens.unplaced is not None:
-        misread = tokens.unplaced
+    if tokens.unknown_positions is not None:
+        misread = tokens.unknown_positions
     elif not torch.equal(tokens.index, expected) or tokens.phase != "generated":
         misread = (
             f"these were taken for positions {tokens.index[0].tolist()} of the {tokens.phase}, and are "

@@ -23,7 +23,7 @@ def describe_tokens(
     special_ids: Tensor | None = None,
     beams: bool = False,
     virtual: int = 0,
-    unplaced: str | None = None,
+    unknown_positions: str | None = None,
 ) -> TokenContext:
     """Work out the positions of a call's tokens from its arguments.
 
@@ -37,7 +37,7 @@ def describe_tokens(
         special_ids: the model's special tokens ``[n]``, where they are known already.
         beams: whether `generate` reorders rows between calls.
         virtual: number of the row's first columns that are virtual tokens; the mask says that they are padding.
-        unplaced: why it is not known how many columns come before this call; None if it is known.
+        unknown_positions: why it is not known how many columns come before this call; None if it is known.
 
     Returns:
         The context of the call.
@@ -70,7 +70,7 @@ def describe_tokens(
         count=numbered.count,
         virtual=virtual,
         before=numbered.before,
-        unplaced=unplaced,
+        unknown_positions=unknown_positions,
     )
 
 

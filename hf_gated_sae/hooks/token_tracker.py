@@ -248,7 +248,7 @@ class TokenTracker:
             beams=bool(generation and generation.beams),
             special_ids=self._special,
             virtual=virtual.columns,
-            unplaced=history.unknown,
+            unknown_positions=history.unknown,
         )
         if generation:
             generation.learn_prompt(call, tokens.end - virtual.columns)
@@ -309,7 +309,9 @@ class TokenTracker:
             past = held.tokens.end
         if held is None:
             return _History(past)
-        return _History(past, held.tokens if held.tokens.end == past else None, held.histories, held.tokens.unplaced)
+        return _History(
+            past, held.tokens if held.tokens.end == past else None, held.histories, held.tokens.unknown_positions
+        )
 
     def _call_before(self, cache: Any) -> ModelCall | None:
         """Return the call that gave a cache, if it was watched."""

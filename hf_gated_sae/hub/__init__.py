@@ -1,4 +1,4 @@
-"""Where checkpoints lie: local folders and Hub repositories, pinned to one commit."""
+"""Locations of checkpoints: local folders, and Hub repositories pinned to one commit."""
 
 from .location import Location, locate
 

@@ -1,8 +1,8 @@
-"""Columns of a matrix in a file that is far away: fetched once, kept in rows.
+"""Read columns of a remote matrix: fetch the matrix once and store its transpose locally.
 
-A range request reaches rows. Where a foreign layout stores the encoder ``[d_in, d_sae]``, one latent is a column,
-spread over the whole matrix; so the matrix is fetched, alone, and its transpose kept beside the Hub's cache. Later
-latents are rows of that local file.
+A range request can read rows, but not columns. Where another library's layout stores the encoder as ``[d_in, d_sae]``,
+one latent is a column, spread over the whole matrix. So that matrix alone is fetched, and its transpose is stored
+beside the Hub's cache; later latents are rows of that local file.
 """
 
 from __future__ import annotations
@@ -25,65 +25,65 @@ _log = logging.getLogger(__name__)
 SUFFIX = ".rows"
 SMALLEST_CHUNK = 1 << 25
 PASSES = 32
-"""A matrix is written in at most so many passes over the file, each of which touches every row."""
+"""A matrix is written in at most this many passes over the file, each of which writes to every row."""
 
 Fetch = Callable[[int, int, int], Iterator[bytes]]
-"""From (offset, length, chunk length) to the bytes, in chunks of that length but for the last."""
+"""From (offset, length, chunk length) to the bytes, in chunks of that length; the last may be shorter."""
 
 
-def turned_rows(
+def transposed_rows(
     folder: Path,
     key: str,
-    place: tuple[int, int],
+    span: tuple[int, int],
     rows: int,
     itemsize: int,
     name: str,
     fetch: Fetch,
     *,
-    afresh: bool = False,
+    overwrite: bool = False,
 ) -> tuple[ByteSource, int]:
-    """Return the transpose of a matrix as a local file, written now unless it is there.
+    """Return the transpose of a matrix as a local file, which is written if it does not exist.
 
     Args:
-        folder: where it is kept; a temporary file is used where that cannot be written to.
-        key: identifies the content of the file that holds the matrix.
-        place: offset and length of the matrix in it.
-        rows: its number of rows as it is stored.
+        folder: folder of the file; a temporary file is used if it cannot be written to.
+        key: identifies the content of the remote file.
+        span: offset and length of the matrix in the remote file.
+        rows: number of rows of the stored matrix.
         itemsize: bytes of one value.
-        name: what messages call it.
-        fetch: gets the bytes.
-        afresh: whether to write it even if it is there.
+        name: name of the matrix in messages.
+        fetch: fetches the bytes.
+        overwrite: whether to write the file even if it exists.
 
     Returns:
-        The source, and how many bytes were fetched for it.
+        The local file, and the number of bytes fetched.
     """
-    offset, length = place
+    offset, length = span
     identity = hashlib.sha256(f"{key} {offset} {length} {rows} {itemsize}".encode()).hexdigest()
-    kept = folder / f"{identity[:40]}{SUFFIX}"
-    if not afresh and kept.is_file() and kept.stat().st_size == length:
-        return LocalBytes(kept, name), 0
+    stored = folder / f"{identity[:40]}{SUFFIX}"
+    if not overwrite and stored.is_file() and stored.stat().st_size == length:
+        return LocalBytes(stored, name), 0
     _log.warning(
-        "%s has one column per latent, so that a few latents are spread over all of it: its %.1f MB are fetched once "
-        "and kept in rows at %s; later latents are read from there.",
-        *(name, length / 1e6, kept),
+        "%s has one column per latent, which a range request cannot read: all %.1f MB are fetched once and stored "
+        "transposed at %s; later latents are read from there.",
+        *(name, length / 1e6, stored),
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor, partial = tempfile.mkstemp(prefix=f"{kept.name}.", dir=folder)
+        descriptor, partial = tempfile.mkstemp(prefix=f"{stored.name}.", dir=folder)
         os.close(descriptor)
     except OSError as error:
-        _log.warning("%s cannot be written to (%s); the columns are not kept.", folder, error)
-        return _Temporary(length, name, lambda path: _write(path, place, rows, itemsize, fetch)), length
+        _log.warning("%s cannot be written to (%s); the transposed matrix is not stored.", folder, error)
+        return _TemporaryRows(length, name, lambda path: _write(path, span, rows, itemsize, fetch)), length
     try:
-        _write(Path(partial), place, rows, itemsize, fetch)
-        Path(partial).replace(kept)
+        _write(Path(partial), span, rows, itemsize, fetch)
+        Path(partial).replace(stored)
     finally:
         Path(partial).unlink(missing_ok=True)
-    return LocalBytes(kept, name), length
+    return LocalBytes(stored, name), length
 
 
-class _Temporary(LocalBytes):
-    """A file that is gone with the object."""
+class _TemporaryRows(LocalBytes):
+    """A temporary file, deleted with the object."""
 
     def __init__(self, length: int, name: str, write: Callable[[Path], None]) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="hf_gated_sae_")
@@ -91,18 +91,18 @@ class _Temporary(LocalBytes):
         write(self.path)
 
 
-def _write(path: Path, place: tuple[int, int], rows: int, itemsize: int, fetch: Fetch) -> None:
-    """Write the transpose, a few of the matrix's rows at a time; only those are in memory.
+def _write(path: Path, span: tuple[int, int], rows: int, itemsize: int, fetch: Fetch) -> None:
+    """Write the transpose, with only a few rows of the matrix in memory at a time.
 
     Raises:
-        MissingFileError: if there is no room for it.
+        MissingFileError: if the disk has too little free space.
     """
-    offset, length = place
+    offset, length = span
     free = shutil.disk_usage(path.parent).free
-    if free < length:  # a mapped file that finds no room ends the process
+    if free < length:  # writing to a mapped file on a full disk kills the process
         raise MissingFileError(
-            f"{path.parent} has room for {free / 1e6:.1f} MB, and {length / 1e6:.1f} MB are needed to keep the "
-            "encoder in rows: make room, pass cache_dir=, or load the SAE without latents=."
+            f"{path.parent} has {free / 1e6:.1f} MB of free space, and {length / 1e6:.1f} MB are needed to store the "
+            "transposed encoder: free some space, pass cache_dir=, or load the SAE without latents=."
         )
     row_bytes = length // rows
     several = max(1, max(SMALLEST_CHUNK, length // PASSES) // row_bytes)

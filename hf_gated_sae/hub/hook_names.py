@@ -1,4 +1,4 @@
-"""TransformerLens's names of places, as our sites; SAELens, circuit-tracer and OpenMOSS write them, too."""
+"""TransformerLens's hook points as sites; checkpoints of SAELens, circuit-tracer and OpenMOSS use these names, too."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import re
 from typing import NamedTuple
 
 from ..errors import CheckpointError, did_you_mean
-from .base_model_norms import is_normed_again
+from .base_model_norms import has_post_norms
 
 
-class Raw(NamedTuple):
-    """A name of what a sublayer itself gives.
+class ModuleOutput(NamedTuple):
+    """The output of a sublayer's module, before a norm that may follow it.
 
     Attributes:
-        takes: the site that the sublayer takes.
-        module: its path in the block, in the families that put a norm behind it.
+        site_in: the site that the module reads.
+        module: its path in the block, in the families that have a norm after it.
     """
 
-    takes: str
+    site_in: str
     module: str
 
 
@@ -44,23 +44,23 @@ IN_BLOCK = {
 }
 """Site and normalisation of each name inside a block.
 
-``ln2.hook_normalized`` is the norm's output before its gain, which no module of transformers emits: it is the stream
-before the norm, divided by its root mean square. ``hook_mlp_in`` is a copy of the stream, before the norm.
+``ln2.hook_normalized`` is the norm's output before its gain, which no module of transformers returns: it is the stream
+before the norm, divided by its root mean square. ``hook_mlp_in`` is a copy of the stream before the norm.
 """
-RAW = {"attn.hook_out": Raw("attn_in", "self_attn"), "mlp.hook_out": Raw("mlp_in", "mlp")}
-"""What attention and MLP give, which a norm may still change before it is added to the stream."""
+MODULE_OUTPUTS = {"attn.hook_out": ModuleOutput("attn_in", "self_attn"), "mlp.hook_out": ModuleOutput("mlp_in", "mlp")}
+"""Outputs of attention and MLP, to which a norm may be applied before they are added to the stream."""
 GLOBAL = {"hook_embed": "embed", "embed.hook_out": "embed"}
 
 _BLOCK = re.compile(r"blocks\.([0-9]+)\.(.+)")
 
 
-def place_of(name: str, layer: int | None = None, base_model: str | None = None) -> tuple[str, str]:
-    """Return the site and the normalisation that a TransformerLens name means.
+def site_of_hook(name: str, layer: int | None = None, base_model: str | None = None) -> tuple[str, str]:
+    """Return the site and the normalisation of a TransformerLens hook point.
 
     Args:
         name: such as ``"blocks.12.hook_resid_post"``; or without the block if `layer` is given.
-        layer: the block, where the name does not say.
-        base_model: the model; in some what the MLP gives is not yet what it adds to the stream.
+        layer: the block, if the name has none.
+        base_model: the model; in some, a norm is applied to the MLP's output before it is added to the stream.
 
     Returns:
         The site, such as ``"resid_post.12"``, and one of the normalisations of `SAEConfig`.
@@ -68,9 +68,9 @@ def place_of(name: str, layer: int | None = None, base_model: str | None = None)
     Raises:
         CheckpointError: if the name is unknown.
 
-    >>> place_of("blocks.5.hook_mlp_out")
+    >>> site_of_hook("blocks.5.hook_mlp_out")
     ('mlp_out.5', 'none')
-    >>> place_of("ln2.hook_normalized", layer=3)
+    >>> site_of_hook("ln2.hook_normalized", layer=3)
     ('resid_mid.3', 'rms_norm')
     """
     if name in GLOBAL:
@@ -79,17 +79,17 @@ def place_of(name: str, layer: int | None = None, base_model: str | None = None)
     block = layer if named is None else named
     if block is None or suffix not in IN_BLOCK:
         raise CheckpointError(
-            f"The checkpoint names the place {name!r}, which is unknown.{did_you_mean(suffix, IN_BLOCK)} Expected a "
-            "place in a block, such as blocks.12.hook_resid_post."
+            f"The checkpoint names the hook point {name!r}, which is unknown.{did_you_mean(suffix, IN_BLOCK)} "
+            "Expected one in a block, such as blocks.12.hook_resid_post."
         )
-    if suffix in RAW and is_normed_again(base_model):
-        return f"layers.{block}.{RAW[suffix].module}.output", "none"
+    if suffix in MODULE_OUTPUTS and has_post_norms(base_model):
+        return f"layers.{block}.{MODULE_OUTPUTS[suffix].module}.output", "none"
     kind, normalization = IN_BLOCK[suffix]
     return f"{kind}.{block}", normalization
 
 
 def split(name: str) -> tuple[int | None, str]:
-    """Return the block that a name says, if it does, and the rest of the name.
+    """Return the block number in a name, None if it has none, and the rest of the name.
 
     >>> split("blocks.5.hook_mlp_out")
     (5, 'hook_mlp_out')

@@ -1,4 +1,4 @@
-"""What is known of published SAEs beside what their repositories say: one compact file, read when first asked.
+"""The index of known SAEs: facts about published SAEs that their repositories do not state, in one compact file.
 
 The file lists releases. A release is a repository, its base model, and groups of SAEs whose names follow one pattern::
 
@@ -7,7 +7,7 @@ The file lists releases. A release is a repository, its base model, and groups o
      "values": {"16k": {"0": "105", "1": "102"}, "65k": {"0-1": "73,77"}}}
 
 `values` has one level per axis, the innermost a text; ``0-2`` stands for ``0,1,2``, and one key may name several
-values that share what is below. It is written by ``hub_scripts/build_index.py``, which says where the facts are from.
+values that have the same content below. ``hub_scripts/build_index.py`` writes the file and names the facts' sources.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..errors import InputError, UnknownNameError, did_you_mean
 
 FILE = Path(__file__).with_name("known_saes.json")
 FACTS = ("base_model", "input_scale", "normalization", "neuronpedia")
-"""What `known_facts` tells; all else is in the checkpoints, where it is read from."""
+"""Facts that `known_facts` returns; all others are read from the checkpoints."""
 PATTERNS = (
     "id",
     "address",
@@ -38,7 +38,7 @@ PATTERNS = (
     "input_scale",
     "neuronpedia",
 )
-"""What a group says of its SAEs; a number may be given as such."""
+"""Fields of a group that may be patterns; a constant number is written as a number."""
 SHOWN = 8
 
 _RANGE = re.compile(r"(\d+)-(\d+)")
@@ -49,20 +49,20 @@ _UNITS = {"k": 1_000, "m": 1_000_000}
 
 @dataclass(frozen=True)
 class KnownSAE:
-    """One SAE of the index; None is what the index does not know.
+    """One SAE of the index; fields that the index does not state are None.
 
     Attributes:
-        release: name of its release in SAELens's registry; of one that is not there, its repository.
+        release: name of its release in SAELens's registry; its repository if the registry does not have it.
         id: its name in the release.
         repo: repository on the Hub.
         address: its folder or file there.
         base_model: repository of the model that it was trained on.
-        site: where it reads.
-        site_out: where a transcoder writes.
+        site: the site that it reads.
+        site_out: the site that a transcoder writes.
         d_sae: number of latents.
         architecture: such as ``"jumprelu"``.
         l0: mean number of active latents per token.
-        l0_kind: ``"measured"``; or ``"target"``, if `l0` is what training aimed at or the k of a TopK.
+        l0_kind: ``"measured"``; or ``"target"``, if `l0` is the target of training or the k of a TopK.
         input_scale: the constant that activations were multiplied by in training.
         normalization: as in `SAEConfig`.
         neuronpedia: name of its dashboards, as ``<model>/<sae>``.
@@ -85,15 +85,15 @@ class KnownSAE:
 
     @property
     def layer(self) -> int | None:
-        """The block that it reads at."""
+        """The block of its site."""
         return layer_of(self.site)
 
 
 class Release:
-    """SAEs that were published together; its groups are spelt out when they are first asked for.
+    """SAEs that were published together; the groups are expanded on first use.
 
     Attributes:
-        name: its name; its repository, if SAELens's registry has no name for it.
+        name: its name; its repository if SAELens's registry has no name for it.
         repo: its repository on the Hub.
         base_model: repository of the model that they were trained on; None if it differs between them.
     """
@@ -106,7 +106,7 @@ class Release:
 
     @cached_property
     def dashboard_models(self) -> frozenset[str]:
-        """Neuronpedia's names, in small letters, of the models whose dashboards its SAEs have."""
+        """Neuronpedia's names, in lower case, of the models for which its SAEs have dashboards."""
         patterns = (group["neuronpedia"] for group in self._content["groups"] if "neuronpedia" in group)
         return frozenset(pattern.split("/")[0].lower() for pattern in patterns)
 
@@ -118,7 +118,7 @@ class Release:
         made = (
             _sae(group, dict(zip(group["axes"], values, strict=True)), shared)
             for group in self._content["groups"]
-            for values in (spelt_out(group["values"]) if group["axes"] else [()])
+            for values in (expanded(group["values"]) if group["axes"] else [()])
         )
         return {sae.id: sae for sae in made}
 
@@ -131,7 +131,7 @@ def releases() -> Mapping[str, Release]:
 
 
 def known_saes(base_model: str | None = None) -> Iterator[KnownSAE]:
-    """Return the SAEs of the index, those that several releases list once for each.
+    """Yield the SAEs of the index; an SAE that several releases list appears once for each.
 
     Args:
         base_model: only those trained on this repository; letter case does not matter.
@@ -142,64 +142,64 @@ def known_saes(base_model: str | None = None) -> Iterator[KnownSAE]:
 
 
 def known_facts(repo_id: str, address: str) -> Mapping[str, Any]:
-    """Return facts about an SAE that its own files do not hold.
+    """Return facts about an SAE that its own files do not state.
 
     Args:
         repo_id: repository on the Hub.
         address: folder or file of the SAE inside it; ``""`` also names the only SAE of a repository.
 
     Returns:
-        Facts by name, empty in an unknown repository: ``base_model`` (repository id; also of an unknown SAE, if all
+        Facts by name, empty for an unknown repository: ``base_model`` (repository id; also for an unknown SAE, if all
         known ones of the repository share it), ``input_scale`` (the constant that activations were multiplied by in
-        training), ``normalization`` (as in `SAEConfig`), ``neuronpedia`` (see `plainer`).
+        training), ``normalization`` (as in `SAEConfig`), ``neuronpedia`` (see `shorter_dashboard_name`).
 
     >>> known_facts("JoshEngels/Mistral-7B-Residual-Stream-SAEs", "mistral_7b_layer_8")
     {'base_model': 'mistralai/Mistral-7B-v0.1', 'normalization': 'unit_norm'}
     """
     facts: dict[str, Any] = {}
-    for sae in _listed(repo_id, address):  # of several releases that list it, the first one that knows
+    for sae in _listed(repo_id, address):  # the first release that states a fact wins
         for name in FACTS:
             value = getattr(sae, name)
             if value is not None:
                 known = facts.setdefault(name, value)
-                facts[name] = plainer(known, value) if name == "neuronpedia" else known
+                facts[name] = shorter_dashboard_name(known, value) if name == "neuronpedia" else known
     shared = {release.base_model for release in releases().values() if release.repo == repo_id}
     if "base_model" not in facts and len(shared) == 1 and (base_model := shared.pop()):
         facts["base_model"] = base_model
     return facts
 
 
-def plainer(known: str, other: str | None) -> str:
-    """Return the shorter of two names of dashboards of one SAE.
+def shorter_dashboard_name(known: str, other: str | None) -> str:
+    """Return the shorter of two Neuronpedia names of one SAE.
 
-    A few SAEs of Gemma Scope have two: with their L0, as every SAE may have, and without it, as of each layer and
-    width only the canonical one has.
+    The canonical SAE of each layer and width in Gemma Scope has two names: one with its L0, as every SAE has, and one
+    without.
 
-    >>> plainer("gemma-2-2b/5-gemmascope-res-1m__l0-114", "gemma-2-2b/5-gemmascope-res-1m")
+    >>> shorter_dashboard_name("gemma-2-2b/5-gemmascope-res-1m__l0-114", "gemma-2-2b/5-gemmascope-res-1m")
     'gemma-2-2b/5-gemmascope-res-1m'
     """
     return min(known, other or known, key=len)
 
 
 def known_at(repo_id: str, address: str) -> KnownSAE | None:
-    """Return what the index knows of an SAE, by the first release that lists it; None for an unknown SAE."""
+    """Return the entry of an SAE in the first release that lists it; None for an unknown SAE."""
     return next(iter(_listed(repo_id, address)), None)
 
 
 def resolve_alias(release_or_repo: str, id: str = "") -> tuple[str, str]:
-    """Return the repository and the address that a release (or repository) and an id name.
+    """Return the repository and address of an SAE from its release (or repository) and id.
 
     Args:
         release_or_repo: name of a release, such as ``"gemma-scope-2b-pt-res-canonical"``, or a repository id.
-        id: an id of the release, or an address. Of a release of one SAE it may be left out.
+        id: an id of the release, or an address; may be omitted for a release of one SAE.
 
     Returns:
-        Repository and address. A repository with anything that is not an id of one of its releases, and a name that
-        is no release, are returned as they are: they may well exist without being in the index.
+        Repository and address. A name that is not a release, and an id that none of a repository's releases has, are
+        returned unchanged: they may exist without being in the index.
 
     Raises:
         UnknownNameError: if the release has no such id.
-        InputError: if the id means several SAEs of the repository.
+        InputError: if several SAEs of the repository have the id.
 
     >>> resolve_alias("gemma-scope-2b-pt-res-canonical", "layer_12/width_16k/canonical")
     ('google/gemma-scope-2b-pt-res', 'layer_12/width_16k/average_l0_82')
@@ -212,13 +212,13 @@ def resolve_alias(release_or_repo: str, id: str = "") -> tuple[str, str]:
     known = _by_address(release_or_repo)
     if not id or not known or id in known:
         return release_or_repo, id
-    meant = sorted({sae.address for saes in known.values() for sae in saes if _same_id(sae.id, id)})
-    if len(meant) > 1:
+    found = sorted({sae.address for saes in known.values() for sae in saes if _same_id(sae.id, id)})
+    if len(found) > 1:
         raise InputError(
-            f"The id {id!r} means several SAEs of {release_or_repo}. Pass one of their addresses: "
-            f"{', '.join(map(repr, meant[:SHOWN]))}{', ...' if len(meant) > SHOWN else ''}."
+            f"Several SAEs of {release_or_repo} have the id {id!r}. Pass one of their addresses: "
+            f"{', '.join(map(repr, found[:SHOWN]))}{', ...' if len(found) > SHOWN else ''}."
         )
-    return release_or_repo, meant[0] if meant else id
+    return release_or_repo, found[0] if found else id
 
 
 def _listed(repo_id: str, address: str) -> list[KnownSAE]:
@@ -239,19 +239,19 @@ def _in_release(release: Release, id: str) -> str:
         return id
     shown = ", ".join(map(repr, list(release.saes)[:SHOWN])) + (", ..." if len(release.saes) > SHOWN else "")
     raise UnknownNameError(
-        f"The release {release.name!r} has no SAE {id!r}.{did_you_mean(id, release.saes)} It has {shown}. What is not "
-        f"in the index is loaded by its repository, {release.repo!r}, and its folder or file there."
+        f"The release {release.name!r} has no SAE {id!r}.{did_you_mean(id, release.saes)} It has {shown}. To load an "
+        f"SAE that is not in the index, pass its repository, {release.repo!r}, and its folder or file there."
     )
 
 
 def _same_id(known: str, given: str) -> bool:
-    """Whether two ids are the same up to how a layer is set off: ``layer3`` and ``layer_3``."""
+    """Whether two ids are equal when ``layer3`` and ``layer_3`` count as the same."""
     return known == given or re.sub(r"(layer)_(\d)", r"\1\2", known) == re.sub(r"(layer)_(\d)", r"\1\2", given)
 
 
 @cache
 def _by_address(repo_id: str) -> dict[str, list[KnownSAE]]:
-    """Return what is known of a repository's SAEs, by their addresses."""
+    """Return the entries of a repository's SAEs by address."""
     found: dict[str, list[KnownSAE]] = {}
     for release in releases().values():
         if release.repo == repo_id:
@@ -261,7 +261,7 @@ def _by_address(repo_id: str) -> dict[str, list[KnownSAE]]:
 
 
 def _sae(group: Mapping[str, Any], values: dict[str, str], shared: Mapping[str, Any]) -> KnownSAE:
-    """Fill a group's patterns in."""
+    """Build an SAE from the patterns of its group and one combination of values."""
     patterns = {name: group[name] for name in PATTERNS if name in group}
     filled = {name: text.format_map(values) for name, text in patterns.items() if isinstance(text, str)}
     numbers: dict[str, Any] = {}
@@ -273,10 +273,10 @@ def _sae(group: Mapping[str, Any], values: dict[str, str], shared: Mapping[str, 
     return KnownSAE(**{**shared, "address": filled["id"], **filled, **numbers})
 
 
-def spelt_out(tree: Mapping[str, Any] | str) -> Iterator[tuple[str, ...]]:
-    """Return every combination of values that a tree of them stands for.
+def expanded(tree: Mapping[str, Any] | str) -> Iterator[tuple[str, ...]]:
+    """Yield every combination of values in a tree of them.
 
-    >>> list(spelt_out({"16k": {"0-1": "7"}, "32k": {"1": "8,9"}}))
+    >>> list(expanded({"16k": {"0-1": "7"}, "32k": {"1": "8,9"}}))
     [('16k', '0', '7'), ('16k', '1', '7'), ('32k', '1', '8'), ('32k', '1', '9')]
     """
     if isinstance(tree, str):
@@ -284,11 +284,11 @@ def spelt_out(tree: Mapping[str, Any] | str) -> Iterator[tuple[str, ...]]:
     else:
         for key, below in tree.items():
             for value in _values(key):
-                yield from ((value, *rest) for rest in spelt_out(below))
+                yield from ((value, *rest) for rest in expanded(below))
 
 
 def _values(text: str) -> Iterator[str]:
-    """Return the values that a text such as ``0-2,7`` stands for."""
+    """Yield the values of a text such as ``0-2,7``."""
     for part in text.split(","):
         span = _RANGE.fullmatch(part)
         if span:
@@ -298,7 +298,7 @@ def _values(text: str) -> Iterator[str]:
 
 
 def size_of(text: str) -> int:
-    """Return the power of two that a short name of a width stands for, or the number itself.
+    """Return a width from its text: the power of two nearest to a short one such as ``16k``, else the number.
 
     >>> [size_of(width) for width in ("16k", "1m", "768")]
     [16384, 1048576, 768]
@@ -308,24 +308,24 @@ def size_of(text: str) -> int:
 
 
 def has_size(d_sae: int | None, width: int | str) -> bool:
-    """Whether an SAE has a width: a number, or a short name such as ``"16k"``, which is meant to within a twentieth.
+    """Whether an SAE has a width: an exact number, or a short one such as ``"16k"``, within 5 %.
 
     Raises:
-        InputError: if it is neither.
+        InputError: if `width` is neither.
     """
     if d_sae is None:
         return False
     short = _SIZE.fullmatch(str(width))
     if short:
-        meant = float(short[1]) * _UNITS[short[2].lower()]
-        return abs(d_sae - meant) <= meant / 20
+        nominal = float(short[1]) * _UNITS[short[2].lower()]
+        return abs(d_sae - nominal) <= nominal / 20
     if not str(width).isdigit():
         raise InputError(f"width is {width!r}; expected a number of latents, such as 16384, or '16k'.")
     return d_sae == int(width)
 
 
 def layer_of(site: str | None) -> int | None:
-    """Return the block that a site lies in.
+    """Return the layer number in a site's name, None if it has none.
 
     >>> layer_of("resid_post.12"), layer_of("model.layers.3.output"), layer_of("embed")
     (12, 3, None)

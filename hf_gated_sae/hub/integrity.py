@@ -1,7 +1,8 @@
-"""Is a cached file what the Hub says it is? The client does not ask.
+"""Check cached files against the hashes that the Hub announces; the Hub's client does not.
 
-The Hub's cache names a file's content by its hash: sha256 for large files, git's sha1 for small ones. A content is
-hashed once; a marker beside the cache's blobs remembers its size and time, so that later loads cost a `stat`.
+The Hub's cache names a file by the hash of its content: sha256 for large files, git's sha1 for small ones. Each file
+is hashed once. A marker beside the cache's blobs records its size and modification time, so that later loads cost a
+`stat`.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ def is_intact(cached: Path, announced: Callable[[], str | None] = lambda: None) 
 
     Args:
         cached: the file, or the link to it.
-        announced: asks the Hub for the hash; called only where the cache does not name the file by it, as in caches
-            without links, and only the first time. If it answers None there is nothing to compare with.
+        announced: requests the hash from the Hub; called once, and only if the cache does not name the file by its
+            hash, as in caches without links. If it returns None, the file is not checked.
     """
     blob = cached.resolve()
     by_name = _HASH.fullmatch(blob.name) is not None
-    home = next((folder for folder in cached.parents if folder.name.startswith("models--")), blob.parent)
-    place = hashlib.sha256(str(cached).encode()).hexdigest()[:32]
-    marker = home / MARKERS / (blob.name if by_name else f"unlinked-{place}")
+    repository = next((folder for folder in cached.parents if folder.name.startswith("models--")), blob.parent)
+    path_digest = hashlib.sha256(str(cached).encode()).hexdigest()[:32]
+    marker = repository / MARKERS / (blob.name if by_name else f"unlinked-{path_digest}")
     try:
         state = blob.stat()
-    except FileNotFoundError:  # removed meanwhile, as corrupt, by somebody else
+    except FileNotFoundError:  # another process has removed it as corrupt
         return False
     seen = f"{state.st_size} {state.st_mtime_ns}"
     try:
@@ -54,12 +55,12 @@ def is_intact(cached: Path, announced: Callable[[], str | None] = lambda: None) 
         partial.write_text(seen)
         partial.replace(marker)
     except OSError:
-        pass  # a cache that cannot be written to is checked every time
+        pass  # in a read-only cache the file is hashed every time
     return True
 
 
 def _hash(blob: Path, expected: str) -> str:
-    """Return the hash of a content, of the kind that is expected."""
+    """Return the hash of a file, of the same kind as `expected`."""
     digest = hashlib.sha256()
     if len(expected) == 40:
         digest = hashlib.sha1(b"blob %d\0" % blob.stat().st_size, usedforsecurity=False)

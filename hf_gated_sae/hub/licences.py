@@ -1,4 +1,4 @@
-"""The licences that the Hub knows, and the spelling it wants for each."""
+"""The licences on the Hub's list, with their identifiers."""
 
 from __future__ import annotations
 
@@ -100,19 +100,19 @@ _NOISE = re.compile(r"\b(?:the|licen[sc]e|version|international|gnu)\b")
 
 
 def normalise(license: str, *, name: str | None = None, link: str | None = None) -> str:
-    """Return a licence as the Hub spells it; call it before anything is trained, converted or uploaded.
+    """Return the Hub's identifier of a licence; to be called before anything is trained, converted or uploaded.
 
     Args:
         license: identifier or full name; letter case, spaces, hyphens and words such as "License" do not matter.
-        name: of ``"other"``, what the licence is called (``license_name`` of a card).
-        link: of ``"other"``, ``LICENSE`` for a file of the repository, or an address (``license_link`` of a card).
+        name: only for ``"other"``: name of the licence (``license_name`` of a card).
+        link: only for ``"other"``: ``LICENSE`` for a file of the repository, or a URL (``license_link`` of a card).
 
     Returns:
         The identifier, such as ``"apache-2.0"``.
 
     Raises:
-        InputError: if the Hub has no such licence, with close matches; if ``"other"`` lacks a name or a link, or
-            another licence has one.
+        InputError: if the licence is not on the Hub's list, with close matches; if ``"other"`` lacks a name or a link,
+            or another licence has one.
 
     >>> normalise("MIT"), normalise("Apache 2.0"), normalise("CC BY-SA 4.0"), normalise("GPLv3")
     ('mit', 'apache-2.0', 'cc-by-sa-4.0', 'gpl-3.0')
@@ -126,27 +126,27 @@ def normalise(license: str, *, name: str | None = None, link: str | None = None)
     if found is None:
         close = did_you_mean(license, LICENCES) or did_you_mean(license, LICENCES.values())
         raise InputError(
-            f"license is {shown(license)}, which is not on the Hub's list of licences.{close} See {LIST}; any other "
-            "one is license='other' with license_name= and license_link=."
+            f"license is {shown(license)}, which is not on the Hub's list of licences.{close} See {LIST}; for any "
+            "other licence pass license='other' with license_name= and license_link=."
         )
     if found == OTHER and not (name and name.strip() and link and link.strip()):
         raise InputError(
-            "license is 'other', which says nothing alone: expected license_name=, such as 'my-licence-1.0', and "
-            "license_link=, 'LICENSE' for a file of the repository or an address."
+            "license is 'other', which needs a name and a link: pass license_name=, such as 'my-licence-1.0', and "
+            "license_link=, 'LICENSE' for a file of the repository or a URL."
         )
     if found != OTHER and (name or link):
         raise InputError(
-            f"license is {found!r}, and license_name= and license_link= belong to 'other': leave them away."
+            f"license is {found!r}, and license_name= and license_link= are only for license='other': omit them."
         )
     return found
 
 
 @cache
 def _identifiers() -> dict[str, str]:
-    """Return every identifier by what is left of it, and of its full name."""
+    """Return every identifier by the key of itself and of its full name."""
     return {_key(text): identifier for identifier, full in LICENCES.items() for text in (full, identifier)}
 
 
 def _key(text: str) -> str:
-    """Return what tells a licence from others: letters and numbers."""
+    """Return the letters and digits by which licences are compared."""
     return re.sub(r"v(?=\d)", "", re.sub(r"[^a-z0-9.+]", "", _NOISE.sub(" ", text.lower())))

@@ -1,4 +1,4 @@
-"""A place that holds checkpoint files: a local folder, or a folder of a Hub repository at one commit."""
+"""A location of checkpoint files: a local folder, or a folder of a Hub repository at one commit."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .origin import Origin
 
 SHOWN_FILES = 12
 JSON_LIMIT = 4 * 1024 * 1024
-YAML_LIMIT = 256 * 1024  # it is read slowly
+YAML_LIMIT = 256 * 1024  # smaller than for JSON, as yaml parses slowly
 
 
 _YAML_ERRORS = (RecursionError, LookupError, TypeError, AttributeError, ArithmeticError, MemoryError)
-"""What yaml raises, beside its own errors, on tags whose text does not fit them."""
+"""Errors that yaml raises, beside its own, on values that do not fit their tags."""
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Refuses merge keys, which multiply aliases of aliases in memory."""
+    """A safe loader that refuses merge keys, with which nested aliases can exhaust the memory."""
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         """Refuse merge keys."""
@@ -38,7 +38,7 @@ def clean_subfolder(subfolder: str) -> str:
     """Return `subfolder` without leading and trailing slashes.
 
     Raises:
-        InputError: if it is absolute in disguise or climbs out of the repository.
+        InputError: if it contains ``..`` or a backslash.
 
     >>> clean_subfolder("layer_12/width_16k/")
     'layer_12/width_16k'
@@ -58,7 +58,7 @@ class Location(ABC):
         repo: repository id or folder, as the user wrote it.
         subfolder: folder inside it, empty for the root.
         revision: the commit; None for a local folder.
-        file: the one file of the folder that is meant, for layouts with several SAEs in a folder; else None.
+        file: the selected file, for layouts with several SAEs in a folder; else None.
     """
 
     def __init__(
@@ -75,16 +75,16 @@ class Location(ABC):
         self.file = file
         self._all_files = all_files
         self._contents: dict[str, Content] = {}
-        self._broken: dict[str, CheckpointError] = {}  # found out once: every layout may ask, and it may take long
+        self._broken: dict[str, CheckpointError] = {}  # parsed once: every layout may ask, and parsing may take long
 
     @property
     def address(self) -> str:
-        """Path from the root: of the file that is meant, else of the folder."""
+        """Path from the root to the selected file, else to the folder."""
         return "/".join(part for part in (self.subfolder, self.file) if part)
 
     @property
     def repo_id(self) -> str:
-        """``owner/name`` of the repository; of a local folder the one that its path ends with, as a best guess."""
+        """``owner/name`` of the repository; for a local folder, a guess from the end of its path."""
         return self.repo
 
     @cached_property
@@ -104,20 +104,20 @@ class Location(ABC):
         return f"{prefix}{name}" in self._all_files
 
     def __str__(self) -> str:
-        """Return the name to use in messages."""
-        place = f"{self.repo}/{self.address}" if self.address else self.repo
-        return f"{place}@{self.revision[:12]}" if self.revision else place
+        """Return the repository, address and short commit, for messages."""
+        path = f"{self.repo}/{self.address}" if self.address else self.repo
+        return f"{path}@{self.revision[:12]}" if self.revision else path
 
     def at(self, address: str) -> Location:
-        """Return a folder, or one file of a folder, counted from the root; same repository, same commit."""
+        """Return another folder or file of the same repository and commit; `address` is a path from the root."""
         path = clean_subfolder(address)
         folder, _, file = path.rpartition("/") if path in self._all_files else (path, "", None)
         found = self._copy(folder, file)
         found._broken = self._broken
         return found
 
-    def afresh(self) -> Location:
-        """Return the same place, of which nothing is known yet to be broken: a file may have been mended since."""
+    def without_known_errors(self) -> Location:
+        """Return the same location, on which files found broken before are parsed again; they may have been fixed."""
         return self._copy(self.subfolder, self.file)
 
     def fetch(self, names: Iterable[str]) -> Path:
@@ -127,7 +127,7 @@ class Location(ABC):
             names: paths relative to this folder.
 
         Returns:
-            The local folder below which they lie under those names.
+            The local folder that contains them under those names.
 
         Raises:
             MissingFileError: if one is not in the listing, or cannot be downloaded.
@@ -141,21 +141,21 @@ class Location(ABC):
         for name in names:
             if name not in self:
                 raise MissingFileError(
-                    f"There is no {name} in {self}.{did_you_mean(name, self.files)} It holds {self.listing()}: "
-                    "the checkpoint is incomplete, upload or fetch it again."
+                    f"There is no {name} in {self}.{did_you_mean(name, self.files)} It has {self.listing()}: "
+                    "the checkpoint is incomplete; upload or fetch it again."
                 )
 
     def origin(self, layout: str, files: Iterable[str]) -> Origin:
-        """Return the record of where an SAE lies.
+        """Return the record of an SAE's location.
 
         Args:
             layout: name of the format.
-            files: the files that hold it, relative to this folder.
+            files: the files of the SAE, relative to this folder.
         """
         return Origin(self.repo, self.address, self.revision, layout, tuple(files))
 
     def source(self, name: str) -> ByteSource:
-        """Return a file to be read in part: a local one, or on the Hub by ranges until it is needed whole.
+        """Return a file that can be read in part; a remote one is read by ranges until it is needed whole.
 
         Raises:
             MissingFileError: if it is not in the listing.
@@ -164,11 +164,11 @@ class Location(ABC):
         return self._source(name)
 
     def content(self, name: str) -> Content:
-        """Return what a tensor file holds, its tensors by their headers alone; read once.
+        """Return the content of a tensor file; only headers of tensors are read, once.
 
         Raises:
             CheckpointError: if it is broken.
-            MissingFileError: if it is not in the listing, or cannot be had.
+            MissingFileError: if it is not in the listing, or cannot be read.
         """
         if name not in self._contents:
             with self._once(name):
@@ -177,7 +177,7 @@ class Location(ABC):
 
     @contextmanager
     def _once(self, name: str) -> Iterator[None]:
-        """Remember that a file is broken, and raise at once where that is known already."""
+        """Record the error of a broken file, and raise it at once if the file is already known to be broken."""
         path = f"{self.subfolder}/{name}"
         if path in self._broken:
             raise self._broken[path]
@@ -188,11 +188,11 @@ class Location(ABC):
             raise
 
     def tensors(self, name: str) -> dict[str, StoredTensor]:
-        """Return the tensors of a file that holds nothing else.
+        """Return the tensors of a file that contains nothing else.
 
         Raises:
-            CheckpointError: if it is broken, or holds something else.
-            MissingFileError: if it is not in the listing, or cannot be had.
+            CheckpointError: if it is broken, or contains something else.
+            MissingFileError: if it is not in the listing, or cannot be read.
         """
         return flat(self.content(name), f"{name} of {self}")
 
@@ -201,10 +201,10 @@ class Location(ABC):
         return (self.fetch([name]) / name).read_bytes()
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """Return the object that a JSON file holds.
+        """Return the object in a JSON file.
 
         Raises:
-            CheckpointError: if the file is not a JSON object, or too large to be a description.
+            CheckpointError: if the file is not a JSON object, or larger than `JSON_LIMIT`.
         """
         with self._once(name):
             try:
@@ -224,10 +224,10 @@ class Location(ABC):
         return f"{shown}, ... ({len(files)} files)" if len(files) > SHOWN_FILES else shown
 
     def read_yaml(self, name: str) -> dict[str, Any]:
-        """Return the mapping that a YAML file holds.
+        """Return the mapping in a YAML file.
 
         Raises:
-            CheckpointError: if the file is not a YAML mapping, or too large to be a description.
+            CheckpointError: if the file is not a YAML mapping, or larger than `YAML_LIMIT`.
         """
         with self._once(name):
             try:
@@ -241,11 +241,11 @@ class Location(ABC):
         return content
 
     def _description(self, name: str, limit: int) -> bytes:
-        """Return the content of a file that describes something, refused if it is too large for that."""
+        """Return the content of a small file, such as a configuration; a large one is refused."""
         path = self.fetch([name]) / name
         size = path.stat().st_size
         if size > limit:
-            raise CheckpointError(f"{name} of {self} has {size} bytes; expected a small description.")
+            raise CheckpointError(f"{name} of {self} has {size} bytes; expected at most {limit}.")
         content = path.read_bytes()
         if content.startswith(LFS):
             raise CheckpointError(f"{name} of {self} {LFS_POINTER}")
@@ -253,7 +253,7 @@ class Location(ABC):
 
     @abstractmethod
     def sibling(self, repo: str, revision: str | None = None) -> Location:
-        """Return the root of another repository, which this one points to, pinned and reached in the same way.
+        """Return the root of another repository that this one refers to, pinned and accessed in the same way.
 
         Args:
             repo: ``owner/name``.
@@ -265,7 +265,7 @@ class Location(ABC):
 
     @abstractmethod
     def _copy(self, subfolder: str, file: str | None) -> Location:
-        """Return the same place with another subfolder, and the file in it that is meant."""
+        """Return the same repository and commit with another subfolder and selected file."""
 
     @abstractmethod
     def _source(self, name: str) -> ByteSource:
@@ -285,15 +285,15 @@ class LocalFolder(Location):
         subfolder: str = "",
         all_files: Sequence[str] | None = None,
         file: str | None = None,
-        reach: Mapping[str, Any] | None = None,
+        access: Mapping[str, Any] | None = None,
     ) -> None:
         self.root = Path(repo).expanduser()
-        self._reach = {
+        self._access = {
             "token": None,
             "cache_dir": None,
             "local_files_only": False,
             "force_download": False,
-            **(reach or {}),
+            **(access or {}),
         }
         if all_files is None:
             all_files = [
@@ -304,23 +304,23 @@ class LocalFolder(Location):
         super().__init__(repo, subfolder, None, all_files, file)
 
     def _copy(self, subfolder: str, file: str | None) -> LocalFolder:
-        return LocalFolder(self.repo, subfolder, self._all_files, file, self._reach)
+        return LocalFolder(self.repo, subfolder, self._all_files, file, self._access)
 
     def sibling(self, repo: str, revision: str | None = None) -> Location:
         """Return another repository: the folder ``../../owner/name``, if there is one, else the one on the Hub.
 
-        A folder holds no revisions, so that one that is asked for by revision is always looked for on the Hub.
+        A local folder has no revisions, so with a `revision` the repository is always taken from the Hub.
         """
         beside = self.root.absolute().parent.parent / repo
         if revision is None and beside.is_dir():
-            return LocalFolder(str(beside), reach=self._reach)
+            return LocalFolder(str(beside), access=self._access)
         from .repository import HubRepository  # huggingface_hub's client
 
-        return HubRepository.resolve(repo, revision=revision, **self._reach)
+        return HubRepository.resolve(repo, revision=revision, **self._access)
 
     @property
     def repo_id(self) -> str:
-        """The owner and name that the path ends with, or that the Hub cache has made part of it."""
+        """The owner and name at the end of the path, or in the path's Hub cache folder."""
         path = self.root.absolute()
         for folder in (path, *path.parents):
             if folder.name.startswith("models--"):
@@ -350,11 +350,11 @@ def locate(
         revision: branch, tag, ``refs/pr/1`` or commit.
         token: access token; None uses the stored one, False none.
         cache_dir: folder of the Hub cache.
-        local_files_only: use only what is cached; also implied by ``HF_HUB_OFFLINE=1``.
-        force_download: download even what is cached.
+        local_files_only: use only cached files; also implied by ``HF_HUB_OFFLINE=1``.
+        force_download: download files even if they are cached.
 
     Returns:
-        The root of the place.
+        The root of the folder or repository.
 
     Raises:
         InputError: if `repo` is neither an existing folder nor a possible repository id.
@@ -363,16 +363,16 @@ def locate(
     if not repo.strip():
         raise InputError(f"Given {repo!r} as the repository; expected 'owner/name' or a folder ('.' for this one).")
     path = Path(repo).expanduser()
-    reach: dict[str, Any] = {
+    access: dict[str, Any] = {
         "token": token,
         "cache_dir": cache_dir,
         "local_files_only": local_files_only,
         "force_download": force_download,
     }
     if path.is_dir():
-        return LocalFolder(repo, reach=reach)
+        return LocalFolder(repo, access=access)
     if path.is_file():
         raise InputError(f"{repo} is a file; expected the folder that holds it: pass {str(path.parent)!r}.")
     from .repository import HubRepository  # huggingface_hub's client, which a local folder does not need
 
-    return HubRepository.resolve(repo, revision=revision, **reach)
+    return HubRepository.resolve(repo, revision=revision, **access)

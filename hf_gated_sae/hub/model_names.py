@@ -1,4 +1,4 @@
-"""Short names of base models, as other libraries write them, and their repositories on the Hub."""
+"""Repositories of base models by the short names that other libraries write."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OWNERS = {
     "deepseek-r1-": "deepseek-ai/DeepSeek-R1-",
     "gpt-oss-": "openai/gpt-oss-",
 }
-"""Owners of families whose short names differ from the repository's only in what comes first."""
+"""Prefixes of families whose short names differ from the repository id only at the beginning."""
 
 _SIZE = re.compile(r"a?[\d.]+b", re.IGNORECASE)
 
@@ -59,5 +59,5 @@ def repository_of(name: str | None) -> str | None:
 
 
 def _sized(rest: str) -> str:
-    """Write sizes, and the words behind them, with the capitals that Qwen gives them."""
+    """Capitalise sizes, and the words after them, as Qwen does."""
     return "-".join(part.upper() if _SIZE.fullmatch(part) else part[:1].upper() + part[1:] for part in rest.split("-"))

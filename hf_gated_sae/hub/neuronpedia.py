@@ -1,4 +1,4 @@
-"""The names of dashboards on Neuronpedia, and which SAE of the index each is of."""
+"""SAEs of the index by the names of their dashboards on Neuronpedia."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _PAGE = re.compile(r"(?:https?://)?(?:www\.)?neuronpedia\.org/", re.IGNORECASE)
 
 
 def sae_of_dashboards(text: str) -> KnownSAE | None:
-    """Return the SAE that a name of dashboards is of.
+    """Return the SAE of a dashboard name.
 
     Args:
-        text: ``gemma-2-2b/12-gemmascope-res-16k``, the same after ``neuronpedia:``, or the address of a page; letter
-            case does not matter. Of the page of one latent, the latent's number is not used.
+        text: ``gemma-2-2b/12-gemmascope-res-16k``, the same after ``neuronpedia:``, or the URL of a page; letter case
+            does not matter. In the URL of one latent's page, the latent's number is ignored.
 
     Returns:
-        The SAE; None for a text that is neither marked as Neuronpedia's nor in the index: it may be a repository.
+        The SAE; None if the text is not in the index and neither a URL nor prefixed: it may be a repository.
 
     Raises:
-        InputError: if it is marked as Neuronpedia's and has another form, or several SAEs have that name.
-        UnknownNameError: if it is marked as Neuronpedia's and not in the index.
+        InputError: if a prefixed name or URL has another form, or several SAEs have that name.
+        UnknownNameError: if a prefixed name or URL is not in the index.
 
     >>> sae_of_dashboards("https://www.neuronpedia.org/gemma-2-2b/12-gemmascope-res-16k/1234").address
     'layer_12/width_16k/average_l0_82'
@@ -38,13 +38,13 @@ def sae_of_dashboards(text: str) -> KnownSAE | None:
         del parts[2]
     if len(parts) != 2 or not all(parts):
         if marked:
-            raise InputError(f"Given {text!r}; expected {FORM}, or the address of its page.")
+            raise InputError(f"Given {text!r}; expected {FORM}, or the URL of its page.")
         return None
     name = "/".join(parts)
-    found = {(sae.repo, sae.address): sae for sae in _shown(parts[0]) if _same(sae.neuronpedia, name)}
+    found = {(sae.repo, sae.address): sae for sae in _with_dashboards(parts[0]) if _same(sae.neuronpedia, name)}
     if len(found) > 1:
         raise InputError(
-            f"{name!r} is the Neuronpedia name of several SAEs. Pass the repository and the address of one: "
+            f"{name!r} is the Neuronpedia name of several SAEs. Pass the repository and address of one: "
             f"{'; '.join(f'{repo!r}, {address!r}' for repo, address in found)}."
         )
     if not found and marked:
@@ -54,23 +54,23 @@ def sae_of_dashboards(text: str) -> KnownSAE | None:
 
 
 def unknown_dashboards(name: str) -> SAEError | None:
-    """Return the error for a name that is not in the index; None unless it begins as the dashboards of a known model.
+    """Return the error for a dashboard name that is not in the index; None if its model is unknown, too.
 
     Args:
         name: such as ``"gemma-2-2b/12-gemmascope-res-17k"``.
     """
-    known = [sae.neuronpedia for sae in _shown(name.split("/")[0])] if "/" in name else []
+    known = [sae.neuronpedia for sae in _with_dashboards(name.split("/")[0])] if "/" in name else []
     if not known:
         return None
-    base_model = next((sae.base_model for sae in _shown(name.split("/")[0])), None)
+    base_model = next((sae.base_model for sae in _with_dashboards(name.split("/")[0])), None)
     return UnknownNameError(
         f"No SAE is known by the name {name!r} on Neuronpedia.{did_you_mean(name, known)} search({base_model!r}) "
-        "lists those of that model; one that is not in the index is loaded by its repository."
+        "lists those of that model; to load one that is not in the index, pass its repository."
     )
 
 
-def _shown(model: str) -> Iterator[KnownSAE]:
-    """Return the SAEs that have dashboards of a model, without spelling out releases of other ones."""
+def _with_dashboards(model: str) -> Iterator[KnownSAE]:
+    """Yield the SAEs that have dashboards of a model; releases for other models are not expanded."""
     for release in releases().values():
         if model.lower() in release.dashboard_models:
             yield from (sae for sae in release.saes.values() if _same((sae.neuronpedia or "").split("/")[0], model))

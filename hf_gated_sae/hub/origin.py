@@ -1,4 +1,4 @@
-"""Where an SAE was loaded from."""
+"""The record of where an SAE was loaded from."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an SAE came from.
+    """Where an SAE was loaded from.
 
     Attributes:
         repo: repository id or folder.
         subfolder: the SAE's folder or file inside it, empty for the root.
         revision: commit that `repo` was pinned to; None for a local folder.
         format: name of the layout.
-        files: the files that hold it, relative to its folder.
-        folder: where the files lie on this machine, as far as they were fetched whole; None if they were not.
-        bytes_read: bytes read to load it: of mapped tensors their size, whether or not all of it was touched.
-        cache_dir: folder of the Hub cache that it was read through; None for the default one.
+        files: the files that contain it, relative to its folder.
+        folder: local folder of the files that were fetched whole; None if they were not.
+        bytes_read: bytes read to load it; mapped tensors count with their full size.
+        cache_dir: folder of the Hub cache; None for the default one.
     """
 
     repo: str
@@ -31,6 +31,6 @@ class Origin:
     cache_dir: str | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
-        """Return the name to use in messages."""
-        place = f"{self.repo}/{self.subfolder}" if self.subfolder else self.repo
-        return f"{place}@{self.revision[:12]}" if self.revision else place
+        """Return the repository, subfolder and short commit, for messages."""
+        path = f"{self.repo}/{self.subfolder}" if self.subfolder else self.repo
+        return f"{path}@{self.revision[:12]}" if self.revision else path

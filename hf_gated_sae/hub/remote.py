@@ -1,4 +1,4 @@
-"""Parts of a file on the Hub, by HTTP range requests."""
+"""Read parts of a file on the Hub by HTTP range requests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from huggingface_hub.file_download import repo_folder_name
 from ..errors import CheckpointError, MissingFileError
 from ..storage import ByteSource, LocalBytes
 from ..upstream.huggingface_hub_private import build_hf_headers, hf_raise_for_status, http_stream_backoff
-from .column_reads import turned_rows
+from .column_reads import transposed_rows
 from .error_messages import TransportError, explained
 from .integrity import MARKERS
 
@@ -27,21 +27,21 @@ if TYPE_CHECKING:
 CONNECTIONS = 8
 TRIES = 3
 MOST_RANGES = 150
-"""In one request: its header stays below the 4 KB that every server takes."""
+"""Most ranges in one request, so that its header stays below the 4 KB that every server accepts."""
 TOO_MANY = frozenset({400, 413, 414, 416, 431})
-"""Answers of servers that do not like several ranges, or so many of them."""
+"""Status codes of servers that refuse several ranges, or that many of them."""
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
 
 class RemoteBytes(ByteSource):
     """A file of a repository, read in part; `map` downloads it whole into the Hub cache.
 
-    Several ranges are asked for in one request. A server that does not know that, or no ranges at all, is asked for
-    them one by one, or for the whole file.
+    Several ranges are requested at once. If the server does not support that, they are requested one by one; if it
+    supports no ranges, the whole file is downloaded.
 
     Args:
         repository: the repository at one commit.
-        path: the file, counted from the root.
+        path: path of the file from the root.
     """
 
     def __init__(self, repository: HubRepository, path: str) -> None:
@@ -49,25 +49,25 @@ class RemoteBytes(ByteSource):
         self._repository = repository
         self._path = path
         self._url = hf_hub_url(repository.repo, path, revision=repository.revision)
-        self._place: tuple[str, int, str] | None = None
-        self._several_at_once = True
+        self._location: tuple[str, int, str] | None = None
+        self._accepts_several = True
         self._whole: LocalBytes | None = None
-        self._answers: dict[tuple[int, int], bytes] = {}
+        self._digests: dict[tuple[int, int], bytes] = {}
 
     @property
     def size(self) -> int:
         """Length of the file in bytes."""
-        return self._located()[1]
+        return self._resolved()[1]
 
-    def _located(self) -> tuple[str, int, str]:
-        """Return the address of the content, its length and its etag, asked for once."""
-        if self._place is None:
+    def _resolved(self) -> tuple[str, int, str]:
+        """Return the URL of the content, its length and its etag; requested once."""
+        if self._location is None:
             with explained(self._repository.repo, self._repository.revision, self._path):
                 found = get_hf_file_metadata(self._url, token=self._repository.access.token, retry_on_errors=True)
             if found.size is None:
-                raise MissingFileError(f"The Hub does not tell how long {self.name} is; try again.")
-            self._place = (found.location, found.size, found.etag or "")
-        return self._place
+                raise MissingFileError(f"The Hub did not report the size of {self.name}; try again.")
+            self._location = (found.location, found.size, found.etag or "")
+        return self._location
 
     def map(self) -> Any:
         """Download the file, then map it."""
@@ -78,33 +78,33 @@ class RemoteBytes(ByteSource):
         self._downloaded()
 
     def _downloaded(self) -> LocalBytes:
-        """Return the downloaded file, whose content has been checked; so now is what was read of it before.
+        """Return the downloaded and verified file, after comparing with it the parts that were read before.
 
         Raises:
-            CheckpointError: if that was something else.
+            CheckpointError: if one of them differs.
         """
         if self._whole is None:
             whole = LocalBytes(self._repository.download(self._path), self.name)
-            for (offset, length), digest in self._answers.items():
+            for (offset, length), digest in self._digests.items():
                 if whole.size < offset + length or _digest(whole.read([(offset, length)])[0]) != digest:
                     raise CheckpointError(
-                        f"What was read of {self.name} before it was downloaded is not what it holds: an answer of "
-                        "the Hub was corrupt, and nothing was loaded. Try again."
+                        f"A part of {self.name} that was read before the download differs from the downloaded file: "
+                        "a response of the Hub was corrupt, and nothing was loaded. Try again."
                     )
             self._whole = whole
         return self._whole
 
-    def turned(self, place: tuple[int, int], rows: int, itemsize: int, name: str) -> ByteSource | None:
-        """Fetch a matrix alone and keep its columns as rows of a local file; see `hub.column_reads`."""
-        if self._whole is not None or not place[1]:
+    def transposed(self, span: tuple[int, int], rows: int, itemsize: int, name: str) -> ByteSource | None:
+        """Fetch a matrix alone and store its transpose in a local file; see `hub.column_reads`."""
+        if self._whole is not None or not span[1]:
             return None
         repository = self._repository
         cache = Path(repository.access.cache_dir or constants.HF_HUB_CACHE)
         folder = cache / repo_folder_name(repo_id=repository.repo, repo_type="model") / MARKERS
-        content = f"{self._located()[2]} {self._path}@{repository.revision}"
+        content = f"{self._resolved()[2]} {self._path}@{repository.revision}"
         try:
-            source, fetched = turned_rows(
-                folder, content, place, rows, itemsize, name, self._stream, afresh=repository.access.force_download
+            source, fetched = transposed_rows(
+                folder, content, span, rows, itemsize, name, self._stream, overwrite=repository.access.force_download
             )
         except _NoRanges:
             return None
@@ -115,56 +115,56 @@ class RemoteBytes(ByteSource):
         wanted = list(dict.fromkeys(span for span in ranges if span[1]))
         found = dict.fromkeys(ranges, b"")
         if wanted and self._whole is None:
-            found |= self._ask_for_all(wanted)
+            found |= self._request_all(wanted)
         missing = [span for span in wanted if not found[span]]
-        if missing:  # no ranges here: the whole file, then
+        if missing:  # the server supports no ranges: download the whole file
             found |= zip(missing, self._downloaded().read(missing), strict=True)
         if self._whole is None:
-            self._answers |= {span: _digest(found[span]) for span in wanted}
+            self._digests |= {span: _digest(found[span]) for span in wanted}
         return [found[span] for span in ranges]
 
-    def _ask_for_all(self, ranges: list[tuple[int, int]]) -> dict[tuple[int, int], bytes]:
-        """Ask for all ranges at once, else for each by itself; what could not be had is empty."""
+    def _request_all(self, ranges: list[tuple[int, int]]) -> dict[tuple[int, int], bytes]:
+        """Request all ranges at once, else each by itself; those that the server does not send are empty."""
         found: dict[tuple[int, int], bytes] = {}
-        while len(ranges) > 1 and self._several_at_once:
-            found |= self._ask(ranges[:MOST_RANGES])
-            self._several_at_once = all(found.values())
+        while len(ranges) > 1 and self._accepts_several:
+            found |= self._request_with_retries(ranges[:MOST_RANGES])
+            self._accepts_several = all(found.values())
             ranges = [span for span in ranges if not found.get(span)]
         if not ranges:
             return found
-        first = self._ask(ranges[:1])  # one that gets no answer tells for all
+        first = self._request_with_retries(ranges[:1])  # if the server does not send one, it sends none
         found |= first
         if all(first.values()) and len(ranges) > 1:
             with ThreadPoolExecutor(CONNECTIONS) as pool:
-                answers = list(pool.map(lambda span: self._ask([span]), ranges[1:]))
+                answers = list(pool.map(lambda span: self._request_with_retries([span]), ranges[1:]))
             found |= {span: content for answer in answers for span, content in answer.items()}
         return {span: found.get(span, b"") for span in [*found, *ranges]}
 
-    def _ask(self, ranges: list[tuple[int, int]]) -> dict[tuple[int, int], bytes]:
-        """Send one request for ranges; those that the answer does not hold are empty."""
+    def _request_with_retries(self, ranges: list[tuple[int, int]]) -> dict[tuple[int, int], bytes]:
+        """Send one request for ranges, again after failures; ranges that the response lacks are empty."""
         with explained(self._repository.repo, self._repository.revision, self._path):
             for _ in range(TRIES - 1):
                 try:
-                    return self._answer(ranges)
-                except HfHubHTTPError as error:  # an answer
-                    if error.response.status_code not in (401, 403) or self._place is None:
+                    return self._send(ranges)
+                except HfHubHTTPError as error:  # the server responded with an error
+                    if error.response.status_code not in (401, 403) or self._location is None:
                         raise
-                    self._place = None  # addresses of the storage expire
-                except TransportError:  # broken off while the content was being sent
+                    self._location = None  # the storage's URLs expire
+                except TransportError:  # the connection broke while the content was being sent
                     continue
-            return self._answer(ranges)
+            return self._send(ranges)
 
     def _request(self, ranges: Sequence[tuple[int, int]]) -> tuple[str, dict[str, str]]:
-        """Return address and headers of a request for ranges."""
-        address, _, _ = self._located()
+        """Return URL and headers of a request for ranges."""
+        address, _, _ = self._resolved()
         headers = {"Range": "bytes=" + ",".join(f"{start}-{start + length - 1}" for start, length in ranges)}
         headers["Accept-Encoding"] = "identity"
         if urlsplit(address).netloc == urlsplit(HfApi().endpoint or constants.ENDPOINT).netloc:
             headers |= build_hf_headers(token=self._repository.access.token)
         return address, headers
 
-    def _answer(self, ranges: list[tuple[int, int]]) -> dict[tuple[int, int], bytes]:
-        """Send the request and take the ranges out of the answer."""
+    def _send(self, ranges: list[tuple[int, int]]) -> dict[tuple[int, int], bytes]:
+        """Send one request and return the ranges in the response."""
         address, headers = self._request(ranges)
         broken: Exception | None = None
         body = b""
@@ -172,7 +172,7 @@ class RemoteBytes(ByteSource):
             if response.status_code == 206:
                 try:
                     body = response.read()
-                except TransportError as error:  # raised in here it would start the client's own retries
+                except TransportError as error:  # raised inside the `with`, it would start the client's own retries
                     broken = error
             elif response.status_code not in (200, 416) and (len(ranges) == 1 or response.status_code not in TOO_MANY):
                 broken = _failure(response)
@@ -182,10 +182,10 @@ class RemoteBytes(ByteSource):
         return {(start, length): _cut(parts, start, length) for start, length in ranges}
 
     def _stream(self, offset: int, length: int, chunk: int) -> Iterator[bytes]:
-        """Yield one long range in chunks, going on where a connection broke off.
+        """Yield one long range in chunks; after a broken connection it continues with the rest.
 
         Raises:
-            _NoRanges: if the server does not answer with that range.
+            _NoRanges: if the server does not respond with that range.
         """
         left, held, tries = length, bytearray(), 0
         with explained(self._repository.repo, self._repository.revision, self._path):
@@ -209,7 +209,7 @@ class RemoteBytes(ByteSource):
             yield bytes(held)
 
     def _pieces(self, offset: int, length: int) -> Iterator[bytes]:
-        """Yield the answer to a request for one range as it arrives."""
+        """Yield the response to a request for one range as it arrives."""
         address, headers = self._request([(offset, length)])
         broken: Exception | None = None
         with http_stream_backoff("GET", address, headers=headers, max_retries=TRIES) as response:
@@ -234,7 +234,7 @@ class RemoteBytes(ByteSource):
 
 
 class _NoRanges(Exception):
-    """A server does not send the part of a file that it is asked for."""
+    """The server does not send the requested part of a file."""
 
 
 def _digest(content: bytes) -> bytes:
@@ -242,16 +242,16 @@ def _digest(content: bytes) -> bytes:
 
 
 def _failure(response: Any) -> Exception:
-    """Return the client's error for an answer."""
+    """Return the client's error for a response."""
     try:
         hf_raise_for_status(response)
     except TransportError as error:
         return error
-    return MissingFileError(f"The Hub answered {response.status_code} to a request for a part of a file; try again.")
+    return MissingFileError(f"The Hub responded {response.status_code} to a request for part of a file; try again.")
 
 
 def _parts(headers: Any, body: bytes, size: int) -> list[tuple[int, bytes]]:
-    """Return the parts of a partial answer with their offsets; parts that do not fit the file are left out."""
+    """Return the parts of a partial response with their offsets; parts that do not fit the file are omitted."""
     kind = headers.get("Content-Type", "")
     if not kind.startswith("multipart/byteranges"):
         return _part(headers.get("Content-Range", ""), body, size)
@@ -270,7 +270,7 @@ def _parts(headers: Any, body: bytes, size: int) -> list[tuple[int, bytes]]:
 
 
 def _part(content_range: str, body: bytes, size: int) -> list[tuple[int, bytes]]:
-    """Return one part if its announced place fits the file and its length."""
+    """Return one part with its offset, if its announced range fits the file and the body."""
     match = _CONTENT_RANGE.fullmatch(content_range)
     if match is None or match[3] not in ("*", str(size)):
         return []
@@ -279,7 +279,7 @@ def _part(content_range: str, body: bytes, size: int) -> list[tuple[int, bytes]]
 
 
 def _cut(parts: list[tuple[int, bytes]], start: int, length: int) -> bytes:
-    """Return a range out of the parts, or nothing if no part holds it."""
+    """Return the bytes of a range from the parts, empty if no part contains it."""
     for offset, content in parts:
         if offset <= start and start + length <= offset + len(content):
             return content[start - offset : start - offset + length]

@@ -29,18 +29,18 @@ from .remote import RemoteBytes
 _log = logging.getLogger(__name__)
 
 _repairing = threading.Lock()
-"""Held while a corrupt file is replaced, so that a thread does not remove what another one has just fetched."""
+"""Held while a corrupt file is replaced, so that one thread does not remove a file that another has just fetched."""
 
 
 @dataclass(frozen=True)
 class Access:
-    """How to reach a repository.
+    """Settings for access to a repository.
 
     Attributes:
         token: access token; None uses the stored one, False none.
         cache_dir: folder of the Hub cache.
-        offline: use only what is cached.
-        force_download: download even what is cached.
+        offline: use only cached files.
+        force_download: download files even if they are cached.
     """
 
     token: str | bool | None = None
@@ -82,8 +82,8 @@ class HubRepository(Location):
         if access.offline and force_download:
             why = "local_files_only=True" if local_files_only else "HF_HUB_OFFLINE=1"
             raise InputError(
-                f"Given force_download=True, which asks the Hub for {repo} again, and {why}, which forbids to ask: "
-                "leave one of them away."
+                f"Given force_download=True, which downloads {repo} again, and {why}, which forbids downloads: "
+                "omit one of them."
             )
         api = HfApi(token=token)
         with explained(repo, revision):
@@ -96,9 +96,9 @@ class HubRepository(Location):
                     return cls(repo, "", commit, _listed(api, repo, commit), access)
                 except TransportError as error:
                     refused = isinstance(error, HfHubHTTPError) and error.response.status_code < 500
-                    if refused or force_download:  # what is cached is not wanted
+                    if refused or force_download:  # cached files are not wanted
                         raise
-                    # The client has already warned that it uses what is cached; so does this.
+                    # The client has already warned that it continues with cached files.
                     access = replace(access, offline=True)
             return cls(repo, "", commit, _cached(repo, commit, cache_dir), access)
 
@@ -108,7 +108,7 @@ class HubRepository(Location):
         return copy
 
     def sibling(self, repo: str, revision: str | None = None) -> HubRepository:
-        """Return another repository, reached in the same way."""
+        """Return another repository, accessed in the same way."""
         return HubRepository.resolve(
             repo,
             revision=revision,
@@ -119,8 +119,8 @@ class HubRepository(Location):
         )
 
     def listing(self) -> str:
-        """Return the first files for a message, and that offline they are not all that there may be."""
-        cached = "; that is what the Hub cache has of it, and the Hub was not asked" if self.access.offline else ""
+        """Return the first files for a message; when offline, with the note that only cached files are listed."""
+        cached = "; only cached files are listed, as the Hub was not contacted" if self.access.offline else ""
         return f"{super().listing()}{cached}"
 
     def _fetch(self, names: list[str]) -> Path:
@@ -136,11 +136,11 @@ class HubRepository(Location):
         return RemoteBytes(self, path)
 
     def download(self, path: str) -> Path:
-        """Return the local copy of one file, counted from the root; asked for once, since a commit does not change.
+        """Return the local copy of one file, whose path is from the root; a file of a commit is downloaded once.
 
         Raises:
-            CheckpointError: if what arrives is not what the Hub announces, twice.
-            MissingFileError: if it cannot be had.
+            CheckpointError: if the content does not have the hash that the Hub announces, after a second download.
+            MissingFileError: if it cannot be downloaded.
         """
         if path not in self._fetched:
             local = self._download(path, self.access.force_download)
@@ -149,7 +149,7 @@ class HubRepository(Location):
         return self._fetched[path]
 
     def _repaired(self, path: str, local: Path) -> Path:
-        """Fetch a corrupt file again, once."""
+        """Download a corrupt file again, once."""
         with _repairing:
             if not self.access.offline and not is_intact(local, lambda: self._announced(path)):
                 _log.warning("The cached %s of %s is corrupt; it is removed and fetched again.", path, self)
@@ -157,13 +157,13 @@ class HubRepository(Location):
                 local = self._download(path, force_download=True)
             if not is_intact(local, lambda: self._announced(path)):
                 raise CheckpointError(
-                    f"The content of {path} of {self} is not the one that the Hub announces, so it is corrupt and "
-                    "nothing was loaded. Fetch it again with force_download=True while online."
+                    f"The content of {path} of {self} does not have the hash that the Hub announces: it is corrupt, "
+                    "and nothing was loaded. Fetch it again with force_download=True while online."
                 )
         return local
 
     def _announced(self, path: str) -> str | None:
-        """Ask the Hub for the hash of a file; None while it cannot be asked."""
+        """Request the hash of a file from the Hub; None when offline."""
         if self.access.offline:
             return None
         with explained(self.repo, self.revision, path):
@@ -186,7 +186,7 @@ class HubRepository(Location):
 
 
 def _split(repo: str, revision: str | None) -> tuple[str, str | None]:
-    """Take ``repository@revision`` apart."""
+    """Split ``repository@revision``."""
     name, at, named_revision = repo.partition("@")
     if at and revision not in (None, named_revision):
         raise InputError(f"Given {repo!r} and revision={revision!r}, which name two revisions; pass one of them.")
@@ -199,13 +199,13 @@ def _split(repo: str, revision: str | None) -> tuple[str, str | None]:
 
 
 def _listed(api: HfApi, repo: str, commit: str) -> list[str]:
-    """Ask the Hub for all paths at a commit."""
+    """Request the paths of all files at a commit from the Hub."""
     return [file.rfilename for file in api.model_info(repo, revision=commit).siblings or []]
 
 
 def _cached(repo: str, commit: str, cache_dir: str | None) -> list[str]:
-    """List what is cached of a commit."""
-    # No pattern: the question is where the snapshot lies, not whether it is complete.
+    """Return the paths of the cached files of a commit."""
+    # An empty pattern: only the snapshot's folder is needed, whether or not it is complete.
     folder = Path(
         snapshot_download(repo, revision=commit, cache_dir=cache_dir, local_files_only=True, allow_patterns=[])
     )

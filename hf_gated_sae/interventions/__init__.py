@@ -1,8 +1,8 @@
-"""What to do with latents and activations, at which positions, under which condition: plain frozen data.
+"""Interventions as frozen data: what to do with latents or activations, at which positions, under which condition.
 
-One file per verb; `hf_gated_sae.hooks.attach` carries them out. To add a verb, subclass `LatentEdit` (changes
-latents), `Edit` (adds to the activation) or `Replacement` (takes its place) in a new file here
-that is named after it; `hf_gated_sae` exports it.
+One file per verb; `hf_gated_sae.hooks.attach` applies them. To add a verb, subclass `LatentEdit` (changes latents),
+`Edit` (adds to the activation) or `Replacement` (replaces the activation) in a new file here, named after the
+class; `hf_gated_sae` exports it.
 """
 
 import importlib

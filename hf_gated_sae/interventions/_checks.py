@@ -1,4 +1,4 @@
-"""Checks of what interventions are given."""
+"""Checks of the arguments of interventions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .positions import integers, shorten
 
 
 def latent_list(owner: object, latents: object) -> tuple[int, ...]:
-    """Return latent indices, each once, in the order given.
+    """Return latent indices without repetitions, in the given order.
 
     Raises:
         InputError: if they are not whole numbers.
@@ -36,7 +36,7 @@ def latent_values(owner: object, values: object) -> dict[int, float]:
     """Return a copy of numbers by latent.
 
     Raises:
-        InputError: if it is no mapping, a key is no whole number, or a value is not finite.
+        InputError: if it is not a mapping, a key is not a whole number, or a value is not finite.
     """
     found = latent_values_per_row(owner, values)
     for latent, value in found.items():
@@ -48,11 +48,11 @@ def latent_values(owner: object, values: object) -> dict[int, float]:
 
 
 def latent_values_per_row(owner: object, values: object) -> dict[int, PerRow]:
-    """Return a copy of numbers by latent, each of them perhaps one for each row.
+    """Return a copy of values by latent, each one number, or one number for each row.
 
     Raises:
-        InputError: if it is no mapping, a key is no whole number, a value is not finite, or two latents have numbers
-            for different numbers of rows.
+        InputError: if it is not a mapping, a key is not a whole number, a value is not finite, or the latents have
+            values for different numbers of rows.
     """
     latents = integers(values.keys()) if isinstance(values, Mapping) else None
     if not isinstance(values, Mapping) or latents is None:
@@ -76,8 +76,8 @@ def number_per_row(owner: object, what: str, value: object) -> PerRow:
     """Return a number, or a tuple with one for each row of the batch.
 
     Args:
-        owner: the intervention that was given it.
-        what: what it is, for messages, such as ``"as strength"``.
+        owner: the intervention, for messages.
+        what: the argument, for messages, such as ``"as strength"``.
         value: a number, or a sequence of them, or a tensor ``[B]``.
 
     Raises:
@@ -103,10 +103,10 @@ def tensor_of(owner: object, values: object, expected: str, axes: Sequence[int],
     """Return a copy of a tensor, or of nested lists of numbers.
 
     Args:
-        owner: the intervention that was given it.
-        values: what was given.
-        expected: what it should be, for messages, such as ``"a vector [d]"``.
-        axes: numbers of axes that it may have.
+        owner: the intervention, for messages.
+        values: the argument.
+        expected: the expected argument, for messages, such as ``"a vector [d]"``.
+        axes: accepted numbers of axes.
         finite: whether all values must be finite.
 
     Raises:

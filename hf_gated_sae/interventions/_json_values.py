@@ -1,4 +1,4 @@
-"""Values of interventions as JSON and back, exactly; what cannot be is refused."""
+"""Convert values of interventions to JSON and back, exactly; other types are refused."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Kind:
-    """One type of value that JSON does not have, written as ``{tag: content}``.
+    """A type of value that JSON does not have, written as ``{tag: content}``.
 
     Attributes:
-        tag: the one key.
+        tag: the key.
         type: the class.
-        write: gives the content.
-        read: gives the value; it may raise whatever the content makes it raise.
+        write: returns the content for a value.
+        read: returns the value for a content; may raise any error on wrong content.
     """
 
     tag: str
@@ -55,9 +55,9 @@ def _read_tensor(content: Any) -> Tensor:
     dtype, shape = DTYPES[content["dtype"]], whole_numbers(content["shape"])
     data = bytearray(base64.b64decode(content["data"], validate=True))
     if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(data):
-        raise InputError(f"{len(data)} bytes are no tensor {content['shape']} of {content['dtype']}")
+        raise InputError(f"{len(data)} bytes do not fit a tensor {content['shape']} of {content['dtype']}")
     if dtype is torch.bool and any(byte > 1 for byte in data):
-        raise InputError("a bool tensor's bytes are 0 and 1")
+        raise InputError("a bool tensor has bytes other than 0 and 1")
     return torch.frombuffer(data, dtype=dtype).reshape(shape) if data else torch.empty(shape, dtype=dtype)
 
 
@@ -68,7 +68,7 @@ def _write_mapping(values: Mapping[Any, Any]) -> list[Any]:
 def _read_mapping(content: Any) -> dict[Any, Any]:
     pairs = dict(content)
     if len(pairs) < len(content):
-        raise InputError("a key stands twice")
+        raise InputError("a key occurs twice")
     return pairs
 
 
@@ -98,11 +98,11 @@ KINDS = (
 
 
 def written(value: Any, number_of: Callable[[SAEModel], int]) -> Any:
-    """Return a value as JSON has it.
+    """Return the JSON form of a value.
 
     Args:
-        value: of an intervention's field.
-        number_of: gives an SAE's number in the plan.
+        value: value of an intervention's field.
+        number_of: returns an SAE's number in the plan.
 
     Raises:
         InputError: if it is of a type that cannot be written.
@@ -122,14 +122,14 @@ def written(value: Any, number_of: Callable[[SAEModel], int]) -> Any:
 
 
 def read(content: Any, sae_of: Callable[[int], SAEModel]) -> Any:
-    """Return a value that `written` gave, whatever else it may hold.
+    """Return the value of a JSON form that `written` returned; the content is untrusted.
 
     Args:
-        content: what JSON held.
-        sae_of: gives an SAE of the plan by its number.
+        content: the decoded JSON.
+        sae_of: returns an SAE of the plan by its number.
 
     Raises:
-        InputError: if it is nothing that `written` gives.
+        InputError: if it is not a form that `written` returns.
     """
     if isinstance(content, list):
         return tuple(read(each, sae_of) for each in content)
@@ -143,6 +143,6 @@ def read(content: Any, sae_of: Callable[[int], SAEModel]) -> Any:
             try:
                 return kind.read(inner)
             except (ValueError, TypeError, LookupError, RuntimeError, OverflowError, binascii.Error) as error:
-                raise InputError(f"{shown(content)} is no {tag}: {shown(str(error), 200)}.") from error
+                raise InputError(f"{shown(content)} is not a {tag}: {shown(str(error), 200)}.") from error
     tags = ", ".join(["sae", *(kind.tag for kind in KINDS)])
-    raise InputError(f"{shown(content)} is no value; expected one of {tags} with its content.")
+    raise InputError(f"{shown(content)} is not a value; expected one of {tags} with its content.")

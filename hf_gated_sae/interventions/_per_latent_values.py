@@ -1,4 +1,4 @@
-"""What edits have in common that are given one number for each of their latents."""
+"""Base class of edits with one number for each of their latents."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .model_call import SiteCall
 
 @dataclass(frozen=True, eq=False)
 class LatentValueEdit(LatentEdit, is_verb=False):
-    """Changes latents by a number for each, which a field of the verb holds.
+    """An edit of latents by one number for each, in a field of the verb.
 
     Attributes:
         numbers_field: name of that field.
@@ -30,7 +30,7 @@ class LatentValueEdit(LatentEdit, is_verb=False):
 
     @property
     def numbers(self) -> Mapping[int, PerRow]:
-        """The number of each latent, or one for each row of the batch."""
+        """The number of each latent, or its numbers for the rows of the batch."""
         found: Mapping[int, PerRow] = getattr(self, self.numbers_field)
         return found
 
@@ -44,13 +44,13 @@ class LatentValueEdit(LatentEdit, is_verb=False):
 
         Args:
             latents: ``[B, S, n]``.
-            run: whose rows they are for.
+            run: the call, whose batch determines the rows.
 
         Returns:
-            ``[n]``; ``[B, 1, n]`` where some are given by rows.
+            ``[n]``; ``[B, 1, n]`` if some differ between rows.
 
         Raises:
-            InputError: if they are given for another number of rows than the batch has.
+            InputError: if they are for another number of rows than the batch has.
         """
         values = list(self.numbers.values())
         rows = next((len(value) for value in values if isinstance(value, tuple)), None)

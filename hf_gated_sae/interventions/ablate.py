@@ -1,4 +1,4 @@
-"""Switch latents off, or to what they are elsewhere."""
+"""Ablate latents: to zero, to their mean, or to values at other tokens."""
 
 from __future__ import annotations
 
@@ -19,25 +19,26 @@ MODES = ("zero", "mean", "resample")
 
 @dataclass(frozen=True, eq=False)
 class Ablate(LatentEdit):
-    """Set latents to zero, to their recorded mean, or to what they are at random tokens of another batch.
+    """Set latents to zero, to their recorded mean, or to their values at random tokens of another batch.
 
     ``x + (latents' - latents) @ W_dec`` with ``latents' = 0``, ``mean_activation`` or
     ``samples[hash(seed, row, position) mod N]``.
 
     Attributes:
-        latents: which latents.
+        latents: indices of the latents.
         mode: ``"zero"``, ``"mean"`` (the SAE's recorded `mean_activation`) or ``"resample"``.
         samples: for ``"resample"``, values of the latents at other tokens, from `capture` on another batch: ``[N, n]``
-            in the order of `latents`, or ``[N, d_sae]``, with any further axes in front; if ``n = d_sae``, the latter.
-        seed: for ``"resample"``. Which sample a token gets depends on this, its row in the batch and its position in
-            the row alone: it is the same with and without a KV cache, whatever the padding, and for all beams.
+            in the order of `latents`, or ``[N, d_sae]``, with any further axes before these; if ``n = d_sae``, the
+            latter.
+        seed: for ``"resample"``. The sample of a token depends only on the seed, its row in the batch and its position
+            in the row: it is the same with and without a KV cache, with any padding, and for all beams.
     """
 
     latents: Sequence[int]
     mode: str = field(default="zero", kw_only=True)
     samples: Tensor | None = field(default=None, kw_only=True)
     seed: int = field(default=0, kw_only=True)
-    _drawn_from: Tensor | None = field(init=False, repr=False, default=None, kw_only=True)
+    _pool: Tensor | None = field(init=False, repr=False, default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -71,18 +72,18 @@ class Ablate(LatentEdit):
             )
         rows = given.reshape(-1, given.shape[-1])
         object.__setattr__(self, "samples", given)
-        object.__setattr__(self, "_drawn_from", rows[:, list(self.latents)] if rows.shape[1] == d_sae else rows)
+        object.__setattr__(self, "_pool", rows[:, list(self.latents)] if rows.shape[1] == d_sae else rows)
 
     @property
     def indices(self) -> list[int]:
-        """The latents to switch off."""
+        """The latents to ablate."""
         return list(self.latents)
 
     def change(self, latents: Tensor, run: SiteCall) -> Tensor:
         """Return zeros, means, or samples, ``[B, S, n]``."""
-        if self._drawn_from is not None:
-            samples = self._drawn_from.to(latents)
-            return samples[_drawn(run, self.seed, len(samples)).to(latents.device)]
+        if self._pool is not None:
+            samples = self._pool.to(latents)
+            return samples[_sample_indices(run, self.seed, len(samples)).to(latents.device)]
         if self.mode == "zero":
             return latents.new_zeros(())
         mean = self.sae.mean_activation[self.sae.latent_indices(self.latents)]
@@ -93,8 +94,8 @@ class Ablate(LatentEdit):
 _OF_SEED, _OF_ROW, _OF_POSITION = -0x61C8864680B583EB, -0x3D4D51C2D82B14B1, 0x165667B19E3779F9
 
 
-def _drawn(run: SiteCall, seed: int, count: int) -> Tensor:
-    """Return a number below `count` for each token, ``[B, S]``: a hash, which needs no state."""
+def _sample_indices(run: SiteCall, seed: int, count: int) -> Tensor:
+    """Return a sample's index below `count` for each token, ``[B, S]``, by a hash without state."""
     tokens = run.tokens
     mixed = tokens.index * _OF_POSITION + (tokens.owners * _OF_ROW).unsqueeze(-1)
     mixed = mixed + torch.tensor(seed % 2**32, device=mixed.device) * _OF_SEED

@@ -1,4 +1,4 @@
-"""Ablate a whole site."""
+"""Replace the activation at a site by zeros or a constant."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class AblateSite(Targeted, Replacement):
     """Replace the activation by zeros, or by a constant vector such as its mean: ``x' = 0`` or ``x' = value``.
 
     Attributes:
-        site: where.
-        value: what to put there, ``[d]``; zeros by default.
+        site: the site.
+        value: the constant ``[d]``; zeros by default.
     """
 
     site: Site | str

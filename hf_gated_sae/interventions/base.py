@@ -1,4 +1,4 @@
-"""The three kinds of intervention."""
+"""Base classes of interventions: edits that add, replacements, and edits of an SAE's latents."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ interventions: Registry[type[Intervention]] = Registry("intervention", "hf_gated
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Intervention(ABC):
-    """Something to do at one site, or at the several sites that an SAE writes.
+    """A change of the activation at one site, or at the sites that an SAE writes.
 
     Attributes:
-        positions: which tokens; see `Positions`.
-        rows: which rows of the batch; all by default. With beams or several return sequences, all of a row's.
-        special_tokens: also act on padding and on special tokens: those that the SAE has recorded, or else the model's
-            BOS, EOS and padding tokens and its tokenizer's special tokens. Off by default: their activations are
-            unlike all others, and SAEs are usually trained without them.
+        positions: the tokens to act on; see `Positions`.
+        rows: the rows of the batch to act on; all by default. With beams or several return sequences, a row includes
+            all of its copies.
+        special_tokens: whether to act also on padding and special tokens: those that the SAE has recorded, or else the
+            model's BOS, EOS and padding tokens and its tokenizer's special tokens. Off by default: their activations
+            differ from all others, and SAEs are usually trained without them.
     """
 
     positions: Positions = "all"
@@ -46,7 +47,7 @@ class Intervention(ABC):
             interventions.register(cls.__name__, cls)
 
     def __post_init__(self) -> None:
-        """Check the fields, and keep copies of those that the caller could change later."""
+        """Check the fields, and copy those that the caller could change later."""
         object.__setattr__(self, "positions", check_positions(self.positions))
         object.__setattr__(self, "rows", check_rows(self.rows))
         if not isinstance(self.special_tokens, bool):
@@ -54,75 +55,75 @@ class Intervention(ABC):
 
     @property
     def replaces(self) -> bool:
-        """Whether something is put in the activation's place; otherwise something is added to it."""
+        """Whether the activation is replaced; otherwise a value is added to it."""
         return False
 
     @property
     def columns(self) -> int:
-        """Number of columns of the batch that the intervention speaks of; 0 if it does not depend on them."""
+        """Number of columns of the batch that the intervention needs; 0 if it does not depend on them."""
         if not isinstance(self.positions, Tensor):
             return 0
-        meant = self.positions.reshape(-1, self.positions.shape[-1]).any(0).nonzero()
-        return int(meant[-1]) + 1 if len(meant) else 0
+        selected = self.positions.reshape(-1, self.positions.shape[-1]).any(0).nonzero()
+        return int(selected[-1]) + 1 if len(selected) else 0
 
     @property
     @abstractmethod
     def place(self) -> Site:
-        """The site to act at; the first one, if there are several."""
+        """The site to act at; the first one if there are several."""
 
     @property
     def places(self) -> tuple[Site, ...]:
-        """The sites to act at, in the order in which the model runs through them."""
+        """The sites to act at, in execution order."""
         return (self.place,)
 
     @property
     def reads(self) -> tuple[Site, ...]:
-        """Sites whose activations are needed elsewhere than there."""
+        """Sites whose activations are needed at other sites."""
         return ()
 
     @property
     def sae_used(self) -> SAEModel | None:
-        """The SAE that is read, None if there is none."""
+        """The SAE that encodes, None if there is none."""
         return None
 
     def require_width(self, width: int) -> None:
-        """Raise unless the intervention is made for sites of this width.
+        """Raise unless the intervention fits a written site of this width.
 
         Raises:
-            ShapeError: saying which width it is made for.
+            ShapeError: with the expected width.
         """
         if self.sae_used is not None:
             require_written_width(self.sae_used, str(self.place), width)
 
     def require_read_width(self, width: int) -> None:
-        """Raise unless the intervention can read a site of this width.
+        """Raise unless the intervention fits a read site of this width.
 
         Raises:
-            ShapeError: saying which width it is made for.
+            ShapeError: with the expected width.
         """
         if self.sae_used is not None:
             require_read_width(self.sae_used, str(self.reads[0]), width)
 
     def acts_at(self, output: int) -> bool:
-        """Whether there is anything to do at one of the `places`, by its number."""
+        """Whether the intervention acts at one of the `places`, by its number."""
         return True
 
     def mask(self, run: SiteCall) -> Tensor | bool:
         """Return which tokens to act on: ``[B, S]``, or True for all, or False for none."""
-        rows = cast("Sequence[int] | None", self.rows)  # as they were checked
+        rows = cast("Sequence[int] | None", self.rows)  # checked on construction
         return run.tokens.select(
             self.positions, special_tokens=self.special_tokens, rows=rows, special_ids=self._special_ids
         )
 
     def effect(self, run: SiteCall) -> Tensor | None:
-        """Return what to add or put there, ``[B, S, d]`` or broadcastable to it; None for nothing."""
+        """Return the value to add, or the replacement, ``[B, S, d]`` or broadcastable to it; None for no change."""
         raise NotImplementedError(f"{type(self).__name__} must be an Edit or a Replacement.")
 
     def act(self, run: SiteCall) -> tuple[Tensor | bool, Tensor | None]:
-        """Return on which tokens of a site to act, and what to add or to put there.
+        """Return the tokens of a site to act on, and the value to add, or the replacement.
 
         Returns:
-            The mask ``[B, S]``, True for all tokens or False for none; and the value, None for nothing.
+            The mask ``[B, S]``, True for all tokens or False for none; and the value, None for no change.
         """
         if not self.acts_at(run.output):
             return False, None
@@ -131,35 +132,35 @@ class Intervention(ABC):
 
     @property
     def _special_ids(self) -> list[int] | None:
-        """The special tokens that the SAE has recorded; None if those of the model are meant."""
+        """The special tokens that the SAE has recorded; None for those of the model."""
         return None if self.sae_used is None else self.sae_used.config.special_token_ids
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Edit(Intervention):
-    """Adds something to the activation."""
+    """An intervention that adds a value to the activation."""
 
     @abstractmethod
     def delta(self, run: SiteCall) -> Tensor:
-        """Return what to add at every token, ``[B, S, d]`` or broadcastable to it."""
+        """Return the value to add at every token, ``[B, S, d]`` or broadcastable to it."""
 
     def effect(self, run: SiteCall) -> Tensor:
-        """Return what to add."""
+        """Return the value to add."""
         return self.delta(run)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Replacement(Intervention):
-    """Puts something in the activation's place."""
+    """An intervention that replaces the activation."""
 
     @property
     def replaces(self) -> bool:
-        """Yes."""
+        """True: the activation is replaced."""
         return True
 
     @abstractmethod
     def replacement(self, run: SiteCall) -> Tensor | None:
-        """Return the new activation of every token, ``[B, S, d]`` or broadcastable to it; None to leave it."""
+        """Return the new activation of every token, ``[B, S, d]`` or broadcastable to it; None for no change."""
 
     def effect(self, run: SiteCall) -> Tensor | None:
         """Return the new activation."""
@@ -168,7 +169,7 @@ class Replacement(Intervention):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Targeted(Intervention):
-    """Acts at the sites that an SAE writes, or at one site that is named."""
+    """An intervention at the sites that an SAE writes, or at one named site."""
 
     @property
     @abstractmethod
@@ -177,7 +178,7 @@ class Targeted(Intervention):
 
     @property
     def sae_used(self) -> SAEModel | None:
-        """The SAE, None if a site is named."""
+        """The SAE, None with a named site."""
         return self.aim if isinstance(self.aim, SAEModel) else None
 
     @property
@@ -187,32 +188,32 @@ class Targeted(Intervention):
 
     @property
     def places(self) -> tuple[Site, ...]:
-        """The sites that the SAE writes, or the one that is named."""
+        """The sites that the SAE writes, or the named one."""
         return sites_written(self.aim) if isinstance(self.aim, SAEModel) else (Site.parse(self.aim),)
 
     @property
     def reads(self) -> tuple[Site, ...]:
-        """The sites that the SAE reads, unless it is one, which it also writes."""
+        """The sites that the SAE reads; empty if it reads one site and writes the same."""
         return () if self.sae_used is None else sites_read_elsewhere(self.sae_used)
 
     @property
     def latents_needed(self) -> tuple[int, ...] | None:
-        """The latents of the SAE that are enough to do this; None if it takes all of them."""
+        """The latents of the SAE that the intervention needs; None for all of them."""
         return None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Conditional(Targeted, Edit):
-    """Acts only where latents of the SAE are on.
+    """An edit that may depend on a condition on latents of the SAE.
 
-    At token ``t`` of a row: if ``latents[s, j] > when[j]`` for all ``j``, at one token ``s`` with
+    It acts at token ``t`` of a row if ``latents[s, j] > when[j]`` for all ``j``, at one token ``s`` with
     ``t - window < s <= t``.
 
     Attributes:
         when: act only where each of these latents of the same SAE exceeds its value.
-        window: how many tokens back, the token itself included, the condition may have been met, all of it at one
-            token; 1 for the token itself. Counted over real tokens, the prompt's too if only generated ones are
-            edited; at padding and special tokens it is never met, except at special ones with `special_tokens`.
+        window: number of tokens, up to and including the token itself, at one of which the whole condition must be
+            met; 1 for the token itself. Real tokens are counted, also the prompt's if only generated ones are edited.
+            The condition is never met at padding, and at special tokens only with `special_tokens`.
     """
 
     when: Mapping[int, float] = field(default_factory=dict)
@@ -225,47 +226,50 @@ class Conditional(Targeted, Edit):
         window = integers(self.window)
         if window is None or len(window) != 1 or window[0] < 1:
             raise InputError(
-                f"{type(self).__name__} was given window={shorten(self.window)}; expected how many tokens, 1 or more."
+                f"{type(self).__name__} was given window={shorten(self.window)}; expected 1 or more tokens."
             )
         object.__setattr__(self, "window", window[0])
         if self.window > 1 and not self.when:
-            raise InputError(f"{type(self).__name__} was given window={self.window} without when=, which it is about.")
+            raise InputError(
+                f"{type(self).__name__} was given window={self.window} without when=, to which it applies: pass both."
+            )
         sae = self.sae_used
         if sae is None:
             if self.when:
                 raise InputError(
-                    f"{type(self).__name__} was given when={shorten(self.when)} without an SAE, whose they would be."
+                    f"{type(self).__name__} was given when={shorten(self.when)} and a site; when= needs an SAE."
                 )
             return
         if not self.indices:
             raise InputError(
-                f"{type(self).__name__} was given no latents; name at least one, 0 .. {sae.config.d_sae - 1}."
+                f"{type(self).__name__} was given no latents; pass at least one, 0 .. {sae.config.d_sae - 1}."
             )
         sources = sae.sources_of(sae.latent_indices([*self.indices, *self.when]))
         if self.when and max(sources[len(self.indices) :]) > min(sources[: len(self.indices)]):
             raise InputError(
                 f"{type(self).__name__} was given when={shorten(self.when)}, latents of a later site than those to be "
-                "changed: what they will be is not known yet where the change has to be written."
+                "changed: their values are not known yet where the change is written. Use latents of the same or an "
+                "earlier site."
             )
 
     @property
     @abstractmethod
     def indices(self) -> list[int]:
-        """The latents to change, each once; none where a site is named."""
+        """The latents to change, without repetitions; none with a named site."""
 
     @functools.cached_property
     def _first_output(self) -> int:
-        """The first output that a latent to be changed writes; a condition is known there."""
+        """The first output that a changed latent writes, where the condition is already known."""
         sae = self.sae_used
         return 0 if sae is None else min(sae.sources_of(sae.latent_indices(self.indices)))
 
     def acts_at(self, output: int) -> bool:
-        """Whether a latent to be changed writes at one of the `places`, by its number."""
+        """Whether a changed latent writes at one of the `places`, by its number."""
         return output >= self._first_output
 
     @property
     def latents_needed(self) -> tuple[int, ...] | None:
-        """The latents that are changed, and those of the condition."""
+        """The changed latents, and those of the condition."""
         return tuple(dict.fromkeys([*self.indices, *self.when]))
 
     def mask(self, run: SiteCall) -> Tensor | bool:
@@ -275,40 +279,40 @@ class Conditional(Targeted, Edit):
             return mask
         gates = run.latents(sae, list(self.when))
         bounds = torch.tensor(list(self.when.values()), dtype=gates.dtype, device=gates.device)
-        met = ~(gates <= bounds).any(-1)  # so that NaN counts as met, acts, and is found out
-        if self.window > 1:  # even if none of these tokens is meant: later ones may look back at them
-            met = self._recently(run, met)
+        met = ~(gates <= bounds).any(-1)  # NaN counts as met, so that it acts and is noticed
+        if self.window > 1:  # even if none of these tokens is selected: later ones may look back at them
+            met = self._met_in_window(run, met)
         if isinstance(mask, bool):
             return mask and met
         return mask.to(met.device) & met
 
-    def _recently(self, run: SiteCall, met: Tensor) -> Tensor:
-        """Return at which tokens the condition was met a moment ago, ``[B, S]``, given where it is met."""
+    def _met_in_window(self, run: SiteCall, met: Tensor) -> Tensor:
+        """Return the tokens with the condition met in their window, ``[B, S]``, from the tokens at which it is met."""
         tokens = run.tokens
         if tokens.phase == "packed":
             raise AttachError(
-                f"window={self.window} needs to know the tokens before, and this call packs several sequences into "
-                "one row (continuous batching, padding-free training); use window=1."
+                f"window={self.window} depends on the tokens before, and this call packs several sequences into one "
+                "row (continuous batching, padding-free training); use window=1."
             )
         index = tokens.index.to(met.device)
         counts = (index >= 0) & met
         special = None if self.special_tokens else tokens.special_among(self._special_ids)
         if special is not None:
             counts = counts & ~special.to(met.device)
-        # Counted over the whole row, so that the latest one is the largest number.
+        # Positions in the whole row, so that the latest one is the largest number.
         first = 0 if tokens.before is None else tokens.before.to(met.device)
-        place = index + first
-        never = -2 - self.window  # out of reach even of padding, whose index is -1
-        whole = run.call.remember(self, torch.where(counts, place, never))
+        position = index + first
+        never = -2 - self.window  # outside the window even of padding, whose index is -1
+        whole = run.call.remember(self, torch.where(counts, position, never))
         latest = whole.cummax(-1).values[:, -index.shape[1] :]
-        return (place - latest < self.window) & (latest >= first) & (index >= 0)
+        return (position - latest < self.window) & (latest >= first) & (index >= 0)
 
 
 @dataclass(frozen=True, eq=False)
 class LatentEdit(Conditional):
-    """Changes latents and adds the difference that this makes, ``(latents' - latents) @ W_dec``.
+    """An edit of latents, which adds ``(latents' - latents) @ W_dec`` to the activation.
 
-    What the SAE does not reconstruct stays as it is, and where no latent changes the activation stays bit-identical.
+    The SAE's error stays the same, and where no latent changes the activation stays bit-identical.
 
     Attributes:
         sae: the SAE; its configuration names the site.
@@ -331,17 +335,17 @@ class LatentEdit(Conditional):
         """Return the new values of the latents, ``[B, S, n] -> [B, S, n]``, or ``[n]`` for every token."""
 
     def delta(self, run: SiteCall) -> Tensor:
-        """Return the difference that the changed latents make here, ``[B, S, d]``."""
+        """Return the change of the activation by the changed latents, ``[B, S, d]``."""
         latents = run.latents(self.sae, self.indices)
         return run.written(self.sae, self.indices, self.change(latents, run) - latents)
 
 
 def require_target(owner: object, target: object) -> None:
-    """Raise unless `target` is an SAE that says where it belongs, or names a site.
+    """Raise unless `target` is an SAE whose configuration names a site, or is a site.
 
     Raises:
-        InputError: saying what was given.
-        SiteError: if it is no site's name.
+        InputError: with what was given.
+        SiteError: if it is a text that is not a site.
     """
     if isinstance(target, (str, Site)):
         Site.parse(target)
@@ -355,10 +359,10 @@ def require_target(owner: object, target: object) -> None:
 
 
 def require_sae(owner: object, sae: object) -> None:
-    """Raise unless `sae` is an SAE that says where it belongs.
+    """Raise unless `sae` is an SAE that encodes single tokens and whose configuration names a site.
 
     Raises:
-        InputError: saying what was given.
+        InputError: with what was given.
     """
     if not isinstance(sae, SAEModel):
         raise InputError(
@@ -368,13 +372,13 @@ def require_sae(owner: object, sae: object) -> None:
     if not sae.per_token:
         raise InputError(
             f"{type(owner).__name__} was given a {type(sae).__name__}, whose latents depend on the tokens before: "
-            "with a KV cache it would see one token alone. Use capture(...) on whole sequences, encode and decode."
+            "with a KV cache it would get one token alone. Use capture(...) on whole sequences, encode and decode."
         )
     sites_written(sae)
 
 
 def sites_read(sae: SAEModel) -> tuple[Site, ...]:
-    """Return the sites that an SAE's configuration says it reads.
+    """Return the sites that an SAE reads, from its configuration.
 
     Raises:
         InputError: if it names none.
@@ -387,7 +391,7 @@ def sites_read(sae: SAEModel) -> tuple[Site, ...]:
 
 
 def sites_written(sae: SAEModel) -> tuple[Site, ...]:
-    """Return the sites that an SAE's configuration says it writes: those that it reads, unless it is a transcoder.
+    """Return the sites that an SAE writes, from its configuration: those that it reads, unless it is a transcoder.
 
     Raises:
         InputError: if it names none.
@@ -396,7 +400,7 @@ def sites_written(sae: SAEModel) -> tuple[Site, ...]:
 
 
 def sites_read_elsewhere(sae: SAEModel) -> tuple[Site, ...]:
-    """Return the sites whose activations an SAE needs where it writes other sites."""
+    """Return the sites that an SAE reads; empty if it reads one site and writes the same."""
     read = sites_read(sae)
     return () if len(read) == 1 and read == sites_written(sae) else read
 
@@ -415,7 +419,7 @@ def require_read_width(sae: SAEModel, site: str, width: int) -> None:
 
 
 def require_written_width(sae: SAEModel, site: str, width: int) -> None:
-    """Raise unless an SAE writes activations as wide as a site, and, if it reads them there, reads such.
+    """Raise unless an SAE writes activations as wide as a site, and also reads such if it is not a transcoder.
 
     Raises:
         ShapeError: with all widths.

@@ -1,4 +1,4 @@
-"""Hold latents at most at a value."""
+"""Limit latents from above."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .model_call import SiteCall
 
 @dataclass(frozen=True, eq=False)
 class Cap(LatentValueEdit):
-    """Hold latents at most at given values: ``x + (m(latents, values) - latents) @ W_dec``, with `m` the minimum.
+    """Limit latents to at most given values: ``x + (min(latents, values) - latents) @ W_dec``.
 
     Attributes:
-        values: the bound of each latent, in the units of ``sae.encode``; or a list with
-            one for each row of the batch.
+        values: the upper bound of each latent, at the scale of ``sae.encode``; or a list with one for each row of the
+            batch.
     """
 
     values: Mapping[int, float | Sequence[float]]
 
     def change(self, latents: Tensor, run: SiteCall) -> Tensor:
-        """Return the latents, none of them beyond its bound, ``[B, S, n]``."""
+        """Return the latents, none above its bound, ``[B, S, n]``."""
         return torch.minimum(latents, self.numbers_like(latents, run))

@@ -1,4 +1,4 @@
-"""Hold latents at a value."""
+"""Set latents to constant values."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from .model_call import SiteCall
 
 @dataclass(frozen=True, eq=False)
 class Clamp(LatentValueEdit):
-    """Set latents to given values, whatever they were: ``x + (values - latents) @ W_dec``.
+    """Set latents to given values: ``x + (values - latents) @ W_dec``.
 
     Attributes:
-        values: new value of each latent, in the units of ``sae.encode``; or a list with
-            one for each row of the batch.
+        values: new value of each latent, at the scale of ``sae.encode``; or a list with one for each row of the batch.
     """
 
     values: Mapping[int, float | Sequence[float]]
 
     def change(self, latents: Tensor, run: SiteCall) -> Tensor:
-        """Return the given values, ``[n]``, or ``[B, 1, n]`` where they are given by rows."""
+        """Return the given values, ``[n]``, or ``[B, 1, n]`` if they differ between rows."""
         return self.numbers_like(latents, run)

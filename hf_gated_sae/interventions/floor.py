@@ -1,4 +1,4 @@
-"""Hold latents at least at a value."""
+"""Limit latents from below."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .model_call import SiteCall
 
 @dataclass(frozen=True, eq=False)
 class Floor(LatentValueEdit):
-    """Hold latents at least at given values: ``x + (m(latents, values) - latents) @ W_dec``, with `m` the maximum.
+    """Limit latents to at least given values: ``x + (max(latents, values) - latents) @ W_dec``.
 
     Attributes:
-        values: the bound of each latent, in the units of ``sae.encode``; or a list with
-            one for each row of the batch.
+        values: the lower bound of each latent, at the scale of ``sae.encode``; or a list with one for each row of the
+            batch.
     """
 
     values: Mapping[int, float | Sequence[float]]
 
     def change(self, latents: Tensor, run: SiteCall) -> Tensor:
-        """Return the latents, none of them beyond its bound, ``[B, S, n]``."""
+        """Return the latents, none below its bound, ``[B, S, n]``."""
         return torch.maximum(latents, self.numbers_like(latents, run))

@@ -1,4 +1,4 @@
-"""What interventions get to see of one call of the model, and of one site in it."""
+"""The view that interventions have of one forward of the model, and of one site in it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _T = TypeVar("_T")
 
 
 class ModelCall:
-    """One forward of the model: its tokens, and what passed its sites so far.
+    """One forward of the model: its tokens, and the activations of the sites that it has reached.
 
     Args:
-        tokens: what is known of the tokens.
+        tokens: the tokens of the call.
         past: histories of the calls that filled the cache, by owner: ``[B, columns]``.
     """
 
@@ -33,44 +33,44 @@ class ModelCall:
         self._computed: dict[Hashable, Any] = {}
 
     def see(self, site: Site, x: Tensor) -> None:
-        """Keep the clean activation ``[B, S, d]`` of a site for interventions that write elsewhere."""
+        """Store the clean activation ``[B, S, d]`` of a site for interventions that write another one."""
         self._seen[site] = x.clone()  # the model may write into its own tensor afterwards
 
     def seen(self, site: Site) -> Tensor:
-        """Return the clean activation of a site that this call has passed.
+        """Return the clean activation of a site that this call has reached.
 
         Raises:
-            AttachError: if it was not passed.
+            AttachError: if it has not been reached.
         """
         if site not in self._seen:
             raise AttachError(
-                f"What is to be written needs the activation at {site}, which this forward has not passed: it runs in "
-                "another order than when the site was proven, or only a part of it again, for gradient checkpointing."
+                f"The intervention needs the activation at {site}, which this forward has not reached yet: it runs in "
+                "another order than when the site was proven, or repeats only a part, as gradient checkpointing does."
             )
         return self._seen[site]
 
     def once(self, key: Hashable, compute: Callable[[], _T]) -> _T:
-        """Return what `compute` gives, computed at most once per call."""
+        """Return the result of `compute`, which is called at most once per call of the model."""
         if key not in self._computed:
             self._computed[key] = compute()
         return cast(_T, self._computed[key])
 
     def is_computed(self, key: Hashable) -> bool:
-        """Whether `once` was asked for this before."""
+        """Whether `once` has computed this key."""
         return key in self._computed
 
     def remember(self, owner: object, now: Tensor) -> Tensor:
-        """Keep something about every token, and return it together with that of the tokens in the cache.
+        """Store values of this call's tokens, and return them after those of the tokens in the cache.
 
         Args:
-            owner: whose it is.
-            now: of this call's tokens, ``[B, S]``.
+            owner: the intervention that they are for.
+            now: values of this call's tokens, ``[B, S]``.
 
         Returns:
             ``[B, past + S]``.
 
         Raises:
-            AttachError: if the cache holds tokens that were computed while the owner was not attached, or its rows are
+            AttachError: if the cache has tokens that were computed while the owner was not attached, or its rows are
                 reordered between the calls.
         """
         start, past = self.tokens.end - now.shape[1], self.past.get(owner)
@@ -81,40 +81,39 @@ class ModelCall:
             )
         if start and (past is None or past.shape[1] < start or past.shape[0] != now.shape[0]):
             raise AttachError(
-                f"{type(owner).__name__} depends on the {start} tokens before, which are in a cache that it did not "
-                "see being filled (they were computed before it was attached, or the cache is a copy): begin with "
-                "an empty cache."
+                f"{type(owner).__name__} depends on the {start} tokens before, which are in a cache that was filled "
+                "without it (before it was attached, or the cache is a copy): begin with an empty cache."
             )
         whole = now if past is None or not start else torch.cat([past[:, :start].to(now.device), now], 1)
         self.histories[owner] = whole.detach()
         return whole
 
     def forget(self) -> None:
-        """Let go of what was computed."""
+        """Release the computed values."""
         self._computed.clear()
 
     def finish(self) -> None:
-        """Let go of all tensors but the histories."""
+        """Release all tensors but the histories."""
         self._computed.clear()
         self._seen.clear()
 
 
 class SiteCall:
-    """One activation passing one site that an intervention writes.
+    """The activation at one site that an intervention writes, in one forward.
 
     Args:
         x: the clean activation ``[B, S, d]``.
-        tokens: what is known of its tokens.
-        placed: gives an SAE on a device; by default it is where it must be.
-        call: the forward that this is part of.
-        output: which of the intervention's sites this is.
+        tokens: the tokens of the call.
+        sae_on: returns an SAE on a device; by default SAEs are used on the device where they are.
+        call: the forward.
+        output: number of the site among those that the intervention writes.
     """
 
     def __init__(
         self,
         x: Tensor,
         tokens: TokenContext,
-        placed: Callable[[SAEModel, torch.device], SAEModel] | None = None,
+        sae_on: Callable[[SAEModel, torch.device], SAEModel] | None = None,
         *,
         call: ModelCall | None = None,
         output: int = 0,
@@ -123,12 +122,12 @@ class SiteCall:
         self.tokens = tokens
         self.call = call or ModelCall(tokens)
         self.output = output
-        self._placed = placed
+        self._sae_on = sae_on
 
     def sae(self, sae: SAEModel, device: torch.device | None = None) -> SAEModel:
         """Return the SAE on the activation's device, or on another one."""
         device = device or self.x.device
-        return sae if self._placed is None or sae.b_dec.device == device else self._placed(sae, device)
+        return sae if self._sae_on is None or sae.b_dec.device == device else self._sae_on(sae, device)
 
     def source(self, sae: SAEModel, source: int = 0) -> Tensor:
         """Return the clean activation that one source of an SAE reads, ``[B, S, d_in]``, in the SAE's dtype."""
@@ -140,7 +139,7 @@ class SiteCall:
     def latents(self, sae: SAEModel, latents: Sequence[int]) -> Tensor:
         """Return some latents, ``[B, S, n]``, from their encoder rows alone if possible.
 
-        Latents of sources that come after this site are not known yet, and given as 0: they do not write here.
+        Latents of sources after this site are not known yet, and are 0: they do not write here.
         """
         rows = rows_of(sae, latents)
         sources = [0] if sae.one_site else sae.sources_of(rows)
@@ -148,8 +147,10 @@ class SiteCall:
             return self._of_source(sae, sources[0], rows, tuple(latents))
         values = self.x.new_zeros(*self.x.shape[:-1], len(rows), dtype=sae.dtype)
         for source in sorted({source for source in sources if source <= self.output}):
-            at = [place for place, other in enumerate(sources) if other == source]
-            values[..., at] = self._of_source(sae, source, rows[at], tuple(latents[place] for place in at))
+            indices = [index for index, other in enumerate(sources) if other == source]
+            values[..., indices] = self._of_source(
+                sae, source, rows[indices], tuple(latents[index] for index in indices)
+            )
         return values
 
     def _of_source(self, sae: SAEModel, source: int, rows: Tensor, latents: tuple[int, ...]) -> Tensor:
@@ -160,13 +161,13 @@ class SiteCall:
 
         def encode() -> Tensor:
             x = self.source(sae, source)
-            placed = self.sae(sae, x.device)
-            return placed.encode_source(x, source, rows_of(placed, latents))
+            local = self.sae(sae, x.device)
+            return local.encode_source(x, source, rows_of(local, latents))
 
         return self.call.once((sae, source, latents), encode).to(self.x.device)
 
     def all_latents(self, sae: SAEModel, source: int = 0) -> Tensor:
-        """Return all latents of one source, ``[B, S, n]``; encoded once however many ask."""
+        """Return all latents of one source, ``[B, S, n]``; encoded once per call."""
 
         def encode() -> Tensor:
             x = self.source(sae, source)
@@ -175,43 +176,43 @@ class SiteCall:
         return self.call.once((sae, source), encode).to(self.x.device)
 
     def written(self, sae: SAEModel, latents: Sequence[int], amounts: Tensor) -> Tensor:
-        """Return what amounts of latents write here, in the units of the activation.
+        """Return the activation that amounts of latents write here, at the activation's scale.
 
         Args:
             sae: the SAE.
-            latents: which latents.
+            latents: indices of the latents.
             amounts: ``[B, S, n]``, or ``[n]`` for the same amounts at every token.
 
         Returns:
             ``[B, S, d]``, or ``[d]``.
         """
-        placed = self.sae(sae)
-        rows = placed.rows_at(rows_of(placed, latents), self.output)
+        local = self.sae(sae)
+        rows = local.rows_at(rows_of(local, latents), self.output)
         amounts = amounts.to(rows.dtype)
         written = (amounts.unsqueeze(-1) * rows).sum(0) if amounts.ndim == 1 else amounts @ rows
-        scale = placed.written_scale(self.x.to(placed.dtype))
+        scale = local.written_scale(self.x.to(local.dtype))
         return written if scale is None else written * scale
 
     def reconstruction(self, sae: SAEModel) -> Tensor:
-        """Return what an SAE puts here, ``[B, S, d]``."""
+        """Return an SAE's reconstruction of this site, ``[B, S, d]``."""
         own = min(self.output, len(sae.config.sites_read) - 1)
         x = self.source(sae, own).to(self.x.device)
-        if sae.one_site and not self.call.is_computed((sae, own)):  # then not all latents need to be in memory
+        if sae.one_site and not self.call.is_computed((sae, own)):  # reconstructs without all latents in memory
             return self.sae(sae).reconstruct(x)
         latents = [self.all_latents(sae, source) for source in range(own + 1)]
         return self.sae(sae).decode_at(latents, self.output, x)
 
 
-_MOST_KNOWN = 256  # a sweep over single latents must not fill the memory
+_MOST_CACHED = 256  # so that a sweep over single latents does not fill the memory
 _ROWS: WeakKeyDictionary[SAEModel, dict[tuple[Any, ...], Tensor]] = WeakKeyDictionary()
 
 
 def rows_of(sae: SAEModel, latents: Sequence[int]) -> Tensor:
-    """Return the rows of latents on the SAE's device, checked once per SAE: a decoding step has no time for it."""
+    """Return the rows of latents on the SAE's device, cached per SAE, as checking would slow every decoding step."""
     known = _ROWS.setdefault(sae, {})
     key = (sae.b_dec.device, *latents)
     if key not in known:
-        if len(known) >= _MOST_KNOWN:
+        if len(known) >= _MOST_CACHED:
             known.clear()
         with torch.inference_mode(False):  # they serve later calls, which may need gradients
             known[key] = sae.latent_indices(latents)

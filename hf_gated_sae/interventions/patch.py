@@ -1,4 +1,4 @@
-"""Put in what another run had."""
+"""Replace activations or latents by those of another run."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from .positions import shorten
 
 @dataclass(frozen=True, eq=False)
 class Patch(Conditional, Replacement):
-    """Put the activation, or some latents, of another run in place of this one's.
+    """Replace the activation, or some latents, by those of another run.
 
-    At a site: ``x' = value``. With an SAE: ``x + (value - latents) @ W_dec``, so that what the SAE does not explain,
-    and all other latents, stay as they are.
+    At a site: ``x' = value``. With an SAE: ``x + (value - latents) @ W_dec``, so that the SAE's error and all other
+    latents stay the same.
 
-    Row by row and column by column: the first column of `value` belongs to the first one of the batch, padding
-    included, as `capture` gives it; columns that `value` does not have are left as they are. The virtual tokens of
-    PEFT's prompt tuning are no columns of the batch: leave out those that `capture` gives before it.
+    Rows and columns correspond: the first column of `value` is for the first one of the batch, padding included, as
+    `capture` returns it; later columns of the batch stay unchanged. The virtual tokens of PEFT's prompt tuning are not
+    columns of the batch: remove those that `capture` returns before it.
 
     Attributes:
         target: a site, or an SAE.
         value: the activations ``[B, S, d]``; or values of the latents, ``[B, S, n]`` in the order of `latents` or
             ``[B, S, d_sae]``.
-        latents: which latents of the SAE; all by default.
+        latents: indices of latents of the SAE; all by default.
     """
 
     target: SAEModel | Site | str
@@ -45,7 +45,7 @@ class Patch(Conditional, Replacement):
         require_target(self, self.target)
         if self.latents is not None:
             object.__setattr__(self, "latents", latent_list(self, self.latents))
-        # Padding may hold anything, and is not meant; what is meant and not finite is found out where it is put in.
+        # Padding may have any values; tokens that are patched with non-finite ones are refused during the call.
         value = tensor_of(self, self.value, "values [B, S, d] of another run", [3], finite=False)
         object.__setattr__(self, "value", value)
         super().__post_init__()
@@ -61,7 +61,7 @@ class Patch(Conditional, Replacement):
                 object.__setattr__(self, "_values", value[..., self.indices])
         elif self.latents is not None:
             raise InputError(
-                f"Patch was given latents={shorten(self.latents)} and no SAE, whose latents they would be."
+                f"Patch was given latents={shorten(self.latents)} and a site; expected an SAE as target with latents=."
             )
 
     @property
@@ -71,24 +71,24 @@ class Patch(Conditional, Replacement):
 
     @property
     def replaces(self) -> bool:
-        """Whether a site is named; latents are changed by adding."""
+        """Whether the target is a site, whose activation is replaced; latents are changed by adding a difference."""
         return self.sae_used is None
 
     @property
     def columns(self) -> int:
-        """Number of columns that `value` has."""
+        """Number of columns of the batch that are needed, at least those of `value`."""
         return max(super().columns, self.value.shape[1])
 
     @property
     def indices(self) -> list[int]:
-        """The latents to change; none where a site is named."""
+        """The latents to change; none if the target is a site."""
         if self.sae_used is None:
             return []
         return list(range(self.sae_used.config.d_sae) if self.latents is None else self.latents)
 
     @property
     def latents_needed(self) -> tuple[int, ...] | None:
-        """The latents that are named; None for all."""
+        """The latents in `latents`; None for all."""
         return None if self.latents is None else super().latents_needed
 
     def require_width(self, width: int) -> None:
@@ -100,7 +100,7 @@ class Patch(Conditional, Replacement):
             )
 
     def mask(self, run: SiteCall) -> Tensor | bool:
-        """Return which tokens to act on, columns beyond those of `value` left out."""
+        """Return which tokens to act on; columns after those of `value` are excluded."""
         mask, tokens, covered = super().mask(run), run.tokens, self.value.shape[1]
         here = tokens.batch_columns
         if mask is False or here.start >= covered:
@@ -113,13 +113,13 @@ class Patch(Conditional, Replacement):
 
     def replacement(self, run: SiteCall) -> Tensor:
         """Return the other run's activations, ``[B, S, d]``."""
-        return self._here(run).to(run.x.device)
+        return self._values_here(run).to(run.x.device)
 
     def delta(self, run: SiteCall) -> Tensor:
-        """Return the difference that the other run's latents make here, ``[B, S, d]``."""
-        assert self.sae_used is not None  # or the activations are replaced
+        """Return the change of the activation by the other run's latents, ``[B, S, d]``."""
+        assert self.sae_used is not None  # with a site, `replacement` is called instead
         latents = run.latents(self.sae_used, self.indices)
-        return run.written(self.sae_used, self.indices, self._here(run).to(latents) - latents)
+        return run.written(self.sae_used, self.indices, self._values_here(run).to(latents) - latents)
 
-    def _here(self, run: SiteCall) -> Tensor:
+    def _values_here(self, run: SiteCall) -> Tensor:
         return run.tokens.columns_of(self._values, "The value given to Patch")

@@ -1,4 +1,4 @@
-"""Interventions as a file: what was done to a model, so that others can do the same."""
+"""Save interventions to a file, so that others can apply the same ones, and load them."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from ._pinning import checked_hashes, hashes, read_path, require_same_files, req
 from .base import Intervention, interventions
 
 VERSION = 2
-_READ = (1, VERSION)  # in 1, nothing pinned an SAE of a folder, and its path was absolute
+_READ = (1, VERSION)  # version 1 did not pin local SAEs, and had absolute paths to them
 _PLAN = {"version", "saes", "interventions"}
 _LATENTS, _SITES = {"latents", "needed"}, {"sites", "sites_out"}
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Where an SAE of a plan comes from, and how it was loaded.
+    """Where an SAE of a plan is loaded from, and how.
 
     Attributes:
-        repo: repository id; or a folder, as a path from the plan's own folder if it lies near that, else absolute.
+        repo: repository id; or a folder, as a path relative to the plan's folder if it is near, else absolute.
         subfolder: the SAE's folder or file in it.
         revision: commit; None for a folder.
         dtype: the SAE's dtype.
-        site: the site that its configuration names; None of one that reads several.
-        site_out: of a transcoder, the site that it writes.
+        site: the site in its configuration; None for an SAE of several sites.
+        site_out: the site that a transcoder writes.
         latents: the latents that were loaded; None for all of them.
         needed: the latents that the plan's interventions need; None for all of them.
-        sites: the sites that one of several reads; None of one that reads one.
+        sites: the sites that an SAE of several sites reads; else None.
         sites_out: the sites that it writes.
-        files: sha256 of each file that it was read from, by name; None for a commit, and in plans of version 1.
+        files: sha256 of each of its files, by name; None with a commit, and in plans of version 1.
     """
 
     repo: str
@@ -57,26 +57,26 @@ class Reference:
     def of(
         cls, sae: SAEModel, needed: Iterable[int] | None, *, folder: Path | None, arguments: Mapping[str, Any]
     ) -> Reference:
-        """Refer to an SAE that was loaded.
+        """Return a reference to a loaded SAE.
 
         Args:
             sae: the SAE.
             needed: the latents that are needed; None for all of them.
-            folder: where the plan will lie; None if that is not known.
-            arguments: for `SAEModel.from_pretrained`, which loads it once more to compare.
+            folder: folder of the plan; None if that is not known.
+            arguments: for `SAEModel.from_pretrained`, which loads it again to compare.
 
         Raises:
-            InputError: if it was built or trained here, or is not what is loaded from there.
+            InputError: if it was not loaded from a checkpoint, or differs from it.
         """
         origin, config = sae.checkpoint, sae.config
         if origin is None:
             raise InputError(
-                f"The {type(sae).__name__} at {', '.join(config.sites_read) or 'no site'} was not loaded from "
-                "anywhere, so a plan cannot say where it is found: save_pretrained or push_to_hub it, and use "
-                "SAEModel.from_pretrained of that."
+                f"The {type(sae).__name__} at {', '.join(config.sites_read) or 'no site'} was not loaded from a "
+                "checkpoint, to which a plan could refer: save it with save_pretrained or push_to_hub, and load that "
+                "with SAEModel.from_pretrained."
             )
         is_folder = origin.revision is None
-        kept = config.kept_latents
+        held = config.kept_latents
         found = cls(
             repo=written_path(origin.repo, None) if is_folder else origin.repo,
             subfolder=origin.subfolder,
@@ -84,26 +84,26 @@ class Reference:
             dtype=str(sae.dtype).removeprefix("torch."),
             site=config.site if sae.one_site else None,
             site_out=config.site_out if sae.one_site else None,
-            latents=None if kept is None else tuple(kept),
+            latents=None if held is None else tuple(held),
             needed=None if needed is None or not (sae.elementwise and sae.sliceable) else tuple(needed),
             sites=None if sae.one_site else tuple(config.sites_read),
             sites_out=None if sae.one_site else tuple(config.sites_written),
         )
-        reached = {} if origin.cache_dir is None else {"cache_dir": origin.cache_dir}
-        require_unchanged(sae, found.load(only_needed=False, folder=None, arguments={**reached, **arguments}))
+        cache = {} if origin.cache_dir is None else {"cache_dir": origin.cache_dir}
+        require_unchanged(sae, found.load(only_needed=False, folder=None, arguments={**cache, **arguments}))
         return replace(found, repo=written_path(origin.repo, folder), files=hashes(origin)) if is_folder else found
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what JSON can hold."""
+        """Return the reference as JSON-compatible values."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, content: Any) -> Reference:
-        """Read what `to_dict` gave.
+        """Read the result of `to_dict`.
 
         Raises:
-            InputError: if it is anything else.
+            InputError: if it is not one.
         """
         names = {field.name for field in fields(cls)} - {"files"}
         require_keys("An SAE of the plan", content, names - _SITES, {*_SITES, "files"})
@@ -115,7 +115,10 @@ class Reference:
             if not isinstance(content[name], str) and (content[name] is not None or name in ("repo", "subfolder")):
                 raise InputError(f"{name} of an SAE of the plan is {shown(content[name])}; expected text.")
         if content["dtype"] not in DTYPES or not DTYPES[content["dtype"]].is_floating_point:
-            raise InputError(f"dtype of an SAE of the plan is {shown(content['dtype'])}, which is none of an SAE.")
+            raise InputError(
+                f"dtype of an SAE of the plan is {shown(content['dtype'])}; expected a floating-point dtype, such as "
+                "'float32'."
+            )
         lists = {name: None if content[name] is None else whole_numbers(content[name]) for name in _LATENTS}
         lists |= {name: None if content[name] is None else tuple(content[name]) for name in _SITES & set(content)}
         pinned = content.get("files")
@@ -123,16 +126,16 @@ class Reference:
         return cls(**{**content, **lists, "files": files})
 
     def load(self, *, only_needed: bool, folder: Path | None, arguments: Mapping[str, Any]) -> SAEModel:
-        """Load the SAE, or of it only the latents that the plan needs.
+        """Load the SAE, or only the latents that the plan needs.
 
         Args:
-            only_needed: whether latents that the plan does not need are left out.
-            folder: where the plan lies; None for the current folder.
+            only_needed: whether to load only the latents that the plan needs.
+            folder: folder of the plan; None for the current folder.
             arguments: for `SAEModel.from_pretrained`.
 
         Raises:
-            CheckpointError: if the files of a local SAE are not those that the plan pins.
-            MissingFileError: if the SAE is not where the plan says.
+            CheckpointError: if the files of a local SAE do not have the pinned hashes.
+            MissingFileError: if the SAE is not at the location in the plan.
         """
         one = {name: value for name, value in (("site", self.site), ("site_out", self.site_out)) if value}
         several = {
@@ -150,12 +153,12 @@ class Reference:
 
 
 class InterventionPlan(Sequence[Intervention]):
-    """Interventions, to be attached with ``attach(model, *plan)``, or written to a file and read again.
+    """Interventions, to be attached with ``attach(model, *plan)``, or saved to a file and loaded.
 
-    A file names the verbs with all their settings, tensors included to the bit, and each SAE by where it comes from:
-    an SAE of the Hub is pinned to its commit, one in a folder by the sha256 of its files. A folder that lies near the
-    plan is named by the path from there, so that both can be moved together. Weights are not in the plan: an SAE that
-    was changed after it was loaded is refused. The file is JSON::
+    The file has the verbs with all their settings, tensors included bit for bit, and the location of each SAE: on the
+    Hub pinned to a commit, in a folder by the sha256 of its files. A folder near the plan is named by its relative
+    path, so that both can be moved together. Weights are not in the plan: an SAE that was changed after it was loaded
+    is refused. The file is JSON::
 
         {"version": 2,
          "saes": [{"repo": "../saes", "subfolder": "a", "revision": null, "files": {"config.json": "<sha256>", ...},
@@ -167,10 +170,10 @@ class InterventionPlan(Sequence[Intervention]):
     ``{"mapping": ...}``, ``{"site": ...}``, ``{"slice": ...}`` and ``{"token_ids": ...}``.
 
     Args:
-        interventions: what to do.
+        interventions: the interventions.
 
     Raises:
-        InputError: if there is something else among them.
+        InputError: if one of them is not an intervention.
     """
 
     def __init__(self, interventions: Iterable[Intervention]) -> None:
@@ -194,26 +197,26 @@ class InterventionPlan(Sequence[Intervention]):
         return len(self.interventions)
 
     def __iter__(self) -> Iterator[Intervention]:
-        """Go through the interventions."""
+        """Iterate over the interventions."""
         return iter(self.interventions)
 
     def __repr__(self) -> str:
-        """Return the verbs."""
+        """Show the verbs."""
         return few_lines([f"InterventionPlan({', '.join(type(each).__name__ for each in self)})"])
 
     def to_dict(self, *, folder: str | Path | None = None, **arguments: Any) -> dict[str, Any]:
-        """Return the plan as JSON has it.
+        """Return the plan as JSON-compatible values.
 
-        Each SAE is loaded once more, to see that it is still what its checkpoint holds, and the files of a local one
-        are hashed: a few seconds for one of 1.2 GB.
+        Each SAE is loaded again to check that it still equals its checkpoint, and the files of a local one are hashed:
+        a few seconds for one of 1.2 GB.
 
         Args:
-            folder: where the plan will lie; SAEs near it are then named by the path from there.
+            folder: folder of the plan, from which SAEs near it get relative paths.
             **arguments: for `SAEModel.from_pretrained`, such as ``token``.
 
         Raises:
-            InputError: if an SAE was not loaded from anywhere, or has been changed since, or a value of a verb cannot
-                be written.
+            InputError: if an SAE was not loaded from a checkpoint, or has been changed since, or a value of a verb
+                cannot be written.
             MissingFileError: if an SAE is no longer where it was loaded from.
         """
         saes: dict[SAEModel, list[Intervention]] = {}
@@ -221,7 +224,7 @@ class InterventionPlan(Sequence[Intervention]):
         for intervention in self.interventions:
             verb = type(intervention).__name__
             if interventions[verb] is not type(intervention):
-                raise InputError(f"{verb} is not the verb that is registered under this name; give it another one.")
+                raise InputError(f"Another verb is registered under the name {verb}; give this class another name.")
 
             def number_of(sae: SAEModel, user: Intervention = intervention) -> int:
                 saes.setdefault(sae, []).append(user)
@@ -229,9 +232,9 @@ class InterventionPlan(Sequence[Intervention]):
 
             values = {name: written(getattr(intervention, name), number_of) for name in _settings(type(intervention))}
             entries.append({"verb": verb, **values})
-        place = None if folder is None else Path(folder)
+        start = None if folder is None else Path(folder)
         references = [
-            Reference.of(sae, _needed(users), folder=place, arguments=arguments).to_dict()
+            Reference.of(sae, _needed(users), folder=start, arguments=arguments).to_dict()
             for sae, users in saes.items()
         ]
         return {"version": VERSION, "saes": references, "interventions": entries}
@@ -240,18 +243,18 @@ class InterventionPlan(Sequence[Intervention]):
     def from_dict(
         cls, content: Any, *, only_needed: bool = False, folder: str | Path | None = None, **arguments: Any
     ) -> InterventionPlan:
-        """Build the plan that `to_dict` gave, and load its SAEs, each once.
+        """Build a plan from the result of `to_dict`, and load its SAEs, each once.
 
         Args:
-            content: what JSON held.
-            only_needed: of SAEs of which some latents suffice, load only those.
-            folder: where relative paths of SAEs start; the current folder by default.
+            content: the decoded JSON.
+            only_needed: whether to load only the latents that the plan needs, where some suffice.
+            folder: start of relative paths of SAEs; the current folder by default.
             **arguments: for `SAEModel.from_pretrained`, such as ``token`` or ``device_map``.
 
         Raises:
-            InputError: if it is no plan, or of another version, or a verb is unknown or cannot be built.
-            CheckpointError: if the files of a local SAE are not those that the plan pins.
-            MissingFileError: if an SAE is not where the plan says.
+            InputError: if it is not a plan, or of another version, or a verb is unknown or cannot be built.
+            CheckpointError: if the files of a local SAE do not have the pinned hashes.
+            MissingFileError: if an SAE is not at the location in the plan.
         """
         require_keys("The plan", content, _PLAN)
         if type(content["version"]) is not int or content["version"] not in _READ:
@@ -266,13 +269,13 @@ class InterventionPlan(Sequence[Intervention]):
         for entry in content["interventions"]:  # before anything is loaded
             _verb_of(entry)
         loaded: dict[int, SAEModel] = {}
-        place = None if folder is None else Path(folder)
+        start = None if folder is None else Path(folder)
 
         def sae_of(number: int) -> SAEModel:
             if not 0 <= number < len(references):
                 raise InputError(f"The plan names its SAE {number}, and has {len(references)}, counted from 0.")
             if number not in loaded:
-                loaded[number] = references[number].load(only_needed=only_needed, folder=place, arguments=arguments)
+                loaded[number] = references[number].load(only_needed=only_needed, folder=start, arguments=arguments)
             return loaded[number]
 
         built = []
@@ -290,10 +293,10 @@ class InterventionPlan(Sequence[Intervention]):
         return cls(built)
 
     def save(self, path: str | Path, **arguments: Any) -> None:
-        """Write the plan to a JSON file, all of it or nothing.
+        """Write the plan to a JSON file, completely or not at all.
 
         Args:
-            path: the file; it is replaced if it is there.
+            path: the file; it is replaced if it exists.
             **arguments: as for `to_dict`.
 
         Raises:
@@ -313,12 +316,12 @@ class InterventionPlan(Sequence[Intervention]):
 
         Args:
             path: the file.
-            only_needed: of SAEs of which some latents suffice, load only those.
+            only_needed: whether to load only the latents that the plan needs, where some suffice.
             **arguments: for `SAEModel.from_pretrained`, such as ``token`` or ``device_map``.
 
         Raises:
             MissingFileError: if there is no such file.
-            InputError: as `from_dict`, or if it is no JSON.
+            InputError: as `from_dict`, or if it is not JSON.
         """
         if not isinstance(path, (str, os.PathLike)):
             raise InputError(f"InterventionPlan.load was given {shown(path)}; expected the path of a file.")
@@ -328,15 +331,15 @@ class InterventionPlan(Sequence[Intervention]):
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{file} is no JSON ({shown(str(error), 100)}); expected a plan.") from error
+            raise InputError(f"{file} is not JSON ({shown(str(error), 100)}); expected a plan.") from error
         return cls.from_dict(content, only_needed=only_needed, **{"folder": file.parent, **arguments})
 
 
 def require_keys(what: str, content: Any, expected: set[str], optional: Iterable[str] = ()) -> None:
-    """Raise unless something from a file is a mapping with exactly these keys.
+    """Raise unless a value from a file is a mapping with the expected keys, and optional ones.
 
     Raises:
-        InputError: naming those that lack or are unknown.
+        InputError: naming missing or unknown keys.
     """
     if not isinstance(content, dict):
         raise InputError(f"{what} is {shown(content)}; expected a mapping with {', '.join(sorted(expected))}.")
@@ -349,7 +352,7 @@ def require_keys(what: str, content: Any, expected: set[str], optional: Iterable
 
 
 def _settings(verb: type[Intervention]) -> dict[str, bool]:
-    """Return the names of a verb's settings, and whether each must be given."""
+    """Return the names of a verb's settings, and whether each is required."""
     return {
         field.name: field.default is MISSING and field.default_factory is MISSING
         for field in fields(verb)
@@ -361,7 +364,7 @@ def _verb_of(entry: Any) -> type[Intervention]:
     """Return the class of an intervention in a file.
 
     Raises:
-        InputError: if there is none, or its settings are not those of the verb.
+        InputError: if the verb is unknown, or its settings are missing or unknown.
     """
     name = entry.get("verb") if isinstance(entry, dict) else None
     if not isinstance(name, str):

@@ -1,4 +1,4 @@
-"""Which tokens of a call are meant. Positions are absolute: they mean the same token with and without a KV cache."""
+"""Select tokens of a call by position. Positions are absolute: the same with and without a KV cache."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ..errors import AttachError, InputError, unknown_name
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Positions: wherever one of these tokens stands.
+    """Positions of all occurrences of some tokens.
 
     Attributes:
-        ids: token ids, such as ``TokenIds([13, 198])``. BOS, EOS and padding are left out even if they are named here,
-            unless the intervention says ``special_tokens=True``.
+        ids: token ids, such as ``TokenIds([13, 198])``. BOS, EOS and padding are excluded even if they are listed,
+            unless the intervention has ``special_tokens=True``.
     """
 
     ids: Sequence[int]
@@ -39,13 +39,13 @@ Positions: TypeAlias = "str | int | Sequence[int] | slice | TokenIds | Tensor"
 * ``"all"``, ``"prompt"``, ``"generated"``, ``"last_prompt"``.
 * ``3`` or ``[0, 3, -1]``: token positions; negative ones count from the prompt's end.
 * ``slice(2, 8)``, ``slice(-4, None)``: from one position up to, not including, another; negative ones count from the
-  prompt's end, and an open end has no bound: ``slice(-4, None)`` means the prompt's last four tokens and all that are
-  generated, ``range(-4, 0)`` the four alone.
-* ``TokenIds([13, 198])``: wherever these tokens stand.
-* a bool tensor ``[S]`` or ``[B, S]`` over the columns of the batch, padding included; what lies beyond is not meant.
+  prompt's end, and an open end has no bound: ``slice(-4, None)`` is the prompt's last four tokens and all generated
+  ones, ``range(-4, 0)`` only the four.
+* ``TokenIds([13, 198])``: all occurrences of these tokens.
+* a bool tensor ``[S]`` or ``[B, S]`` over the columns of the batch, padding included; later columns are not selected.
 
-Positions count a row's real tokens from 0, padding left out. The prompt is what `generate` is given; in a decoding
-loop of one's own it is the first call, the one with an empty cache.
+Positions count a row's real tokens from 0, without padding. The prompt is the input of `generate`; in a custom
+decoding loop it is the first call, with an empty cache.
 """
 
 NAMED_POSITIONS = ("all", "prompt", "generated", "last_prompt")
@@ -58,21 +58,21 @@ class TokenContext:
 
     Attributes:
         index: position of each token in its own row, counted over real tokens, ``[B, S]`` int64.
-        prompt_length: number of real tokens in each row's prompt, ``[B, 1]`` int64; in each token's sequence,
-            ``[B, S]``, where rows hold several.
+        prompt_length: number of real tokens in each row's prompt, ``[B, 1]`` int64; with several sequences in a row,
+            in each token's sequence, ``[B, S]``.
         special: True at padding and at the model's special tokens, ``[B, S]`` bool; None if there are none.
-        phase: ``"prompt"`` or ``"generated"`` if the whole call is one or the other, ``"mixed"`` if it holds both,
-            ``"packed"`` if a row holds several sequences.
-        end: number of columns after this call, those in the cache included.
-        ids: token ids ``[B, S]``; None where the model is fed embeddings.
-        batch: number of rows that the caller gave; `generate` may run several of each, next to each other.
+        phase: ``"prompt"`` or ``"generated"`` if the whole call is one or the other, ``"mixed"`` if it has both,
+            ``"packed"`` if a row has several sequences.
+        end: number of columns up to the end of this call, those in the cache included.
+        ids: token ids ``[B, S]``; None if the model is called with embeddings.
+        batch: number of rows of the caller's batch; `generate` may run several copies of each, in adjacent rows.
         beams: whether `generate` may reorder the rows between this call and the next.
         prompt_columns: number of columns of the prompt, padding included; None if it is not known.
         count: number of real tokens of each row up to the end of this call, ``[B, 1]``; None if it is not known.
-        virtual: number of each row's first columns that are virtual tokens, of which the caller's batch has none.
-        before: where rows hold several sequences one after the other, the number of tokens before each token's own,
-            ``[B, S]`` int64; None elsewhere.
-        unplaced: why it is not known where the tokens stand; None if it is known.
+        virtual: number of virtual tokens at the start of each row, which are not in the caller's batch.
+        before: with several sequences in a row, the number of tokens before each token's own sequence, ``[B, S]``
+            int64; else None.
+        unknown_positions: why the tokens' positions are not known; None if they are.
     """
 
     index: Tensor
@@ -87,7 +87,7 @@ class TokenContext:
     count: Tensor | None = None
     virtual: int = 0
     before: Tensor | None = None
-    unplaced: str | None = None
+    unknown_positions: str | None = None
     _special_of: dict[tuple[int, ...], Tensor | None] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -105,18 +105,18 @@ class TokenContext:
         rows: Sequence[int] | None = None,
         special_ids: Sequence[int] | None = None,
     ) -> Tensor | bool:
-        """Return which tokens are meant.
+        """Return which tokens are selected.
 
         Args:
-            positions: as an intervention states them.
-            special_tokens: whether padding and special tokens count.
+            positions: the positions of an intervention.
+            special_tokens: whether padding and special tokens may be selected.
             rows: rows of the caller's batch; None for all.
-            special_ids: which tokens are special; None for those of the model.
+            special_ids: the special tokens; None for those of the model.
 
         Returns:
-            A mask ``[B, S]``, or True for all tokens, or False for none (known without looking at a tensor).
+            A mask ``[B, S]``, or True for all tokens, or False for none (if that is known without reading a tensor).
         """
-        chosen = self._chosen(positions)
+        chosen = self._position_mask(positions)
         if chosen is False:
             return False
         parts = [chosen] if isinstance(chosen, Tensor) else []
@@ -134,7 +134,7 @@ class TokenContext:
         """Return which tokens are padding or special, ``[B, S]``; None if there are none.
 
         Args:
-            ids: of the tokens that are special, such as an SAE has recorded; None for those of the model.
+            ids: the special tokens, such as those that an SAE has recorded; None for those of the model.
         """
         if ids is None:
             return self.special
@@ -147,16 +147,16 @@ class TokenContext:
         return self._special_of[key]
 
     def in_rows(self, rows: Sequence[int]) -> Tensor:
-        """Return which rows of this call belong to rows of the caller's batch, ``[B, 1]``.
+        """Return which rows of this call belong to some rows of the caller's batch, ``[B, 1]``.
 
         Raises:
-            InputError: if there are no such rows.
+            InputError: if the batch has no such rows.
             AttachError: if the call packs several sequences into one row.
         """
         if self.phase == "packed":
             raise AttachError(
-                f"rows={list(rows)} cannot be told apart: this call packs several sequences into one row (continuous "
-                "batching, padding-free training). Leave rows out to act on all of them."
+                f"rows={list(rows)} cannot be distinguished: this call packs several sequences into one row "
+                "(continuous batching, padding-free training). Omit rows= to act on all of them."
             )
         batch = self.batch_rows
         if max(rows) >= batch:
@@ -166,27 +166,27 @@ class TokenContext:
 
     @property
     def batch_rows(self) -> int:
-        """Number of rows that the caller gave."""
+        """Number of rows of the caller's batch."""
         running = self.shape[0]
         return self.batch if self.batch and running % self.batch == 0 else running
 
     @property
     def batch_columns(self) -> range:
-        """The columns of the caller's batch that this call's columns are; those of virtual tokens are below 0."""
+        """The numbers of this call's columns in the caller's batch; those of virtual tokens are below 0."""
         return range(self.end - self.shape[1] - self.virtual, self.end - self.virtual)
 
     @property
     def owners(self) -> Tensor:
-        """Which row of the caller's batch each row of this call belongs to, ``[B]`` int64."""
+        """For each row of this call, its row in the caller's batch, ``[B]`` int64."""
         running = self.shape[0]
         return torch.arange(running, device=self.index.device) // (running // self.batch_rows)
 
     def of_rows(self, values: Tensor, what: str) -> Tensor:
-        """Return what belongs to this call's rows of something that is given row by row.
+        """Return the values for this call's rows from values for the rows of the caller's batch.
 
         Args:
             values: ``[B, ...]``, one for each row of the caller's batch.
-            what: its name for messages.
+            what: their name for messages.
 
         Returns:
             ``[B, ...]`` for the rows of this call, on the device of its tokens.
@@ -202,18 +202,17 @@ class TokenContext:
             )
         if len(values) != self.batch_rows:
             raise InputError(
-                f"{what} has {len(values)} numbers, and the batch has {self.batch_rows} rows; expected one for each."
+                f"{what} has {len(values)} numbers, and the batch has {self.batch_rows} rows; expected one per row."
             )
         return values.to(self.index.device)[self.owners]
 
     def columns_of(self, values: Tensor, what: str, fill: Any = 0) -> Tensor:
-        """Return what belongs to this call's tokens of something that is given column by column.
+        """Return the values for this call's tokens from values for the columns of the caller's batch.
 
         Args:
-            values: of the batch's columns from the first one on, ``[S]`` or ``[B, S]``, and more axes if need be after
-                ``[B, S]``.
-            what: its name for messages.
-            fill: stands where `values` has no column.
+            values: values for the batch's columns from the first one on, ``[S]``, ``[B, S]`` or ``[B, S, ...]``.
+            what: their name for messages.
+            fill: value for columns that `values` does not have.
 
         Returns:
             ``[B, S]`` and the further axes, for this call's rows and columns.
@@ -231,7 +230,7 @@ class TokenContext:
         if values.ndim > 1 and values.shape[0] != self.batch_rows:
             raise InputError(
                 f"{what} has {values.shape[0]} rows {list(values.shape)}, but the batch has {self.batch_rows}; "
-                "expected as many."
+                "expected the same number."
             )
         here = self.batch_columns
         now = slice(max(here.start, 0), max(here.stop, 0))
@@ -246,7 +245,7 @@ class TokenContext:
 
         return torch.cat([filled(before), found, filled(columns - before - found.shape[1])], 1)
 
-    def _chosen(self, positions: Positions) -> Tensor | bool:
+    def _position_mask(self, positions: Positions) -> Tensor | bool:
         if isinstance(positions, Tensor):
             return self.columns_of(positions, "The mask given as positions=", fill=False)
         if isinstance(positions, TokenIds):
@@ -257,7 +256,7 @@ class TokenContext:
             return True
         if self.phase == "packed" and (isinstance(positions, str) or lowest(positions) < 0):
             raise AttachError(
-                f"positions={positions!r} needs to know where each prompt ends, and this call packs several sequences "
+                f"positions={positions!r} depends on where each prompt ends, and this call packs several sequences "
                 "into one row (continuous batching, padding-free training); use 'all' or positions from 0 on."
             )
         if isinstance(positions, str):
@@ -287,7 +286,7 @@ class TokenContext:
                 f"positions={shorten(positions)} lies before the prompt's beginning: the longest row has at most "
                 f"{self.prompt_columns} tokens."
             )
-        wanted = self.index.new_tensor(_several(positions))
+        wanted = self.index.new_tensor(_as_list(positions))
         from_start, from_end = wanted[wanted >= 0], wanted[wanted < 0]
         mask = torch.isin(self.index, from_start)
         if len(from_end):
@@ -295,7 +294,7 @@ class TokenContext:
         return mask & (self.index >= 0)
 
 
-def _several(positions: int | Sequence[int]) -> Sequence[int]:
+def _as_list(positions: int | Sequence[int]) -> Sequence[int]:
     return [positions] if isinstance(positions, int) else [int(position) for position in positions]
 
 
@@ -303,14 +302,14 @@ def lowest(positions: Positions) -> int:
     """Return the lowest position that is given as a number, 0 if there is none."""
     if isinstance(positions, slice):
         return min(positions.start or 0, positions.stop or 0)
-    return 0 if isinstance(positions, (str, TokenIds, Tensor)) else min(_several(positions), default=0)
+    return 0 if isinstance(positions, (str, TokenIds, Tensor)) else min(_as_list(positions), default=0)
 
 
 def unreached(positions: Positions, tokens: int, prompt: int) -> list[int]:
-    """Return the positions that no token stands at.
+    """Return the positions at which there is no token.
 
     Args:
-        positions: as an intervention states them.
+        positions: the positions of an intervention.
         tokens: number of tokens of the longest row.
         prompt: number of tokens of the longest prompt.
     """
@@ -318,16 +317,16 @@ def unreached(positions: Positions, tokens: int, prompt: int) -> list[int]:
         return [positions.start] if (positions.start or 0) >= max(tokens, 1) else []
     if isinstance(positions, (str, TokenIds, Tensor)):
         return []
-    return [place for place in _several(positions) if place >= tokens or -place > prompt]
+    return [position for position in _as_list(positions) if position >= tokens or -position > prompt]
 
 
 def shorten(value: object) -> str:
-    """Return a value as a message shows it: one line of at most 80 characters."""
+    """Return a value's representation for messages: one line of at most 80 characters."""
     return " ".join(repr(value).split())[:80]
 
 
 def integers(values: object) -> tuple[int, ...] | None:
-    """Return whole numbers, given one or an iterable of them; None if anything else is among them."""
+    """Return one whole number, or an iterable of them, as a tuple; None if a value is not a whole number."""
     if isinstance(values, Tensor) and values.dtype == torch.bool:
         return None  # a mask, not indices
     try:
@@ -338,7 +337,7 @@ def integers(values: object) -> tuple[int, ...] | None:
 
 
 def check_positions(positions: Any) -> Positions:
-    """Return what `TokenContext.select` understands, a copy of what the caller could change.
+    """Return positions in a form for `TokenContext.select`, as a copy if the caller could change them.
 
     Raises:
         InputError: with close matches for a mistyped name.
@@ -367,7 +366,7 @@ def _checked_span(positions: slice) -> slice:
     """Return a span of positions with plain numbers.
 
     Raises:
-        InputError: if its ends are no whole numbers, it has steps, or it can only be empty.
+        InputError: if its ends are not whole numbers, it has a step, or it is always empty.
     """
     found = integers([end for end in (positions.start, positions.stop) if end is not None])
     if found is None or positions.step not in (None, 1):

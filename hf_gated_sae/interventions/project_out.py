@@ -20,14 +20,14 @@ from .positions import shorten
 
 @dataclass(frozen=True, eq=False)
 class ProjectOut(Targeted, Edit):
-    """Remove what the activation has along given directions; nothing is encoded.
+    """Remove the activation's component along given directions; the SAE does not encode anything.
 
     ``x - Q Q^T x``, with `Q` an orthonormal basis of the directions.
 
     Attributes:
-        site: where; or an SAE, at whose output the directions are then those of its decoder.
-        directions: one direction ``[d]`` or several ``[n, d]`` (linearly independent), of any length; or latents of
-            the SAE.
+        site: a site; or an SAE, whose decoder directions are removed at the site that it writes.
+        directions: one direction ``[d]`` or several ``[n, d]`` (linearly independent), of any norm; or latents of the
+            SAE.
     """
 
     site: SAEModel | Site | str
@@ -40,13 +40,13 @@ class ProjectOut(Targeted, Edit):
         if isinstance(self.site, SAEModel):
             require_target(self, self.site)
             object.__setattr__(self, "directions", latent_list(self, self.directions))
-            object.__setattr__(self, "_bases", self._of_decoder(self.site))
+            object.__setattr__(self, "_bases", self._decoder_bases(self.site))
         else:
-            rows = self._given()
+            rows = self._checked_directions()
             object.__setattr__(self, "directions", rows)
             object.__setattr__(self, "_bases", (_basis(rows),))
 
-    def _given(self) -> Tensor:
+    def _checked_directions(self) -> Tensor:
         try:
             rows = torch.atleast_2d(torch.as_tensor(self.directions).detach().to("cpu", torch.float64, copy=True))
         except (TypeError, ValueError, RuntimeError, OverflowError):
@@ -59,16 +59,16 @@ class ProjectOut(Targeted, Edit):
             )
         return rows
 
-    def _of_decoder(self, sae: SAEModel) -> tuple[Tensor, ...]:
-        """Return a basis of what the latents write at each output."""
+    def _decoder_bases(self, sae: SAEModel) -> tuple[Tensor, ...]:
+        """Return a basis of the latents' decoder directions at each output."""
         if not self.directions:
-            raise InputError(f"ProjectOut was given no latents; name at least one, 0 .. {sae.config.d_sae - 1}.")
+            raise InputError(f"ProjectOut was given no latents; pass at least one, 0 .. {sae.config.d_sae - 1}.")
         rows = sae.latent_indices(self.directions)  # type: ignore[arg-type]  # made a list of latents above
         sources = sae.sources_of(rows)
         bases = []
         for output in range(len(self.places)):
-            here = [place for place, source in enumerate(sources) if source <= output or len(self.places) == 1]
-            written = sae.rows_at(rows[here], output).detach().to("cpu", torch.float64)
+            writing = [index for index, source in enumerate(sources) if source <= output or len(self.places) == 1]
+            written = sae.rows_at(rows[writing], output).detach().to("cpu", torch.float64)
             bases.append(_basis(written) if len(written) else written.new_zeros(0, sae.d_out))
         return tuple(bases)
 
@@ -79,16 +79,16 @@ class ProjectOut(Targeted, Edit):
 
     @property
     def sae_used(self) -> None:
-        """None: no SAE is run."""
+        """None: no SAE encodes."""
 
     @property
     def reads(self) -> tuple[Site, ...]:
-        """None."""
+        """No sites are read."""
         return ()
 
     @property
     def latents_needed(self) -> tuple[int, ...] | None:
-        """The latents whose directions are removed; None if a site is named."""
+        """The latents whose directions are removed; None with a site."""
         return None if isinstance(self.directions, Tensor) else tuple(self.directions)  # type: ignore[arg-type]  # a tuple
 
     def require_width(self, width: int) -> None:
@@ -101,33 +101,33 @@ class ProjectOut(Targeted, Edit):
     def delta(self, run: SiteCall) -> Tensor:
         """Return minus the component along the directions, ``[B, S, d]``, computed in float32 or wider."""
         x = run.x.to(torch.promote_types(run.x.dtype, torch.float32))
-        basis = _placed(self, run.output, x)
+        basis = _cached_basis(self, run.output, x)
         return -(x @ basis.T) @ basis
 
 
-_PLACED: WeakKeyDictionary[ProjectOut, dict[Hashable, Tensor]] = WeakKeyDictionary()
+_BASES: WeakKeyDictionary[ProjectOut, dict[Hashable, Tensor]] = WeakKeyDictionary()
 
 
-def _placed(owner: ProjectOut, output: int, x: Tensor) -> Tensor:
-    """Return a basis on a device and in a dtype, copied there once: a decoding step has no time for it."""
+def _cached_basis(owner: ProjectOut, output: int, x: Tensor) -> Tensor:
+    """Return a basis on a device and in a dtype; it is copied once, as copying would slow every decoding step."""
     key = (output, x.device, x.dtype)
-    known = _PLACED.setdefault(owner, {})
+    known = _BASES.setdefault(owner, {})
     if key not in known:
-        with torch.inference_mode(False):  # or it could not be used where gradients are wanted
+        with torch.inference_mode(False):  # an inference tensor could not be used later with gradients
             basis = owner._bases[output].to(x.device, x.dtype)
-        if type(basis) is not Tensor:  # of a model that is only traced
+        if type(basis) is not Tensor:  # a traced model's fake tensor is not cached
             return basis
         known[key] = basis
     return known[key]
 
 
 def _basis(rows: Tensor) -> Tensor:
-    """Return orthonormal vectors ``[n, d]`` that span the same space as vectors in float64.
+    """Return orthonormal vectors ``[n, d]`` with the same span as `rows` (float64).
 
     Raises:
         InputError: if they are not linearly independent.
     """
-    # Only the directions' directions count: without this the rank would depend on their lengths.
+    # Without normalisation the numerical rank would depend on the vectors' norms.
     rows = torch.nn.functional.normalize(rows / rows.abs().amax(-1, keepdim=True).clamp(min=1e-300), dim=-1)
     rank = int(torch.linalg.matrix_rank(rows))
     if rank < rows.shape[0]:

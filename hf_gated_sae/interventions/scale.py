@@ -14,11 +14,10 @@ from .model_call import SiteCall
 
 @dataclass(frozen=True, eq=False)
 class Scale(LatentValueEdit):
-    """Multiply latents by given factors: ``x + (factors - 1) * latents @ W_dec``; a latent that is off stays off.
+    """Multiply latents by given factors: ``x + (factors - 1) * latents @ W_dec``; inactive latents stay inactive.
 
     Attributes:
-        factors: factor of each latent; 1 changes nothing, 0 ablates; or a list with one for each row
-            of the batch.
+        factors: factor of each latent; 1 changes nothing, 0 ablates; or a list with one for each row of the batch.
     """
 
     numbers_field: ClassVar[str] = "factors"

@@ -1,4 +1,4 @@
-"""Which tokens are special: the one rule by which training, measuring, harvesting and editing leave tokens out."""
+"""Special tokens: the one rule by which training, evaluation, harvesting and editing exclude tokens."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from ..modeling import SAEModel
 from ..sites.probe import embedding_of, unwrap
 
 _TOKENIZERS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
-_OF_TOKENIZER: weakref.WeakKeyDictionary[nn.Module, list[int]] = weakref.WeakKeyDictionary()
+_SPECIAL_IDS: weakref.WeakKeyDictionary[nn.Module, list[int]] = weakref.WeakKeyDictionary()
 
 
 def own_tokenizer(root: nn.Module) -> Any:
-    """Return the tokenizer of a model, which is looked for on this machine only, once per model.
+    """Return the tokenizer of a model, from local files only; it is loaded once per model.
 
     Args:
         root: the model without wrappers.
 
     Returns:
-        The tokenizer; or the reason why there is none, as a text.
+        The tokenizer, or a text with the reason why there is none.
     """
     if root not in _TOKENIZERS:
-        _TOKENIZERS[root] = _found_tokenizer(root)
+        _TOKENIZERS[root] = _load_tokenizer(root)
     return _TOKENIZERS[root]
 
 
-def _found_tokenizer(root: nn.Module) -> Any:
+def _load_tokenizer(root: nn.Module) -> Any:
     config: Any = getattr(root, "config", None)
     name = getattr(config, "name_or_path", "")
     if not name:
-        return "the model does not say where it was loaded from"
+        return "the model does not state where it was loaded from"
     from transformers import AutoTokenizer  # here, since most models that SAEs are attached to in tests have none
 
     commit = getattr(config, "_commit_hash", None)
@@ -42,29 +42,31 @@ def _found_tokenizer(root: nn.Module) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False, **pinned)
         known = len(tokenizer)
-    except Exception as error:  # each kind of tokenizer fails in its own way where files or packages are missing
+    except Exception as error:  # tokenizers raise various errors for missing files or packages
         return f"{name!r} has no tokenizer on this machine ({type(error).__name__})"
     weight = getattr(embedding_of(root), "weight", None)
-    if isinstance(weight, Tensor) and 2 * known < weight.shape[0]:  # transformers makes some up without a vocabulary
+    if (
+        isinstance(weight, Tensor) and 2 * known < weight.shape[0]
+    ):  # without a vocabulary, transformers builds an almost empty one
         return f"{name!r} has no tokenizer on this machine (one of {known} tokens, for {weight.shape[0]} of the model)"
     return tokenizer
 
 
 def special_ids_of(tokenizer: Any) -> list[int]:
-    """Return the tokens that a tokenizer calls special, in ascending order.
+    """Return a tokenizer's special tokens, in ascending order.
 
-    The one for unknown text is none of them, as it stands for words, unless it is BOS, EOS or padding as well.
+    The token for unknown text is excluded, as it stands for words, unless it is also BOS, EOS or padding.
     """
     marks = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}
     return sorted(marks | (set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}))
 
 
 def special_token_ids(model: Any, sae: SAEModel | None = None) -> list[int]:
-    """Return the ids of the tokens that are left out of training, statistics and edits by default.
+    """Return the ids of the tokens that are excluded from training, statistics and edits by default.
 
-    These are the tokens that the SAE's configuration records. Where it records none, they are the BOS, EOS and padding
-    tokens that the model's configurations name, and the special tokens of the model's own tokenizer, if that is on
-    this machine.
+    These are the tokens that the SAE's configuration records. If it records none, they are the BOS, EOS and padding
+    tokens in the model's configurations, and the special tokens of the model's tokenizer, if that is available
+    locally.
 
     Args:
         model: the causal LM.
@@ -77,34 +79,34 @@ def special_token_ids(model: Any, sae: SAEModel | None = None) -> list[int]:
         return sorted(sae.config.special_token_ids)
     found: set[int] = set()
     own = getattr(model, "config", None)
-    text = own.get_text_config() if own is not None else None  # of a model that also sees or hears
+    text = own.get_text_config() if own is not None else None  # the text part of a multimodal model
     for config in (own, text, getattr(model, "generation_config", None)):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(config, name, None)
             found.update(value if isinstance(value, (list, tuple)) else [] if value is None else [int(value)])
     if isinstance(model, nn.Module):
-        found.update(_ids_of_tokenizer(model if model in _OF_TOKENIZER else unwrap(model)[0]))
+        found.update(_tokenizer_special_ids(model if model in _SPECIAL_IDS else unwrap(model)[0]))
     return sorted(found)
 
 
-def _ids_of_tokenizer(root: nn.Module) -> list[int]:
-    """Return what the model's own tokenizer calls special; nothing if it has none on this machine."""
-    if root not in _OF_TOKENIZER:
+def _tokenizer_special_ids(root: nn.Module) -> list[int]:
+    """Return the special tokens of the model's tokenizer; none if it is not available locally."""
+    if root not in _SPECIAL_IDS:
         tokenizer = own_tokenizer(root)
-        _OF_TOKENIZER[root] = [] if isinstance(tokenizer, str) else special_ids_of(tokenizer)
-    return _OF_TOKENIZER[root]
+        _SPECIAL_IDS[root] = [] if isinstance(tokenizer, str) else special_ids_of(tokenizer)
+    return _SPECIAL_IDS[root]
 
 
 def special_ids_for(model: Any, keys: Iterable[Any]) -> list[int]:
-    """Return the ids of the tokens that are left out where several things are read in one pass.
+    """Return the ids of the tokens that are excluded if several SAEs or sites are read in one pass.
 
     Args:
         model: the causal LM.
-        keys: SAEs, and whatever else is read.
+        keys: the SAEs and sites that are read.
 
     Returns:
-        The tokens that are special for any of them: for an SAE as `special_token_ids` says, for everything else those
-        of the model.
+        The tokens that are special for any of them: for an SAE those of `special_token_ids`, for a site those of the
+        model.
     """
     each = [special_token_ids(model, key if isinstance(key, SAEModel) else None) for key in keys]
     return sorted({number for ids in each or [special_token_ids(model)] for number in ids})
@@ -113,16 +115,16 @@ def special_ids_for(model: Any, keys: Iterable[Any]) -> list[int]:
 def special_token_mask(
     model: Any, input_ids: Tensor | None, attention_mask: Tensor | None = None, *, ids: Tensor | None = None
 ) -> Tensor | None:
-    """Return which tokens are padding or special, and so are left out of edits and statistics by default.
+    """Return which tokens are padding or special, and so are excluded from edits and statistics by default.
 
     Args:
-        model: the causal LM, asked for its special token ids.
-        input_ids: ``[B, S]``; None where the model is fed embeddings.
+        model: the causal LM, for its special token ids.
+        input_ids: ``[B, S]``; None if the model is called with embeddings.
         attention_mask: ``[B, T]`` with ``T >= S``, 0 at padding; its last `S` columns belong to `input_ids`.
-        ids: the special token ids ``[n]``, where they are known already.
+        ids: the special token ids ``[n]``, if they are known already.
 
     Returns:
-        Mask ``[B, S]``, True at tokens to leave out; None if nothing is known to be special.
+        Mask ``[B, S]``, True at tokens to exclude; None if none is known to be special.
     """
     masks = []
     if attention_mask is not None and attention_mask.ndim == 2:

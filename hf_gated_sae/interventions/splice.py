@@ -1,4 +1,4 @@
-"""Put the SAE's reconstruction in the activation's place."""
+"""Replace the activation by the SAE's reconstruction."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from .positions import shorten
 
 @dataclass(frozen=True, eq=False)
 class Splice(Targeted, Replacement):
-    """Replace the activation by ``sae.decode(sae.encode(x))``; what the SAE cannot explain is lost.
+    """Replace the activation by ``sae.decode(sae.encode(x))``; the SAE's error is lost.
 
-    With ``error=True`` it is kept, as a constant: ``reconstruction + (x - reconstruction).detach()``. The value is `x`
-    to the bit, and nothing is computed unless a derivative is wanted; derivatives, also those of `torch.func`, flow
-    through the reconstruction, and so to its latents, but not past it.
+    With ``error=True`` the error is added as a constant: ``reconstruction + (x - reconstruction).detach()``. The value
+    is then `x`, bit for bit, and nothing is computed unless a derivative is needed. Derivatives, also those of
+    `torch.func`, flow through the reconstruction and its latents only.
 
-    Edits of latents attached at the same site act on the reconstruction, or on that sum. Either way the site's
-    gradient has one way to go, so that two splices at one site exclude each other.
+    Edits of latents attached at the same site act on the reconstruction, or on that sum. In both cases the site's
+    gradient flows through one SAE, so two splices at one site are refused.
 
     Attributes:
         sae: the SAE; its configuration names the site.
-        error: whether what the SAE cannot explain stays.
+        error: whether the SAE's error is added.
     """
 
     sae: SAEModel
@@ -44,8 +44,8 @@ class Splice(Targeted, Replacement):
         config = self.sae.config
         if config.kept_latents is not None:
             raise LatentIndexError(
-                f"Splice was given an SAE of which {config.rows} of {config.d_sae} latents were loaded, which do not "
-                "make up a reconstruction: load the SAE without latents=."
+                f"Splice was given an SAE with {config.rows} of {config.d_sae} latents loaded; a reconstruction needs "
+                "all of them: load the SAE without latents=."
             )
 
     @property
@@ -54,17 +54,17 @@ class Splice(Targeted, Replacement):
         return self.sae
 
     def replacement(self, run: SiteCall) -> Tensor | None:
-        """Return the reconstruction ``[B, S, d]``, with the error if asked; None to leave the activation as it is."""
+        """Return the reconstruction ``[B, S, d]``, with the error if `error`; None changes nothing."""
         if not self.error:
             return run.reconstruction(self.sae)
         if only_values(run.x, *self.sae.parameters()):
             return None
-        kept: Tensor = _ValueOfOne.apply(run.x, run.reconstruction(self.sae))
-        return kept
+        with_error: Tensor = _ValueWithOtherGradient.apply(run.x, run.reconstruction(self.sae))
+        return with_error
 
 
-class _ValueOfOne(torch.autograd.Function):
-    """The value of one tensor, to the bit, with the derivatives of another one of its shape."""
+class _ValueWithOtherGradient(torch.autograd.Function):
+    """The exact value of one tensor with the derivatives of another of the same shape."""
 
     generate_vmap_rule = True
 

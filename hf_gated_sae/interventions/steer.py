@@ -1,4 +1,4 @@
-"""Push activations along a direction."""
+"""Steer activations along a direction."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ UNITS = ("max", "raw", "norm")
 
 @dataclass(frozen=True, eq=False)
 class Steer(Conditional):
-    """Add a latent's decoder direction, or a vector: ``x + strength * unit * direction``; nothing is encoded.
+    """Add a latent's decoder direction, or a vector: ``x + strength * unit * direction``, without encoding.
 
     * ``"max"``: ``strength * max_activation[latent] * W_dec[latent]``.
     * ``"raw"``: ``strength * W_dec[latent]``, or ``strength * vector``.
@@ -31,10 +31,9 @@ class Steer(Conditional):
     Attributes:
         target: an SAE, or a site.
         direction: a latent of the SAE, or a vector ``[d]`` for a site.
-        strength: how much to add, in units of `unit`; negative pushes away. A list gives one for each row of the
-            batch.
-        unit: ``"max"``, ``"raw"`` or ``"norm"``. By default ``"max"`` for a latent, and for a vector, which has no
-            maximum, ``"raw"``: it is added as it is.
+        strength: multiple of `unit` to add; may be negative. A list has one for each row of the batch.
+        unit: ``"max"``, ``"raw"`` or ``"norm"``. By default ``"max"`` for a latent and ``"raw"`` for a vector, which
+            has no maximum.
     """
 
     target: SAEModel | Site | str
@@ -79,7 +78,7 @@ class Steer(Conditional):
         if self.unit == "max":
             raise InputError(
                 "Steer was given a vector and unit='max', the recorded maximum of a latent, which a vector does not "
-                "have: use 'raw' to add the vector as it is, or 'norm' to measure it by the activation's norm."
+                "have: use 'raw' to add strength * vector, or 'norm' for a multiple of the activation's norm."
             )
         if self.unit == "norm" and not vector.any():
             raise InputError("Steer was given a vector of zeros, which has no direction.")
@@ -99,7 +98,7 @@ class Steer(Conditional):
 
     @property
     def indices(self) -> list[int]:
-        """The latent; none where a site is named."""
+        """The latent; none if the target is a site."""
         return [self.direction] if isinstance(self.direction, int) else []
 
     def require_width(self, width: int) -> None:
@@ -115,7 +114,7 @@ class Steer(Conditional):
         return sae.max_activation[rows_of(sae, self.indices)[0]]
 
     def delta(self, run: SiteCall) -> Tensor:
-        """Return what is added, ``[d]``; per row or token where strength or unit differ between them."""
+        """Return the vector to add, ``[d]``; per row or token if strength or unit differ between them."""
         strength = self._strength(run)
         if isinstance(self.target, SAEModel):
             sae = run.sae(self.target)
@@ -123,7 +122,7 @@ class Steer(Conditional):
             amount = units if self.unit == "norm" else strength * units
             added = run.written(self.target, self.indices, amount if amount.ndim else amount.reshape(1))
         else:
-            assert isinstance(self.direction, Tensor)  # or it would have been refused
+            assert isinstance(self.direction, Tensor)  # other types are refused on construction
             vector = self.direction.to(run.x.device, torch.promote_types(self.direction.dtype, run.x.dtype))
             added = vector if self.unit == "norm" else (strength * vector).to(vector.dtype)
         if self.unit != "norm":
@@ -133,8 +132,8 @@ class Steer(Conditional):
         return strength * length * torch.nn.functional.normalize(added.to(wide), dim=-1)
 
     def _strength(self, run: SiteCall) -> float | Tensor:
-        """Return the strength, or those of the rows, ``[B, 1, 1]`` in float32 at least."""
-        strength = cast("PerRow", self.strength)  # as it was checked
+        """Return the strength, or those of the rows, ``[B, 1, 1]`` in float32 or wider."""
+        strength = cast("PerRow", self.strength)  # checked on construction
         if isinstance(strength, float):
             return strength
         by_row = torch.tensor(strength, dtype=torch.promote_types(run.x.dtype, torch.float32), device=run.x.device)

@@ -1,4 +1,4 @@
-"""Names such as ``resid_post.12`` to a proven place in a model, for any causal language model of transformers."""
+"""Resolve names such as ``resid_post.12`` to proven tensors of a model, for any causal LM of transformers."""
 
 from .names._read_name import read as read_name
 from .resolver import resolve

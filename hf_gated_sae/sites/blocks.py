@@ -1,8 +1,10 @@
-"""Find a model's blocks: propose lists of modules, and accept one only if its chain of tensors is bitwise unbroken.
+"""Find a model's blocks: the first proposed list of modules in which each block's output is the next block's input.
 
-Two things are no break. A block may give what it was given, as one does that is skipped, or whose last weights are
-zero. And the model may scale the stream between two blocks by a power of two, which is exact, as RWKV halves it every
-few blocks: then `resid_post` of the one is what the block gives, and `resid_pre` of the next what that block takes.
+1. Proposals come from the model's metadata and its module lists.
+2. In one recorded forward, each block's output must equal the next block's input, bit for bit.
+3. A block may return its input unchanged, if it is skipped or its last weights are zero.
+4. The model may scale the stream between two blocks by a power of two, as RWKV halves it every few blocks. Then
+   `resid_post` is the first block's output, and `resid_pre` the second block's input.
 """
 
 from __future__ import annotations
@@ -24,13 +26,13 @@ class Chain:
 
     Args:
         paths: module paths, first to last.
-        entries: what each block takes of the residual stream.
-        exits: what each block gives; bitwise the next block's entry, up to its factor.
-        layers: the number of each block; blocks that text alone does not run leave gaps.
+        entries: each block's input from the residual stream.
+        exits: each block's output; times the factor, bitwise the next block's entry.
+        layers: the number of each block; blocks that do not run on text alone leave gaps.
         evidence: which proposal was accepted.
-        refusal: why what the blocks pass on cannot be an activation, empty if it can.
+        refusal: why the tensors between the blocks cannot be activations; empty if they can.
         idle: the number of each block that did not run.
-        factors: what the model multiplies the stream by after each block but the last; powers of two.
+        factors: the power of two by which the model scales the stream after each block but the last.
     """
 
     paths: tuple[str, ...]
@@ -44,15 +46,15 @@ class Chain:
 
     @property
     def unchanged(self) -> tuple[bool, ...]:
-        """Whether each block gave what it was given."""
-        return tuple(entry.value == leave.value for entry, leave in zip(self.entries, self.exits, strict=True))
+        """Whether each block returned its input unchanged."""
+        return tuple(entry.value == exit_.value for entry, exit_ in zip(self.entries, self.exits, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
 class _Link:
-    """What one block gives and the next one takes, and the factor between them."""
+    """One block's output, the next block's input, and the factor between them."""
 
-    leave: Seen
+    exit: Seen
     entry: Seen
     factor: float = 1.0
 
@@ -66,8 +68,8 @@ def find_chain(root: nn.Module, trace: Trace) -> Chain | str:
     """
     tried: set[tuple[str, ...]] = set()
     reasons: list[str] = []
-    odd: list[Chain] = []
-    single: list[Chain] = []  # of one block there is nothing to prove: it stands for the model where nothing else does
+    unusable: list[Chain] = []
+    single: list[Chain] = []  # one block alone has no link to prove: it is taken only if there is no longer chain
     for proposal in proposals():
         for paths in proposal.propose(root):
             if tuple(paths) in tried:
@@ -75,26 +77,24 @@ def find_chain(root: nn.Module, trace: Trace) -> Chain | str:
             tried.add(tuple(paths))
             if len(paths) == 1 and configured_layers(root) > 1:
                 continue
-            left_out = _left_out(trace, paths)
-            if left_out:  # some blocks of a hybrid model are of another class
-                reasons.append(f"{left_out} ran beside {paths[0]} .. {paths[-1]}, and they make no chain together")
+            omitted = _omitted_member(trace, paths)
+            if omitted:  # some blocks of a hybrid model are of another class
+                reasons.append(f"{omitted} ran too, but is not among the proposed blocks {paths[0]} .. {paths[-1]}")
                 continue
             proven = prove_chain(trace, paths, proposal.name)
             if isinstance(proven, Chain):
                 if not proven.refusal and len(paths) > 1:
                     return proven
-                (odd if proven.refusal else single).append(proven)
-            elif any(
-                trace.calls.get(path) for path in paths
-            ):  # lists that never ran, such as a vision tower, say nothing
+                (unusable if proven.refusal else single).append(proven)
+            elif any(map(trace.calls.get, paths)):  # a list that did not run, such as a vision tower's, is no reason
                 reasons.append(proven)
-    if odd or single:
-        return [*odd, *single][0]
+    if unusable or single:
+        return [*unusable, *single][0]
     return reasons[0] if reasons else "no list of modules in the model ran in the probe"
 
 
-def _left_out(trace: Trace, paths: list[str]) -> str:
-    """Return a module of the same list that ran and is not among those proposed; empty if there is none."""
+def _omitted_member(trace: Trace, paths: list[str]) -> str:
+    """Return the path of a module of the same list that ran and was not proposed; empty if there is none."""
     parents = {path.rpartition(".")[0] for path in paths}
     if len(parents) > 1:
         return ""
@@ -103,7 +103,7 @@ def _left_out(trace: Trace, paths: list[str]) -> str:
 
 
 def prove_chain(trace: Trace, paths: list[str], evidence: str) -> Chain | str:
-    """Check that each block's output is bitwise the next one's input.
+    """Check that each block's output is bitwise the next block's input.
 
     Args:
         trace: one recorded forward.
@@ -121,26 +121,30 @@ def prove_chain(trace: Trace, paths: list[str], evidence: str) -> Chain | str:
         return f"the block {next(path for path in paths if not trace.calls.get(path))} ran 0 times in one forward"
     idle = tuple(layer for layer in range(len(paths)) if layer not in ran)
     paths = [paths[layer] for layer in ran]
-    links = _linked(trace, paths)
+    links = _links(trace, paths)
     if isinstance(links, str):
         return links
     if links:
-        first = _at(trace.one(paths[0], "input"), links[0].entry)
-        last = _at(trace.one(paths[-1], "output"), links[-1].leave)
-    else:  # one block: nothing to chain, the write test alone decides
+        first = _same_keys(trace.one(paths[0], "input"), links[0].entry)
+        last = _same_keys(trace.one(paths[-1], "output"), links[-1].exit)
+    else:  # one block: there is no link to prove, and the write test alone decides
         first = next((seen for seen in trace.one(paths[0], "input") if seen.is_tokens), None)
         last = next((seen for seen in trace.one(paths[0], "output") if seen.is_tokens), None)
     if first is None or last is None:
-        return f"the first or last block of {paths[0]} .. {paths[-1]} is called in another way than the others"
+        return f"the first or last block of {paths[0]} .. {paths[-1]} takes or returns the stream unlike the others"
     entries = (first, *(link.entry for link in links))
-    exits = (*(link.leave for link in links), last)
+    exits = (*(link.exit for link in links), last)
     factors = tuple(link.factor for link in links)
     scaled = [f"{factor:g} after {path}" for path, factor in zip(paths, factors, strict=False) if factor != 1.0]
     evidence += f"; the model scales the stream by {', '.join(scaled)}" if scaled else ""
     name = f"{paths[0]} .. {paths[-1]}"
     refusal = _refusal(trace, name, (*entries, *exits))
     for here, there in zip(paths, paths[1:], strict=False):
-        alike = [given for given, _ in _links(trace, here, there) if given.place.width == first.place.width]
+        alike = [
+            given
+            for given, _ in _unscaled_links(trace, here, there)
+            if given.tensor_path.width == first.tensor_path.width
+        ]
         if not refusal and sum(seen.is_tokens for seen in alike) > 1:  # as reversible blocks do
             refusal = f"the blocks {name} pass on {len(alike)} tensors with a row for each token, not one stream"
     return Chain(tuple(paths), entries, exits, tuple(ran), evidence, refusal, idle, factors)
@@ -157,63 +161,63 @@ def _refusal(trace: Trace, name: str, stream: tuple[Seen, ...]) -> str:
             )
         if not seen.is_tokens:
             return f"the blocks {name} pass on {shape}, not one row for each of the [{batch}, {sequence}] tokens"
-    if len({seen.place.width for seen in stream}) != 1:
+    if len({seen.tensor_path.width for seen in stream}) != 1:
         return f"the blocks {name} change the width of the residual stream"
     return ""
 
 
-def _linked(trace: Trace, paths: Sequence[str]) -> list[_Link] | str:
-    """Return how each block is linked with the next one, or where the chain breaks."""
+def _links(trace: Trace, paths: Sequence[str]) -> list[_Link] | str:
+    """Return the link between each block and the next, or where the chain breaks."""
     pairs = list(zip(paths, paths[1:], strict=False))
-    found = [next(_links(trace, here, there), None) for here, there in pairs]
-    usual = next((link for link in found if link is not None), None)
+    found = [next(_unscaled_links(trace, here, there), None) for here, there in pairs]
+    usual = next((link for link in found if link is not None), None)  # shows where blocks pack the stream
     links: list[_Link] = []
     for (here, there), known in zip(pairs, found, strict=True):
-        link = _Link(*known) if known is not None else _rare_link(trace, here, there, usual)
+        link = _Link(*known) if known is not None else _unchanged_or_scaled_link(trace, here, there, usual)
         if link is None:
             return f"the output of {here} is not bitwise the input of the next block, nor that times a power of two"
         links.append(link)
     return links
 
 
-def _rare_link(trace: Trace, here: str, there: str, usual: tuple[Seen, Seen] | None) -> _Link | None:
-    """Link two blocks where what is passed on is what the first one was given, or is scaled on its way.
+def _unchanged_or_scaled_link(trace: Trace, here: str, there: str, usual: tuple[Seen, Seen] | None) -> _Link | None:
+    """Link two blocks where the first returns its input unchanged, or the model scales its output.
 
-    It must be packed as the stream is between other blocks; where nothing is passed on in the usual way, there must be
-    only one tensor on either side that it can be.
+    The stream must be packed as it is between other blocks. Where no other link shows that, each side must have only
+    one tensor with a row per token.
     """
-    given = [seen for seen in trace.one(here, "output") if seen.is_tokens]
-    taken = [seen for seen in trace.one(there, "input") if seen.is_tokens]
+    outputs = [seen for seen in trace.one(here, "output") if seen.is_tokens]
+    inputs = [seen for seen in trace.one(there, "input") if seen.is_tokens]
     if usual is not None:
-        given = [seen for seen in given if seen.place.keys == usual[0].place.keys]
-        taken = [seen for seen in taken if seen.place.keys == usual[1].place.keys]
-    if len(given) != 1 or len(taken) != 1:
+        outputs = [seen for seen in outputs if seen.tensor_path.keys == usual[0].tensor_path.keys]
+        inputs = [seen for seen in inputs if seen.tensor_path.keys == usual[1].tensor_path.keys]
+    if len(outputs) != 1 or len(inputs) != 1:
         return None
-    factor = 1.0 if given[0].value == taken[0].value else power_of_two(trace, given[0], taken[0])
-    return None if factor is None else _Link(given[0], taken[0], factor)
+    factor = 1.0 if outputs[0].value == inputs[0].value else power_of_two(trace, outputs[0], inputs[0])
+    return None if factor is None else _Link(outputs[0], inputs[0], factor)
 
 
-def power_of_two(trace: Trace, before: Seen, after: Seen) -> float | None:
-    """Return the power of two that makes one tensor of another, bit for bit; None if there is none."""
-    given, taken = trace.values[before.value], trace.values[after.value]
-    if given.numel() != taken.numel() or given.dtype != taken.dtype or not given.any():
+def power_of_two(trace: Trace, first: Seen, second: Seen) -> float | None:
+    """Return the power of two by which one tensor times gives another, bit for bit; None if there is none."""
+    before, after = trace.values[first.value], trace.values[second.value]
+    if before.numel() != after.numel() or before.dtype != after.dtype or not before.any():
         return None
-    largest = given.reshape(-1)[given.abs().argmax()]
-    factor = float(taken.reshape(-1)[given.abs().argmax()]) / float(largest)
+    largest = before.reshape(-1)[before.abs().argmax()]
+    factor = float(after.reshape(-1)[before.abs().argmax()]) / float(largest)
     if factor <= 0 or math.frexp(factor)[0] != 0.5:
         return None
-    return factor if torch.equal(given.reshape(-1) * factor, taken.reshape(-1)) else None
+    return factor if torch.equal(before.reshape(-1) * factor, after.reshape(-1)) else None
 
 
-def _links(trace: Trace, here: str, there: str) -> Iterator[tuple[Seen, Seen]]:
-    """Yield what one block gives and the next takes unchanged; what merely passes through a block does not count."""
-    untouched = {seen.value for seen in trace.one(here, "input")}
-    taken = {seen.value: seen for seen in reversed(trace.one(there, "input"))}
+def _unscaled_links(trace: Trace, here: str, there: str) -> Iterator[tuple[Seen, Seen]]:
+    """Yield outputs of one block that are inputs of the next; tensors that a block returns unchanged do not count."""
+    own_inputs = {seen.value for seen in trace.one(here, "input")}
+    inputs = {seen.value: seen for seen in reversed(trace.one(there, "input"))}
     for seen in trace.one(here, "output"):
-        if seen.value in taken and seen.value not in untouched and trace.values[seen.value].is_floating_point():
-            yield seen, taken.pop(seen.value)
+        if seen.value in inputs and seen.value not in own_inputs and trace.values[seen.value].is_floating_point():
+            yield seen, inputs.pop(seen.value)
 
 
-def _at(items: list[Seen], like: Seen) -> Seen | None:
-    """Return the tensor that is packed where `like` is."""
-    return next((seen for seen in items if seen.place.keys == like.place.keys), None)
+def _same_keys(items: list[Seen], like: Seen) -> Seen | None:
+    """Return the tensor that has the same keys in its module's input or output as `like`."""
+    return next((seen for seen in items if seen.tensor_path.keys == like.tensor_path.keys), None)

@@ -1,8 +1,10 @@
-"""What a sublayer reads: the tensor that its first linear map takes, and by which all it has of the stream reaches it.
+"""Find the inputs of attention and feed-forward (`attn_in`, `mlp_in`), and prove that each carries all of the stream.
 
-A place is proposed by looking back from the contribution, and proven by one forward. The stream is changed before each
-block and the recorded value put back at the proposed place: then the contribution must be what it was. If something
-within the sublayer works on that tensor first, such as a norm, what the first linear map reads is tested, too.
+1. An input is proposed by searching backwards from the contribution.
+2. It is proven by one forward: the stream is changed before each block, and the recorded value is restored at the
+   proposed input. The contribution must then be the recorded one.
+3. If a module within the sublayer, such as a norm, changes that tensor first, the input of the first linear map is
+   tested in the same way, and is the site if it passes.
 """
 
 from __future__ import annotations
@@ -22,12 +24,21 @@ from .slots import Edit, Slot, TensorPath
 from .sums import Sums, rms
 
 _STEPS = 3  # norms and short convolutions between a sublayer and the residual stream
-_SHARE = 0.01  # kernels that add in a random order change a contribution by less, another input by far more
+_SHARE = 0.01  # relative change; kernels that add in a random order cause less, an incomplete input far more
 
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """One contribution of a block, the way to it, the other contributions' modules, and the values of the stream."""
+    """One contribution of a block.
+
+    Args:
+        block: path of the block.
+        entry: the block's input from the stream.
+        term: the contribution.
+        origin: the module that computes it.
+        others: paths of the modules of the other contributions.
+        stream: digests of the values that the stream has within the block.
+    """
 
     block: str
     entry: Seen
@@ -36,93 +47,102 @@ class Branch:
     others: tuple[str, ...]
     stream: set[str]
 
-    def is_alone(self, trace: Trace, path: str) -> bool:
+    def is_exclusive(self, trace: Trace, path: str) -> bool:
         """Whether a module ran once and holds no other contribution."""
         return trace.calls.get(path) == 1 and not any(f"{other}.".startswith(f"{path}.") for other in self.others)
 
     def inputs(self, trace: Trace, path: str) -> list[Seen]:
-        """Return what a module reads that is as wide as the stream and not yet the branch's own outcome."""
-        width = self.entry.place.width
-        taken = [seen for seen in trace.one(path, "input") if seen.is_tokens and seen.place.width == width]
-        return [seen for seen in taken if seen.value not in self.origin.passed]
+        """Return a module's inputs that are as wide as the stream and that the branch has not computed itself."""
+        width = self.entry.tensor_path.width
+        inputs = [seen for seen in trace.one(path, "input") if seen.is_tokens and seen.tensor_path.width == width]
+        return [seen for seen in inputs if seen.value not in self.origin.branch_values]
 
 
-def read_by(root: nn.Module, trace: Trace, branch: Branch, steps: int = _STEPS) -> TensorPath | str:
-    """Return the place of what the sublayer reads that makes a contribution, or the reason why there is none.
+def sublayer_input(root: nn.Module, trace: Trace, branch: Branch, steps: int = _STEPS) -> TensorPath | str:
+    """Propose the tensor path of the input of the sublayer that computes a contribution.
 
     Args:
         root: the model without wrappers.
         trace: one recorded forward.
         branch: the contribution.
-        steps: how many modules without a linear map may stand between the sublayer and the stream.
+        steps: how many modules without a linear map may lie between the sublayer and the stream.
+
+    Returns:
+        The tensor path, or the reason why there is none.
     """
-    found = _proposed(root, trace, branch)
+    found = _proposed_input(root, trace, branch)
     if isinstance(found, str):
         return found
-    fresh = branch.stream | _normed(root, trace, branch.block, branch.stream)
-    if found.value in fresh or _maps(root, found.place.path) or not _maps(root, branch.block):
-        return found.place
-    made = [
+    fresh = branch.stream | _normed_values(root, trace, branch.block, branch.stream)
+    if (
+        found.value in fresh
+        or _modules_with_matrix(root, found.tensor_path.path)
+        or not _modules_with_matrix(root, branch.block)
+    ):
+        return found.tensor_path
+    producers = [
         seen
         for seen in trace.within(branch.block, "output")
-        if seen.value == found.value and seen.is_tokens and branch.is_alone(trace, seen.place.path)
+        if seen.value == found.value and seen.is_tokens and branch.is_exclusive(trace, seen.tensor_path.path)
     ]
-    if not made or not steps:
-        return f"what {found.place.path} reads comes out of no module of the block"
+    if not producers or not steps:
+        return f"the input of {found.tensor_path.path} is not the output of a module in the block"
     origin = Origin("", (*branch.origin.values, found.value), "it lies before another module")
-    outermost = min(made, key=lambda seen: len(seen.place.path))
-    return read_by(root, trace, dataclasses.replace(branch, term=outermost, origin=origin), steps - 1)
+    outermost = min(producers, key=lambda seen: len(seen.tensor_path.path))
+    return sublayer_input(root, trace, dataclasses.replace(branch, term=outermost, origin=origin), steps - 1)
 
 
-def _proposed(root: nn.Module, trace: Trace, branch: Branch) -> Seen | str:
-    """Return what the module reads that makes a contribution: its first input that another module in the block gave.
+def _proposed_input(root: nn.Module, trace: Trace, branch: Branch) -> Seen | str:
+    """Return the input of the module that computes a contribution, or the reason why there is none.
 
-    The module is the outermost one below the block that holds the projection and no other contribution. Where it also
-    takes the stream to add to it, a write there would go into the stream: then it is one within it, or the one that
-    gives the projection's input, as in models that have a module for the addition and its norm.
+    The module is the outermost one in the block that contains the projection and no other contribution. If it also
+    adds to the stream, a write at its input would change the stream, too. Then a module within it is used, or the one
+    that returns the projection's input, as in models that have one module for the addition and its norm. Of several
+    inputs the first that another module of the block returned is used.
     """
     origin, block = branch.origin, branch.block
-    projection = "" if isinstance(origin.projection, str) else origin.projection.place.path
-    steps = (projection or branch.term.place.path)[len(block) + 1 :].split(".")
-    holding = [".".join((block, *steps[:count])) for count in range(1, len(steps) + 1)]
-    alone = [path for path in holding if branch.is_alone(trace, path)]
-    if not alone:
-        return "no module of the block holds it alone"
-    if alone[0] == projection:
-        return f"the block calls {projection} and what comes before it one by one"
-    given = {branch.entry.value} | {seen.value for seen in trace.within(block, "output")}
-    for path in (path for path in alone if path != projection):
-        makes = any(seen.value in origin.passed for seen in trace.one(path, "output"))
-        inputs = [seen for seen in branch.inputs(trace, path) if makes or seen.value not in branch.stream]
-        known = [seen for seen in inputs if seen.value in given] or inputs
+    projection = "" if isinstance(origin.projection, str) else origin.projection.tensor_path.path
+    steps = (projection or branch.term.tensor_path.path)[len(block) + 1 :].split(".")
+    containing = [".".join((block, *steps[:count])) for count in range(1, len(steps) + 1)]
+    exclusive = [path for path in containing if branch.is_exclusive(trace, path)]
+    if not exclusive:
+        return "no module of the block contains this contribution and no other"
+    if exclusive[0] == projection:
+        return f"the block calls {projection} and the modules before it directly"
+    outputs = {branch.entry.value} | {seen.value for seen in trace.within(block, "output")}
+    for path in (path for path in exclusive if path != projection):
+        computes = any(seen.value in origin.branch_values for seen in trace.one(path, "output"))
+        inputs = [seen for seen in branch.inputs(trace, path) if computes or seen.value not in branch.stream]
+        known = [seen for seen in inputs if seen.value in outputs] or inputs
         if known:
             return known[0]
-    fresh = branch.stream | _normed(root, trace, block, branch.stream)
-    makers = sorted(
-        {seen.place.path for seen in trace.within(block, "output") if seen.value in origin.passed}, key=len
+    fresh = branch.stream | _normed_values(root, trace, block, branch.stream)
+    producers = sorted(
+        {seen.tensor_path.path for seen in trace.within(block, "output") if seen.value in origin.branch_values},
+        key=len,
     )
-    for path in makers:
-        if path != projection and branch.is_alone(trace, path) and largest_rank(root.get_submodule(path)) >= 2:
+    for path in producers:
+        if path != projection and branch.is_exclusive(trace, path) and largest_rank(root.get_submodule(path)) >= 2:
             inputs = [seen for seen in branch.inputs(trace, path) if seen.value in fresh]
             if inputs:
                 return inputs[0]
-    if any(seen.value in branch.stream for seen in branch.inputs(trace, alone[0])):
-        return f"what {alone[0]} reads is also what it adds to"
-    return f"{alone[0]} reads no tensor of the residual stream's width"
+    if any(seen.value in branch.stream for seen in branch.inputs(trace, exclusive[0])):
+        return f"{exclusive[0]} also adds to the tensor that it reads"
+    return f"{exclusive[0]} reads no tensor of the residual stream's width"
 
 
-def _normed(root: nn.Module, trace: Trace, block: str, stream: set[str]) -> set[str]:
-    """Return what modules without a matrix make of the stream alone."""
+def _normed_values(root: nn.Module, trace: Trace, block: str, stream: set[str]) -> set[str]:
+    """Return digests of the outputs of modules that have no matrix and read the stream alone, as norms do."""
     return {
         seen.value
         for seen in trace.within(block, "output")
-        if {taken.value for taken in trace.one(seen.place.path, "input")} <= stream
-        and largest_rank(root.get_submodule(seen.place.path)) < 2
+        if {read.value for read in trace.one(seen.tensor_path.path, "input")} <= stream
+        and largest_rank(root.get_submodule(seen.tensor_path.path)) < 2
     }
 
 
-def _maps(root: nn.Module, path: str) -> list[str]:
-    """Return the modules at and below a path that have a matrix of their own; depthwise convolutions have none."""
+def _modules_with_matrix(root: nn.Module, path: str) -> list[str]:
+    """Return paths of the modules at and below a path with a matrix of their own; depthwise convolutions have none."""
 
     def is_map(module: nn.Module) -> bool:
         own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
@@ -139,90 +159,112 @@ def prove_inputs(
     roles: Sequence[Roles | str],
     found: Mapping[Site, TensorPath | str],
 ) -> dict[Site, TensorPath | str]:
-    """Prove the proposed inputs of all sublayers by one forward, and by one more where another tensor may be right.
+    """Prove the proposed inputs of all sublayers by one forward, and the inputs of their first linear maps by another.
 
     Returns:
-        For each proposed input its place, which may be nearer to the first linear map, or why it is none.
+        For each proposed input its tensor path, that of the first linear map's input if it passes, or the reason why
+        neither does.
     """
     terms: dict[Site, Seen] = {}
     inner: dict[Site, TensorPath] = {}
     for path, layer, parts, role in zip(chain.paths, chain.layers, sums, roles, strict=True):
         if isinstance(parts, str) or isinstance(role, str):
             continue
-        for name, numbers in (("attn_in", role.mixers), ("mlp_in", role.feeders)):
-            place = found[Site(name, layer)]
-            if isinstance(place, TensorPath):
+        for name, numbers in (("attn_in", role.mixers), ("mlp_in", role.feed_forwards)):
+            proposed = found[Site(name, layer)]
+            if isinstance(proposed, TensorPath):
                 terms[Site(name, layer)] = parts.terms[numbers[0] - 1]
-                nearer = _at_first_map(subject.root, trace, path, place, chain.entries[0].place.width)
-                inner |= {} if nearer is None else {Site(name, layer): nearer}
-    outer = {site: place for site in terms if isinstance(place := found[site], TensorPath)}
-    proven = _carrying(subject, trace, chain, sums, terms, outer) if outer else set()
-    nearest = _carrying(subject, trace, chain, sums, terms, inner) if inner else set()
+                first = _first_map_input(subject.root, trace, path, proposed, chain.entries[0].tensor_path.width)
+                inner |= {} if first is None else {Site(name, layer): first}
+    outer = {site: proposed for site in terms if isinstance(proposed := found[site], TensorPath)}
+    outer_proven = _sufficient(subject, trace, chain, sums, terms, outer) if outer else set()
+    inner_proven = _sufficient(subject, trace, chain, sums, terms, inner) if inner else set()
     return {
         site: inner[site]
-        if site in nearest
-        else place
-        if site in proven
-        else f"the sublayer reads more of the block than the {place.port} of {place.path}"
-        for site, place in outer.items()
+        if site in inner_proven
+        else tensor_path
+        if site in outer_proven
+        else f"the sublayer reads more of the block than the {tensor_path.port} of {tensor_path.path}"
+        for site, tensor_path in outer.items()
     }
 
 
-def _at_first_map(root: nn.Module, trace: Trace, block: str, place: TensorPath, width: int) -> TensorPath | None:
-    """Return the place of what the first linear map in a module reads, None if that is what the module reads, once."""
-    taken = [seen for path in _maps(root, place.path) for seen in trace.one(path, "input") if seen.is_tokens]
-    first = min(taken, key=lambda seen: seen.place.order, default=None)
-    outside = _value_at(trace, place)
-    if sum(seen.value == outside for seen in trace.one(place.path, place.port)) > 1:  # as query, key and value
-        return _of_all_readers(trace, block, outside, place)
-    if first is None or first.value == outside or first.place.width != width:
+def _first_map_input(root: nn.Module, trace: Trace, block: str, sublayer: TensorPath, width: int) -> TensorPath | None:
+    """Return where the first linear map of a sublayer reads, None if it reads the sublayer's own input.
+
+    Args:
+        root: the model without wrappers.
+        trace: one recorded forward.
+        block: path of the block.
+        sublayer: the sublayer's input.
+        width: width of the stream.
+    """
+    maps = _modules_with_matrix(root, sublayer.path)
+    reads = [seen for path in maps for seen in trace.one(path, "input") if seen.is_tokens]
+    first = min(reads, key=lambda seen: seen.tensor_path.order, default=None)
+    outside = _digest_at(trace, sublayer)
+    if sum(seen.value == outside for seen in trace.one(sublayer.path, sublayer.port)) > 1:  # as query, key and value
+        return _shared_by_readers(trace, block, outside, sublayer)
+    if first is None or first.value == outside or first.tensor_path.width != width:
         return None
     readers = [seen for seen in trace.within(block, "input") if seen.value == first.value and seen.is_tokens]
-    everyone = {seen.place.path for seen in readers}
-    for seen in sorted(readers, key=lambda seen: len(seen.place.path)):
-        if all(f"{path}.".startswith(f"{seen.place.path}.") for path in everyone):
-            return seen.place
-    return _of_all_readers(trace, block, first.value, first.place)
+    paths = {seen.tensor_path.path for seen in readers}
+    for seen in sorted(readers, key=lambda seen: len(seen.tensor_path.path)):
+        if all(f"{path}.".startswith(f"{seen.tensor_path.path}.") for path in paths):
+            return seen.tensor_path
+    return _shared_by_readers(trace, block, first.value, first.tensor_path)
 
 
-def _of_all_readers(trace: Trace, block: str, value: str, place: TensorPath) -> TensorPath:
-    """Return where a write reaches all who read a value: what gave it, else the tensor itself at its first reader."""
-    given = [seen for seen in trace.within(block, "output") if seen.value == value and seen.is_tokens]
-    if given:
-        return max(given, key=lambda seen: seen.place.order).place
-    return dataclasses.replace(place, in_place=True)
+def _shared_by_readers(trace: Trace, block: str, value: str, first: TensorPath) -> TensorPath:
+    """Return where a write changes a value for all its readers.
+
+    That is the output of the module that returns it, else the tensor at its first reader, written in place.
+    """
+    outputs = [seen for seen in trace.within(block, "output") if seen.value == value and seen.is_tokens]
+    if outputs:
+        return max(outputs, key=lambda seen: seen.tensor_path.order).tensor_path
+    return dataclasses.replace(first, in_place=True)
 
 
-def _carrying(
+def _sufficient(
     subject: Subject,
     trace: Trace,
     chain: Chain,
     sums: Sequence[Sums | str],
     terms: Mapping[Site, Seen],
-    places: Mapping[Site, TensorPath],
+    inputs: Mapping[Site, TensorPath],
 ) -> set[Site]:
-    """Return the places that carry all that contributions take of the stream, by one forward with another stream."""
-    raw: dict[Slot, Tensor] = {}
+    """Return the sites of the inputs on which alone their contributions depend.
+
+    In one forward the stream is changed before each block and the recorded values are restored at the inputs; a
+    contribution that is still the recorded one depends on nothing else.
+    """
+    found: dict[Slot, Tensor] = {}
     edits: dict[Slot, Edit] = {}
     for index, entry in enumerate(chain.entries):
         clean = trace.values[entry.value]
         edits[slot_at(entry, subject)] = restore(clean + noise(clean, index))
-    made: dict[TensorPath, Slot] = {}
+    slots: dict[TensorPath, Slot] = {}
     for parts in sums:
         for term in () if isinstance(parts, str) else parts.terms:
-            slot = made[term.place] = slot_at(term, subject)
-            edits[slot] = restore(trace.values[term.value], raw, slot)
-    for site, place in places.items():
-        edits[Slot(site, place, subject.root)] = restore(trace.values[_value_at(trace, place)])
+            slot = slots[term.tensor_path] = slot_at(term, subject)
+            edits[slot] = restore(trace.values[term.value], found, slot)
+    for site, tensor_path in inputs.items():
+        edits[Slot(site, tensor_path, subject.root)] = restore(trace.values[_digest_at(trace, tensor_path)])
     forward_blocks(subject, edits)
-    return {site for site in places if _unmoved(raw.get(made[terms[site].place]), trace.values[terms[site].value])}
+    return {
+        site
+        for site in inputs
+        if _almost_equal(found.get(slots[terms[site].tensor_path]), trace.values[terms[site].value])
+    }
 
 
-def _value_at(trace: Trace, place: TensorPath) -> str:
-    return next(seen.value for seen in trace.one(place.path, place.port) if seen.place.keys == place.keys)
+def _digest_at(trace: Trace, tensor_path: TensorPath) -> str:
+    recorded = trace.one(tensor_path.path, tensor_path.port)
+    return next(seen.value for seen in recorded if seen.tensor_path.keys == tensor_path.keys)
 
 
-def _unmoved(found: Tensor | None, clean: Tensor) -> bool:
+def _almost_equal(found: Tensor | None, clean: Tensor) -> bool:
     if found is None:
         return False
     change = found.double() - clean.reshape(found.shape).double()

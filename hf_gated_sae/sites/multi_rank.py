@@ -1,8 +1,8 @@
-"""Models over several ranks: tensors that are split between them, and forwards that must not be cut short.
+"""Models on several ranks: tensors that are split between them, and forwards that must not stop early.
 
-In tensor parallelism most activations are the same on every rank, but what a projection reads or gives may be one
-rank's part of a wider tensor. Which of the two it is, is not looked up in a plan: all ranks compare what they saw in
-the probe. Every rank must therefore ask for the same sites, in the same order, as it must call the model.
+In tensor parallelism most activations are the same on every rank, but the input or output of a projection may be one
+rank's part of a wider tensor. This is not looked up in a plan: all ranks compare what they recorded in the probe. So
+every rank must resolve the same models, in the same order, just as it must call them.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 PATIENCE = 300.0
-"""How many seconds to wait for ranks that have to do the same; it is only waited out for those that never do it."""
+"""How many seconds to wait for the other ranks at a point that all must reach."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shards:
-    """How the last dimension of a tensor is split over ranks: in runs of equal length, of which the last are shorter.
+    """How the last dimension of a tensor is split over ranks: in equal parts, the last of which may be shorter.
 
     Args:
         mesh: the ranks, one-dimensional.
@@ -49,7 +49,7 @@ class Shards:
         return [max(0, min(step, self.width - rank * step)) for rank in range(self.mesh.size())]
 
     def whole(self, part: Tensor) -> Tensor:
-        """Gather the tensor from all ranks; each gets all of it, and gradients flow back to the parts.
+        """Gather the whole tensor on every rank; gradients flow back to the parts.
 
         Args:
             part: this rank's part ``[..., part_width]``.
@@ -68,7 +68,7 @@ class Shards:
         return split.full_tensor()
 
     def part(self, whole: Tensor) -> Tensor:
-        """Cut this rank's part out of a tensor that all ranks hold.
+        """Return this rank's part of a tensor that all ranks hold.
 
         Args:
             whole: the tensor ``[..., width]``, the same on all ranks.
@@ -84,11 +84,11 @@ class Shards:
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """What all ranks of tensor parallelism saw in one forward.
+    """The tensors that all ranks of tensor parallelism recorded in one forward.
 
     Args:
         mesh: the ranks, one-dimensional.
-        seen: for each rank, the number of the content and the shape of every tensor, by a name that all ranks share.
+        seen: for each rank, the digest and shape of every tensor, by a key that is the same on all ranks.
     """
 
     mesh: DeviceMesh
@@ -96,24 +96,24 @@ class Ranks:
 
     @classmethod
     def compare(cls, mesh: DeviceMesh, seen: Mapping[Any, tuple[str, tuple[int, ...]]]) -> Ranks:
-        """Let every rank know what the others saw; all ranks must call this at the same time."""
+        """Exchange the recorded tensors' digests and shapes; a collective, which all ranks must call."""
         every: list[Any] = [None] * mesh.size()
         distributed.all_gather_object(every, dict(seen), group=mesh.get_group())
         return cls(mesh, every)
 
     def agree(self, key: Hashable) -> bool:
-        """Whether all ranks saw the same, bit for bit."""
+        """Whether a tensor is the same on all ranks, bit for bit."""
         return len({rank.get(key, ("", ()))[0] for rank in self.seen}) == 1
 
     def split(self, key: Hashable, declared: int | None) -> Shards | str | None:
-        """Tell how a tensor is split.
+        """Return how a tensor is split.
 
         Args:
             key: the tensor.
-            declared: how wide the module says that the whole tensor is; None where it does not say.
+            declared: width of the whole tensor according to its module; None if the module does not state it.
 
         Returns:
-            The shards, None if every rank has the whole tensor, or the reason why it cannot be told.
+            The shards, None if every rank has the whole tensor, or the reason why neither is certain.
         """
         if self.agree(key):
             return None
@@ -123,25 +123,25 @@ class Ranks:
             return shards
         return (
             f"its values differ between the {self.mesh.size()} ranks of tensor parallelism, and the module does not "
-            "say which tensor they are the parts of"
+            "state the width of a whole tensor of which they could be parts"
         )
 
     def require_same(self, outcome: object, what: str) -> None:
-        """Raise, on all ranks, unless all have come to the same result; all must call this at the same time.
+        """Raise on all ranks unless all have the same result; a collective, which all ranks must call.
 
         Raises:
-            SiteError: if they have not.
+            SiteError: if the results differ.
         """
         every: list[Any] = [None] * self.mesh.size()
         distributed.all_gather_object(every, outcome, group=self.mesh.get_group())
         if any(other != every[0] for other in every):
             raise SiteError(
-                f"The {self.mesh.size()} ranks of tensor parallelism have {what} that differs from rank to rank, bit "
-                "for bit. The same edit would do something else on each of them, so that no site can be proven."
+                f"The {self.mesh.size()} ranks of tensor parallelism have {what} that is not bitwise equal on all of "
+                "them. The same edit would have another effect on each rank, so no site can be proven."
             )
 
     def refuse_split_sequence(self, batch: int, sequence: int) -> None:
-        """Raise if the ranks have different tokens.
+        """Raise if each rank holds only some tokens of a sequence.
 
         Raises:
             SiteError: in sequence parallelism.
@@ -152,15 +152,15 @@ class Ranks:
             if len(lengths) == self.mesh.size() and sum(lengths) == sequence and not self.agree(key):
                 raise SiteError(
                     f"The {self.mesh.size()} ranks of tensor parallelism hold different tokens of one sequence "
-                    f"({lengths} of {sequence}), so that no rank can tell a token's position; load the model with a "
-                    "plan that has no sequence parallelism."
+                    f"({lengths} of {sequence}), so no rank knows the tokens' positions; load the model with a plan "
+                    "that has no sequence parallelism."
                 )
 
 
 def mesh_within(module: nn.Module) -> DeviceMesh | None:
     """Return the ranks over which a module's parameters are split while it runs, None if they are not.
 
-    What FSDP splits is whole while a module runs, so that tensor parallelism is all that is left to see.
+    FSDP gathers its parameters before a module runs, so only tensor parallelism splits them then.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return None
@@ -171,30 +171,30 @@ def mesh_within(module: nn.Module) -> DeviceMesh | None:
     return next((mesh for mesh in meshes if mesh.ndim == 1 and mesh.size() > 1), None)
 
 
-def is_spread(tensor: Tensor) -> bool:
-    """Whether a tensor is itself one over several ranks, as torch's own plans pass on; no edit is put in those."""
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, as torch's own tensor-parallel plans pass between modules; none is edited."""
     return hasattr(tensor, "device_mesh")
 
 
 def ranks_of(root: nn.Module) -> tuple[int, ...]:
-    """Return all ranks that a forward of a model needs, empty for a model that runs on its own."""
+    """Return all ranks that a forward of a model needs, empty if it needs this process alone."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return ()
     from torch.distributed.tensor import DTensor
 
     split = [value for value in root.parameters() if isinstance(value, DTensor)]
-    kinds = {(value.device_mesh, tuple(place.is_replicate() for place in value.placements)) for value in split}
+    kinds = {(value.device_mesh, tuple(each.is_replicate() for each in value.placements)) for value in split}
     found: set[int] = set()
     for mesh, replicated in kinds:
         here = mesh.get_coordinate()
-        if here is not None:  # replicas of the model run without each other
+        if here is not None:  # replicas of the model run independently
             same = tuple(at if whole else slice(None) for at, whole in zip(here, replicated, strict=True))
             found |= {int(rank) for rank in mesh.mesh[same].flatten()}
     return tuple(sorted(found)) if len(found) > 1 else ()
 
 
 def tensor_ranks(root: nn.Module) -> tuple[int, ...]:
-    """Return the ranks among which tensor parallelism splits a model, which all have to run it alike; else none."""
+    """Return the ranks over which tensor parallelism splits a model, empty if it does not; all must call it alike."""
     if not ranks_of(root):
         return ()
     from torch.distributed.fsdp import FSDPModule
@@ -211,17 +211,17 @@ def tensor_ranks(root: nn.Module) -> tuple[int, ...]:
 
 
 def absent(ranks: Sequence[int], point: str) -> list[int]:
-    """Tell which ranks have not come to a point of the program as often as this one, after `PATIENCE`.
+    """Wait until all ranks have reached a point of the program as often as this one; return those that have not.
 
-    A collective would tell, too, but hang, or mix with those of the model, where a rank never comes. This only writes
-    to and reads from the store of the process group.
+    Unlike a collective, this does not hang if a rank never comes, and does not mix with the model's own collectives:
+    it only uses the store of the process group.
 
     Args:
-        ranks: those that should come, this one among them, by their number in the whole process group.
-        point: names the point, alike on all ranks.
+        ranks: the ranks that should come, this one included, by their number in the whole process group.
+        point: name of the point, the same on all ranks.
 
     Returns:
-        The ranks that have not come; if there are any, this one counts as not having come, either.
+        The ranks that did not come within `PATIENCE` seconds; if there are any, this rank's arrival is undone.
     """
     if not ranks:
         return []
@@ -239,23 +239,23 @@ def absent(ranks: Sequence[int], point: str) -> list[int]:
         time.sleep(0.01)
 
 
-def meet(root: nn.Module) -> None:
+def wait_for_ranks(root: nn.Module) -> None:
     """Wait until all ranks that a forward of a model needs are about to probe it.
 
     Raises:
-        SiteError: if some do not come.
+        SiteError: if some do not come within `PATIENCE` seconds.
     """
     ranks = ranks_of(root)
     missing = absent(ranks, f"resolve/{type(root).__name__}")
     if missing:
         raise SiteError(
-            f"A forward of the {type(root).__name__} takes the ranks {list(ranks)} together, but {missing} did not "
-            f"ask for its sites within {PATIENCE:g} seconds: resolve(), attach() and capture() on all ranks alike."
+            f"A forward of the {type(root).__name__} needs the ranks {list(ranks)} together, but {missing} did not "
+            f"resolve its sites within {PATIENCE:g} seconds: call resolve(), attach() and capture() on all ranks."
         )
 
 
 def declared_width(module: nn.Module, port: str) -> int | None:
-    """Return how wide a linear module says that its whole input or output is, None for other modules."""
+    """Return the width of a linear module's whole input or output, None for other modules."""
     width = getattr(module, "in_features" if port == "input" else "out_features", None)
     return width if isinstance(width, int) else None
 
@@ -270,15 +270,15 @@ def refuse_stages(root: nn.Module) -> None:
     stages = config.get("pp_size") if isinstance(config, Mapping) else getattr(config, "pp_size", None)
     if isinstance(stages, int) and stages > 1:
         raise SiteError(
-            f"The model is split into {stages} pipeline stages, so that each rank holds only some of its layers and "
-            "none can prove the sites; load it with tensor parallelism or a device_map instead."
+            f"The model is split into {stages} pipeline stages, so each rank holds only some of its layers and none "
+            "can prove the sites; load it with tensor parallelism or a device_map instead."
         )
 
 
 def must_finish(model: nn.Module) -> bool:
-    """Whether a forward of the model must not be cut short.
+    """Whether a forward of the model must run to its end.
 
-    FSDP, and accelerate where it offloads weights, put weights away again by hooks that run when a module returns.
+    FSDP, and accelerate where it offloads weights, release the weights in hooks that run when a module returns.
     """
     kinds: tuple[type, ...] = ()
     if distributed.is_available() and distributed.is_initialized():
@@ -289,5 +289,5 @@ def must_finish(model: nn.Module) -> bool:
 
 
 def _offloads(hook: Any) -> bool:
-    """Whether an accelerate hook, or one of those that it joins, takes weights away after the forward."""
+    """Whether an accelerate hook, or one that it contains, offloads weights after the forward."""
     return bool(getattr(hook, "offload", False)) or any(_offloads(each) for each in getattr(hook, "hooks", ()))

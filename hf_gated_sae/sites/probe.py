@@ -1,4 +1,4 @@
-"""Unwrap a model, run it quietly on a few tokens, and record every tensor that its modules take and give."""
+"""Unwrap a model, run it on a few tokens, and record every tensor in the inputs and outputs of its modules."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, SiteError, shown
-from .multi_rank import is_spread, mesh_within
+from .multi_rank import is_distributed, mesh_within
 from .slots import Key, TensorPath, pack_input, tensors_in
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 BATCH, SEQUENCE = 2, 7
-_POSITIONS = (
+_POSITION_LIMITS = (
     "max_position_embeddings",
     "n_positions",
     "n_ctx",
@@ -34,7 +34,7 @@ _POSITIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A model as it is probed: where its modules are named from, what is called, and with what.
+    """A model that is probed, and the call that probes it.
 
     Args:
         root: the model without wrappers; module paths start here.
@@ -48,7 +48,7 @@ class Subject:
 
     @property
     def ids(self) -> Tensor:
-        """The tensor that stands for the tokens: ids ``[B, S]`` or embeddings ``[B, S, width]``."""
+        """The tokens of the probe: ids ``[B, S]`` or embeddings ``[B, S, width]``."""
         ids: Tensor | None = self.inputs.get("input_ids")
         found: Tensor = ids if ids is not None else self.inputs["inputs_embeds"]
         return found
@@ -59,13 +59,13 @@ class Subject:
 
 
 def unwrap(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Take PEFT, torch.compile, DDP and FSDP wrappers off.
+    """Return a model without PEFT, torch.compile, DDP and FSDP wrappers.
 
     Returns:
-        The model itself, and the module to call, which is a wrapper only where that has to gather parameters.
+        The model itself, and the module to call, which is a wrapper only if that has to gather parameters.
 
     Raises:
-        InputError: if it is no module.
+        InputError: if it is not a module.
         SiteError: for `torch.nn.DataParallel`, whose replicas would run hooks in racing threads.
     """
     if not isinstance(model, nn.Module):
@@ -92,11 +92,11 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, nn.Module]:
 
 
 def make_subject(model: nn.Module, inputs: Mapping[str, Any] | None) -> Subject:
-    """Prepare a model for probing, with made-up ids unless inputs are given.
+    """Prepare a model for probing, with generated ids unless inputs are given.
 
     Raises:
-        InputError: if the model or the inputs are something else.
-        SiteError: if the inputs hold no tokens, or the model has too few to make some up.
+        InputError: if the model is not a module, or the inputs are not a mapping.
+        SiteError: if the inputs have no tokens, or the model's embedding has no ids to generate.
     """
     root, call = unwrap(model)
     if inputs is not None and not isinstance(inputs, Mapping):
@@ -104,28 +104,30 @@ def make_subject(model: nn.Module, inputs: Mapping[str, Any] | None) -> Subject:
             f"The probe's inputs are {shown(inputs)}; expected keyword arguments of the model by name, such as "
             "{'input_ids': ids} with a tensor of ids [B, S]."
         )
-    given: dict[str, Any] = dict(inputs) if inputs is not None else {"input_ids": _made_up_ids(root)}
-    _require_tokens(given)
+    arguments: dict[str, Any] = dict(inputs) if inputs is not None else {"input_ids": _made_up_ids(root)}
+    _require_tokens(arguments)
     accepted = inspect.signature(root.forward).parameters
     if "use_cache" in accepted or any(item.kind is item.VAR_KEYWORD for item in accepted.values()):
-        given.setdefault("use_cache", False)
-    return Subject(root, call, given)
+        arguments.setdefault("use_cache", False)
+    return Subject(root, call, arguments)
 
 
-def _require_tokens(given: Mapping[str, Any]) -> None:
-    """Raise unless inputs hold a batch of sequences.
+def _require_tokens(arguments: Mapping[str, Any]) -> None:
+    """Raise unless inputs have a batch of token ids or embeddings.
 
     Raises:
-        SiteError: saying what they hold.
+        SiteError: with what was given.
     """
-    name, shape = ("input_ids", "[B, S]") if given.get("input_ids") is not None else ("inputs_embeds", "[B, S, width]")
-    tokens = given.get(name)
+    name, shape = (
+        ("input_ids", "[B, S]") if arguments.get("input_ids") is not None else ("inputs_embeds", "[B, S, width]")
+    )
+    tokens = arguments.get(name)
     if tokens is None:
         raise SiteError("The probe's inputs must have 'input_ids' or 'inputs_embeds'.")
     if not isinstance(tokens, Tensor):
         raise SiteError(
-            f"{name!r} of the probe's inputs is {shown(tokens)}; expected it as a tensor {shape}, as the tokenizer "
-            "gives it with return_tensors='pt'."
+            f"{name!r} of the probe's inputs is {shown(tokens)}; expected a tensor {shape}, as the tokenizer returns "
+            "with return_tensors='pt'."
         )
     if tokens.ndim != shape.count(",") + 1 or not tokens.numel():
         raise SiteError(
@@ -134,7 +136,7 @@ def _require_tokens(given: Mapping[str, Any]) -> None:
 
 
 def embedding_of(root: nn.Module) -> nn.Module | None:
-    """Return the module that embeds tokens, or None where the model does not tell."""
+    """Return the module that embeds tokens, None if the model does not name one."""
     getter = getattr(root, "get_input_embeddings", None)
     try:
         found = getter() if callable(getter) else None
@@ -144,7 +146,7 @@ def embedding_of(root: nn.Module) -> nn.Module | None:
 
 
 def configured_layers(root: nn.Module) -> int:
-    """Return how many layers the model's configuration speaks of, 0 where it does not."""
+    """Return the number of layers in the model's configuration, 0 if it has none."""
     config = getattr(root, "config", None)
     text = config.get_text_config() if config is not None else None
     layers = getattr(text, "num_hidden_layers", None)
@@ -152,16 +154,16 @@ def configured_layers(root: nn.Module) -> int:
 
 
 def _made_up_ids(root: nn.Module) -> Tensor:
-    """Return ordinary ids ``[2, 7]`` on the embedding's device, all distinct where there are so many.
+    """Return ordinary ids ``[2, 7]`` on the embedding's device, all distinct if the vocabulary is large enough.
 
-    With a small vocabulary they repeat, and special ones are taken if there are no others; a model with few positions
-    gets sequences as long as it can take.
+    With a small vocabulary they repeat, and special ones are used if there are no others. A model with fewer positions
+    gets shorter sequences.
     """
     weight = getattr(embedding_of(root), "weight", None)
     config = getattr(root, "config", None)
     if isinstance(weight, Tensor) and weight.ndim == 2:
         size = int(weight.shape[0])
-    else:  # between forwards the older FSDP flattens weights and splits them
+    else:  # between forwards FSDP 1 flattens and shards weights
         size = int(getattr(config, "vocab_size", 0))
     special = set(_special_ids(config.to_dict())) if config is not None else set()
     known = range(min(size, 4096))
@@ -170,25 +172,25 @@ def _made_up_ids(root: nn.Module) -> Tensor:
         raise SiteError(
             "The probe needs token ids, and the model's embedding has none: give resolve(model, inputs=...)."
         )
-    sequence = min(SEQUENCE, max(2, _positions(config)))
+    sequence = min(SEQUENCE, max(2, _max_positions(config)))
     wanted = BATCH * sequence
     step = max(1, len(ordinary) // wanted)
     chosen = ordinary[step - 1 :: step]
-    skipped = 1 if sequence % len(chosen) == 0 else 0  # else the second sequence would be the first one again
+    skipped = 1 if sequence % len(chosen) == 0 else 0  # otherwise both sequences would be equal
     device = weight.device if isinstance(weight, Tensor) and weight.device.type != "meta" else torch.device("cpu")
     ids = [chosen[(n + skipped * (n // sequence)) % len(chosen)] for n in range(wanted)]
     return torch.tensor(ids, device=device).view(BATCH, sequence)
 
 
-def _positions(config: Any) -> int:
-    """Return how many positions a configuration allows, which is many where it does not say so."""
+def _max_positions(config: Any) -> int:
+    """Return the number of positions that a configuration allows, `SEQUENCE` if it states none."""
     text = config.get_text_config() if config is not None else None
-    told = (getattr(text, name, None) for name in _POSITIONS)
-    return min((count for count in told if isinstance(count, int) and count > 0), default=SEQUENCE)
+    limits = (getattr(text, name, None) for name in _POSITION_LIMITS)
+    return min((count for count in limits if isinstance(count, int) and count > 0), default=SEQUENCE)
 
 
 def _special_ids(config: Mapping[str, Any]) -> Iterator[int]:
-    """Yield every id that a configuration gives a meaning: padding, end of text, image placeholders."""
+    """Yield every special id in a configuration: padding, end of text, image placeholders."""
     for name, value in config.items():
         if isinstance(value, Mapping):
             yield from _special_ids(value)
@@ -219,21 +221,21 @@ def quiet(root: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """One tensor that a module took or gave in the probe.
+    """One tensor that the probe recorded in a module's input or output.
 
     Args:
-        place: where; its `order` is the time.
-        value: number of the tensor's content; equal numbers mean bitwise equal contents of one type.
-        is_tokens: whether it has one row per token and can be an activation.
+        tensor_path: path of the tensor; its `order` is the time of recording.
+        value: digest of the content; equal digests mean bitwise equal contents of the same dtype.
+        is_tokens: whether it has one row per token and a floating-point dtype.
     """
 
-    place: TensorPath
+    tensor_path: TensorPath
     value: str
     is_tokens: bool
 
 
 class Trace:
-    """All that one forward showed.
+    """All tensors that one forward showed in the inputs and outputs of modules.
 
     Args:
         tokens: (B, S) of the forward.
@@ -248,7 +250,7 @@ class Trace:
         self.mesh: DeviceMesh | None = None
         """The ranks of tensor parallelism."""
         self._clock = 0
-        self._known: dict[tuple[int, int], tuple[weakref.ref[Tensor], str]] = {}
+        self._digests: dict[tuple[int, int], tuple[weakref.ref[Tensor], str]] = {}
 
     def hooks(self, path: str) -> tuple[Callable[..., None], Callable[..., None]]:
         """Return the hooks that record one module's input and output."""
@@ -268,100 +270,100 @@ class Trace:
         if self.calls[path] > 1:
             return
         for keys, tensor in tensors_in(packed):
-            if not is_spread(tensor):
-                self.seen[path, port].append(self._look(path, port, keys, tensor))
+            if not is_distributed(tensor):
+                self.seen[path, port].append(self._recorded(path, port, keys, tensor))
 
-    def _look(self, path: str, port: str, keys: tuple[Key, ...], tensor: Tensor) -> Seen:
+    def _recorded(self, path: str, port: str, keys: tuple[Key, ...], tensor: Tensor) -> Seen:
         batch, sequence = self.tokens
         shape = tuple(tensor.shape)
         shaped = (
             shape[:2] == (batch, sequence) if tensor.ndim == 3 else tensor.ndim == 2 and shape[0] == batch * sequence
         )
-        place = TensorPath(path, port, keys, tensor.ndim, shape[-1] if shape else 0, self._clock)
-        return Seen(place, self._number(tensor), shaped and tensor.is_floating_point())
+        tensor_path = TensorPath(path, port, keys, tensor.ndim, shape[-1] if shape else 0, self._clock)
+        return Seen(tensor_path, self._digest(tensor), shaped and tensor.is_floating_point())
 
-    def _number(self, tensor: Tensor) -> str:
-        """Keep a copy of the content, once, and return its number; later in-place changes do not reach the copy."""
+    def _digest(self, tensor: Tensor) -> str:
+        """Store a copy of the content, once, and return its digest; later in-place changes do not affect the copy."""
         key = (id(tensor), 0 if tensor.is_inference() else tensor._version)
-        owner, number = self._known.get(key, (None, ""))
-        if owner is None or owner() is not tensor:  # an id is used again once its tensor is gone
+        owner, number = self._digests.get(key, (None, ""))
+        if owner is None or owner() is not tensor:  # Python reuses the id of a deleted tensor
             content = tensor.detach().to("cpu", copy=True).contiguous()
-            number = number_of(content)
+            number = digest_of(content)
             self.values.setdefault(number, content)
-            self._known[key] = (weakref.ref(tensor), number)
+            self._digests[key] = (weakref.ref(tensor), number)
         return number
 
     def one(self, path: str, port: str) -> list[Seen]:
-        """Return what was seen at one side of a module, or nothing where the module did not run exactly once."""
+        """Return the tensors at one port of a module; none if the module did not run exactly once."""
         return self.seen.get((path, port), []) if self.calls.get(path) == 1 else []
 
     def within(self, path: str, port: str) -> Iterator[Seen]:
-        """Yield what the modules below a path took or gave, in module order."""
+        """Yield the tensors at one port of all modules below a path, in module order."""
         prefix = f"{path}."
         for (name, side), items in self.seen.items():
             if side == port and name.startswith(prefix) and self.calls[name] == 1:
                 yield from items
 
     def not_finite(self) -> str | None:
-        """Return where numbers first ceased to be finite, as the reason why nothing is proven; None if they did not.
+        """Return where NaN or infinity first occurred, as the reason why nothing is proven; None if nowhere.
 
-        Minus infinity alone is no reason: models write it over logits that they rule out.
+        Minus infinity is accepted: models write it to logits that they exclude.
         """
-        if self.output is None or not _is_unwell(self.output):
+        if self.output is None or not _has_nan_or_inf(self.output):
             return None
         rows = (item for items in self.seen.values() for item in items if item.is_tokens)
-        for item in sorted(rows, key=lambda item: item.place.order):
+        for item in sorted(rows, key=lambda item: item.tensor_path.order):
             value = self.values[item.value]
-            if _is_unwell(value):
-                where = f"the {item.place.port} of {item.place.path or 'the model'}, in {value.dtype}"
+            if _has_nan_or_inf(value):
+                where = f"the {item.tensor_path.port} of {item.tensor_path.path or 'the model'}, in {value.dtype}"
                 break
         else:
             where = f"its logits, in {self.output.dtype}"
         return (
-            f"the model itself computes NaN or infinity, first seen at {where}: check that its weights are whole, and "
-            "run it in bfloat16 or float32 rather than float16"
+            f"the model itself computes NaN or infinity, first seen at {where}: check that its weights are "
+            "complete, and run it in bfloat16 or float32 rather than float16"
         )
 
-    def forget_but(self, width: int) -> None:
-        """Keep the contents only of what is as wide as the residual stream; of the rest, shapes and types."""
+    def keep_width(self, width: int) -> None:
+        """Release the contents of all tensors that are not as wide as the residual stream; shapes and dtypes stay."""
         elements = self.tokens[0] * self.tokens[1] * width
         for number, content in self.values.items():
             if content.numel() != elements or content.shape[-1] != width:
                 self.values[number] = content.to("meta")
 
 
-def _is_unwell(values: Tensor) -> bool:
+def _has_nan_or_inf(values: Tensor) -> bool:
     return bool(values.isnan().any() or values.isposinf().any())
 
 
-def number_of(content: Tensor) -> str:
-    """Return a digest of a tensor's type and bits; shapes that flatten to the same rows share it."""
+def digest_of(content: Tensor) -> str:
+    """Return a digest of a tensor's dtype and bits, which does not depend on its shape."""
     digest = hashlib.blake2b(digest_size=16)
     if content.numel():
         digest.update(content.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return f"{content.dtype}:{digest.hexdigest()}"
 
 
-class _Enough(Exception):  # noqa: N818  # nothing is wrong
-    """The blocks have been run, and the logits are not needed."""
+class _BlocksDone(Exception):  # noqa: N818  # not an error
+    """Raised to stop a forward when the blocks have run and the logits are not needed."""
 
 
 def run_blocks(subject: Subject) -> None:
-    """Run one forward up to the product that gives the logits, which is a large part of a small model.
+    """Run one forward without the output embedding, whose product is a large part of a small model's forward.
 
     Raises:
         SiteError: if the forward raises.
     """
 
     def end(*_: Any) -> None:
-        raise _Enough
+        raise _BlocksDone
 
-    given: Any = getattr(subject.root, "get_output_embeddings", None)
-    head = None if given is None else given()
+    getter: Any = getattr(subject.root, "get_output_embeddings", None)
+    head = None if getter is None else getter()
     handle = head.register_forward_pre_hook(end) if isinstance(head, nn.Module) else None
     try:
         _called(subject)
-    except _Enough:
+    except _BlocksDone:
         pass
     finally:
         if handle is not None:
@@ -369,10 +371,10 @@ def run_blocks(subject: Subject) -> None:
 
 
 def run(subject: Subject) -> Tensor:
-    """Run one forward and return the first floating tensor of its output (the logits), on the CPU.
+    """Run one forward and return the first floating-point tensor of its output (the logits), on the CPU.
 
     Raises:
-        SiteError: if the forward raises or gives no such tensor.
+        SiteError: if the forward raises or returns no such tensor.
     """
     output = _called(subject)
     logits = next((tensor for _, tensor in tensors_in(output) if tensor.is_floating_point()), None)
@@ -384,29 +386,30 @@ def run(subject: Subject) -> Tensor:
 def _called(subject: Subject) -> Any:
     try:
         return subject.call(**subject.inputs)
-    except (SiteError, _Enough):
+    except (SiteError, _BlocksDone):
         raise
-    except Exception as error:  # whatever the user's model raises is reported as one thing
+    except Exception as error:  # any error of the user's model is reported as a SiteError
         raise SiteError(
             f"The probe forward of {type(subject.root).__name__} with {sorted(map(str, subject.inputs))} raised "
             f"{type(error).__name__}: {error}. No site can be proven without a forward. Call "
             "resolve(model, inputs=batch) once with a small batch that the model accepts, with ids of shape [B, S]; "
-            "after that, semantic names and module paths such as 'model.layers.3.output' work."
+            "then semantic names and module paths such as 'model.layers.3.output' work."
         ) from error
 
 
 def trace(subject: Subject, only: Collection[str] | None = None) -> Trace:
-    """Run one forward and record what modules take and give; all hooks are removed, also on errors.
+    """Run one forward and record the modules' inputs and outputs; all hooks are removed, also after errors.
 
     Args:
         subject: the model and its inputs.
-        only: paths of the modules to record, of which none gives logits; None records all, and the logits.
+        only: paths of the modules to record; then the forward stops before the logits. None records all modules and
+            the logits.
 
     Raises:
-        SiteError: if the sequences are of one token, or the forward raises.
+        SiteError: if the sequences have one token, or the forward raises.
     """
     batch, sequence = subject.tokens()
-    if sequence < 2:  # one token alone does not show what attention does
+    if sequence < 2:  # one token does not show whether positions are mixed
         raise SiteError(
             f"The probe's inputs are {batch} x {sequence} tokens [B, S]; expected sequences of 2 tokens or more."
         )

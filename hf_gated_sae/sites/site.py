@@ -1,4 +1,4 @@
-"""The grammar of site names: ``resid_post.12``, or a module path ``model.norm.output``; then ``|transform``."""
+"""The grammar of site names: ``resid_post.12`` or a module path ``model.norm.output``, then ``|transform``."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ LAYERED = (
     "mlp_out",
     "resid_post",
 )
-"""Semantic names that need a layer, in the order in which a sequential block runs through them."""
+"""Semantic names that need a layer, in the order in which a sequential block computes them."""
 
 GLOBAL = ("embed", "final_norm")
-"""Semantic names of which a model has one."""
+"""Semantic names without a layer."""
 
 PORTS = ("input", "output")
-"""The two sides of a module."""
+"""The two ports of a module."""
 
-_INTEGER = re.compile(r"[0-9]{1,18}")  # of thousands of digits Python makes no number
+_INTEGER = re.compile(r"[0-9]{1,18}")  # Python refuses to convert thousands of digits
 _LAYER = re.compile(r"([^.]+)\.([0-9]+)")
 _MODULE_PATH = re.compile(r"[^\s.|#]+(\.[^\s.|#]+)*")
 _HELP = (
@@ -43,14 +43,14 @@ _HELP = (
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """The name of one place in a model, hashable, and written by `str`.
+    """The name of one activation in a model; hashable, and `str` returns the name as text.
 
     Args:
         name: a semantic name, or a dotted module path.
         layer: layer number; only for the layered semantic names.
         port: ``"input"`` or ``"output"``; only for module paths.
-        index: which of the tensors of that side, counted from 0; None for the one that is its activation.
-        transforms: what is done to what is read, the first one first; undone in what is written.
+        index: index of the tensor at that port, counted from 0; None for the activation. Only for module paths.
+        transforms: transforms applied on reading, in this order; undone on writing.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Site:
     transforms: tuple[Transform, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse what the grammar does not have."""
+        """Refuse combinations that are not in the grammar."""
         if self.port is not None:
             valid = self.port in PORTS and self.layer is None and _MODULE_PATH.fullmatch(self.name) is not None
             valid = valid and (self.index is None or _is_count(self.index))
@@ -80,12 +80,11 @@ class Site:
     def parse(cls, text: str | Site) -> Site:
         """Read a site from its name.
 
-        Other libraries' names are not understood here, as some of them mean another place by the same name: see
-        `sites.names.read`.
+        Names of other libraries are refused, as some use the same name for another tensor: see `sites.names.read`.
 
         Args:
-            text: the name, such as ``"resid_post.12"``, ``"model.layers.3.mlp.output#1"`` for the second tensor that
-                a module gives, or ``"resid_post.12|center"``; a `Site` is returned unchanged.
+            text: the name, such as ``"resid_post.12"``, ``"model.layers.3.mlp.output#1"`` for the second tensor of a
+                module's output, or ``"resid_post.12|center"``; a `Site` is returned unchanged.
 
         Returns:
             The site, whose `str` is the name.
@@ -109,7 +108,7 @@ class Site:
         elif head in LAYERED and _INTEGER.fullmatch(last):
             site = cls(head, layer=int(last))
         else:
-            raise SiteError(_complaint(bare, head, last))
+            raise SiteError(_explain_invalid(bare, head, last))
         return site.transformed(*map(Transform.parse, rest))
 
     @property
@@ -123,25 +122,25 @@ class Site:
         return dataclasses.replace(self, transforms=()) if self.transforms else self
 
     def transformed(self, *more: Transform) -> Site:
-        """Return the site with further transforms behind its own."""
+        """Return the site with further transforms after its own."""
         return dataclasses.replace(self, transforms=(*self.transforms, *more)) if more else self
 
     def __str__(self) -> str:
         """Return the name that `parse` reads."""
         if self.port is not None:
-            place = f"{self.name}.{self.port}" + ("" if self.index is None else f"#{self.index}")
+            bare = f"{self.name}.{self.port}" + ("" if self.index is None else f"#{self.index}")
         else:
-            place = self.name if self.layer is None else f"{self.name}.{self.layer}"
-        return "|".join((place, *map(str, self.transforms)))
+            bare = self.name if self.layer is None else f"{self.name}.{self.layer}"
+        return "|".join((bare, *map(str, self.transforms)))
 
 
 def _is_count(number: object) -> bool:
-    """Whether this is a number counted from 0; True is an int, and none."""
+    """Whether this is an integer from 0; True is an `int` in Python, but not accepted."""
     return isinstance(number, int) and not isinstance(number, bool) and number >= 0
 
 
-def _complaint(text: str, head: str, last: str) -> str:
-    """Say what is wrong with a name that no rule of the grammar accepts."""
+def _explain_invalid(text: str, head: str, last: str) -> str:
+    """Return why a name is not in the grammar, and what to write instead."""
     if text in LAYERED:
         return f"The site {text!r} needs a layer number, such as '{text}.0'."
     if head in GLOBAL:
@@ -149,11 +148,11 @@ def _complaint(text: str, head: str, last: str) -> str:
     if head in LAYERED:
         return f"{last!r} in the site {text!r} is not a layer number; write a count from zero, such as '{head}.0'."
     if last.partition("#")[0] in PORTS and "#" in last:
-        return f"{last!r} in the site {text!r} does not say which tensor; write a count from zero, such as 'output#1'."
+        return f"{last!r} in the site {text!r} is not a tensor index; write a count from zero, such as 'output#1'."
     port = did_you_mean(last, PORTS) if head else ""
-    foreign = "" if port else explain(text)
-    if foreign:
-        return f"{text!r} is not a site: it is {foreign}; sites.read_name() reads other libraries' names. {_HELP}"
+    explained = "" if port else explain(text)
+    if explained:
+        return f"{text!r} is not a site: it is {explained}; sites.read_name() reads other libraries' names. {_HELP}"
     layered = _LAYER.match(text)
     stem, layer = layered.groups() if layered else (text, "")
     close = did_you_mean(stem, (*LAYERED, *GLOBAL)) or port

@@ -1,4 +1,4 @@
-"""Where one tensor sits in a module's input or output: the only file that knows how base-model values are packed."""
+"""Read and write one tensor of a module's input or output: the only file that knows how models pack their values."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Key = int | str
 Tokens = Callable[[], tuple[int, int]]
 Edit = Callable[[Tensor], Tensor | None]
 
-_DEEPEST = 3  # containers within containers beyond this are caches and the like, not activations
+_DEEPEST = 3  # containers nested deeper are caches and the like, not activations
 
 
 def pack_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Join positional and keyword arguments into one container, so that inputs and outputs are searched alike."""
+    """Join positional and keyword arguments into one container, so that inputs are searched like outputs."""
     return {"args": args, "kwargs": dict(kwargs)}
 
 
@@ -44,7 +44,7 @@ def tensors_in(value: object, _above: tuple[Key, ...] = ()) -> Iterator[tuple[tu
 
 
 def get_tensor(value: Any, keys: tuple[Key, ...]) -> Tensor | None:
-    """Follow keys to a tensor, or return None where the structure is another one."""
+    """Return the tensor at a sequence of keys, None if the container has another structure."""
     for key in keys:
         try:
             value = value[key]
@@ -54,7 +54,7 @@ def get_tensor(value: Any, keys: tuple[Key, ...]) -> Tensor | None:
 
 
 def put_tensor(value: Any, keys: tuple[Key, ...], new: Tensor) -> Any:
-    """Return a copy of a container with one tensor replaced; type and all other elements stay the same objects."""
+    """Return a copy of a container, of its type, with one tensor replaced; all other elements are the same objects."""
     if not keys:
         return new
     key, rest = keys[0], keys[1:]
@@ -70,19 +70,19 @@ def put_tensor(value: Any, keys: tuple[Key, ...], new: Tensor) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class TensorPath:
-    """One tensor that a module takes or gives.
+    """The path to one tensor in a module's input or output, and how it is read and written.
 
     Args:
         path: dotted path of the module in the model.
         port: ``"input"`` or ``"output"``.
-        keys: the way to the tensor in the packed input or in the output.
+        keys: keys of the tensor in the packed input, or in the output.
         rank: 3 for ``[B, S, width]``, 2 for ``[B * S, width]``.
         width: last dimension; of the whole tensor where ranks hold parts of it.
-        order: rank in the execution of one forward.
-        scale: what the model adds to its stream is `scale` times the tensor, and so is what is read.
-        transforms: what is done to that before it is read, the first one first; none that depends on the model.
-        in_place: write into the tensor itself, because others than the module hold the same object.
-        shards: how the last dimension is split over ranks; None where each has the whole tensor.
+        order: place in the order of execution of one forward.
+        scale: factor of the tensor where the model adds it to its stream; the scaled value is read and written.
+        transforms: transforms applied after `scale` on reading, in this order; none depends on the model.
+        in_place: whether to write into the tensor itself, because others than the module hold the same object.
+        shards: how the last dimension is split over ranks; None if each rank has the whole tensor.
     """
 
     path: str
@@ -98,12 +98,12 @@ class TensorPath:
 
     @property
     def steps(self) -> tuple[Transform, ...]:
-        """All that lies between the tensor and what is read, the scale first; empty if that is the tensor itself."""
+        """All transforms applied on reading, the scale first; empty if the tensor itself is read."""
         return self.transforms if self.scale == 1.0 else (Transform("scale", self.scale), *self.transforms)
 
     @property
     def bare(self) -> TensorPath:
-        """The place without transforms; what several sites with different ones have in common."""
+        """The tensor path without transforms, which sites with different transforms share."""
         return dataclasses.replace(self, transforms=()) if self.transforms else self
 
     @property
@@ -117,12 +117,12 @@ class TensorPath:
 
 
 class Slot:
-    """A proven place in one model, into which a hook can be put.
+    """A site resolved in one model, at which hooks can be registered.
 
     Args:
-        site: the name by which the place was asked for.
-        place: the place.
-        root: the model that holds it; only a weak reference is kept.
+        site: the site.
+        place: path of its tensor.
+        root: the model; only a weak reference is stored.
     """
 
     def __init__(self, site: Site, place: TensorPath, root: nn.Module) -> None:
@@ -151,10 +151,10 @@ class Slot:
 
     @property
     def module(self) -> nn.Module:
-        """The module on which hooks are put.
+        """The module on which hooks are registered.
 
         Raises:
-            SiteError: if the model has been deleted or the module taken out of it.
+            SiteError: if the model has been deleted or no longer has the module.
         """
         root = self._root()
         if root is None:
@@ -163,7 +163,7 @@ class Slot:
             return root.get_submodule(self.place.path)
         except AttributeError as error:
             raise SiteError(
-                f"The module {self.place.path!r} of the site '{self.site}' has left the model; resolve it again."
+                f"The module {self.place.path!r} of the site '{self.site}' is no longer in the model; resolve again."
             ) from error
 
     def module_path(self) -> list[tuple[nn.Module, str, nn.Module]]:
@@ -184,15 +184,15 @@ class Slot:
         return path
 
     def register(self, fn: Edit, tokens: Tokens | None = None) -> RemovableHandle:
-        """Put one hook at the place, before all other hooks of the module.
+        """Register a hook at the tensor, before all other hooks of the module.
 
         Args:
             fn: takes the tensor ``[B, S, width]`` and returns its replacement, which is copied where the model could
-                otherwise write into it, or None to leave the very object there.
-            tokens: gives ``(B, S)`` of the running forward; needed where the module sees ``[B * S, width]``.
+                otherwise write into it, or None to leave the same object there.
+            tokens: returns ``(B, S)`` of the running forward; needed where the module gets ``[B * S, width]``.
 
         Returns:
-            The handle whose ``remove()`` takes the hook out.
+            The handle whose ``remove()`` removes the hook.
 
         Raises:
             SiteError: if the module is no longer in the model; and, from the hook, if a call has another structure.
@@ -203,21 +203,21 @@ class Slot:
         return self.module.register_forward_hook(hook, prepend=True)
 
     def hook(self, fn: Edit, tokens: Tokens | None = None) -> Callable[..., Any]:
-        """Return the hook that `register` puts in, for those who bring the module's values to it in another way.
+        """Return the hook that `register` registers, for callers that do not use torch's hooks.
 
         Returns:
-            Takes the module and its ``args, kwargs`` or ``args, output``, for the place's side; returns what is to be
-            put in place of ``args, kwargs`` or of the output, or None.
+            A function of the module and its ``args, kwargs`` (input) or ``args, output`` (output), which returns the
+            replacement of ``args, kwargs`` or of the output, or None.
         """
         return (_InputHook if self.place.port == "input" else _OutputHook)(self.site, self.place, fn, tokens)
 
     def __repr__(self) -> str:
-        """Name the site and its place."""
+        """Show the site and its tensor."""
         return f"Slot({self.site}, at {self.place}, width={self.width})"
 
 
 class _Hook:
-    """The hook of one slot; a copied or unpickled model gets one that does nothing, since it is not attached there."""
+    """The hook of one slot; in a copied or unpickled model it is replaced by one that does nothing."""
 
     def __init__(self, site: Site, place: TensorPath, fn: Edit, tokens: Tokens | None) -> None:
         self.site, self.place, self.fn, self.tokens = site, place, fn, tokens
@@ -232,7 +232,7 @@ class _Hook:
         seen = view(raw, self.place.steps) if self.place.steps else None
         value = raw if seen is None else seen.value
         if seen is None and self.place.in_place:
-            value = raw.clone()  # the edit may keep what it got, which is about to be overwritten
+            value = raw.clone()  # the edit may store its argument, which is about to be overwritten
         new = self.fn(value)
         if new is None:
             return None
@@ -246,8 +246,10 @@ class _Hook:
             new = seen.written(new)
         new = new.to(tensor.dtype)
         if new is given and new is not value and not self.place.in_place:
-            new = new.clone()  # some models add to what their modules give, and the edit's tensor may be needed again
-        if new.shape != tensor.shape:  # else not even a view is made: FSDP could not watch one for its gradient
+            new = (
+                new.clone()
+            )  # some models add to their modules' outputs in place, and the edit's tensor may be used later
+        if new.shape != tensor.shape:  # otherwise no view is made, whose gradient FSDP could not track
             new = new.reshape(tensor.shape)
         if self.place.shards is not None:
             new = self.place.shards.part(new)
@@ -257,16 +259,16 @@ class _Hook:
         return new
 
     def _rows(self, tensor: Tensor) -> tuple[int, int]:
-        """Return (B, S) for a tensor that has lost them."""
+        """Return (B, S) for a tensor in which they are flattened."""
         if self.tokens is None:
             raise SiteError(
-                f"The module at the site '{self.site}' sees tokens flattened to {list(tensor.shape)}; "
+                f"The module at the site '{self.site}' gets tokens flattened to {list(tensor.shape)}; "
                 "register with tokens=..., a function that returns (batch, sequence) of the running forward."
             )
         batch, sequence = self.tokens()
         if batch * sequence != tensor.shape[0]:
             raise SiteError(
-                f"The module at the site '{self.site}' sees {tensor.shape[0]} rows, which are not the "
+                f"The module at the site '{self.site}' gets {tensor.shape[0]} rows, which are not the "
                 f"{batch} x {sequence} tokens of this forward."
             )
         return batch, sequence
@@ -277,8 +279,8 @@ class _Hook:
         shape = "[B, S, {}]" if self.place.rank == 3 else "[B * S, {}]"
         return (
             f"The site '{self.site}' is the {self.place.port} of {self.place.path!r} ({where}), where the probe saw "
-            f"{shape.format(self.place.held_width)}; this call has {seen}. The model is called in another way than it "
-            "was when the site was proven."
+            f"{shape.format(self.place.held_width)}; this call has {seen}. The model is called in another way than "
+            "when the site was proven: resolve it again with inputs of this kind, resolve(model, inputs=batch)."
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Inert:
@@ -307,7 +309,7 @@ class _OutputHook(_Hook):
 
 
 class _Inert:
-    """Stands where a hook was on the model that was copied."""
+    """Replacement of a hook in a copy of the model."""
 
     def __call__(self, *_: object) -> None:
         return None

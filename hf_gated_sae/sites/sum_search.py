@@ -1,10 +1,12 @@
-"""Find which of the tensors in a block explain the step from one value of the residual stream to a later one.
+"""Find the tensors of a block whose sum explains the step from one value of the residual stream to a later one.
 
-    goal = whole * (keep * start + sum of scale * term)
+    goal = sum_scale * (start_scale * start + sum of scale * term)
 
-A sum is accepted when adding in some order gives the goal bit for bit. Where a factor is a number that is not in the
-configuration, the factors are fitted by least squares; that is accepted when the sum is within `TOLERANCE` rounding
-steps at every element, far below what is added, no other choice of terms comes near, and no further one adds to it.
+1. All choices of up to `MOST_TERMS` terms are ranked by their error on a sample of the elements.
+2. A sum is accepted as exact when adding its terms in some order gives the goal bit for bit.
+3. Where no known factors give that, the factors are fitted by least squares. The fit is accepted if the sum is within
+   `TOLERANCE` rounding steps at every element, that is far less than what is added, no other choice of terms comes
+   near it, and no further term improves it.
 """
 
 from __future__ import annotations
@@ -17,25 +19,25 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from .probe import Seen, Trace, number_of
+from .probe import Seen, Trace, digest_of
 from .sums import TOLERANCE, Decomposition, rms, trees
 
 MOST_TERMS = 3
-_SAMPLED = 256  # elements on which combinations are compared before they are summed in full
-_TRIED = 32  # combinations that are summed, best first
-_NEAR = 0.2  # a number of the configuration this close to a fitted scale is tried in its place
-_KEPT = 0.01  # a stream that goes on at all keeps at least this share of itself
-_SAME = 1.05  # a known number replaces a fitted one if the error grows by less than this
-_DROPS = 0.95  # of the error is what chance alone leaves at least, when one more tensor may explain it
-_APART = 4.0  # a fitted sum must be so many times better than the next choice of terms
+_SAMPLED = 256  # elements on which choices are ranked before they are summed in full
+_TRIED = 32  # choices that are summed in full, best first
+_NEAR = 0.2  # a known number within this relative distance of a fitted scale is tried instead of it
+_LEAST_START_SCALE = 0.01  # smaller fitted factors of the start do not count as a stream that continues
+_SAME = 1.05  # a known number replaces a fitted one if the error grows by no more than this factor
+_DROPS = 0.95  # one more tensor improves the sum if it lowers the error below this share, more than chance does
+_APART = 4.0  # the next choice of terms must have an error at least this many times larger
 
 Choice = tuple[float, tuple[int, ...], tuple[float, ...]]
-"""Root mean square error, which candidates, and their scales."""
+"""Root mean square error, indices of the candidates, and their scales."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The step to explain, and the tensors that may explain it."""
+    """The step to explain, and the tensors that may be its terms."""
 
     trace: Trace
     start: Seen
@@ -48,7 +50,7 @@ class Step:
 
     def spread(self, vector: Tensor) -> Tensor:
         """Return one value per channel ``[width]`` at the sampled elements ``[m]``."""
-        return vector[self._where() % self.goal.place.width]
+        return vector[self._where() % self.goal.tensor_path.width]
 
     def _where(self) -> Tensor:
         elements = self.trace.values[self.goal.value].numel()
@@ -57,26 +59,28 @@ class Step:
     def reproduces(self, sums: Decomposition) -> bool:
         """Whether a decomposition gives the goal bit for bit; most wrong ones fail on the sample."""
         goal = self.trace.values[self.goal.value]
-        keep, whole = (self.spread(f) if isinstance(f, Tensor) else f for f in (sums.keep, sums.whole))
-        sampled = dataclasses.replace(sums, keep=keep, whole=whole)
+        start_scale, sum_scale = (
+            self.spread(f) if isinstance(f, Tensor) else f for f in (sums.start_scale, sums.sum_scale)
+        )
+        sampled = dataclasses.replace(sums, start_scale=start_scale, sum_scale=sum_scale)
         total = sampled.total(self.sample(self.start), [self.sample(term) for term in sums.terms])
         if not torch.equal(total.to(goal.dtype), self.sample(self.goal)):
             return False
         terms = [self.trace.values[term.value].reshape(goal.shape) for term in sums.terms]
         total = sums.total(self.trace.values[self.start.value].reshape(goal.shape), terms)
-        return number_of(total.to(goal.dtype)) == self.goal.value
+        return digest_of(total.to(goal.dtype)) == self.goal.value
 
 
 def find_sum(
     step: Step, numbers: Sequence[float], exactly: bool, counts: Sequence[int] = range(1, MOST_TERMS + 1)
 ) -> Decomposition | None:
-    """Look for terms that explain what is added to the unchanged stream: as they are, then scaled.
+    """Look for terms that explain what is added to the unchanged stream: unscaled first, then scaled.
 
     Args:
         step: the step.
         numbers: the configuration's numbers, which are tried as scales.
-        exactly: whether only sums that reproduce the goal bit for bit count, or only others.
-        counts: how many terms to try.
+        exactly: True accepts only sums that reproduce the goal bit for bit, False only fitted ones.
+        counts: numbers of terms to try.
     """
     counts = [count for count in counts if count <= len(step.candidates)]
     if not counts:
@@ -90,14 +94,14 @@ def find_sum(
                 if exact is not None:
                     return exact
     for count in counts if not exactly else ():
-        best = _clear(_ranked(columns, after - before, count, scaled=True), slack, rms(after - before))
+        best = _unambiguous(_ranked(columns, after - before, count, scaled=True), slack, rms(after - before))
         found = None if best is None else _rounded(step, best[1], 1.0, best[2], numbers)
         if found is not None:
             return found
     return None
 
 
-def find_kept_sum(
+def find_scaled_sum(
     step: Step, numbers: Sequence[float], vectors: Sequence[Tensor], exactly: bool, counts: Sequence[int]
 ) -> Decomposition | None:
     """Look for a sum in which the stream itself is scaled, before or after the addition, by a vector or by a number.
@@ -106,8 +110,8 @@ def find_kept_sum(
         step: the step.
         numbers: the configuration's numbers, which are tried as factors.
         vectors: the block's own vectors ``[width]``.
-        exactly: whether only sums that reproduce the goal bit for bit count, or only others.
-        counts: how many terms to try.
+        exactly: True accepts only sums that reproduce the goal bit for bit, False only fitted ones.
+        counts: numbers of terms to try.
     """
     counts = [count for count in counts if count <= len(step.candidates)]
     if not counts:
@@ -115,22 +119,26 @@ def find_kept_sum(
     before, after, columns, slack = _sampled(step)
     for vector, count in product(vectors if exactly else (), counts):
         by = step.spread(vector).double()
-        for whole in (True, False):
-            ranked = _ranked(columns * by if whole else columns, after - by * before, count, scaled=False)
+        for scales_sum in (True, False):
+            ranked = _ranked(columns * by if scales_sum else columns, after - by * before, count, scaled=False)
             for error, chosen, _ in ranked[:_TRIED]:
-                keep, scale = ([1.0], [vector]) if whole else ([vector], [1.0])
-                exact = _exact(step, chosen, [[1.0]] * count, keep, scale) if error <= slack else None
+                start_scales, sum_scales = ([1.0], [vector]) if scales_sum else ([vector], [1.0])
+                exact = _exact(step, chosen, [[1.0]] * count, start_scales, sum_scales) if error <= slack else None
                 if exact is not None:
                     return exact
     both = torch.cat([before.unsqueeze(0), columns])
     for count in counts:
-        ranked = [c for c in _ranked(both, after, count + 1, scaled=True) if c[1][0] == 0 and abs(c[2][0]) > _KEPT]
+        ranked = [
+            c
+            for c in _ranked(both, after, count + 1, scaled=True)
+            if c[1][0] == 0 and abs(c[2][0]) > _LEAST_START_SCALE
+        ]
         for error, (_, *picked), factors in ranked[:_TRIED] if exactly else ():
             chosen = tuple(index - 1 for index in picked)
             exact = _exact_scaled(step, chosen, factors, numbers) if error <= slack else None
             if exact is not None:
                 return exact
-        best = None if exactly else _clear(ranked, slack, rms(after))
+        best = None if exactly else _unambiguous(ranked, slack, rms(after))
         terms = () if best is None else tuple(index - 1 for index in best[1][1:])
         found = None if best is None else _rounded(step, terms, best[2][0], best[2][1:], numbers)
         if found is not None:
@@ -141,22 +149,24 @@ def find_kept_sum(
 def _exact_scaled(
     step: Step, chosen: tuple[int, ...], factors: tuple[float, ...], numbers: Sequence[float]
 ) -> Decomposition | None:
-    """Find out where the factors of a fitted sum stand, so that it reproduces the goal bit for bit.
+    """Find which factors scale the whole sum and which its parts, so that it reproduces the goal bit for bit.
 
-    One factor of all is one of the whole sum. By powers of two that is the same as one of each part, so that the order
-    decides: terms as they are, then terms with known factors, then with any.
+    Scaling the sum by a power of two gives the same bits as scaling each part, so more than one answer may fit. They
+    are tried in this order: unscaled terms, terms with known factors, then terms with any factors.
     """
-    keep, *scales = factors
-    one = [[1.0]] * len(chosen)
-    wholes, known = _options(keep, numbers), [_options(factor, numbers)[:-1] for factor in factors]
-    found = _exact(step, chosen, one, wholes=wholes) if all(_is_near(scale, keep) for scale in scales) else None
+    start_scale, *scales = factors
+    ones = [[1.0]] * len(chosen)
+    sum_scales, known = _options(start_scale, numbers), [_options(factor, numbers)[:-1] for factor in factors]
+    shared = all(_is_near(scale, start_scale) for scale in scales)
+    found = _exact(step, chosen, ones, sum_scales=sum_scales) if shared else None
     found = found or _exact(step, chosen, known[1:], known[0])
-    found = found or _exact(step, chosen, [_options(scale / keep, numbers) for scale in scales], wholes=wholes)
-    return found or _exact(step, chosen, [_options(scale, numbers) for scale in scales], wholes)
+    relative = [_options(scale / start_scale, numbers) for scale in scales]
+    found = found or _exact(step, chosen, relative, sum_scales=sum_scales)
+    return found or _exact(step, chosen, [_options(scale, numbers) for scale in scales], sum_scales)
 
 
 def _sampled(step: Step) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Return start, goal and candidates at the sampled elements in double precision, and the error to allow."""
+    """Return start, goal and candidates at the sampled elements in double precision, and the allowed error."""
     before, after = step.sample(step.start).double(), step.sample(step.goal).double()
     columns = torch.stack([step.sample(seen).double() for seen in step.candidates])
     step_size = max(torch.finfo(step.sample(seen).dtype).eps for seen in (step.start, step.goal, *step.candidates))
@@ -164,7 +174,7 @@ def _sampled(step: Step) -> tuple[Tensor, Tensor, Tensor, float]:
 
 
 def _ranked(columns: Tensor, wanted: Tensor, count: int, scaled: bool) -> list[Choice]:
-    """Return the choices of `count` rows of `columns` ``[n, m]``, by how well their sum gives `wanted` ``[m]``."""
+    """Return the best choices of `count` rows of `columns` ``[n, m]`` whose sum is `wanted` ``[m]``, best first."""
     picks = torch.combinations(torch.arange(len(columns)), count)
     rows = columns[picks]
     scales = torch.ones(len(picks), count, dtype=columns.dtype)
@@ -180,37 +190,38 @@ def _ranked(columns: Tensor, wanted: Tensor, count: int, scaled: bool) -> list[C
     return [(error, tuple(chosen), tuple(factors)) for error, chosen, factors in listed]
 
 
-def _clear(ranked: Sequence[Choice], slack: float, size: float) -> Choice | None:
-    """Return the best choice if it is within rounding, what it explains is far above that, and no other is near."""
+def _unambiguous(ranked: Sequence[Choice], slack: float, size: float) -> Choice | None:
+    """Return the best choice if its error is within rounding, `size` is far above that, and no other comes near it."""
     if not ranked:
         return None
     best, *others = ranked[:2]
-    clear = best[0] <= slack <= size / _APART**2
-    return best if clear and all(other[0] >= _APART * best[0] for other in others) else None
+    within = best[0] <= slack <= size / _APART**2
+    return best if within and all(other[0] >= _APART * best[0] for other in others) else None
 
 
 def _rounded(
-    step: Step, chosen: tuple[int, ...], keep: float, scales: tuple[float, ...], numbers: Sequence[float]
+    step: Step, chosen: tuple[int, ...], start_scale: float, scales: tuple[float, ...], numbers: Sequence[float]
 ) -> Decomposition | None:
     """Return a sum with fitted factors if it is within rounding at every element, and no further term improves it.
 
-    Known numbers take the place of fitted ones where they explain the goal as well.
+    Known numbers replace fitted ones where the error stays the same.
     """
     values = step.trace.values
     shape = values[step.goal.value].shape
     before, after = (values[seen.value].reshape(shape).double() for seen in (step.start, step.goal))
     terms = [values[step.candidates[index].value].reshape(shape).double() for index in chosen]
-    fitted = (keep, *scales)
+    fitted = (start_scale, *scales)
 
-    def rest(factors: Sequence[float]) -> Tensor:
+    def residual(factors: Sequence[float]) -> Tensor:
         return after - sum((part * factor for part, factor in zip((before, *terms), factors, strict=True)), 0 * after)
 
-    allowed = _SAME * rms(rest(fitted))
-    kept = [1.0] if keep == 1.0 else _options(keep, numbers)
-    joint = [(w,) * len(fitted) for w in kept if keep != 1.0 and all(_is_near(scale, keep) for scale in scales)]
-    tried = (*joint, *product(kept, *(_options(scale, numbers) for scale in scales)))
-    factors = next((known for known in tried if rms(rest(known)) <= allowed), fitted)
-    left = rest(factors)
+    allowed = _SAME * rms(residual(fitted))
+    start_scales = [1.0] if start_scale == 1.0 else _options(start_scale, numbers)
+    shared = start_scale != 1.0 and all(_is_near(scale, start_scale) for scale in scales)
+    equal = [(factor,) * len(fitted) for factor in start_scales if shared]
+    tried = (*equal, *product(start_scales, *(_options(scale, numbers) for scale in scales)))
+    factors = next((known for known in tried if rms(residual(known)) <= allowed), fitted)
+    left = residual(factors)
     parts = torch.stack([after, *(part * factor for part, factor in zip((before, *terms), factors, strict=True))])
     used = [step.start, step.goal, *(step.candidates[index] for index in chosen)]
     rounding = max(torch.finfo(values[seen.value].dtype).eps for seen in used)
@@ -221,47 +232,49 @@ def _rounded(
         basis = torch.stack([*(part.flatten() for part in terms), values[seen.value].flatten().double()], dim=-1)
         solved = torch.linalg.lstsq(basis, left.reshape(-1, 1)).solution
         if rms(left.reshape(-1, 1) - basis @ solved) < _DROPS * rms(left):
-            return None  # a contribution is missing that is as small as the rounding
-    if len(set(factors)) == 1:  # one of all is one of the whole sum
-        return _made(step, chosen, 1.0, (1.0,) * len(chosen), exact=False, whole=factors[0])
-    return _made(step, chosen, factors[0], tuple(factors[1:]), exact=False)
+            return None  # a contribution as small as the rounding is missing
+    if len(set(factors)) == 1:  # a factor that all parts share scales the whole sum
+        return _decomposition(step, chosen, 1.0, (1.0,) * len(chosen), exact=False, sum_scale=factors[0])
+    return _decomposition(step, chosen, factors[0], tuple(factors[1:]), exact=False)
 
 
 def _exact(
     step: Step,
     chosen: tuple[int, ...],
     options: Sequence[Sequence[float]],
-    keeps: Sequence[float | Tensor] = (1.0,),
-    wholes: Sequence[float | Tensor] = (1.0,),
+    start_scales: Sequence[float | Tensor] = (1.0,),
+    sum_scales: Sequence[float | Tensor] = (1.0,),
 ) -> Decomposition | None:
-    """Find the order of summation, and the factors' true values, that reproduce the goal bit for bit."""
-    for whole, keep, factors in product(wholes, keeps, product(*options)):
-        first = _made(step, chosen, keep, factors, exact=True, whole=whole)
+    """Return the first order of additions and choice of factors that reproduce the goal bit for bit."""
+    for sum_scale, start_scale, factors in product(sum_scales, start_scales, product(*options)):
+        first = _decomposition(step, chosen, start_scale, factors, exact=True, sum_scale=sum_scale)
         for upcast in (False, True):
             for tree in trees(tuple(range(len(chosen) + 1))):
                 sums = dataclasses.replace(first, tree=tree, upcast=upcast)
                 if step.reproduces(sums):
                     return sums
-        alike = len(chosen) > 1 and len(set(factors)) == 1 and factors[0] != 1.0
-        alike = alike and isinstance(whole, float) and whole == 1.0
-        for tree in trees(tuple(range(1, len(chosen) + 1))) if alike else ():
+        shared = len(chosen) > 1 and len(set(factors)) == 1 and factors[0] != 1.0
+        shared = shared and isinstance(sum_scale, float) and sum_scale == 1.0
+        for tree in trees(tuple(range(1, len(chosen) + 1))) if shared else ():
             sums = dataclasses.replace(first, tree=(0, tree), joint=True)
             if step.reproduces(sums):
                 return sums
     return None
 
 
-def _made(
+def _decomposition(
     step: Step,
     chosen: tuple[int, ...],
-    keep: float | Tensor,
+    start_scale: float | Tensor,
     scales: tuple[float, ...],
     exact: bool,
-    whole: float | Tensor = 1.0,
+    sum_scale: float | Tensor = 1.0,
 ) -> Decomposition:
     terms = tuple(step.candidates[index] for index in chosen)
     tree = next(trees(tuple(range(len(terms) + 1))))
-    return Decomposition(step.start, terms, step.goal, scales, tree, False, exact, keep=keep, whole=whole)
+    return Decomposition(
+        step.start, terms, step.goal, scales, tree, False, exact, start_scale=start_scale, sum_scale=sum_scale
+    )
 
 
 def _is_near(number: float, scale: float) -> bool:
@@ -269,6 +282,6 @@ def _is_near(number: float, scale: float) -> bool:
 
 
 def _options(scale: float, numbers: Sequence[float]) -> list[float]:
-    """Return the numbers of the configuration that a fitted scale may stand for, closest first, then the scale."""
+    """Return the known numbers near a fitted scale, closest first, then the fitted scale itself."""
     near = (number for number in numbers if _is_near(number, scale))
     return [*sorted(near, key=lambda number: abs(number - scale))[:MOST_TERMS], scale]

@@ -1,4 +1,4 @@
-"""Sums as data: what is added, in which order, and whether that gives a recorded result."""
+"""Sums as data: the terms, their scales, the order of the additions, and whether they give a recorded tensor."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from torch import Tensor
 from .probe import Seen
 
 TOLERANCE = 4.0
-"""A sum that is not exact may differ by so many rounding steps of its largest part, in root mean square."""
+"""How many rounding steps of its largest part, in root mean square, an inexact sum may differ by."""
 
 Tree = int | tuple["Tree", "Tree"]
-"""An order of summation: 0 is the block's entry, 1 .. n are its terms."""
+"""A binary tree of additions: leaf 0 is the block's input, leaves 1 .. n are its terms."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decomposition:
-    """How one value of the residual stream is summed from an earlier one.
+    """One value of the residual stream as a sum of an earlier one and contributions.
 
-        goal = whole * (keep * start + sum of scale * term)
+        goal = sum_scale * (start_scale * start + sum of scale * term)
 
-    A factor that the stream and the terms have in common is `whole`: then each term is added as it is, and the sum is
-    scaled, as far as numbers can tell.
+    A factor that the stream and all terms share is recorded as `sum_scale`: the terms are then added unscaled.
 
     Args:
         start: the stream before.
-        terms: what is added, in execution order.
+        terms: the contributions, in execution order.
         goal: the stream after.
         scales: the factor of each term.
-        tree: the order of summation.
-        upcast: whether the sum is taken in float32 and rounded once.
+        tree: the order of the additions.
+        upcast: whether the sum is computed in float32 and rounded once.
         exact: whether it reproduces the goal bit for bit.
-        joint: whether the terms are summed first, and scaled as one.
-        keep: the factor of the stream itself, one number or one per channel ``[width]``.
-        whole: the factor of the whole sum, one number or one per channel ``[width]``.
-        read: what a norm took to give `start`, where the stream goes on as the norm's output; else None.
+        joint: whether the terms are added to each other first and scaled together.
+        start_scale: the factor of `start`, one number or one per channel ``[width]``.
+        sum_scale: the factor of the whole sum, one number or one per channel ``[width]``.
+        norm_input: the input of the norm whose output is `start`, where the stream continues with the norm's output;
+            else None.
     """
 
     start: Seen
@@ -49,19 +49,21 @@ class Decomposition:
     upcast: bool
     exact: bool
     joint: bool = False
-    keep: float | Tensor = 1.0
-    whole: float | Tensor = 1.0
-    read: Seen | None = None
+    start_scale: float | Tensor = 1.0
+    sum_scale: float | Tensor = 1.0
+    norm_input: Seen | None = None
 
     @property
     def factors(self) -> tuple[float | Tensor, ...]:
         """All factors."""
-        return self.keep, self.whole, *self.scales
+        return self.start_scale, self.sum_scale, *self.scales
 
     @property
     def plain(self) -> bool:
-        """Whether the stream goes in as it is, neither scaled nor normed, and what comes out is the sum."""
-        return self.read is None and all(isinstance(f, float) and f == 1.0 for f in (self.keep, self.whole))
+        """Whether the stream itself is neither scaled nor normed: ``goal = start + sum of scale * term``."""
+        return self.norm_input is None and all(
+            isinstance(f, float) and f == 1.0 for f in (self.start_scale, self.sum_scale)
+        )
 
     def total(
         self,
@@ -75,13 +77,13 @@ class Decomposition:
         Args:
             entry: ``[..., width]``.
             terms: each ``[..., width]``.
-            node: sum only what is below this node of the tree, which is not scaled as a whole.
-            given: values to use for nodes in place of their sums.
+            node: return only the sum of this subtree, without `sum_scale`.
+            given: values to use for subtrees instead of computing them.
 
         Returns:
             The sum ``[..., width]``.
         """
-        factors = (self.keep, *((1.0,) * len(terms) if self.joint else self.scales))
+        factors = (self.start_scale, *((1.0,) * len(terms) if self.joint else self.scales))
         leaves = [_scaled(leaf, factor) for leaf, factor in zip((entry, *terms), factors, strict=True)]
         if self.upcast:
             leaves = [leaf.float() for leaf in leaves]
@@ -89,30 +91,30 @@ class Decomposition:
             return summed(node, leaves, given or {})
         if self.joint and not isinstance(self.tree, int):
             return leaves[0] + _scaled(summed(self.tree[1], leaves, {}), self.scales[0])
-        return _scaled(summed(self.tree, leaves, given or {}), self.whole)
+        return _scaled(summed(self.tree, leaves, given or {}), self.sum_scale)
 
     def node_of(self, leaves: set[int]) -> Tree | None:
-        """Return the partial sum of exactly these leaves, or None where none is formed."""
+        """Return the subtree that adds exactly these leaves, or None if there is none."""
         return next((node for node in nodes_of(self.tree) if set(leaves_of(node)) == leaves), None)
 
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """How a block's output comes from its input: one sum, or two where the stream is normed or scaled in between.
+    """How a block computes its output: one sum, or two where the stream is normed or scaled between them.
 
     Args:
         stages: the sums, in execution order.
-        closing: what a norm gave of the last sum, where that is the block's output; else None.
-        silent: modules that may add something, too, and gave only zeros.
+        norm_output: the output of the norm that follows the last sum, where that is the block's output; else None.
+        zero_modules: paths of modules that may contribute, but whose outputs were all zero.
     """
 
     stages: tuple[Decomposition, ...]
-    closing: Seen | None = None
-    silent: tuple[str, ...] = ()
+    norm_output: Seen | None = None
+    zero_modules: tuple[str, ...] = ()
 
     @property
     def terms(self) -> tuple[Seen, ...]:
-        """What is added, in execution order; terms are counted from 1 through all stages."""
+        """The contributions of all stages, in execution order; they are numbered from 1."""
         return tuple(term for stage in self.stages for term in stage.terms)
 
     @property
@@ -122,12 +124,12 @@ class Sums:
 
     @property
     def plain(self) -> bool:
-        """Whether the output is the input plus the terms, with nothing done to the stream itself."""
-        return self.closing is None and all(stage.plain for stage in self.stages)
+        """Whether the output is the input plus scaled terms, and the stream itself is neither scaled nor normed."""
+        return self.norm_output is None and all(stage.plain for stage in self.stages)
 
 
 def leaves_of(tree: Tree) -> Iterator[int]:
-    """Yield the leaves of an order of summation."""
+    """Yield the leaves of a tree."""
     if isinstance(tree, int):
         yield tree
     else:
@@ -136,7 +138,7 @@ def leaves_of(tree: Tree) -> Iterator[int]:
 
 
 def nodes_of(tree: Tree) -> Iterator[Tree]:
-    """Yield a tree and all trees within it."""
+    """Yield a tree and all its subtrees."""
     yield tree
     if not isinstance(tree, int):
         yield from nodes_of(tree[0])
@@ -144,19 +146,19 @@ def nodes_of(tree: Tree) -> Iterator[Tree]:
 
 
 def summed(tree: Tree, leaves: Sequence[Tensor], given: Mapping[Tree, Tensor]) -> Tensor:
-    """Add tensors in the order that a tree gives."""
+    """Add tensors in the order of a tree; subtrees in `given` are not computed."""
     if tree in given:
         return given[tree]
     return leaves[tree] if isinstance(tree, int) else summed(tree[0], leaves, given) + summed(tree[1], leaves, given)
 
 
 def trees(leaves: tuple[int, ...]) -> Iterator[Tree]:
-    """Yield all orders of summation; the one that adds term after term comes first."""
+    """Yield all orders of the additions; the one that adds one term after another comes first."""
     if len(leaves) == 1:
         yield leaves[0]
         return
     first, rest = leaves[0], leaves[1:]
-    for size in range(len(rest) - 1, -1, -1):  # how many of the rest are summed together with the first leaf
+    for size in range(len(rest) - 1, -1, -1):  # number of other leaves in the first leaf's subtree
         for chosen in combinations(rest, size):
             other = tuple(leaf for leaf in rest if leaf not in chosen)
             for left in trees((first, *chosen)):
@@ -165,7 +167,7 @@ def trees(leaves: tuple[int, ...]) -> Iterator[Tree]:
 
 
 def agrees(sums: Decomposition, total: Tensor, goal: Tensor, parts: Sequence[Tensor]) -> bool:
-    """Whether a sum equals what the block gave: bit for bit if the decomposition is exact, else within tolerance."""
+    """Whether a sum equals its goal: bit for bit if the decomposition is exact, else within `TOLERANCE`."""
     if sums.exact:
         return torch.equal(total.to(goal.dtype), goal)
     step = max(torch.finfo(part.dtype).eps for part in (goal, *parts))

@@ -1,8 +1,8 @@
-"""Transforms of a site, ``resid_post.12|center``: what is read is ``y = T(x)``, and what is written is undone into x.
+"""Transforms of a site, ``resid_post.12|center``: ``y = T(x)`` is read, and a change of ``y`` is written to ``x``.
 
-A changed value ``y'`` puts ``x' = x + (y' - y) * factor``, where the factor, one number per token of that call, brings
-a difference back into the units of ``x``: a transform is a change of frame, as in `functional.normalization`, and only
-the difference is moved. So ``y' = y`` leaves x bit-identical, and centring adds back what it subtracted.
+A changed value ``y'`` writes ``x' = x + (y' - y) * factor``. The factor, one number per token of the call, scales a
+difference back to that of ``x``: a transform is a normalisation of each token, as in `functional.normalization`, and
+only the difference is transformed back. So ``y' = y`` leaves x bit-identical, and a subtracted mean stays in ``x``.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from ..functional.normalization import NORMALIZATIONS, TokenNormalization
 NORM_NO_GAIN = "norm_no_gain"
 DEFAULT_EPS = 1e-6
 SMALLEST = torch.finfo(torch.float32).tiny
-"""Numbers from here to its inverse, and their inverses, are neither zero nor infinite nor denormal in float32."""
+"""Numbers from this one to its inverse, and their inverses, are neither zero nor infinite nor denormal in float32."""
 
 Apply = Callable[[Tensor, float], tuple[Tensor, Tensor | float]]
-"""Takes activations and the transform's value; returns what is read, and the factor of a difference going back."""
+"""Takes activations and the transform's value; returns the transformed ones, and the factor of a difference."""
 
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
@@ -34,9 +34,9 @@ class Kind(NamedTuple):
     """One transform of the grammar.
 
     Attributes:
-        apply: the transform; None where it depends on the model, which the map of sites then replaces by another.
-        takes: what stands behind ``=``, for messages; empty if nothing may.
-        default: the value where none is given; None if it must be given.
+        apply: the transform; None if it depends on the model: `SiteMap` then replaces it by another.
+        takes: name of the value after ``=``, for messages; empty if there is none.
+        default: the value if none is given; None if it is required.
     """
 
     apply: Apply | None
@@ -44,9 +44,9 @@ class Kind(NamedTuple):
     default: float | None = 0.0
 
 
-def _framed(frame: Callable[[Tensor, float], TokenNormalization]) -> Apply:
+def _normalized(normalization: Callable[[Tensor, float], TokenNormalization]) -> Apply:
     def apply(x: Tensor, value: float) -> tuple[Tensor, Tensor | float]:
-        found = frame(x, value)
+        found = normalization(x, value)
         return found.apply(x), found.scale
 
     return apply
@@ -57,9 +57,9 @@ def _scale(x: Tensor, value: float) -> tuple[Tensor, Tensor | float]:
 
 
 TRANSFORMS: Mapping[str, Kind] = {
-    **{name: Kind(_framed(NORMALIZATIONS[name])) for name in ("center", "layer_norm", "unit_norm")},
+    **{name: Kind(_normalized(NORMALIZATIONS[name])) for name in ("center", "layer_norm", "unit_norm")},
     **{
-        name: Kind(_framed(NORMALIZATIONS[name]), "the epsilon under the root", DEFAULT_EPS)
+        name: Kind(_normalized(NORMALIZATIONS[name]), "the epsilon under the root", DEFAULT_EPS)
         for name in ("rms_norm", "standardize")
     },
     "scale": Kind(_scale, "a factor", None),
@@ -71,21 +71,21 @@ of a model's sites replaces it by ``rms_norm`` or ``standardize`` with the prove
 
 @dataclass(frozen=True, slots=True)
 class Transform:
-    """One transform of a site, hashable, and written by `str`.
+    """One transform of a site; hashable, and `str` returns it as text.
 
     Args:
         name: one of `TRANSFORMS`.
-        value: what stands behind ``=``; None for nothing.
+        value: the value after ``=``; None if there is none.
     """
 
     name: str
     value: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what the grammar does not have.
+        """Refuse combinations that are not in the grammar.
 
         Raises:
-            SiteError: if the name is unknown, or the value missing, superfluous, or not to be undone.
+            SiteError: if the name is unknown, or the value is missing, superfluous, or cannot be undone.
         """
         if self.name not in TRANSFORMS:
             raise unknown_name("transform", self.name, TRANSFORMS, error=SiteError)
@@ -97,7 +97,7 @@ class Transform:
         if not kind.takes:
             raise SiteError(f"The transform {self.name!r} takes no value; write '|{self.name}'.")
         value = float(self.value)
-        usable = SMALLEST <= abs(value) <= 1 / SMALLEST  # also of the arithmetic, which is in float32
+        usable = SMALLEST <= abs(value) <= 1 / SMALLEST  # the arithmetic is in float32
         if not usable or (kind.default is not None and value < 0):
             sign = "" if kind.default is None else "positive, "
             raise SiteError(
@@ -111,11 +111,11 @@ class Transform:
         """Read a transform from its name, such as ``"center"`` or ``"scale=0.5"``.
 
         Raises:
-            SiteError: if it is no transform; the message lists close matches.
+            SiteError: if it is not a transform; the message lists close matches.
         """
         name, equals, value = text.partition("=")
         if not text:
-            raise SiteError(f"Unknown transform '': nothing stands behind '|'; write one of {', '.join(TRANSFORMS)}.")
+            raise SiteError(f"Unknown transform '': there is no name after '|'; write one of {', '.join(TRANSFORMS)}.")
         if equals and not _NUMBER.fullmatch(value):
             raise SiteError(f"{value!r} in the transform {text!r} is not a number, such as in 'scale=0.5'.")
         return cls(name, float(value) if equals else None)
@@ -126,10 +126,10 @@ class Transform:
 
 
 def _shortest(value: float) -> float:
-    """Return the number of fewest digits that is the same in float32, if it is one of float32; else the number itself.
+    """Return the number with the fewest digits that is equal in float32, for a float32 number; else the number itself.
 
-    A model's epsilon that was stored in float32 is 9.999999747378752e-06, and means 1e-05: in float32, in which the
-    arithmetic is, both are the same.
+    An epsilon of 1e-05 that was stored in float32 is 9.999999747378752e-06; in float32, in which it is used, both are
+    equal.
 
     >>> _shortest(9.999999747378752e-06), _shortest(0.1)
     (1e-05, 0.1)
@@ -145,12 +145,12 @@ def _in_float32(value: float) -> float:
 
 
 class View(NamedTuple):
-    """Activations seen through transforms.
+    """Transformed activations, and how a change of them is written back.
 
     Attributes:
         raw: the activations ``x`` ``[..., width]``.
-        value: what is read, ``y = T(x)``, in the dtype of `raw`.
-        factor: what a difference of `value` is multiplied by on its way back, ``[..., 1]`` or one number.
+        value: the transformed ones, ``y = T(x)``, in the dtype of `raw`.
+        factor: the factor of a difference of `value` when it is written, ``[..., 1]`` or one number.
     """
 
     raw: Tensor
@@ -158,26 +158,26 @@ class View(NamedTuple):
     factor: Tensor | float
 
     def written(self, new: Tensor) -> Tensor:
-        """Return ``x + (new - y) * factor``, in float32 at least; bitwise `raw` wherever `new` is `value`."""
+        """Return ``x + (new - y) * factor``, in float32 or wider; bitwise `raw` wherever `new` equals `value`."""
         wide = torch.promote_types(_wide(self.raw.dtype), new.dtype)
         value, new = self.value.to(wide), new.to(wide)
-        # In this direction, and with the sign of a zero difference taken off, even -0.0 stays what it was.
+        # Subtracting a difference whose zeros are +0.0 keeps even -0.0 unchanged.
         back = (value - new) * self.factor + 0.0
-        # A difference of infinities, or times an infinite factor, is no zero by itself. Only these are put right: were
-        # all that is unchanged, a new parameter at zero would get no gradient.
+        # Unchanged infinities, or an infinite factor, give NaN instead of 0. Only these are set to 0: setting all
+        # unchanged elements would remove the gradient of a parameter that is still zero.
         unchanged = (value == new) | (value.isnan() & new.isnan())
         return self.raw.to(wide) - back.masked_fill(back.isnan() & unchanged, 0.0)
 
 
 def view(x: Tensor, transforms: Iterable[Transform]) -> View:
-    """Look at activations through transforms, the first one first.
+    """Apply transforms to activations, in the given order.
 
     Args:
         x: activations ``[..., width]`` of any floating dtype.
-        transforms: as they stand in a site, none of which depends on the model any more.
+        transforms: transforms that do not depend on the model.
 
     Returns:
-        What is read, and how a change of it is written; without transforms, the very tensor.
+        The transformed activations, and how a change of them is written; without transforms, the same tensor.
 
     Raises:
         SiteError: if a transform depends on the model.
@@ -195,7 +195,7 @@ def view(x: Tensor, transforms: Iterable[Transform]) -> View:
         if kind.apply is None:
             raise SiteError(f"The transform '{transform}' depends on the model: resolve the site in it first.")
         given = transform.value if transform.value is not None else kind.default
-        assert given is not None  # or the transform would have been refused
+        assert given is not None  # otherwise the transform is refused on construction
         value, back = kind.apply(value.to(_wide(x.dtype)), given)
         factor = factor * back
     return View(x, value.to(x.dtype), factor)

@@ -1,4 +1,4 @@
-"""Tensors in files, read in part: by memory map on this machine, by byte ranges over HTTP; nothing is unpickled."""
+"""Tensors in files, read in part: local files by memory map, remote ones by HTTP ranges; nothing is unpickled."""
 
 from .bytes import ByteSource, LocalBytes
 from .files import LFS, LFS_POINTER, TENSOR_FILES, Content, flat, read_content

@@ -1,4 +1,4 @@
-"""Writing a set of files all at once."""
+"""Write a set of files to a folder, all or none."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from types import FrameType
 
 from ..errors import InputError
 
-# Exactly what save_pretrained writes, whole or in shards: nobody else's files are ever removed as stale.
+# Exactly the names that save_pretrained writes, whole or in shards: no other files are removed as stale.
 WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 FACTS_FILE = "sae_metrics.json"
-"""What was measured on the weights beside it."""
+"""Name of the file with the measurements of the weights in the same folder."""
 
 _log = logging.getLogger(__name__)
 
 
 @contextmanager
 def written_together(target: Path) -> Iterator[Path]:
-    """Give an empty folder to write into; if all goes well its files replace those in `target`, else nothing changes.
+    """Yield an empty folder to write into; at the end its files replace those in `target`, or after an error none do.
 
-    Ctrl-C counts as something that goes wrong, but not in the moment in which the files are replaced: it waits.
+    Ctrl-C is such an error, but is deferred while the files are being replaced.
 
     Weights of an earlier save that were not written again are removed, and so are facts that were measured on other
-    weights than those that lie there now.
+    weights than the new ones.
 
     Args:
-        target: folder, created if need be.
+        target: folder, created if it does not exist.
 
     Raises:
         InputError: if `target` is a file.
@@ -43,11 +43,11 @@ def written_together(target: Path) -> Iterator[Path]:
         raise InputError(f"{target} is a file; expected a folder to save into.")
     is_new, staging = not target.exists(), None
     try:
-        with _uninterrupted():
+        with _interrupts_deferred():
             target.mkdir(parents=True, exist_ok=True)
             staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
         yield staging
-        with _uninterrupted():
+        with _interrupts_deferred():
             _replace(staging, target)
     finally:
         if staging is not None:
@@ -57,7 +57,7 @@ def written_together(target: Path) -> Iterator[Path]:
 
 
 def _replace(staging: Path, target: Path) -> None:
-    """Put the files of one folder in place of those in another, and remove there what they have made stale."""
+    """Move the files of one folder into another, and remove the files there that are then stale."""
     written = sorted(staging.iterdir())
     names = {file.name for file in written}
     has_weights = any(WEIGHT_FILES.fullmatch(name) for name in names)
@@ -71,16 +71,16 @@ def _replace(staging: Path, target: Path) -> None:
     if stale is not None:
         stale.unlink()
         _log.warning(
-            "%s was measured on the weights that were in %s before, and is removed. A card there still speaks of "
-            "them: write a new one with hf_gated_sae.publishing.save.",
+            "%s was measured on the previous weights in %s and is removed. A card there still describes them: write a "
+            "new one with hf_gated_sae.publishing.save.",
             FACTS_FILE,
             target,
         )
 
 
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Let Ctrl-C wait for the end of the block; other threads than the main one are never interrupted by it."""
+def _interrupts_deferred() -> Iterator[None]:
+    """Defer Ctrl-C to the end of the block; only the main thread receives it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

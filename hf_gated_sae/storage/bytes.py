@@ -1,7 +1,7 @@
-"""The bytes of one file, wherever it lies: one source for disk and HTTP, on which every tensor reader is built.
+"""The bytes of one file, local, remote or in memory: the source from which every tensor reader reads.
 
-`safetensors` opens files on disk alone. A file object of `fsspec` reads one range after the other, where the rows of a
-few latents are many ranges that one HTTP request brings, and does not map a local file into memory.
+`safetensors` opens only local files. A file object of `fsspec` reads one range after another, where a few latents are
+many ranges that one HTTP request can fetch, and does not map a local file into memory.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class ByteSource(ABC):
     """A file of known size that can be read in part.
 
     Attributes:
-        name: what messages call it.
-        bytes_read: bytes taken from it so far; those of mapped tensors are counted when they are mapped.
+        name: name for messages.
+        bytes_read: bytes read from it so far; mapped tensors are counted when they are mapped.
     """
 
     def __init__(self, name: str) -> None:
@@ -42,29 +42,29 @@ class ByteSource(ABC):
 
     @abstractmethod
     def map(self) -> Any:
-        """Return the whole file as a writable buffer that never reaches the disk, fetched first if need be."""
+        """Return the whole file as a writable buffer that is never written back; a remote file is downloaded first."""
 
     def fetch(self) -> None:  # noqa: B027  # most sources have nothing to do
-        """Get the whole file, because all of it is about to be read piece by piece."""
+        """Download the whole file, because all of it is about to be read piece by piece."""
 
-    def turned(self, place: Range, rows: int, itemsize: int, name: str) -> ByteSource | None:
-        """Return a local source that holds the transpose of a matrix of this file, from its first byte on.
+    def transposed(self, span: Range, rows: int, itemsize: int, name: str) -> ByteSource | None:
+        """Return a local source whose content is the transpose of a matrix in this file.
 
-        Columns of a file that is far away are not within reach; of a local one they are, and the answer is None.
+        Only remote sources need one, to read columns; the others return None.
 
         Args:
-            place: where the matrix lies.
-            rows: its number of rows as it is stored.
+            span: offset and length of the matrix.
+            rows: number of rows of the stored matrix.
             itemsize: bytes of one value.
-            name: what messages call it.
+            name: name for messages.
         """
         return None
 
     def read(self, ranges: Sequence[Range]) -> list[bytes]:
-        """Return the bytes of every range, asked for together.
+        """Return the bytes of every range, requested together.
 
         Raises:
-            CheckpointError: if a range lies outside the file.
+            CheckpointError: if a range is not inside the file.
         """
         for offset, length in ranges:
             self.require(offset, length)
@@ -73,14 +73,14 @@ class ByteSource(ABC):
         return parts
 
     def require(self, offset: int, length: int) -> None:
-        """Raise unless the file is long enough for a range.
+        """Raise unless a range is inside the file.
 
         Raises:
-            CheckpointError: saying how long it is.
+            CheckpointError: with the file's size.
         """
         if offset < 0 or length < 0 or offset + length > self.size:
             raise CheckpointError(
-                f"{self.name} cannot be read: it has {self.size} bytes, but its header speaks of {length} bytes at "
+                f"{self.name} cannot be read: it has {self.size} bytes, but its header announces {length} bytes at "
                 f"{offset}. Expected a complete file; fetch it again."
             )
 
@@ -90,11 +90,11 @@ class ByteSource(ABC):
 
 
 class LocalBytes(ByteSource):
-    """A file on this machine, mapped privately: what is written into a mapped tensor never reaches the file.
+    """A local file, mapped privately: writing to a mapped tensor does not change the file.
 
     Args:
         path: the file.
-        name: what messages call it; the path by default.
+        name: name for messages; the path by default.
     """
 
     def __init__(self, path: Path, name: str | None = None) -> None:
@@ -113,12 +113,12 @@ class LocalBytes(ByteSource):
                 file.seek(offset)
                 parts.append(file.read(length))
         for (offset, length), part in zip(ranges, parts, strict=True):
-            if len(part) != length:  # it has shrunk since
+            if len(part) != length:  # the file has been truncated meanwhile
                 raise CheckpointError(f"{self.name} ends before byte {offset + length}; fetch it again.")
         return parts
 
     def map(self) -> mmap.mmap:
-        """Return the file's pages, copied when written to; a map of its own each time."""
+        """Return a new copy-on-write map of the file."""
         with self.path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
@@ -144,7 +144,7 @@ class MemoryBytes(ByteSource):
 
 
 class _Stream(io.RawIOBase):
-    """Seeking and reading on top of ranges."""
+    """A seekable stream that reads ranges of a source."""
 
     def __init__(self, source: ByteSource) -> None:
         self._source = source

@@ -1,4 +1,4 @@
-"""Headers of tensor files, whatever their kind."""
+"""Read the headers of a tensor file of any supported kind."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TENSOR_FILES: Mapping[str, Callable[[ByteSource], Content]] = {
 LFS = b"version https://git-lfs.github.com/spec/"
 _PICKLE = b"\x80"
 _LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-"""The number that torch wrote first, before it wrote zip archives, as a pickle."""
+"""The magic number, as a pickle, at the start of torch files before torch 1.6 wrote zip archives."""
 LFS_POINTER = (
     "is a git-lfs pointer, not the file itself: the repository was cloned without git-lfs. Run `git lfs pull` in it, "
     "or load it from the Hub by its id."
@@ -37,33 +37,33 @@ LFS_POINTER = (
 
 
 def read_content(source: ByteSource, file: str) -> Content:
-    """Return what a tensor file holds; of the tensors only the headers are read.
+    """Return the content of a tensor file; only the headers of tensors are read.
 
     Args:
-        source: its bytes.
-        file: its name, whose suffix tells the kind, one of `TENSOR_FILES`.
+        source: the file.
+        file: its name, whose suffix determines the kind, one of `TENSOR_FILES`.
 
     Returns:
         Stored tensors (and, from a ``.pt`` file, plain values and dictionaries) by name.
 
     Raises:
-        CheckpointError: if it is of another kind, broken, or holds more than tensors and plain values.
+        CheckpointError: if it is of another kind, broken, or contains more than tensors and plain values.
     """
     suffix = PurePosixPath(file).suffix
     if suffix not in TENSOR_FILES:
         raise CheckpointError(
-            f"{source.name} is no tensor file that is read here; expected one of {', '.join(TENSOR_FILES)}."
+            f"{source.name} is not a tensor file of a supported kind; expected one of {', '.join(TENSOR_FILES)}."
         )
     try:
         return TENSOR_FILES[suffix](source)
     except CheckpointError as error:
-        if (why := _something_else(source)) is None:
+        if (why := _other_kind(source)) is None:
             raise
         raise CheckpointError(f"{source.name} {why}") from error
 
 
-def _something_else(source: ByteSource) -> str | None:
-    """Return what a file is that its reader could not read, as the end of a sentence; None if that is not known."""
+def _other_kind(source: ByteSource) -> str | None:
+    """Return what an unreadable file is, as the end of a sentence; None if that is not known."""
     [start] = source.read([(0, min(source.size, 64))])
     if not start:
         return "cannot be read: it is empty. Expected a complete file; fetch it again."
@@ -76,17 +76,17 @@ def _something_else(source: ByteSource) -> str | None:
         )
     if start[:1] == _PICKLE:
         return (
-            "is a bare pickle, which is not opened: it could run any code. Save its tensors with "
-            "safetensors.torch.save_file on a machine where you trust it."
+            "is a bare pickle, which is not opened, as it could run any code. If you trust it, save its tensors with "
+            "safetensors.torch.save_file."
         )
     return None
 
 
 def flat(content: Mapping[str, Any], where: str) -> dict[str, StoredTensor]:
-    """Return a content that is nothing but named tensors.
+    """Return the content of a file that has only named tensors.
 
     Raises:
-        CheckpointError: naming an entry that is something else.
+        CheckpointError: naming an entry that is not a tensor.
     """
     for name, value in content.items():
         if not isinstance(value, StoredTensor):

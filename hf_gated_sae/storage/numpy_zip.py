@@ -1,4 +1,4 @@
-"""Headers of ``.npz`` files, numpy's archives of arrays."""
+"""Read the headers of ``.npz`` files, numpy's archives of arrays."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ _NOT_AN_ARRAY = (
     *(ValueError, KeyError, SyntaxError, TypeError, EOFError, RecursionError, MemoryError, OverflowError),
     *(IndexError, AttributeError, tokenize.TokenError),
 )
-"""What numpy raises on headers that it did not write."""
+"""Errors that numpy raises on invalid headers."""
 
 
 def read_npz(source: ByteSource) -> dict[str, Any]:
-    """Return the arrays of an npz file; those stored uncompressed are read in place, others are unpacked here.
+    """Return the arrays of an npz file; compressed ones are unpacked into memory, others are read from the file.
 
     Raises:
         CheckpointError: if the archive is broken or an array is not made of numbers.
@@ -49,14 +49,14 @@ def read_npz(source: ByteSource) -> dict[str, Any]:
         starts = stored_offsets(source, entries)
         if None in starts:
             source.fetch()
-        places = [(start, min(HEADER, entry.file_size)) for entry, start in zip(entries, starts, strict=True)]
-        heads = iter(source.read([(start, length) for start, length in places if start is not None]))
+        spans = [(start, min(HEADER, entry.file_size)) for entry, start in zip(entries, starts, strict=True)]
+        headers = iter(source.read([(start, length) for start, length in spans if start is not None]))
         for entry, start in zip(entries, starts, strict=True):
             name = entry.filename.removesuffix(".npy")
             if name in found:
                 raise CheckpointError(f"{source.name} holds {name[:80]} twice; expected each array once.")
             if start is not None:
-                found[name] = _array(source, entry, name, start, next(heads))
+                found[name] = _array(source, entry, name, start, next(headers))
                 continue
             content = unpacked(source, opened, entry)
             held = MemoryBytes(content, f"{name[:80]} of {source.name}")
@@ -68,11 +68,11 @@ def _array(holder: ByteSource, entry: zipfile.ZipInfo, name: str, start: int, co
     """Read the header of one array.
 
     Args:
-        holder: what holds its bytes.
+        holder: the source of its bytes.
         entry: the archive's entry.
         name: name of the array.
-        start: where its bytes begin.
-        content: the first of them.
+        start: offset of its first byte.
+        content: its first bytes, at most `HEADER`.
     """
     stream = io.BytesIO(content)
     try:
@@ -82,7 +82,7 @@ def _array(holder: ByteSource, entry: zipfile.ZipInfo, name: str, start: int, co
         kind = DTYPES[np.dtype(dtype).str]
     except _NOT_AN_ARRAY as error:
         raise CheckpointError(
-            f"{name[:80]} of {holder.name} is no array of numbers ({str(error)[:120]}); expected float32 weights."
+            f"{name[:80]} of {holder.name} is not an array of numbers ({str(error)[:120]}); expected float32 weights."
         ) from error
     possible = len(shape) <= MOST_AXES and min(shape, default=0) >= 0
     if not possible or stream.tell() + math.prod(shape) * kind.itemsize != entry.file_size:

@@ -1,4 +1,4 @@
-"""Headers of safetensors files."""
+"""Read the headers of safetensors files."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ..errors import CheckpointError, shown
 from .bytes import ByteSource
 from .stored import MOST_AXES, StoredTensor
 
-LARGEST_HEADER = 16 * 1024 * 1024  # names, shapes and places of a hundred thousand tensors
-FIRST_READ = 32_768  # the header of one SAE, in one go
+LARGEST_HEADER = 16 * 1024 * 1024  # names, shapes and offsets of a hundred thousand tensors
+FIRST_READ = 32_768  # enough for the header of one SAE
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -46,7 +46,7 @@ def read_safetensors(source: ByteSource) -> dict[str, Any]:
     try:
         header = json.loads(start[8 : 8 + length], object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as error:
-        raise _broken(source, f"its header is no JSON ({str(error)[:200]})") from error
+        raise _broken(source, f"its header is not JSON ({str(error)[:200]})") from error
     if not isinstance(header, dict):
         raise _broken(source, f"its header is a JSON {type(header).__name__}, not an object")
     header.pop("__metadata__", None)
@@ -62,7 +62,7 @@ def read_safetensors(source: ByteSource) -> dict[str, Any]:
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build an object of the header; of a tensor that is named twice, readers would disagree which is meant."""
+    """Build an object of the header; a name that occurs twice is refused, as readers differ in which one they use."""
     built = dict(pairs)
     if len(built) != len(pairs):
         raise ValueError("a name occurs twice")
@@ -76,10 +76,10 @@ def _entry(source: ByteSource, name: str, entry: Any, start: int) -> StoredTenso
         sides = tuple(side for side in shape[:MOST_AXES] if type(side) is int and side >= 0)
         consistent = len(sides) == len(shape) and last - first == math.prod(sides) * dtype.itemsize and first >= 0
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        why = f"the entry of {shown(name)} is {shown(entry, 120)}, not a tensor of a type known here"
+        why = f"the entry of {shown(name)} is {shown(entry, 120)}, not a tensor of a supported type"
         raise _broken(source, why) from error
     if not consistent or type(first) is not int:
-        raise _broken(source, f"shape and place of {shown(name)} do not fit together ({shown(entry, 120)})")
+        raise _broken(source, f"shape and offsets of {shown(name)} do not match ({shown(entry, 120)})")
     return StoredTensor(source, name, dtype, sides, start + first)
 
 

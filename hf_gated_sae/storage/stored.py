@@ -1,4 +1,4 @@
-"""A tensor that is known by its header and read when asked."""
+"""A tensor in a file: its header is known, its values are read on request."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from ..errors import CheckpointError, shown
 from .bytes import ByteSource, Range
 
 LARGEST_GAP = 4096
-"""Rows that lie closer together than this many bytes are read as one range."""
+"""Rows that are at most this many bytes apart are read as one range."""
 
 
 MOST_AXES = 8
 MOST_VALUES = 2**60
-"""More than any file holds; sides beside a side of 0 are bounded by this alone."""
+"""More values than any file has; the only bound on a shape in which one side is 0."""
 
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """Where the values of one tensor lie in a file, row after row.
+    """The location, dtype and shape of one tensor in a file; its values are stored row by row.
 
     Attributes:
         source: the file.
@@ -31,7 +31,7 @@ class StoredTensor:
         dtype: type of the stored values.
         stored_shape: shape in the file.
         offset: position of the first byte.
-        transposed: whether this is the transpose (of a matrix) of what is stored.
+        transposed: whether this is the transpose of the stored matrix.
     """
 
     source: ByteSource
@@ -42,16 +42,18 @@ class StoredTensor:
     transposed: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what the file is too short for.
+        """Refuse an impossible shape, and a tensor that ends after the file.
 
         Raises:
             CheckpointError: naming the tensor.
         """
         sides = self.stored_shape
         if len(sides) > MOST_AXES or any(side < 0 for side in sides):
-            raise CheckpointError(f"{self} has shape {shown(list(sides))}; expected no negative side and few axes.")
+            raise CheckpointError(
+                f"{self} has shape {shown(list(sides))}; expected at most {MOST_AXES} axes, none negative."
+            )
         if math.prod(max(side, 1) for side in sides) > MOST_VALUES:
-            raise CheckpointError(f"{self} has shape {shown(list(sides))}; expected one that a file can hold.")
+            raise CheckpointError(f"{self} has shape {shown(list(sides))}; expected one that fits into a file.")
         self.source.require(self.offset, self.nbytes)
 
     def __str__(self) -> str:
@@ -60,7 +62,7 @@ class StoredTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of what is read."""
+        """Shape of the values that are read."""
         return self.stored_shape[::-1] if self.transposed else self.stored_shape
 
     @property
@@ -75,20 +77,20 @@ class StoredTensor:
 
     @property
     def T(self) -> StoredTensor:
-        """The transposed matrix; nothing is moved.
+        """The transposed matrix; nothing is read or copied.
 
         Raises:
-            CheckpointError: if this is no matrix.
+            CheckpointError: if this is not a matrix.
         """
         if self.ndim != 2:
             raise CheckpointError(f"{self} has shape {list(self.shape)}; expected a matrix.")
         return replace(self, transposed=not self.transposed)
 
     def read(self) -> Tensor:
-        """Return the values: a view of the mapped file, private to this process, or fetched first.
+        """Return the values as a private view of the mapped file; a remote file is downloaded first.
 
         Returns:
-            A tensor of `shape` that may be written to; the file never changes. A transposed one is a strided view.
+            A tensor of `shape`; writing to it does not change the file. A transposed one is a strided view.
         """
         return self._oriented(self._mapped())
 
@@ -98,7 +100,7 @@ class StoredTensor:
         return self._oriented(_tensor(bytearray(content), self.dtype, self.stored_shape))
 
     def rows(self, indices: Sequence[int]) -> Tensor:
-        """Return some rows of the first axis, reading those alone where they are contiguous in the file.
+        """Return some rows of the first axis; where rows are contiguous in the file, only those are read.
 
         Args:
             indices: row numbers, in range.
@@ -108,15 +110,15 @@ class StoredTensor:
         """
         wanted = list(indices)
         if self.transposed:
-            place, (stored_rows, stored_columns) = (self.offset, self.nbytes), self.stored_shape
-            turned = self.source.turned(place, stored_rows, self.dtype.itemsize, str(self))
-            if turned is not None:
+            span, (stored_rows, stored_columns) = (self.offset, self.nbytes), self.stored_shape
+            transposed = self.source.transposed(span, stored_rows, self.dtype.itemsize, str(self))
+            if transposed is not None:
                 shape = (stored_columns, stored_rows)
-                rows = StoredTensor(turned, self.name, self.dtype, shape, 0).rows(wanted)
-                self.source.bytes_read += turned.bytes_read
+                rows = StoredTensor(transposed, self.name, self.dtype, shape, 0).rows(wanted)
+                self.source.bytes_read += transposed.bytes_read
                 return rows
             columns = self._mapped()[:, wanted]
-            self.source.bytes_read += columns.nbytes - self.nbytes  # of the mapped file only these are touched
+            self.source.bytes_read += columns.nbytes - self.nbytes  # only the columns count, not the whole map
             return columns.T.contiguous()
         stride = math.prod(self.stored_shape[1:]) * self.dtype.itemsize
         runs = _runs(sorted(set(wanted)), stride)
@@ -129,7 +131,7 @@ class StoredTensor:
         return _tensor(joined, self.dtype, (len(wanted), *self.stored_shape[1:]))
 
     def _mapped(self) -> Tensor:
-        """Return the stored values as they lie in the mapped file."""
+        """Return the stored values as a view of the mapped file."""
         if not self.nbytes:
             return torch.empty(self.stored_shape, dtype=self.dtype)
         self.source.require(self.offset, self.nbytes)  # again: the file may have shrunk since its header was read
@@ -149,7 +151,7 @@ def _tensor(buffer: object, dtype: torch.dtype, shape: tuple[int, ...], offset: 
 
 
 def _runs(rows: list[int], stride: int) -> list[Range]:
-    """Join rows that lie close together to runs of (first, count).
+    """Join rows that are close together into runs of (first, count).
 
     >>> _runs([1, 2, 5, 100], stride=1000)
     [(1, 5), (100, 1)]

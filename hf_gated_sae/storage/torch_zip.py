@@ -1,9 +1,9 @@
-"""Headers of ``.pt`` files, without running what they hold.
+"""Read the headers of ``.pt`` files without running code from them.
 
 A torch file is a zip archive: ``data.pkl``, a pickle that describes nested containers of tensors, and one uncompressed
-entry per storage. The pickle is read by an unpickler that knows tensors, containers and plain values and nothing else:
-no name in it is ever imported, so no code of it can run. It works in Python because C's cannot be told to refuse
-what costs more than it looks: keys that are tuples of tuples of tuples, or an object whose state is replaced.
+entry per storage. The pickle is read by an unpickler that accepts only tensors, containers and plain values. It never
+imports a name, so no code can run. It is a subclass of Python's unpickler, not C's, which cannot be made to refuse
+inputs that are small but expensive, such as deeply nested tuples as keys, or that replace an object's state.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ STORAGES = {
 }
 
 KEYS = frozenset({str, int, float, bool, bytes, type(None)})
-"""Types of a dictionary's keys: a tuple's hash can take forever, or more stack than there is."""
+"""Accepted types of a dictionary's keys; the hash of a nested tuple can take unlimited time or overflow the stack."""
 
 
 @dataclass(frozen=True)
 class _Storage:
-    """Where one storage lies."""
+    """The location of one storage in the file."""
 
     dtype: torch.dtype
     offset: int
@@ -53,26 +53,31 @@ class _Storage:
 
 
 def read_torch(source: ByteSource) -> dict[str, Any]:
-    """Return what a torch file holds: stored tensors, plain values, dictionaries of such.
+    """Return the content of a torch file: stored tensors, plain values, and dictionaries of them.
 
     Raises:
-        CheckpointError: if it is no torch zip archive, broken, or not a dictionary.
+        CheckpointError: if it is not a torch zip archive, is broken, or does not contain a dictionary.
     """
     with archive(source) as opened:
         entries = {entry.filename: entry for entry in opened.infolist()}
         pickles = [name for name in entries if name.split("/", 1)[-1] == "data.pkl"]
         if len(pickles) != 1:
             raise CheckpointError(
-                f"{source.name} is no torch file: it holds {len(pickles)} data.pkl; expected one, as "
+                f"{source.name} is not a torch file: it holds {len(pickles)} data.pkl; expected one, as "
                 "torch.save writes."
             )
         folder = pickles[0].removesuffix("data.pkl")
         offsets = dict(zip(entries, stored_offsets(source, list(entries.values())), strict=True))
         if entries[pickles[0]].file_size > LARGEST_PICKLE or offsets[pickles[0]] is None:
-            raise CheckpointError(f"The description in {source.name} is too large or compressed; expected tensors.")
+            raise CheckpointError(
+                f"data.pkl in {source.name} is compressed or larger than {LARGEST_PICKLE} bytes; expected tensors in "
+                "dictionaries, as torch.save(sae.state_dict()) writes."
+            )
         byteorder = entries.get(f"{folder}byteorder")
         if byteorder is not None and unpacked(source, opened, byteorder) != b"little":
-            raise CheckpointError(f"{source.name} was written on a big-endian machine; save it again on another.")
+            raise CheckpointError(
+                f"{source.name} was written on a big-endian machine; save it again on a little-endian one."
+            )
         pickled = unpacked(source, opened, entries[pickles[0]])
         try:
             content = _Reader(pickled, source, offsets, entries, folder).load()
@@ -90,7 +95,7 @@ def read_torch(source: ByteSource) -> dict[str, Any]:
 
 
 def _named(content: dict[str, Any], depth: int = 2) -> dict[str, Any]:
-    """Give the tensors the names under which they are stored, in dictionaries within dictionaries, too."""
+    """Name the tensors by their keys, in dictionaries within dictionaries, too."""
     named = {}
     for key, value in content.items():
         if isinstance(value, StoredTensor):
@@ -102,14 +107,14 @@ def _named(content: dict[str, Any], depth: int = 2) -> dict[str, Any]:
 
 
 class _Instructions(dict[int, Callable[[Any], None]]):
-    """The pickle instructions that are carried out."""
+    """The accepted pickle instructions."""
 
     def __missing__(self, code: int) -> Callable[[Any], None]:
         raise pickle.UnpicklingError(f"it uses the instruction {chr(code)!r}")
 
 
 class _Reader(Unpickler):
-    """Reads containers, plain values and tensors; any other name or instruction is an error."""
+    """Unpickler of containers, plain values and tensors; any other name or instruction is an error."""
 
     dispatch = _Instructions(
         (code[0], Unpickler.dispatch[code[0]])
@@ -142,7 +147,7 @@ class _Reader(Unpickler):
         """Fill the dictionary on top of the stack with keys and values in turn."""
         target = self.stack[-1]  # type: ignore[attr-defined]
         if not isinstance(target, dict) or len(flat) % 2 or not all(type(key) in KEYS for key in flat[::2]):
-            raise pickle.UnpicklingError("it has a dictionary whose keys are no plain values")
+            raise pickle.UnpicklingError("it has a dictionary whose keys are not plain values")
         target.update(zip(flat[::2], flat[1::2], strict=True))
 
     def _load_setitem(self) -> None:
@@ -153,7 +158,7 @@ class _Reader(Unpickler):
         self._set_items(self.pop_mark())  # type: ignore[attr-defined]
 
     def _load_build(self) -> None:
-        """Ignore the attributes of an ordered dictionary: the versions of modules that a state_dict carries."""
+        """Ignore the attributes of an ordered dictionary, in which a state_dict stores versions of modules."""
         self.stack.pop()  # type: ignore[attr-defined]
         if type(self.stack[-1]) is not collections.OrderedDict:  # type: ignore[attr-defined]
             raise pickle.UnpicklingError("it sets the state of an object")
@@ -163,7 +168,7 @@ class _Reader(Unpickler):
     dispatch[pickle.BUILD[0]] = _load_build
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return the stand-in for a name; nothing is imported."""
+        """Return a replacement for a name; nothing is imported."""
         if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor"):
             return self._tensor
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
@@ -179,7 +184,7 @@ class _Reader(Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
     def persistent_load(self, pid: Any) -> _Storage:
-        """Find the entry of a storage."""
+        """Return the location of a storage."""
         kind, dtype, key, _, count = pid
         name = f"{self._folder}data/{key}" if type(key) is str else ""
         entry = self._entries.get(name)
@@ -196,9 +201,11 @@ class _Reader(Unpickler):
     def _tensor(self, storage: _Storage, offset: int, shape: Any, strides: Any, *_: Any) -> StoredTensor:
         """Describe one tensor."""
         sides, steps = tuple(shape)[:MOST_AXES], tuple(strides)[:MOST_AXES]
-        whole = all(type(number) is int and number >= 0 for number in (offset, *sides, *steps))
-        if not whole or not len(shape) == len(sides) == len(steps) or offset + math.prod(sides) > storage.length:
-            raise CheckpointError(f"A tensor of {self._source.name} lies outside its storage: the file is broken.")
+        valid = all(type(number) is int and number >= 0 for number in (offset, *sides, *steps))
+        if not valid or not len(shape) == len(sides) == len(steps) or offset + math.prod(sides) > storage.length:
+            raise CheckpointError(
+                f"A tensor of {self._source.name} lies outside its storage: the file is broken. Fetch it again."
+            )
         start = storage.offset + offset * storage.dtype.itemsize
         if _is_dense(sides, steps):
             return StoredTensor(self._source, "a tensor", storage.dtype, sides, start)
@@ -206,19 +213,19 @@ class _Reader(Unpickler):
             return StoredTensor(self._source, "a tensor", storage.dtype, sides[::-1], start, transposed=True)
         raise CheckpointError(
             f"{self._source.name} holds a tensor of shape {shown(list(sides))} with strides {shown(list(steps))}; "
-            "expected one whose values lie side by side: save it again with .contiguous()."
+            "expected a contiguous one: save it again with .contiguous()."
         )
 
 
 def _device(name: str, index: int = 0) -> str:
-    """Stand in for a device."""
+    """Return the name of a device, in place of the device."""
     if type(name) is not str or type(index) is not int:
-        raise pickle.UnpicklingError("it names a device that is none")
+        raise pickle.UnpicklingError("it names an invalid device")
     return name
 
 
 def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether values lie side by side, the last axis fastest."""
+    """Whether a tensor is contiguous, the last axis fastest."""
     step = 1
     for side, stride in zip(reversed(shape), reversed(strides), strict=True):
         if side != 1 and stride != step:

@@ -222,7 +222,7 @@ def test_without_a_network_the_index_is_searched_and_that_is_said(monkeypatch, c
     monkeypatch.setattr("hf_gated_sae.catalog.hub_listing.HfApi", lambda token: HfApi(endpoint="http://127.0.0.1:9"))
     with caplog.at_level(logging.WARNING):
         assert search(GEMMA, layer=12) == search(GEMMA, layer=12, live=False)
-    assert "only known SAEs are shown" in caplog.text
+    assert "only SAEs of the index are shown" in caplog.text
 
 
 @pytest.fixture
@@ -321,7 +321,7 @@ def test_a_misspelt_name_of_dashboards_gets_close_matches(hub: MiniHub, cache_di
 
 
 def test_dashboards_and_a_subfolder_contradict_each_other(hub: MiniHub, cache_dir: str):
-    with pytest.raises(InputError, match="subfolder 'layer_3': leave the subfolder away"):
+    with pytest.raises(InputError, match="subfolder 'layer_3': omit the subfolder"):
         SAEModel.from_pretrained("gemma-2-2b/12-gemmascope-res-16k", "layer_3", cache_dir=cache_dir)
 
 

@@ -131,7 +131,7 @@ def test_a_cross_layer_set_points_to_one_folder_with_one_transcoder(written: Cal
         SAEModel.from_pretrained(folder.parents[1], "clt/width_262k_l0_medium")
     single = f"hf://{POINTED}/layer_0/width_16k/average_l0_76/params.npz"
     change(folder / "config.yaml", transcoders=[single])
-    with pytest.raises(CheckpointError, match="says cross_layer_transcoder, but points to"):
+    with pytest.raises(CheckpointError, match="has model_kind cross_layer_transcoder, but points to"):
         SAEModel.from_pretrained(folder.parents[1], "clt/width_262k_l0_medium")
 
 
@@ -188,14 +188,14 @@ def test_transcoders_whose_layers_do_not_fit(written: Callable[[str], Path]) -> 
 def test_gemma_scope_2_is_told_by_its_folder(written: Callable[[str], Path]) -> None:
     repo = written("gemma_scope_2_cross_layer") / "google/gemma-scope-2-1b-pt"
     shutil.copytree(repo / "clt", repo / "mine")
-    with pytest.raises(CheckpointError, match="told by the name of its folder; expected 'clt/width_"):
+    with pytest.raises(CheckpointError, match="read from the name of its folder; expected 'clt/width_"):
         SAEModel.from_pretrained(repo, "mine/width_262k_l0_medium")
     shutil.copytree(repo / "clt/width_262k_l0_medium", repo / "crosscoder/layer_1_2_width_1m_l0_big")
     with pytest.raises(CheckpointError, match="names 2 layers and has 3 files"):
         SAEModel.from_pretrained(repo, "crosscoder/layer_1_2_width_1m_l0_big")
     folder = repo / "clt/width_262k_l0_medium"
     (folder / "config.json").write_text('{"hf_hook_point_in": "model.layers.0.mlp.down_proj.input"}')
-    with pytest.raises(CheckpointError, match="hf_hook_point_in = .*, but its folder's name means mlp_in"):
+    with pytest.raises(CheckpointError, match="hf_hook_point_in = .*, but its folder's name implies mlp_in"):
         SAEModel.from_pretrained(repo, "clt/width_262k_l0_medium")
     (folder / "config.json").write_text('{"architecture": "relu"}')
     with pytest.raises(CheckpointError, match="architecture 'relu'; expected 'jump_relu'"):
@@ -212,13 +212,13 @@ def test_gemma_scope_2_is_told_by_its_folder(written: Callable[[str], Path]) -> 
         ("acme/topk-transcoders/run/7", {"k": 3.5}, r"k = 3\.5; expected a whole number"),
         ("acme/topk-transcoders/run/7", {"k": 17}, r"k is 17, expected 1 \.\. d_sae = 16"),
         ("acme/topk-transcoders/run/7", {"activation": "gelu"}, "expected one of relu, topk"),
-        ("acme/topk-transcoders/run/7", {"activation": "jump_relu"}, "says activation 'jump_relu', and there is no"),
-        ("acme/gemma-transcoders", {"activation": "relu"}, "says activation 'relu', and there is a threshold"),
-        ("acme/gemma-transcoders", {"feature_input_hook": "hook_mlp"}, "the place 'hook_mlp', which is unknown"),
-        ("acme/gemma-transcoders", {"feature_output_hook": "ln2.hook_normalized"}, "is not added to anything"),
+        ("acme/topk-transcoders/run/7", {"activation": "jump_relu"}, "has activation 'jump_relu', and there is no"),
+        ("acme/gemma-transcoders", {"activation": "relu"}, "has activation 'relu', and there is a threshold"),
+        ("acme/gemma-transcoders", {"feature_input_hook": "hook_mlp"}, "the hook point 'hook_mlp', which is unknown"),
+        ("acme/gemma-transcoders", {"feature_output_hook": "ln2.hook_normalized"}, "is not added to the stream"),
         ("acme/gemma-transcoders", {"feature_output_hook": None}, "has no feature_output_hook"),
         ("acme/gemma-transcoders", {"model_name": 3}, "model_name = 3; expected a text"),
-        ("acme/gemma-transcoders", {"model_name": "acme/own"}, "not known to have an RMS norm"),
+        ("acme/gemma-transcoders", {"model_name": "acme/own"}, "unknown whether the base model"),
     ],
 )
 def test_configurations_that_do_not_say_enough(
@@ -245,7 +245,7 @@ def test_as_many_latents_as_outputs_leave_the_decoder_s_orientation_open(tmp_pat
     (tmp_path / "config.yaml").write_text(
         "model_name: gpt2\nfeature_input_hook: hook_resid_mid\nfeature_output_hook: hook_mlp_out\n"
     )
-    with pytest.raises(CheckpointError, match="nothing tells whether W_dec is stored transposed"):
+    with pytest.raises(CheckpointError, match="it is unknown whether W_dec is stored transposed"):
         SAEModel.from_pretrained(tmp_path)
     save_file({**tensors, "b_dec": torch.randn(3)}, tmp_path / "layer_0.safetensors")
     with pytest.raises(CheckpointError, match=r"W_dec \[4, 4\].*b_dec \[3\]"):

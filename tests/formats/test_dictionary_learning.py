@@ -11,7 +11,7 @@ import torch
 
 from hf_gated_sae import SAEModel, SAESet
 from hf_gated_sae.errors import CheckpointError, InputError
-from hf_gated_sae.formats._dictionary_learning_sites import place_of
+from hf_gated_sae.formats._dictionary_learning_sites import site_fields
 from hf_gated_sae.formats.dictionary_learning import KINDS
 
 
@@ -39,7 +39,7 @@ def test_the_sound_one_loads(tmp_path: Path) -> None:
 
 def test_a_layer_that_is_written_as_a_text(tmp_path: Path) -> None:
     assert SAEModel.from_pretrained(written(tmp_path, {"layer": "3"})).config.site == "resid_post.3"
-    with pytest.raises(CheckpointError, match="says layer = 4, but the activations' name is 'resid_post_layer_3'"):
+    with pytest.raises(CheckpointError, match="has layer = 4, but the activations' name is 'resid_post_layer_3'"):
         SAEModel.from_pretrained(written(tmp_path, {"layer": "4"}))
 
 
@@ -65,7 +65,7 @@ def test_one_of_many_spoils_no_other_one(tmp_path: Path, caplog: pytest.LogCaptu
         ({"layer": 4}, "layer = 4, but the activations' name is 'resid_post_layer_3'"),
         ({"submodule_name": ["x"]}, "submodule_name"),
         ({"lm_name": {"a": 1}}, "lm_name"),
-        ({"k": 4}, "say k = 3, 4; expected one number"),
+        ({"k": 4}, "have k = 3, 4; expected one number"),
         ({"k": "3"}, "k = '3'; expected a number"),
     ],
 )
@@ -88,7 +88,7 @@ def test_without_a_trainer_it_is_not_of_this_layout(trainer: Any, tmp_path: Path
         ({"k": torch.tensor([1, 2])}, "expected a number"),
         ({"k": torch.tensor(1.5)}, "expected a number"),
         ({"encoder.bias": "text"}, "encoder.bias = 'text'; expected a tensor"),
-        ({"decoder.weight": torch.randn(16, 5)}, "one row per latent"),
+        ({"decoder.weight": torch.randn(16, 5)}, "rows, one per latent"),
         ({"threshold": torch.tensor([float("nan")] * 2)}, "threshold"),
         ({"threshold": torch.tensor(float("nan"))}, "NaN"),
     ],
@@ -136,7 +136,7 @@ def test_a_latent_without_a_decoder_row_stays_finite(tmp_path: Path) -> None:
     ],
 )
 def test_places(name: str | None, io: str, model: str | None, address: str, place: dict[str, str]) -> None:
-    assert place_of({"submodule_name": name, "lm_name": model}, {"io": io}, address, "a file") == place
+    assert site_fields({"submodule_name": name, "lm_name": model}, {"io": io}, address, "a file") == place
 
 
 def test_every_class_of_the_library_is_read() -> None:

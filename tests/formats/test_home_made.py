@@ -190,9 +190,9 @@ def test_a_square_matrix_is_oriented_as_stated(form: str, tmp_path: Path) -> Non
     with pytest.raises(CheckpointError) as raised:
         SAEModel.from_pretrained(path, architecture="standard", **place)
     said = str(raised.value)
-    assert "{'W_enc_T': 'W_enc'} if it is [d_sae, d_in], as nn.Linear keeps it" in said
+    assert "{'W_enc_T': 'W_enc'} if it is [d_sae, d_in], as nn.Linear stores it" in said
     assert "{'W_enc_T': 'W_enc.T'} if it is [d_in, d_sae]" in said
-    assert "{'W_dec_T': 'W_dec'} if it is [d_out, d_sae], as nn.Linear keeps it" in said
+    assert "{'W_dec_T': 'W_dec'} if it is [d_out, d_sae], as nn.Linear stores it" in said
     for encoder, is_linear in (("W_enc", True), ("W_enc.T", False)):
         for decoder, is_linear_too in (("W_dec", True), ("W_dec.T", False)):
             names = {"W_enc_T": encoder, "W_dec_T": decoder}
@@ -209,7 +209,7 @@ def test_a_skip_connection_of_a_square_matrix(tmp_path: Path) -> None:
     held = {**linear(), "skip.weight": random(D_IN, D_IN)}
     write(held, tmp_path / "mine.pt")
     options = {"architecture": "standard", "site": "mlp_in.1", "site_out": "mlp_out.1", "skip_connection": True}
-    with pytest.raises(CheckpointError, match=r"'skip.weight.T'\} if it is \[d_out, d_in\], as nn.Linear keeps it"):
+    with pytest.raises(CheckpointError, match=r"'skip.weight.T'\} if it is \[d_out, d_in\], as nn.Linear stores it"):
         SAEModel.from_pretrained(tmp_path, **options)
     sae = SAEModel.from_pretrained(tmp_path, **options, names={"W_skip_T": "skip.weight.T"})
     x = random(4, D_IN)
@@ -274,15 +274,15 @@ def test_the_number_of_latents_that_are_kept(tmp_path: Path) -> None:
         write(content, tmp_path / "mine.pt")
         return SAEModel.from_pretrained(tmp_path, architecture="topk", **options).config.k
 
-    with pytest.raises(CheckpointError, match="it does not say k: pass k="):
+    with pytest.raises(CheckpointError, match="it does not state k: pass k="):
         load(held)
     assert load(held, k=5) == 5
     assert load({"state_dict": held, "cfg": {"top_k": 4}}) == 4
     assert load({"state_dict": held, "cfg": {"top_k": 4}}, k=5) == 5
     assert load({**held, "k": torch.tensor(3)}) == 3
-    with pytest.raises(CheckpointError, match=r"it says cfg.k = 3, args.top_k = 4: pass k= to choose"):
+    with pytest.raises(CheckpointError, match=r"it states cfg.k = 3, args.top_k = 4: pass k= to choose"):
         load({"state_dict": held, "cfg": {"k": 3}, "args": {"top_k": 4}})
-    with pytest.raises(CheckpointError, match="does not say k"):
+    with pytest.raises(CheckpointError, match="does not state k"):
         load({"state_dict": held, "cfg": {"k": "many"}})
 
 
@@ -316,11 +316,11 @@ def test_every_architecture_under_its_own_names(name: str, tmp_path: Path) -> No
         ({"pre_bias": 7}, {}, [r"\[16, 6\].*\[6, 16\] cannot be W_enc \[d_in, d_sae\], W_dec", "d_out = 7"]),
         ({"encoder.bias": 15}, {}, ["cannot be W_enc .*where .*d_sae = 15"]),
         ({}, {"d_sae": 17}, [r"encoder.bias has shape \[16\] and cannot be b_enc \[d_sae\] with d_sae = 17"]),
-        ({}, {"names": {"W_encoder": "encoder.weight"}}, ["speaks of 'W_encoder'", "Did you mean 'W_enc'"]),
-        ({}, {"names": {"encoder.weight": "W_enc"}}, ["goes from our names to the file's"]),
+        ({}, {"names": {"W_encoder": "encoder.weight"}}, ["has 'W_encoder'", "Did you mean 'W_enc'"]),
+        ({}, {"names": {"encoder.weight": "W_enc"}}, ["maps this library's names to the file's"]),
         ({}, {"names": {"W_enc": "encoder.weigth"}}, ["no 'encoder.weigth'", "Did you mean 'encoder.weight'"]),
-        ({}, {"names": {"W_enc": "encoder.weight", "W_enc_T": "encoder.weight"}}, ["speaks of W_enc twice"]),
-        ({"decoder.bias": 6}, {}, ["pre_bias and decoder.bias could both be b_dec: say which"]),
+        ({}, {"names": {"W_enc": "encoder.weight", "W_enc_T": "encoder.weight"}}, ["has W_enc twice"]),
+        ({"decoder.bias": 6}, {}, ["pre_bias and decoder.bias could both be b_dec: choose one"]),
         ({"pre_bias": None, "extra": 3}, {"names": {"b_enc": "bias"}}, ["no 'bias'", "b_dec", "extra"]),
     ],
 )
@@ -366,7 +366,7 @@ def test_wrong_arguments(tmp_path: Path) -> None:
 
 def test_a_known_layout_says_what_it_is(tmp_path: Path) -> None:
     example("standard", site="resid_post.1").save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="in the layout 'native', which says its own architecture.*'home_made'"):
+    with pytest.raises(InputError, match="in the layout 'native', which states its own architecture.*'home_made'"):
         SAEModel.from_pretrained(tmp_path, architecture="standard")
     read = SAEModel.from_pretrained(tmp_path, architecture="standard", format="home_made")
     assert read.config.site is None and torch.equal(read.W_dec, SAEModel.from_pretrained(tmp_path).W_dec)

@@ -41,7 +41,7 @@ def written(tmp_path: Path, name: str, example: Example, config: dict[str, Any] 
         ({"hook_point_in": None}, "has no hook_point_in"),
         ({"hook_point_in": 3}, "hook_point_in = '?3'?; expected a text"),
         ({"hook_point_in": "blocks.1.hook_resid_psot"}, "unknown.*hook_resid_post"),
-        ({"hook_point_out": "blocks.1.ln2.hook_normalized"}, "expected a place that a block writes"),
+        ({"hook_point_out": "blocks.1.ln2.hook_normalized"}, "expected a site that a block writes"),
         ({"act_fn": "gelu"}, "act_fn = 'gelu'; expected one of relu, topk, jumprelu"),
         ({"jump_relu_threshold": -0.1}, "jump_relu_threshold = -0.1; expected none below zero"),
         ({"jump_relu_threshold": math.nan}, "expected a finite number"),
@@ -117,7 +117,7 @@ def test_llamascopium_names_what_it_cannot_load(kind: str, words: str, tmp_path:
         ("relu", {"act_fn": "jumprelu"}, "no log_jumprelu_threshold"),
         ("glu-relu", {"act_fn": "topk"}, "use_glu_encoder together with act_fn = 'topk'"),
         ("relu", {"d_model": 8}, "d_model = 8, but the encoder reads 9"),
-        ("relu", {"hook_point_in": "blocks.1.ln2.hook_normalized"}, "not known to have an RMS norm"),
+        ("relu", {"hook_point_in": "blocks.1.ln2.hook_normalized"}, "unknown whether the base model"),
         ("relu", {"use_decoder_bias": True}, "lacks b_D"),
         ("topk", {"top_k": 0}, "k is 0"),
         ("jumprelu", {"hook_point_out": "blocks.0.hook_mlp_out"}, "neither in the weights"),
@@ -178,7 +178,7 @@ def test_qwen_scope_needs_to_know_how_many_latents_are_kept(tmp_path: Path) -> N
     sae = SAEModel.from_pretrained(described, "layer3.sae.pt")
     assert (sae.config.k, sae.config.base_model, sae.signed) == (14, None, True)
     (described / "config.json").unlink()
-    with pytest.raises(CheckpointError, match="is not said; expected it at the end of the repository's name"):
+    with pytest.raises(CheckpointError, match="is not stated; expected it at the end of the repository's name"):
         SAEModel.from_pretrained(described, "layer3.sae.pt")
     (named / "config.json").write_text('{"k": 5}')
     with pytest.raises(CheckpointError, match="is 14 or 5"):

@@ -167,16 +167,16 @@ def test_an_unknown_place_is_no_reason_not_to_load(saelens: Change, caplog: pyte
         ("gated/layer_2", {"architecture": ["gated"]}, "expected one of"),
         ("gated/layer_2", {"normalize_activations": "covariance_whitening"}, "fold the whitening"),
         ("gated/layer_2", {"normalize_activations": "batch_norm"}, "expected one of none"),
-        ("gated/layer_2", {"d_in": 9}, "says d_in = 9, and the tensors beside it have 8"),
+        ("gated/layer_2", {"d_in": 9}, "has d_in = 9, and the tensors beside it have 8"),
         ("gated/layer_2", {"d_sae": "16"}, "d_sae = '16'; expected a whole number"),
         ("gated/layer_2", {"apply_b_dec_to_input": 1}, "expected true or false"),
         ("gated/layer_2", {"architecture": "standard"}, "lacks b_enc and has an unknown b_gate"),
-        ("tc/relu", {"metadata": {"hook_name_out": None}}, "hook_name_out = None; expected the place"),
+        ("tc/relu", {"metadata": {"hook_name_out": None}}, "hook_name_out = None; expected the hook point"),
         ("tc/relu", {"apply_b_dec_to_input": True}, "apply_b_dec_to_input"),
         ("tc/relu", {"metadata": {"hook_name_out": None}}, "or pass site_out=, such as site_out='mlp_out.5'"),
-        ("tc/skip", {"normalize_activations": "layer_norm"}, "skip connection reads the plain input"),
-        ("tc/skip", {"normalize_activations": "layer_norm"}, "would need a skip connection that reads another input"),
-        ("gated/layer_2", {"metadata": {"hook_head_index": 3}}, "would need a site of that head alone"),
+        ("tc/skip", {"normalize_activations": "layer_norm"}, "skip connection reads the unnormalised input"),
+        ("tc/skip", {"normalize_activations": "layer_norm"}, "A skip connection with another input"),
+        ("gated/layer_2", {"metadata": {"hook_head_index": 3}}, "a site here is all heads concatenated"),
         ("topk.rescaled", {"k": "absent"}, "has no k"),
         ("topk.rescaled", {"k": 17}, "k is 17"),
         ("topk.rescaled", {"k": float("nan")}, "k = .?nan"),
@@ -288,7 +288,7 @@ def test_factors_of_fine_tuning_in_version_6(saelens: Change) -> None:
     torch.testing.assert_close(tuned(x).reconstruction, (latents * factors) @ raw["W_dec"] + raw["b_dec"])
     saelens("gated/layer_2", finetuning_scaling_factor="absent")
     save_file({**raw, "scaling_factor": factors}, folder / WEIGHTS)
-    with pytest.raises(CheckpointError, match="factors of fine-tuning .scaling_factor. that cfg.json denies"):
+    with pytest.raises(CheckpointError, match="fine-tuning factors .scaling_factor., but .* in cfg.json is not true"):
         SAEModel.from_pretrained(folder)
     save_file({**raw, "scaling_factor": torch.ones_like(factors)}, folder / WEIGHTS)
     torch.testing.assert_close(SAEModel.from_pretrained(folder).W_dec, plain.W_dec)
@@ -296,13 +296,13 @@ def test_factors_of_fine_tuning_in_version_6(saelens: Change) -> None:
 
 def test_factors_of_fine_tuning_that_are_missing(saelens: Change) -> None:
     folder = saelens("gated", "saelens_legacy", "acme/saelens-saes-4", finetuning_scaling_factor=True)
-    with pytest.raises(CheckpointError, match="has no scaling_factor: the SAE would need those factors"):
+    with pytest.raises(CheckpointError, match="has no scaling_factor: the SAE needs those factors"):
         SAEModel.from_pretrained(folder)
 
 
 def test_factors_of_fine_tuning_that_are_denied(saelens: Change) -> None:
     folder = saelens("tuned", "saelens_legacy", "acme/saelens-saes-3", finetuning_scaling_factor=False)
-    with pytest.raises(CheckpointError, match="factors of fine-tuning .scaling_factor. that cfg.json denies"):
+    with pytest.raises(CheckpointError, match="fine-tuning factors .scaling_factor., but .* in cfg.json is not true"):
         SAEModel.from_pretrained(folder)
 
 

@@ -32,7 +32,7 @@ def openai(tmp_path: Path) -> Path:
         ({"activation_state_dict": {"k": 99, "postact_fn": "ReLU"}}, "k is 99"),
         ({"latent_bias": 3}, "holds latent_bias = '3'; expected a tensor"),
         ({"latent_bias": torch.zeros(7)}, "latent_bias|b_enc"),
-        ({"decoder.weight": torch.zeros(16, 6)}, "one row per latent"),
+        ({"decoder.weight": torch.zeros(16, 6)}, "rows, one per latent"),
         ({"W_other": torch.zeros(3)}, "unknown W_other"),
     ],
 )

@@ -108,11 +108,11 @@ def test_force_download_contradicts_offline(
     forced = {"cache_dir": cache_dir, "force_download": True}
     hub.requests.clear()
     with pytest.raises(
-        InputError, match="force_download=True, which asks the Hub .* and local_files_only=True, which"
+        InputError, match="force_download=True, which downloads .* again, and local_files_only=True, which"
     ):
         SAEModel.from_pretrained(repo_id, local_files_only=True, **forced)
     monkeypatch.setattr("hf_gated_sae.hub.repository.is_offline_mode", lambda: True)
-    with pytest.raises(InputError, match="and HF_HUB_OFFLINE=1, which forbids to ask: leave one of them away"):
+    with pytest.raises(InputError, match="and HF_HUB_OFFLINE=1, which forbids downloads: omit one of them"):
         SAEModel.from_pretrained(repo_id, **forced)
     assert hub.requests == []
 
@@ -206,5 +206,5 @@ def test_a_token_that_is_not_accepted(hub: MiniHub, repo_id: str) -> None:
 def test_offline_after_a_few_latents(hub: MiniHub, repo_id: str, cache_dir: str) -> None:
     example().push_to_hub(repo_id)
     SAEModel.from_pretrained(repo_id, latents=[1], cache_dir=cache_dir)
-    with pytest.raises(MissingFileError, match="; that is what the Hub cache has of it"):
+    with pytest.raises(MissingFileError, match="; only cached files are listed"):
         SAEModel.from_pretrained(repo_id, cache_dir=cache_dir, local_files_only=True)

@@ -21,6 +21,7 @@ from hf_gated_sae.errors import InputError, UnknownNameError
 from hf_gated_sae.formats import formats, open_checkpoint, sae_addresses
 from hf_gated_sae.hub.index import (
     FILE,
+    expanded,
     has_size,
     known_at,
     known_facts,
@@ -29,7 +30,6 @@ from hf_gated_sae.hub.index import (
     releases,
     resolve_alias,
     size_of,
-    spelt_out,
 )
 from hf_gated_sae.hub.index_encoding import grouped
 from hf_gated_sae.hub.location import Location
@@ -331,7 +331,7 @@ def test_what_the_names_say(repo, address, site, site_out, d_sae, architecture, 
 
 
 def records(group):
-    for values in spelt_out(group["values"]) if group["axes"] else [()]:
+    for values in expanded(group["values"]) if group["axes"] else [()]:
         filled = dict(zip(group["axes"], values, strict=True))
         yield {name: str(text).format(**filled) for name, text in group.items() if name not in ("axes", "values")}
 

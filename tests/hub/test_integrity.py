@@ -89,7 +89,9 @@ def test_offline_it_is_an_error(hub: MiniHub, blob: Path, repo_id: str, cache_di
     damage(blob)
     before = blob.read_bytes()
     for latents in (None, [1]):
-        with pytest.raises(CheckpointError, match="not the one that the Hub announces.*force_download=True"):
+        with pytest.raises(
+            CheckpointError, match="does not have the hash that the Hub announces.*force_download=True"
+        ):
             SAEModel.from_pretrained(repo_id, cache_dir=cache_dir, local_files_only=True, latents=latents)
     assert blob.read_bytes() == before
     healed = SAEModel.from_pretrained(repo_id, cache_dir=cache_dir, force_download=True)

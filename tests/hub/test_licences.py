@@ -66,13 +66,13 @@ def test_what_the_hub_does_not_know_is_refused(written: str, suggestion: str) ->
 
 @pytest.mark.parametrize("details", [{}, {"name": "my-licence-1.0"}, {"link": "LICENSE"}, {"name": " ", "link": "x"}])
 def test_other_says_which(details: dict[str, str]) -> None:
-    with pytest.raises(InputError, match="'other', which says nothing alone: expected license_name=.*license_link="):
+    with pytest.raises(InputError, match="'other', which needs a name and a link: pass license_name=.*license_link="):
         normalise("Other", **details)
     assert normalise("Other", **DETAILS[OTHER]) == OTHER
 
 
 def test_a_listed_licence_has_no_other_name() -> None:
-    with pytest.raises(InputError, match="belong to 'other': leave them away"):
+    with pytest.raises(InputError, match="are only for license='other': omit them"):
         normalise("MIT", name="my-licence")
 
 

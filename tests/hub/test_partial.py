@@ -184,7 +184,7 @@ def test_no_room_for_columns(
 ) -> None:
     repo = scope(hub, "no-room", arrays, tmp_path / "npz")
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(MissingFileError, match="has room for 0.0 MB, and .* MB are needed"):
+    with pytest.raises(MissingFileError, match="has 0.0 MB of free space, and .* MB are needed"):
         SAEModel.from_pretrained(repo, ADDRESS, cache_dir=cache_dir, latents=LATENTS)
     assert not list(Path(cache_dir).rglob(f"*{SUFFIX}*"))
 

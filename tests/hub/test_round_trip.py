@@ -136,7 +136,7 @@ def test_another_encoding_is_refused_before_any_upload(hub: MiniHub, repo_id: st
     [
         ({"license": "apche-2.0"}, "Did you mean 'apache-2.0'"),
         ({"license": "other", "license_name": "mine"}, "license_link="),
-        ({"license": "mit", "license_link": "LICENSE"}, "belong to 'other'"),
+        ({"license": "mit", "license_link": "LICENSE"}, "only for license='other'"),
     ],
 )
 def test_a_licence_that_the_hub_does_not_know_leaves_no_repository(

@@ -46,7 +46,9 @@ def test_other_weights_in_the_folder_are_refused(folder, tmp_path, only_needed):
     file = tmp_path / "work" / "plan.json"
     saved(SAEModel.from_pretrained(folder), file)
     make_sae(seed=1).save_pretrained(folder)
-    with pytest.raises(CheckpointError, match=r"not the one that the plan was saved with: of model.safetensors.*sha2"):
+    with pytest.raises(
+        CheckpointError, match=r"not the one that the plan was saved with: for model.safetensors.*sha2"
+    ):
         InterventionPlan.load(file, only_needed=only_needed)
     make_sae().save_pretrained(folder)
     assert len(InterventionPlan.load(file, only_needed=only_needed)) == 2
@@ -57,7 +59,7 @@ def test_another_configuration_in_the_folder_is_refused(folder, tmp_path):
     saved(SAEModel.from_pretrained(folder), file)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "apply_b_dec_to_input": False}))
-    with pytest.raises(CheckpointError, match=r"of config.json the plan pins sha256 .* build the plan anew"):
+    with pytest.raises(CheckpointError, match=r"for config.json the plan pins sha256 .* build and save a new plan"):
         InterventionPlan.load(file)
 
 
@@ -90,7 +92,7 @@ def test_a_plan_without_its_sae_says_where_it_was_looked_for(folder, tmp_path):
     file = tmp_path / "work" / "plan.json"
     saved(SAEModel.from_pretrained(folder), file)
     shutil.move(file, tmp_path / "plan.json")
-    with pytest.raises(MissingFileError, match=r"folder 'saes/a', seen from .*: put the SAE there"):
+    with pytest.raises(MissingFileError, match=r"folder 'saes/a', relative to .*: put the SAE there"):
         InterventionPlan.load(tmp_path / "plan.json")
 
 

@@ -169,7 +169,7 @@ def test_files_that_are_no_plan(tmp_path):
     for text in ("", "{", "[" * 100_000, "1" * 5000, "\ud800".encode("utf-8", "surrogatepass")):
         file = tmp_path / "bad.json"
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
-        with pytest.raises(InputError, match=r"is no JSON|The plan is"):
+        with pytest.raises(InputError, match=r"is not JSON|The plan is"):
             InterventionPlan.load(file)
 
 
@@ -190,15 +190,15 @@ WRONG = {
     "an unknown verb": (["interventions", 0, "verb"], "Ablat", ["Unknown verb 'Ablat'", "Did you mean 'Ablate'"]),
     "a verb that is a list": (["interventions", 0, "verb"], [], ["expected its 'verb'"]),
     "an unknown setting": (["interventions", 0, "modes"], "zero", ["'modes'", "Did you mean 'mode'"]),
-    "a private setting": (["interventions", 0, "_drawn_from"], None, ["'_drawn_from'", "unknown"]),
+    "a private setting": (["interventions", 0, "_pool"], None, ["'_pool'", "unknown"]),
     "an unknown mode": (["interventions", 0, "mode"], "zer", ["Did you mean 'zero'"]),
     "an SAE that is not there": (["interventions", 0, "sae"], {"sae": 7}, ["SAE 7", "has 1"]),
     "an SAE before the first": (["interventions", 0, "sae"], {"sae": -1}, ["SAE -1"]),
-    "a value of no kind": (["interventions", 0, "latents"], {"set": [1]}, ["is no value", "tensor"]),
+    "a value of no kind": (["interventions", 0, "latents"], {"set": [1]}, ["is not a value", "tensor"]),
     "a latent that does not exist": (["interventions", 0, "latents"], [64], ["Latent 64"]),
     "a latent beyond all numbers": (["interventions", 0, "latents"], [10**30], ["expected integers"]),
-    "a tensor without data": (["interventions", 1, "samples"], {"tensor": {}}, ["is no tensor", "dtype"]),
-    "a site of no kind": (["interventions", 3, "site"], {"site": "resid_pst.1"}, ["is no site", "Did you mean"]),
+    "a tensor without data": (["interventions", 1, "samples"], {"tensor": {}}, ["is not a tensor", "dtype"]),
+    "a site of no kind": (["interventions", 3, "site"], {"site": "resid_pst.1"}, ["is not a site", "Did you mean"]),
     "an SAE without a place": (["saes", 0, "repo"], None, ["repo", "expected text"]),
     "an SAE elsewhere": (["saes", 0, "repo"], "/nowhere/at/all", ["nowhere"]),
     "an SAE in no dtype": (["saes", 0, "dtype"], "int64", ["dtype", "int64"]),
@@ -248,7 +248,7 @@ def test_tensors_whose_bytes_do_not_fit(sae):
         {"more": 1},
     ):
         tensor = {**content["interventions"][0]["value"]["tensor"], **changes}
-        with pytest.raises(InputError, match="is no tensor"):
+        with pytest.raises(InputError, match="is not a tensor"):
             InterventionPlan.from_dict(put(content, ["interventions", 0, "value"], {"tensor": tensor}))
 
 

@@ -14,7 +14,7 @@ WIDTH = 12
 
 
 def projected(directions, x):
-    run = SiteCall(x, tokens=None, placed={})
+    run = SiteCall(x, tokens=None, sae_on={})
     return x + ProjectOut("resid_post.0", directions).delta(run)
 
 
@@ -73,7 +73,7 @@ def test_one_direction_may_have_one_axis_or_be_a_list():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_half_precision_is_projected_in_float32(dtype):
     x, direction = torch.randn(2, 3, WIDTH).to(dtype), torch.randn(3, WIDTH)
-    delta = ProjectOut("resid_post.0", direction).delta(SiteCall(x, tokens=None, placed={}))
+    delta = ProjectOut("resid_post.0", direction).delta(SiteCall(x, tokens=None, sae_on={}))
     assert delta.dtype == torch.float32
     basis = torch.linalg.qr(direction.double().T).Q
     assert torch.allclose((x.float() + delta).double() @ basis, torch.zeros(3, dtype=torch.float64), atol=1e-5)
@@ -87,7 +87,7 @@ def test_all_directions_leave_nothing():
 def test_the_directions_may_be_changed_afterwards_without_effect():
     x, direction = torch.randn(2, 3, WIDTH), torch.ones(WIDTH)
     intervention = ProjectOut("resid_post.0", direction)
-    run = SiteCall(x, tokens=None, placed={})
+    run = SiteCall(x, tokens=None, sae_on={})
     before = intervention.delta(run)
     direction.zero_()
     assert torch.equal(intervention.delta(run), before)

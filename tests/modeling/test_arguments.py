@@ -95,7 +95,7 @@ def test_training_changes_neither_the_file_nor_its_twin(folder: Path) -> None:
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
 def test_a_file_of_an_sae_names_its_folder(folder: Path, file: str) -> None:
-    with pytest.raises(MissingFileError, match="leave subfolder= away"):
+    with pytest.raises(MissingFileError, match="omit subfolder="):
         SAEModel.from_pretrained(folder, file)
     with pytest.raises(MissingFileError, match="pass subfolder='sae'"):
         SAEModel.from_pretrained(folder.parent, f"sae/{file}")

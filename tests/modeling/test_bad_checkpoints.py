@@ -105,7 +105,7 @@ def truncate_second_shard(folder: Path) -> None:
 CORRUPTIONS: dict[str, tuple[Corruption, type[SAEError], str]] = {
     # what is not there
     "no configuration": (remove("config.json"), CheckpointError, "holds no SAE in a known format.*model.safetensors"),
-    "no weights": (remove("model.safetensors"), MissingFileError, "no model.safetensors.*It holds config.json.*save"),
+    "no weights": (remove("model.safetensors"), MissingFileError, "no model.safetensors.*It has config.json.*save"),
     "a pickle instead": (_pickle_instead, MissingFileError, "no model.safetensors.*pytorch_model.bin.*safetensors"),
     "a shard is missing": (
         _shards(remove_second_shard), MissingFileError, "no model-00002-of-"
@@ -169,7 +169,7 @@ CORRUPTIONS: dict[str, tuple[Corruption, type[SAEError], str]] = {
     "infinity": (_not_finite(float("inf")), CheckpointError, "1 NaN or infinite values in W_dec"),
     "complex numbers": (
         tensors(lambda t: t.update(W_dec=t["W_dec"].to(torch.complex64))),
-        CheckpointError, "W_dec.*C64.*not a tensor of a type known",
+        CheckpointError, "W_dec.*C64.*not a tensor of a supported type",
     ),
     "whole numbers": (
         tensors(lambda t: t.update(W_dec=t["W_dec"].to(torch.int8))),

@@ -124,7 +124,7 @@ class AddsWithin(Block):
 
 def test_no_input_is_taken_where_the_only_one_is_also_added():
     found = places(resolve(Model(AddsWithin)))
-    assert found["mlp_in"] == "what layers.L.mlp reads is also what it adds to"
+    assert found["mlp_in"] == "layers.L.mlp also adds to the tensor that it reads"
     assert found["mlp_neurons"] == "layers.L.mlp.down.input"
 
 
@@ -195,7 +195,7 @@ def test_a_contribution_of_zeros_is_refused_as_such_and_looked_for_again():
         nn.init.zeros_(layer.attn.o.bias)
     found = places(resolve(model))
     for name in ("attn_in", "attn_z", "attn_out", "resid_mid"):
-        assert found[name] == "layers.L.attn gave only zeros in the probe"
+        assert found[name] == "layers.L.attn.output was all zero in the probe"
     assert found["mlp_out"] == "layers.L.mlp.output"
     assert resolve(model) is resolve(model), "nothing has changed"
     model.load_state_dict(whole)
@@ -325,5 +325,5 @@ def test_blocks_whose_result_has_no_effect_are_not_the_models():
     torch.manual_seed(0)
     sites = resolve(Network([nn.Linear(WIDTH, WIDTH)], beside=[Checkpointed() for _ in range(3)]).eval())
     assert "resid_post.2" not in sites and "resid_pre.0" not in sites
-    with pytest.raises(SiteError, match=r"beside\.0 \.\. beside\.2 give has no effect"):
+    with pytest.raises(SiteError, match=r"beside\.0 \.\. beside\.2 has no effect on the logits"):
         sites["resid_post.1"]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_gated_sae.errors import CheckpointError, SiteError, UnknownNameError
-from hf_gated_sae.hub.hook_names import place_of
+from hf_gated_sae.hub.hook_names import site_of_hook
 from hf_gated_sae.sites import Site, read_name, resolve
 from hf_gated_sae.sites.names import explain, libraries
 from tests.support.tiny_models import tiny_model
@@ -109,7 +109,7 @@ def test_what_a_module_itself_gives_is_named_in_the_model(library, name):
     assert str(site) == "transformer.h.1.mlp.output"
     assert torch.equal(captured(bloom, site), captured(bloom, "resid_post.1"))
     assert not torch.equal(captured(bloom, site), captured(bloom, "mlp_out.1"))
-    with pytest.raises(SiteError, match="at another place in every family: give the model"):
+    with pytest.raises(SiteError, match="another module in every family: give the model"):
         read_name(name, library)
 
 
@@ -148,11 +148,11 @@ def test_in_a_model_only_proven_sites_are_returned():
         ("blocks.3.hook_resid_pots", None, "Did you mean 'blocks.L.hook_resid_post'"),
         ("blocks.3.hook_resid_pots", "transformer_lens", "Did you mean 'blocks.L.hook_resid_post'"),
         ("layer_output[3]", "nnterp", r"Did you mean 'layers_output\[L\]'"),
-        ("blocks.3.attn.hook_q", None, "no name of"),
-        ("resid_post.3.stream-2", "interp_engine", "not a name of interp-engine"),
-        ("nonsense", None, "is no site"),
-        ("", "saelens", "not a name of SAELens"),
-        (3, None, "named by a string"),
+        ("blocks.3.attn.hook_q", None, "nor a known name of"),
+        ("resid_post.3.stream-2", "interp_engine", "not a known name of interp-engine"),
+        ("nonsense", None, "is not a site, nor"),
+        ("", "saelens", "not a known name of SAELens"),
+        (3, None, "The name is 3; expected a string"),
     ],
 )
 def test_unknown_names(name, library, hint):
@@ -176,7 +176,7 @@ def test_a_name_of_a_checkpoint_is_the_same_name():
     for library, name, site in SAID:
         if library == "transformer_lens":
             try:
-                place, normalization = place_of(name)
+                place, normalization = site_of_hook(name)
             except CheckpointError:
                 continue  # outside the blocks
             assert site == place + ("|norm_no_gain" if normalization == "rms_norm" else "")

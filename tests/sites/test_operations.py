@@ -46,7 +46,7 @@ def test_a_sum_of_experts_and_feed_forward_is_not_what_they_read():
     sites = resolve(model)
     assert traced_faults(model, sites, IDS) == (15, [])
     assert sites.refused[Site("mlp_in", 1)].startswith(
-        "what model.layers.1.post_feedforward_layernorm reads comes out"
+        "the input of model.layers.1.post_feedforward_layernorm is not the output of"
     )
 
 

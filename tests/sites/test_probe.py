@@ -33,7 +33,7 @@ def test_what_is_no_model(model):
         (IDS, InputError, "expected keyword arguments"),
         ({}, SiteError, "must have 'input_ids' or 'inputs_embeds'"),
         ({"attention_mask": torch.ones_like(IDS)}, SiteError, "must have 'input_ids' or 'inputs_embeds'"),
-        ({"input_ids": IDS.tolist()}, SiteError, r"as a tensor \[B, S\].*return_tensors='pt'"),
+        ({"input_ids": IDS.tolist()}, SiteError, r"expected a tensor \[B, S\].*return_tensors='pt'"),
         ({"input_ids": IDS[0]}, SiteError, r"a tensor \[5\]; expected \[B, S\]"),
         ({"input_ids": IDS[:0]}, SiteError, r"a tensor \[0, 5\].*not empty"),
         ({"input_ids": IDS[:, :1]}, SiteError, "2 x 1 tokens.*2 tokens or more"),

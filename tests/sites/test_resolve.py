@@ -172,7 +172,7 @@ def test_own_inputs(model):
 def test_too_short_inputs_are_named_as_the_reason(model):
     sites = resolve(model, inputs={"input_ids": torch.tensor([[4, 9, 2]])})
     for name in ("attn_z.0", "mlp_neurons.1"):
-        with pytest.raises(SiteError, match=r"hold 3 tokens, too few .* 4 or more"):
+        with pytest.raises(SiteError, match=r"hold 3 tokens, too few .* 4 tokens or more"):
             sites[name]
     assert "mlp_neurons.1" in resolve(model, inputs={"input_ids": torch.tensor([[4, 9, 2, 7]])})
 

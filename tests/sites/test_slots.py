@@ -219,7 +219,7 @@ def test_copies_of_the_model_are_not_edited():
 def test_slot_outlives_neither_model_nor_module():
     holder, slot, _ = make("tensor")
     del holder.inner
-    with pytest.raises(SiteError, match="has left the model"):
+    with pytest.raises(SiteError, match="is no longer in the model"):
         slot.register(lambda value: None)
     del holder
     with pytest.raises(SiteError, match="no longer exists"):

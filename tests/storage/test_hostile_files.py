@@ -101,7 +101,7 @@ class _nothing:  # noqa: N801
 
 def test_a_bomb_of_zeros(tmp_path: Path) -> None:
     content = archive({"a.npy": npy(shape="(10000000,)", values=bytes(40_000_000))}, zipfile.ZIP_DEFLATED)
-    assert "hardly shrink" in refused(content, "x.npz", tmp_path)
+    assert "hardly compress" in refused(content, "x.npz", tmp_path)
 
 
 def test_a_bomb_of_many_entries(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_an_entry_that_claims_to_be_encrypted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_compressions_that_take_any_memory(method: int, tmp_path: Path) -> None:
-    assert "compressed in a way" in refused(archive({"a.npy": npy()}, method), "x.npz", tmp_path)
+    assert "unsupported compression" in refused(archive({"a.npy": npy()}, method), "x.npz", tmp_path)
 
 
 def test_a_compressed_array_is_unpacked(tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_a_hostile_description(kind: str, name: str, tmp_path: Path) -> None:
 def test_a_description_of_any_length(kind: str, tmp_path: Path) -> None:
     (tmp_path / "config").write_bytes(b"{}" + b" " * (1 << 23))
     location = locate(str(tmp_path))
-    with pytest.raises(CheckpointError, match="expected a small description"):
+    with pytest.raises(CheckpointError, match="expected at most"):
         location.read_json("config") if kind == "json" else location.read_yaml("config")
 
 

@@ -1,4 +1,4 @@
-"""Other libraries' names of places, read into sites.
+"""Read other libraries' names of activations as sites.
 
 One file per library: to add one, copy `nnterp.py`, which registers itself. Nothing else needs to be edited.
 """

@@ -6,12 +6,12 @@ from .base import Meaning, libraries
 
 
 def explain(text: str) -> str:
-    """Return whose name a text is and what of, in words; empty if nobody's."""
+    """Return the libraries that have a name, and its meaning in them, in words; empty if none has it."""
     return " and ".join(f"{title}'s name of {meaning}" for meaning, title in meanings(text).items())
 
 
 def meanings(text: str) -> dict[Meaning, str]:
-    """Return what a name stands for, each with the library that means it."""
+    """Return the meanings of a name, each with the first library that has it."""
     found: dict[Meaning, str] = {}
     for library in libraries.values():
         meaning = library.meaning(text)

@@ -1,4 +1,4 @@
-"""Read a name of another library into a site, in a model where the name alone does not tell."""
+"""Read a name of another library as a site; some names need the model to be resolved."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def read(
 
     Args:
         name: such as ``"blocks.12.hook_resid_post"``, ``"layers_output[3]"`` or ``"layers.3.mlp"``.
-        library: whose name it is, one of `libraries`. If None, one of ours stays what it is, and otherwise all
-            libraries that know the name must mean the same.
-        layer: the block, where the name does not say it; also put in place of ``{layer}`` in it.
-        model: the model, or its sites; needed where a name stands for another tensor in every family.
+        library: the library whose name it is, one of `libraries`. If None, a site name of this library is read as
+            such; otherwise all libraries that have the name must agree on its meaning.
+        layer: the block, if the name has none; also replaces ``{layer}`` in the name.
+        model: the model, or its sites; needed for names whose module differs from family to family.
 
     Returns:
-        The site; in a given model, only one that is proven there.
+        The site; with a model, one that is proven in it.
 
     Raises:
         SiteError: if the name is unknown or ambiguous, the layer or the model is missing, or the site is not proven.
@@ -37,36 +37,36 @@ def read(
     'mlp_out.3'
     """
     if not isinstance(name, str):
-        raise SiteError(f"A place is named by a string, not by {name!r}.")
+        raise SiteError(f"The name is {name!r}; expected a string, such as 'blocks.12.hook_resid_post'.")
     text = name if layer is None else name.replace(LAYER, str(layer))
     meaning: Meaning | None
     if library is None:
-        meaning = _ours(text) or _agreed(text)
+        meaning = _own_name(text) or _agreed_meaning(text)
     else:
-        meaning = _of(libraries[library], text)
+        meaning = _meaning_in(libraries[library], text)
         if meaning is None:
             names = _known(libraries[library])
             raise SiteError(
-                f"{name!r} is not a name of {libraries[library].title} that is known here."
+                f"{name!r} is not a known name of {libraries[library].title}."
                 f"{did_you_mean(text, names)} Known: {', '.join(names)}."
             )
     sites = model if isinstance(model, SiteMap) or model is None else resolve(model)
     return _site(name, meaning, layer, sites)
 
 
-def _ours(text: str) -> Meaning | None:
-    """Return a name of our own grammar as it is."""
+def _own_name(text: str) -> Meaning | None:
+    """Return the meaning of a site name of this library, None if it is not one."""
     try:
         return Meaning(str(Site.parse(text)))
     except SiteError:
         return None
 
 
-def _agreed(text: str) -> Meaning:
-    """Return what all libraries mean by a name that know it.
+def _agreed_meaning(text: str) -> Meaning:
+    """Return the meaning of a name on which all libraries that have it agree.
 
     Raises:
-        SiteError: if none does, or they do not agree.
+        SiteError: if none has it, or they do not agree.
     """
     found = meanings(text)
     if len(found) == 1:
@@ -75,11 +75,11 @@ def _agreed(text: str) -> Meaning:
         raise SiteError(f"{text!r} is {explain(text)}: say which, with library=..., of {', '.join(libraries)}.")
     names = [name for library in libraries.values() for name in library.known]
     titles = ", ".join(library.title for library in libraries.values())
-    raise SiteError(f"{text!r} is no site, and no name of {titles} that is known here.{did_you_mean(text, names)}")
+    raise SiteError(f"{text!r} is not a site, nor a known name of {titles}.{did_you_mean(text, names)}")
 
 
-def _of(library: Library, text: str) -> Meaning | None:
-    """Return what a name stands for in a library, its own names before the ones that it borrows."""
+def _meaning_in(library: Library, text: str) -> Meaning | None:
+    """Return the meaning of a name in one library; its own names come before those that it borrows."""
     meaning = library.meaning(text)
     for other in library.borrows:
         meaning = meaning or libraries[other].meaning(text)
@@ -91,7 +91,7 @@ def _known(library: Library) -> tuple[str, ...]:
 
 
 def _site(name: str, meaning: Meaning, layer: int | None, sites: SiteMap | None) -> Site:
-    """Return the site that is meant."""
+    """Return the site of a meaning, in a block and a model."""
     if None not in (meaning.layer, layer) and meaning.layer != layer:
         raise SiteError(f"{name!r} names layer {meaning.layer}, and layer={layer} was given; leave one out.")
     text, block = meaning.site, layer if meaning.layer is None else meaning.layer
@@ -101,8 +101,8 @@ def _site(name: str, meaning: Meaning, layer: int | None, sites: SiteMap | None)
         text = text.replace(LAYER, str(block))
     if sites is None and (LAST in text or meaning.of_module):
         raise SiteError(
-            f"{name!r} stands for {meaning}, which is at another place in every family: give the model, with "
-            "model=..., or name the place by its module path, such as 'model.layers.0.mlp.output'."
+            f"{name!r} stands for {meaning}, which is another module in every family: give the model, with model=..., "
+            "or write the module path, such as 'model.layers.0.mlp.output'."
         )
     if sites is None:
         return Site.parse(text)

@@ -1,4 +1,4 @@
-"""What a library is that names places, and the registry of them."""
+"""Base classes for reading another library's names, and the registry of such libraries."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ LAYER, LAST = "{layer}", "{last}"
 
 @dataclass(frozen=True, slots=True)
 class Meaning:
-    """What a name stands for.
+    """The activation that a name stands for.
 
     Args:
-        site: a site, with ``{layer}`` for a layer that the name may not say and ``{last}`` for the last block's.
-        layer: the layer that the name says.
-        of_module: the name stands for what the module gives that takes the site. In many families that is not what is
-            added to the stream: a norm follows, or the module adds the stream itself.
+        site: a site, with ``{layer}`` for a layer that may be missing in the name and ``{last}`` for the last block.
+        layer: the layer in the name.
+        of_module: the name stands for the output of the module whose input is `site`. In many families that is not
+            what is added to the stream: a norm follows, or the module adds the stream itself.
     """
 
     site: str
@@ -26,21 +26,21 @@ class Meaning:
     of_module: bool = False
 
     def __str__(self) -> str:
-        """Return it in words."""
+        """Return a description for messages."""
         layer = "L" if self.layer is None else str(self.layer)
         site = self.site.replace(LAYER, layer).replace(LAST, "LAST")
-        return f"what the module gives that takes '{site}'" if self.of_module else f"'{site}'"
+        return f"the output of the module whose input is '{site}'" if self.of_module else f"'{site}'"
 
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """How one library names places.
+    """How one library names activations.
 
     Args:
         title: the library's name, as its authors write it.
-        meaning: returns what a name stands for, or None if it is none of the library's.
-        known: its names, as they are suggested for one that is misspelt.
-        borrows: libraries whose names it uses, too, by their names in the registry.
+        meaning: returns the meaning of a name, or None if the library has no such name.
+        known: its names, for suggestions when a name is misspelt.
+        borrows: registry names of libraries whose names it also uses.
     """
 
     title: str

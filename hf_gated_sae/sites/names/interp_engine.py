@@ -1,4 +1,4 @@
-"""interp-engine (Neuronpedia): points such as ``mlp_out_post.4``, and module paths behind ``path.``."""
+"""interp-engine (Neuronpedia): points such as ``mlp_out_post.4``, and module paths after ``path.``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ POINTS = {
     "mlp_out_post": ("mlp_out", False),
     "resid_post": ("resid_post", False),
 }
-"""Site of each point of a block, and whether what the module gives is meant: its ``mlp_out`` is that, not ours."""
+"""Site of each point of a block, and whether the point is the output of the module that reads the site.
+
+Its ``mlp_out`` is the feed-forward's output; ours, what is added to the stream, is its ``mlp_out_post``.
+"""
 ENDS = {"embeddings": "embed", "final_norm": "final_norm"}
 KNOWN = (*(f"{point}.L" for point in POINTS), *ENDS, "path.MODULE")
 
@@ -27,7 +30,7 @@ _POINT = re.compile(r"([a-z_]+)(?:\.([0-9]+))?")
 
 
 def meaning(name: str) -> Meaning | None:
-    """Return what an address stands for.
+    """Return the meaning of an address.
 
     Source: decoderesearch/interp-engine, ``docs/ENGINE_HOOK_MAPPINGS.md`` and ``address.py``.
     """

@@ -14,8 +14,10 @@ ACCESSORS = {
     ("mlps", "input"): (f"mlp_in.{LAYER}", False),
     ("mlps", "output"): (f"mlp_in.{LAYER}", True),
 }
-"""Site of each accessor, and whether what the module gives is meant: nnterp knows no norms behind attention and MLP,
-and on bloom and mpt its ``mlps_output`` is the whole stream."""
+"""Site of each accessor, and whether the accessor is the output of the module that reads the site.
+
+nnterp has no accessor for norms after attention and MLP, and on bloom and mpt its ``mlps_output`` is the whole stream.
+"""
 ENDS = {"token_embeddings": "embed", "embed_tokens.output": "embed", "ln_final.output": "final_norm"}
 MODULES = {"self_attn": "attentions", "mlp": "mlps"}
 KNOWN = (*(f"{what}_{side}[L]" for what, side in ACCESSORS), *ENDS)
@@ -25,7 +27,7 @@ _MODULE = re.compile(r"(?:\w+\.)?layers\[(\d+)\]\.(self_attn|mlp)\.(input|output
 
 
 def meaning(name: str) -> Meaning | None:
-    """Return what an accessor gives, with the variable that holds the model or without.
+    """Return the meaning of an accessor, with or without a variable for the model before it.
 
     Source: nnterp, ``StandardizedTransformer``.
     """

@@ -1,4 +1,4 @@
-"""EleutherAI's sparsify: the path of a module inside the base model, which stands for what the module gives."""
+"""EleutherAI's sparsify: the path of a module inside the base model, which stands for the module's output."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from .base import Library, Meaning, libraries
 
 
 def meaning(name: str) -> Meaning | None:
-    """Return the output of the module; of a block, the residual stream behind it.
+    """Return the output of the module; for a block, the residual stream after it.
 
     Source: EleutherAI/sparsify, ``trainer.py``.
     """
-    hooked = any(part.startswith("hook_") for part in name.split("."))  # no module is called so, but hook points are
+    hooked = any(part.startswith("hook_") for part in name.split("."))  # a TransformerLens hook point, not a module
     return Meaning(sites_of(name)[1]) if is_module(name) and not hooked else None
 
 

@@ -1,8 +1,8 @@
-"""TransformerLens: the hook points of `HookedTransformer`, and those of the bridge that mean the same."""
+"""TransformerLens: the hook points of `HookedTransformer`, and those of the bridge with the same meaning."""
 
 from __future__ import annotations
 
-from ...hub.hook_names import GLOBAL, IN_BLOCK, RAW, split
+from ...hub.hook_names import GLOBAL, IN_BLOCK, MODULE_OUTPUTS, split
 from ..transforms import NORM_NO_GAIN
 from .base import LAST, LAYER, Library, Meaning, libraries
 
@@ -18,7 +18,7 @@ KNOWN = (*(f"blocks.L.{name}" for name in IN_BLOCK), *ENDS)
 
 
 def meaning(name: str) -> Meaning | None:
-    """Return what a hook point is, with its block or without.
+    """Return the meaning of a hook point, with or without its block.
 
     Source: TransformerLens, ``components`` and ``model_bridge/generalized_components``.
     """
@@ -28,8 +28,8 @@ def meaning(name: str) -> Meaning | None:
     if suffix not in IN_BLOCK:
         return None
     kind, normalization = IN_BLOCK[suffix]
-    if suffix in RAW:
-        return Meaning(f"{RAW[suffix].takes}.{LAYER}", layer, of_module=True)
+    if suffix in MODULE_OUTPUTS:
+        return Meaning(f"{MODULE_OUTPUTS[suffix].site_in}.{LAYER}", layer, of_module=True)
     return Meaning(f"{kind}.{LAYER}" + (f"|{NORM_NO_GAIN}" if normalization == "rms_norm" else ""), layer)
 
 

@@ -1,4 +1,4 @@
-"""TransformerLens's `TransformerBridge`, as far as it means another tensor than `HookedTransformer` by a name."""
+"""TransformerLens's `TransformerBridge`: the names that stand for another tensor than in `HookedTransformer`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from ...hub.hook_names import split
 from .base import LAYER, Library, Meaning, libraries
 
 IN_BLOCK = {"hook_attn_in": "attn_in", "hook_mlp_in": "mlp_in"}
-"""What the sublayer takes, behind the norm; `HookedTransformer` calls copies of the stream before it so."""
+"""Inputs of the sublayers, after the norm; in `HookedTransformer` these names are the stream before the norm."""
 
 
 def meaning(name: str) -> Meaning | None:
-    """Return what a hook point of the bridge is.
+    """Return the meaning of a hook point of the bridge.
 
     Source: TransformerLens, ``BlockBridge.hook_aliases``.
     """

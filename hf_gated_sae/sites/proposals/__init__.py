@@ -1,7 +1,7 @@
-"""Ideas of which modules are a model's blocks, one file per idea; each is believed only after the numbers prove it.
+"""Proposals of which modules are a model's blocks; `blocks.find_chain` accepts one only if the numbers prove it.
 
-A model family that no general idea covers gets a file of its own here, which registers one more `Proposal`; other
-distributions can add theirs through the entry-point group of this package's name.
+For a model family that no general proposal covers, add a file here that registers one more `Proposal`. Other
+distributions can add theirs through the entry-point group with this package's name.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Proposal:
 
     Args:
         name: short name, for evidence and messages.
-        rank: proposals are tried from low to high; general ones use 10 to 50, a family's own should use less than 10.
+        rank: proposals are tried from low to high; general ones use 10 to 50, those for one family less than 10.
         propose: takes the model without wrappers and yields lists of module paths, each in execution order.
     """
 

@@ -1,4 +1,4 @@
-"""Blocks by what transformers says about a model: recorded classes, checkpointed layers, pipeline plan."""
+"""Propose blocks from transformers' metadata: recorded classes, checkpointed layers, pipeline plan."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _siblings(root: nn.Module, classes: tuple[type, ...]) -> Iterator[list[str]]
 
 
 def recorded_classes(root: nn.Module) -> Iterator[list[str]]:
-    """Yield the modules whose outputs transformers itself records as hidden states."""
+    """Yield the modules whose outputs transformers records as hidden states."""
     for module in root.modules():
         recorded = getattr(module, "_can_record_outputs", None)
         entry = recorded.get("hidden_states") if isinstance(recorded, Mapping) else None
@@ -33,12 +33,12 @@ def recorded_classes(root: nn.Module) -> Iterator[list[str]]:
 
 
 def checkpointed_layers(root: nn.Module) -> Iterator[list[str]]:
-    """Yield the modules that transformers can recompute in the backward pass."""
+    """Yield the modules that support gradient checkpointing in transformers."""
     yield from _siblings(root, (GradientCheckpointingLayer,))
 
 
 def pipeline_plan(root: nn.Module) -> Iterator[list[str]]:
-    """Yield the modules that the configuration's pipeline plan calls layers."""
+    """Yield the modules that are listed as ``layers`` in the configuration's pipeline plan."""
     for path, module in root.named_modules():
         plan = getattr(getattr(module, "config", None), "base_model_pp_plan", None)
         layers = module._modules.get("layers")

@@ -1,4 +1,4 @@
-"""Blocks by shape of the module tree: a list of as many modules as the configuration has layers, else any list."""
+"""Propose module lists as blocks: those as long as the configured number of layers, else any."""
 
 from __future__ import annotations
 

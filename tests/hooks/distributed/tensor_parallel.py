@@ -212,7 +212,7 @@ def a_rank_that_asks_alone_is_told(pairs):
     )
     patience, multi_rank.PATIENCE = multi_rank.PATIENCE, 0.5
     if distributed.get_rank() == 0:
-        with pytest.raises(SiteError, match=r"takes the ranks \[0, 1\] together, but \[1\] did not"):
+        with pytest.raises(SiteError, match=r"needs the ranks \[0, 1\] together, but \[1\] did not"):
             attach(split, Splice(make_sae()))
     distributed.barrier()
     multi_rank.PATIENCE = patience
@@ -257,7 +257,7 @@ def ranks_that_compute_different_streams_are_refused(pairs):
     with torch.no_grad():
         split.model.layers[1].post_attention_layernorm.weight += distributed.get_rank()
     hooks = hooks_on(split)
-    with pytest.raises(SiteError, match="a residual stream that differs from rank to rank"):
+    with pytest.raises(SiteError, match="a residual stream that is not bitwise equal on all"):
         resolve(split)
     assert hooks_on(split) == hooks
 
