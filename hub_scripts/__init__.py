@@ -1,1 +1,1 @@
-"""End-to-end scripts that run from the project's root; what several of them share is imported from here."""
+"""End-to-end scripts that are run from the project's root, and modules that several of them share."""

@@ -1,4 +1,4 @@
-"""Write the index of known SAEs from SAELens's registry, and from what the Hub lists.
+"""Write the index of known SAEs from SAELens's registry, and from listings of repositories on the Hub.
 
     pip download --no-deps sae-lens==6.54.12
     python hub_scripts/build_index.py sae_lens-6.54.12-py3-none-any.whl [--live]
@@ -6,9 +6,9 @@
 The facts (ids, repositories, paths, L0, norm factors, names of dashboards) are those of the registry in SAELens's
 wheel, ``sae_lens/pretrained_saes.yaml`` (MIT). They are also read as JSON, gzipped or not: ``{"source", "releases":
 {name: {repo_id, model, conversion_func, config_overrides}}, "saes": [{release, id, path, l0?, norm_scaling_factor?,
-neuronpedia?}]}``. What an SAE's place, width and architecture are, and whether its L0 is a target or was measured,
-follows from the conventions of whoever published it, which are written down below, one function per layout. With
-``--live`` the repositories are listed on the Hub, and SAEs that the facts lack are added.
+neuronpedia?}]}``. An SAE's site, width and architecture, and whether its L0 is a target or was measured, follow from
+its publisher's conventions, which are implemented below, one function per layout. With ``--live`` the repositories are
+listed on the Hub, and SAEs that are not among the facts are added.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ Facts = dict[str, Any]
 
 REGISTRY = "sae_lens/pretrained_saes.yaml"
 KINDS = {"res": "resid_", "att": "attn_", "mlp": "mlp_"}
-"""How Neuronpedia calls the kinds of sites, and ours begin."""
+"""Neuronpedia's names of the kinds of sites, with the prefixes of ours."""
 KEPT = ("l0", "norm_scaling_factor", "neuronpedia")
-"""What the facts may say of an SAE beyond its name and path."""
+"""Facts about an SAE that are read, besides its name and path."""
 TARGET = {"l0_kind": "target"}
-"""Of SAEs whose L0 is what training aimed at, or the k of a TopK. Of all others somebody measured it."""
+"""For SAEs whose L0 is the target of training, or the k of a TopK. For all others it was measured."""
 
 log = logging.getLogger(__name__)
 
 BASE_MODELS = {"gemma-scope-9b-it-res": "google/gemma-2-9b-it"}
-"""Where the registry names another size or kind of model than the repository and its card do."""
+"""Base models of releases for which the registry names a different one than the repository and its card."""
 MORE: dict[str, tuple[str, str]] = {
     "EleutherAI/sae-llama-3-8b-32x": ("sparsify", "meta-llama/Meta-Llama-3-8B"),
     "EleutherAI/sae-pythia-70m-32k": ("sparsify", "EleutherAI/pythia-70m"),
@@ -55,11 +55,11 @@ MORE: dict[str, tuple[str, str]] = {
     "fnlp/Llama3_1-8B-Base-LXTC-8x": ("llama_scope", "meta-llama/Llama-3.1-8B"),
     "fnlp/Llama3_1-8B-Base-LXTC-32x": ("llama_scope", "meta-llama/Llama-3.1-8B"),
 }
-"""Repositories that the facts lack: layout and base model of each. Only ``--live`` can say which SAEs they hold."""
+"""Repositories that are not among the facts, with layout and base model. Only ``--live`` lists their SAEs."""
 
 
 def gemma_scope(repo: str, path: str, id: str) -> Facts:
-    """Gemma Scope: place by the repository's name, width and L0 by the folders'."""
+    """Gemma Scope: site from the repository's name; layer, width and L0 from the folders' names."""
     found = match(r"(?:layer_(?P<layer>\d+)|embedding)/width_(?P<width>\w+)/average_l0_(?P<l0>\d+)", path)
     layer = found["layer"]
     facts = {"d_sae": found["width"], "l0": found["l0"], "architecture": "jumprelu"}
@@ -72,10 +72,10 @@ def gemma_scope(repo: str, path: str, id: str) -> Facts:
 
 
 def gemma_scope_2(repo: str, path: str, id: str) -> Facts:
-    """Gemma Scope 2: all but the L0 by the folders' names.
+    """Gemma Scope 2: everything but the L0 from the folders' names.
 
-    The registry's L0 is the one that training aimed at: of a model it depends on the layer, on ``_all`` and on small,
-    medium or big alone, and is the same at every site, in every width, for the pretrained and the tuned model.
+    The registry's L0 is the target of training: for one model it depends only on the layer, on ``_all`` and on small,
+    medium or big, and is the same at every site, for every width, and for the pretrained and the tuned model.
     """
     found = match(r"(?P<kind>[a-z_]+?)(?:_all)?/layer_(?P<layer>\d+)_width_(?P<width>\w+?)_l0_\w+", path)
     layer, facts = found["layer"], {"d_sae": found["width"], "architecture": "jumprelu", **TARGET}
@@ -86,7 +86,7 @@ def gemma_scope_2(repo: str, path: str, id: str) -> Facts:
 
 
 def saelens(repo: str, path: str, id: str) -> Facts:
-    """SAELens's own layout: the place by the id, the rest as far as a name says it."""
+    """SAELens's own layout: the site from the id, the rest from names, where they include it."""
     hook = match(r"(?P<hook>blocks\.\d+\.hook_[a-z]+(?:_[a-z]+)*)(?:_\d+)?", id)["hook"]
     facts: Facts = {"site": site_of_hook(hook)[0]}
     if width := re.search(r"_(\d{3,6})(?:_anthropic|_fast_lr|:v\d|$)", path):
@@ -105,7 +105,7 @@ def saelens(repo: str, path: str, id: str) -> Facts:
 
 
 def llama_scope(repo: str, path: str, id: str) -> Facts:
-    """Llama Scope: place and width by the folder's name; the width of the model is 4096. Trained as TopK."""
+    """Llama Scope: site and width from the folder's name; the width of the model is 4096. Trained as TopK."""
     found = match(r"Llama3_1-8B-Base-L(?P<layer>\d+)(?P<kind>R|A|M|TC)-(?P<times>\d+)x", path)
     layer = found["layer"]
     facts: Facts = {"d_sae": str(4096 * int(found["times"])), "architecture": "jumprelu", **TARGET}
@@ -121,7 +121,7 @@ def llama_scope_r1(repo: str, path: str, id: str) -> Facts:
 
 
 def dictionary_learning(repo: str, path: str, id: str) -> Facts:
-    """dictionary_learning: the place by the folder, width and kind as far as the run's name says them."""
+    """dictionary_learning: the site from the folder; width and architecture from the run's name, where it has them."""
     layer = match(r".*resid_post_layer_(?P<layer>\d+)(?:_checkpoints)?/trainer_.+", path)["layer"]
     facts: Facts = {"site": f"resid_post.{layer}"}
     if power := re.search(r"2pow(\d+)", repo):
@@ -134,7 +134,7 @@ def dictionary_learning(repo: str, path: str, id: str) -> Facts:
 
 
 def attention_kk(repo: str, path: str, id: str) -> Facts:
-    """Kissane's attention SAEs: layer and width by the file's name."""
+    """Kissane's attention SAEs: layer and width from the file's name."""
     found = match(r"gpt2-small_L(?P<layer>\d+)_Hcat_z_.*_ds(?P<width>\d+)_.*\.pt", path)
     return {"site": f"attn_z.{found['layer']}", "d_sae": found["width"], "architecture": "standard"}
 
@@ -146,7 +146,7 @@ def residual_file(repo: str, path: str, id: str) -> Facts:
 
 
 def qwen_scope(repo: str, path: str, id: str) -> Facts:
-    """Qwen Scope: layer by the file's name, width and k by the repository's."""
+    """Qwen Scope: layer from the file's name, width and k from the repository's."""
     layer = match(r"layer(?P<layer>\d+)\.sae\.pt", path)["layer"]
     found = match(r".*-W(?P<width>\d+)K-L0_(?P<k>\d+)", repo)
     return {
@@ -165,21 +165,21 @@ def per_layer_transcoder(repo: str, path: str, id: str) -> Facts:
 
 
 def cross_layer_transcoder(repo: str, path: str, id: str) -> Facts:
-    """One layer of a cross-layer transcoder, which lies in two files: its address is that of the encoder."""
+    """One layer of a cross-layer transcoder, stored in two files: its address is that of the encoder."""
     layer = match(r"(?:W_enc_)?(?P<layer>\d+)(?:\.safetensors)?", path)["layer"]
-    place = {"site": f"resid_mid.{layer}", "site_out": f"mlp_out.{layer}"}
-    return {"address": f"W_enc_{layer}.safetensors", "architecture": "cross_layer", **place}
+    sites = {"site": f"resid_mid.{layer}", "site_out": f"mlp_out.{layer}"}
+    return {"address": f"W_enc_{layer}.safetensors", "architecture": "cross_layer", **sites}
 
 
 def temporal(repo: str, path: str, id: str) -> Facts:
-    """Temporal SAEs: the layer by the folder's name; their L0 is the k of the novel latents."""
+    """Temporal SAEs: the layer from the folder's name; their L0 is the k of the novel latents."""
     layer = match(r".+/layer_(?P<layer>\d+)/temporal", path)["layer"]
     width = {"d_sae": "9216"} if path.startswith("gemma-2-2B/") else {}
     return {"site": f"resid_post.{layer}", "architecture": "temporal", **width, **TARGET}
 
 
 def sparsify(repo: str, path: str, id: str) -> Facts:
-    """EleutherAI's sparsify: the folder is a module's path."""
+    """EleutherAI's sparsify: the folder is a module path."""
     found = match(r"(?:layers|h)\.(?P<layer>\d+)(?P<mlp>\.mlp)?", path)
     return {"site": ("mlp_out." if found["mlp"] else "resid_post.") + found["layer"], "architecture": "topk"}
 
@@ -201,23 +201,23 @@ DESCRIBE: Mapping[str | None, Callable[[str, str, str], Facts]] = {
     "temporal": temporal,
     "sparsify": sparsify,
 }
-"""What is known of an SAE by its repository, path and id, for every layout that the facts name."""
+"""Functions that return an SAE's facts from its repository, path and id, for every layout of the registry."""
 
 
 def match(pattern: str, text: str) -> re.Match[str]:
-    """Return the match of all of `text`.
+    """Return the match of a pattern with all of `text`.
 
     Raises:
-        InputError: if it is not of that form.
+        InputError: if it does not match.
     """
     found = re.fullmatch(pattern, text)
     if found is None:
-        raise InputError(f"Given {text!r}; expected a name of the form {pattern}: extend the layout's function.")
+        raise InputError(f"Given {text!r}; expected a name that matches {pattern}: extend the layout's function.")
     return found
 
 
 def flattened(entries: Iterable[Facts]) -> list[Facts]:
-    """Return every SAE once: one entry of the registry holds, by mistake, a second copy of its release.
+    """Return every SAE once: one entry of the registry erroneously holds a second copy of its release.
 
     Raises:
         InputError: if two entries of one release and id disagree.
@@ -228,15 +228,15 @@ def flattened(entries: Iterable[Facts]) -> list[Facts]:
             facts = {name: entry[name] for name in KEPT if name in entry}
             sae = {"release": entry["release"], "id": str(entry["id"]), "path": str(entry["path"]), **facts}
             if found.setdefault((sae["release"], sae["id"]), sae) != sae:
-                raise InputError(f"The facts hold {sae['id']!r} of {sae['release']!r} twice, and they disagree.")
+                raise InputError(f"The facts have two entries for {sae['id']!r} of {sae['release']!r} that disagree.")
     return list(found.values())
 
 
 def described(sae: Facts, release: Facts) -> Facts:
-    """Return an entry of the index, all values as texts."""
+    """Return an entry of the index, with all values as strings."""
     known = DESCRIBE[release.get("conversion_func")](release["repo_id"], sae["path"], sae["id"])
     if "l0" in sae:
-        known.setdefault("l0", f"{sae['l0']:g}")  # where the name says it, too, the authors gave the name
+        known.setdefault("l0", f"{sae['l0']:g}")  # an L0 in the name is the authors' and takes precedence
     if "l0" not in known:
         known.pop("l0_kind", None)
     scale = {"input_scale": repr(sae["norm_scaling_factor"])} if "norm_scaling_factor" in sae else {}
@@ -246,7 +246,7 @@ def described(sae: Facts, release: Facts) -> Facts:
     if "neuronpedia" in sae:
         if contradiction := contradicted(sae["neuronpedia"], known):
             log.warning(
-                "%s is not taken for %s of %s: %s.", sae["neuronpedia"], sae["id"], release["repo_id"], contradiction
+                "%s is not used for %s of %s: %s.", sae["neuronpedia"], sae["id"], release["repo_id"], contradiction
             )
         else:
             made["neuronpedia"] = sae["neuronpedia"]
@@ -254,30 +254,30 @@ def described(sae: Facts, release: Facts) -> Facts:
 
 
 def contradicted(dashboards: str, known: Facts) -> str | None:
-    """Return in what the name of dashboards contradicts the SAE that the registry gives it to; None if in nothing.
+    """Return how a dashboard name contradicts the SAE to which the registry assigns it; None if it does not.
 
-    A name says the layer, the kind of site, the width and the L0, as far as it goes: the dashboards of another SAE
-    must not be shown as those of this one.
+    A name may include the layer, the kind of site, the width and the L0. This prevents showing the dashboards of
+    another SAE.
     """
     name = dashboards.split("/")[1]
     site, layer = known["site"], layer_of(known["site"])
-    # The end of a block is, for some, the beginning of the next.
+    # Some name the end of a block as the beginning of the next.
     layers = (layer, layer + 1) if layer is not None and site.startswith("resid_post.") else (layer,)
-    if (said := re.match(r"(\d+)-", name)) and layer is not None and int(said[1]) not in layers:
-        return f"it says layer {said[1]}"
-    if (said := re.search(r"-(res|att|mlp)(?=[-_]|$)", name)) and not site.startswith(KINDS[said[1]]):
-        return f"it says {said[1]}, and the site is {site}"
-    if (said := re.search(r"-(\d+[km])(?:__|$)", name)) and size_of(said[1]) != size_of(
-        str(known.get("d_sae") or said[1])
+    if (stated := re.match(r"(\d+)-", name)) and layer is not None and int(stated[1]) not in layers:
+        return f"it states layer {stated[1]}"
+    if (stated := re.search(r"-(res|att|mlp)(?=[-_]|$)", name)) and not site.startswith(KINDS[stated[1]]):
+        return f"it states {stated[1]}, and the site is {site}"
+    if (stated := re.search(r"-(\d+[km])(?:__|$)", name)) and size_of(stated[1]) != size_of(
+        str(known.get("d_sae") or stated[1])
     ):
-        return f"it says width {said[1]}"
-    if (said := re.search(r"__l0-(\d+)$", name)) and said[1] != known.get("l0"):
-        return f"it says L0 {said[1]}"
+        return f"it states width {stated[1]}"
+    if (stated := re.search(r"__l0-(\d+)$", name)) and stated[1] != known.get("l0"):
+        return f"it states L0 {stated[1]}"
     return None
 
 
 def normalization(release: Facts) -> str | None:
-    """Return the normalisation that only the registry knows of."""
+    """Return the normalisation of a release, which is in the registry only."""
     overrides = release.get("config_overrides") or {}
     if (overrides.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights"):
         return "center"
@@ -288,7 +288,7 @@ def from_facts(facts: Facts) -> dict[str, Facts]:
     """Return the releases of the index.
 
     Raises:
-        InputError: if an entry is not of the form that its layout has.
+        InputError: if an entry does not follow the conventions of its layout.
     """
     members: dict[str, list[Facts]] = {name: [] for name in facts["releases"]}
     for sae in flattened(facts["saes"]):
@@ -303,7 +303,7 @@ def from_facts(facts: Facts) -> dict[str, Facts]:
 
 
 def from_hub(facts: Facts) -> dict[str, Facts]:
-    """Return releases, named by their repositories, of the SAEs on the Hub that the facts lack."""
+    """Return releases, named by their repositories, of the SAEs on the Hub that are not among the facts."""
     layouts = {
         release["repo_id"]: (release.get("conversion_func"), BASE_MODELS.get(name, repository_of(release["model"])))
         for name, release in facts["releases"].items()
@@ -315,11 +315,11 @@ def from_hub(facts: Facts) -> dict[str, Facts]:
     made = {}
     for repo, (layout, base) in {**layouts, **MORE}.items():
         if layout is None:
-            continue  # the id, which says the place, is in the registry only
+            continue  # the id, which states the site, is in the registry only
         try:
             listed = sae_addresses(locate(repo))
         except SAEError as error:
-            log.warning("%s is left as it is: %s", repo, error)
+            log.warning("%s is not updated: %s", repo, error)
             continue
         new = []
         for address in sorted(set(listed) - known.get(repo, set())):
@@ -334,9 +334,9 @@ def from_hub(facts: Facts) -> dict[str, Facts]:
 
 def read_facts(path: Path) -> Facts:
     """Return the facts in SAELens's wheel, or in JSON, gzipped or not."""
-    packed = path.read_bytes()
-    if not packed.startswith(b"PK"):
-        found: Facts = json.loads(gzip.decompress(packed) if packed.startswith(b"\x1f\x8b") else packed)
+    content = path.read_bytes()
+    if not content.startswith(b"PK"):
+        found: Facts = json.loads(gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content)
         return found
     with zipfile.ZipFile(path) as wheel:
         registry = yaml.load(wheel.read(REGISTRY), getattr(yaml, "CSafeLoader", yaml.SafeLoader))

@@ -20,19 +20,19 @@ def main(
     repository: Annotated[str, typer.Argument(help="Where to publish it, such as me/my-sae.")],
     subfolder: Annotated[str, typer.Option(help="Folder inside the repository.")] = "",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the source.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Such as bfloat16. Default: as it is stored.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Such as bfloat16. Default: that of the source.")] = None,
     license: Annotated[str | None, typer.Option(help="Licence, for a source that states none.")] = None,
-    license_name: Annotated[str | None, typer.Option(help="Of the licence other, what it is called.")] = None,
-    license_link: Annotated[str | None, typer.Option(help="Of the licence other, LICENSE or an address.")] = None,
+    license_name: Annotated[str | None, typer.Option(help="Name of a licence 'other'.")] = None,
+    license_link: Annotated[str | None, typer.Option(help="Of a licence 'other': LICENSE or an address.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Publish to a private repository.")] = False,
 ) -> None:
-    """Convert, publish in one commit, and load what was published."""
+    """Convert an SAE, publish it in one commit, and load the published SAE."""
     console = Console(soft_wrap=True)
     terms: dict[str, Any] = {"license": license, "license_name": license_name, "license_link": license_link}
     conversion = convert(source, address, revision=revision, dtype=dtype, **terms)
     commit = conversion.push(repository, subfolder=subfolder, private=private or None)
     sae = SAEModel.from_pretrained(repository, subfolder, revision=commit.oid)
-    console.print(f"{conversion.origin} is now {sae.checkpoint}", highlight=False, markup=False)
+    console.print(f"{conversion.origin} published as {sae.checkpoint}", highlight=False, markup=False)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Compare Gated SAEs with the paper's baseline: python hub_scripts/gated_against_baseline.py --out DIR.
 
 On the activations of the bundled language model, at every site, for several sparsities and seeds: a Gated SAE; a
-baseline of 1.5 times its latents, which costs as much to train; and "rescale & shift", the same baseline with its
-magnitudes refitted and everything else frozen. All are measured on files that neither they nor the language model were
-trained on.
+baseline with 1.5 times its latents, which has the same training cost; and "rescale & shift", the same baseline with
+its magnitudes refitted and everything else frozen. All are evaluated on files that neither they nor the language model
+were trained on.
 
 Source: Rajamanoharan et al. 2024 (arXiv 2404.16014), sections 4.1 and 5.2.
 """
@@ -42,7 +42,7 @@ from hub_scripts.demo_assets.language_model import load_language_model
 
 SITES = ("resid_post.1", "mlp_out.2")
 SPARSITIES = {"gated": (0.5, 1.0, 2.0, 4.0), "standard": (0.5, 1.0, 1.5, 2.0, 3.0)}
-"""Lambda, for activations scaled to a mean square norm of `d_in`; the two pay for different things."""
+"""Lambda, for activations scaled to a mean square norm of `d_in`; the penalties of the two are not comparable."""
 
 RESCALED = "rescale & shift"
 logger = logging.getLogger("gated_against_baseline")
@@ -50,7 +50,7 @@ logger = logging.getLogger("gated_against_baseline")
 
 @dataclass(frozen=True)
 class Outcome:
-    """One SAE, measured."""
+    """The metrics of one SAE."""
 
     site: str
     method: str
@@ -65,13 +65,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that is the same for all SAEs.
+    """The settings that all SAEs share.
 
     Attributes:
-        width: latents of a Gated SAE; a baseline has 1.5 times as many.
-        steps: optimiser steps; a third of them refits the magnitudes.
+        width: latents of a Gated SAE; a baseline has 1.5 times this number.
+        steps: optimiser steps; magnitudes are refitted in a third of them.
         batch_size: activations per step.
-        windows: held-out windows that are measured.
+        windows: number of held-out windows to evaluate on.
     """
 
     width: int = 512
@@ -104,7 +104,7 @@ class Comparison:
 
 
 def train(sae: SAEModel, activations: torch.Tensor, comparison: Comparison, seed: int, **changes: Any) -> SAEModel:
-    """Train one SAE, quietly."""
+    """Train one SAE, without progress output."""
     with tempfile.TemporaryDirectory() as scratch:
         trainer = SAETrainer(sae, comparison.arguments(scratch, seed, **changes), activations)
         for loud in (PrinterCallback, ProgressCallback):
@@ -114,7 +114,7 @@ def train(sae: SAEModel, activations: torch.Tensor, comparison: Comparison, seed
 
 
 def candidates(comparison: Comparison, site: str, seed: int, activations: torch.Tensor) -> Iterator[tuple[Any, ...]]:
-    """Yield every method at every sparsity, trained: its name, lambda, and the SAE."""
+    """Train and yield an SAE of every method at every sparsity: the method's name, lambda, and the SAE."""
     for architecture, sparsities in SPARSITIES.items():
         for sparsity in sparsities:
             torch.manual_seed(seed)
@@ -126,14 +126,14 @@ def candidates(comparison: Comparison, site: str, seed: int, activations: torch.
                 refit: dict[str, Any] = {
                     "objective": {"rescale_and_shift": True},
                     "max_steps": comparison.steps // 3,
-                    "unit_norm_decoder": False,  # frozen, it keeps the norm that it has
+                    "unit_norm_decoder": False,  # the decoder is frozen, with its own norms
                     "dead_latent_remedy": None,
                 }
                 yield RESCALED, sparsity, train(GatedSAE.from_standard(sae), activations, comparison, seed, **refit)
 
 
 def outcomes(comparison: Comparison, sites: Sequence[str], seeds: Sequence[int]) -> Iterator[Outcome]:
-    """Train and measure everything."""
+    """Train and evaluate all SAEs."""
     model, tokenizer = load_language_model(bundled.MODEL)
     activations = dictionaries.training_activations(model, tokenizer, sites)
     material = held_out_material(tokenizer, model.config.max_position_embeddings)
@@ -151,10 +151,10 @@ def outcomes(comparison: Comparison, sites: Sequence[str], seeds: Sequence[int])
 
 
 def l0_ratio(gated: Sequence[Outcome], other: Sequence[Outcome]) -> list[float]:
-    """Return how many times Gated's L0 another method needs for the loss recovered of each Gated SAE.
+    """Return another method's L0 at the loss recovered of each Gated SAE, as a multiple of that SAE's L0.
 
-    Between two SAEs of the other method the logarithm of L0 is interpolated; where none recovers as much, or all
-    recover more, there is no ratio.
+    The logarithm of L0 is interpolated between two SAEs of the other method; there is no ratio outside their range of
+    loss recovered.
     """
     points = sorted((outcome.loss_recovered, math.log(outcome.l0)) for outcome in other)
     recovered, log_l0 = zip(*points, strict=True)
@@ -177,7 +177,7 @@ def tables(found: Sequence[Outcome]) -> str:
     for (site, method, sparsity), several in sorted(rows.items()):
         cells = [_cell([getattr(each, name) for each in several]) for name in _COLUMNS]
         lines.append(f"| {site} | {method} | {sparsity:g} | {' | '.join(cells)} |")
-    lines += ["", "Times Gated's L0 for the same loss recovered, at each Gated SAE in reach:", ""]
+    lines += ["", "L0 for the same loss recovered, as a multiple of Gated's, at each Gated SAE within range:", ""]
     lines += ["| site | seed | baseline | rescale & shift |", "|---|---|---|---|"]
     for site, seed in sorted({(each.site, each.seed) for each in found}):
         here = {
@@ -193,24 +193,24 @@ _COLUMNS = ("l0", "loss_recovered", "fvu", "gamma", "dead")
 
 
 def _cell(values: Sequence[float]) -> str:
-    """Return a mean and, of several, their standard deviation."""
+    """Return the mean of values and, if there are several, their standard deviation."""
     spread = f" ± {stdev(values):.2g}" if len(values) > 1 else ""
     return f"{mean(values):.4g}{spread}"
 
 
 def _listed(ratios: Sequence[float]) -> str:
-    return ", ".join(f"{ratio:.2f}" for ratio in ratios) or "none in reach"
+    return ", ".join(f"{ratio:.2f}" for ratio in ratios) or "none within range"
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Where results go: outcomes.json and tables.md.")],
-    seeds: Annotated[int, typer.Option(help="How many seeds.")] = 3,
+    out: Annotated[Path, typer.Option(help="Folder of the results, outcomes.json and tables.md.")],
+    seeds: Annotated[int, typer.Option(help="Number of seeds.")] = 3,
     steps: Annotated[int, typer.Option(help="Optimiser steps of each SAE.")] = Comparison.steps,
     width: Annotated[int, typer.Option(help="Latents of a Gated SAE.")] = Comparison.width,
     site: Annotated[list[str] | None, typer.Option(help="Sites; both by default.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
 ) -> None:
-    """Train, measure and compare; what is finished is kept if the run is stopped."""
+    """Train, evaluate and compare; finished results are kept if the run is stopped."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
     logger.setLevel(logging.INFO)
     torch.set_num_threads(threads)

@@ -1,8 +1,9 @@
-"""Rebuild the assets of the bundled demo from nothing: python hub_scripts/make_demo_assets.py lm.
+"""Rebuild the assets of the bundled demo: python hub_scripts/make_demo_assets.py lm.
 
-Stages, each a command that reads what the one before it wrote:
+Each stage is a command that reads the output of the previous one:
 
     lm      the language model, trained on this Python's standard library (a quarter of an hour on two idle CPU cores)
+    saes    the SAEs, trained on the language model's activations
 """
 
 import json
@@ -35,7 +36,7 @@ logger = logging.getLogger("make_demo_assets")
 
 @app.callback()
 def configure(
-    threads: Annotated[int, typer.Option(help="CPU threads; another number changes the last digits.")] = 2,
+    threads: Annotated[int, typer.Option(help="CPU threads; results depend on it in their last digits.")] = 2,
 ) -> None:
     """Set up logging and the number of threads for every stage."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False)])
@@ -44,11 +45,11 @@ def configure(
 
 @app.command()
 def lm(
-    folder: Annotated[Path, typer.Option(help="Where the model goes.")] = language_model.ASSETS,
+    folder: Annotated[Path, typer.Option(help="Folder of the model.")] = language_model.ASSETS,
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = language_model.LanguageModelRecipe.steps,
     seed: Annotated[int, typer.Option(help="Initial weights and order of batches.")] = 0,
 ) -> None:
-    """Train the language model and its tokenizer, store them, and measure what was stored."""
+    """Train the language model and its tokenizer, store them, and evaluate the stored model."""
     recipe = language_model.LanguageModelRecipe(steps=steps, seed=seed)
     texts = list(corpus.texts("training"))
     logger.info("Tokenizer: %d files, %d bytes", len(texts), sum(len(text.encode()) for text in texts))
@@ -68,7 +69,7 @@ def lm(
 
 
 def measure(folder: Path, recipe: language_model.LanguageModelRecipe) -> None:
-    """Load what was stored and write the measured facts beside it."""
+    """Load from disk, and write the measured facts into the same folder."""
     facts = training_facts(*language_model.load_language_model(folder), recipe)
     (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     logger.info("Held-out loss: %.1f %% of a unigram's", 100 * facts["held_out"]["share_of_unigram"])
@@ -77,13 +78,11 @@ def measure(folder: Path, recipe: language_model.LanguageModelRecipe) -> None:
 
 @app.command()
 def saes(
-    folder: Annotated[
-        Path, typer.Option(help="Where the SAEs go, each into its own subfolder.")
-    ] = dictionaries.ASSETS,
+    folder: Annotated[Path, typer.Option(help="Folder of the SAEs, each in its own subfolder.")] = dictionaries.ASSETS,
     only: Annotated[list[str] | None, typer.Option(help="Train only these, such as resid_post.1/gated.")] = None,
-    measure_only: Annotated[bool, typer.Option(help="Train nothing; measure what is stored.")] = False,
+    measure_only: Annotated[bool, typer.Option(help="Train nothing; evaluate the stored SAEs.")] = False,
 ) -> None:
-    """Train the SAEs on the language model's activations, store them, and measure what was stored."""
+    """Train the SAEs on the language model's activations, store them, and evaluate the stored SAEs."""
     names = [recipe.name for recipe in dictionaries.RECIPES]
     for name in only or []:
         if name not in names:
@@ -116,7 +115,7 @@ def train_saes(bar: Progress, model: Any, tokenizer: Any, recipes: list[Dictiona
 
 
 def measure_saes(bar: Progress, model: Any, tokenizer: Any, recipes: list[DictionaryRecipe], folder: Path) -> None:
-    """Load what was stored and write the measured facts beside it."""
+    """Load from disk, and write the measured facts into the same folder."""
     context = model.config.max_position_embeddings
     material = report.held_out_material(tokenizer, context)
     activations = dictionaries.count_activations(tokenizer, context)
@@ -132,7 +131,7 @@ def measure_saes(bar: Progress, model: Any, tokenizer: Any, recipes: list[Dictio
 
 
 def compare_saes(folder: Path) -> None:
-    """Write the facts of all stored SAEs for their cards, each beside the others of its site, and log the table."""
+    """Write the card facts of all stored SAEs, with those of the same site as comparisons, and log a summary."""
     found = {
         path.relative_to(folder).as_posix(): json.loads(report.facts_file(path).read_text(encoding="utf-8"))
         for path in dictionaries.folders(folder)
@@ -143,7 +142,7 @@ def compare_saes(folder: Path) -> None:
         write_facts(report.card_facts(facts, others), folder / name)
         logger.info("%s", report.summary(name, facts))
         for complaint in report.is_good_enough(facts) if architecture == "gated" else []:
-            logger.warning("Below the bar: %s", complaint)
+            logger.warning("Quality criterion not met: %s", complaint)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Convert all SAEs of a repository and publish them, one commit each: python hub_scripts/mirror_set.py SOURCE TARGET.
 
-It can be interrupted at any time: what the target has from the same commit of the source is not converted again.
+It can be interrupted at any time: SAEs that the target has from the same commit of the source are not converted again.
 
     python hub_scripts/mirror_set.py google/gemma-scope-2b-pt-res me/mirror --addresses "layer_*/width_16k/*" --dry-run
 """
@@ -22,19 +22,19 @@ COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), 
 
 def main(
     source: Annotated[str, typer.Argument(help="Repository of the originals.")],
-    target: Annotated[str, typer.Argument(help="Repository to publish to, created if need be.")],
-    subfolder: Annotated[str, typer.Option(help="Mirror only what is in this folder of the source.")] = "",
-    addresses: Annotated[list[str] | None, typer.Option(help="Only these; * stands for anything.")] = None,
+    target: Annotated[str, typer.Argument(help="Repository to publish to, created if needed.")],
+    subfolder: Annotated[str, typer.Option(help="Mirror only the SAEs in this folder of the source.")] = "",
+    addresses: Annotated[list[str] | None, typer.Option(help="Only these; * matches any text.")] = None,
     sites: Annotated[list[str] | None, typer.Option(help="Only these, such as resid_post.*")] = None,
     folder: Annotated[str, typer.Option(help="Folder inside the target.")] = "",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the source.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Such as bfloat16. Default: as it is stored.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Such as bfloat16. Default: that of the source.")] = None,
     license: Annotated[str | None, typer.Option(help="Licence, for a source that states none.")] = None,
-    license_name: Annotated[str | None, typer.Option(help="Of the licence other, what it is called.")] = None,
-    license_link: Annotated[str | None, typer.Option(help="Of the licence other, LICENSE or an address.")] = None,
+    license_name: Annotated[str | None, typer.Option(help="Name of a licence 'other'.")] = None,
+    license_link: Annotated[str | None, typer.Option(help="Of a licence 'other': LICENSE or an address.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Publish to a private repository.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Convert at most this many.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be done.")] = False,
 ) -> None:
     """Mirror a repository; one SAE that cannot be converted does not stop the others."""
     console = Console(soft_wrap=True, highlight=False, markup=False)
@@ -55,7 +55,7 @@ def main(
         for step in to_do:
             bar.update(task, description=step.address)
             try:
-                commit = mirror.apply_interventions(step)
+                commit = mirror.publish(step)
             except (CheckpointError, InputError) as error:
                 failed += 1
                 console.print(f"failed   {step.address}: {error}")
@@ -63,7 +63,7 @@ def main(
                 console.print(f"mirrored {step.address} {commit.oid[:12]}")
             bar.advance(task)
     if failed:
-        console.print(f"{failed} of {len(to_do)} could not be converted; run this again for what is left.")
+        console.print(f"{failed} of {len(to_do)} could not be converted; run this again to retry them.")
         sys.exit(1)
 
 

@@ -1,6 +1,6 @@
-"""Record the operations of one forward, and say what each block of a model adds to its stream, and what it reads.
+"""Record the operations of one forward, and find what each block adds to the residual stream and what it reads.
 
-This looks at tensors and operations alone: it knows neither modules nor sites, so that it can check those who do.
+This uses tensors and operations only, not modules or sites, so that it can check the site resolver independently.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class Operation:
     """One operation on tensors of floating-point numbers.
 
     Args:
-        kind: ``"product"`` for matrix products and what mixes channels like one, ``"add"``, ``"scale"`` for a product
-            with one number or a broadcast tensor, ``"pick"`` for some rows of a tensor, else ``"other"``.
-        inputs: the values that it took.
-        output: the value that it gave.
+        kind: ``"product"`` for matrix products and operations that mix channels like one, ``"add"``, ``"scale"`` for a
+            product with one number or a broadcast tensor, ``"pick"`` for some rows of a tensor, else ``"other"``.
+        inputs: names of the input values.
+        output: name of the output value.
         factor: of the second operand of an addition, or of the first of a scaling.
     """
 
@@ -41,22 +41,22 @@ class Operation:
 class Recording(TorchDispatchMode):
     """Records all operations within its context; values are named by a digest of their content.
 
-    Values of equal content are one: a view, a copy, and a dropout that drops nothing are no operations. Tensors whose
-    elements are all equal are none, since they carry nothing.
+    Values of equal content are the same value: a view, a copy, and a dropout that drops nothing are not recorded.
+    Tensors whose elements are all equal are not tracked, since they carry no information.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.values: dict[str, Tensor] = {}
         self.made: dict[str, Operation] = {}
-        """The operation that first gave a value, in the order of execution."""
-        self._alive: list[Tensor] = []  # else the memory of one tensor would become that of another
+        """The operation that first produced each value, in the order of execution."""
+        self._alive: list[Tensor] = []  # prevents that the memory of a tensor is reused for another
         self._written: dict[int, dict[str, None]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and record it."""
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        inputs = tuple(value for value in map(self._taken, given) if value)
+        inputs = tuple(value for value in map(self._input_value, given) if value)
         operands = [self.value(arg) if isinstance(arg, Tensor) else "" for arg in args]
         out = func(*args, **(kwargs or {}))
         kind, factor, inputs = _kind(func, args, kwargs or {}, operands, inputs)
@@ -78,9 +78,9 @@ class Recording(TorchDispatchMode):
         digest = hashlib.blake2b(flat.view(torch.uint8).numpy().tobytes(), digest_size=12).hexdigest()
         return f"{tensor.dtype}:{digest}"
 
-    def _taken(self, tensor: Tensor) -> str:
+    def _input_value(self, tensor: Tensor) -> str:
         value = self.value(tensor)
-        if value and value not in self.values:  # no operation gave it: it was written part by part
+        if value and value not in self.values:  # no single operation produced it: it was written in parts
             parts = self._written.get(tensor.untyped_storage().data_ptr(), {})
             self._note(Operation("other", tuple(parts), value), tensor)
         return value
@@ -94,11 +94,11 @@ class Recording(TorchDispatchMode):
 def _kind(
     func: Any, args: Sequence[Any], kwargs: dict[str, Any], operands: list[str], inputs: tuple[str, ...]
 ) -> tuple[str, float | Tensor, tuple[str, ...]]:
-    """Return an operation's kind, factor, and inputs; of an addition and a scaling, the operands in order."""
+    """Return an operation's kind, factor, and inputs; for an addition or a scaling, the operands in order."""
     name = func._schema.name.partition("::")[2].strip("_")
     if name in _PRODUCTS or "attention" in name or name.endswith(("_mm", "_linear")):
         return "product", 1.0, inputs
-    if name == "convolution" and args[-1] < args[0].shape[1]:  # a depthwise one mixes no channels
+    if name == "convolution" and args[-1] < args[0].shape[1]:  # not a depthwise one, which mixes no channels
         return "product", 1.0, inputs
     if name in ("add", "sub") and len(operands) == 2 and all(operands):
         sign = 1.0 if name == "add" else -1.0
@@ -114,55 +114,60 @@ def _kind(
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """Something that is added to the stream: a value, and its content as it is added."""
+    """A summand of the residual stream.
+
+    Attributes:
+        value: its name.
+        content: the tensor that is added, with its factor.
+    """
 
     value: str
     content: Tensor
 
 
 class Block:
-    """What happens between two values of a residual stream.
+    """The operations of one block, between two values of the residual stream.
 
     Args:
         recording: the recorded forward.
-        start: the stream before.
-        end: the stream after.
+        start: the stream before the block.
+        end: the stream after it.
     """
 
     def __init__(self, recording: Recording, start: Tensor, end: Tensor) -> None:
         self._made, self._values = recording.made, recording.values
         self._order = {value: number for number, value in enumerate(recording.made)}
         first, last = recording.value(start), recording.value(end)
-        self._near = self._passed(first, products=False)
-        self._after = self._passed(first, products=True)
+        self._near = self._dominators(first, products=False)
+        self._after = self._dominators(first, products=True)
         self.stream = {value for value in (first, *self._back(last)) if value in self._near}
-        """The names of all values that the stream has from start to end."""
+        """The names of all values of the stream from start to end."""
 
     @property
     def values(self) -> list[Tensor]:
         """The values of the stream."""
         return [self._values[value] for value in self.stream]
 
-    def _passed(self, first: str, products: bool) -> dict[str, set[str]]:
-        """Return, for each value that is made of the first one, those that every way to it passes.
+    def _dominators(self, first: str, products: bool) -> dict[str, set[str]]:
+        """Return, for each value computed from the first one, the values on every path to it.
 
         Args:
-            first: the value that all ways begin at.
-            products: whether they may lead through products.
+            first: the value at which all paths start.
+            products: whether paths may include products.
         """
-        passed = {first: {first}}
+        dominators = {first: {first}}
         for made in self._made.values():
-            before = [passed[value] for value in made.inputs if value in passed]
-            if before and made.output not in passed and (products or made.kind != "product"):
-                passed[made.output] = set.intersection(*before) | {made.output}
-        return passed
+            before = [dominators[value] for value in made.inputs if value in dominators]
+            if before and made.output not in dominators and (products or made.kind != "product"):
+                dominators[made.output] = set.intersection(*before) | {made.output}
+        return dominators
 
     def _back(self, value: str) -> Iterator[str]:
-        """Yield a value and all that it was made of since the last products."""
+        """Yield a value and all values that it was computed from since the last products."""
         return self._walk(value, lambda made: made.inputs if made.kind != "product" else ())
 
     def _branch(self, value: str) -> Iterator[str]:
-        """Yield a value and all that it was made of since what comes from the start without a product."""
+        """Yield a value and all that it was computed from, back to values computed from the start by no product."""
         return self._walk(value, lambda made: tuple(item for item in made.inputs if item not in self._near))
 
     def _walk(self, value: str, before: Callable[[Operation], tuple[str, ...]]) -> Iterator[str]:
@@ -175,7 +180,7 @@ class Block:
                 todo += before(self._made[current]) if current in self._made else ()
 
     def terms(self) -> list[Term]:
-        """Return all that is added to the stream: each operand of an addition, and if that is a sum, its parts."""
+        """Return all summands of the stream: each operand of an addition, and, if it is a sum, its parts."""
         found: list[Term] = []
         for made in self._made.values():
             if made.kind == "add" and made.output in self.stream:
@@ -194,11 +199,12 @@ class Block:
             yield from list(self._parts(made.inputs[0], made.factor * factor))[1:]
 
     def first_operands(self, term: Term) -> list[Tensor]:
-        """Return what the first products on the way to a term read, in up to two readings.
+        """Return the input of the first products on the paths to a term, under up to two definitions.
 
-        The first products are those that read what comes from the stream without a product; if they read several
-        values, the last one counts that all of them are made of. Where products mix earlier values of the stream for a
-        sublayer, it is the first value of the stream's size that every way to the term passes, and only products read.
+        First: the products that read values computed from the stream without a product; if they read several values,
+        the last value from which all of them are computed. Second, for sublayers whose input is mixed from earlier
+        values of the stream by products: the first value of the stream's size on every path to the term that only
+        products read.
         """
         products = [made for value in self._branch(term.value) if (made := self._product(value)) is not None]
         read = {value for made in products for value in made.inputs if value in self._near}
@@ -217,7 +223,7 @@ class Block:
         return [self._values[value] for value in found]
 
     def last_operands(self, term: Term) -> list[Tensor]:
-        """Return all that the last products before a term read."""
+        """Return the inputs of the last products before a term."""
         products = [made for value in self._back(term.value) if (made := self._product(value)) is not None]
         return [self._values[value] for made in products for value in made.inputs]
 

@@ -1,4 +1,4 @@
-"""Write model_cards/: the cards of what is bundled, and one example card per architecture."""
+"""Write model_cards/: the cards of the bundled model and SAEs, and one example card per architecture."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python hub_scripts/re
 from hub_scripts.demo_assets.language_model_card import language_model_card
 
 FOLDER = Path(__file__).parents[1] / "model_cards"
-# An example states a shape and a place; nothing is claimed about an SAE that nobody has trained.
+# An example has sizes, a site and a base model, and no metrics, since the SAE is not trained.
 EXAMPLE = {"d_in": 768, "d_sae": 1024, "site": "resid_post.6", "base_model": "openai-community/gpt2"}
 
 
@@ -29,7 +29,7 @@ def render() -> dict[str, str]:
 
 
 def main() -> None:
-    """Write the cards and remove those of things that are no longer there."""
+    """Write the cards and remove those that are no longer rendered."""
     FOLDER.mkdir(exist_ok=True)
     cards = render()
     for stale in {path.name for path in FOLDER.glob("*.md")} - set(cards):

@@ -1,7 +1,7 @@
 """Resolve the sites of every causal language model type of transformers: python -m hub_scripts.site_survey --out DIR.
 
-Each type is built tiny from its default configuration, in a process of its own, and checked on another batch: by what
-is read and written at the sites, and by the operations of the forward, which tell what is added to the residual stream
+Each type is built with tiny sizes from its default configuration, in its own process, and checked on another batch: by
+reading and writing at the sites, and by the operations of the forward, which show what is added to the residual stream
 and what the products read.
 """
 
@@ -41,18 +41,18 @@ _INSIDE = {"attn_in": "attn_out", "attn_z": "attn_out", "mlp_in": "mlp_out", "ml
 
 @dataclass
 class Finding:
-    """What became of one type.
+    """The results for one model type.
 
     Args:
         name: the model type.
         error: why it could not be built, run or resolved; empty if it could.
-        decoder: whether it is a decoder-only model: it is not the half of another, and no token sees a later one.
+        decoder: whether it is a decoder-only model: not part of an encoder-decoder, and causal.
         n_layers: number of proven blocks.
-        places: for each kind of site, the places with ``L`` for the layer.
+        places: for each kind of site, its tensor paths with ``L`` for the layer.
         proven: for each kind of site, the layers in which it is proven.
-        refused: for each reason, the kinds of sites that it holds for.
-        stream: how often each relation between the stream and the contributions was found on another batch.
-        traced: how many sites were compared with the operations of a forward.
+        refused: for each reason, the sites to which it applies.
+        stream: the number of times that each relation between stream and contributions was found on another batch.
+        traced: number of sites that were compared with the operations of a forward.
         wrong: checks on another batch that failed.
     """
 
@@ -69,7 +69,7 @@ class Finding:
 
     @property
     def result(self) -> str:
-        """The class that the type falls in."""
+        """The class of the result."""
         if self.error:
             return "not built"
         if self.wrong:
@@ -81,7 +81,7 @@ class Finding:
         return "full" if len(full) == self.n_layers else "in part" if some else "stream only"
 
     def _whole(self, layer: int) -> bool:
-        """Whether all that a block adds to the stream has a name, and the stream in between if the block has one."""
+        """Whether all contributions of a block have a site, and so does the stream between them, if there is one."""
         has = {kind for kind, layers in self.proven.items() if layer in layers}
         named = all(kind in has or f"{kind}.{layer}" in self.absent for kind in ("attn_out", "mlp_out"))
         between = "resid_mid" in has or f"resid_mid.{layer}" in self.absent
@@ -89,7 +89,7 @@ class Finding:
 
     @property
     def absent(self) -> set[str]:
-        """The sites that a block has no place for: it adds only one thing, or adds both to the same stream."""
+        """The sites that a block does not have: it has only one contribution, or adds both to the same stream."""
         return {name for why, names in self.refused.items() if re.search(_ABSENT, why) for name in names}
 
 
@@ -134,10 +134,11 @@ def traced_faults(model: nn.Module, sites: SiteMap, ids: Tensor | None = None) -
     Args:
         model: the model.
         sites: its sites.
-        ids: tokens ``[B, S]``; made up when None.
+        ids: tokens ``[B, S]``; arbitrary ones by default.
 
     Returns:
-        How many sites were compared, and what is not so. Contributions of zeros are left out, as they show nothing.
+        The number of sites that were compared, and the mismatches. Contributions of zeros are left out, as they cannot
+        be compared.
     """
     with Recording() as recording:
         seen, _ = _run(model, sites, dict.fromkeys(sites.names(), lambda x: None), some_ids() if ids is None else ids)
@@ -168,14 +169,14 @@ def traced_faults(model: nn.Module, sites: SiteMap, ids: Tensor | None = None) -
 
 
 def check(model: nn.Module, sites: SiteMap, finding: Finding) -> None:
-    """Look on another batch whether the proven sites are what their names say, and note what is not so."""
+    """Check on another batch that the proven sites are what their names say, and record mismatches."""
     ids = some_ids()
     seen, clean = _run(model, sites, dict.fromkeys(sites.names(), lambda x: None), ids)
     relations: Counter[str] = Counter()
     for layer in range(sites.n_layers):
         here = {kind: seen[f"{kind}.{layer}"] for kind in LAYERED if f"{kind}.{layer}" in seen}
         follows = seen.get(f"resid_pre.{layer + 1}")
-        if follows is not None and "resid_post" in here and not _goes_on(here["resid_post"], follows):
+        if follows is not None and "resid_post" in here and not _continues(here["resid_post"], follows):
             finding.wrong.append(f"resid_post.{layer} is not resid_pre.{layer + 1}")
         for start, terms, goal in _steps(here, finding, layer):
             relation = _relation(here[start], torch.stack([here[term] for term in terms]).sum(0), here[goal])
@@ -186,7 +187,9 @@ def check(model: nn.Module, sites: SiteMap, finding: Finding) -> None:
     for site in sites.names():
         for edit, same in ((_shift, False), (torch.clone, True)):
             if torch.equal(_run(model, sites, {site: edit}, ids)[1], clean) is not same:
-                finding.wrong.append(f"writing {'the same' if same else 'something else'} to {site} is not told apart")
+                finding.wrong.append(
+                    f"writing {'the same' if same else 'something else'} to {site} is not distinguished"
+                )
         kind, _, number = site.partition(".")
         held = {name: seen[name] for name in (f"attn_out.{number}", f"mlp_out.{number}") if name in seen}
         known = {*held, *finding.absent} if f"resid_post.{number}" in seen else set()
@@ -199,8 +202,8 @@ def check(model: nn.Module, sites: SiteMap, finding: Finding) -> None:
                 finding.wrong.append(f"writing to {site} {'changes' if same else 'does not change'} {name}")
 
 
-def _goes_on(before: Tensor, after: Tensor) -> bool:
-    """Whether the stream goes on as it was, or times a power of two."""
+def _continues(before: Tensor, after: Tensor) -> bool:
+    """Whether the stream is unchanged, or multiplied by a power of two."""
     factor = float(after.flatten()[before.abs().argmax()]) / float(before.flatten()[before.abs().argmax()])
     return math.frexp(factor)[0] == 0.5 and torch.equal(before * factor, after)
 
@@ -210,7 +213,7 @@ def _shift(x: Tensor) -> Tensor:
 
 
 def _steps(here: Mapping[str, Tensor], finding: Finding, layer: int) -> Iterator[tuple[str, list[str], str]]:
-    """Yield start, contributions and goal of each sum that the names of one block promise."""
+    """Yield start, contributions and result of each sum that the names of one block's sites imply."""
     if "resid_pre" not in here or "resid_post" not in here:
         return
     if "attn_out" in here and "resid_mid" in here:
@@ -224,7 +227,7 @@ def _steps(here: Mapping[str, Tensor], finding: Finding, layer: int) -> Iterator
 
 
 def _relation(start: Tensor, added: Tensor, goal: Tensor) -> str:
-    """Return how a goal comes from the stream and what is added to it, tried from the simplest on; empty if none."""
+    """Return the simplest relation that gives `goal` from the stream and what is added to it; empty if none does."""
     total = start + added
     if _close(total, goal):
         return "sum"
@@ -244,7 +247,7 @@ def _close(found: Tensor, wanted: Tensor) -> bool:
 
 
 def _channelwise(x: Tensor, y: Tensor) -> Tensor:
-    """Return the best ``x * gain + bias`` for ``y``, with one gain and bias per channel."""
+    """Return the best fit ``x * gain + bias`` to ``y``, with one gain and bias per channel."""
     x, y = x.double(), y.double()
     centred = x - x.mean((0, 1))
     gain = (centred * y).sum((0, 1)) / centred.square().sum((0, 1))
@@ -254,15 +257,15 @@ def _channelwise(x: Tensor, y: Tensor) -> Tensor:
 def _run(
     model: nn.Module, sites: SiteMap, edits: Mapping[str, Callable[[Tensor], Tensor | None]], ids: Tensor
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Run one forward with edits, and return what was at their sites, and the logits."""
+    """Run one forward with edits, and return the activations at their sites, and the logits."""
     seen: dict[str, Tensor] = {}
 
-    def noting(name: str, edit: Callable[[Tensor], Tensor | None], value: Tensor) -> Tensor | None:
+    def recorded(name: str, edit: Callable[[Tensor], Tensor | None], value: Tensor) -> Tensor | None:
         seen[name] = value.detach().clone()
         return edit(value)
 
     handles = [
-        sites[name].register(partial(noting, name, edit), lambda: (ids.shape[0], ids.shape[1]))
+        sites[name].register(partial(recorded, name, edit), lambda: (ids.shape[0], ids.shape[1]))
         for name, edit in edits.items()
     ]
     try:
@@ -274,18 +277,18 @@ def _run(
 
 
 def _examine_apart(name: str, seconds: float) -> Finding:
-    """Examine a type in a process of its own, which may be killed."""
+    """Examine a type in its own process, which is killed after `seconds`."""
 
     def work(pipe: Connection) -> None:
         torch.set_num_threads(1)
         pipe.send(examine(name))
 
-    ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("fork").Process(target=work, args=(theirs,))
+    receiver, sender = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=work, args=(sender,))
     process.start()
-    theirs.close()
+    sender.close()
     try:
-        found = ours.recv() if ours.poll(seconds) else Finding(name, f"took more than {seconds:g} s")
+        found = receiver.recv() if receiver.poll(seconds) else Finding(name, f"took more than {seconds:g} s")
     except EOFError:
         found = Finding(name, "the process died")
     process.kill()
@@ -307,7 +310,7 @@ def summary(findings: Sequence[Finding]) -> str:
     for row in rows:
         counts = [sum(f.result == row and f.decoder is decoder for f in built) for decoder in (True, False)]
         lines.append(f"| {row} | {counts[0]} | {counts[1]} |")
-    lines.append("\n| not full | proven | refused, because |\n|---|---|---|")
+    lines.append("\n| not full | proven | refused, with reason |\n|---|---|---|")
     for finding in sorted(built, key=lambda f: (rows.index(f.result), f.name)):
         if finding.result != "full":
             lines.append(f"| `{finding.name}` | {_proven(finding)} | {_refused(finding)} |")
@@ -335,9 +338,9 @@ def _refused(finding: Finding) -> str:
 def main(
     types: Annotated[list[str] | None, typer.Argument(help="Only these model types. Default: all.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for survey.json and survey.md.")] = None,
-    seconds: Annotated[float, typer.Option(min=1, help="Most time for one type.")] = 120.0,
+    seconds: Annotated[float, typer.Option(min=1, help="Time limit for one type.")] = 120.0,
 ) -> None:
-    """Survey the types, and fail if a site that was accepted is not what its name says."""
+    """Survey the types; the exit status is 1 if an accepted site is not what its name says."""
     console = Console(soft_wrap=True, highlight=False, markup=False)
     logging.set_verbosity_error()
     findings = []

@@ -1,4 +1,4 @@
-"""Tiny random models of every type that transformers knows, from its default configuration with all sizes small."""
+"""Tiny random models of every model type of transformers, from its default configuration with small sizes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-DEPTH = 4  # blocks per model, more where it takes more to have each kind of block twice
+DEPTH = 4  # blocks per model, or more to have two blocks of each kind
 MOST_DEPTH = 8
-LARGEST = 30_000_000  # parameters; a model that stays larger has a size that is not known here
+LARGEST = 30_000_000  # parameters; a larger model has a size that is not in the table below
 
-# Tiny values by name; the first pattern that fits decides. Sizes that must agree do: 4 heads of 8 channels make 32.
+# Tiny values by name; the first matching pattern applies. Sizes that must agree do: 4 heads of 8 channels make 32.
 _DEPTHS = r"(conf_)?num_hidden_layers|n_layers?|num_layers|(num_)?(en|de)coder_layers|num_blocks|depth"
 _SIZES: tuple[tuple[str, int], ...] = (
     (r".*vocab.*", 128),
@@ -45,7 +45,7 @@ _NO_SIZES = ("id2label", "label2id")
 
 
 def small_config(name: str, fill: bool = False, **changes: Any) -> PretrainedConfig:
-    """Return a type's default configuration with all sizes tiny, and if `fill`, also those that it leaves open."""
+    """Return a type's default configuration with tiny sizes; with `fill`, sizes that are None are set as well."""
     kind = CONFIG_MAPPING[name]
     values = {k: v for k, v in kind().to_dict().items() if k not in ("model_type", "transformers_version")}
     small = {key: value for key, value in _small(values, fill).items() if value != values.get(key)}
@@ -80,7 +80,7 @@ def _by_layer(value: Any) -> bool:
 
 
 def _few_layers(values: Mapping[str, Any], fill: bool) -> dict[str, Any]:
-    """Take some layers of all that is listed by layer, two of each kind if there are so many kinds."""
+    """Return the settings that are listed by layer for a few of the layers, up to two of each kind."""
     depth = next((key for key, value in values.items() if re.fullmatch(_DEPTHS, key) and isinstance(value, int)), "")
     count = values.get(depth, 0)
     lists = {key: value for key, value in values.items() if isinstance(value, list) and len(value) == count > 1}
@@ -110,7 +110,7 @@ def _few_layers(values: Mapping[str, Any], fill: bool) -> dict[str, Any]:
 
 
 def build(name: str) -> PreTrainedModel:
-    """Build a tiny model of a type, with every parameter random; what a default leaves open is filled in if needed."""
+    """Build a tiny model of a type with random parameters; settings without a default are filled in if needed."""
     rope = {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
     reversible = {"is_decoder": True, "axial_pos_embds": False}
     attempts: tuple[dict[str, Any], ...] = ({}, {"fill": True}, {"rope_parameters": rope}, reversible)
@@ -138,7 +138,7 @@ def _build(name: str, changes: Mapping[str, Any]) -> PreTrainedModel:
 
 @torch.no_grad()
 def randomise(model: nn.Module) -> None:
-    """Make gains, biases, learned scales and matrices so large and so different that none agree by chance."""
+    """Set gains, biases, learned scales and matrices to large and different values, so that none agree by chance."""
     for name, parameter in model.named_parameters():
         if "A_log" in name or "dt_" in name or not parameter.is_floating_point():
             continue
@@ -154,5 +154,5 @@ def randomise(model: nn.Module) -> None:
 
 
 def some_ids(batch: int = 3, sequence: int = 16) -> Tensor:
-    """Return ids ``[batch, sequence]`` that no default configuration gives a meaning."""
+    """Return ids ``[batch, sequence]`` that are not special tokens in any default configuration."""
     return torch.arange(batch * sequence).mul(7).remainder(97).add(20).view(batch, sequence)

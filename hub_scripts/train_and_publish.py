@@ -1,10 +1,10 @@
-"""Train an SAE, measure it on held-out text, and publish it with its card: one commit.
+"""Train an SAE, evaluate it on held-out text, and publish it with its card in one commit.
 
 python hub_scripts/train_and_publish.py openai-community/gpt2 train.txt held_out.txt me/gpt2-sae \
     --sae.site resid_post.6 --sae.d_sae 12288 --training.max_steps 50000
 
-Every setting of `hf-gated-sae train` is a flag here, too. With --resume, a run that was interrupted is gone on with.
-A transcoder, of which nothing is measured here, is trained with that command, and published with its `push_to_hub`.
+Every setting of `hf-gated-sae train` is also a flag here. With --resume, an interrupted run is continued. Transcoders
+cannot be evaluated here: train them with that command, and publish them with `push_to_hub`.
 """
 
 import sys
@@ -21,7 +21,7 @@ from hf_gated_sae.evaluation import FidelityReport
 from hf_gated_sae.evaluation.fidelity import require_reconstructing
 from hf_gated_sae.publishing import CardFacts
 from hf_gated_sae.publishing.push import create_repository
-from hf_gated_sae.publishing.trained import leave, training_facts
+from hf_gated_sae.publishing.trained import save_trained, training_facts
 from hf_gated_sae.training.run import Run, assemble, read_flags
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -31,22 +31,24 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Causal LM: Hub id or folder.")],
-    text: Annotated[str, typer.Argument(help="What to train on: a file, a folder, or a data set's Hub id.")],
-    held_out: Annotated[str, typer.Argument(help="What to measure on, likewise.")],
+    text: Annotated[str, typer.Argument(help="Training text: a file, a folder, or a data set's Hub id.")],
+    held_out: Annotated[str, typer.Argument(help="Held-out text to evaluate on: the same.")],
     repository: Annotated[str, typer.Argument(help="Where to publish it, such as me/my-sae.")],
     subfolder: Annotated[str, typer.Option(help="Folder inside the repository.")] = "",
-    preset: Annotated[str, typer.Option(help="Recipe; see hf-gated-sae train --presets.")] = "gated-modern",
-    tokens: Annotated[int, typer.Option(min=2, help="Held-out tokens to measure on, about.")] = 1_000_000,
+    preset: Annotated[str, typer.Option(help="Preset; see hf-gated-sae train --presets.")] = "gated-modern",
+    tokens: Annotated[
+        int, typer.Option(min=2, help="Approximate number of held-out tokens to evaluate on.")
+    ] = 1_000_000,
     held_out_split: Annotated[str, typer.Option(help="Split of a held-out data set.")] = "test",
     license: Annotated[str | None, typer.Option(help="Licence of the SAE, such as apache-2.0.")] = None,
-    license_name: Annotated[str | None, typer.Option(help="Of the licence other, what it is called.")] = None,
-    license_link: Annotated[str | None, typer.Option(help="Of the licence other, LICENSE or an address.")] = None,
+    license_name: Annotated[str | None, typer.Option(help="Name of a licence 'other'.")] = None,
+    license_link: Annotated[str | None, typer.Option(help="Of a licence 'other': LICENSE or an address.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Publish to a private repository.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the latest checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the latest checkpoint.")] = False,
 ) -> None:
-    """Train, measure, publish, and load what was published."""
+    """Train an SAE, evaluate it, publish it, and load the published SAE."""
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    # Before the training, which would be in vain otherwise.
+    # Checked before the training, whose result could not be published otherwise.
     terms: dict[str, Any] = {"license": license, "license_name": license_name, "license_link": license_link}
     CardFacts(**terms).licensed()
     source = {"files": text} if Path(text).exists() else {"dataset": text}
@@ -59,7 +61,7 @@ def main(
     run = Run.prepare(assemble(given, read_flags(context.args)), resume=resume)
     for name, value in run.facts().items():
         console.print(f"{name}: {value}")
-    # Before the training, which would be in vain otherwise.
+    # Checked before the training, whose result could not be published otherwise.
     for sae in run.saes.values():
         require_reconstructing(sae)
     batches = run.held_out(held_out, held_out_split)
@@ -67,8 +69,8 @@ def main(
         create_repository(repository, private=private or None)
     run.train()
     if not run.parts.arguments.should_save:
-        return  # of several processes, the first one goes on alone
-    leave(run)
+        return  # only the first of several processes continues
+    save_trained(run)
     for name in run.saes:
         sae = run.trained(name)
         some = islice(batches, max(1, tokens // (batches.context_length * batches.sequences_per_batch)))
@@ -94,7 +96,7 @@ def main(
 
 
 def _summary(report: FidelityReport) -> str:
-    """Return the headline numbers in one line."""
+    """Return the headline metrics in one line."""
     metrics = report.metrics
     return (
         f"L0 {metrics.l0:.1f}, loss recovered {report.loss_recovered:.3f}, FVU {metrics.fvu:.3f}, gamma "

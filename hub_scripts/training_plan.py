@@ -1,4 +1,6 @@
-"""What training a wide SAE on a large model takes on many devices, on paper: python hub_scripts/training_plan.py.
+"""Estimated memory, time and price of training a wide SAE on a large model on many devices.
+
+    python hub_scripts/training_plan.py
 
 Prints the table of the section "A 1M-latent Gated SAE on a 70B model, on paper" of hf_gated_sae/training/README.md,
 which states the assumptions in words.
@@ -15,17 +17,17 @@ from hf_gated_sae.architectures import architectures
 from hf_gated_sae.training.memory import TrainingMemory
 
 PRODUCTS = 7
-"""Of ``tokens x width x latents`` in a dense Gated step: the encoder's, two reconstructions, the gradients of the
-latents through each of them, and those of W_dec and W_enc. The auxiliary term's decoder is frozen."""
+"""Matrix products of ``tokens x width x latents`` in a dense Gated step: the encoder's, two reconstructions, the
+gradients of the latents through each of them, and those of W_dec and W_enc. The auxiliary term's decoder is frozen."""
 
 RECONSTRUCTIONS = 2
 """Sums over the processes that share a Gated SAE, each ``[tokens, width]``."""
 
 UPDATE_BYTES = 48
-"""Read and written per parameter: 28 by Adam, 14 by the unit norm of half of them, 6 by a copy in bfloat16."""
+"""Bytes read and written per parameter: 28 by Adam, 14 by the unit norm of half of them, 6 by a bfloat16 copy."""
 
 PASSES = 16
-"""Over an array ``[tokens, latents]`` in float32, for all that is no matrix product."""
+"""Passes over a float32 array ``[tokens, latents]`` by all operations that are not matrix products."""
 
 
 LAYOUTS = ((8, 8, 16_384), (16, 8, 32_768), (16, 16, 32_768), (64, 8, 131_072), (64, 16, 131_072), (64, 64, 131_072))
@@ -34,17 +36,17 @@ LAYOUTS = ((8, 8, 16_384), (16, 8, 32_768), (16, 16, 32_768), (64, 8, 131_072), 
 
 @dataclass(frozen=True)
 class Machine:
-    """Devices and what joins them; all but the first two numbers are assumptions.
+    """Devices and their connections; all but the first two numbers are assumptions.
 
     Attributes:
-        operations: of a large product in bfloat16, per second.
-        bandwidth: of a device's memory, bytes per second.
-        memory: of a device, bytes.
-        node: devices that the fast links join.
-        link: bytes per second and device within a node, as collectives reach them.
+        operations: per second, of a large matrix product in bfloat16.
+        bandwidth: of a device's memory, in bytes per second.
+        memory: of a device, in bytes.
+        node: number of devices that are connected by fast links.
+        link: bytes per second and device that collectives reach within a node.
         network: the same between nodes.
         utilisation: share of `operations` that is reached.
-        price: of a device and hour.
+        price: per device and hour.
     """
 
     operations: float = 790e12
@@ -59,14 +61,14 @@ class Machine:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be trained.
+    """An SAE to be trained, and its base model.
 
     Attributes:
         base_parameters: of the base model.
-        base_layers: that it has.
-        layer: after which it is stopped.
+        base_layers: layers of the base model.
+        layer: after which its forward is stopped.
         width: of the site.
-        d_sae: latents.
+        d_sae: number of latents.
         tokens: activations per step, of all processes.
         buffer: activations that every reader holds for shuffling.
     """
@@ -82,14 +84,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to lay a job over devices.
+    """A layout of a job on devices, with its costs.
 
     Attributes:
-        devices: in all.
-        latents: devices that share an SAE.
-        model: devices that share a base model.
-        memory: bytes per device, by what takes them.
-        seconds: per step, by what takes them; nothing is assumed to overlap.
+        devices: number of devices.
+        latents: number of devices that share an SAE.
+        model: number of devices that share a base model.
+        memory: bytes per device, by use.
+        seconds: per step, by kind of work; nothing is assumed to overlap.
         tokens: activations per step.
         price: per device and hour.
     """
@@ -104,26 +106,26 @@ class Plan:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all devices together."""
+        """Tokens per second of all devices together."""
         return self.tokens / sum(self.seconds.values())
 
     @property
     def price_per_billion(self) -> float:
-        """Of a billion tokens."""
+        """Price of a billion tokens."""
         return 1e9 / self.tokens_per_second / 3600 * self.devices * self.price
 
 
 def plan(
     devices: int, latents: int, *, model: int = 8, job: Job | None = None, machine: Machine | None = None
 ) -> Plan:
-    """Return what a step takes.
+    """Return the memory and time of a step.
 
     Args:
-        devices: in all.
-        latents: over how many of them the latents are split; the rest is data parallel.
-        model: over how many of them the base model is split.
-        job: what is trained.
-        machine: on what.
+        devices: number of devices.
+        latents: number of devices over which the latents are split; the rest is data parallel.
+        model: number of devices over which the base model is split.
+        job: the SAE and its base model.
+        machine: the devices.
     """
     job, machine = job or Job(), machine or Machine()
     rows, readers = devices // latents, latents // model
@@ -165,7 +167,7 @@ def plan(
 
 
 def table(plans: list[Plan]) -> str:
-    """Return plans as a table in Markdown, as it stands in the README of hf_gated_sae/training."""
+    """Return plans as a Markdown table, as shown in `training/README.md`."""
     lines = [
         "| GPUs | share an SAE | data parallel | tokens/step | GB per GPU | s/step | tokens/s | $ per 10⁹ tokens |",
         "|---|---|---|---|---|---|---|---|",
@@ -180,12 +182,12 @@ def table(plans: list[Plan]) -> str:
 
 
 def _rounded(number: float) -> str:
-    """Return two digits, which is more than paper knows."""
+    """Return a number rounded to two digits, which exceeds the accuracy of the estimate."""
     return f"{float(f'{number:.2g}'):,.0f}"
 
 
 def _all_reduce(amount: float, among: int) -> float:
-    """Return the bytes that a device sends where so many sum so many bytes in a ring."""
+    """Return the bytes that a device sends in a ring all-reduce of `amount` bytes among `among` devices."""
     return 2 * amount * (among - 1) / among
 
 

@@ -1,4 +1,4 @@
-"""`hf-gated-sae train`: train SAEs on a model and a text, as one YAML file says."""
+"""`hf-gated-sae train`: train SAEs on a model and a text, configured by a YAML file."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 class _WithSettings(Command):
-    """Lists, below its own options, the settings of a run, each of which is a flag."""
+    """A command whose help also lists the settings of a run, each of which is a flag."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help."""
         super().format_help(ctx, formatter)
-        from .training.settings import show_settings  # here, so that nothing else waits for torch
+        from .training.settings import show_settings  # here, because it imports torch
 
         show_settings(Console())
 
@@ -37,28 +37,28 @@ class _WithSettings(Command):
 def train(
     context: typer.Context,
     config: Annotated[Path | None, typer.Option(help="YAML file of the run.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the latest checkpoint in output_dir.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it will cost, and write nothing.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the latest checkpoint in output_dir.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cost of the run, and write nothing.")] = False,
     no_measure: Annotated[
-        bool, typer.Option("--no-measure", help="With --dry-run: load and run nothing, estimate.")
+        bool, typer.Option("--no-measure", help="With --dry-run: estimate, without loading or running anything.")
     ] = False,
     preset: Annotated[
-        str | None, typer.Option(help="Recipe that everything else is laid over.", autocompletion=complete.presets)
+        str | None, typer.Option(help="Preset, which all other settings override.", autocompletion=complete.presets)
     ] = None,
-    presets: Annotated[bool, typer.Option("--presets", help="Describe the presets, and stop.")] = False,
+    presets: Annotated[bool, typer.Option("--presets", help="Describe the presets and exit.")] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train SAEs of any architecture at any site of a causal LM, as a YAML file says.
+    """Train SAEs of any architecture at any site of a causal LM, configured by a YAML file.
 
-    Every setting of the file is also a flag, --training.learning_rate 1e-4, which comes before the file, as the file
-    comes before its preset. The SAEs are left in output_dir, beside a run.yaml that names the commits of model and
-    data and trains the same again.
+    Every setting of the file is also a flag, such as --training.learning_rate 1e-4. Flags override the file, and the
+    file overrides its preset. The SAEs are written to output_dir, with a run.yaml that pins the commits of model and
+    data and repeats the run.
     """
     run: RunConfig | None = None
-    first = os.environ.get("RANK", "0") == "0"  # of several processes, the first one speaks
+    first = os.environ.get("RANK", "0") == "0"  # only the first of several processes prints
     out = Output(quiet, as_json) if first else Output(quiet=True, silent=True)
-    with interruptible(lambda: "" if run is None or dry_run else _how_to_go_on(run)):
+    with interruptible(lambda: "" if run is None or dry_run else _after_interruption(run)):
         from ..training.run import read_flags, read_run  # here, so that --help does not wait for torch
         from .training.settings import presets_document, show_presets
 
@@ -67,7 +67,7 @@ def train(
             out.document(presets_document())
             return
         if no_measure and not dry_run:
-            raise InputError("--no-measure says how a --dry-run is done; pass both.")
+            raise InputError("--no-measure only applies to --dry-run; pass both.")
         if config is None and preset is None and not context.args:
             raise InputError("Nothing to train: pass --config run.yaml, or the settings as flags (see --help).")
         _require_known(context)
@@ -90,34 +90,34 @@ def _require_known(context: typer.Context) -> None:
             raise InputError(f"Unknown option {name}.{did_you_mean(name, known) or ' See --help.'}")
 
 
-def _how_to_go_on(run: RunConfig) -> str:
-    """Return the sentence that says what an interrupted run has left."""
+def _after_interruption(run: RunConfig) -> str:
+    """Return the message after Ctrl-C: how to resume the run."""
     from ..training.checkpoints import checkpoints
 
     if not checkpoints(Path(run.output_dir)):
         return "There is no checkpoint yet."
-    return "Go on from the latest checkpoint with --resume."
+    return "Resume from the latest checkpoint with --resume."
 
 
 def _estimate(out: Output, run: RunConfig, *, measure: bool) -> None:
-    """Print what a run will cost."""
+    """Print the cost of a run."""
     from psutil import Process
 
     from ..training.run import estimate, measured
     from .training.settings import estimate_document, show_estimate
 
     with out.notes.status("measuring" if measure else "estimating"), out.bars():
-        # A run imports as much before it begins as this command has.
+        # A run takes the same time for imports as this command did.
         found = measured(run, before=time.time() - Process().create_time()) if measure else estimate(run)
     show_estimate(out.results, found)
     out.document(estimate_document(found))
 
 
 def _train(out: Output, run: RunConfig, resume: bool) -> None:
-    """Train, leave the SAEs, and say where they are and how they did."""
+    """Train, save the SAEs with their cards, and print their folders and metrics."""
     from ..modeling.transformers_settings import without_bars
     from ..publishing.facts import read_facts
-    from ..publishing.trained import leave
+    from ..publishing.trained import save_trained
     from ..training.run import Run
     from .training.live_progress import LiveProgress
 
@@ -128,7 +128,7 @@ def _train(out: Output, run: RunConfig, resume: bool) -> None:
         ready.train([progress], quiet=True)
     if not ready.parts.arguments.should_save:
         return
-    folders = leave(ready)
+    folders = save_trained(ready)
     for name, folder in folders.items():
         out.results.print(
             f"[bold]{escape(name or 'SAE')}[/] in {escape(str(folder))}", highlight=False, soft_wrap=True

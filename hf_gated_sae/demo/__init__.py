@@ -1,1 +1,1 @@
-"""An example that needs no download: a small language model of Python source, its SAEs and the ground truth."""
+"""A demo that needs no download: a small language model of Python source, its SAEs and ground-truth concepts."""

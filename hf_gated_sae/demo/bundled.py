@@ -1,4 +1,4 @@
-"""The model and the SAEs that ship with the package, all of them made by `hub_scripts/make_demo_assets.py`."""
+"""The model and the SAEs that ship with the package, created by `hub_scripts/make_demo_assets.py`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def require_bundled() -> None:
     """Raise unless the bundled model and SAEs are installed.
 
     Raises:
-        MissingFileError: saying how to make them.
+        MissingFileError: with how to install or rebuild them.
     """
     for folder in (MODEL, SAES / DEFAULT_SAE):
         if not (folder / "config.json").is_file():

@@ -1,7 +1,7 @@
-"""The concepts of the demo: properties of Python source that can be decided exactly, to compare latents with.
+"""The concepts of the demo: properties of Python source that can be determined exactly, to compare with latents.
 
-A concept is one decorated function below; adding one is adding a function. All of them read what
-`hf_gated_sae.demo.lexer` finds, so they hold for whole files, for pieces of files and for what a model wrote.
+A concept is one decorated function below. All of them read the tokens of `hf_gated_sae.demo.lexer`, so they apply to
+whole files, to pieces of files and to generated text.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,10 +22,10 @@ class Concept:
     """One named property of characters.
 
     Args:
-        name: how users and tables call it.
+        name: for users and tables.
         description: one phrase.
-        find: gives the spans of characters that have it.
-        counts_whitespace: whether blanks weigh as much as other characters in a token or in a share.
+        find: yields the spans of characters that have it.
+        counts_whitespace: whether blanks count like other characters in a token or in a share.
     """
 
     name: str
@@ -45,7 +45,7 @@ def concept(*, counts_whitespace: bool = False) -> Callable[[Finder], Finder]:
         counts_whitespace: see `Concept`.
 
     Returns:
-        A decorator that leaves the function as it is.
+        A decorator that returns the function unchanged.
     """
 
     def register(find: Finder) -> Finder:
@@ -203,24 +203,24 @@ _FORMATTED_OR_BYTES = frozenset("fFtTbB")
 
 
 def _of_kind(source: Source, kind: Kind) -> Iterator[Span]:
-    """Give the tokens of one kind."""
+    """Yield the spans of the tokens of one kind."""
     return ((token.start, token.end) for token in source.tokens if token.kind == kind)
 
 
 def _is_name(token: Token) -> bool:
-    """Tell an identifier from a reserved word."""
+    """Whether a token is an identifier, and not a reserved word."""
     return token.kind == "name" and not iskeyword(token.text)
 
 
 def _windows(source: Source) -> Iterator[tuple[Token, Token, Token]]:
-    """Give every three neighbouring tokens of every logical line, the first time with an empty token before."""
+    """Yield every three consecutive tokens of every logical line, with an empty token before the first."""
     for line in source.lines:
         padded = [Token("unknown", "", line.start), *line.tokens]
         yield from zip(padded, padded[1:], padded[2:], strict=False)
 
 
 def _name_after(source: Source, word: str) -> Iterator[Span]:
-    """Give the names that directly follow a reserved word on its logical line."""
+    """Yield the spans of the names that directly follow a reserved word on its logical line."""
     for line in source.lines:
         for before, name in zip(line.tokens, line.tokens[1:], strict=False):
             if before.text == word and _is_name(name):
@@ -228,20 +228,20 @@ def _name_after(source: Source, word: str) -> Iterator[Span]:
 
 
 def _lines_that_begin_with(source: Source, *words: str) -> Iterator[Span]:
-    """Give the logical lines whose first token is one of some words, from that token on, without a comment behind."""
+    """Yield the spans of the logical lines whose first token is one of `words`, without trailing comments."""
     for line in source.lines:
         if line.tokens and line.tokens[0].text in words:
             yield line.tokens[0].start, line.tokens[-1].end
 
 
 def _defines(line: LogicalLine) -> bool:
-    """Tell whether a line with tokens is the header of a function or a class."""
+    """Whether a line with tokens is the header of a function or a class."""
     words = [token.text for token in line.tokens[:2]]
     return words[0] in ("def", "class") or words == ["async", "def"]
 
 
 def _after_header(tokens: Sequence[Token]) -> list[Token] | None:
-    """Give what follows the colon of a definition's header, or None where the header has no colon yet."""
+    """Return the tokens after the colon of a definition's header, or None if the header has no colon yet."""
     brackets = 0
     for index, token in enumerate(tokens):
         if token.kind == "operator":
@@ -252,7 +252,7 @@ def _after_header(tokens: Sequence[Token]) -> list[Token] | None:
 
 
 def _leading_strings(tokens: Sequence[Token]) -> list[Token]:
-    """Give the literals of the first statement where it consists of nothing but strings of text."""
+    """Return the literals of the first statement if it consists of text strings only; else none."""
     literals: list[Token] = []
     for token in tokens:
         if token.text == ";":

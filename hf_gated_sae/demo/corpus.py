@@ -1,15 +1,16 @@
-"""The demo's corpus: the source of the Python standard library, which every machine that can run the demo has.
+"""The demo's corpus: the source of the Python standard library, which is on every machine that can run the demo.
 
-What is left out, and why:
+Left out, with the reasons:
 
 * tests, and code that is not part of the library (`site-packages`, `dist-packages`, site customisation): not present
   everywhere, or not Python's own;
 * `idlelib` and `lib2to3`: applications that distributions package separately or that later versions dropped;
 * generated tables (`encodings`, `pydoc_data`, `html/entities.py`, the build configuration): hundreds of kilobytes of
-  literals would teach a small model nothing about Python, and the build configuration names the building machine.
+  literals would teach a small model nothing about Python, and the build configuration names the build machine.
 
 Files are held out by their path, so the split is the same on every version of Python. Code that a version moved to
-another file can therefore be in both splits of two versions; figures are exact on the version that trained the model.
+another file can therefore be in different splits of two versions; figures are exact on the version on which the model
+was trained.
 """
 
 import hashlib
@@ -34,7 +35,7 @@ EXCLUDED_FILES = frozenset({"html/entities.py", "sitecustomize.py", "usercustomi
 EXCLUDED_PREFIXES = ("_sysconfigdata", "_sysconfig_vars", "config-")
 
 HELD_OUT_ONE_IN = 10
-"""One file in this many is held out (chosen by the hash of its path)."""
+"""One in `HELD_OUT_ONE_IN` files is held out, selected by the hash of its path."""
 
 
 @lru_cache(maxsize=1)
@@ -57,7 +58,7 @@ def standard_library() -> Path:
 
 
 def _is_included(relative: str) -> bool:
-    """Decide from its relative posix path alone whether a file belongs to the corpus."""
+    """Whether a file belongs to the corpus, determined by its relative posix path."""
     folders = relative.split("/")[:-1]
     if relative in EXCLUDED_FILES or relative.startswith(EXCLUDED_PREFIXES):
         return False
@@ -80,7 +81,7 @@ def source_files() -> tuple[str, ...]:
 
 
 def _is_utf8(path: Path) -> bool:
-    """Tell whether a file can be decoded; an unreadable file is not part of the corpus."""
+    """Whether a file can be read as utf-8; other files are not part of the corpus."""
     try:
         path.read_text(encoding="utf-8")
     except (UnicodeDecodeError, PermissionError):
@@ -94,7 +95,7 @@ def _path_hash(relative: str) -> bytes:
 
 
 def is_held_out(relative: str) -> bool:
-    """Tell whether a file is held out, from its path alone, so that the answer never changes between Pythons.
+    """Whether a file is held out, determined by its path, so that it is the same on every version of Python.
 
     Args:
         relative: posix path relative to the standard library, for example `"json/decoder.py"`.
@@ -115,7 +116,7 @@ def training_files() -> tuple[str, ...]:
 
 
 def held_out_files() -> tuple[str, ...]:
-    """List the files the demo's models are measured on and never trained on.
+    """List the files on which the demo's models are evaluated and never trained.
 
     Returns:
         Relative posix paths, sorted.
@@ -154,7 +155,7 @@ def read(relative: str) -> str:
 
 
 def texts(split: Split, max_bytes: int | None = None) -> Iterator[str]:
-    """Read the documents of a split in the order of their path hashes, so that any prefix is a fair sample.
+    """Read the documents of a split in the order of their path hashes, so that any prefix is a random sample.
 
     Args:
         split: `"training"` or `"held_out"`.
@@ -183,12 +184,12 @@ def texts(split: Split, max_bytes: int | None = None) -> Iterator[str]:
 
 
 def _whole_lines(encoded: bytes) -> str:
-    """Keep the complete lines of a cut document (cutting after a newline never splits a utf-8 character)."""
+    """Return the complete lines of a truncated document (truncating after a newline never splits a character)."""
     return encoded[: encoded.rfind(b"\n") + 1].decode("utf-8")
 
 
 def corpus_digest(split: Split | None = None) -> str:
-    """Identify the exact text that was used, for cards and reports.
+    """Return a digest of the text of the corpus, for cards and reports.
 
     Args:
         split: one split, or None for the whole corpus.
@@ -202,7 +203,7 @@ def corpus_digest(split: Split | None = None) -> str:
     digest = hashlib.sha256()
     for relative in source_files() if split is None else files_of(split):
         content = read(relative).encode("utf-8")
-        # The lengths make the encoding unambiguous: no two different corpora feed the same bytes.
+        # The lengths make the encoding unambiguous: different corpora never hash the same bytes.
         digest.update(f"{relative}\0{len(content)}\0".encode())
         digest.update(content)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The demo, step by step; every number of it is in one `DemoReport`, which the terminal and the plot only show."""
+"""The steps of the demo; all its measurements are in one `DemoReport`, which the terminal and the plot show."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from .labelled_text import LabelledText, cut
 from .targets import ConceptTarget, Target, candidates, concept_scores, firing_target, with_evidence
 
 Progress = Callable[[str, int, int], None]
-"""Called with the name of the step, with how much of it is done, the number of it, and the number of steps."""
+"""Called with the name of the step and its progress, its number, and the number of steps."""
 STEPS = ("load model and SAE", "read text", "splice", "find the latent", "ablate", "steer", "publish")
 
 
 @dataclass(frozen=True)
 class DemoPlan:
-    """What to show.
+    """The options of the demo.
 
     Attributes:
         model: repository id or folder of a causal LM; the bundled one by default.
@@ -39,11 +39,11 @@ class DemoPlan:
         text: file with text; by default held-out source of the Python standard library.
         concept: the concept to show; chosen by measurement by default.
         latent: show this latent, whatever it means.
-        strength: how hard to steer, in units of the latent's recorded maximum; chosen by measurement by default.
-        tokens: how many tokens to measure on; what suits the model by default.
+        strength: of steering, in units of the latent's recorded maximum; chosen by measurement by default.
+        tokens: number of tokens to evaluate on; chosen by the size of the model by default.
         out: folder to publish the SAE into.
         window: tokens per window.
-        effort: how much to do; what suits the model by default.
+        effort: sizes of the measurements; chosen by the size of the model by default.
     """
 
     model: str | None = None
@@ -59,11 +59,11 @@ class DemoPlan:
     effort: Effort | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be shown, before anything is loaded.
+        """Check the options, before anything is loaded.
 
         Raises:
-            InputError: saying what was given, and what was expected.
-            MissingFileError: if there is no such text.
+            InputError: if an option is invalid, or does not go with another one.
+            MissingFileError: if the text does not exist.
             UnknownNameError: for a concept that does not exist.
         """
         if self.sae is None and self.model is not None:
@@ -73,19 +73,21 @@ class DemoPlan:
         if self.concept is not None and self.concept not in CONCEPTS:
             raise unknown_name("concept", self.concept, CONCEPTS)
         if self.concept is not None and (self.latent is not None or not self.is_python):
-            raise InputError(f"--concept {self.concept} needs Python source as text and no --latent; leave one out.")
+            raise InputError(
+                f"--concept {self.concept} needs Python source as text and no --latent; omit one of them."
+            )
         if self.strength is not None and not 0 < self.strength < math.inf:
             raise InputError(
-                f"--strength is {self.strength:g}; expected a number above 0: the demo shows that there is more of "
-                "what the latent stands for."
+                f"--strength is {self.strength:g}; expected a number above 0, since the demo increases the latent's "
+                "concept."
             )
         if self.tokens is not None and self.tokens < 2 * self.window:
             raise InputError(
-                f"--tokens is {self.tokens}; expected {2 * self.window} or more, which is one window of {self.window} "
-                "to choose a latent on and one to show it on."
+                f"--tokens is {self.tokens}; expected {2 * self.window} or more: one window of {self.window} on which "
+                "a latent is chosen and one on which it is shown."
             )
         if self.latent is not None and self.latent < 0:
-            raise InputError(f"--latent is {self.latent}; expected the index of a latent, from 0 on.")
+            raise InputError(f"--latent is {self.latent}; expected the index of a latent, 0 or more.")
 
     @property
     def is_python(self) -> bool:
@@ -95,17 +97,17 @@ class DemoPlan:
 
 @dataclass(frozen=True)
 class DemoReport:
-    """Everything the demo measured.
+    """All measurements of the demo.
 
     Attributes:
         model, sae: names.
         fidelity: losses and metrics of the splice.
-        target: the latent and what it stands for.
-        ablation: loss change inside and outside that.
+        target: the latent and its meaning.
+        ablation: loss change on the target's tokens and on all others.
         steering: continuations before and after.
-        published: the folder that was written, None if not asked for.
+        published: the folder that was written; None if none was requested.
         files: names of the files in it.
-        identical: whether the SAE read back from it equals the published one bit by bit.
+        identical: whether the SAE loaded from it equals the published one bit for bit.
     """
 
     model: str
@@ -123,45 +125,45 @@ def run_demo(plan: DemoPlan, progress: Progress) -> DemoReport:
     """Run the demo.
 
     Args:
-        plan: what to show.
-        progress: told of every step.
+        plan: the options.
+        progress: called at every step.
 
     Returns:
-        What was measured.
+        The measurements.
 
     Raises:
-        SAEError: for anything in the plan that does not exist or does not fit together.
+        SAEError: if the options refer to something that does not exist, or do not fit together.
     """
 
-    def tell(step: str, detail: str = "") -> None:
+    def report_step(step: str, detail: str = "") -> None:
         progress(f"{step}: {detail}" if detail else step, STEPS.index(step) + 1, len(STEPS))
 
-    tell("load model and SAE")
+    report_step("load model and SAE")
     sae = load_sae(plan)
     model, tokenizer = load_model(plan)
     sae = sae.to(model.device)
     effort = plan.effort or effort_for(model)
-    tell("read text")
+    report_step("read text")
     material = read_material(plan, model, tokenizer, effort)
-    tell("splice")
-    # Steering measures in units of the latents' maxima; an SAE that brings none gets them from this text.
+    report_step("splice")
+    # Steering strengths are in units of the latents' maxima; an SAE that has recorded none gets those of this text.
     fidelity = evaluate(
         model,
         sae,
         list(material.batches()),
         record=not sae.config.recorded_tokens,
-        progress=lambda done: tell("splice", f"{done:,} of {material.tokens:,} tokens"),
+        progress=lambda done: report_step("splice", f"{done:,} of {material.tokens:,} tokens"),
     )
-    tell("find the latent")
+    report_step("find the latent")
     choosing, showing = material.halves()
-    target, strength = choose_target(model, tokenizer, sae, plan, effort, choosing, showing, tell)
-    tell("ablate")
+    target, strength = choose_target(model, tokenizer, sae, plan, effort, choosing, showing, report_step)
+    report_step("ablate")
     ablation = measure_ablation(model, sae, target, showing)
-    tell("steer")
+    report_step("steer")
     how = replace(effort.showing, strength=strength)
     steering = measure_steering(model, tokenizer, sae, target, showing, how)
     require_effect(plan, steering)
-    tell("publish")
+    report_step("publish")
     files: tuple[str, ...] = ()
     identical = False
     if plan.out is not None:
@@ -180,17 +182,17 @@ def run_demo(plan: DemoPlan, progress: Progress) -> DemoReport:
 
 
 def require_effect(plan: DemoPlan, steering: SteeringEffect) -> None:
-    """Raise unless steering changed what the model writes; the bundled latent must also do so as it is to.
+    """Raise unless steering changed the output; with the bundled SAE it must also increase the target's share.
 
     Raises:
-        AttachError: with what was measured.
+        AttachError: with the measurements.
     """
     changed = sum(each.before != each.after for each in steering.continuations)
     if not changed or (plan.sae is None and steering.share_after <= steering.share_before):
         raise AttachError(
             f"Steering had no effect: {changed} of {len(steering.continuations)} continuations changed, and the share "
-            f"of what the latent stands for went from {steering.share_before:.1%} to {steering.share_after:.1%}. "
-            "Something steers nothing here: try --strength, or check the versions of torch and transformers."
+            f"of the latent's concept went from {steering.share_before:.1%} to {steering.share_after:.1%}. Try "
+            "another --strength, or check the versions of torch and transformers."
         )
 
 
@@ -202,22 +204,22 @@ def choose_target(
     effort: Effort,
     choosing: LabelledText,
     showing: LabelledText,
-    tell: Callable[[str, str], None],
+    report_step: Callable[[str, str], None],
 ) -> tuple[Target, float]:
-    """Pick the latent to show, of those that know a concept the one that steers best, and how hard to steer.
+    """Choose the latent to show, the best for steering of those that detect a concept, and the steering strength.
 
     Args:
         model: the causal LM.
         tokenizer: its tokenizer.
         sae: the SAE.
-        plan: which concept, latent or strength is wanted, if any.
-        effort: how many candidates to try, and how.
+        plan: the requested concept, latent or strength, if any.
+        effort: number of candidates, and how to try them.
         choosing: text to choose on.
         showing: text on which the choice will be shown.
-        tell: told of every trial.
+        report_step: called at every trial.
 
     Raises:
-        InputError: if no latent is fit to be shown.
+        InputError: if no latent is suitable.
     """
     if plan.latent is not None or choosing.labels is None:
         found: list[Target] = [firing_target(model, sae, choosing, plan.latent)]
@@ -230,7 +232,7 @@ def choose_target(
         found,
         choosing,
         replace(effort.choosing, strength=plan.strength),
-        lambda done, total: tell("find the latent", f"{done} of {total} trials of steering"),
+        lambda done, total: report_step("find the latent", f"{done} of {total} trials of steering"),
     )
     if isinstance(best, ConceptTarget):
         best = with_evidence(best, concept_scores(model, sae, showing))
@@ -238,15 +240,15 @@ def choose_target(
 
 
 def subfolder_of(plan: DemoPlan) -> str:
-    """Return the subfolder of the SAE: the default one belongs to the bundled SAEs only."""
+    """Return the subfolder of the SAE; the default only applies to the bundled SAEs."""
     return plan.subfolder if plan.subfolder is not None else "" if plan.sae else bundled.DEFAULT_SAE
 
 
 def load_model(plan: DemoPlan) -> tuple[Any, Any]:
-    """Load the causal LM in float32 on one device, and its tokenizer, through transformers.
+    """Load the causal LM in float32 on one device, and its tokenizer, with transformers.
 
     Raises:
-        MissingFileError: if there is no such model.
+        MissingFileError: if the model does not exist.
     """
     if plan.model is None:
         bundled.require_bundled()
@@ -267,27 +269,27 @@ def load_sae(plan: DemoPlan) -> SAEModel:
     """Load the SAE through the public API.
 
     Raises:
-        InputError: if the latent that is to be shown does not exist.
+        InputError: if the requested latent does not exist.
     """
     if plan.sae is None:
         bundled.require_bundled()
     sae: SAEModel = SAEModel.from_pretrained(plan.sae or str(bundled.SAES), subfolder_of(plan))
     if plan.latent is not None:
-        sae.latent_indices([plan.latent])  # before the model, which takes longer, is loaded
+        sae.latent_indices([plan.latent])  # raises before the model is loaded, which takes longer
     return sae
 
 
 def read_material(plan: DemoPlan, model: Any, tokenizer: Any, effort: Effort) -> LabelledText:
-    """Return the windows of text to measure on.
+    """Return the windows of text to evaluate on.
 
     Args:
-        plan: which text, and how much of it, if it says so.
-        model: the causal LM; its longest context bounds the windows.
+        plan: the text, and the number of tokens, if given.
+        model: the causal LM; its longest context limits the windows.
         tokenizer: its tokenizer.
-        effort: how much to read by default, and how many windows at a time.
+        effort: the default number of tokens, and windows per forward.
 
     Raises:
-        InputError: if the text is no text, or shorter than two windows.
+        InputError: if the text cannot be read, or is shorter than two windows.
     """
     texts: Iterable[str]
     if plan.text is None:
@@ -311,10 +313,12 @@ def publish_and_reload(sae: SAEModel, folder: Path, facts: CardFacts | None = No
     """Write the SAE with its card to a folder and read it back.
 
     Returns:
-        Names of the files, and whether every tensor came back bit by bit.
+        Names of the files, and whether every tensor is the same bit for bit.
     """
     save(sae, folder, facts or read_facts(sae))
     again = SAEModel.from_pretrained(folder)
-    ours, theirs = sae.state_dict(), again.state_dict()
-    identical = ours.keys() == theirs.keys() and all(torch.equal(ours[key].cpu(), theirs[key].cpu()) for key in ours)
+    saved, loaded = sae.state_dict(), again.state_dict()
+    identical = saved.keys() == loaded.keys() and all(
+        torch.equal(saved[key].cpu(), loaded[key].cpu()) for key in saved
+    )
     return tuple(sorted(path.name for path in folder.iterdir())), identical

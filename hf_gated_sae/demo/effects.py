@@ -1,4 +1,4 @@
-"""What ablating and steering a latent does, measured."""
+"""Measuring the effects of ablating a latent and of steering with it."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ STRENGTHS = (1.0, 2.0)
 
 @dataclass(frozen=True)
 class AblationEffect:
-    """Next-token loss in nats per token, inside and outside what the latent stands for.
+    """Next-token loss in nats per token, inside and outside the target's tokens.
 
     Attributes:
         inside_clean, inside_ablated: mean loss of tokens inside.
         outside_clean, outside_ablated: mean loss of all other tokens.
-        inside_tokens, outside_tokens: how many there are.
+        inside_tokens, outside_tokens: their numbers.
     """
 
     inside_clean: float
@@ -45,7 +45,7 @@ class Continuation:
 
     Attributes:
         prompt, before, after: text.
-        share_before, share_after: share of each continuation that the latent stands for.
+        share_before, share_after: the target's share of each continuation.
     """
 
     prompt: str
@@ -57,7 +57,7 @@ class Continuation:
 
 @dataclass(frozen=True)
 class SteeringEffect:
-    """Several prompts, each continued before and after steering with the same random numbers.
+    """Several prompts, each continued without and with steering with the same random numbers.
 
     Attributes:
         strength: in units of the latent's recorded maximum activation.
@@ -79,7 +79,7 @@ class SteeringEffect:
 
     @property
     def clearest(self) -> Continuation:
-        """The continuation that changed most: an example of the effect, where the means are its size."""
+        """The continuation with the largest change, as an example of the effect."""
         return max(self.continuations, key=lambda c: c.share_after - c.share_before)
 
 
@@ -105,7 +105,7 @@ def measure_ablation(model: Any, sae: SAEModel, target: Target, material: Labell
     """
     inside = target.inside(material)[:, 1:]
     before = torch.cat([token_losses(model, batch["input_ids"]) for batch in material.batches()])
-    with attach(model, Ablate(sae, [target.latent]), check=False):  # it was tried when the splice was measured
+    with attach(model, Ablate(sae, [target.latent]), check=False):  # the fit was checked when the splice was measured
         after = torch.cat([token_losses(model, batch["input_ids"]) for batch in material.batches()])
     return AblationEffect(
         inside_clean=before[inside].mean().item(),
@@ -119,14 +119,14 @@ def measure_ablation(model: Any, sae: SAEModel, target: Target, material: Labell
 
 @dataclass(frozen=True)
 class SteeringPlan:
-    """How continuations are made.
+    """Settings of steering and of sampling continuations.
 
     Attributes:
         strength: in units of the latent's recorded maximum activation; None to choose it by its effect.
         prompts: number of prompts.
         prompt_tokens, new_tokens: lengths.
         temperature: of sampling; 0 is greedy.
-        seed: of sampling, the same before and after.
+        seed: of sampling, the same without and with steering.
     """
 
     strength: float | None = None
@@ -146,9 +146,9 @@ def measure_steering(
         model: the causal LM.
         tokenizer: its tokenizer.
         sae: the SAE.
-        target: the latent and what it stands for.
-        material: text; prompts are the beginnings of windows that end outside what the latent stands for.
-        plan: how.
+        target: the latent and its meaning.
+        material: text; prompts are beginnings of windows that end outside the target's tokens.
+        plan: settings of steering and sampling.
 
     Returns:
         The continuations and their shares.
@@ -160,10 +160,10 @@ def measure_steering(
 def _steered(
     model: Any, tokenizer: Any, sae: SAEModel, target: Target, prompts: Tensor, before: Tensor, plan: SteeringPlan
 ) -> SteeringEffect:
-    """Continue prompts with steering, and compare with how they went on without."""
+    """Continue prompts with steering, and compare with the continuations without."""
     strength = STRENGTHS[0] if plan.strength is None else plan.strength
     steer = Steer(sae, target.latent, strength=strength, positions="generated")
-    with attach(model, steer, check=False):  # it was tried when the splice was measured
+    with attach(model, steer, check=False):  # the fit was checked when the splice was measured
         after = _continue(model, tokenizer, prompts, plan)
     continuations = []
     for prompt, plain, steered in zip(prompts, before, after, strict=True):
@@ -177,9 +177,9 @@ def _steered(
 
 
 def _prompts(target: Target, material: LabelledText, plan: SteeringPlan) -> Tensor:
-    """Return the beginnings of windows spread over the material, ``[N, prompt_tokens]``, none of which ends inside.
+    """Return beginnings of windows from all of the material, ``[N, prompt_tokens]``, that end outside the target.
 
-    What begins inside a comment goes on inside it, steered or not.
+    A prompt that ends inside a comment, for example, would be continued inside it with or without steering.
     """
     outside = (~target.inside(material)[:, plan.prompt_tokens - 1]).nonzero().squeeze(-1)
     if not len(outside):
@@ -189,7 +189,7 @@ def _prompts(target: Target, material: LabelledText, plan: SteeringPlan) -> Tens
 
 
 def _continue(model: Any, tokenizer: Any, prompts: Tensor, plan: SteeringPlan) -> Tensor:
-    """Return prompts and continuations, ``[N, prompt_tokens + new_tokens]``."""
+    """Return prompts with their continuations, ``[N, prompt_tokens + new_tokens]``."""
     with torch.random.fork_rng():
         torch.manual_seed(plan.seed)
         return model.generate(
@@ -212,16 +212,16 @@ def choose_by_effect(
     plan: SteeringPlan,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Target, float]:
-    """Return the target whose latent, steered with, raises its own share most, and the strength that does it.
+    """Return the target whose share increases most when steering with its latent, and the strength for it.
 
     Args:
         model: the causal LM.
         tokenizer: its tokenizer.
         sae: the SAE.
         targets: candidates.
-        material: text other than what the choice is shown on.
-        plan: how to steer; a few prompts suffice. A strength that it states is kept.
-        progress: called before each trial with how many are done, and how many there are.
+        material: text other than that on which the choice is shown.
+        plan: settings of steering; a few prompts suffice. If it has a strength, only that one is tried.
+        progress: called before each trial with the number of finished and of all trials.
     """
     strengths = STRENGTHS if plan.strength is None else (plan.strength,)
     if len(targets) * len(strengths) == 1:

@@ -1,4 +1,4 @@
-"""How much the demo does: a few minutes on two cores, for a model of one million parameters or of a hundred."""
+"""Sizes of the demo's measurements, chosen to take a few minutes on two cores for small and larger models."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 from .effects import SteeringPlan
 
 SMALL_MODEL = 20_000_000
-"""Parameters up to which a model is quick enough for the thorough demo on a CPU."""
+"""Number of parameters up to which the thorough demo is fast enough on a CPU."""
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much text is measured on, and how much is written.
+    """Sizes of the demo's measurements.
 
     Attributes:
-        tokens: tokens to measure on; half of them choose the latent, the other half shows it.
-        candidates: latents that are steered with, to choose the one that is shown.
-        choosing: how each of them is tried.
-        showing: how the chosen one is shown.
-        rows: windows of text that the model is given at a time; few of a large model, whose logits take memory.
+        tokens: tokens to evaluate on; the latent is chosen on half of them and shown on the other half.
+        candidates: number of latents to steer with, of which one is chosen.
+        choosing: steering with each candidate.
+        showing: steering with the chosen latent.
+        rows: windows of text per forward; fewer for a large model, whose logits take memory.
     """
 
     tokens: int
@@ -35,5 +35,5 @@ QUICK = Effort(4_096, 4, SteeringPlan(prompts=8, new_tokens=24), SteeringPlan(pr
 
 
 def effort_for(model: Any) -> Effort:
-    """Return how much to do with a model."""
+    """Return the sizes for a model, by its number of parameters."""
     return THOROUGH if model.num_parameters() <= SMALL_MODEL else QUICK

@@ -1,4 +1,4 @@
-"""Text cut into windows of tokens, with the ground truth of every token beside it."""
+"""Text in windows of tokens, with ground-truth labels of every token."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .token_concepts import CONCEPTS, token_labels
 
 @dataclass(frozen=True)
 class LabelledText:
-    """Windows of equal length.
+    """Windows of equal length, with labels.
 
     Attributes:
         input_ids: ``[N, S]``.
-        labels: which token has which concept, ``[N, S, n_concepts]`` bool; None where the text is not Python.
+        labels: which token has which concept, ``[N, S, n_concepts]`` bool; None if the text is not Python.
         names: the concepts, in the order of `labels`.
-        rows: windows that a model is given at a time.
+        rows: windows per forward.
     """
 
     input_ids: Tensor
@@ -35,7 +35,7 @@ class LabelledText:
             yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def halves(self) -> tuple[LabelledText, LabelledText]:
-        """Return every other window, and the rest: one to choose a latent on, the other to show it on."""
+        """Return every other window, and the rest: a latent is chosen on one half and shown on the other."""
         pick = [
             replace(
                 self,
@@ -55,15 +55,15 @@ class LabelledText:
 def cut(
     tokenizer: Any, texts: Iterable[str], *, window: int, windows: int, python: bool, rows: int = 8
 ) -> LabelledText:
-    """Tokenise texts and cut them into windows, none of which reaches across two texts.
+    """Tokenise texts and split them into windows, each within one text.
 
     Args:
         tokenizer: a fast tokenizer of transformers.
         texts: documents.
-        window: tokens per window, with the special tokens that the tokenizer puts before a text.
-        windows: how many windows at most.
+        window: tokens per window, including the special tokens that the tokenizer adds before a text.
+        windows: maximum number of windows.
         python: whether the texts are Python source and can be labelled.
-        rows: windows that a model is to be given at a time.
+        rows: windows per forward.
 
     Returns:
         The windows.

@@ -1,13 +1,13 @@
-"""A lexer for Python that never raises, so that text which a language model wrote can be labelled like real source.
+"""A lexer for Python that never raises, so that generated text can be labelled like real source.
 
-`tokenize` cannot do this job: it stops at the first error, where and how depends on the version of Python (3.12 moved
-to the C tokenizer), and it splits f-strings on some versions only. On well-formed source this lexer finds the same
-strings, comments, names, numbers, operators, logical lines and block depths as `tokenize`; the tests hold it to that
-on the standard library. On broken source it goes on:
+`tokenize` is not suitable: it stops at the first error, in a way that depends on the version of Python (3.12 moved to
+the C tokenizer), and it splits f-strings on some versions only. On well-formed source this lexer finds the same
+strings, comments, names, numbers, operators, logical lines and block depths as `tokenize`; tests check that on the
+standard library. On broken source it continues:
 
-* an unterminated string in triple quotes reaches to the end of the text, in single quotes to the end of its line;
-* an unclosed bracket is given up at the next line that begins with a word only a statement can begin with;
-* a dedent to a column that no open block has closes every deeper block and opens one of its own.
+* an unterminated string in triple quotes extends to the end of the text, in single quotes to the end of its line;
+* an unclosed bracket ends at the next line that begins with a word that only begins statements;
+* a dedent to a column of no open block closes every deeper block and opens a new one.
 """
 
 import re
@@ -33,8 +33,8 @@ _LEXEME = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 
-# What a string may hold before its closing quote. Every alternative also matches at the end of the text, so a body is
-# found in linear time whatever follows.
+# The contents of a string before its closing quote. Every alternative also matches at the end of the text, so the body
+# is always found in linear time.
 _BODIES = {
     **{q: re.compile(rf"[^{q}\\\r\n]*(?:\\(?:\r\n|.|\Z)[^{q}\\\r\n]*)*", re.DOTALL) for q in ('"', "'")},
     **{q * 3: re.compile(rf"[^{q}\\]*(?:(?:\\(?:.|\Z)|{q}(?!{q}{q}))[^{q}\\]*)*", re.DOTALL) for q in ('"', "'")},
@@ -46,14 +46,14 @@ _STATEMENT_WORDS = frozenset(
         *("nonlocal", "pass", "raise", "return", "try", "while", "with"),
     }
 )
-"""Keywords that no expression contains: at the beginning of a line they prove that an open bracket was forgotten."""
+"""Keywords that no expression contains: at the beginning of a line they show that a bracket was not closed."""
 
 
 class Token(NamedTuple):
     """One piece of source; whitespace and line breaks are not tokens.
 
     Args:
-        kind: what it is.
+        kind: of the token.
         text: its characters.
         start: offset of its first character.
         closed: False for a string whose closing quote is missing.
@@ -72,14 +72,14 @@ class Token(NamedTuple):
 
 @dataclass
 class LogicalLine:
-    """A statement line as the grammar sees it: brackets and backslashes join physical lines.
+    """A logical line of Python's grammar: brackets and backslashes join physical lines.
 
     Args:
         start: offset of its first character, indentation included.
-        depth: how many blocks it is inside.
+        depth: number of enclosing blocks.
         tokens: its tokens without comments; empty for a line that is only a comment.
         end: offset after its last token or comment.
-        complete: whether a line break ended it, all brackets closed.
+        complete: whether it ends with a line break, with all brackets closed.
     """
 
     start: int
@@ -108,7 +108,7 @@ def lex(text: str) -> Source:
     """Lex a text that may be incomplete or broken anywhere.
 
     Args:
-        text: Python source, or something like it.
+        text: Python source, possibly incomplete or invalid.
 
     Returns:
         Its tokens and logical lines.
@@ -141,12 +141,12 @@ def _match(pattern: re.Pattern[str], text: str, position: int) -> re.Match[str]:
 
 
 def _column(blanks: str) -> int:
-    """Measure indentation as Python does: a tab goes to the next multiple of eight, a form feed back to zero."""
+    """Return the width of an indentation as in Python: a tab to the next multiple of eight, a form feed to zero."""
     return len(blanks.rpartition("\f")[2].expandtabs(8))
 
 
 def _string_end(text: str, opening: re.Match[str]) -> tuple[int, bool]:
-    """Find where a string ends, given its prefix and opening quote, and whether its closing quote is there."""
+    """Return the end of a string, given its prefix and opening quote, and whether its closing quote exists."""
     quote = opening["quote"]
     prefix = opening["string"][: -len(quote)].lower()
     if "f" in prefix or "t" in prefix:
@@ -158,8 +158,8 @@ def _string_end(text: str, opening: re.Match[str]) -> tuple[int, bool]:
 
 
 def _formatted_body_end(text: str, position: int, quote: str) -> int:
-    """Find where the body of an f-string or t-string ends; a replacement field may hold strings in the same quotes."""
-    # One entry per open replacement field: the brackets open in its expression, or -1 once its format spec began.
+    """Return the end of the body of an f- or t-string; replacement fields may hold strings in the same quotes."""
+    # One entry per open replacement field: number of brackets open in its expression, or -1 inside its format spec.
     fields: list[int] = []
     while position < len(text):
         character = text[position]
@@ -196,7 +196,7 @@ def _formatted_body_end(text: str, position: int, quote: str) -> int:
 
 
 class _Lexer:
-    """Groups tokens into logical lines and follows the open brackets and blocks."""
+    """Groups tokens into logical lines, and tracks open brackets and blocks."""
 
     def __init__(self) -> None:
         self.tokens: list[Token] = []
@@ -209,7 +209,7 @@ class _Lexer:
         self._indents = [0]
 
     def token(self, token: Token) -> None:
-        """Take the next token."""
+        """Add the next token."""
         self.tokens.append(token)
         if self.at_line_start and self._brackets and token.kind == "name" and token.text in _STATEMENT_WORDS:
             self._brackets, self._line = 0, None
@@ -229,7 +229,7 @@ class _Lexer:
                 self._brackets = max(0, self._brackets - 1)
 
     def line_break(self, end: int) -> None:
-        """Take a line break that ends at an offset and is not inside a string."""
+        """Add a line break outside strings that ends at an offset."""
         self.at_line_start, self.column = True, 0
         if self._line is not None and not self._brackets:
             self._line.complete = True
@@ -237,7 +237,7 @@ class _Lexer:
         self._line_start = end
 
     def _depth(self, opens_block: bool) -> int:
-        """Count the blocks around a line from its column; a comment looks but opens and closes nothing."""
+        """Return the number of blocks around a line, by its column; a comment neither opens nor closes blocks."""
         indents = [level for level in self._indents if level <= self.column]
         if self.column > indents[-1]:
             indents.append(self.column)

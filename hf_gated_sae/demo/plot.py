@@ -1,4 +1,4 @@
-"""One picture of what the demo measured."""
+"""A plot of the demo's measurements."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def draw(report: DemoReport, path: Path) -> None:
     """Draw losses, the ablation and the steering side by side.
 
     Args:
-        report: what was measured.
+        report: the measurements.
         path: PNG file to write.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A latent with a measured meaning: the latent, what it stands for, and how well the two agree."""
+"""Choosing a latent with a measured meaning, to ablate and to steer with."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from ..modeling import SAEModel
 from .labelled_text import LabelledText
 from .token_concepts import concept_share
 
-KNOWN_F1, KNOWN_PRECISION = 0.3, 0.6  # from which a latent counts as standing for a concept
+KNOWN_F1, KNOWN_PRECISION = 0.3, 0.6  # smallest values at which a latent counts as a detector of a concept
 DENSITY = (1e-3, 5e-2)  # a latent without a label should be neither dead nor always on
 
 
 @dataclass(frozen=True)
 class Target(ABC):
-    """One latent and the tokens it stands for.
+    """One latent and its meaning, as a set of tokens.
 
     Attributes:
         latent: its index.
-        name: what it stands for.
+        name: of its meaning.
         evidence: how that was measured, in words.
     """
 
@@ -37,11 +37,11 @@ class Target(ABC):
 
     @abstractmethod
     def inside(self, material: LabelledText) -> Tensor:
-        """Return which tokens it stands for, ``[N, S]`` bool."""
+        """Return which tokens have the meaning, ``[N, S]`` bool."""
 
     @abstractmethod
     def share(self, ids: Tensor, prompt: int, text: str, prompt_text: str) -> float:
-        """Return the share of a continuation that it stands for.
+        """Return the share of a continuation that has the meaning.
 
         Args:
             ids: tokens of prompt and continuation, ``[S]``.
@@ -53,10 +53,10 @@ class Target(ABC):
 
 @dataclass(frozen=True)
 class ConceptTarget(Target):
-    """A concept of Python source, decided by a lexer and not by the SAE.
+    """A latent and a concept of Python source, which a lexer determines independently of the SAE.
 
     Attributes:
-        threshold: share of its maximum above which the latent counts as on.
+        threshold: share of its maximum above which the latent counts as active.
     """
 
     threshold: float
@@ -73,12 +73,16 @@ class ConceptTarget(Target):
 
 @dataclass(frozen=True)
 class FiringTarget(Target):
-    """The tokens on which the latent itself fires in the untouched model, where no ground truth is at hand."""
+    """A latent and the tokens on which it fires in the model without edits, for text without ground truth.
+
+    Attributes:
+        firing: returns on which tokens the latent fires.
+    """
 
     firing: Callable[[Tensor], Tensor]
 
     def inside(self, material: LabelledText) -> Tensor:
-        """Return the tokens that follow one on which the latent fires: those that it can help to predict."""
+        """Return the tokens after those on which the latent fires, whose prediction it can affect."""
         fires = torch.cat([self.firing(batch["input_ids"]) for batch in material.batches()])
         return torch.cat([torch.zeros_like(fires[:, :1]), fires[:, :-1]], dim=1)
 
@@ -88,7 +92,7 @@ class FiringTarget(Target):
 
 
 def concept_scores(model: Any, sae: SAEModel, material: LabelledText) -> ConceptScores:
-    """Return how well every latent tells every concept on labelled text."""
+    """Return how well every latent detects every concept in labelled text."""
     scores = ConceptScores(material.names, sae.max_activation)
     for labels, latents in _latents(model, sae, material):
         scores.update(latents, labels)
@@ -96,16 +100,16 @@ def concept_scores(model: Any, sae: SAEModel, material: LabelledText) -> Concept
 
 
 def candidates(scores: ConceptScores, concept: str | None, most: int) -> list[ConceptTarget]:
-    """Return latents that know a concept, best first.
+    """Return latents that detect a concept, best first.
 
     Args:
         scores: measured on labelled text.
-        concept: the concept; by default every concept that a latent knows well, else the one that is known best.
-        most: how many at most; of one concept, half as many. Detecting and causing are not the same, so that the one
-            that steers best has to be found among them.
+        concept: the concept; by default all that a latent detects well, or else the one that is detected best.
+        most: maximum number; half of it for a single concept. A latent that detects a concept need not cause it, so
+            the best for steering has to be found among them.
 
     Raises:
-        UnknownNameError: if there is no such concept.
+        UnknownNameError: if the concept does not exist.
         InputError: if no latent fires on it.
     """
     if concept is not None and concept not in scores.concepts:
@@ -149,17 +153,17 @@ def _on(model: Any, batch: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def firing_target(model: Any, sae: SAEModel, material: LabelledText, latent: int | None) -> FiringTarget:
-    """Return a latent that stands for the tokens on which it fires, for want of a ground truth.
+    """Return a latent with the tokens on which it fires as its meaning, for text without ground truth.
 
     Args:
         model: the causal LM.
         sae: the SAE.
         material: text.
-        latent: which one; by default the one of moderate density that writes most to the residual stream.
+        latent: its index; by default the latent of moderate density with the largest mean output.
 
     Raises:
         InputError: if no latent fires moderately often.
-        LatentIndexError: if there is no such latent.
+        LatentIndexError: if the latent does not exist.
     """
     fired = torch.zeros(sae.config.d_sae, device=sae.device)
     strength = torch.zeros_like(fired)

@@ -1,4 +1,4 @@
-"""Ground truth for the demo: which characters, and which tokens, of a Python text have which concept."""
+"""Ground truth of the demo: the concepts of each character and token of a Python text."""
 
 from collections.abc import Iterable, Sequence
 
@@ -13,11 +13,11 @@ __all__ = ["CONCEPTS", "Concept", "Concepts", "Span", "concept", "concept_share"
 
 
 class Concepts:
-    """The labels of one text.
+    """The concept labels of one text.
 
     Args:
-        text: Python source, whole, cut anywhere, or broken.
-        names: the concepts wanted, in this order; None for all of `CONCEPTS`.
+        text: Python source, possibly truncated or invalid.
+        names: the requested concepts, in this order; None for all of `CONCEPTS`.
 
     Raises:
         UnknownNameError: a name is not among `CONCEPTS`.
@@ -37,14 +37,14 @@ class Concepts:
         self._visible = torch.tensor([not character.isspace() for character in text], dtype=torch.bool)
 
     def token_labels(self, offsets: Sequence[Span] | Tensor) -> Tensor:
-        """Say which token has which concept.
+        """Return which token has which concept.
 
-        A token has a concept when more than half of its characters have it. Blanks count only in tokens that consist
-        of nothing else, and for the concepts of indentation. A token without characters has no concept.
+        A token has a concept if more than half of its characters have it. Blanks count only in tokens that consist of
+        blanks, and for the concepts of indentation. A token without characters has no concept.
 
         Args:
-            offsets: first character and after the last one of every token, [n_tokens, 2], as a fast tokenizer's
-                `return_offsets_mapping=True` gives them.
+            offsets: of the first character and after the last one of every token, [n_tokens, 2], as returned by a fast
+                tokenizer with `return_offsets_mapping=True`.
 
         Returns:
             bool [n_tokens, n_concepts], columns in the order of `names`.
@@ -62,14 +62,14 @@ class Concepts:
         return torch.stack(columns, dim=1) if columns else torch.zeros(len(start), 0, dtype=torch.bool)
 
     def share(self, name: str, start_char: int = 0) -> float:
-        """Measure how much of the text has a concept from some character on.
+        """Return the share of the text after some character that has a concept.
 
         Args:
             name: one of `names`.
-            start_char: characters to leave out at the beginning, such as a prompt.
+            start_char: number of characters to leave out at the beginning, such as a prompt.
 
         Returns:
-            Fraction of the characters (blanks left out except for the concepts of indentation), 0 where none are left.
+            Fraction of the characters (without blanks except for the concepts of indentation); 0 if there are none.
 
         Raises:
             UnknownNameError: `name` is not among `names`.
@@ -85,7 +85,7 @@ class Concepts:
         return labels.float().mean().item() if len(labels) else 0.0
 
     def _checked(self, offsets: Sequence[Span] | Tensor) -> Tensor:
-        """Turn offsets into a tensor [n_tokens, 2] and refuse those that do not belong to the text."""
+        """Return offsets as a tensor [n_tokens, 2], or raise if they do not belong to the text."""
         pairs = torch.as_tensor(offsets, dtype=torch.int64, device="cpu")
         if pairs.numel() == 0:
             return pairs.reshape(0, 2)
@@ -94,7 +94,7 @@ class Concepts:
         if pairs.min() < 0 or pairs.max() > len(self.text) or (pairs[:, 0] > pairs[:, 1]).any():
             raise InputError(
                 f"The offsets span {pairs.min()} to {pairs.max()}, but the text has {len(self.text)} characters. Give "
-                "the offsets of this very text, each pair as (first, after the last)."
+                "the offsets of this text, each pair as (first, after the last)."
             )
         return pairs
 
@@ -105,7 +105,7 @@ def token_labels(text: str, offsets: Sequence[Span] | Tensor, names: Sequence[st
     Args:
         text: the tokenized text.
         offsets: [n_tokens, 2], see `Concepts.token_labels`.
-        names: the concepts wanted; None for all of `CONCEPTS`.
+        names: the requested concepts; None for all of `CONCEPTS`.
 
     Returns:
         bool [n_tokens, n_concepts].
@@ -118,7 +118,7 @@ def token_labels(text: str, offsets: Sequence[Span] | Tensor, names: Sequence[st
 
 
 def concept_share(text: str, start_char: int, name: str) -> float:
-    """Measure how much of a text after a prompt has a concept: `Concepts(text, [name]).share(name, start_char)`.
+    """Return the share of a text after a prompt with a concept: `Concepts(text, [name]).share(name, start_char)`.
 
     Args:
         text: prompt and continuation.
@@ -137,7 +137,7 @@ def concept_share(text: str, start_char: int, name: str) -> float:
 
 def _mark(row: Tensor, spans: Iterable[Span]) -> None:
     """Set the spans in one row of labels [n_characters]."""
-    # A bytearray takes hundreds of thousands of short slices several times faster than a tensor does.
+    # Setting hundreds of thousands of short slices is several times faster in a bytearray than in a tensor.
     marks = bytearray(len(row))
     for start, end in spans:
         marks[start:end] = b"\x01" * (end - start)

@@ -1,4 +1,4 @@
-"""Measuring SAEs: one file per evaluator, each with a frozen report that turns into plain JSON."""
+"""Evaluating SAEs: one file per evaluator, each with a frozen report that can be written as plain JSON."""
 
 from .concepts import ConceptScore, ConceptScores
 from .fidelity import evaluate

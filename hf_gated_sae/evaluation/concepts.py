@@ -1,4 +1,4 @@
-"""What latents mean, measured: precision and recall of every latent for every concept that has a ground truth."""
+"""Measuring what latents mean: precision and recall of every latent for every concept with a ground truth."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ CHUNK = 4096
 
 @dataclass(frozen=True)
 class ConceptScore:
-    """How well one latent, taken as on above a threshold, tells whether a token has a concept.
+    """How well one latent, counted as active above a threshold, detects a concept.
 
     Attributes:
         concept: name of the concept.
         latent: index of the latent.
         share: threshold as a share of the latent's largest activation.
-        threshold: the same in the latent's own unit; on means strictly above.
-        precision: share of the tokens with the latent on that have the concept; NaN if it is never on.
-        recall: share of the tokens with the concept that have the latent on; NaN if no token has it.
+        threshold: the same as a value of the latent; active means strictly above.
+        precision: of the tokens on which the latent is active, the share with the concept; NaN if it is never active.
+        recall: of the tokens with the concept, the share on which the latent is active; NaN if no token has it.
         f1: harmonic mean of both.
-        correlation: between "the latent is on" and "the token has the concept" (phi, or Matthews): 1 if they are the
-            same, 0 for a latent that knows nothing, however often it is on; NaN if either never varies.
-        prevalence: share of all tokens that have the concept: the precision of a latent that knows nothing.
-        chance_f1: F1 of a latent that is on equally often, but at random.
-        on_tokens: tokens with the latent on.
-        concept_tokens: tokens with the concept.
-        tokens: all tokens.
+        correlation: between "the latent is active" and "the token has the concept" (phi, or Matthews): 1 if they are
+            the same, 0 for a latent that is independent of the concept; NaN if either never varies.
+        prevalence: share of all tokens with the concept: the precision of an independent latent.
+        chance_f1: F1 of a latent that is active equally often, but at random.
+        on_tokens: number of tokens on which the latent is active.
+        concept_tokens: number of tokens with the concept.
+        tokens: number of all tokens.
     """
 
     concept: str
@@ -54,12 +54,12 @@ class ConceptScore:
 
 
 class ConceptScores:
-    """Counts, in one pass, how often each latent is on where each concept holds.
+    """Counts, in one pass, on how many tokens of each concept each latent is active.
 
     Args:
         concepts: names of the concepts, in the order of the label columns.
-        max_activation: largest value of each latent ``[d_sae]``, from text other than what is scored.
-        shares: thresholds to try, as shares of that largest value; 0 means "fires at all".
+        max_activation: largest value of each latent ``[d_sae]``, from text other than that which is scored.
+        shares: thresholds to try, as shares of that largest value; 0 for any value above 0.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class ConceptScores:
             labels: ``[n, n_concepts]`` bool.
 
         Raises:
-            ShapeError: if the two do not belong together.
+            ShapeError: if their shapes do not match.
         """
         expected = (self._on.shape[1], len(self.concepts))
         given = (tuple(latents.shape), tuple(labels.shape))
@@ -110,7 +110,7 @@ class ConceptScores:
 
     @property
     def precision(self) -> Tensor:
-        """``[n_shares, d_sae, n_concepts]`` float64; NaN where a latent is never on."""
+        """``[n_shares, d_sae, n_concepts]`` float64; NaN where a latent is never active."""
         return self._both / self._on[..., None]
 
     @property
@@ -120,12 +120,12 @@ class ConceptScores:
 
     @property
     def f1(self) -> Tensor:
-        """``[n_shares, d_sae, n_concepts]`` float64: harmonic mean of precision and recall, 0 where neither is."""
+        """``[n_shares, d_sae, n_concepts]`` float64: harmonic mean of precision and recall."""
         return 2 * self._both / (self._on[..., None] + self._concept)
 
     @property
     def correlation(self) -> Tensor:
-        """``[n_shares, d_sae, n_concepts]`` float64; NaN where either side never varies."""
+        """``[n_shares, d_sae, n_concepts]`` float64; NaN where latent or concept never varies."""
         return _correlation(self._both, self._on[..., None], self._concept, self.tokens)
 
     @property
@@ -136,12 +136,12 @@ class ConceptScores:
     def best(self, concept: str, *, most: int = 1) -> list[ConceptScore]:
         """Return the latents that correlate most with a concept, each at its best threshold, best first.
 
-        Correlation and not F1 ranks, because a latent that is on nearly everywhere has a high F1 for every frequent
-        concept while it tells nothing.
+        They are ranked by correlation and not by F1, because a latent that is active nearly everywhere has a high F1
+        for every frequent concept without detecting it.
 
         Args:
             concept: one of `concepts`.
-            most: at most this many.
+            most: maximum number of latents.
 
         Returns:
             Scores with a correlation above 0; empty if there are none.
@@ -157,12 +157,12 @@ class ConceptScores:
         ]
 
     def score(self, concept: str, latent: int, share_index: int = 0) -> ConceptScore:
-        """Return all numbers of one latent for one concept.
+        """Return the score of one latent for one concept.
 
         Args:
             concept: one of `concepts`.
             latent: index of the latent.
-            share_index: which of `shares`.
+            share_index: index into `shares`.
         """
         column = self._column(concept)
         both = self._both[share_index, latent, column].item()
@@ -196,5 +196,5 @@ class ConceptScores:
 
 
 def _correlation(both: Tensor, on: Tensor, having: Tensor, tokens: int) -> Tensor:
-    """Return the correlation of two yes-or-no properties from their counts."""
+    """Return the correlation of two binary properties from their counts."""
     return (tokens * both - on * having) / (on * (tokens - on) * having * (tokens - having)).sqrt()

@@ -1,4 +1,4 @@
-"""Fidelity: how much of the activations, and of the model's predictions, survives the SAE."""
+"""Fidelity: how well an SAE preserves the activations of a site, and the model's predictions."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from ..modeling import SAEModel
 from .report import LEFT_OUT, FidelityReport
 
 CHUNK = 4096
-"""Activations encoded at a time; what bounds the memory for ``[n, d_sae]`` latents."""
+"""Activations encoded at a time, which bounds the memory for ``[n, d_sae]`` latents."""
 
 LIMIT_SAMPLE = 4096
-"""Activations, the first ones of the text, of which the median norm is taken where an SAE has recorded no limit."""
+"""Number of first activations of the text whose median norm determines the limit if the SAE has recorded none."""
 
 MOST = 0.5
-"""Share of the variance from which it is worth a warning that outliers hold it."""
+"""Share of the variance held by outliers above which a warning is given."""
 
 FORWARDS = 4
-"""How often `evaluate` reads every token: up to the site, and to the end in each of the three arms."""
+"""Number of forwards in which `evaluate` reads every token: one up to the site, and one in each of the three arms."""
 
 SMALL_GAP = 0.02
-"""Nats per token that a zero-ablation must cost before a ratio to it says much."""
+"""Loss increase by zero ablation, in nats per token, below which loss recovered is unreliable."""
 
 
 @torch.no_grad()
@@ -50,27 +50,27 @@ def evaluate(
     outlier_multiple: float | None = OUTLIER_MULTIPLE,
     progress: Callable[[int], None] | None = None,
 ) -> FidelityReport:
-    """Measure an SAE in its model, in one pass over the text.
+    """Measure the fidelity of an SAE in its model, in one pass over the text.
 
     Args:
         model: the causal LM that the SAE belongs to.
         sae: the SAE; its configuration names the site.
         batches: token ids ``[B, S]``, or mappings with ``input_ids`` and ``attention_mask``.
-        record: also store in the SAE what was measured: `max_activation` and `mean_activation`, and, in its
-            configuration, FVU, L0 and norm, with which `attach` compares what it finds, and what was left out.
-        outlier_multiple: which activations are outliers, for an SAE that has recorded no `norm_limit`: those with a
-            norm above so many times the median of the first 4,096 of the text. None for none.
+        record: also store the measurements in the SAE: `max_activation` and `mean_activation`, and, in its
+            configuration, FVU, L0 and norm (which `attach` compares with its own), special tokens and norm limit.
+        outlier_multiple: for an SAE that has recorded no `norm_limit`: activations with a norm above this multiple of
+            the median of the text's first 4,096 are outliers. None for no outliers.
         progress: called after each batch with the number of activations measured so far.
 
     Returns:
-        The report. Padding and special tokens are left out everywhere, those that the SAE has recorded or else those
-        of the model, see `special_token_ids`. Outliers are left out of the metrics and of what is recorded, except
-        where a metric's name says otherwise; the three losses are of the model with all tokens that count replaced.
+        The report. Padding and special tokens are left out everywhere: those that the SAE has recorded or else those
+        of the model, see `special_token_ids`. Outliers are left out of the metrics and of the recorded statistics,
+        except for metrics named ``..._with_outliers``; in the three losses they are replaced like all other tokens.
 
     Raises:
-        InputError: if the SAE names no site, writes another site than it reads, or the text has no countable token.
+        InputError: if the SAE has no site, writes another site than it reads, or the text has no token to count.
         SiteError: if the model does not have the site.
-        ShapeError: if what passes the site, or the model's output, does not have one vector for each token.
+        ShapeError: if the site's tensor, or the model's output, does not have one vector for each token.
     """
     require_reconstructing(sae)
     site = str(Splice(sae).place)
@@ -113,10 +113,10 @@ def evaluate(
 
 
 def require_reconstructing(sae: SAEModel) -> None:
-    """Raise unless the SAE writes the place that it reads, with all of its latents.
+    """Raise unless the SAE writes the site that it reads, with all of its latents.
 
     Raises:
-        InputError: saying what it does instead.
+        InputError: with the reason.
     """
     config = sae.config
     if config.is_transcoder or sae.d_out != config.d_in:
@@ -128,7 +128,7 @@ def require_reconstructing(sae: SAEModel) -> None:
     if len(config.sites_read) > 1 or not sae.per_token:
         raise InputError(
             f"This {type(sae).__name__} reads several sites, or several tokens, at once; fidelity is measured for "
-            "SAEs that encode each activation of one site by itself."
+            "SAEs that encode each activation of one site separately."
         )
     if config.kept_latents is not None:
         raise InputError(
@@ -138,7 +138,7 @@ def require_reconstructing(sae: SAEModel) -> None:
 
 
 def next_token_targets(input_ids: Tensor, counted: Tensor) -> Tensor:
-    """Return what every position has to predict; -100 unless both it and the predicted token count.
+    """Return the target token of every position; -100 unless both it and its target count.
 
     Args:
         input_ids: ``[B, S]``.
@@ -155,7 +155,7 @@ def summed_loss(logits: Tensor, targets: Tensor) -> float:
 
     Args:
         logits: ``[B, S, vocabulary]``.
-        targets: ``[B, S - 1]``, -100 where nothing is predicted.
+        targets: ``[B, S - 1]``, -100 for positions without a target.
     """
     # Row by row: the float32 copy of all logits would be the largest tensor of the whole evaluation.
     rows = (
@@ -166,14 +166,14 @@ def summed_loss(logits: Tensor, targets: Tensor) -> float:
 
 
 class _Activations:
-    """Measures an SAE on activations, of which outliers are kept apart.
+    """Measures an SAE on activations, with separate sums for outliers.
 
     Args:
-        sae: the SAE; its configuration may state the norm above which an activation is an outlier.
-        multiple: how many times the median norm that is otherwise; None if there are no outliers.
+        sae: the SAE; its configuration may have recorded a `norm_limit`.
+        multiple: if not, the multiple of the median norm that is the limit; None for no outliers.
 
     Attributes:
-        limit: the largest norm of activations that are no outliers; None if there is none, or while it is not known.
+        limit: activations with a larger norm are outliers; None for no limit, or while it is not known.
     """
 
     def __init__(self, sae: SAEModel, multiple: float | None) -> None:
@@ -185,7 +185,7 @@ class _Activations:
 
     @property
     def tokens(self) -> int:
-        """How many activations were given."""
+        """Number of activations added."""
         return self.accumulator.tokens + self.accumulator.outliers + sum(map(len, self._waiting))
 
     def add(self, activations: Tensor) -> None:
@@ -195,7 +195,7 @@ class _Activations:
             self._measure()
 
     def finish(self) -> FidelityAccumulator:
-        """Return the sums over everything that was added."""
+        """Return the sums over all added activations."""
         if self._waiting:
             self._measure()
         return self.accumulator
@@ -210,7 +210,7 @@ class _Activations:
             output, token_normalization = self.sae(ordinary), self.sae.token_normalization(ordinary)
             constant = (
                 None if token_normalization is None else token_normalization.undo(self.sae.b_dec)
-            )  # what it writes when no latent is on
+            )  # reconstruction without any active latent
             self.accumulator.update(ordinary, output.reconstruction, output.latents, constant=constant)
             if len(ordinary) < len(x):
                 self.accumulator.update_outliers(x[outlier], self.sae(x[outlier]).reconstruction)
@@ -219,20 +219,20 @@ class _Activations:
 def _report(
     sae: SAEModel, accumulator: FidelityAccumulator, losses: dict[str, float], loss_tokens: int, left: dict[str, Any]
 ) -> FidelityReport:
-    """Put the sums together, and say what is odd about them."""
+    """Build the report from the sums, and warn about unreliable metrics."""
     metrics = accumulator.compute()
     recovered = loss_recovered(losses["clean"], losses["spliced"], losses["zero"])
     gap = losses["zero"] - losses["clean"]
     notes: list[str] = []
     if gap < SMALL_GAP:
         notes.append(
-            f"Zero-ablating {sae.config.site} changes the loss by {gap:.4f} nats per token only: loss recovered "
-            f"({recovered:.3f}) is a ratio to next to nothing; compare the three losses instead."
+            f"Zero-ablating {sae.config.site} changes the loss by only {gap:.4f} nats per token, so loss recovered "
+            f"({recovered:.3f}) is unreliable: compare the three losses instead."
         )
     if recovered > 1:
         notes.append(
             f"Loss recovered is {recovered:.4f}, above 1: the model predicts this text better with the reconstruction "
-            "than with its own activations. Usually the text is unlike the model's training data."
+            "than with its own activations. Usually the text differs from the model's training data."
         )
     left_out = LEFT_OUT
     if metrics.outliers:
@@ -240,8 +240,9 @@ def _report(
     if metrics.outlier_variance > MOST:
         notes.append(
             f"{metrics.outliers} of {metrics.tokens + metrics.outliers} activations at {sae.config.site} have a norm "
-            f"above {left['norm_limit']:.4g} and hold {metrics.outlier_variance:.1%} of the variance. Without them "
-            f"FVU is {metrics.fvu:.4f}, with them {metrics.fvu_with_outliers:.4f}, which says little about the others."
+            f"above {left['norm_limit']:.4g} and hold {metrics.outlier_variance:.1%} of the variance. FVU is "
+            f"{metrics.fvu:.4f} without them and {metrics.fvu_with_outliers:.4f} with them, which does not describe "
+            "the other activations."
         )
     for note in notes:
         python_warnings.warn(note, UserWarning, stacklevel=3)

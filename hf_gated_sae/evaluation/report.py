@@ -1,4 +1,4 @@
-"""The one object that cards, JSON files, plots and the terminal read fidelity from."""
+"""`FidelityReport`, from which cards, JSON files, plots and the terminal take their numbers."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ LEFT_OUT = "padding and special tokens: neither measured, nor replaced, nor pred
 
 @dataclass(frozen=True)
 class FidelityReport:
-    """How faithful an SAE is to the activations of a site, and to what the model makes of them.
+    """The fidelity of an SAE to the activations of a site, and to the model's predictions.
 
-    Every number is over the same tokens of the same text.
+    All numbers are over the same tokens of the same text.
 
     Attributes:
         architecture: short name, such as ``"gated"``.
-        site: where the SAE was spliced in.
-        base_model: what the SAE says it belongs to.
-        base_model_revision: commit of it.
+        site: at which the SAE was spliced in.
+        base_model: that of the SAE's configuration.
+        base_model_revision: its commit.
         d_in: width of the activations.
         d_sae: number of latents.
         tokens_left_out: tokens that were read but not counted.
         positions_left_out: which ones, in words.
-        loss_tokens: number of predicted tokens behind the three losses.
-        loss_clean: next-token cross-entropy of the untouched model, nats per token.
+        loss_tokens: number of predicted tokens in the three losses.
+        loss_clean: next-token cross-entropy of the model without edits, nats per token.
         loss_spliced: the same with the site replaced by the reconstruction.
         loss_zero_ablated: the same with the site replaced by zeros.
         loss_recovered: ``(zero_ablated - spliced) / (zero_ablated - clean)``, never clipped.
@@ -38,9 +38,9 @@ class FidelityReport:
         density: share of tokens on which each latent fired, ``d_sae`` values.
         max_activation: largest value of each latent, ``d_sae`` values.
         mean_activation: mean value of each latent, zeros included, ``d_sae`` values.
-        warnings: what a reader should know before trusting the numbers.
-        special_token_ids: the tokens that were special.
-        norm_limit: activations with a larger norm were outliers, see `FidelityMetrics`; None if none could be.
+        warnings: about unreliable numbers.
+        special_token_ids: the special tokens.
+        norm_limit: activations with a larger norm were outliers, see `FidelityMetrics`; None for no limit.
     """
 
     architecture: str
@@ -68,7 +68,7 @@ class FidelityReport:
 
     @property
     def tokens(self) -> int:
-        """Number of activations behind the metrics, without outliers."""
+        """Number of activations in the metrics, without outliers."""
         return self.metrics.tokens
 
     def to_dict(self, *, per_latent: bool = True) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class FidelityReport:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FidelityReport:
-        """Build a report from what `to_dict` returned.
+        """Build a report from the result of `to_dict`.
 
         Raises:
             InputError: if a value is missing or unknown.
@@ -102,7 +102,7 @@ def _to_json(value: Any) -> Any:
 
 
 def _fields_of(kind: Any, values: Any) -> dict[str, Any]:
-    """Check the names of a stored dataclass and undo what JSON did to its values."""
+    """Check the field names of a stored dataclass, and convert its values back from JSON."""
     if not isinstance(values, Mapping):
         raise InputError(
             f"A stored {kind.__name__} is {type(values).__name__}; expected a mapping, as to_dict() returns it."

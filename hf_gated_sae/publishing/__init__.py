@@ -1,4 +1,4 @@
-"""Publish an SAE so that others can find, load and trust it: facts, card, one commit."""
+"""Publishing SAEs on the Hub: facts, model card, conversion, and one commit per SAE."""
 
 from .card import model_card
 from .conversion import Conversion, convert

@@ -1,4 +1,4 @@
-"""The model card of one SAE: everything in it comes from the SAE itself or from its facts."""
+"""The model card of one SAE, generated from the SAE and its facts."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from .facts import CardFacts
 from .markdown import cell, marked, number, with_front_matter
 
 CURVE = ("step", "activations", "l0", "fvu", "gamma", "loss_recovered", "loss_clean", "loss_spliced")
-"""What a card shows of the measurements on held-out text, in this order."""
+"""Columns of the card's table of metrics on held-out text."""
 
 HEADLINE = ("l0", "fvu", "loss_recovered", "relative_reconstruction_bias", "dead_fraction")
-"""The metrics that belong into ``model-index``, and whose absence the card admits."""
+"""Metrics that go into ``model-index``, and that the card lists as not measured if they are absent."""
 
 MEANINGS = {
     "l0": "mean number of active latents per token",
     "fvu": "fraction of variance unexplained, 0 is perfect",
     "fvu_with_outliers": "fvu of all activations, outliers included",
-    "outliers": "activations that were left out for their norm, except where a name says otherwise",
-    "outlier_variance": "share of the variance of all activations that is gone without the outliers",
+    "outliers": "activations left out for their large norm, except from metrics named `..._with_outliers`",
+    "outlier_variance": "share of the variance of all activations that is due to the outliers",
     "mse": "squared error per token, summed over the width",
-    "loss_recovered": "of the loss that zero-ablating the site costs, the share that splicing wins back; 1 is perfect",
+    "loss_recovered": "share of the loss increase by zero ablation that splicing avoids; 1 is perfect",
     "relative_reconstruction_bias": "gamma; 1 is unbiased, below 1 is shrinkage",
     "relative_reconstruction_bias_with_outliers": "gamma of all activations, outliers included",
     "relative_reconstruction_bias_centred": "gamma after subtracting the decoder bias",
@@ -40,14 +40,14 @@ MEANINGS = {
     "norm_ratio": "mean norm of the reconstruction over that of the activation",
     "dead_fraction": "share of latents that never fired on these tokens",
     "dense_fraction": "share of latents that fired on more than a tenth of the tokens",
-    "loss_clean": "cross-entropy of the untouched model, nats per token",
+    "loss_clean": "cross-entropy of the model without edits, nats per token",
     "loss_spliced": "the same with the site replaced by its reconstruction",
     "loss_zero_ablated": "the same with the site set to zero",
     "tokens": "tokens measured",
 }
 SHOWN_LABELS = 40
 TEXT_FILES = (".txt", ".md", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst")
-"""How files of text end, which a name with one slash may be."""
+"""Suffixes of text files: a name with one slash and such a suffix is a file, not a data set."""
 
 
 def model_card(
@@ -57,12 +57,12 @@ def model_card(
 
     Args:
         sae: the SAE.
-        facts: what is known about it; by default nothing beyond its configuration.
-        repo_id: repository that the card is for, used in the code that loads it.
+        facts: about the SAE, beyond its configuration; none by default.
+        repo_id: repository that the card is for, used in its example code.
         subfolder: folder of the SAE in that repository.
 
     Raises:
-        InputError: if the facts name no licence of the Hub.
+        InputError: if the facts name a licence that is not on the Hub's list.
     """
     facts = (facts or CardFacts()).licensed()
     body = _template().render(
@@ -72,8 +72,8 @@ def model_card(
         title=card_title(sae, facts, repo_id, subfolder),
         kind=type(sae).__name__,
         dtype=str(sae.dtype).removeprefix("torch."),
-        reads=_places(sae.config.sites_read),
-        writes=_places(sae.config.sites_written),
+        reads=_site_list(sae.config.sites_read),
+        writes=_site_list(sae.config.sites_written),
         base_model_link=_base_model_link(sae),
         measured=[(name, value, MEANINGS.get(name, "")) for name, value in facts.metrics.items()],
         missing=[name for name in HEADLINE if name not in facts.metrics],
@@ -92,7 +92,7 @@ def model_card(
 
 
 def card_data(sae: SAEModel, facts: CardFacts, repo_id: str | None = None, subfolder: str = "") -> ModelCardData:
-    """Return the front matter: what the Hub indexes."""
+    """Return the card's front matter, which the Hub indexes."""
     config = sae.config
     title = card_title(sae, facts, repo_id, subfolder)
     base: dict[str, Any] = (
@@ -119,7 +119,7 @@ def card_data(sae: SAEModel, facts: CardFacts, repo_id: str | None = None, subfo
 
 
 def card_title(sae: SAEModel, facts: CardFacts, repo_id: str | None = None, subfolder: str = "") -> str:
-    """Return the name of the SAE: the given one, else that of its place in the repository, else what it is."""
+    """Return the SAE's title: the given name, else repository and subfolder, else architecture and site."""
     if facts.name:
         return facts.name
     if repo_id:
@@ -128,7 +128,7 @@ def card_title(sae: SAEModel, facts: CardFacts, repo_id: str | None = None, subf
 
 
 def equations(model_class: type[SAEModel]) -> str:
-    """Return the architecture's own description as Markdown: its docstring up to the attributes, and its source.
+    """Return the description and source in an architecture's docstring, as Markdown.
 
     >>> from hf_gated_sae import StandardSAE
     >>> equations(StandardSAE).splitlines()[0]
@@ -143,7 +143,7 @@ def equations(model_class: type[SAEModel]) -> str:
 
 
 def conventions(config: SAEConfig) -> list[str]:
-    """Return, as Markdown, in what an SAE differs from the equations of its architecture.
+    """Return an SAE's differences from the equations of its architecture, as Markdown.
 
     >>> from hf_gated_sae import StandardSAEConfig
     >>> conventions(StandardSAEConfig(d_in=4, d_sae=8, apply_b_dec_to_input=False))
@@ -153,19 +153,19 @@ def conventions(config: SAEConfig) -> list[str]:
     if not config.apply_b_dec_to_input:
         found.append("`b_dec` is not subtracted from the input: read `x` for `x - b_dec`.")
     if config.normalization != "none":
-        after = "" if config.is_transcoder else ", and what is decoded is brought back to the units of `x`"
-        found.append(f"Each token of `x` is brought to `{config.normalization}` before encoding{after}.")
+        after = "" if config.is_transcoder else ", and the reconstruction is scaled back"
+        found.append(f"Each token of `x` is normalised with `{config.normalization}` before encoding{after}.")
     if config.skip_connection:
-        found.append("`x @ W_skip.T` is added to what is decoded.")
+        found.append("`x @ W_skip.T` is added to the decoder's output.")
     if config.kept_latents is not None:
-        found.append(f"Only {config.rows} of the {config.d_sae} latents are held; it cannot reconstruct.")
+        found.append(f"Only {config.rows} of the {config.d_sae} latents are held; the SAE cannot reconstruct.")
     return found
 
 
 def _eval_results(facts: CardFacts) -> list[EvalResult]:
-    """Return the headline metrics that are defined, as the Hub's ``model-index`` wants them.
+    """Return the headline metrics that are defined, in the form of the Hub's ``model-index``.
 
-    It wants the id of a data set on the Hub; what was measured on other text is told by the body alone.
+    It requires the id of a data set on the Hub; metrics on other text are in the card's body only.
     """
     dataset = str(facts.evaluation.get("dataset"))
     if not is_dataset_id(dataset):
@@ -192,7 +192,7 @@ def _text_or_none(value: object) -> str | None:
 
 
 def is_repo_id(name: str | None) -> bool:
-    """Whether `name` can be a repository id, and is not a folder of the author's machine."""
+    """Whether `name` is a valid repository id, and not the path of a local folder."""
     if not name or name.startswith(("/", ".", "~")):
         return False
     try:
@@ -203,7 +203,7 @@ def is_repo_id(name: str | None) -> bool:
 
 
 def is_dataset_id(name: str) -> bool:
-    """Whether a name is the id of a data set on the Hub, ``owner/name``, and not words or a file.
+    """Whether a name is the id of a data set on the Hub, ``owner/name``, and not a description or a file.
 
     >>> is_dataset_id("acme/text"), is_dataset_id("Python standard library"), is_dataset_id("data/train.jsonl")
     (True, False, False)
@@ -212,26 +212,26 @@ def is_dataset_id(name: str) -> bool:
 
 
 def _licence(facts: CardFacts) -> str | None:
-    """Return the licence for a sentence."""
+    """Return the licence as the card states it."""
     details = ", ".join(cell(text) for text in (facts.license_name, facts.license_link) if text)
     return f"{facts.license}: {details}" if details else facts.license
 
 
 def _base_model_link(sae: SAEModel) -> str:
-    """Return the base model for a sentence: a link, or what can honestly be said."""
+    """Return the base model as the card's sentences name it, with a link if it is on the Hub."""
     name = sae.config.base_model
     if name is None:
         return "a model that its configuration does not name"
     return f"[{name}](https://huggingface.co/{name})" if is_repo_id(name) else "a local model"
 
 
-def _places(sites: list[str]) -> str:
-    """Return places for a sentence."""
+def _site_list(sites: list[str]) -> str:
+    """Return sites as a comma-separated list in Markdown."""
     return ", ".join(f"`{cell(site)}`" for site in sites)
 
 
 def _rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return names and values for a table."""
+    """Return the names and formatted values of a table."""
     return [
         (name.replace("_", " "), "; ".join(map(number, value)) if isinstance(value, list | tuple) else number(value))
         for name, value in values.items()
@@ -240,7 +240,7 @@ def _rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 @cache
 def _template() -> Any:
-    """Return the card's template; a variable that it uses and nobody gave is an error."""
+    """Return the card's template; a variable without a value is an error."""
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     environment.filters.update(cell=cell, number=number, rows=_rows)
     return environment.from_string((files(__package__) / "card.md.jinja").read_text(encoding="utf-8"))

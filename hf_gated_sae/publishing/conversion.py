@@ -1,4 +1,4 @@
-"""Somebody else's checkpoint in our own layout, with a card that says whose it is."""
+"""Converting another library's checkpoint to the native layout, with a card that credits its authors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def convert(
     *,
     revision: str | None = None,
     dtype: str | None = None,
-    license: str | None = None,  # the Hub's own word for it
+    license: str | None = None,  # spelt as on the Hub
     license_name: str | None = None,
     license_link: str | None = None,
     token: str | bool | None = None,
@@ -51,32 +51,32 @@ def convert(
     ignore: str | Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
 ) -> Conversion:
-    """Find a checkpoint of any layout; `Conversion.save` and `Conversion.push` then write it in ours.
+    """Open a checkpoint of any layout; `Conversion.save` and `Conversion.push` then write it in the native layout.
 
     Args:
         source: repository id, ``repository@revision``, or folder.
         subfolder: folder (or file) of the SAE inside it.
         revision: branch, tag or commit of the source.
-        dtype: what to store it in, such as ``"bfloat16"``; as it is by default.
+        dtype: of the stored weights, such as ``"bfloat16"``; that of the source by default.
         license: licence of the Hub's list, for a source that states none; see `hub.licences.normalise`.
-        license_name: of the licence ``"other"``, what it is called.
-        license_link: of the licence ``"other"``, where it can be read.
+        license_name: name of a licence ``"other"``.
+        license_link: address or file of a licence ``"other"``.
         token: access token; None uses the stored one.
         cache_dir: folder of the Hub cache.
-        local_files_only: use only what is cached.
-        format: name of the layout, where several share the folder.
-        architecture: of a home-made checkpoint; with `names` and `ignore` as for `SAEModel.from_pretrained`.
-        names: see there.
-        ignore: see there.
+        local_files_only: read from the cache only.
+        format: name of the layout, if several share the folder.
+        architecture: of a home-made checkpoint; as for `SAEModel.from_pretrained`, like `names` and `ignore`.
+        names: see `SAEModel.from_pretrained`.
+        ignore: see `SAEModel.from_pretrained`.
         options: keys of the configuration, such as ``{"site": "resid_post.3"}``.
 
     Returns:
         The conversion; no weights have been read yet.
 
     Raises:
-        CheckpointError: if it is no SAE in a known format.
-        InputError: if it is in our layout already, the dtype or the licence is unknown, or the source states another
-            licence.
+        CheckpointError: if it is not an SAE in a known format.
+        InputError: if it is already in the native layout, the dtype or the licence is unknown, or the source states
+            another licence.
         MissingFileError: if there is no such folder, repository, revision or file.
     """
     given = given_licence(license, license_name, license_link)
@@ -88,24 +88,24 @@ def convert(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
-    said = describe_checkpoint(architecture, names, ignore, options)
-    return Conversion(location, dtype=dtype, licence=given, format=format, description=said, options=options)
+    description = describe_checkpoint(architecture, names, ignore, options)
+    return Conversion(location, dtype=dtype, licence=given, format=format, description=description, options=options)
 
 
 class Conversion:
-    """One checkpoint on its way into our layout. Weights are read when they are needed.
+    """The conversion of one checkpoint to the native layout. Weights are read when they are needed.
 
     Args:
-        location: where it is.
-        dtype: what to store it in; None for as it is.
+        location: of the checkpoint.
+        dtype: of the stored weights; None for that of the source.
         licence: for a source that states none; see `given_licence`.
-        format: name of the layout, where several share the folder.
-        description: what the user says of a home-made checkpoint.
+        format: name of the layout, if several share the folder.
+        description: the user's description of a home-made checkpoint.
         options: keys of the configuration that the user gives.
 
     Attributes:
         checkpoint: configuration, origin and headers.
-        licence: what is known of its licence.
+        licence: of the checkpoint, as far as it is known.
     """
 
     def __init__(
@@ -133,20 +133,20 @@ class Conversion:
                 raise unknown_name("option", name, known, error=InputError)
         if self.origin.format == OWN:
             raise InputError(
-                f"{location} is in this package's own layout already, so there is nothing to convert: load it with "
-                "SAEModel.from_pretrained; its save_pretrained and push_to_hub keep what is known about it."
+                f"{location} is already in the native layout, so there is nothing to convert: load it with "
+                "SAEModel.from_pretrained; its save_pretrained and push_to_hub keep its facts."
             )
-        self.licence = _agreed(stated_licence(location), licence, location)
+        self.licence = _reconciled(stated_licence(location), licence, location)
 
     @cached_property
     def sae(self) -> SAEModel:
-        """The SAE, read when first asked for."""
+        """The SAE, read at the first access."""
         dtype = {} if self.dtype is None else {"dtype": getattr(torch, self.dtype)}
         return load(self.checkpoint, None, {**self.options, **dtype})[0]
 
     @property
     def facts(self) -> CardFacts:
-        """What the card says: where the weights are from, under which licence, and how to convert them again."""
+        """Facts for the card: origin of the weights, licence, and the command that repeats the conversion."""
         origin = self.origin
         provenance: dict[str, Any] = {
             "converted from": f"{origin.repo}@{origin.revision}" if origin.revision else "a local folder",
@@ -163,21 +163,21 @@ class Conversion:
             license=self.licence.name or "unknown",
             **self._other_licence(),
             description=self._description(),
-            training={"trained by": "the authors of the original, not by whoever converted it"},
+            training={"trained by": "the authors of the original, not the publisher of this copy"},
             provenance=provenance,
         )
 
     @property
     def command(self) -> str:
-        """The command that converts it again, from the same commit."""
+        """The command that repeats the conversion, from the same commit."""
         origin = self.origin
         words = ["hf-gated-sae", "convert", origin.repo, *([origin.subfolder] if origin.subfolder else [])]
         words += ["--revision", str(origin.revision), *(["--dtype", self.dtype] if self.dtype else [])]
         words += ["--format", self.format] if self.format else []
         if self.description is not None:
             words += ["--architecture", self.description.architecture]
-            for ours, theirs in self.description.names.items():
-                words += ["--name", f"{ours}={theirs or ''}"]
+            for parameter, tensor in self.description.names.items():
+                words += ["--name", f"{parameter}={tensor or ''}"]
             for pattern in self.description.ignore:
                 words += ["--ignore", pattern]
         for name, value in self.options.items():
@@ -188,10 +188,10 @@ class Conversion:
         """Write weights, configuration, facts and card; either all files or none.
 
         Args:
-            folder: created if need be; of a README that people have edited their part is kept.
+            folder: created if needed; hand-written parts of its README are kept.
 
         Raises:
-            InputError: if the folder holds the original, or another foreign checkpoint.
+            InputError: if the folder holds the original, or a checkpoint in another library's layout.
         """
         self._require_free(Path(folder))
         return save(self.sae, folder, self.facts)
@@ -209,7 +209,7 @@ class Conversion:
         """Publish in one commit, after checking that it may be published.
 
         Args:
-            repo_id: ``owner/name``, created if need be.
+            repo_id: ``owner/name``, created if needed.
             subfolder: folder inside it; the root by default.
             revision: branch to commit to.
             private: whether a repository that has to be created is private.
@@ -217,13 +217,13 @@ class Conversion:
             token: access token; None uses the stored one.
 
         Raises:
-            InputError: if it would be written over the original.
-            PublishError: if everybody could see it, and its licence is not known, its source is gated or private, or
-                nobody else can reach the source.
+            InputError: if it would overwrite the original.
+            PublishError: if the repository is public, and the licence is not known, or the source is gated, private or
+                a local folder.
         """
         if (repo_id.lower(), clean_subfolder(subfolder)) == (self.origin.repo.lower(), self.location.subfolder):
             raise InputError(
-                f"{self.origin} would be written over its own original; push to another repository or subfolder."
+                f"{self.origin} would overwrite its own original; push to another repository or subfolder."
             )
         self.require_publishable(repo_id, private=private, token=token)
         return push_to_hub(
@@ -241,10 +241,10 @@ class Conversion:
     def require_publishable(
         self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None
     ) -> None:
-        """Raise unless this may go into a repository.
+        """Raise unless the conversion may be published in a repository.
 
         Raises:
-            PublishError: saying why not, and what to do.
+            PublishError: with the reason, and what to do.
         """
         api = HfApi(token=token)
         target = _info(api, repo_id)
@@ -253,25 +253,25 @@ class Conversion:
         origin, advice = self.origin, "or publish it with private=True (--private)."
         if origin.revision is None:
             raise PublishError(
-                f"{origin} is a folder on this machine, so nobody could check what was converted: convert from the "
+                f"{origin} is a folder on this machine, so others could not verify the conversion: convert from the "
                 f"repository id of the original, {advice}"
             )
         if self.licence.name is None:
             raise PublishError(
-                f"The licence of {origin} is not known ({self.licence.evidence}), so a copy may not simply be "
-                f"published: ask its authors and pass license= (--license), {advice}"
+                f"The licence of {origin} is not known ({self.licence.evidence}), so it may not permit publishing a "
+                f"copy: ask its authors and pass license= (--license), {advice}"
             )
         source = _info(api, origin.repo)
         if source is None or source.private:
             raise PublishError(f"The source {origin.repo} is not public; ask its owner, {advice}")
         if source.gated and not (target is not None and target.gated):
             raise PublishError(
-                f"The source {origin.repo} is gated, and a copy without a gate would step around its conditions: gate "
+                f"The source {origin.repo} is gated, and a copy without a gate would bypass its conditions: gate "
                 f"{repo_id} in its settings first, {advice}"
             )
 
     def _other_licence(self) -> dict[str, Any]:
-        """Return name and link of a licence that is not on the Hub's list; a link into the source leads there."""
+        """Return name and link of a licence that is not on the Hub's list; a file of the source becomes an address."""
         if self.licence.name != OTHER:
             return {}
         link, origin = self.licence.link, self.origin
@@ -285,23 +285,23 @@ class Conversion:
         origin = self.origin
         if origin.revision is None:
             return (
-                "**Converted, not trained, by whoever published this.** The weights come from a folder that is not "
-                f"named here, in the layout `{origin.format}`; nobody else can repeat the conversion."
+                "**Converted, not trained, by the publisher of this copy.** The weights come from a local folder, in "
+                f"the layout `{origin.format}`; others cannot repeat the conversion."
             )
         page = f"https://huggingface.co/{origin.repo}/tree/{origin.revision}"
         where = f"`{origin.subfolder}` in " if origin.subfolder else ""
         return (
-            f"**Converted, not trained, by whoever published this.** The weights are those of {where}"
+            f"**Converted, not trained, by the publisher of this copy.** The weights are those of {where}"
             f"[{origin.repo}]({page}), rewritten from the layout `{origin.format}` so that one latent is one row of "
-            "every tensor. Credit belongs to the authors of the original: cite their work. What they report about it "
-            "is on their page, and not repeated here because it was not measured on this copy."
+            "every tensor. Credit belongs to the authors of the original: cite their work. The metrics that they "
+            "report are on their page; they are not repeated here because they were not measured on this copy."
         )
 
     def _require_free(self, folder: Path) -> None:
-        """Raise unless an SAE in our layout can be told apart in a folder.
+        """Raise if a folder holds a checkpoint in another library's layout.
 
         Raises:
-            InputError: naming what is there.
+            InputError: naming that layout.
         """
         if not folder.is_dir():
             return
@@ -312,40 +312,40 @@ class Conversion:
             found = [self.origin.format]
         if found:
             raise InputError(
-                f"{folder} holds a checkpoint in the layout {found[0]}; in one folder with the converted one, neither "
-                "could be told from the other. Pass another folder."
+                f"{folder} holds a checkpoint in the layout {found[0]}; with the converted one in the same folder, "
+                "the layout would be ambiguous. Pass another folder."
             )
 
 
 def _is_within(source: LocalFolder, folder: Path) -> bool:
-    """Whether a folder is that of a local checkpoint."""
+    """Whether a folder is the one that holds a local checkpoint."""
     return (source.root / source.subfolder).resolve() == folder.resolve()
 
 
 def given_licence(license: str | None, name: str | None = None, link: str | None = None) -> Licence | None:
-    """Return the licence that whoever converts says a source has; None if they do not say.
+    """Return the licence that the user states for a source; None if none is given.
 
     Args:
         license: as for `hub.licences.normalise`.
-        name: likewise.
-        link: likewise.
+        name: of a licence ``"other"``.
+        link: of a licence ``"other"``.
 
     Raises:
-        InputError: if the Hub has no such licence, or it is said to be unknown.
+        InputError: if the licence is not on the Hub's list, or is ``"unknown"``.
     """
     found = CardFacts(license=license, license_name=name, license_link=link).licensed().license
     if found is None:
         return None
     if found == "unknown":
         raise InputError(f"Given license {license!r}; expected a licence identifier of the Hub, such as 'apache-2.0'.")
-    return Licence(found, "whoever converted it; the source states none", title=name, link=link)
+    return Licence(found, "the publisher of this copy; the source states none", title=name, link=link)
 
 
-def _agreed(stated: Licence, given: Licence | None, location: Location) -> Licence:
-    """Return the licence, that of the source or, if it states none, the given one.
+def _reconciled(stated: Licence, given: Licence | None, location: Location) -> Licence:
+    """Return the licence of the source or, if it states none, the given one.
 
     Raises:
-        InputError: if the two differ; nobody but the authors can change a licence.
+        InputError: if the two differ; only the authors can change a licence.
     """
     if given is None:
         return stated
@@ -354,13 +354,13 @@ def _agreed(stated: Licence, given: Licence | None, location: Location) -> Licen
     if stated.name != given.name or (given.title and stated.title != given.title):
         raise InputError(
             f"Given license {given.title or given.name!r}, but {location} is published under {stated.name!r} "
-            f"({stated.evidence}); leave license= (--license) away."
+            f"({stated.evidence}); omit license= (--license)."
         )
     return stated
 
 
 def _info(api: HfApi, repo_id: str) -> Any:
-    """Return what the Hub says about a repository; None if there is none that may be seen."""
+    """Return the Hub's information on a repository; None if it does not exist or is not visible."""
     with explained(repo_id, None):
         try:
             return api.model_info(repo_id)

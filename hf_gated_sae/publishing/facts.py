@@ -1,4 +1,4 @@
-"""What is known about an SAE beyond its tensors, and the file in which that travels with it."""
+"""Facts about an SAE beyond its tensors, and the file `sae_metrics.json` that stores them with it."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LatentLabel:
-    """What one latent was found to mean, with the measurement that says so.
+    """The meaning of one latent, with the measurement that supports it.
 
     Attributes:
         latent: index, ``0 .. d_sae - 1``.
         label: short text.
-        precision: share of the tokens on which the latent fires that are of the labelled kind; None if not measured.
-        recall: share of the tokens of that kind on which it fires; None if not measured.
+        precision: of the tokens on which the latent fires, the share with the labelled concept; None if not measured.
+        recall: of the tokens with that concept, the share on which it fires; None if not measured.
     """
 
     latent: int
@@ -45,21 +45,21 @@ class LatentLabel:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a model card can say about an SAE; everything is optional and only what is given is said.
+    """Facts about an SAE for its model card; all are optional, and the card states only those given.
 
     Attributes:
-        metrics: measured numbers by name, such as ``{"l0": 31.2, "fvu": 0.08}``; NaN is kept as "undefined".
-        comparisons: the same numbers of other SAEs measured in the same way, by the name of the SAE.
+        metrics: metrics by name, such as ``{"l0": 31.2, "fvu": 0.08}``; NaN is stored as None and shown as undefined.
+        comparisons: the same metrics of other SAEs, measured in the same way, by the name of the SAE.
         evaluation: how `metrics` were measured: ``dataset``, ``split``, ``tokens``, ``command`` (to repeat it), ...
         training: facts of the training run by name, such as ``{"steps": 20000, "sparsity_coefficient": 0.5}``.
-        curve: what was measured on held-out text while it was trained, in order, each row with its ``step`` and with
-            the same other names, such as ``{"step": 500, "l0": 40.1, "loss_recovered": 0.91}``.
-        datasets: the data that the SAE was trained on: Hub ids, as ``owner/name``, which the Hub then links, or words.
+        curve: metrics on held-out text during training, in order; each row has its ``step`` and the same other names,
+            such as ``{"step": 500, "l0": 40.1, "loss_recovered": 0.91}``.
+        datasets: the data that the SAE was trained on: Hub ids ``owner/name``, which the Hub links, or descriptions.
         license: licence of the Hub's list, such as ``"apache-2.0"``; see `licensed`.
-        license_name: of the licence ``"other"``, what it is called.
-        license_link: of the licence ``"other"``, ``"LICENSE"`` for a file of the repository, or an address.
+        license_name: name of a licence ``"other"``.
+        license_link: of a licence ``"other"``: ``"LICENSE"`` for a file of the repository, or an address.
         labels: latents with a known meaning.
-        provenance: where it comes from, such as ``{"converted from": "owner/name@commit"}``.
+        provenance: the SAE's origin, such as ``{"converted from": "owner/name@commit"}``.
         name: title of the card.
         description: further prose in Markdown.
     """
@@ -79,14 +79,14 @@ class CardFacts:
     description: str | None = None
 
     def __post_init__(self) -> None:
-        """Check that what goes into tables is a number, and make the facts equal to what a file gives back."""
+        """Check that metrics are numbers, and convert values to those that reading a file returns."""
         rows = {f"row {number} of the curve": row for number, row in enumerate(self.curve)}
         for title, numbers in {"metrics": self.metrics, **self.comparisons, **rows}.items():
             for name, value in numbers.items():
                 if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
                     raise InputError(
-                        f"The metric {name!r} of {title} is {value!r}; expected a number. Put how it was measured "
-                        "into evaluation= and what was trained into training=."
+                        f"The metric {name!r} of {title} is {value!r}; expected a number. Put facts of the evaluation "
+                        "into evaluation= and of the training into training=."
                     )
         object.__setattr__(self, "metrics", _numbers(self.metrics))
         object.__setattr__(self, "comparisons", {name: _numbers(found) for name, found in self.comparisons.items()})
@@ -97,12 +97,12 @@ class CardFacts:
 
     @classmethod
     def of_report(cls, report: FidelityReport, *, evaluation: Mapping[str, Any], **more: Any) -> CardFacts:
-        """Take over what `evaluate` measured.
+        """Return facts with the metrics of a report of `evaluate`.
 
         Args:
             report: the report.
-            evaluation: on what it was measured: ``dataset``, ``split``, ``command`` ...; tokens, left-out positions
-                and warnings are added from the report.
+            evaluation: how it was measured: ``dataset``, ``split``, ``command`` ...; tokens, left-out positions and
+                warnings are added from the report.
             **more: the other facts.
         """
         values = report.to_dict(per_latent=False)
@@ -112,19 +112,19 @@ class CardFacts:
         return cls(metrics={**values["metrics"], **losses}, evaluation={**evaluation, **measured, **warnings}, **more)
 
     def licensed(self) -> CardFacts:
-        """Return the facts with the licence as the Hub spells it, if there is one.
+        """Return the facts with the licence in the Hub's spelling, if there is one.
 
         Raises:
-            InputError: if the Hub knows no such licence; see `hub.licences.normalise`.
+            InputError: if the licence is not on the Hub's list; see `hub.licences.normalise`.
         """
         if self.license is None and not self.license_name and not self.license_link:
             return self
         if self.license is None:
-            raise InputError("Given license_name or license_link without license='other', which they belong to.")
+            raise InputError("Given license_name or license_link without license='other': pass it as well.")
         return replace(self, license=normalise(self.license, name=self.license_name, link=self.license_link))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values, without what is not known."""
+        """Return plain JSON values, without unknown facts."""
         known = {name: value for name, value in asdict(self).items() if value not in (None, {}, (), [])}
         return {"schema": SCHEMA, **known}
 
@@ -150,22 +150,22 @@ class CardFacts:
 
 
 def _numbers(values: Mapping[str, float | None]) -> dict[str, float | None]:
-    """Return the numbers; JSON has no NaN, so that what is undefined is None."""
+    """Return the numbers with None for undefined values, since JSON has no NaN."""
     return {name: None if value is None or not math.isfinite(value) else value for name, value in values.items()}
 
 
 def read_facts(source: str | os.PathLike[str] | Origin | SAEModel) -> CardFacts:
-    """Return what is known about an SAE.
+    """Return the facts about an SAE that are stored beside its weights.
 
     Args:
-        source: a folder, a checkpoint, or an SAE, whose checkpoint is asked. Of an SAE whose weights are no longer
-            those of its checkpoint, nothing that was measured or trained is known any more.
+        source: a folder, a checkpoint, or an SAE, whose checkpoint is read. If the SAE's weights differ from those of
+            its checkpoint, facts about metrics and training no longer apply and are dropped.
 
     Returns:
-        The facts that were stored beside the weights; empty ones if there are none.
+        The facts; empty ones if there are none.
 
     Raises:
-        CheckpointError: if the file is there but cannot be read.
+        CheckpointError: if the file exists but cannot be read.
     """
     if isinstance(source, SAEModel):
         return _facts_of(source)
@@ -181,7 +181,7 @@ def read_facts(source: str | os.PathLike[str] | Origin | SAEModel) -> CardFacts:
 
 
 def _facts_of(sae: SAEModel) -> CardFacts:
-    """Return the facts of an SAE's checkpoint as far as they hold for the SAE as it is now."""
+    """Return the facts of an SAE's checkpoint that apply to its current weights."""
     checkpoint = sae.checkpoint
     if checkpoint is None or checkpoint.folder is None:
         return CardFacts()
@@ -189,7 +189,7 @@ def _facts_of(sae: SAEModel) -> CardFacts:
     if facts == CardFacts() or _has_weights_of(sae, checkpoint.folder):
         return facts
     logger.warning(
-        "The weights are no longer those of %s: what was measured on it is dropped. Measure again and pass facts=.",
+        "The weights differ from those of %s: its metrics are dropped. Evaluate the SAE again and pass facts=.",
         checkpoint,
     )
     kept = {name: getattr(facts, name) for name in ("license", "license_name", "license_link")}
@@ -221,7 +221,7 @@ def write_facts(facts: CardFacts, folder: str | os.PathLike[str]) -> Path:
         text = json.dumps(facts.to_dict(), indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise InputError(
-            f"The facts cannot be written as JSON ({error}); expected texts, numbers, lists and mappings."
+            f"The facts cannot be written as JSON ({error}); expected strings, numbers, lists and mappings."
         ) from error
     path.write_text(text + "\n", encoding="utf-8")
     return path

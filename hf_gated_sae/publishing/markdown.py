@@ -1,4 +1,4 @@
-"""Markdown with YAML front matter, in which only marked sections are ours."""
+"""Markdown with YAML front matter, in which only marked sections are generated."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import yaml
 from ..errors import PublishError
 
 OF_LICENCE = ("license_name", "license_link")
-"""Keys of the front matter that say which licence ``other`` is."""
+"""Keys of the front matter that describe a licence ``other``."""
 
 _FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?)\r?\n?---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 
 
 def number(value: object) -> str:
-    """Return a value for a table: four significant digits for a fraction, all digits of a whole number.
+    """Return a value for a table: a float with four significant digits, an integer with all digits.
 
     >>> number(0.123456), number(100000), number(None)
     ('0.1235', '100,000', 'undefined')
@@ -30,12 +30,12 @@ def number(value: object) -> str:
 
 
 def cell(value: object) -> str:
-    """Return a text that cannot break out of a Markdown table cell."""
+    """Return a text escaped for a Markdown table cell."""
     return str(value).replace("|", "\\|").replace("<", "&lt;").replace("\n", " ").strip()
 
 
 def marked(section: str, body: str) -> str:
-    """Enclose `body` in the comments by which it is found again."""
+    """Enclose `body` in the comments that mark a generated section."""
     return f"{_begin(section)}\n\n{body.strip()}\n\n{_end(section)}\n"
 
 
@@ -46,14 +46,14 @@ def with_front_matter(data: Mapping[str, Any], body: str) -> str:
 
 
 def decoded(content: bytes, what: str) -> str:
-    """Return the text of a README (or another file) that people may have written, with plain line ends.
+    """Return the text of a README or another file that may be hand-written, with ``\\n`` as line ends.
 
-    A byte order mark, which some editors put before UTF-8, is dropped: it would hide the front matter. A text in
-    another encoding is not guessed at.
+    A byte order mark, which some editors write before UTF-8, is dropped: it would hide the front matter. Other
+    encodings are not guessed.
 
     Args:
-        content: the file.
-        what: what messages call it.
+        content: of the file.
+        what: name of the file in messages.
 
     Raises:
         PublishError: if it is not UTF-8.
@@ -62,8 +62,8 @@ def decoded(content: bytes, what: str) -> str:
         return content.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise PublishError(
-            f"{what} is not in UTF-8 (byte {error.start} is 0x{content[error.start]:02x}), so it can neither be read "
-            "nor kept, and nothing was written: save it as UTF-8, then try again."
+            f"{what} is not in UTF-8 (byte {error.start} is 0x{content[error.start]:02x}), so it cannot be read and "
+            "kept. Nothing was written: save it as UTF-8, then try again."
         ) from error
 
 
@@ -75,20 +75,20 @@ def merge(
     yielding: Collection[str] = (),
     generated: Collection[str] = (),
 ) -> str:
-    """Bring a freshly made card into a README that people may have edited.
+    """Merge a generated card into a README that people may have edited.
 
-    Only the marked section is replaced, or appended where there is none. Of the front matter, keys that only the
-    existing text has are kept, and tags are united.
+    Only the marked section is replaced, or appended if there is none. Keys of the front matter that only the existing
+    text has are kept, and tags are united.
 
     Args:
-        existing: the README as it is; None if there is none.
+        existing: the current README; None if there is none.
         new: front matter and one marked section.
         section: name of the section.
         yielding: keys of the front matter whose existing value stays.
-        generated: keys that only the section's maker writes: those of an earlier section go with it.
+        generated: keys that are always generated: those of an earlier section are removed with it.
 
     Raises:
-        PublishError: if the existing front matter cannot be read, or the section's end mark is gone.
+        PublishError: if the existing front matter cannot be read, or the section's end mark is missing.
     """
     if existing is None or not existing.strip():
         return new
@@ -99,7 +99,7 @@ def merge(
         old_data = {key: value for key, value in old_data.items() if key not in generated}
     tags = [*(old_data.get("tags") or []), *(new_data.get("tags") or [])]
     kept = {key: old_data[key] for key in yielding if key in old_data}
-    # The name and link of a licence stay, or go, with it.
+    # The name and link of a licence are kept or removed together with it.
     outdated = new_data if "license" in kept or "license" not in new_data else old_data
     for key in OF_LICENCE:
         outdated.pop(key, None)
@@ -109,8 +109,8 @@ def merge(
     stop = old_body.find(_end(section), start)
     if stop < 0:
         raise PublishError(
-            f"The README has the mark {_begin(section)!r} but not {_end(section)!r}: put it back where the generated "
-            "part ends, or remove both."
+            f"The README has the mark {_begin(section)!r} but not {_end(section)!r}: restore it where the generated "
+            "section ends, or remove both."
         )
     after = old_body[stop + len(_end(section)) :].lstrip("\n")
     before = old_body[:start].strip("\n")
@@ -128,7 +128,7 @@ def split_front_matter(text: str) -> tuple[dict[str, Any], str]:
         return {}, text
     try:
         data = yaml.safe_load(found[1]) or {}
-    except (yaml.YAMLError, ValueError) as error:  # the latter of a day such as 2020-99-99
+    except (yaml.YAMLError, ValueError) as error:  # ValueError for a date such as 2020-99-99
         line = str(error).splitlines()[0]
         raise PublishError(
             f"The README's YAML front matter is broken ({line}): correct it, then publish again."

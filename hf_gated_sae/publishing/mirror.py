@@ -1,6 +1,7 @@
-"""A whole repository of foreign checkpoints in our own layout, one commit per SAE, to be interrupted at any time.
+"""Converting a whole repository of another library's checkpoints to the native layout, one commit per SAE.
 
-What is done is read from the target alone: an SAE is there if its provenance names the same commit of the source.
+It can be interrupted at any time. Progress is read from the target alone: an SAE is done if its provenance there names
+the same commit of the source.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ class Step:
     """One SAE of a mirror.
 
     Attributes:
-        address: where it is in the source.
-        folder: where it goes in the target.
+        address: folder or file in the source.
+        folder: in the target.
         state: ``"missing"``; ``"done"``; ``"outdated"``, if the target has it from another commit or in another dtype;
-            ``"taken"``, if another SAE lies in its folder.
+            ``"taken"``, if its folder holds another SAE.
     """
 
     address: str
@@ -44,23 +45,23 @@ class Step:
 
 
 class Mirror:
-    """The SAEs of a repository on their way into another.
+    """Converts all SAEs of a repository and publishes them in another.
 
     Args:
-        source: what to convert, all of one commit.
-        target: repository id, created if need be.
+        source: the SAEs to convert, of one commit.
+        target: repository id, created if needed.
         folder: folder inside the target.
-        dtype: what to store them in; None for as they are.
+        dtype: of the stored weights; None for that of the source.
         license: licence of the Hub's list, for a source that states none; see `hub.licences.normalise`.
-        license_name: of the licence ``"other"``, what it is called.
-        license_link: of the licence ``"other"``, where it can be read.
+        license_name: name of a licence ``"other"``.
+        license_link: address or file of a licence ``"other"``.
         private: whether a target that has to be created is private.
         revision: branch of the target to commit to.
         token: access token; None uses the stored one.
 
     Raises:
-        InputError: if the source is no repository on the Hub, two of its SAEs would go into the same folder, or there
-            is no such licence.
+        InputError: if the source is not a repository on the Hub, two of its SAEs would go into the same folder, or the
+            licence is not on the Hub's list.
     """
 
     def __init__(
@@ -79,8 +80,8 @@ class Mirror:
     ) -> None:
         if source.revision is None:
             raise InputError(
-                f"{source.repo} is a folder on this machine, which no commit pins: a mirror could neither be checked "
-                "nor be resumed. Pass the repository id of the original."
+                f"{source.repo} is a folder on this machine, not pinned to a commit: a mirror of it could be neither "
+                "verified nor resumed. Pass the repository id of the original."
             )
         if source.repo.lower() == target.lower():
             raise InputError(f"Source and target are both {target}; mirror into another repository.")
@@ -94,16 +95,16 @@ class Mirror:
         self._folders = _folders(source.addresses, clean_subfolder(folder))
 
     def plan(self) -> list[Step]:
-        """Return what there is to do, by what lies in the target now.
+        """Return the state of every SAE in the target.
 
         Raises:
             PublishError: if the target's index cannot be read.
         """
-        there = _converted(self.target, self.revision, self.token)
+        converted = _converted(self.target, self.revision, self.token)
         origin = f"{self.source.repo}@{self.source.revision}"
         steps = []
         for address, folder in self._folders.items():
-            found = there.get(folder)
+            found = converted.get(folder)
             if found is None:
                 state = "missing"
             elif (found.get("converted from", "").partition("@")[0], found.get("address")) != (
@@ -117,13 +118,13 @@ class Mirror:
             steps.append(Step(address, folder, state))
         return steps
 
-    def apply_interventions(self, step: Step) -> CommitInfo:
+    def publish(self, step: Step) -> CommitInfo:
         """Convert one SAE and publish it in one commit.
 
         Raises:
             CheckpointError: if it cannot be converted.
-            InputError: if it is in our layout already, or another SAE is in its place.
-            MissingFileError: if it cannot be fetched.
+            InputError: if it is already in the native layout, or its folder in the target holds another SAE.
+            MissingFileError: if it cannot be downloaded.
             PublishError: if it may not be published, or the target changed meanwhile.
         """
         if step.state == "taken":
@@ -156,10 +157,10 @@ def _folders(addresses: list[str], parent: str) -> dict[str, str]:
 
 
 def _converted(repo: str, revision: str | None, token: str | bool | None) -> dict[str, Mapping[str, str]]:
-    """Return what the SAEs of a target were converted from, by folder; an SAE of unknown origin has an empty entry.
+    """Return the origins of the SAEs of a target, by folder; the entry of an SAE of unknown origin is empty.
 
     Raises:
-        PublishError: if a file there cannot be read.
+        PublishError: if a file of the target cannot be read.
     """
     api = HfApi(token=token)
     with explained(repo, revision):
@@ -187,7 +188,7 @@ def _converted(repo: str, revision: str | None, token: str | bool | None) -> dic
 
 
 def _provenance(text: str | None) -> Any:
-    """Return the provenance in a facts file."""
+    """Return the provenance in the text of a facts file."""
     try:
         facts = json.loads(text or "{}")
     except ValueError as error:

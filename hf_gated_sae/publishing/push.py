@@ -1,4 +1,4 @@
-"""Publish an SAE on the Hub: one commit with weights, configuration, facts and card, which removes what is stale."""
+"""Publishing an SAE on the Hub: one commit adds weights, configuration, facts and card, and deletes stale files."""
 
 from __future__ import annotations
 
@@ -51,36 +51,36 @@ def push_to_hub(
 ) -> CommitInfo:
     """Publish an SAE in one commit.
 
-    In a subfolder, the SAE's card goes beside it, and the README in the root lists the SAEs of the repository. Of a
-    README that people wrote, only the marked section is touched.
+    If the SAE is in a subfolder, so is its card, and the README in the root lists the SAEs of the repository. Only the
+    marked section of an existing README is changed.
 
     Args:
         sae: the SAE.
-        repo_id: ``owner/name``, or a name in your own namespace; created if need be.
+        repo_id: ``owner/name``, or a name in your own namespace; created if needed.
         subfolder: folder inside the repository; the root by default.
         private: whether a repository that has to be created is private; an existing one is never changed.
         create_pr: open a pull request instead of committing.
-        revision: branch to commit to, created if need be.
+        revision: branch to commit to, created if needed.
         token: access token; None uses the stored one.
         commit_message: first line of the commit.
         commit_description: the rest of it.
-        facts: what the card says; by default what was stored with the checkpoint that `sae` was loaded from.
+        facts: for the card; by default those stored with the checkpoint that `sae` was loaded from.
         max_shard_size: size above which the weights are written in several files.
-        endpoint: address of the Hub; by default the usual one.
+        endpoint: address of the Hub; the public Hub by default.
 
     Returns:
         The commit: ``oid``, ``commit_url``, ``pr_url`` ...
 
     Raises:
-        InputError: if the arguments contradict each other, or the facts name no licence of the Hub.
-        PublishError: if the repository may not be written, changed meanwhile, or has a README that cannot be read.
+        InputError: if the arguments contradict each other, or the facts name a licence that is not on the Hub's list.
+        PublishError: if the repository cannot be written to, has changed meanwhile, or has an unreadable README.
     """
     _require_one_target(create_pr, revision)
     subfolder, facts = clean_subfolder(subfolder), (read_facts(sae) if facts is None else facts).licensed()
     saving: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     with tempfile.TemporaryDirectory() as staging, _translated(repo_id):
         folder = Path(staging)
-        # Before anything happens on the Hub: what cannot be written leaves no trace there.
+        # Written locally before the repository is created: if this fails, nothing changes on the Hub.
         sae.save_pretrained(folder, **saving)
         write_facts(facts, folder)
         target = _Target.prepare(HfApi(endpoint=endpoint, token=token), repo_id, private, revision)
@@ -92,20 +92,20 @@ def push_to_hub(
             commit_description=commit_description,
             revision=revision,
             create_pr=create_pr,
-            parent_commit=target.commit,  # nobody's work is overwritten unseen
+            parent_commit=target.commit,  # fails if the branch has changed since it was read
         )
 
 
 def create_repository(
     repo_id: str, *, private: bool | None = None, token: str | bool | None = None, endpoint: str | None = None
 ) -> str:
-    """Create a repository if need be, before the work that is to be published there; return its full id.
+    """Create a repository if needed, before the SAE for it is made; return its full id.
 
     Args:
-        repo_id: as for `push_to_hub`.
-        private: likewise.
-        token: likewise.
-        endpoint: likewise.
+        repo_id: as for `push_to_hub`, like the following.
+        private: whether a repository that has to be created is private.
+        token: access token; None uses the stored one.
+        endpoint: address of the Hub; the public Hub by default.
 
     Raises:
         PublishError: if it cannot be written to.
@@ -115,10 +115,10 @@ def create_repository(
 
 
 def _require_one_target(create_pr: bool, revision: str | None) -> None:
-    """Raise if a pull request is asked for, and a branch, too.
+    """Raise if both a pull request and a branch are requested.
 
     Raises:
-        InputError: saying which to pass.
+        InputError: with what to pass.
     """
     if create_pr and revision not in (None, "main"):
         raise InputError(
@@ -129,7 +129,7 @@ def _require_one_target(create_pr: bool, revision: str | None) -> None:
 
 @dataclass(frozen=True)
 class _Target:
-    """A repository, as it is before the commit.
+    """The state of a repository before the commit.
 
     Attributes:
         api: client.
@@ -145,7 +145,7 @@ class _Target:
 
     @classmethod
     def prepare(cls, api: HfApi, repo_id: str, private: bool | None, revision: str | None) -> _Target:
-        """Create repository and branch where they are missing, and list what is there."""
+        """Create repository and branch if they do not exist, and list the files."""
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -158,10 +158,10 @@ class _Target:
         return cls(api, repo_id, str(info.sha), frozenset(file.rfilename for file in info.siblings or []))
 
     def read(self, path: str) -> str | None:
-        """Return a text file at the commit; None if it is not there.
+        """Return a text file at the commit; None if it does not exist.
 
         Raises:
-            PublishError: if it is no text in UTF-8.
+            PublishError: if it is not in UTF-8.
         """
         if path not in self.files:
             return None
@@ -174,7 +174,7 @@ class _Target:
 def _operations(
     target: _Target, sae: SAEModel, facts: CardFacts, folder: Path, subfolder: str
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
-    """Return what the commit does; `folder` holds the saved SAE and receives the rest."""
+    """Return the operations of the commit; `folder` holds the saved SAE, and the other files are written into it."""
     prefix = f"{subfolder}/" if subfolder else ""
     write_extras(
         sae,
@@ -209,8 +209,8 @@ def _write_index(target: _Target, sae: SAEModel, facts: CardFacts, folder: Path,
         known = _json(target.read(f"{other}/{FACTS_FILE}"))
         conversion = conversion_of(known.get("provenance"))
         architecture = str(config.get("model_type")).removesuffix("_sae")
-        places = {name: config.get(name) for name in ("base_model", "site", "d_in", "d_sae")}
-        found = {"architecture": architecture, **places, "metrics": known.get("metrics") or {}}
+        fields = {name: config.get(name) for name in ("base_model", "site", "d_in", "d_sae")}
+        found = {"architecture": architecture, **fields, "metrics": known.get("metrics") or {}}
         return {**found, **({"conversion": conversion} if conversion else {})}
 
     folders = [found for found in native_folders(target.files) if found]
@@ -227,7 +227,7 @@ def _write_index(target: _Target, sae: SAEModel, facts: CardFacts, folder: Path,
 
 
 def _json(text: str | None) -> dict[str, Any]:
-    """Return the object in a JSON text; empty if there is none to be had."""
+    """Return the object in a JSON text; empty if there is none, or it cannot be parsed."""
     try:
         content = json.loads(text or "{}")
     except ValueError:
@@ -237,13 +237,13 @@ def _json(text: str | None) -> dict[str, Any]:
 
 def _message(sae: SAEModel, subfolder: str) -> str:
     """Return the default first line of the commit."""
-    place = f" at {sae.config.site}" if sae.config.site else ""
-    return f"Upload {type(sae).__name__}{place}" + (f" to {subfolder}" if subfolder else "")
+    at_site = f" at {sae.config.site}" if sae.config.site else ""
+    return f"Upload {type(sae).__name__}{at_site}" + (f" to {subfolder}" if subfolder else "")
 
 
 @contextmanager
 def _translated(repo_id: str) -> Iterator[None]:
-    """Turn the client's errors into one sentence."""
+    """Convert the client's errors to errors of this package."""
     try:
         yield
     except HFValidationError as error:
@@ -254,7 +254,7 @@ def _translated(repo_id: str) -> Iterator[None]:
         ) from error
     except RepositoryNotFoundError as error:
         raise PublishError(
-            f"The repository {repo_id} does not exist or may not be seen with this token: check the name, and that "
+            f"The repository {repo_id} does not exist or is not visible with this token: check the name, and that "
             "the token has write access (`hf auth login`, or token=)."
         ) from error
     except HfHubHTTPError as error:
@@ -266,11 +266,11 @@ def _translated(repo_id: str) -> Iterator[None]:
 
 
 def _explanation(repo_id: str, error: HfHubHTTPError) -> str:
-    """Return the sentence for a refusal."""
+    """Return the message for a request that the Hub refused."""
     status = error.response.status_code
     if status in (401, 403):
         return (
-            f"The repository {repo_id} may not be written with this token: pass token= with write access to that "
+            f"The repository {repo_id} cannot be written to with this token: pass token= with write access to that "
             "owner, run `hf auth login`, or propose the change with create_pr=True."
         )
     if status == 412:

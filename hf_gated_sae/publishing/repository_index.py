@@ -1,4 +1,4 @@
-"""The root of a repository that holds several SAEs: what is in which folder, for programs and for readers."""
+"""The index of a repository with several SAEs: `sae_set.json` and the README in its root."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COLUMNS = ("l0", "fvu", "loss_recovered")
 
 
 def conversion_of(provenance: object) -> dict[str, str]:
-    """Return what an SAE was converted from: ``converted from``, ``address`` and ``dtype`` of its provenance.
+    """Return the entries ``converted from``, ``address`` and ``dtype`` of an SAE's provenance.
 
     >>> conversion_of({"converted from": "acme/saes@c0ffee", "address": "layer_1", "trained in": "2024"})
     {'converted from': 'acme/saes@c0ffee', 'address': 'layer_1'}
@@ -28,7 +28,7 @@ def conversion_of(provenance: object) -> dict[str, str]:
 
 
 def entry(sae: SAEModel, facts: CardFacts) -> dict[str, Any]:
-    """Return what the index says about one SAE."""
+    """Return the index entry of one SAE."""
     config = sae.config
     described = {name: getattr(config, name) for name in ("architecture", "base_model", "site", "d_in", "d_sae")}
     metrics = {name: facts.metrics[name] for name in COLUMNS if name in facts.metrics}
@@ -40,7 +40,7 @@ def read_index(text: str | None) -> dict[str, dict[str, Any]]:
     """Return the entries of ``sae_set.json`` by subfolder; none if there is no file.
 
     Raises:
-        PublishError: if the file is not what this package writes.
+        PublishError: if the file does not have the expected structure.
     """
     if text is None:
         return {}
@@ -61,11 +61,11 @@ def updated_index(
     """Return the entries after one SAE was added.
 
     Args:
-        entries: those of the stored index.
+        entries: of the stored index.
         folders: the folders of the repository that hold an SAE; entries of others are dropped.
-        subfolder: where the new SAE goes.
+        subfolder: of the new SAE.
         new: its entry.
-        describe: returns the entry of a folder that the stored index lacks.
+        describe: returns the entry of a folder that is not in the stored index.
     """
     found = {
         folder: entries[folder] if folder in entries else describe(folder) for folder in folders if folder != subfolder

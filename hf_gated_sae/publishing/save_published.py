@@ -1,4 +1,4 @@
-"""Write an SAE with everything that should travel with it: weights, configuration, facts and card."""
+"""Saving an SAE with its facts and card beside weights and configuration."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ CARD_FILE = "README.md"
 def save(sae: SAEModel, folder: str | os.PathLike[str], facts: CardFacts | None = None, **kwargs: Any) -> Path:
     """Write weights, ``config.json``, ``sae_metrics.json`` and ``README.md``.
 
-    Everything is written aside first: if anything fails, the folder is as it was. A README that people have edited
-    keeps their part.
+    All files are first written to a temporary folder: if anything fails, the target does not change. Hand-written
+    parts of an existing README are kept.
 
     Args:
         sae: the SAE.
-        folder: where to, created if need be.
-        facts: what is known; by default what was stored with the checkpoint that `sae` was loaded from.
+        folder: to write to, created if needed.
+        facts: about the SAE; by default those stored with the checkpoint that `sae` was loaded from.
         **kwargs: as for `SAEModel.save_pretrained`, such as ``max_shard_size``.
 
     Returns:
         The folder.
 
     Raises:
-        InputError: if the facts name no licence of the Hub.
+        InputError: if the facts name a licence that is not on the Hub's list.
         PublishError: if the folder's README cannot be read.
     """
     target = Path(folder)
@@ -58,8 +58,8 @@ def write_extras(
     Args:
         sae: the SAE.
         folder: an existing folder.
-        facts: what is known.
-        existing_card: a README whose hand-written part is to be kept.
+        facts: about the SAE.
+        existing_card: a README whose hand-written parts are kept.
         repo_id: repository that the card is for.
         subfolder: folder of the SAE in that repository.
     """

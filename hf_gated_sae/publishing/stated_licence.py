@@ -1,4 +1,4 @@
-"""Under which licence a checkpoint was published, as far as its repository says."""
+"""The licence under which a checkpoint was published, as stated in its repository."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ _TEXTS = {
     "cc-by-4.0": r"(?:Creative Commons )?(?<!-)Attribution 4\.0 International",
     "cc0-1.0": r"CC0 1\.0 Universal",
 }
-# What yaml raises, beside its own errors, on values whose text does not fit their form, such as the day 2020-99-99.
+# Errors that yaml raises, besides its own, for malformed values such as the date 2020-99-99.
 _YAML_ERRORS = (ValueError, RecursionError, LookupError, TypeError, AttributeError, ArithmeticError)
 
 
 @dataclass(frozen=True)
 class Licence:
-    """What a repository says about its licence.
+    """The licence of a checkpoint.
 
     Attributes:
         name: identifier of the Hub, such as ``"apache-2.0"``; None if it is not known.
-        evidence: where that is said, or why it is not known, as a phrase for the card.
-        title: of ``"other"``, what it is called.
-        link: of ``"other"``, where it can be read: an address, or a file of the repository.
+        evidence: where it is stated, or why it is not known, as a phrase for the card.
+        title: name of a licence ``"other"``.
+        link: of a licence ``"other"``: an address, or a file of the repository.
     """
 
     name: str | None
@@ -45,10 +45,10 @@ class Licence:
 
 
 def stated_licence(location: Location) -> Licence:
-    """Return the licence of a checkpoint: of its own folder, else of the nearest one above that states one.
+    """Return the licence of a checkpoint: that of its own folder, else of the nearest parent that states one.
 
-    The metadata of a ``README.md`` counts first, then the text of a ``LICENSE`` file, recognised if it is one of a few
-    common ones. A repository is taken at its word; nothing is guessed.
+    In each folder the metadata of ``README.md`` takes precedence over the text of a ``LICENSE`` file, which is
+    recognised for a few common licences. The repository's statement is not checked, and nothing is guessed.
 
     Args:
         location: the checkpoint.
@@ -66,40 +66,40 @@ def stated_licence(location: Location) -> Licence:
 
 
 def _of_card(location: Location) -> Licence | None:
-    """Return what the card's metadata says; None if it says nothing."""
+    """Return the licence in the card's metadata; None if it states none."""
     if CARD_FILE not in location:
         return None
-    place = f"metadata of the source's {_path(location, CARD_FILE)}"
+    source = f"metadata of the source's {_path(location, CARD_FILE)}"
     try:
         data, _ = split_front_matter(decoded(location.read_bytes(CARD_FILE), CARD_FILE))
     except (PublishError, *_YAML_ERRORS):
-        return Licence(None, f"the {place} cannot be read")
-    return _licence(data, place)
+        return Licence(None, f"the {source} cannot be read")
+    return _licence(data, source)
 
 
-def _licence(data: Mapping[str, Any], place: str) -> Licence | None:
-    """Return what the keys of a card say."""
+def _licence(data: Mapping[str, Any], source: str) -> Licence | None:
+    """Return the licence in the front matter of a card; None if it states none."""
     stated = data.get("license")
     names = [str(name).strip().lower() for name in (stated if isinstance(stated, list) else [stated]) if name]
     if not names:
         return None
     if names == ["unknown"]:
-        return Licence(None, f"the {place} says that it is unknown")
+        return Licence(None, f"the {source} states that it is unknown")
     if len(names) > 1:
-        return Licence(OTHER, f"{place}: {' or '.join(names)}", title=" or ".join(names))
+        return Licence(OTHER, f"{source}: {' or '.join(names)}", title=" or ".join(names))
     if names == [OTHER]:
         title, link = (str(data[key]) if data.get(key) else None for key in OF_LICENCE)
         if title is None and link is None:
-            return Licence(None, f"the {place} says 'other' and not which")
-        return Licence(OTHER, f"{place}: {', '.join(filter(None, (title, link)))}", title=title or link, link=link)
+            return Licence(None, f"the {source} states 'other' without a name")
+        return Licence(OTHER, f"{source}: {', '.join(filter(None, (title, link)))}", title=title or link, link=link)
     try:
-        return Licence(normalise(names[0]), place)
-    except InputError:  # a name of their own
-        return Licence(OTHER, f"{place}: {names[0]}", title=names[0])
+        return Licence(normalise(names[0]), source)
+    except InputError:  # a name that is not on the Hub's list
+        return Licence(OTHER, f"{source}: {names[0]}", title=names[0])
 
 
 def _of_file(location: Location) -> Licence | None:
-    """Return the licence whose text is there; None if there is no such file."""
+    """Return the licence of a folder's licence file; None if there is no such file."""
     for name in FILES:
         if name in location:
             text = _text(location, name)
@@ -112,7 +112,7 @@ def _of_file(location: Location) -> Licence | None:
 
 
 def _text(location: Location, name: str) -> str:
-    """Return the beginning of a text file, however it is encoded."""
+    """Return the beginning of a text file in any encoding."""
     return location.read_bytes(name)[:LARGEST].decode("utf-8", errors="replace")
 
 

@@ -1,4 +1,4 @@
-"""What a training run leaves: SAEs with facts, and with cards that say how they were trained."""
+"""Writing facts and cards for the SAEs of a finished training run."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .facts import CardFacts
 from .save_published import save
 
 
-def leave(run: Run) -> dict[str, Path]:
+def save_trained(run: Run) -> dict[str, Path]:
     """Write facts and card beside every SAE of a finished run.
 
     Args:
-        run: carried out.
+        run: after training.
 
     Returns:
         The folder of each SAE, by the name of its section.
@@ -27,13 +27,13 @@ def leave(run: Run) -> dict[str, Path]:
 
 
 def training_facts(run: Run, name: str = "") -> CardFacts:
-    """Return what is known of an SAE because it was trained here.
+    """Return the facts of an SAE's training run.
 
     The metrics are those of a sample of the training stream, the first activations of its text or random ones of those
-    on disk; replace them by those of held-out text.
+    on disk; replace them by metrics on held-out text.
 
     Args:
-        run: carried out.
+        run: after training.
         name: of the SAE's section.
     """
     known = json.loads((run.folder(name) / FACTS_FILE).read_text(encoding="utf-8"))
@@ -46,7 +46,7 @@ def training_facts(run: Run, name: str = "") -> CardFacts:
     }
     held_out: dict[str, Any] = {}
     if known.get("curve"):
-        text = "the first sequences of the data, which were not learned"
+        text = "the first sequences of the data, which were not trained on"
         held_out = {
             "held-out text": Path(data.held_out).name if data.held_out else text,
             "held-out tokens": data.held_out_tokens,
@@ -62,7 +62,7 @@ def training_facts(run: Run, name: str = "") -> CardFacts:
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values for a table: mappings one by one, and nothing that is not known."""
+    """Return values for a table: nested mappings flattened, unknown values left out."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):

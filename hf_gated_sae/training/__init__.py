@@ -1,4 +1,4 @@
-"""Training SAEs: where activations come from, the recipe, and transformers' `Trainer` around both.
+"""Training SAEs: streams of activations, training arguments, and a subclass of transformers' `Trainer`.
 
 A new remedy for dead latents is one file in `remedies/`; a new source of activations subclasses `ActivationStream`.
 """

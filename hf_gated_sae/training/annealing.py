@@ -1,4 +1,4 @@
-"""Lowering the power of the sparsity penalty while a run goes on."""
+"""Annealing the power of the sparsity penalty during a run."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from .processes import Processes
 from .recent_batches import RecentBatches
 
 Penalty = Callable[[float, Tensor, Tensor], float]
-"""Returns the sparsity term without its coefficient, of a power, ``x [n, d_in]`` and ``target [n, d_out]``."""
+"""Sparsity term without its coefficient, as a function of the power, ``x [n, d_in]`` and ``target [n, d_out]``."""
 
 
 class PowerAnnealing:
-    """Moves the power p of the penalty ``sum |latents|^p`` from 1 to its end in equal changes between two steps.
+    """Lowers the power p of the penalty ``sum |latents|^p`` from 1 to `end` in equal changes between two steps.
 
-    A smaller power makes small latents dearer, so that at each change the coefficient is multiplied by what the last
-    batches cost under the old power over what they cost under the new one, and the pressure as a whole stays.
+    A smaller power penalises small latents more. At each change the coefficient is therefore multiplied by the ratio
+    of the last batches' penalty under the old power to that under the new one, which keeps the total penalty.
 
     Args:
-        end: last power, greater than 0; 1 changes nothing.
-        first: step after which it changes for the first time.
-        last: step after which it is at its end.
+        end: final power, greater than 0; 1 for no annealing.
+        first: step after which the power first changes.
+        last: step after which it has its final value.
         changes: number of changes.
-        batches: how many batches before a change are remembered for it.
+        batches: number of batches before each change from which the coefficient is rescaled.
 
     Attributes:
-        power: the present power.
-        factor: what the coefficient is to be multiplied by.
+        power: current power.
+        factor: multiplier of the coefficient.
 
     Source: Karvonen et al. 2024 (arXiv 2408.00113), p-annealing.
     """
@@ -43,7 +43,7 @@ class PowerAnnealing:
         self._recent = RecentBatches()
 
     def observe(self, step: int, x: Tensor, target: Tensor) -> None:
-        """See a batch that is being trained on.
+        """Store a batch that is being trained on, if a change of the power is near.
 
         Args:
             step: number of steps done.
@@ -54,29 +54,29 @@ class PowerAnnealing:
             self._recent.observe(x, target)
 
     def advance(self, step: int, penalty: Penalty, processes: Processes) -> None:
-        """Change the power if this is a step to do so.
+        """Change the power if a change is scheduled for this step.
 
         Args:
             step: number of steps done, this one included.
-            penalty: measures what a batch costs.
-            processes: those that see other batches.
+            penalty: computes the penalty of a batch.
+            processes: the processes that train on other batches.
         """
         power = self._powers.get(step)
         if power is None:
             return
         powers = {"old": self.power, "new": power}
-        costs = {name: sum(penalty(p, x, target) for x, target in self._recent) for name, p in powers.items()}
-        old, new = processes.numbers(costs).values()
+        penalties = {name: sum(penalty(p, x, target) for x, target in self._recent) for name, p in powers.items()}
+        old, new = processes.mean_by_name(penalties).values()
         self._recent.clear()
-        if old > 0 and new > 0:  # with no latent on there is no pressure to keep
+        if old > 0 and new > 0:  # without an active latent there is no penalty to keep
             self.factor *= old / new
         self.power = power
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is needed to go on."""
+        """Return the state needed to resume."""
         return {"power": self.power, "factor": self.factor, **self._recent.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Go on from a saved state, with what is remembered on a device."""
+        """Restore a saved state, with the stored batches on a device."""
         self.power, self.factor = state["power"], state["factor"]
         self._recent.load_state_dict(state, device)

@@ -1,4 +1,4 @@
-"""Everything that decides a training run, with the paper's values as defaults."""
+"""All settings of a training run, with the paper's values as defaults."""
 
 from __future__ import annotations
 
@@ -39,58 +39,59 @@ _NOT_NEGATIVE = (
 )
 
 _ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt")
-"""Schedules of a learning rate that does not fall towards an end."""
+"""Learning-rate schedules that do not depend on the length of the run."""
 
-_SHARES = ("adam_beta1", "adam_beta2", "lr_dip")
+_FRACTIONS = ("adam_beta1", "adam_beta2", "lr_dip")
 
 ARGUMENTS_FILE = "training_args.json"
 
 SCALES = ("none", "unit", "sqrt_d_in")
-"""What the root mean square norm of the activations is brought to while training."""
+"""Root mean square norms to which activations are scaled in training."""
 
 
 @dataclass
 class SAETrainingArguments(TrainingArguments):
-    """`transformers.TrainingArguments` for SAEs; what means nothing for these is refused, with the reason.
+    """`transformers.TrainingArguments` for SAEs; settings without a meaning for SAEs are refused, with the reason.
 
-    Losses are means over activations of squared errors *summed* over the width, and `sparsity_coefficient` is in that
-    unit. (The paper's tables divide the squared error by the width: multiply their Gated lambda by ``d_in``.)
+    Losses are means over activations of squared errors *summed* over the width, which sets the scale of
+    `sparsity_coefficient`. (The paper's tables divide the squared error by the width: multiply their Gated lambda by
+    ``d_in``.)
 
     Attributes:
-        max_steps: changes of the weights in all.
+        max_steps: number of optimiser steps.
         activation_batch_size: activations per device and forward pass.
-        latent_parallel: how many processes share an SAE, each with its part of the latents; 1 for data parallel alone.
-        objective: variants of the architecture's objective, such as ``{"frozen_decoder": False}``, which are the
-            fields of its `objective_class`. Of several SAEs, for all of them, or a mapping of such by their names.
-        sparsity_coefficient: lambda of the objective; of several SAEs, one for all or a mapping by their names.
+        latent_parallel: number of processes that share an SAE, each with some of its latents; 1 for data parallel.
+        objective: options of the architecture's objective, such as ``{"frozen_decoder": False}``: the fields of its
+            `objective_class`. With several SAEs, options for all of them, or a mapping from SAE names to options.
+        sparsity_coefficient: lambda of the objective; with several SAEs, one for all or a mapping by SAE name.
         sparsity_warmup_steps: steps over which lambda grows linearly from 0.
-        sparsity_power_end: power of the latents in the sparsity term that it is annealed to; 1 for none of that.
-        sparsity_power_steps: the step after which the power changes first, and the one after which it is at its end.
-        sparsity_power_changes: how many changes there are.
+        sparsity_power_end: power to which the latents' power in the sparsity term is annealed; 1 for no annealing.
+        sparsity_power_steps: the step after which the power first changes, and the one after which it is final.
+        sparsity_power_changes: number of changes.
         sparsity_power_batches: latest batches from which the coefficient is rescaled at each change.
-        activation_scale: what the root mean square norm of the activations is scaled to while training:
-            ``"sqrt_d_in"``, ``"unit"`` or ``"none"``. The scale is folded into the weights at the end, so that the SAE
-            reads what the model produces.
-        initial_b_dec: what the `b_dec` of a new SAE (all zeros) starts from: ``"mean"`` or ``"geometric_median"`` of
+        activation_scale: root mean square norm to which activations are scaled in training: ``"sqrt_d_in"``,
+            ``"unit"`` (1) or ``"none"``. The scale is folded into the weights at the end, so that the SAE reads the
+            model's own activations.
+        initial_b_dec: initial value for the `b_dec` of a new SAE (all zeros): ``"mean"`` or ``"geometric_median"`` of
             the activations, or ``"zero"``.
-        statistics_activations: sample size for the scale, the centre and the limit of norms; by default 2 % of what is
-            learned, from 2,048 to 65,536.
-        outlier_multiple: activations with a norm above so many times the median of that sample, at the site that is
-            read or the one that is written, are not learned; the limit is recorded with the SAE (`norm_limit`). A few
-            of them, such as those at attention sinks, would else be most of what it learns. None to learn them, too.
-        recorded_activations: sample size for the `max_activation` and `mean_activation` that are stored with the SAE;
-            by default 8 % of what is learned, from 4,096 to 131,072. 0 records nothing.
-        evaluations: how often the SAEs are measured on held-out text, at equal distances, the last time at the end,
-            where the stream holds some back or `eval_dataset` is given.
+        statistics_activations: sample size for the scale, the centre and the norm limit; by default 2 % of the
+            activations trained on, from 2,048 to 65,536.
+        outlier_multiple: activations with a norm above this multiple of that sample's median, at the site read or the
+            site written, are not trained on; the limit is recorded with the SAE (`norm_limit`). A few of them, such as
+            attention sinks, would otherwise dominate the loss. None to train on them too.
+        recorded_activations: sample size for the `max_activation` and `mean_activation` stored with the SAE; by
+            default 8 % of the activations trained on, from 4,096 to 131,072. 0 records nothing.
+        evaluations: number of evaluations on held-out text, evenly spaced, the last one at the end, if the stream
+            holds some back or `eval_dataset` is given.
         unit_norm_decoder: keep decoder rows at unit norm.
-        dead_after_activations: a latent silent for this many activations is dead.
+        dead_after_activations: a latent that has not fired for this many activations is dead.
         dead_latent_remedy: name of a remedy in `training/remedies/`, or None.
         resample_steps: steps at which dead latents are resampled.
-        resample_inputs: latest activations, of all processes together, from which new directions are drawn.
+        resample_inputs: latest activations, over all processes, from which new directions are drawn.
         lr_dip: factor on the learning rate right after a resampling.
-        lr_dip_steps: steps until the learning rate is back, along a cosine.
-        auxk_latents: dead latents that reconstruct the error of each activation, with ``"auxk"``; half of `d_in` by
-            default.
+        lr_dip_steps: steps until the learning rate has recovered, along a cosine.
+        auxk_latents: number of dead latents that reconstruct the error of each activation, with ``"auxk"``; half of
+            `d_in` by default.
         auxk_coefficient: weight of that term.
         pull_coefficient: weight of the term of ``"pre_activation_pull"``.
 
@@ -109,14 +110,14 @@ class SAETrainingArguments(TrainingArguments):
     logging_steps: float = 100
     report_to: None | str | list[str] = "none"
 
-    # What transformers would do by default is wrong for a stream of activations.
+    # The defaults of transformers are wrong for a stream of activations.
     per_device_train_batch_size: int = 1  # an item of the stream is a whole batch
     remove_unused_columns: bool = False
-    dataloader_pin_memory: bool = False  # fails for activations that are on a GPU already
-    ignore_data_skip: bool = True  # the stream itself goes on from where it was
+    dataloader_pin_memory: bool = False  # fails for activations that are already on a GPU
+    ignore_data_skip: bool = True  # the stream resumes from its own position
     logging_nan_inf_filter: bool = False  # would hide a diverged run, and waits for the device at every step
 
-    ddp_find_unused_parameters: bool | None = False  # an objective uses all that learn
+    ddp_find_unused_parameters: bool | None = False  # an objective uses every trainable parameter
 
     activation_batch_size: int = 4096
     latent_parallel: int = 1
@@ -145,7 +146,7 @@ class SAETrainingArguments(TrainingArguments):
     pull_coefficient: float = 3e-6
 
     def __post_init__(self) -> None:
-        """Check what transformers cannot know, before anything is loaded."""
+        """Check the settings specific to SAEs, before anything is loaded."""
         require_supported(self, {each.name: each.default for each in fields(SAETrainingArguments)})
         # By default one process would read text for all others.
         self.accelerator_config: Any = self.accelerator_config or {"dispatch_batches": False}
@@ -159,12 +160,12 @@ class SAETrainingArguments(TrainingArguments):
             if value not in known:
                 raise unknown_name(name, value, known)
         self._check_ranges()
-        learned = self.max_steps * self.activation_batch_size * self.gradient_accumulation_steps
+        activations = self.max_steps * self.activation_batch_size * self.gradient_accumulation_steps
         self._chose_statistics = self.statistics_activations is None
         if self.statistics_activations is None:
-            self.statistics_activations = STATISTICS.of(learned)
+            self.statistics_activations = STATISTICS.of(activations)
         if self.recorded_activations is None:
-            self.recorded_activations = RECORDED.of(learned)
+            self.recorded_activations = RECORDED.of(activations)
         require_launched(self)
         require_possible(self)
         self.objective = _from_flag("objective", self.objective or {}, Mapping)
@@ -176,13 +177,13 @@ class SAETrainingArguments(TrainingArguments):
         require_makeable(self)
         if self.world_size % self.latent_parallel:
             raise InputError(
-                f"latent_parallel is {self.latent_parallel}, and there are {self.world_size} processes; expected a "
-                "divisor."
+                f"latent_parallel is {self.latent_parallel} with {self.world_size} processes; expected a divisor of "
+                f"{self.world_size}."
             )
 
     @property
     def activations_per_step(self) -> int:
-        """Of all processes, between two changes of the weights."""
+        """Activations of all processes together between two optimiser steps."""
         rows = self.world_size // self.latent_parallel
         return self.activation_batch_size * self.gradient_accumulation_steps * rows
 
@@ -192,8 +193,8 @@ class SAETrainingArguments(TrainingArguments):
         return frozenset(-(-self.max_steps * number // self.evaluations) for number in range(1, self.evaluations + 1))
 
     @property
-    def open_until_the_end(self) -> frozenset[str]:
-        """The names of those that decide nothing before the end of a run, which can go on with others."""
+    def changeable_on_resume(self) -> frozenset[str]:
+        """Names of the settings that have no effect before the end of a run: a resumed run may change them."""
         looks_ahead = plain(self.lr_scheduler_type) not in _ENDLESS or 0 < self.warmup_steps < 1
         found = {"recorded_activations", "evaluations"} | (set() if looks_ahead else {"max_steps"})
         return frozenset(found | ({"statistics_activations"} if self._chose_statistics else set()))
@@ -202,8 +203,8 @@ class SAETrainingArguments(TrainingArguments):
         for names, least, most, expected in (
             (_POSITIVE, 1, math.inf, "a positive number"),
             (_NOT_NEGATIVE, 0, sys.float_info.max, "0 or a positive number"),
-            (_SHARES, 0, 1, "a number from 0 to 1"),
-            (("outlier_multiple",), 1, sys.float_info.max, "a number from 1 on, or None"),
+            (_FRACTIONS, 0, 1, "a number from 0 to 1"),
+            (("outlier_multiple",), 1, sys.float_info.max, "a number of at least 1, or None"),
             (("seed",), 0, 2**32 - 1, "a whole number from 0 to 4294967295"),
         ):
             for name in names:
@@ -217,7 +218,7 @@ class SAETrainingArguments(TrainingArguments):
         if self.save_steps <= 0:
             raise InputError(f"save_steps is {self.save_steps}; expected a positive number, or save_strategy='no'.")
         if any(step < 1 for step in self.resample_steps):
-            raise InputError(f"resample_steps is {self.resample_steps}; expected steps from 1 on.")
+            raise InputError(f"resample_steps is {self.resample_steps}; expected steps of at least 1.")
 
     def _check_annealing(self) -> None:
         if not 0 < self.sparsity_power_end <= 1:
@@ -236,7 +237,7 @@ class SAETrainingArguments(TrainingArguments):
             )
 
     def named(self, setting: str) -> Mapping[str, Any] | None:
-        """Return a setting that is given for each of several SAEs; None if it is one for all.
+        """Return a setting that is given by SAE name; None if one value applies to all.
 
         Args:
             setting: ``"sparsity_coefficient"`` or ``"objective"``.
@@ -248,12 +249,12 @@ class SAETrainingArguments(TrainingArguments):
         return None if flags else value
 
     def of_sae(self, setting: str, name: str, default: Any = None) -> Any:
-        """Return what one SAE has of a setting that may be given for each of several.
+        """Return one SAE's value of a setting that may be given by SAE name.
 
         Args:
             setting: ``"sparsity_coefficient"`` or ``"objective"``.
-            name: of the SAE; empty if it is alone.
-            default: for an SAE that is not named; without it every SAE has to be.
+            name: of the SAE; empty for a single SAE.
+            default: for an SAE that is not named; without a default every SAE has to be named.
 
         Raises:
             UnknownNameError: if the SAE is not named.
@@ -266,7 +267,7 @@ class SAETrainingArguments(TrainingArguments):
         return by_name.get(name, default)
 
     def require_saes(self, names: Collection[str]) -> None:
-        """Raise if a setting is given for an SAE that there is not.
+        """Raise if a setting is given for an SAE that does not exist.
 
         Raises:
             UnknownNameError: naming the first.
@@ -277,12 +278,12 @@ class SAETrainingArguments(TrainingArguments):
                     raise unknown_name("SAE", name, names)
 
     def recipe(self) -> dict[str, Any]:
-        """Return what decided the weights, as plain JSON without paths, for cards and `training_args.json`."""
+        """Return the settings that determine the weights, as plain JSON without paths."""
         own = {f.name for f in fields(SAETrainingArguments)} - {f.name for f in fields(TrainingArguments)}
         return {name: plain(getattr(self, name)) for name in (*_INHERITED_RECIPE, *sorted(own))}
 
     def write_recipe(self, folder: Path) -> None:
-        """Write ``training_args.json``, which is no pickle, into a folder."""
+        """Write ``training_args.json`` into a folder."""
         (folder / ARGUMENTS_FILE).write_text(json.dumps(self.recipe(), indent=2) + "\n", encoding="utf-8")
 
 
@@ -294,10 +295,10 @@ def _require_lambdas(given: float | str | Mapping[str, Any]) -> None:
 
 
 def _from_flag(name: str, value: Any, kinds: Any) -> Any:
-    """Return a value, which as a flag of the command line is the text of JSON.
+    """Return a value, parsed from JSON if it is text from the command line.
 
     Raises:
-        InputError: if it is nothing of the expected kinds.
+        InputError: if it has none of the expected types.
     """
     found = value
     if isinstance(value, str):

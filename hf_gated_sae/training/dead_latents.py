@@ -1,4 +1,4 @@
-"""Which latents have stopped firing."""
+"""Counting for how long each latent has not fired, and which latents are dead."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from .processes import Processes
 class DeadLatents:
     """Counts, for every latent, the activations seen since it last fired.
 
-    Which latents are dead changes between steps only: whatever the parts of a batch are, and whoever computes them,
-    all of them see the same dead latents.
+    The set of dead latents changes between steps only, so all parts of a batch, in all processes, see the same one.
 
     Args:
         d_sae: number of latents.
-        dead_after: a latent that was silent for this many activations is dead.
+        dead_after: a latent that has not fired for this many activations is dead.
         device: of the counters.
-        processes: those that see other activations; a latent is alive if it fires in one of them.
+        processes: the processes that see other activations; a latent is alive if it fires in any of them.
 
     Attributes:
-        fired: which latents were on since the last step, in this process, ``[d_sae]`` bool; None before any batch.
+        fired: which latents fired since the last step, in this process, ``[d_sae]`` bool; None before any batch.
     """
 
     def __init__(
@@ -37,27 +36,27 @@ class DeadLatents:
         self.silent_for = torch.zeros(d_sae, dtype=torch.int64, device=device)
 
     def reset(self) -> None:
-        """Forget what was seen since the last step, which will not be taken."""
+        """Discard the counts since the last step, for a step that is not taken."""
         self.fired: Tensor | None = None
         self._seen = 0
 
     @torch.no_grad()
     def update(self, fired: Tensor, activations: int) -> None:
-        """See a batch, or a part of it.
+        """Add a batch, or a part of one.
 
         Args:
-            fired: which latents were on for some activation of it, ``[d_sae]`` bool.
-            activations: how many there were, in this process and as many in each of the others.
+            fired: which latents fired on any of its activations, ``[d_sae]`` bool.
+            activations: number of activations in this process; the others have the same number.
         """
         self.fired = fired if self.fired is None else self.fired | fired
         self._seen += activations * self._processes.count
 
     @torch.no_grad()
     def advance(self, fired: Tensor | None = None) -> None:
-        """Count, at every step, what was seen since the last one.
+        """Update the counters at the end of a step.
 
         Args:
-            fired: which latents were on in some process, ``[d_sae]`` bool; by default, in this one.
+            fired: which latents fired in any process, ``[d_sae]`` bool; by default, in this one.
         """
         fired = self.fired if fired is None else fired
         self.silent_for += self._seen
@@ -75,6 +74,6 @@ class DeadLatents:
         """The dead latents ``[n]``, in order."""
         return self.mask.nonzero().squeeze(-1)
 
-    def forgive(self, indices: Tensor) -> None:
-        """Start counting anew for some latents ``[n]``."""
+    def reset_counters(self, indices: Tensor) -> None:
+        """Set the counters of some latents ``[n]`` to 0."""
         self.silent_for[indices] = 0

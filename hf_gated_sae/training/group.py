@@ -1,4 +1,4 @@
-"""Several SAEs as one module, which is what a `transformers.Trainer` trains."""
+"""Several SAEs as one module, since a `transformers.Trainer` trains one module."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=|-]*(/[A-Za-z0-9_][A-Za-z0-9_.+=|
 
 
 class SAEGroupConfig(PreTrainedConfig):
-    """The configurations of several SAEs, by name, for trackers that write down what is trained."""
+    """The configurations of several SAEs, by name, for experiment trackers."""
 
     model_type = "sae_group"
     saes: dict[str, Any] | None = None
 
 
 class SAEGroup(nn.Module):
-    """SAEs by name that share nothing but the stream they are trained on.
+    """SAEs by name that are trained on the same stream and share nothing else.
 
     Args:
         saes: by name; a name is also the subfolder that its SAE is saved in.
 
     Raises:
-        InputError: if there are none, one is given twice, or a name is no relative path.
+        InputError: if there are none, one is given twice, or a name is not a relative path.
     """
 
     def __init__(self, saes: Mapping[str, SAEModel]) -> None:
@@ -39,7 +39,7 @@ class SAEGroup(nn.Module):
         require_names(saes)
         self.names = tuple(saes)
         self.config = SAEGroupConfig(saes={name: sae.config.to_dict() for name, sae in saes.items()})
-        self.saes = nn.ModuleList(saes.values())  # by number: a name may have dots
+        self.saes = nn.ModuleList(saes.values())  # by index: a name may have dots
 
     def items(self) -> Iterator[tuple[str, SAEModel]]:
         """Yield names and SAEs."""
@@ -51,7 +51,7 @@ class SAEGroup(nn.Module):
 
 
 def require_names(names: Iterable[str]) -> None:
-    """Raise unless each of several SAEs can be saved in a folder of its name.
+    """Raise unless every SAE can be saved in a folder of its name.
 
     Raises:
         InputError: naming the first that cannot.
@@ -59,6 +59,6 @@ def require_names(names: Iterable[str]) -> None:
     for name in names:
         if not _NAME.fullmatch(name) or name.startswith("checkpoint-"):
             raise InputError(
-                f"The SAE's name {name!r} cannot be the folder that it is saved in; expected letters, digits and "
-                "any of _ . + = | - between slashes, such as 'resid_post.12/l1_2'."
+                f"The SAE's name {name!r} cannot be used as the folder that it is saved in; expected letters, digits "
+                "and any of _ . + = | - between slashes, such as 'resid_post.12/l1_2'."
             )

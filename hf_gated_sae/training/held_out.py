@@ -1,4 +1,4 @@
-"""Measuring SAEs while they are trained, on text that they do not learn."""
+"""Evaluating SAEs during training, on text that they are not trained on."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from .trainee import Trainee
 
 LOSSES = ("loss_recovered", "loss_clean", "loss_spliced", "loss_zero_ablated")
 METRICS = {"fvu": "fvu", "gamma": "relative_reconstruction_bias", "l0": "l0"}
-"""What is kept of a measurement, by the name under which it is logged."""
+"""Metrics of an evaluation by the name under which they are logged."""
 NAMES = (*LOSSES, *METRICS)
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Text, the model that reads it, and the SAEs that are measured on it.
+    """Held-out tokens, the model that reads them, and the SAEs that are evaluated on them.
 
     Attributes:
         model: the causal LM.
-        batches: tokens, which are read again for every measurement.
-        trainees: those of the SAEs that can be measured: they write the site that they read.
+        batches: tokens, read again for every evaluation.
+        trainees: the SAEs that can be evaluated: those that write the site that they read.
     """
 
     model: Any
@@ -40,7 +40,7 @@ class HeldOut:
     def of(
         cls, stream: ActivationStream, trainees: Iterable[Trainee], batches: TokenBatches | None = None
     ) -> HeldOut | None:
-        """Return what can be measured in a run; None if nothing can.
+        """Return the held-out text of a run; None if there is none, or no SAE can be evaluated on it.
 
         Args:
             stream: where the activations come from.
@@ -48,35 +48,35 @@ class HeldOut:
             batches: held-out tokens; by default those that the stream holds back.
 
         Raises:
-            InputError: if tokens are given, and there is no model or SAE to measure with them.
+            InputError: if tokens are given, but the run has no model, or no SAE that can be evaluated.
         """
-        own = getattr(stream, "own", stream)  # what this process reads itself, where processes share a stream
+        own = getattr(stream, "own", stream)  # this process's part, if processes share a stream
         if not isinstance(own, ModelActivations):
             if batches is not None:
                 raise InputError(
-                    f"Held-out text needs the model that reads it, and {type(own).__name__} has none: leave "
-                    "eval_dataset out, and evaluate(model, sae, tokens) afterwards."
+                    f"Held-out text needs the model that reads it, and {type(own).__name__} has none: omit "
+                    "eval_dataset, and call evaluate(model, sae, tokens) after training."
                 )
             return None
-        refused = None
-        able = []
+        refusal = None
+        measurable = []
         for trainee in trainees:
             try:
                 require_measurable(trainee)
-                able.append(trainee)
+                measurable.append(trainee)
             except InputError as error:
-                refused = error
+                refusal = error
         if batches is None and isinstance(own.tokens, HeldBack) and own.tokens.sequences:
             batches = list(own.tokens.held_out())
-        elif batches is not None and not able and refused is not None:
-            raise refused
-        return None if batches is None or not able else cls(own.model, batches, tuple(able))
+        elif batches is not None and not measurable and refusal is not None:
+            raise refusal
+        return None if batches is None or not measurable else cls(own.model, batches, tuple(measurable))
 
     def measure(self, report: Report) -> dict[str, Mapping[str, float]]:
-        """Return what was measured of each SAE as it is now, in the unit of the model, by its name.
+        """Return the metrics of each SAE with its current weights, in the model's activation unit, by its name.
 
         Args:
-            report: called as the measurement goes on, with numbers of tokens.
+            report: called during the evaluation with numbers of tokens.
         """
         total = len(self.trainees) * sum(ids_of(batch).numel() for batch in self.batches)
         found: dict[str, Mapping[str, float]] = {}
@@ -87,13 +87,13 @@ class HeldOut:
 
         report(Phase.HELD_OUT, 0, total)
         for trainee in self.trainees:
-            learning = trainee.sae.training
+            was_training = trainee.sae.training
             with trainee.in_model_unit(), warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # of an SAE that is not trained yet; the curve shows it
+                warnings.simplefilter("ignore", UserWarning)  # about bad metrics early in training
                 try:
                     measured = evaluate(self.model, trainee.sae.eval(), self.batches, progress=progress)
                 finally:
-                    trainee.sae.train(learning)
+                    trainee.sae.train(was_training)
             found[trainee.name] = named(measured)
             done += total // len(self.trainees)
         report(Phase.HELD_OUT, total, total)
@@ -101,20 +101,20 @@ class HeldOut:
 
 
 def named(measured: FidelityReport) -> dict[str, float]:
-    """Return the numbers of a measurement that are logged."""
+    """Return the metrics of an evaluation that are logged, by name."""
     losses = {name: getattr(measured, name) for name in LOSSES}
     return losses | {name: getattr(measured.metrics, metric) for name, metric in METRICS.items()}
 
 
 def require_measurable(trainee: Trainee) -> None:
-    """Raise unless an SAE can be spliced into the model while it is trained.
+    """Raise unless an SAE can be spliced into the model during training.
 
     Raises:
-        InputError: saying why not.
+        InputError: with the reason.
     """
     require_reconstructing(trainee.sae)
     if not trainee.grid.latents.alone:
         raise InputError(
-            f"{trainee.grid.latents.count} processes share the SAE, and none of them can splice it alone: measure it "
-            "after the run, with evaluate(model, sae, tokens)."
+            f"{trainee.grid.latents.count} processes share the SAE, so none of them can splice it alone: call "
+            "evaluate(model, sae, tokens) after the run."
         )

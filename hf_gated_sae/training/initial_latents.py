@@ -1,4 +1,4 @@
-"""What a latent starts from."""
+"""Initial values of a latent's biases and thresholds."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from ..modeling import SAEModel
 
 
 def initial_vectors(sae: SAEModel) -> dict[str, Tensor]:
-    """Return what a new SAE of this architecture has in its per-latent parameters that are no directions.
+    """Return the initial per-latent parameters of this architecture, other than encoder and decoder directions.
 
-    Biases, mostly 0, and thresholds, which are not; and further matrices that start with one value everywhere, such as
-    the second encoder of a GLU, as a column ``[d_sae, 1]``.
+    These are biases (mostly 0) and thresholds, and, as a column ``[d_sae, 1]``, further matrices that start with one
+    value everywhere, such as the second encoder of a GLU.
 
     Args:
-        sae: of the architecture and width; nothing of its own is looked at.
+        sae: of the architecture and width; its own weights are not read.
 
     Returns:
         ``[d_sae]`` or ``[d_sae, 1]`` by name, on the SAE's device.
     """
     settings = {name: getattr(sae.config, name) for name in sae.config.own_fields()}
-    thin = {**settings, "d_in": 1, "d_out": 1}  # only what does not depend on the widths is wanted
+    thin = {**settings, "d_in": 1, "d_out": 1}  # these parameters do not depend on the widths
     with torch.random.fork_rng(devices=[]):
         new = type(sae)(type(sae.config)(**thin))
     device, d_sae = sae.W_dec.device, sae.config.d_sae

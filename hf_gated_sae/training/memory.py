@@ -1,4 +1,4 @@
-"""What training an SAE takes in memory, on paper."""
+"""Estimated memory use of training SAEs, and checks that a run fits."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from ..errors import TrainingError
 from ..modeling import SAEModel
 
 MOMENTS = 2
-"""Numbers that Adam keeps for every weight."""
+"""Moments per weight that Adam stores."""
 
 DENSE_BUFFERS = 4
-"""Arrays ``[batch, d_sae]`` alive at once in a step on all latents: pre-latents, latents, and their gradients."""
+"""Arrays ``[batch, d_sae]`` in memory at once in a dense step: pre-latents, latents, and their gradients."""
 
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes that a run takes beside the language model and its buffer of activations.
+    """Bytes that a run needs besides the language model and the shuffle buffer.
 
     Attributes:
         weights: the parameters.
         gradients: of all parameters.
         moments: of the optimiser.
-        per_activation: of a step, for each activation of its batch, where all latents are computed.
+        per_activation: of a dense step, for each activation of its batch.
     """
 
     weights: int
@@ -37,7 +37,7 @@ class TrainingMemory:
 
     @classmethod
     def of(cls, saes: Iterable[SAEModel]) -> TrainingMemory:
-        """Return what SAEs that are trained together take."""
+        """Return the memory of SAEs that are trained together."""
         weights = per_activation = 0
         for sae in saes:
             weights += sum(parameter.numel() * parameter.element_size() for parameter in sae.parameters())
@@ -46,15 +46,15 @@ class TrainingMemory:
         return cls(weights, weights, MOMENTS * weights, per_activation)
 
     def total(self, batch: int) -> int:
-        """Return the bytes of a run with so many activations per step."""
+        """Return the bytes of a run with `batch` activations per step."""
         return self.weights + self.gradients + self.moments + batch * self.per_activation
 
     def largest_batch(self, available: int) -> int:
-        """Return how many activations per step fit into so many bytes; 0 if not even the weights do."""
+        """Return the number of activations per step that fit into `available` bytes; 0 if the weights do not fit."""
         return max(0, (available - self.total(0)) // self.per_activation)
 
     def advice(self, batch: int, available: int | None) -> str:
-        """Return, in sentences, what a run takes and what would fit.
+        """Return, in sentences, the memory that a run needs and the settings that would fit.
 
         Args:
             batch: activations per step.
@@ -65,22 +65,21 @@ class TrainingMemory:
             f"{in_bytes(batch * self.per_activation)} more."
         )
         if available is None:
-            return f"{text} Make activation_batch_size or d_sae smaller."
+            return f"{text} Reduce activation_batch_size or d_sae."
         largest = self.largest_batch(available)
-        if largest >= batch > 1:  # on paper all of it fits, so that something else has taken the room
+        if largest >= batch > 1:  # by this estimate all of it fits, so something else uses the memory
             return (
-                f"{text} Into {in_bytes(available)}, of which the language model and the buffer of its activations "
-                f"take their part, would fit activation_batch_size={_round(batch // 2)}; or make buffer_size or "
-                "sequences_per_batch smaller."
+                f"{text} activation_batch_size={_round(batch // 2)} would fit into {in_bytes(available)}, which also "
+                "holds the language model and the shuffle buffer; or reduce buffer_size or sequences_per_batch."
             )
         if largest >= 1:
-            return f"{text} Into {in_bytes(available)} would fit activation_batch_size={_round(largest)}."
+            return f"{text} activation_batch_size={_round(largest)} would fit into {in_bytes(available)}."
         share = available / self.total(0)
-        return f"{text} Into {in_bytes(available)} would fit about {100 * share:.2g}% of the latents."
+        return f"{text} About {100 * share:.2g}% of the latents would fit into {in_bytes(available)}."
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory could not be had, on whatever device."""
+    """Whether an error reports that memory could not be allocated, on any device."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(
@@ -89,7 +88,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Return the bytes of a device that a run could have if it were alone there; None if that cannot be told."""
+    """Return the bytes of a device available to this process, its own included; None if that is not known."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
@@ -99,15 +98,15 @@ def available_memory(device: torch.device) -> int | None:
 
 
 def require_room(memory: TrainingMemory, beside: Mapping[str, int], device: torch.device) -> None:
-    """Raise if memory cannot hold what a run holds throughout, before it has begun to fill up.
+    """Raise, before a run allocates it, if memory cannot hold the data that it holds throughout.
 
     Args:
-        memory: what the SAEs take.
-        beside: bytes of what is held beside them, by what decides how many.
-        device: where all of it is.
+        memory: of the SAEs.
+        beside: bytes of other data held throughout, by the setting that determines the number.
+        device: where all of it is held.
 
     Raises:
-        TrainingError: naming what takes most.
+        TrainingError: naming the largest part.
     """
     available = available_memory(device)
     if available is None:
@@ -119,13 +118,13 @@ def require_room(memory: TrainingMemory, beside: Mapping[str, int], device: torc
         largest = max(parts, key=lambda name: parts[name])
         takes = ", ".join(f"{name}: {in_bytes(count)}" for name, count in parts.items())
         raise TrainingError(
-            f"The run would hold {in_bytes(sum(parts.values()))}, and {in_bytes(available)} are free ({takes}). "
-            f"Make {re.split('[,=]', largest)[0]} smaller."
+            f"The run needs {in_bytes(sum(parts.values()))}, and {in_bytes(available)} are free ({takes}). "
+            f"Reduce {re.split('[,=]', largest)[0]}."
         )
 
 
 def in_bytes(count: float) -> str:
-    """Return a size for people.
+    """Return a human-readable size.
 
     >>> in_bytes(1_234_567)
     '1.23 MB'
@@ -134,7 +133,7 @@ def in_bytes(count: float) -> str:
 
 
 def short(number: float) -> str:
-    """Return three digits of a number and the letter for its thousands.
+    """Return a number with three digits and an SI prefix.
 
     >>> short(12_345)
     '12.3 k'
@@ -147,5 +146,5 @@ def short(number: float) -> str:
 
 
 def _round(number: int) -> int:
-    """Round down to a power of two, as batches go."""
+    """Round down to a power of two, as is usual for batch sizes."""
     return 1 << (number.bit_length() - 1)

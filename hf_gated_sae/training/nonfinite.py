@@ -1,4 +1,4 @@
-"""Finding the name of what is no longer a number, once a run has been seen to diverge."""
+"""Finding the first NaN or infinite value of a run that has diverged."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .trainee import Trainee
 
 
 def find_nonfinite(trainees: Iterable[Trainee], inputs: Mapping[str, Tensor], step: int) -> str | None:
-    """Return what is NaN or infinite first on the way from the activations to the loss, in words.
+    """Describe the first NaN or infinite value on the way from the activations to the loss.
 
     Args:
         trainees: the SAEs, with the weights from before the step.
@@ -21,7 +21,7 @@ def find_nonfinite(trainees: Iterable[Trainee], inputs: Mapping[str, Tensor], st
     Returns:
         Such as ``"the term 'sparsity' of the loss is inf"``; None if everything is finite.
     """
-    with torch.no_grad():  # of all, whatever is found: the processes that train together compute them together
+    with torch.no_grad():  # always of all SAEs: the processes that train together have to compute the same losses
         losses = [(trainee, trainee.loss(step, *trainee.batch(inputs))) for trainee in trainees]
     for site, x in inputs.items():
         if where := _first_row(x):
@@ -30,12 +30,12 @@ def find_nonfinite(trainees: Iterable[Trainee], inputs: Mapping[str, Tensor], st
     for trainee, loss in losses:
         if (outliers := trainee.outliers(inputs)).all():
             return (
-                f"all {len(outliers)} activations of the batch have norms above {trainee.limits}, and are left out"
-                f"{_of(trainee)}: take a larger activation_batch_size or outlier_multiple"
+                f"all {len(outliers)} activations of the batch have norms above {trainee.limits} and are left out"
+                f"{_of(trainee)}: use a larger activation_batch_size or outlier_multiple"
             )
         for name, tensor in trainee.sae.named_parameters():
             if where := _first_row(tensor.detach()):
-                return f"the parameter {name} at {_place(trainee, tensor, where[0])} is {where[1]}{_of(trainee)}"
+                return f"the parameter {name} at {_row_name(trainee, tensor, where[0])} is {where[1]}{_of(trainee)}"
         for name, term in loss.terms.items():
             if not torch.isfinite(term):
                 return f"the term {name!r} of the loss is {term.item()}{_of(trainee)}"
@@ -43,7 +43,7 @@ def find_nonfinite(trainees: Iterable[Trainee], inputs: Mapping[str, Tensor], st
 
 
 def find_nonfinite_gradient(trainees: Iterable[Trainee]) -> str | None:
-    """Return which gradient is NaN or infinite, in words: what is left where everything before it is finite.
+    """Describe the first NaN or infinite gradient, for a step whose activations, weights and loss are finite.
 
     Args:
         trainees: the SAEs, with the gradients of the step.
@@ -54,12 +54,12 @@ def find_nonfinite_gradient(trainees: Iterable[Trainee]) -> str | None:
     for trainee in trainees:
         for name, tensor in trainee.sae.named_parameters():
             if tensor.grad is not None and (where := _first_row(tensor.grad)):
-                return f"the gradient of {name} at {_place(trainee, tensor, where[0])} is {where[1]}{_of(trainee)}"
+                return f"the gradient of {name} at {_row_name(trainee, tensor, where[0])} is {where[1]}{_of(trainee)}"
     return None
 
 
 def _first_row(tensor: Tensor) -> tuple[int, float] | None:
-    """Return the first row that holds something not finite, and that value."""
+    """Return the index of the first row with a non-finite value, and that value."""
     finite = torch.isfinite(tensor).reshape(len(tensor), -1)
     rows = (~finite.all(-1)).nonzero()
     if not len(rows):
@@ -68,9 +68,9 @@ def _first_row(tensor: Tensor) -> tuple[int, float] | None:
     return row, tensor.reshape(len(tensor), -1)[row][~finite[row]][0].item()
 
 
-def _place(trainee: Trainee, tensor: Tensor, row: int) -> str:
+def _row_name(trainee: Trainee, tensor: Tensor, row: int) -> str:
     held = trainee.sae.config.d_sae
-    return f"latent {row + trainee.grid.latents.rank * held}" if len(tensor) == held else f"place {row}"
+    return f"latent {row + trainee.grid.latents.rank * held}" if len(tensor) == held else f"index {row}"
 
 
 def _of(trainee: Trainee) -> str:

@@ -1,4 +1,4 @@
-"""Which variant of an objective is meant, and calling it through whatever transformers wrapped around the SAE."""
+"""Building an objective from its options, and calling it through the wrappers that transformers puts around SAEs."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def build_objective(sae: SAEModel, flags: Mapping[str, Any]) -> Objective:
     """Return the objective of an SAE.
 
     Args:
-        sae: of whose architecture.
-        flags: fields of its ``objective_class``.
+        sae: determines the ``objective_class``.
+        flags: values of its fields.
 
     Raises:
         UnknownNameError: for a field that it does not have, with close matches.
@@ -37,14 +37,13 @@ def build_objective(sae: SAEModel, flags: Mapping[str, Any]) -> Objective:
 def called_through(wrapper: nn.Module, module: nn.Module, function: Callable[..., Any], *inputs: Any) -> Any:
     """Return ``function(*inputs)``, called so that gradients are synchronised between processes.
 
-    Data-parallel and sharding wrappers act on what passes through their own ``forward``, and so does a module that
-    `fully_shard` was applied to; that of the module inside is therefore replaced by the function for the time of the
-    call.
+    Data-parallel wrappers, and modules that `fully_shard` was applied to, only synchronise computations that pass
+    through their ``forward``. The inner module's ``forward`` is therefore replaced by the function during the call.
 
     Args:
-        wrapper: the module itself, or one around it.
-        module: the module inside.
-        function: computes something from the module's parameters; its result is made of tensors, lists and mappings.
+        wrapper: the module itself, or a wrapper around it.
+        module: the inner module.
+        function: computes from the module's parameters; returns tensors, lists and mappings.
         *inputs: its arguments.
     """
     if wrapper is module and not isinstance(module, FSDPModule):

@@ -1,4 +1,4 @@
-"""The phases of a run, and how whoever watches it hears of them."""
+"""The phases of a run, and reporting their progress to callbacks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 
 class Phase(StrEnum):
-    """What a run does besides its steps; the values are what people read."""
+    """Work of a run besides its steps; the values are shown to users."""
 
     SCALE = "measuring the scale"
     FILL = "filling the buffer"
@@ -19,20 +19,20 @@ class Phase(StrEnum):
 
 
 Report = Callable[[Phase, int, int], None]
-"""Is called with a phase, how much of it is done, and how much there is in all: in activations, or in tokens."""
+"""Called with a phase, the amount done and the total amount, in activations or in tokens."""
 
 
 class PhaseCallback(TrainerCallback):
-    """A callback of the trainer that also hears of the phases between its steps."""
+    """A callback of the trainer that also receives the progress of phases between steps."""
 
     def on_phase(self, phase: Phase, done: int, total: int) -> None:
-        """Show how far a phase is; it has ended once `done` reaches `total`."""
+        """Show the progress of a phase; it has ended once `done` reaches `total`."""
 
 
 def counted(
     pieces: Iterable[Mapping[str, Tensor]], report: Report, phase: Phase, total: int
 ) -> Iterator[Mapping[str, Tensor]]:
-    """Yield activations ``[n, d]`` by site, and report how many there were; the end is reported in any case."""
+    """Yield activations ``[n, d]`` by site and report their number; the end is always reported."""
     done = 0
     report(phase, 0, total)
     for piece in pieces:

@@ -1,6 +1,6 @@
-"""Processes that train together: the one place where they exchange anything.
+"""Communication between the processes that train together; all of it is in this file.
 
-All of it does nothing, and costs nothing, in a process that is alone.
+In a single process it does nothing and costs nothing.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 GRADIENTS_AT_ONCE = 1 << 26
-"""Numbers of gradients that are sent together: few messages, and little memory beside the gradients."""
+"""Elements of a gradient sent in one message: few messages, and little additional memory."""
 
-_DIGIT = 16  # bits that are looked at in each round of a selection
+_DIGIT = 16  # bits examined in each round of a selection
 
 
 class Processes(LatentParallelGroup, DataParallelGroup):
-    """Some processes that do the same at the same time, of which this is one.
+    """A group of processes that communicate, of which this process is one.
 
     Every method has to be called by all of them, in the same order, with tensors of the same shapes.
 
     Args:
-        group: of `torch.distributed`; None for a process that is alone. `Processes.all()` is those of this run.
+        group: of `torch.distributed`; None for a single process. `Processes.all()` returns those of this run.
     """
 
     def __init__(self, group: distributed.ProcessGroup | None = None) -> None:
@@ -47,7 +47,7 @@ class Processes(LatentParallelGroup, DataParallelGroup):
             self.device = torch.device(torch.accelerator.current_accelerator() or "cpu")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Processes:
-        """Return the same: a copy of an SAE is shared by the same processes."""
+        """Return this object: a copy of an SAE is shared by the same processes."""
         return self
 
     @classmethod
@@ -81,7 +81,7 @@ class Processes(LatentParallelGroup, DataParallelGroup):
 
     @torch.no_grad()
     def any(self, flags: Tensor) -> Tensor:
-        """Return which flags are set in some process, any shape, bool."""
+        """Return which flags are set in at least one process, any shape, bool."""
         return flags if self.alone else self._reduced(flags.to(torch.uint8), ReduceOp.MAX).bool()
 
     def smallest(self, number: int) -> int:
@@ -90,8 +90,8 @@ class Processes(LatentParallelGroup, DataParallelGroup):
             return number
         return int(self._reduced(torch.tensor(number, device=self.device), ReduceOp.MIN))
 
-    def numbers(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Return the mean over the processes of some numbers by name, in one message.
+    def mean_by_name(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Return the means over the processes of named numbers, in one message.
 
         Args:
             values: numbers; the same names in all processes.
@@ -108,57 +108,57 @@ class Processes(LatentParallelGroup, DataParallelGroup):
         distributed.all_reduce(reduced, operation, group=self.group)
         return reduced
 
-    def same(self, number: int) -> int:
+    def number_of_first(self, number: int) -> int:
         """Return the first process's number."""
         held = torch.tensor(number, device=self.device)
-        self.share([held])
+        self.broadcast([held])
         return int(held)
 
     # ------------------------------------------------------------------ rows
 
     @torch.no_grad()
-    def rows(self, own: Tensor) -> Tensor:
+    def gather_rows(self, own: Tensor) -> Tensor:
         """Return the rows of all processes, the first of each, then the second of each, and so on.
 
-        That is the order in which `RowActivations.shard` deals a batch out.
+        This is the order in which `RowActivations.shard` distributes a batch.
 
         Args:
-            own: ``[n, ...]``, as many in every process.
+            own: ``[n, ...]``, the same `n` in every process.
 
         Returns:
-            ``[n * count, ...]``, on the device of the messages, or where the rows are if that is a CPU.
+            ``[n * count, ...]``, on the communication device, or on the rows' own device if that is a CPU.
         """
         if self.alone:
             return own
-        if self.device.type != "cpu":  # of memory elsewhere its messages know nothing
+        if self.device.type != "cpu":  # its backend sends tensors on that device only
             own = own.to(self.device)
         every = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(self.count)]
         distributed.all_gather(every, own.contiguous(), group=self.group)
         return torch.stack(every, dim=1).flatten(0, 1)
 
     @torch.no_grad()
-    def chosen(self, own: Tensor, numbers: Tensor) -> Tensor:
+    def gather_selected_rows(self, own: Tensor, indices: Tensor) -> Tensor:
         """Return some of the rows of all processes, without gathering the others.
 
         Args:
-            own: ``[n, ...]``, as many in every process.
-            numbers: which of ``rows(own)``, ``[m]`` int64; the same in all processes.
+            own: ``[n, ...]``, the same `n` in every process.
+            indices: into ``gather_rows(own)``, ``[m]`` int64; the same in all processes.
 
         Returns:
             ``[m, ...]``.
         """
         if self.alone:
-            return own[numbers]
-        mine = numbers % self.count == self.rank
-        found = own.new_zeros(len(numbers), *own.shape[1:])
-        found[mine] = own[numbers[mine] // self.count]
+            return own[indices]
+        mine = indices % self.count == self.rank
+        found = own.new_zeros(len(indices), *own.shape[1:])
+        found[mine] = own[indices[mine] // self.count]
         return self.sum(found)
 
     # ------------------------------------------------------------------ gradients
 
     @torch.no_grad()
     def average_gradients(self, module: nn.Module) -> None:
-        """Replace the gradients of a module by their mean over the processes, where no wrapper does it."""
+        """Replace the gradients of a module by their mean over the processes, if no wrapper does so."""
         if self.alone:
             return
         gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
@@ -171,8 +171,8 @@ class Processes(LatentParallelGroup, DataParallelGroup):
                 gradient.copy_(whole)
 
     @torch.no_grad()
-    def share(self, tensors: Iterable[Tensor]) -> None:
-        """Give some tensors, in place, the values that they have in the first process."""
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Copy the first process's values into the same tensors of all processes, in place."""
         for tensor in () if self.alone else tensors:
             values = tensor.detach().contiguous()
             distributed.broadcast(values, group=self.group, group_src=0)
@@ -181,18 +181,18 @@ class Processes(LatentParallelGroup, DataParallelGroup):
     # ------------------------------------------------------------------ one SAE over several processes
 
     def summed(self, part: Tensor) -> Tensor:
-        """Return the sum of what all processes give; its gradient goes to every part as it is."""
+        """Return the sum of all processes' tensors; its gradient is passed unchanged to every part."""
         if self.alone:
             return part
         whole: Tensor = _Summed.apply(part, self)
         return whole
 
     def alike(self, value: Tensor) -> Tensor:
-        """Return a value that all processes hold alike; its gradient is the sum of theirs."""
+        """Return a value that is the same in all processes; its gradient is summed over them."""
         if self.alone:
             return value
-        same: Tensor = _Alike.apply(value, self)
-        return same
+        result: Tensor = _SumGradients.apply(value, self)
+        return result
 
     # ------------------------------------------------------------------ one batch over several processes
 
@@ -200,12 +200,13 @@ class Processes(LatentParallelGroup, DataParallelGroup):
     def lowest_of_largest(self, values: Tensor, count: int) -> Tensor:
         """Return the smallest of the largest positive values of all processes, ``[]``; 0 if there are none.
 
-        Positive floating-point numbers are in the order of their bits. Sixteen at a time are counted, in all
-        processes, from the highest: two small sums for float32, exact, and no value leaves its process.
+        This is an exact radix selection: positive floating-point numbers are in the order of their bits, which are
+        counted in all processes 16 at a time from the highest. It takes two small sums for float32, and no value
+        leaves its process.
 
         Args:
-            values: this process's, any shape.
-            count: how many are among the largest, times the number of processes.
+            values: of this process, any shape.
+            count: number of largest values to select, per process.
         """
         positive = values[values > 0]
         if positive.dtype not in (torch.float32, torch.float64):
@@ -220,53 +221,53 @@ class Processes(LatentParallelGroup, DataParallelGroup):
             left = min(left, int(from_top[-1]))
             if not left:
                 return values.new_zeros(())
-            place = int((from_top >= left).int().argmax())
-            digit = (1 << _DIGIT) - 1 - place
-            left -= int(from_top[place - 1]) if place else 0
+            below_top = int((from_top >= left).int().argmax())
+            digit = (1 << _DIGIT) - 1 - below_top
+            left -= int(from_top[below_top - 1]) if below_top else 0
             prefix = (prefix << _DIGIT) | digit
             bits = bits[digits == digit]
         return torch.tensor([prefix], dtype=integers, device=values.device).view(positive.dtype)[0].to(values.dtype)
 
     # ------------------------------------------------------------------ stopping together
 
-    def first(self, text: str | None) -> str | None:
-        """Return, in all processes, what the first of them says that says anything, and which one that is."""
+    def first_text(self, text: str | None) -> str | None:
+        """Return, in all processes, the first process's text that is not None, followed by that process's rank."""
         if self.alone:
             return text
-        said = ((rank, each) for rank, each in enumerate(self._all(text)) if each is not None)
-        return next((f"{each} (in process {rank} of {self.count})" for rank, each in said), None)
+        texts = ((rank, each) for rank, each in enumerate(self._gather(text)) if each is not None)
+        return next((f"{each} (in process {rank} of {self.count})" for rank, each in texts), None)
 
-    def _all(self, own: Any) -> list[Any]:
-        """Return what each process has, something small that can be pickled."""
+    def _gather(self, own: Any) -> list[Any]:
+        """Return a small picklable object of each process."""
         every: list[Any] = [None] * self.count
         distributed.all_gather_object(every, own, group=self.group)
         return every
 
-    def dealt(self, items: Sequence[Item]) -> list[Item]:
-        """Return this process's share of what all of them have to do."""
+    def own_share(self, items: Sequence[Item]) -> list[Item]:
+        """Return this process's share of items that the processes divide between them."""
         return list(items[self.rank :: self.count])
 
     def merged(self, own: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what all processes have by name, in all of them; small things, such as can be pickled."""
+        """Return the union of the mappings of all processes; their values are small and can be pickled."""
         if self.alone:
             return dict(own)
-        return {name: value for each in self._all(dict(own)) for name, value in each.items()}
+        return {name: value for each in self._gather(dict(own)) for name, value in each.items()}
 
     def raise_first(self, error: SAEError | None, kind: type[SAEError] = InputError) -> None:
-        """Raise, in all processes, what one of them could not do; a process that is alone raises its own error.
+        """Raise the first error of any process in all processes; a single process raises its own error.
 
         Args:
             error: of this process; None if it has none.
-            kind: of the error in those that have none themselves.
+            kind: type of the error raised in processes that have none themselves.
 
         Raises:
-            SAEError: with the text of the first error, and which process had it, unless all have the same.
+            SAEError: with the text of the first error, and the rank of its process unless all have the same error.
         """
         if self.alone:
             if error is not None:
                 raise error
             return
-        texts = self._all(None if error is None else str(error))
+        texts = self._gather(None if error is None else str(error))
         rank = next((rank for rank, text in enumerate(texts) if text is not None), None)
         if rank is None:
             return
@@ -274,11 +275,11 @@ class Processes(LatentParallelGroup, DataParallelGroup):
         raise (kind if error is None else type(error))(f"{texts[rank]}{where}") from error
 
     @contextmanager
-    def agreed(self, explained: Callable[[Exception], SAEError]) -> Iterator[None]:
-        """Raise, in all processes, what one of them could not read, write or make inside, where it met no others.
+    def raising_together(self, explained: Callable[[Exception], SAEError]) -> Iterator[None]:
+        """Raise an error of the code inside in all processes; that code must not communicate.
 
         Args:
-            explained: turns the error of a disk, or one of ours, into the one that is raised.
+            explained: converts an error of the disk, or an `SAEError`, to the one that is raised.
 
         Raises:
             SAEError: the same in all processes.
@@ -292,20 +293,20 @@ class Processes(LatentParallelGroup, DataParallelGroup):
                 failed.__cause__ = error
         self.raise_first(failed, CheckpointError)
 
-    def together(self) -> None:
-        """Wait for all."""
+    def barrier(self) -> None:
+        """Wait until all processes have called this."""
         if not self.alone:
             distributed.barrier(group=self.group)
 
     # ------------------------------------------------------------------ one after the other
 
     @torch.no_grad()
-    def to_first(self, tensor: Tensor, source: int) -> Tensor | None:
-        """Hand a tensor of one process to the first one.
+    def send_to_first(self, tensor: Tensor, source: int) -> Tensor | None:
+        """Send the tensor of one process to the first one.
 
         Args:
             tensor: of the same shape and dtype in all processes.
-            source: number of the process whose tensor is wanted.
+            source: rank of the process that sends.
 
         Returns:
             The tensor in the first process, None in all others.
@@ -323,24 +324,23 @@ class Processes(LatentParallelGroup, DataParallelGroup):
 
 
 def require_launched(args: TrainingArguments) -> None:
-    """Raise if there are other processes, and transformers does not know of them.
+    """Raise if several processes were started and transformers has not detected them.
 
     Raises:
-        InputError: saying how to launch them.
+        InputError: with how to launch them.
     """
     started = max(Processes.all().count, int(given) if (given := os.environ.get("WORLD_SIZE", "")).isdigit() else 1)
     if started == args.world_size:
         return
     on_cpu = " On CPUs pass use_cpu=True (--training.use_cpu true on the command line)." if not args.use_cpu else ""
     raise InputError(
-        f"{started} processes were started, and transformers takes them for {args.world_size}, so that each would "
-        f"train and write for itself.{on_cpu} Launch them with torchrun or accelerate launch; "
-        "hf_gated_sae/training/README.md says how."
+        f"{started} processes were started, but transformers detects {args.world_size}, so each would train and write "
+        f"separately.{on_cpu} Launch them with torchrun or accelerate launch; see hf_gated_sae/training/README.md."
     )
 
 
 class _Summed(torch.autograd.Function):
-    """Forward the sum over processes, backward nothing."""
+    """Sums over processes in the forward pass; the identity in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, processes: Processes) -> Tensor:
@@ -351,8 +351,8 @@ class _Summed(torch.autograd.Function):
         return grad, None
 
 
-class _Alike(torch.autograd.Function):
-    """Forward nothing, backward the sum over processes."""
+class _SumGradients(torch.autograd.Function):
+    """The identity in the forward pass; sums gradients over processes in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, processes: Processes) -> Tensor:

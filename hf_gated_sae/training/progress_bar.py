@@ -1,4 +1,4 @@
-"""A bar that shows how a run is doing, in place of lines of numbers."""
+"""A progress bar that shows a run's metrics, in place of printed log lines."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from transformers.trainer_callback import ProgressCallback
 from .phases import Phase, PhaseCallback
 
 SHOWN = {"loss": "loss", "l0": "L0", "fvu": "FVU", "relative_reconstruction_bias": "gamma", "dead_latents": "dead"}
-"""What stands after the bar, and how it is called there; loss terms come after the loss."""
+"""Logged metrics shown after the bar, with their labels; loss terms come after the loss."""
 
 
 class TrainingProgress(ProgressCallback, PhaseCallback):
     """Shows loss terms, L0, FVU, gamma and the number of dead latents of each SAE after the bar.
 
-    What a run does besides its steps has bars of its own, which are gone when it is done.
+    Phases between steps have their own bars, removed when the phase has ended.
     """
 
     def __init__(self, max_str_len: int = 100) -> None:
@@ -41,15 +41,16 @@ class TrainingProgress(ProgressCallback, PhaseCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Show the latest numbers."""
+        """Show the latest metrics."""
         if state.is_world_process_zero and self.training_bar is not None and logs and "loss" in logs:
             self.training_bar.set_postfix_str(postfix(logs), refresh=False)
 
 
 def numbers(logs: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """Return what is worth showing of a line of logs, by SAE and by title; nothing of a line without losses.
+    """Return the metrics to show of one log entry, by SAE and label; nothing for an entry without losses.
 
-    All of it is of the latest batch; ``logs["loss"]`` is the mean since the line before, to which no terms add up.
+    All of them are of the latest batch. ``logs["loss"]`` is the mean since the previous entry, so the terms do not add
+    up to it; their sum is shown instead.
 
     >>> numbers({"loss": 1.5, "loss_sparsity": 0.25, "loss_reconstruction": 1.0, "l0": 31.0, "dead_latents": 1200})
     {'': {'loss': '1.25', 'sparsity': '0.25', 'reconstruction': '1', 'L0': '31', 'dead': '1200'}}
@@ -66,7 +67,7 @@ def numbers(logs: dict[str, Any]) -> dict[str, dict[str, str]]:
 
 
 def postfix(logs: dict[str, Any]) -> str:
-    """Return what a bar shows of a line of logs.
+    """Return the text that a bar shows for one log entry.
 
     >>> postfix({"loss": 1.5, "loss_sparsity": 0.25, "l0": 31.0, "learning_rate": 3e-4, "dead_latents": 2})
     'loss 0.25, sparsity 0.25, L0 31, dead 2'

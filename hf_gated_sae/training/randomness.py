@@ -1,4 +1,4 @@
-"""The states of the generators that everything draws from which has none of its own."""
+"""Saving and restoring the states of the global random generators."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """Return the states of Python's, NumPy's and torch's generators, those of a device included."""
+    """Return the states of Python's, NumPy's and torch's global generators, the device's included."""
     version, numbers, gauss = random.getstate()
     numpy: dict[str, Any] = dict(np.random.get_state(legacy=False))
     keys = torch.from_numpy(numpy["state"]["key"].astype(np.int64))
@@ -25,7 +25,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Put the generators back to where they were; that of a device only if the state is from one."""
+    """Restore the global generators; the device's only if the state has one."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     inner = state["numpy"]["state"]

@@ -1,4 +1,4 @@
-"""The latest batches, for what is done with them some steps later."""
+"""The latest training batches, stored for use some steps later."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 class RecentBatches:
-    """Batches that were trained on, in their order; what is input and target in one is held, and stored, once."""
+    """The latest training batches in order; a tensor that is both input and target is stored once."""
 
     def __init__(self) -> None:
         self._pairs: list[tuple[Tensor, Tensor]] = []
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Number of batches."""
         return len(self._pairs)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -24,7 +24,7 @@ class RecentBatches:
         return iter(self._pairs)
 
     def observe(self, x: Tensor, target: Tensor) -> None:
-        """Remember a batch.
+        """Store a batch.
 
         Args:
             x: activations ``[n, d_in]``.
@@ -34,14 +34,14 @@ class RecentBatches:
         self._pairs.append((held, held if target is x else target.detach()))
 
     def clear(self) -> None:
-        """Forget all."""
+        """Remove all batches."""
         self._pairs.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the batches: of each, input and target, or the one tensor that is both."""
+        """Return the batches: input and target of each, or the one tensor that is both."""
         return {"recent": [[x] if target is x else [x, target] for x, target in self._pairs]}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Hold those of a saved state, on a device, and nothing else."""
+        """Replace the batches by those of a saved state, on a device."""
         held = [[tensor.to(device) for tensor in tensors] for tensors in state["recent"]]
         self._pairs = [(tensors[0], tensors[-1]) for tensors in held]

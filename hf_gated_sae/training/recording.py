@@ -1,4 +1,4 @@
-"""Measuring how strongly each latent of a finished SAE fires."""
+"""Recording the activation statistics of the latents of a trained SAE."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from .trainee import Trainee
 
 @torch.no_grad()
 def record_activations(trainees: Sequence[Trainee], pieces: Iterable[Mapping[str, Tensor]]) -> list[FidelityMetrics]:
-    """Measure the largest and the mean value of every latent, FVU, L0 and norm, and store them in the SAEs.
+    """Measure the largest and mean value of every latent, FVU, L0 and norm, and store them in the SAEs.
 
-    Outliers of a run are left out here, too, but for the metrics that are named to be with them.
+    The run's outliers are left out here too, except from the metrics that are named ``..._with_outliers``.
 
     Args:
-        trainees: SAEs that read the activations as they are; one pass serves all.
+        trainees: SAEs, in the model's activation unit; all are measured in one pass.
         pieces: activations ``[n, d]`` by site.
 
     Returns:
-        What was measured, for each SAE.
+        The metrics of each SAE.
 
     Raises:
         InputError: if there are no activations.
@@ -63,7 +63,7 @@ def _add(sae: SAEModel, accumulator: FidelityAccumulator, x: Tensor, target: Ten
 
 
 def _of_all_latents(metrics: FidelityMetrics, processes: Processes) -> FidelityMetrics:
-    """Return metrics with what is counted over latents counted over those of all processes that share an SAE."""
+    """Return metrics in which counts of latents include those of all processes that share the SAE."""
     counted = {"l0": metrics.l0, "dead": metrics.dead_fraction, "dense": metrics.dense_fraction}
-    mean = processes.numbers(counted)
+    mean = processes.mean_by_name(counted)
     return replace(metrics, l0=mean["l0"] * processes.count, dead_fraction=mean["dead"], dense_fraction=mean["dense"])

@@ -1,4 +1,4 @@
-"""Checkpoints of an `SAETrainer`: whole or absent, without pickles, and with all that the next step depends on."""
+"""Checkpoints of an `SAETrainer`: written atomically, without pickles, with all state that training depends on."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from .streams import ActivationStream
 from .trainee import Trainee
 
 OPTIMIZER_FILE = "optimizer"
-"""State of optimiser, schedule and gradient scaler, the same in every process that holds the same latents."""
+"""State of optimiser, schedule and gradient scaler; the same in all processes that hold the same latents."""
 
 PROCESS_FILE = "process-{rank}"
-"""What each process has for itself: its stream, its generators, and what its SAEs remember."""
+"""State of each process: its stream, its random generators, and the training state of its SAEs."""
 
 _log = logging.getLogger(__name__)
 
 
 class Resumable(Trainer):
-    """The part of `SAETrainer` that writes checkpoints and goes on from them.
+    """The part of `SAETrainer` that writes checkpoints and resumes from them.
 
-    A checkpoint holds the SAEs as `from_pretrained` reads them, in the unit of the model, and beside them what is
-    needed to continue bit by bit as if nothing had happened.
+    A checkpoint holds the SAEs as `from_pretrained` reads them, in the model's activation unit, and the state with
+    which training continues bit for bit as if it had not been interrupted.
     """
 
     args: SAETrainingArguments
@@ -51,11 +51,11 @@ class Resumable(Trainer):
     # ------------------------------------------------------------------ writing
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint beside its place, and move it there when it is whole.
+        """Write a checkpoint into a temporary folder, and move it to its name when it is whole.
 
         Raises:
             CheckpointError: in all processes, if one of them cannot write; older checkpoints stay.
-            TrainingError: if a weight is not finite, from which nothing could go on.
+            TrainingError: if a weight is not finite, so that no run could resume from it.
         """
         run, everyone = Path(self._get_output_dir(trial)), self.grid.everyone
         target = run / f"checkpoint-{self.state.global_step}"
@@ -74,22 +74,22 @@ class Resumable(Trainer):
             checkpoints.rotate(target, self.args.save_total_limit)
 
     def _nonfinite_weight(self, target: Path) -> TrainingError | None:
-        """Return the error of a weight from which no run could go on: older checkpoints are worth more."""
+        """Return the error of a non-finite weight: a checkpoint with it must not replace older ones."""
         for name, trainee in self.trainees.items():
             for parameter, values in trainee.sae.named_parameters():
                 if not torch.isfinite(values).all():
                     of = f" of the SAE {name!r}" if name else ""
                     return TrainingError(
                         f"The parameter {parameter}{of} is no longer finite after step {self.state.global_step}, so "
-                        f"that no checkpoint was written. {checkpoints.advice(target.parent)}"
+                        f"no checkpoint was written. {checkpoints.advice(target.parent)}"
                     )
         return None
 
-    def _require_one_disk(self, *, resumes: bool) -> None:
-        """Raise, before anything else, unless all processes see the folder in which the checkpoints of all are.
+    def _require_shared_disk(self, *, resumes: bool) -> None:
+        """Raise unless all processes see the same `output_dir`, where checkpoints are written and read.
 
         Args:
-            resumes: whether one is to be read.
+            resumes: whether a checkpoint is read.
 
         Raises:
             InputError: in all of them.
@@ -97,28 +97,28 @@ class Resumable(Trainer):
         everyone, folder = self.grid.everyone, Path(self.args.output_dir)
         if everyone.alone or (self.args.save_strategy == "no" and not resumes):
             return
-        sign = folder / f".seen-by-all-{everyone.same(secrets.randbits(48))}"
+        marker = folder / f".seen-by-all-{everyone.number_of_first(secrets.randbits(48))}"
         error: SAEError | None = None
         try:
             if everyone.rank == 0:
                 folder.mkdir(parents=True, exist_ok=True)
-                sign.touch()
+                marker.touch()
         except OSError as why:
-            error = InputError(f"output_dir is {folder}, and nothing can be written there ({why.strerror}).")
+            error = InputError(f"output_dir is {folder}, which cannot be written to ({why.strerror}).")
         try:
             everyone.raise_first(error)
-            if not sign.exists():
+            if not marker.exists():
                 error = InputError(
-                    f"output_dir is {folder.absolute()}, where not all processes see what the first one writes: "
-                    "checkpoints have to be on a disk that all of them share."
+                    f"output_dir is {folder.absolute()}, where not all processes see the files of the first one: give "
+                    "an output_dir on a disk that all of them share."
                 )
             everyone.raise_first(error)
         finally:
             if everyone.rank == 0:
-                sign.unlink(missing_ok=True)
+                marker.unlink(missing_ok=True)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the SAEs in the model's unit, each in the subfolder of its name if there are several.
+        """Save the SAEs in the model's activation unit; several SAEs each in the subfolder of their name.
 
         Args:
             output_dir: folder; the run's ``output_dir`` by default.
@@ -134,7 +134,7 @@ class Resumable(Trainer):
             self.args.write_recipe(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Write the state of the optimiser, of the schedule and of a scaler of gradients."""
+        """Write the state of the optimiser, the schedule and the gradient scaler."""
         if self._saves:
             write_state(Path(output_dir), self._optimizer_file, self._shared_state())
 
@@ -152,10 +152,10 @@ class Resumable(Trainer):
         }
 
     def _save_scaler(self, output_dir: str) -> None:
-        """Do nothing: it is written with the optimiser."""
+        """Do nothing: the scaler is written with the optimiser."""
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Write what belongs to this process alone."""
+        """Write the state that is specific to this process."""
         state = {
             "random": random_state(self.args.device),
             "stream": self.stream.state_dict(),
@@ -169,7 +169,7 @@ class Resumable(Trainer):
 
     @property
     def _saves(self) -> bool:
-        """Whether this process takes part in writing the SAEs: one does, or those that share them."""
+        """Whether this process takes part in writing the SAEs: one process, or the first group that shares them."""
         return self.args.should_save if self.grid.latents.alone else self.grid.data.rank == 0
 
     @property
@@ -182,25 +182,25 @@ class Resumable(Trainer):
         return PROCESS_FILE.format(rank=self.args.process_index)
 
     def _get_output_dir(self, trial: Any) -> str:
-        """Return the run's folder, or while a checkpoint is written the one in which it is until it is whole."""
+        """Return the run's folder, or, while a checkpoint is written, the folder of unfinished checkpoints."""
         run = Path(super()._get_output_dir(trial))
         return str(checkpoints.unfinished(run / "checkpoint").parent if self._writing else run)
 
     @property
     def seconds(self) -> float:
-        """How long the run has trained, in all of its processes' lives."""
+        """Training time of the run, including that before it was resumed."""
         return self._seconds + (time.monotonic() - self._since if self._since else 0.0)
 
-    # ------------------------------------------------------------------ going on
+    # ------------------------------------------------------------------ resuming
 
     def find_checkpoint(self, given: str | Path | bool | None) -> Path | None:
-        """Return the checkpoint to go on from, after reading all of it.
+        """Return the checkpoint to resume from, after verifying all of its files.
 
         Args:
             given: a folder; True for the newest whole one of ``output_dir``; None or False for none.
 
         Raises:
-            InputError: if none is asked for, and others wrote checkpoints into ``output_dir``.
+            InputError: if none is asked for, and ``output_dir`` holds checkpoints of other programs.
             MissingFileError: if there is none.
             CheckpointError: if the given one is broken, naming the file and the newest whole one.
         """
@@ -217,16 +217,15 @@ class Resumable(Trainer):
         run = Path(self.args.output_dir)
         if given is None or given is False:
             others = checkpoints.checkpoints(run)
-            if foreign := [path.name for path in others if checkpoints.is_foreign(path)]:
+            if unknown := [path.name for path in others if checkpoints.lacks_manifest(path)]:
                 raise InputError(
-                    f"{run} holds {', '.join(foreign[:3])}, which no SAETrainer has written (there is no "
-                    f"{checkpoints.MANIFEST} in it), and which checkpoints of this run could replace: choose another "
-                    "output_dir."
+                    f"{run} holds {', '.join(unknown[:3])}, not written by an SAETrainer (without a "
+                    f"{checkpoints.MANIFEST}), which checkpoints of this run could replace: choose another output_dir."
                 )
             if others:
                 _log.warning(
-                    "%s holds checkpoints of an earlier run, such as %s: to resume would take the one with the most "
-                    "steps, whichever run it is of. Remove them, or choose another output_dir.",
+                    "%s holds checkpoints of an earlier run, such as %s: resuming would take the one with the most "
+                    "steps, whichever run wrote it. Remove them, or choose another output_dir.",
                     run,
                     others[0].name,
                 )
@@ -234,51 +233,51 @@ class Resumable(Trainer):
         if given is True:
             newest = checkpoints.newest_whole(run, everyone)
             if newest is None:
-                raise MissingFileError(f"There is no whole checkpoint in {run}; start anew, without resuming.")
+                raise MissingFileError(f"There is no whole checkpoint in {run}; start a new run, without resuming.")
             checkpoint = newest
         else:
             checkpoint = Path(given)
             checkpoints.verify(checkpoint, everyone)
         if not (checkpoint / f"{OPTIMIZER_FILE}.json").is_file():
             raise CheckpointError(
-                f"{checkpoint} holds the SAEs alone (save_only_model=True): load them and start anew."
+                f"{checkpoint} holds the SAEs only (save_only_model=True): load them and start a new run."
             )
         self._require_same_recipe(checkpoint)
         return checkpoint
 
     def _require_same_recipe(self, checkpoint: Path) -> None:
-        """Raise if the run was begun with other arguments, of which some would be used and others would not."""
+        """Raise if the checkpoint was written with other arguments, of which only some would take effect."""
         before = json.loads((checkpoint / ARGUMENTS_FILE).read_text(encoding="utf-8"))
         now = json.loads(json.dumps(self.args.recipe()))
-        deciding = [name for name in now if name not in self.args.open_until_the_end]
+        deciding = [name for name in now if name not in self.args.changeable_on_resume]
         changed = [name for name in deciding if before.get(name) != now[name]]
         if changed:
             each = "; ".join(f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in changed[:4])
             raise CheckpointError(
                 f"{checkpoint} is of a run with other arguments: {each}. Resume with the same, or load its SAE and "
-                "start anew."
+                "start a new run."
             )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load the SAEs' weights, in the model's unit."""
+        """Load the SAEs' weights, in the model's activation unit."""
         for name, trainee in self.trainees.items():
             stored = load_part(Path(resume_from_checkpoint) / name, processes=self.grid.latents)
-            mine, other = trainee.sae, stored.state_dict()
-            want, have = mine.config, stored.config
-            shapes = {key: tuple(tensor.shape) for key, tensor in mine.state_dict().items()}
-            if type(stored) is not type(mine) or shapes != {key: tuple(tensor.shape) for key, tensor in other.items()}:
+            sae, state = trainee.sae, stored.state_dict()
+            expected, found = sae.config, stored.config
+            shapes = {key: tuple(tensor.shape) for key, tensor in sae.state_dict().items()}
+            if type(stored) is not type(sae) or shapes != {key: tuple(tensor.shape) for key, tensor in state.items()}:
                 raise CheckpointError(
-                    f"{Path(resume_from_checkpoint) / name} holds a {type(stored).__name__} of d_in = {have.d_in} and "
-                    f"d_sae = {have.d_sae}; the run is of a {type(mine).__name__} of d_in = {want.d_in} and d_sae = "
-                    f"{want.d_sae}. Resume the run that wrote it."
+                    f"{Path(resume_from_checkpoint) / name} holds a {type(stored).__name__} with d_in = {found.d_in} "
+                    f"and d_sae = {found.d_sae}; this run trains a {type(sae).__name__} with d_in = {expected.d_in} "
+                    f"and d_sae = {expected.d_sae}. Resume the run that wrote it."
                 )
-            mine.load_state_dict(other)
-            mine.config.record(have.recorded_tokens, None)
-            left_out, ids = have.special_token_ids, trainee.special_ids
+            sae.load_state_dict(state)
+            sae.config.record(found.recorded_tokens, None)
+            left_out, ids = found.special_token_ids, trainee.special_ids
             if left_out is not None and ids is not None and sorted(left_out) != sorted(ids):
                 raise CheckpointError(
                     f"{Path(resume_from_checkpoint) / name} was trained without the tokens {left_out}, and this run "
-                    f"leaves out {list(ids)}: resume with the same tokenizer at hand."
+                    f"leaves out {list(ids)}: resume with the same tokenizer."
                 )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -288,8 +287,8 @@ class Resumable(Trainer):
         state = read_state(Path(checkpoint), self._optimizer_file)
         if state["processes"] != self.args.world_size:
             raise CheckpointError(
-                f"{checkpoint} was written by {state['processes']} processes, and these are {self.args.world_size}: "
-                "resume with as many, as each has its own part of the text."
+                f"{checkpoint} was written by {state['processes']} processes, and this run has "
+                f"{self.args.world_size}: resume with {state['processes']}, as each reads its own part of the text."
             )
         saved = state["optimizer"]
         numbered = {int(number): values for number, values in saved["state"].items()}
@@ -302,10 +301,10 @@ class Resumable(Trainer):
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        """Do nothing: it is read with the optimiser."""
+        """Do nothing: the scaler is read with the optimiser."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Restore what `_save_rng_state` wrote; transformers asks for it right before the first batch."""
+        """Restore what `_save_rng_state` wrote; transformers calls this right before the first batch."""
         if checkpoint is None:
             return
         state = read_state(Path(checkpoint), self._process_file)
@@ -321,13 +320,13 @@ class Resumable(Trainer):
         self._seconds = state["seconds"]
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Train, unless the checkpoint is of a run that was through: transformers would take one more step.
+        """Train, unless the checkpoint is of a finished run: transformers would take one more step.
 
-        A run that begins anew begins the stream anew, too, whatever was read or loaded before.
+        A new run also rewinds the stream, whatever was read or loaded before.
         """
         if kwargs["resume_from_checkpoint"] is None:
             self.stream.rewind()
-        else:  # how often to save and to log is this run's own, and was that of the checkpoint
+        else:  # save and log at this run's intervals, not at those of the checkpoint
             self.state.compute_steps(self.args, self.state.max_steps)
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
@@ -336,12 +335,12 @@ class Resumable(Trainer):
         self.control.should_training_stop = True
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
-        """End the run, with speeds and mean loss of all of it and not only of what came after the last checkpoint."""
+        """End the run, with speeds and mean loss over all of it, including the part before it was resumed."""
         return super()._finalize_training(trial, num_train_samples, time.time() - self.seconds)
 
     def _require_same_saes(self, checkpoint: str, saved: Mapping[str, Any]) -> None:
         if set(saved) != set(self.trainees):
             raise CheckpointError(
-                f"{checkpoint} holds the SAEs {', '.join(map(repr, saved))}, and the run those named "
-                f"{', '.join(map(repr, self.trainees))}: resume with the same."
+                f"{checkpoint} holds the SAEs {', '.join(map(repr, saved))}, and this run trains "
+                f"{', '.join(map(repr, self.trainees))}: resume with the same SAEs."
             )

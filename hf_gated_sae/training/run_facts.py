@@ -1,4 +1,4 @@
-"""What a run leaves for a model card."""
+"""Facts of a training run for the model card, written as `training_facts.json`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .held_out import NAMES
 from .trainee import Trainee
 
 FACTS_FILE = "training_facts.json"
-"""What a card can say of a run; the keys are those of `publishing.CardFacts`."""
+"""Facts of a run for the card; the keys are those of `publishing.CardFacts`."""
 
 
 def write_training_facts(
@@ -34,12 +34,12 @@ def write_training_facts(
 
     Args:
         folder: the run's ``output_dir``.
-        trainees: what was trained.
-        dead: how many latents of each SAE are dead.
-        left_out: how many activations were not learned for their norm, for each SAE.
+        trainees: the SAEs that were trained.
+        dead: number of dead latents of each SAE.
+        left_out: number of outliers that were not trained on, for each SAE.
         state: the trainer's, after the last step.
-        args: the recipe.
-        seconds: how long the run took.
+        args: the training arguments.
+        seconds: duration of the run.
         metrics: of the recorded activations, for each SAE; None if there are none.
     """
     for number, trainee in enumerate(trainees):
@@ -70,11 +70,11 @@ def write_training_facts(
 def held_out_curve(
     name: str, history: Sequence[Mapping[str, Any]], activations_per_step: int
 ) -> list[dict[str, float | None]]:
-    """Return what was measured of an SAE on held-out text during a run, a row for each time; a ratio may be undefined.
+    """Return an SAE's metrics on held-out text during a run, one row per evaluation; None for an undefined ratio.
 
     Args:
-        name: of the SAE among several; empty if it is alone.
-        history: what the trainer has logged.
+        name: of the SAE among several; empty for a single SAE.
+        history: the log entries of the trainer.
         activations_per_step: of all processes.
     """
     lead = f"eval_{name}/" if name else "eval_"

@@ -1,4 +1,4 @@
-"""How coefficients move over the steps of a run; the learning rate's own schedule is transformers'."""
+"""Schedules of coefficients over the steps of a run; the learning-rate schedule itself is transformers'."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 def linear_warmup(step: int, steps: int) -> float:
-    """Return the share of its final value that a coefficient has at a step.
+    """Return the factor of a coefficient at a step of a linear warm-up.
 
     Args:
         step: number of steps done.
@@ -21,15 +21,15 @@ def linear_warmup(step: int, steps: int) -> float:
 
 @dataclass
 class LearningRateDip:
-    """Lowers the learning rate where training was disturbed and lets it return along a cosine.
+    """Lowers the learning rate after a resampling and raises it back along a cosine.
 
-    Fresh Adam moments make first steps of up to ``1 / sqrt(1 - beta2)`` times the learning rate; the dip keeps
-    resampled latents from being thrown away by them.
+    With reset Adam moments the first steps are up to ``1 / sqrt(1 - beta2)`` times the learning rate, which would undo
+    the resampling.
 
     Attributes:
-        low: factor right after the disturbance.
+        low: factor right after the resampling.
         steps: steps until the factor is 1 again.
-        since: step of the latest disturbance, None before the first.
+        since: step of the latest resampling, None before the first.
 
     Source: Rajamanoharan et al. 2024 (arXiv 2404.16014), appendix D.
     """
@@ -42,12 +42,12 @@ class LearningRateDip:
         """Begin a dip.
 
         Args:
-            step: the step that will be taken next.
+            step: index of the next step.
         """
         self.since = step
 
     def factor(self, step: int) -> float:
-        """Return what to multiply the learning rate of a step by."""
+        """Return the factor on the learning rate at a step."""
         if self.since is None or not 0 <= step - self.since < self.steps:
             return 1.0
         done = (step - self.since) / self.steps

@@ -1,8 +1,8 @@
-"""A pool of activations of stated size that mixes the tokens of many documents.
+"""A shuffle buffer for activations, which mixes the tokens of many documents.
 
-The buffer of `datasets.IterableDataset.shuffle` holds rows of Python, and loses them when it is resumed (its
-`state_dict` says so). This one holds tensors on the device of the model, and is stored with a checkpoint, so that a
-resumed run sees the same batches.
+The buffer of `datasets.IterableDataset.shuffle` holds Python rows and is empty again after a resume, as the
+documentation of its `state_dict` says. This one holds tensors on the model's device and is stored in checkpoints, so
+that a resumed run sees the same batches.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ COPIED_AT_ONCE = 1 << 16
 
 
 class ShuffleBuffer:
-    """Holds up to `size` rows, the activations of one or several sites at a token, and serves them in random order.
+    """Holds up to `size` rows, the activations of one or several sites at a token, and returns them in random order.
 
-    Neighbouring tokens are alike, so consecutive batches of an unshuffled stream would all pull the same way. Slots
-    are reused in place: the pool never grows, and nothing is copied but what enters and what leaves. It takes
-    ``size * sum(d) * bytes per number``, on the device of what is put in.
+    Neighbouring tokens are correlated, so gradients of consecutive batches of an unshuffled stream would be too. Slots
+    are reused in place: the pool never grows, and only rows that are added or taken are copied. It takes
+    ``size * sum(d) * bytes per number``, on the device of the rows.
 
     Args:
-        size: number of rows held, at least one batch.
+        size: maximum number of rows, at least one batch.
         generator: source of randomness, on the CPU.
 
     Attributes:
@@ -44,17 +44,17 @@ class ShuffleBuffer:
 
     @property
     def is_full(self) -> bool:
-        """Whether nothing more fits."""
+        """Whether it holds `size` rows."""
         return self.count == self.size
 
     def add(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Take in as many rows as fit.
+        """Add the rows that fit.
 
         Args:
             rows: site -> ``[n, d]``, the same number and sites each time.
 
         Returns:
-            The rest, site -> ``[m, d]``.
+            The remaining rows, site -> ``[m, d]``.
         """
         taken = min(len(next(iter(rows.values()))), self.size - self.count)
         slots = self._slots[self.count : self.count + taken]
@@ -68,21 +68,21 @@ class ShuffleBuffer:
         return {site: x[taken:] for site, x in rows.items()}
 
     def mix(self) -> None:
-        """Bring everything held into a new random order."""
+        """Permute the rows at random."""
         order = torch.randperm(self.count, generator=self.generator)
         self._slots[: self.count] = self._slots[: self.count][order]
 
     def take(self, batch_size: int) -> dict[str, Tensor]:
-        """Take the next rows out, in the order of the latest `mix`; site -> ``[batch_size, d]``."""
+        """Remove and return the next rows, in the order of the latest `mix`; site -> ``[batch_size, d]``."""
         self.count -= batch_size
         return self._rows(self._slots[self.count : self.count + batch_size])
 
     def serve(self, batch_size: int, keep: int = 0) -> Iterator[dict[str, Tensor]]:
-        """Mix, and yield whole batches until at most `keep` rows, or less than one batch beyond them, are left.
+        """Mix, and yield whole batches until less than one batch beyond `keep` rows is left.
 
         Args:
             batch_size: rows per batch.
-            keep: how many to leave behind, to be mixed with what comes next.
+            keep: number of rows to keep, to be mixed with those added next.
 
         Yields:
             Batches, site -> ``[batch_size, d]``.
@@ -92,7 +92,7 @@ class ShuffleBuffer:
             yield self.take(batch_size)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a copy of the rows held, on the CPU, in the order in which they would be served from the end."""
+        """Return a copy of the rows on the CPU, in their current order; `take` returns them from the end."""
         held: dict[str, Tensor] = {}
         for site, pool in self._pools.items():
             held[site] = torch.empty(self.count, pool.shape[-1], dtype=pool.dtype)
@@ -102,7 +102,7 @@ class ShuffleBuffer:
         return held
 
     def load_state_dict(self, held: Mapping[str, Tensor]) -> None:
-        """Hold what another buffer held, and nothing else; the generator stays as it is."""
+        """Replace the rows by those of a saved state; the generator does not change."""
         self.count, self._pools, self._slots = 0, {}, torch.arange(self.size)
         if held:
             self.add(held)

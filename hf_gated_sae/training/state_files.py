@@ -1,4 +1,4 @@
-"""Nested states on disk without pickles: numbers and texts as JSON, tensors as safetensors beside it."""
+"""Nested states on disk without pickles: numbers and strings as JSON, tensors as safetensors."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ def write_state(folder: Path, name: str, state: Mapping[str, Any]) -> None:
     """Write ``name.json`` and, if there are tensors, ``name.safetensors``.
 
     Args:
-        folder: where to write; it exists.
-        name: of both files, without ending.
-        state: mappings of texts, lists, numbers, texts, None and tensors, nested in any way.
+        folder: an existing folder.
+        name: of both files, without suffix.
+        state: nested mappings with string keys, lists, numbers, strings, None and tensors.
 
     Raises:
-        InputError: for anything else, naming its place.
+        InputError: for a value of another type, with its path in the state.
     """
     tensors: dict[str, Tensor] = {}
     content = json.dumps(_without_tensors(state, "", tensors))
     (folder / f"{name}.json").write_text(content + "\n", encoding="utf-8")
     if tensors:
-        save_file(_apart(tensors), folder / f"{name}.safetensors")
+        save_file(_in_separate_memory(tensors), folder / f"{name}.safetensors")
 
 
 def read_state(folder: Path, name: str) -> dict[str, Any]:
-    """Return what `write_state` wrote; tensors are on the CPU, tuples have become lists.
+    """Return a state written by `write_state`; tensors are on the CPU, tuples have become lists.
 
     Raises:
         CheckpointError: if a file is missing or cannot be read.
@@ -46,30 +46,30 @@ def read_state(folder: Path, name: str) -> dict[str, Any]:
         tensors = load_file(stored) if stored.is_file() else {}
         return _with_tensors(content, tensors)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"{path} and what lies beside it cannot be read as a training state: {error}") from error
+        raise CheckpointError(f"{path} and {stored.name} cannot be read as a training state: {error}") from error
 
 
-def _without_tensors(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
-    """Move the tensors of a nested value into `tensors`, leaving their places behind."""
+def _without_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """Return a nested value with its tensors moved into `tensors` and replaced by references to their paths."""
     if isinstance(value, Tensor):
-        tensors[place] = value
-        return {_TENSOR: place}
+        tensors[path] = value
+        return {_TENSOR: path}
     if isinstance(value, Mapping):
-        if strange := [key for key in value if not isinstance(key, str)]:
-            raise InputError(f"The state has the key {strange[0]!r} at {place or 'its top'}; expected texts as keys.")
-        below = f"{place}/" if place else ""
+        if other := [key for key in value if not isinstance(key, str)]:
+            raise InputError(f"The state has the key {other[0]!r} at {path or 'its top'}; expected strings as keys.")
+        below = f"{path}/" if path else ""
         return {key: _without_tensors(each, f"{below}{key}", tensors) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_tensors(each, f"{place}/{number}", tensors) for number, each in enumerate(value)]
+        return [_without_tensors(each, f"{path}/{number}", tensors) for number, each in enumerate(value)]
     if value is None or isinstance(value, str | int | float):
         return value
     raise InputError(
-        f"The state has a {type(value).__name__} at {place}; expected tensors, numbers, texts, None, lists, mappings."
+        f"The state has a {type(value).__name__} at {path}; expected tensors, numbers, strings, None, lists, mappings."
     )
 
 
 def _with_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Put tensors back into their places."""
+    """Return a nested value with references replaced by their tensors."""
     if isinstance(value, dict):
         if set(value) == {_TENSOR}:
             return tensors[value[_TENSOR]]
@@ -77,8 +77,8 @@ def _with_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return [_with_tensors(each, tensors) for each in value] if isinstance(value, list) else value
 
 
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors in memory of their own each, which safetensors insists on."""
+def _in_separate_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors without shared memory, as safetensors requires."""
     seen: set[int] = set()
     result = {}
     for name, tensor in tensors.items():

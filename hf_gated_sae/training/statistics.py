@@ -1,4 +1,4 @@
-"""What has to be known about activations before training: their size and their centre."""
+"""Statistics of activations that are measured before training: scale, centre and norm limit."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ CENTRES = ("mean", "geometric_median", "zero")
 
 @dataclass(frozen=True)
 class ActivationStatistics:
-    """Size and centre of a sample of activations, without its outliers.
+    """Scale and centre of a sample of activations, without its outliers.
 
     Attributes:
-        count: number of activations in the sample that are no outliers.
+        count: number of activations in the sample, without outliers.
         mean_square_norm: ``E|x|^2``.
         centre: ``[d_in]`` float32.
-        norm_limit: activations with a larger norm are outliers; None if there are none.
+        norm_limit: activations with a larger norm are outliers; None for no limit.
     """
 
     count: int
@@ -32,7 +32,7 @@ class ActivationStatistics:
     norm_limit: float | None = None
 
     def scale(self, kind: str) -> float:
-        """Return the factor that brings the root mean square norm of the activations to a given one.
+        """Return the factor that scales the root mean square norm of the activations to a given value.
 
         Args:
             kind: ``"unit"`` for 1, ``"sqrt_d_in"`` for the square root of their width, ``"none"`` to leave it.
@@ -58,7 +58,7 @@ def measure(
         pieces: activations ``[n, d_in]``.
         centre: ``"mean"``, ``"geometric_median"`` (the point with the least summed distance, which a few activations
             of enormous norm cannot drag away) or ``"zero"``.
-        outlier_multiple: an activation with a norm above so many times the median is an outlier; None for none.
+        outlier_multiple: an activation with a norm above this multiple of the median is an outlier; None for no limit.
 
     Returns:
         The statistics.
@@ -77,7 +77,7 @@ def measure(
         bad = int((~torch.isfinite(length)).sum())
         raise InputError(
             f"{bad} of {len(x)} activations are NaN or infinite; expected finite numbers. Run the model in bfloat16 "
-            "or float32 rather than float16, and check its weights."
+            "or float32 instead of float16, and check its weights."
         )
     limit = None if outlier_multiple is None else norm_limit(x, outlier_multiple)
     outlier = is_outlier(x, limit)

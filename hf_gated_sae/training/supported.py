@@ -1,6 +1,6 @@
-"""Which of transformers' settings mean something for SAEs, and whether what they ask for can be had here.
+"""Checks that transformers' settings apply to SAEs and are possible on this machine.
 
-Whatever is refused would otherwise be ignored, or found impossible after a language model had been loaded and read.
+A setting that is refused here would otherwise be ignored, or fail after a language model had been loaded.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from .arguments import SAETrainingArguments
 
 _EVALUATES = (
-    "would need a data set to evaluate on, and a stream has none: evaluate(model, sae, tokens) measures a trained SAE"
+    "needs an evaluation data set, and a stream has none: call evaluate(model, sae, tokens) on the trained SAE"
 )
-_COMPILES = "would compile around what keeps processes together, and nothing in one process: leave it out"
-_ONE_LAYER = "is for models of many layers, and an SAE has one: leave it out"
-_LANGUAGE = "is for language models, and an SAE sees neither tokens nor labels: leave it out"
-_LOADS = "is for a loader of data sets, and a stream gives whole batches by itself: leave it out"
+_COMPILES = "is not supported: compiled code would bypass the synchronisation of processes; omit it"
+_ONE_LAYER = "is for models of many layers, and an SAE has one: omit it"
+_LANGUAGE = "is for language models, and an SAE reads neither tokens nor labels: omit it"
+_LOADS = "is for loading data sets, and a stream yields whole batches: omit it"
 
 UNSUPPORTED: Mapping[str, str] = {
     **dict.fromkeys(("eval_strategy", "do_eval", "do_predict", "eval_on_start", "load_best_model_at_end"), _EVALUATES),
@@ -38,17 +38,18 @@ UNSUPPORTED: Mapping[str, str] = {
     **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), _LANGUAGE),
     **dict.fromkeys(("train_sampling_strategy", "dataloader_drop_last", "dataloader_persistent_workers"), _LOADS),
     **dict.fromkeys(("dataloader_prefetch_factor", "dataloader_multiprocessing_context"), _LOADS),
-    "dataloader_num_workers": "is to be 0: activations are made by the process that trains",
-    "per_device_train_batch_size": "counts nothing here: give activation_batch_size",
-    "num_train_epochs": "counts nothing here, as a stream has no end: give max_steps",
+    "dataloader_num_workers": "must be 0: the training process itself computes the activations",
+    "per_device_train_batch_size": "has no effect on SAEs: use activation_batch_size",
+    "num_train_epochs": "has no effect, as a stream has no end: use max_steps",
     "auto_find_batch_size": (
-        "would halve a batch that counts nothing here: leave it out; an error says which activation_batch_size fits"
+        "would halve per_device_train_batch_size, which has no effect on SAEs: omit it; the error when memory runs "
+        "out states an activation_batch_size that fits"
     ),
-    "data_seed": "is not looked at: the stream has a seed of its own",
-    "ignore_data_skip": "is to be True: the stream itself goes on from where it was",
-    "enable_jit_checkpoint": "would write a checkpoint in the middle of a step: take save_steps",
+    "data_seed": "is not used: the stream has its own seed",
+    "ignore_data_skip": "must be True: the stream resumes from its own position",
+    "enable_jit_checkpoint": "would write a checkpoint in the middle of a step: use save_steps",
     "save_on_each_node": (
-        "would leave a checkpoint on every machine, and a whole one on none of them: leave it out, and give an "
+        "would leave a part of the checkpoint on every machine and a whole one on none: omit it, and give an "
         "output_dir on a disk that all processes see"
     ),
     "push_to_hub": (
@@ -56,27 +57,27 @@ UNSUPPORTED: Mapping[str, str] = {
         "sae.push_to_hub(...)"
     ),
 }
-"""Why an inherited setting has to stay as it is, by its name."""
+"""Why an inherited setting has to keep its default, by its name."""
 
 _OFF = (None, False, "no")
 
 OPTIMISERS_BY_LAYER = ("galore", "apollo", "lomo", "adalomo")
-"""How the names of optimisers begin that take a language model apart by the names of its layers."""
+"""Prefixes of the optimisers that treat the layers of a language model separately, by their names."""
 
 TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow", "comet_ml", "swanlab", "clearml", "codecarbon", "dvclive")
-"""What ``report_to`` can name of packages that are installed under the same name."""
+"""Values of ``report_to`` that equal the name of the package to install."""
 
 
 def require_supported(args: TrainingArguments, defaults: Mapping[str, Any]) -> None:
-    """Raise for a setting that means nothing here, before transformers acts on it.
+    """Raise for a setting that does not apply to SAEs, before transformers acts on it.
 
     Args:
         args: not yet changed by transformers.
         defaults: of the settings, by name.
 
     Raises:
-        InputError: naming the first, and what to do instead.
-        UnknownNameError: for an optimiser or a log level that there is not, with close matches.
+        InputError: naming the first such setting, and what to do instead.
+        UnknownNameError: for an unknown optimiser or log level, with close matches.
     """
     for name, why in UNSUPPORTED.items():
         value, default = (plain(each) for each in (getattr(args, name, None), defaults.get(name)))
@@ -87,7 +88,7 @@ def require_supported(args: TrainingArguments, defaults: Mapping[str, Any]) -> N
         raise InputError(f"save_strategy='best' {_EVALUATES}.")
     for name in ("save_strategy", "logging_strategy"):
         if plain(getattr(args, name)) == "epoch":
-            raise InputError(f"{name}='epoch' counts epochs, which a stream does not have: take 'steps'.")
+            raise InputError(f"{name}='epoch' counts epochs, which a stream does not have: use 'steps'.")
     for name in ("log_level", "log_level_replica"):
         if getattr(args, name) not in trainer_log_levels:
             raise unknown_name(name, getattr(args, name), trainer_log_levels)
@@ -99,27 +100,27 @@ def require_supported(args: TrainingArguments, defaults: Mapping[str, Any]) -> N
 
 
 def require_possible(args: SAETrainingArguments) -> None:
-    """Raise for what cannot be had on this device, or with this layout of processes.
+    """Raise for settings that are impossible on this device, or with this arrangement of processes.
 
     Raises:
-        InputError: saying what to take instead.
+        InputError: with what to use instead.
     """
     if args.device.type == "mps":
         raise InputError(
-            "The sums that activations are measured with are of float64, which Apple's GPUs do not have: pass "
-            "use_cpu=True (--training.use_cpu true on the command line)."
+            "Activations are measured with sums in float64, which Apple's GPUs do not have: pass use_cpu=True "
+            "(--training.use_cpu true on the command line)."
         )
     if args.fp16 and args.device.type == "cpu":
-        raise InputError("fp16=True means nothing on a CPU: take bf16=True, or neither.")
+        raise InputError("fp16=True is not supported on a CPU: use bf16=True, or neither.")
     if args.fp16 and args.latent_parallel > 1:
         raise InputError(
-            f"fp16=True skips steps that overflow, which each of the {args.latent_parallel} processes that share an "
-            "SAE would decide for itself: take bf16=True, which needs no scaling."
+            f"fp16=True skips steps that overflow, and the {args.latent_parallel} processes that share an SAE would "
+            "skip different ones: use bf16=True, which needs no loss scaling."
         )
 
 
 def require_makeable(args: TrainingArguments) -> None:
-    """Raise if trackers, schedule or optimiser cannot be made, of which one would hear once the model is loaded.
+    """Raise if trackers, schedule or optimiser cannot be created, before the model is loaded.
 
     Raises:
         InputError: with the reason.
@@ -136,24 +137,24 @@ def require_makeable(args: TrainingArguments) -> None:
     warmup, kwargs = args.get_warmup_steps(args.max_steps), args.lr_scheduler_kwargs or {}
     if kwargs and plain(args.lr_scheduler_type) in ("constant", "constant_with_warmup"):
         raise InputError(
-            f"lr_scheduler_kwargs is {kwargs}, and {plain(args.lr_scheduler_type)!r} takes none: leave it out, or "
-            "give another lr_scheduler_type."
+            f"lr_scheduler_kwargs is {kwargs}, and {plain(args.lr_scheduler_type)!r} takes none: omit it, or use "
+            "another lr_scheduler_type."
         )
     try:
         get_scheduler(args.lr_scheduler_type, torch.optim.SGD([weights], lr=1.0), warmup, args.max_steps, kwargs)
     except (TypeError, ValueError, KeyError) as error:
         raise InputError(
-            f"lr_scheduler_type {plain(args.lr_scheduler_type)!r} with lr_scheduler_kwargs {kwargs} cannot be made: "
-            f"{error}."
+            f"lr_scheduler_type {plain(args.lr_scheduler_type)!r} with lr_scheduler_kwargs {kwargs} cannot be "
+            f"created: {error}."
         ) from error
     try:
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
         kind([weights], **settings)
     except (ImportError, TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         given = f" with optim_args {args.optim_args!r} (expected name=value, ...)" if args.optim_args else ""
-        raise InputError(f"optim {plain(args.optim)!r}{given} cannot be made: {error}") from error
+        raise InputError(f"optim {plain(args.optim)!r}{given} cannot be created: {error}") from error
 
 
 def plain(value: Any) -> Any:
-    """Turn transformers' enumerations into their strings."""
+    """Return the string of a transformers enumeration, and any other value unchanged."""
     return getattr(value, "value", value)

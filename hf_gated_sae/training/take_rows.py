@@ -1,4 +1,4 @@
-"""Taking rows out of activations that are held in memory, batch after batch."""
+"""Selecting rows of activations in memory, batch after batch."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from torch import Tensor
 from ..functional.cpu import ReusedMemory
 
 BATCHES = ReusedMemory(several=2)
-"""The next batch is drawn while the one before is still there."""
+"""Memory of two batches: the next one is drawn while the previous one is still in use."""
 
 
 def take_rows(held: Tensor, rows: Tensor) -> Tensor:
-    """Return some rows, in memory of their own.
+    """Return a copy of some rows.
 
     Args:
         held: ``[m, d]``.
-        rows: ``[n]`` int64, on any device.
+        rows: indices ``[n]`` int64, on any device.
 
     Returns:
-        ``[n, d]``, on the device of what is held, without a gradient.
+        ``[n, d]``, on the device of `held`, without a gradient.
     """
     if held.device.type != "cpu":
         return held.detach().index_select(0, rows.to(held.device))

@@ -1,4 +1,4 @@
-"""transformers' `Trainer` for SAEs: a stream of activations instead of a data set."""
+"""`SAETrainer`, transformers' `Trainer` for SAEs on streams of activations."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..modeling import SAEModel, TrainingLoss
 from ..upstream.trainer_private import require_trainer
 from . import checkpoints
 from .arguments import SAETrainingArguments
-from .gradients import GradientsOfSAEs
+from .gradients import SAEGradients
 from .group import SAEGroup
 from .held_out import HeldOut
 from .memory import TrainingMemory, available_memory, is_out_of_memory
@@ -43,29 +43,29 @@ from .streams import ActivationStream, TensorActivations
 from .trainee import Trainee
 
 Batch = tuple[Tensor, Tensor]
-"""Input ``[n, d_in]`` and target ``[n, d_out]`` of one SAE, in the unit of training."""
+"""Input ``[n, d_in]`` and target ``[n, d_out]`` of one SAE, in the activation unit of training."""
 
 
-class SAETrainer(GradientsOfSAEs, Resumable):
+class SAETrainer(SAEGradients, Resumable):
     """Trains SAEs of any architecture on activations.
 
-    Outside of `train` an SAE always reads activations as the model produces them; only during training are it and its
-    input in another unit (`activation_scale`). Checkpoints hold the SAE in the model's unit as well.
+    Outside of `train` an SAE always reads the model's own activations; only during training are it and its input in
+    another activation unit (`activation_scale`). Checkpoints hold the SAE in the model's unit as well.
 
-    Several SAEs are trained on the same batches, each exactly as if it were alone.
+    Several SAEs are trained on the same batches, each exactly as if it were trained alone.
 
     Args:
         model: the SAE, or several by name.
-        args: the recipe.
-        train_dataset: where activations come from; a tensor ``[n, d_in]`` is read as `TensorActivations`.
-        callbacks: further callbacks, called after our own.
-        eval_dataset: batches of held-out tokens, on which the SAEs are measured `evaluations` times during the run; by
-            default what the tokens of the stream hold back, see `HeldBack`.
-        grid: which processes share what, where they were arranged already to make the SAEs.
+        args: the training arguments.
+        train_dataset: a stream of activations; a tensor ``[n, d_in]`` is read as `TensorActivations`.
+        callbacks: further callbacks, called after the trainer's own.
+        eval_dataset: batches of held-out tokens, on which the SAEs are evaluated `evaluations` times during the run;
+            by default those that the stream's tokens hold back, see `HeldBack`.
+        grid: the arrangement of the processes, if it was already made to create the SAEs.
 
     Attributes:
-        trainees: the SAEs with what belongs to their training, by name; an SAE that is alone has the name "".
-        stream: where activations come from: of several processes, the part that this one reads.
+        trainees: the SAEs being trained, with their training state, by name; a single SAE has the name "".
+        stream: of activations; with several processes, the part of this one.
 
     Raises:
         InputError: if an SAE normalises its input, or holds only some of its latents, or if arguments contradict each
@@ -96,16 +96,16 @@ class SAETrainer(GradientsOfSAEs, Resumable):
                 f"{args.latent_parallel}: arrange it with the same number."
             )
         self.stream = self.grid.part(stream)
-        learned = args.max_steps * args.activation_batch_size * args.gradient_accumulation_steps
-        self.stream.size_for(learned, args.activation_batch_size)
+        activations = args.max_steps * args.activation_batch_size * args.gradient_accumulation_steps
+        self.stream.size_for(activations, args.activation_batch_size)
         given = {"": model} if isinstance(model, SAEModel) else dict(model)
         args.require_saes(given)
         saes = {name: own_part(sae, self.grid.latents, args.dead_latent_remedy) for name, sae in given.items()}
         module: Any = saes[""] if isinstance(model, SAEModel) else SAEGroup(saes)
-        # They are the same in all processes, and DDP would send them at every step.
+        # Buffers are the same in all processes, and DDP would send them at every step.
         module._ddp_params_and_buffers_to_ignore = [name for name, _ in module.named_buffers()]
         if not self.grid.latents.alone:
-            module._is_accelerate_prepared = True  # not to be wrapped: DDP would give all parts the same weights
+            module._is_accelerate_prepared = True  # prevents wrapping: DDP would give all parts the same weights
         self.trainees = {name: Trainee(name, sae, args, stream, self.grid) for name, sae in saes.items()}
         self.held_out = HeldOut.of(self.stream, self.trainees.values(), eval_dataset)
         self._logged: dict[str, tuple[Batch, TrainingLoss]] | None = None
@@ -129,42 +129,42 @@ class SAETrainer(GradientsOfSAEs, Resumable):
             dead.silent_for = dead.silent_for.to(sae.device)  # where transformers has put the SAE
             if hasattr(sae.config, "use_cache"):
                 del sae.config.use_cache  # set by transformers on every model; means nothing to an SAE
-            self._share_start(sae)
+            self._broadcast_weights(sae)
 
     def _require_bare(self) -> None:
-        """Raise if accelerate, whose own configuration may ask for it, would wrap the SAEs in more than DDP.
+        """Raise if accelerate, through its own configuration, would wrap the SAEs in anything but DDP.
 
         Raises:
-            InputError: saying what to take instead.
+            InputError: with what to use instead.
         """
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise InputError(
-                "SAEs are not trained with fsdp or deepspeed here: pass latent_parallel=, which splits their latents "
-                "over processes. hf_gated_sae/training/README.md says when, and shows a loop of one's own with FSDP2."
+                "SAETrainer does not support fsdp or deepspeed: pass latent_parallel=, which splits the SAEs' latents "
+                "over processes. hf_gated_sae/training/README.md shows when to use it, and a training loop with FSDP2."
             )
-        if self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:  # around what averages gradients
+        if self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:  # it bypasses the averaging of gradients
             raise InputError(
-                "accelerate would compile the SAEs, which are not trained so: launch without --dynamo_backend, or "
-                "take dynamo_config out of the configuration that `accelerate config` wrote."
+                "SAETrainer does not support compilation by accelerate: launch without --dynamo_backend, or remove "
+                "dynamo_config from the configuration that `accelerate config` wrote."
             )
 
-    def _share_start(self, sae: SAEModel) -> None:
-        """Let all processes begin with the same SAE, even if each has made its own."""
+    def _broadcast_weights(self, sae: SAEModel) -> None:
+        """Copy the first process's weights to all others, which may have created their own SAE."""
         held = sae.state_dict()
-        self.grid.data.share(held.values())
+        self.grid.data.broadcast(held.values())
         if not self.grid.latents.alone:
-            self.grid.latents.share(held[name] for name in sorted(type(sae).shared_names(sae.config)))
+            self.grid.latents.broadcast(held[name] for name in sorted(type(sae).shared_names(sae.config)))
 
     # ------------------------------------------------------------------ the run
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train; afterwards the SAEs read the model's own activations and have their activations recorded.
+        """Train; afterwards the SAEs are in the model's activation unit and hold the statistics of their latents.
 
         ``output_dir`` then holds the SAEs, ``training_args.json`` and ``training_facts.json``.
 
         Args:
-            resume_from_checkpoint: a checkpoint folder, or True for the newest whole one; training then goes on bit by
-                bit as if it had not been interrupted.
+            resume_from_checkpoint: a checkpoint folder, or True for the newest whole one; training then continues bit
+                for bit as if it had not been interrupted.
             *args: as for `transformers.Trainer.train`.
             **kwargs: as for `transformers.Trainer.train`.
 
@@ -174,17 +174,17 @@ class SAETrainer(GradientsOfSAEs, Resumable):
         Raises:
             CheckpointError: if the checkpoint is broken, or one could not be written.
             InputError: if the activations are not finite, or there are none.
-            MissingFileError: if there is no checkpoint to go on from.
-            ShapeError: if activations are not as wide as the SAE.
-            TrainingError: if loss or gradients are no longer finite, naming what is not; or if memory does not
-                suffice, saying what would.
+            MissingFileError: if there is no checkpoint to resume from.
+            ShapeError: if the width of the activations differs from the SAE's.
+            TrainingError: if loss or gradients are no longer finite, naming the first such value; or if memory is
+                insufficient, with settings that would fit.
         """
-        self._require_one_disk(resumes=bool(resume_from_checkpoint))
+        self._require_shared_disk(resumes=bool(resume_from_checkpoint))
         checkpoint = self.find_checkpoint(resume_from_checkpoint)
         if checkpoint is None and self.state.global_step:
             raise InputError(
-                "This trainer has trained already, and its optimiser, schedules and counters are where that ended: "
-                "make a new one, or go on with resume_from_checkpoint=."
+                "This trainer has trained already, and its optimiser, schedules and counters keep their final state: "
+                "create a new trainer, or pass resume_from_checkpoint=."
             )
         if self.args.should_save:
             checkpoints.remove_unfinished(Path(self.args.output_dir))
@@ -193,7 +193,7 @@ class SAETrainer(GradientsOfSAEs, Resumable):
             for trainee in self.trainees.values():
                 stack.enter_context(trainee.learning())
                 stack.callback(trainee.leave_unit)
-            stack.callback(self._forget)
+            stack.callback(self._release_batch)
             try:
                 if checkpoint is None:
                     self._start()
@@ -206,18 +206,18 @@ class SAETrainer(GradientsOfSAEs, Resumable):
                 advice = TrainingMemory.of(saes).advice(
                     self.args.activation_batch_size, available_memory(self.args.device)
                 )
-                raise TrainingError(f"Memory did not suffice at step {self.state.global_step}. {advice}") from error
+                raise TrainingError(f"Memory ran out at step {self.state.global_step}. {advice}") from error
         self._finish()
         return output
 
     def _report(self, phase: Phase, done: int, total: int) -> None:
-        """Tell the callbacks that want to know how far a phase is."""
+        """Report the progress of a phase to the callbacks that accept it."""
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, PhaseCallback) and self.is_world_process_zero():
                 callback.on_phase(phase, done, total)
 
     def _start(self) -> None:
-        """Measure the activations, centre the SAEs on them and change their units."""
+        """Measure the activations and prepare the SAEs with the statistics."""
         sites = {site for trainee in self.trainees.values() for site in (trainee.reads, trainee.writes)}
         pieces: dict[str, list[Tensor]] = {site: [] for site in sites}
         count = self.args.statistics_activations or 1
@@ -233,11 +233,11 @@ class SAETrainer(GradientsOfSAEs, Resumable):
             trainee.start(statistics)
 
     def _finish(self) -> None:
-        """Record the activations of the finished SAEs, and leave everything in the run's folder.
+        """Record the activations of the trained SAEs, and write the results into the run's folder.
 
         Raises:
             CheckpointError: if the folder cannot be written.
-            TrainingError: if activations cannot be recorded; the SAEs are in the folder without.
+            TrainingError: if activations cannot be recorded; the SAEs are written without them.
         """
         trainees, count = list(self.trainees.values()), self.args.recorded_activations
         folder, dead = Path(self.args.output_dir), [trainee.count_dead() for trainee in trainees]
@@ -250,16 +250,16 @@ class SAETrainer(GradientsOfSAEs, Resumable):
                 metrics = record_activations(trainees, sample)
         except (SAEError, OSError, RuntimeError, MemoryError, KeyboardInterrupt) as error:
             if not isinstance(error, SAEError) and not self.grid.everyone.alone:
-                raise  # of which the others do not know, and wait
+                raise  # the other processes wait and cannot learn of it
             unrecorded = error
 
         def explained(error: Exception) -> CheckpointError:
             return CheckpointError(
-                f"The training is done, but its result could not be written to {folder} ({reason(error)}). It is "
-                "still in memory: make room, and call save_model(), or save_pretrained() of the SAE."
+                f"Training has finished, but its result could not be written to {folder} ({reason(error)}). It is "
+                "still in memory: free disk space, and call save_model(), or save_pretrained() of the SAE."
             )
 
-        with self.grid.everyone.agreed(explained):
+        with self.grid.everyone.raising_together(explained):
             self.save_model()
             if self.args.should_save:
                 write_training_facts(folder, trainees, dead, left_out, self.state, self.args, self._seconds, metrics)
@@ -267,13 +267,13 @@ class SAETrainer(GradientsOfSAEs, Resumable):
             raise unrecorded
         if unrecorded is not None:
             raise TrainingError(
-                f"The training is done and its result is in {folder}, but without the strengths at which latents "
-                f"fire, which steering counts in: they could not be recorded ({unrecorded}). evaluate(model, sae, "
-                "tokens, record=True) records them, and save_pretrained() keeps them."
+                f"Training has finished and its result is in {folder}, but the latents' maximum (the unit of "
+                f"steering) and mean activations could not be recorded ({unrecorded}). evaluate(model, sae, tokens, "
+                "record=True) records them, and save_pretrained() stores them."
             ) from unrecorded
 
-    def _forget(self) -> None:
-        """Let go of the latest batch."""
+    def _release_batch(self) -> None:
+        """Release the latest batch and its losses."""
         self._seconds, self._since = self.seconds, 0.0
         self._logged, self._loss_sum = None, None
         self._inputs, self.stream.report = {}, None
@@ -287,7 +287,7 @@ class SAETrainer(GradientsOfSAEs, Resumable):
 
         Args:
             model: the module that is trained, possibly wrapped.
-            inputs: ``[n, d]`` by site, as the language model produces them.
+            inputs: ``[n, d]`` by site, in the model's activation unit.
             return_outputs: also return the `TrainingLoss` of each SAE by name.
             num_items_in_batch: not used: the objective is a mean over the batch.
         """
@@ -303,7 +303,7 @@ class SAETrainer(GradientsOfSAEs, Resumable):
         losses = {name: TrainingLoss(**loss) for name, loss in found.items()}
         for name, trainee in self.trainees.items():
             trainee.observe(step, *batches[name], losses[name])
-        if self._logs_at(step + 1):
+        if self._is_logged(step + 1):
             self._logged = {name: (batches[name], losses[name]) for name in losses}
         totals = [loss.total for loss in losses.values()]
         total = sum(totals[1:], start=totals[0])
@@ -311,49 +311,52 @@ class SAETrainer(GradientsOfSAEs, Resumable):
         self._loss_sum = total.detach() if self._loss_sum is None else self._loss_sum + total.detach()
         return (total, losses) if return_outputs else total
 
-    # ------------------------------------------------------------------ what is logged
+    # ------------------------------------------------------------------ logging and evaluation
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the loss terms and the fidelity of each SAE on the latest batch; under its name, if it has one."""
+        """Log, adding the loss terms and metrics of each SAE on the latest batch; under its name, if it has one."""
         if self._logged is not None and "loss" in logs:
             for name, (batch, loss) in self._logged.items():
                 metrics = self.trainees[name].metrics(*batch, loss)
                 if self.state.is_world_process_zero:
-                    self.trainees[name].warn_of_few(batch[1])
+                    self.trainees[name].warn_of_outliers(batch[1])
                 terms = [value for key, value in metrics.items() if key.startswith("loss_")]
-                logs |= {f"{name}/loss": sum(terms)} if name else {}  # transformers' own is that of all SAEs
+                logs |= {f"{name}/loss": sum(terms)} if name else {}  # transformers logs the sum over all SAEs
                 logs |= {f"{name}/{key}" if name else key: value for key, value in metrics.items()}
             self._logged = None
-        # A stream has no epochs, only a share that is done.
+        # A stream has no epochs: log the share of the steps that is done.
         self.state.epoch = self.state.global_step / (self.state.max_steps or self.args.max_steps)
         super().log(logs, start_time)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Measure the SAEs as they are now on held-out text, and log what was found.
+        """Evaluate the SAEs with their current weights on held-out text, and log the metrics.
 
         Args:
-            eval_dataset: batches of tokens; by default those of the trainer, or what its stream holds back.
+            eval_dataset: batches of tokens; by default the trainer's, or those that its stream holds back.
             ignore_keys: not used.
-            metric_key_prefix: what the names of the metrics begin with.
+            metric_key_prefix: of the names of the metrics.
 
         Returns:
-            Loss recovered, the three losses behind it, FVU, gamma and L0 of each SAE; of several, under its name.
+            Loss recovered, the three losses that it is computed from, FVU, gamma and L0 of each SAE; with several
+            SAEs, under their names.
 
         Raises:
-            InputError: if there is no text to measure on, or none of the SAEs can be measured.
+            InputError: if there is no held-out text, or none of the SAEs can be evaluated.
         """
         trainees = self.trainees.values()
         held_out = self.held_out if eval_dataset is None else HeldOut.of(self.stream, trainees, eval_dataset)
         if held_out is None:
-            raise InputError("There is no held-out text to measure on: pass eval_dataset=, batches of its tokens.")
+            raise InputError("There is no held-out text to evaluate on: pass eval_dataset=, batches of its tokens.")
         metrics: dict[str, float] = {}
-        with self.grid.everyone.agreed(lambda error: TrainingError(f"Held-out text could not be measured: {error}")):
+        with self.grid.everyone.raising_together(
+            lambda error: TrainingError(f"The evaluation on held-out text failed: {error}")
+        ):
             found = held_out.measure(self._report)
         for name, values in found.items():
             lead = f"{metric_key_prefix}_{name}/" if name else f"{metric_key_prefix}_"
-            metrics |= {f"{lead}{key}": value for key, value in self.grid.data.numbers(values).items()}
+            metrics |= {f"{lead}{key}": value for key, value in self.grid.data.mean_by_name(values).items()}
         self.log(dict(metrics))
         control: TrainerControl = self.control  # type: ignore[has-type]  # declared in a method of Trainer
         self.control = self.callback_handler.on_evaluate(self.args, self.state, control, metrics)
@@ -369,9 +372,9 @@ class SAETrainer(GradientsOfSAEs, Resumable):
     def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Return a loader that passes whole batches through.
 
-        It is not handed to accelerate: every process has a stream of its own, and nothing is left to be split.
+        It is not prepared by accelerate, as every process already has its own stream.
         """
-        # With a generator of its own it draws nothing from that of everybody, which a resumed run has just put back.
+        # Without its own generator it would draw from the global one, which a resumed run has just restored.
         own = torch.Generator()
         return DataLoader(
             _Batches(self.stream, self.args), batch_size=None, num_workers=0, pin_memory=False, generator=own
@@ -392,9 +395,9 @@ class SAETrainer(GradientsOfSAEs, Resumable):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
-        """Return transformers' schedule, multiplied for each SAE by its dip after disturbances."""
+        """Return transformers' schedule, multiplied for each SAE by its dip after a resampling."""
         if self.lr_scheduler is None:
-            # Schedules that follow a metric are the only ones of another class, and transformers refuses them here.
+            # Only schedules that follow a metric have another class, and transformers refuses them without one.
             scheduler = cast(LambdaLR, super().create_scheduler(num_training_steps, optimizer))
             dips = [trainee.dip for trainee in self.trainees.values()]
             scheduler.lr_lambdas = [self._dipped(*each) for each in zip(scheduler.lr_lambdas, dips, strict=True)]
@@ -402,40 +405,40 @@ class SAETrainer(GradientsOfSAEs, Resumable):
         return self.lr_scheduler
 
     def _dipped(self, factor: Any, dip: LearningRateDip) -> Any:
-        """Multiply a schedule by the dip; a plain function, because torch would save an object's attributes.
+        """Return a schedule multiplied by the dip; a plain function, because torch would save an object's attributes.
 
-        A dip begins at a step of the run, of which the schedule has seen fewer where some overflowed in float16.
+        The dip counts steps of the run; the schedule counts fewer if some overflowed in float16.
         """
         return lambda scheduled: factor(scheduled) * dip.factor(self.state.global_step + 1)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: transformers would write a card of its own over ours."""
+        """Do nothing: transformers would overwrite the SAE's card with its own."""
 
 
 class _Steps(TrainerCallback):
-    """Lets every SAE act before and after the optimiser's steps."""
+    """Calls every SAE's hooks before and after the optimiser's steps, and triggers evaluations."""
 
     def __init__(self, trainer: SAETrainer) -> None:
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Act on the gradients."""
+        """Adjust the gradients."""
         for trainee in self.trainer.trainees.values():
             trainee.before_step()
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Act on the weights: the learning rate of the next step is decided afterwards."""
+        """Adjust the weights, before the learning rate of the next step is computed."""
         for trainee in self.trainer.trainees.values():
             trainee.after_step(state.global_step + 1, kwargs["optimizer"])
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Let the SAEs be measured, if it is time."""
+        """Request an evaluation if one is scheduled for this step."""
         if self.trainer.held_out is not None and state.global_step in args.evaluation_steps:
             control.should_evaluate = True
 
 
 class _Batches(IterableDataset[dict[str, Tensor]]):
-    """The stream as `torch.utils.data` wants it: items are whole batches."""
+    """The stream as a data set for `torch.utils.data`; its items are whole batches."""
 
     def __init__(self, stream: ActivationStream, args: SAETrainingArguments) -> None:
         self.stream = stream

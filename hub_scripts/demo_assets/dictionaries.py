@@ -1,4 +1,4 @@
-"""The demo's SAEs: what they are and how they are trained.
+"""The demo's SAEs: their recipes and their training.
 
 Everything here is deterministic for given activations, PyTorch and number of threads.
 """
@@ -26,15 +26,15 @@ ASSETS = bundled.SAES
 BASE_MODEL = "hf-gated-sae/python-stdlib-llama-demo"
 
 Progress = Callable[[int, dict[str, float]], None]
-"""Called with the number of steps done and, now and then, with what was logged."""
+"""Called with the number of steps done and the logged metrics, which are empty for most steps."""
 
 
 @dataclass(frozen=True)
 class DictionaryRecipe:
-    """Everything that decides the trained weights, apart from the activations.
+    """The settings that determine the trained weights, apart from the activations.
 
     Args:
-        site: where the activations are read.
+        site: of the activations.
         architecture: name in the registry.
         d_sae: number of latents.
         sparsity_coefficient: lambda, for activations scaled to a mean square norm of `d_in`.
@@ -76,7 +76,7 @@ class DictionaryRecipe:
             warmup_steps=self.steps // 20,
             lr_scheduler_type="warmup_stable_decay",
             lr_scheduler_kwargs={"num_decay_steps": self.steps // 4, "decay_type": "cosine"},
-            # A run of a few million activations: the paper's windows, scaled down to it.
+            # The paper's intervals, scaled down to a run of a few million activations.
             dead_after_activations=300_000,
             resample_steps=[self.steps * 3 // 10, self.steps // 2],
             lr_dip_steps=self.steps // 20,
@@ -85,10 +85,10 @@ class DictionaryRecipe:
         )
 
 
-# Sites, by measurement on held-out files: the residual stream in the middle of the model (after layer 2 of 4), and of
-# the two middle MLPs the one whose zero-ablation costs more (0.4 nats per token, the other 0.2). The baseline has 1.5
-# times the latents, because a Gated step costs 1.5 times a baseline step: equal training compute. Its lambda is chosen
-# for about the same L0.
+# Sites, by measurement on held-out files: the residual stream in the middle of the model (after layer 2 of 4), and the
+# one of the two middle MLPs whose zero-ablation increases the loss more (0.4 nats per token, the other 0.2). The
+# baseline has 1.5 times the latents, because a Gated step costs 1.5 times a baseline step: equal training compute. Its
+# lambda is chosen for about the same L0.
 RECIPES: tuple[DictionaryRecipe, ...] = (
     DictionaryRecipe("resid_post.1", "gated", 1024, sparsity_coefficient=3.0),
     DictionaryRecipe("resid_post.1", "standard", 1536, sparsity_coefficient=2.4),
@@ -98,7 +98,7 @@ RECIPES: tuple[DictionaryRecipe, ...] = (
 
 
 def training_tokens(tokenizer: Any, context: int) -> Tensor:
-    """Return the training files as the language model saw them, ``[n_sequences, context]``."""
+    """Return the training files, packed as for the language model, ``[n_sequences, context]``."""
     return pack(token_stream(tokenizer, corpus.texts("training")), context)
 
 
@@ -113,24 +113,24 @@ def training_activations(
     Args:
         model: the demo's language model.
         tokenizer: its tokenizer.
-        sites: where to read.
-        progress: called with the number of activations per site so far, and about how many there will be.
+        sites: to read.
+        progress: called with the number of activations per site so far, and the approximate total.
 
     Returns:
         Activations ``[n, d_in]`` float16 by site, those of `<|endoftext|>` left out.
     """
     tokens = training_tokens(tokenizer, model.config.max_position_embeddings)
 
-    # float16 halves the memory; its rounding error is a thousandth of what the SAEs leave unexplained.
-    def tell(done: int) -> None:
+    # float16 halves the memory; its rounding error is a thousandth of the SAEs' reconstruction error.
+    def report_tokens(done: int) -> None:
         if progress is not None:
             progress(done, tokens.numel())
 
-    return collect(model, list(sites), tokens.split(32), dtype=torch.float16, progress=tell)
+    return collect(model, list(sites), tokens.split(32), dtype=torch.float16, progress=report_tokens)
 
 
 def count_activations(tokenizer: Any, context: int) -> int:
-    """Return how many activations per site `training_activations` gives."""
+    """Return the number of activations per site that `training_activations` returns."""
     return int((training_tokens(tokenizer, context) != tokenizer.bos_token_id).sum())
 
 
@@ -138,12 +138,12 @@ def train_dictionary(recipe: DictionaryRecipe, activations: Tensor, progress: Pr
     """Train one SAE.
 
     Args:
-        recipe: which.
+        recipe: of the SAE.
         activations: ``[n, d_in]`` of the recipe's site.
-        progress: told about every step.
+        progress: called at every step.
 
     Returns:
-        The SAE, which reads the model's own activations.
+        The SAE, in the model's activation unit.
     """
     sae_class = architectures[recipe.architecture]
     with torch.random.fork_rng(devices=[]):
@@ -162,7 +162,7 @@ def train_dictionary(recipe: DictionaryRecipe, activations: Tensor, progress: Pr
 
 
 class _Report(TrainerCallback):
-    """Passes the trainer's progress on."""
+    """Forwards the trainer's progress to a function."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
@@ -175,7 +175,7 @@ class _Report(TrainerCallback):
 
 
 def folders(root: Path = ASSETS) -> Iterator[Path]:
-    """Yield the folders of the SAEs that are stored below a folder, in the order of the recipes."""
+    """Yield the folders of the SAEs stored below a folder, in the order of the recipes."""
     for recipe in RECIPES:
         if (root / recipe.name / "config.json").is_file():
             yield root / recipe.name

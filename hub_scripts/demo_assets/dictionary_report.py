@@ -1,4 +1,4 @@
-"""What the demo's SAEs are worth: fidelity and measured concepts on files that neither they nor the model ever saw."""
+"""Measuring the demo's SAEs: fidelity and concepts on files that neither they nor the model were trained on."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ ROWS = 16
 LATENTS_PER_CONCEPT = 3
 
 KNOWN_FROM = 0.3
-"""Correlation with a concept from which a latent is labelled with it."""
+"""Smallest correlation with a concept at which a latent is labelled with it."""
 
 
 def held_out_material(tokenizer: Any, context: int) -> LabelledText:
-    """Return all held-out files, labelled, in windows as long as the model's context, none across two files."""
+    """Return all held-out files, labelled, in windows of the model's context, each within one file."""
     texts = corpus.texts("held_out")
     return cut(tokenizer, texts, window=context, windows=1_000_000, python=True, rows=ROWS)
 
@@ -48,9 +48,9 @@ def dictionary_facts(
 
     Args:
         model: the demo's language model.
-        sae: as loaded from where it was stored.
+        sae: loaded from its folder.
         material: held-out text.
-        recipe: how the SAE was trained.
+        recipe: with which the SAE was trained.
         activations: number of different activations that it was trained on.
         progress: called with the number of activations measured so far.
 
@@ -83,11 +83,11 @@ def dictionary_facts(
 
 @torch.no_grad()
 def concept_facts(model: Any, sae: SAEModel, material: LabelledText) -> dict[str, Any]:
-    """Measure which latents tell which concepts of Python source.
+    """Measure which latents detect which concepts of Python source.
 
     Args:
         model: the demo's language model.
-        sae: its recorded maxima, from training text, are what thresholds are shares of.
+        sae: thresholds are shares of its recorded maxima, which are from training text.
         material: labelled held-out text.
 
     Returns:
@@ -104,13 +104,13 @@ def concept_facts(model: Any, sae: SAEModel, material: LabelledText) -> dict[str
 
 
 def is_good_enough(facts: dict[str, Any]) -> list[str]:
-    """Check a Gated SAE's facts against the demo's quality bar.
+    """Check a Gated SAE's facts against the demo's quality criteria.
 
     Args:
         facts: from `dictionary_facts`.
 
     Returns:
-        What falls short, in words; empty if nothing does.
+        Descriptions of the criteria that are not met.
     """
     fidelity = facts["fidelity"]
     metrics, site = fidelity["metrics"], fidelity["site"]
@@ -129,11 +129,11 @@ COMMAND = "python hub_scripts/make_demo_assets.py saes --measure-only"
 
 
 def card_facts(facts: dict[str, Any], others: dict[str, dict[str, Any]]) -> CardFacts:
-    """Turn measured facts into what a model card says.
+    """Return the model card's facts of an SAE.
 
     Args:
         facts: from `dictionary_facts`.
-        others: the facts of SAEs at the same site to compare with, by the name to give them.
+        others: the facts of SAEs at the same site to compare with, by name.
 
     Returns:
         The card's facts. A latent is labelled with the concept that it correlates with most, if that is at least
@@ -167,14 +167,14 @@ def card_facts(facts: dict[str, Any], others: dict[str, dict[str, Any]]) -> Card
 
 
 def _numbers_of(facts: dict[str, Any]) -> dict[str, float | None]:
-    """Return the metrics and losses of a report in one flat table."""
+    """Return the metrics and losses of a report in one mapping."""
     report = facts["fidelity"]
     losses = {name: report[name] for name in ("loss_clean", "loss_spliced", "loss_zero_ablated", "loss_recovered")}
     return {**losses, **report["metrics"]}
 
 
 def _labels(concepts: dict[str, Any]) -> tuple[LatentLabel, ...]:
-    """Return the best-fitting concept of every latent that has one, the best fit first."""
+    """Return the concept with the highest correlation for every labelled latent, in descending order."""
     scores = [score for found in concepts.values() for score in found["best"] if score["correlation"] >= KNOWN_FROM]
     labels: dict[int, LatentLabel] = {}
     for score in sorted(scores, key=lambda score: -score["correlation"]):
@@ -185,7 +185,7 @@ def _labels(concepts: dict[str, Any]) -> tuple[LatentLabel, ...]:
 
 
 def summary(name: str, facts: dict[str, Any]) -> str:
-    """Return the headline numbers of one SAE in one line."""
+    """Return the headline metrics of one SAE in one line."""
     report = facts["fidelity"]
     metrics = report["metrics"]
     return (
@@ -195,5 +195,5 @@ def summary(name: str, facts: dict[str, Any]) -> str:
 
 
 def facts_file(folder: Path) -> Path:
-    """Return where the facts of the SAE in a folder are kept."""
+    """Return the path of the facts of the SAE in a folder."""
     return folder / "facts.json"

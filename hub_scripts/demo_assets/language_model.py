@@ -1,4 +1,4 @@
-"""The demo's language model: a Llama of about a million parameters that writes the Python standard library's dialect.
+"""The demo's language model: a Llama of about a million parameters, trained on the Python standard library.
 
 Everything here is deterministic for a given corpus, seed, PyTorch and number of threads.
 """
@@ -20,14 +20,14 @@ from hf_gated_sae.errors import InputError
 END_OF_TEXT = "<|endoftext|>"
 ASSETS = bundled.MODEL
 
-# One pre-token never mixes what the concepts tell apart: a line break with the indentation after it, a quote, a hash,
-# a word, a number, a run of operators. So almost every token has one clear label.
+# Pre-tokens separate what the concepts distinguish: a line break with the indentation after it, a quote, a hash, a
+# word, a number, a run of operators. Almost every token therefore has one clear label.
 PRE_TOKEN = r"""\n+ *| ?["']+| ?#+| ?[^\W\d]\w*| ?\d+| ?[^\s\w"'#]+|\s+(?!\S)|\s+"""
 
 
 @dataclass(frozen=True)
 class LanguageModelRecipe:
-    """Everything that decides the trained weights, apart from the corpus.
+    """The settings that determine the trained weights, apart from the corpus.
 
     Args:
         vocab_size: tokens, `<|endoftext|>` included.
@@ -60,7 +60,7 @@ class LanguageModelRecipe:
     seed: int = 0
 
     def learning_rate(self, step: int) -> float:
-        """Give the learning rate of a step: linear warm-up, then a cosine down to a twentieth of the peak."""
+        """Return the learning rate of a step: linear warm-up, then a cosine down to a twentieth of the peak."""
         if step < self.warmup_steps:
             return self.peak_learning_rate * (step + 1) / self.warmup_steps
         done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
@@ -75,7 +75,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedT
         vocab_size: tokens, the 256 bytes and `<|endoftext|>` included.
 
     Returns:
-        A tokenizer whose bos, eos and padding token is `<|endoftext|>`; it adds no token by itself.
+        A tokenizer whose bos, eos and padding token is `<|endoftext|>`; it adds no special tokens.
 
     Raises:
         InputError: `vocab_size` has no room for the 256 bytes.
@@ -107,7 +107,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedT
 
 
 def _end_of_text_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """Give the id of `<|endoftext|>`."""
+    """Return the id of `<|endoftext|>`."""
     return int(tokenizer.get_vocab()[END_OF_TEXT])
 
 
@@ -115,7 +115,7 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> Te
     """Tokenize documents into one stream in which every document begins with `<|endoftext|>`.
 
     Args:
-        tokenizer: as `train_tokenizer` makes it.
+        tokenizer: from `train_tokenizer`.
         texts: documents.
 
     Returns:
@@ -128,7 +128,7 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> Te
 
 
 def pack(stream: Tensor, context: int, offset: int = 0) -> Tensor:
-    """Cut a stream into sequences of equal length; an incomplete one at the end is dropped.
+    """Split a stream into sequences of equal length; an incomplete last one is dropped.
 
     Args:
         stream: token ids [n_tokens].
@@ -151,7 +151,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, recipe: LanguageModelRecipe)
     """Build the untrained model.
 
     Args:
-        tokenizer: gives the vocabulary and the id of `<|endoftext|>`.
+        tokenizer: determines the vocabulary and the id of `<|endoftext|>`.
         recipe: sizes and seed.
 
     Returns:
@@ -184,7 +184,7 @@ def train(
 ) -> None:
     """Train a model in place to predict the next token.
 
-    Every epoch cuts the stream at another offset, so that the same token is seen after contexts of many lengths.
+    Every epoch splits the stream at another offset, so that a token appears after contexts of different lengths.
 
     Args:
         model: on any device.
@@ -215,7 +215,7 @@ def train(
 
 
 def _batches(stream: Tensor, recipe: LanguageModelRecipe) -> Iterator[Tensor]:
-    """Yield batches [batch_size, context] for ever, epoch after epoch, in a seeded order."""
+    """Yield batches [batch_size, context] endlessly, epoch after epoch, in a seeded order."""
     generator = torch.Generator().manual_seed(recipe.seed)
     while True:
         offset = int(torch.randint(recipe.context, (1,), generator=generator))
@@ -231,7 +231,7 @@ def save_language_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerF
     Args:
         model: the trained model; it is converted in place.
         tokenizer: its tokenizer.
-        folder: made where it does not exist.
+        folder: created if it does not exist.
     """
     model.generation_config = GenerationConfig(
         bos_token_id=model.config.bos_token_id,
@@ -244,7 +244,7 @@ def save_language_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerF
     tokenizer.model_max_length = model.config.max_position_embeddings
     tokenizer.save_pretrained(folder)
     model.half().save_pretrained(folder)
-    # float16 halves the file; the arithmetic is float32, which is what a CPU is good at, and what loading then gives.
+    # float16 halves the file; loading converts to float32, in which a CPU is fast.
     model.config.dtype = torch.float32
     model.config.save_pretrained(folder)
 
@@ -253,7 +253,7 @@ def load_language_model(folder: Path = ASSETS) -> tuple[LlamaForCausalLM, PreTra
     """Load the demo's language model.
 
     Args:
-        folder: where it was written; the copy that ships with the package by default.
+        folder: of the model; that of the package by default.
 
     Returns:
         The model in float32 and evaluation mode, and its tokenizer.

@@ -1,4 +1,4 @@
-"""The card of the bundled language model; the SAEs' cards are made by `hf_gated_sae.publishing`."""
+"""The card of the bundled language model; `hf_gated_sae.publishing` generates the SAEs' cards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hf_gated_sae.demo import bundled
 
 
 def language_model_card() -> str:
-    """Return the bundled language model's card, every number of it read from its ``training.json``."""
+    """Return the bundled language model's card, with all numbers read from its ``training.json``."""
     facts = json.loads((bundled.MODEL / "training.json").read_text(encoding="utf-8"))
     template = (files(__package__) / "language_model.md.jinja").read_text(encoding="utf-8")
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)

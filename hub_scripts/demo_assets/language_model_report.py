@@ -1,4 +1,4 @@
-"""What the demo's language model is worth: its loss on files it never saw, and how much of its writing is Python."""
+"""Measuring the demo's language model: its loss on held-out files, and how much of its generated text is Python."""
 
 import ast
 import codeop
@@ -21,14 +21,14 @@ from .language_model import END_OF_TEXT, LanguageModelRecipe, pack, token_stream
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """Next-token loss on held-out text, beside the best predictor that ignores context.
+    """Next-token loss on held-out text, compared with a unigram model.
 
     Args:
         tokens: predicted tokens.
-        bytes: utf-8 bytes they stand for.
+        bytes: their utf-8 bytes.
         nats_per_token: mean loss of the model.
         nats_per_byte: summed loss of the model over `bytes`.
-        unigram_nats_per_token: the same for a unigram counted on the training text, over the very same tokens.
+        unigram_nats_per_token: the same for a unigram counted on the training text, over the same tokens.
         unigram_nats_per_byte: the same per byte.
     """
 
@@ -47,19 +47,19 @@ class HeldOutLoss:
 
 @dataclass(frozen=True)
 class LineCount:
-    """How many lines of generated text are Python.
+    """The number of lines of generated text that are Python.
 
-    Only complete physical lines that are not blank count. A line is *Python-looking* when the logical line it belongs
-    to parses as a statement (a block header with `pass` as its body; `else`, `except` and the like below a fitting
-    block) or is a comment; the complete lines of a last logical line that the end of the text cut off are, as long as
-    they can still become a statement. *Code lines* are those of complete logical lines that are more than comments and
-    strings; for them only parsing counts.
+    Only complete physical lines that are not blank are counted. A line is *Python-looking* if its logical line parses
+    as a statement (a block header with `pass` as its body; `else`, `except` and the like below a suitable block) or is
+    a comment. The complete lines of a last logical line that the end of the text truncates are Python-looking if they
+    can still become a statement. *Code lines* are those of complete logical lines with other tokens than comments and
+    strings; they have to parse.
 
     Args:
         lines: complete lines that are not blank.
-        python_lines: those that are Python-looking.
+        python_lines: lines that are Python-looking.
         code_lines: code lines.
-        parsed_code_lines: those that parse.
+        parsed_code_lines: code lines that parse.
     """
 
     lines: int = 0
@@ -114,7 +114,7 @@ def held_out_loss(
 
 
 def token_lengths(tokenizer: PreTrainedTokenizerFast) -> Tensor:
-    """Count the bytes that each token stands for.
+    """Return the number of bytes of each token.
 
     Args:
         tokenizer: byte-level, so that every character of a vocabulary entry is one byte.
@@ -136,17 +136,17 @@ def sample(
     seed: int = 0,
     prompt: str = "",
 ) -> list[str]:
-    """Let the model write, without any cut of its distribution; the global random state is left as it was.
+    """Sample texts from the model's full distribution; the global random state does not change.
 
     Args:
         model: in evaluation mode.
         tokenizer: its tokenizer.
         count: number of texts.
-        tokens: length of each text in tokens; an end of text makes it shorter.
+        tokens: length of each text in tokens; shorter if an end of text is sampled.
         temperature: of the softmax.
         seed: of the samples.
-        prompt: what every text continues; it is not repeated in the result. End it before a line break: the tokenizer
-            joins a break with the indentation behind it, so a bare one says that the next line is not indented.
+        prompt: beginning of every text, which the result does not include. End it before a line break: the tokenizer
+            joins a break with the following indentation, so a break alone means that the next line is not indented.
 
     Returns:
         `count` texts.
@@ -171,10 +171,10 @@ def sample(
 
 
 def count_python_lines(text: str) -> LineCount:
-    """Count how many lines of a text are Python; the last line is left out where it has no line break.
+    """Count how many lines of a text are Python; a last line without a line break is left out.
 
     Args:
-        text: what a model wrote, from the beginning of a line on.
+        text: generated text that starts at the beginning of a line.
 
     Returns:
         The counts, defined in `LineCount`.
@@ -184,7 +184,7 @@ def count_python_lines(text: str) -> LineCount:
     for line in source.lines:
         size = sum(1 for physical in source.text[line.start : line.end].splitlines() if physical.strip())
         if not line.complete and line is source.lines[-1]:
-            total += LineCount(size, size * _can_go_on(line, source.text))
+            total += LineCount(size, size * _can_be_completed(line, source.text))
         elif all(token.kind == "string" for token in line.tokens):
             total += LineCount(size, size * _parses(line, source.text))
         else:
@@ -193,8 +193,8 @@ def count_python_lines(text: str) -> LineCount:
     return total
 
 
-# What has to stand before and after a line for it to be a statement of its own, by its first word.
-_FRAMES = {
+# Code before and after a line that makes it a complete statement, by its first word.
+_SURROUNDINGS = {
     **dict.fromkeys(("elif", "else"), ("if x:\n pass\n", "")),
     **dict.fromkeys(("except", "finally"), ("try:\n pass\n", "")),
     "try": ("", "\nfinally:\n pass"),
@@ -204,13 +204,13 @@ _FRAMES = {
 
 
 def _parses(line: LogicalLine, text: str) -> bool:
-    """Tell whether a logical line is a statement, whatever block it is in."""
+    """Whether a logical line is a statement, in any block."""
     if not line.complete or not line.tokens:
         return line.complete
-    before, after = _FRAMES.get(line.tokens[0].text, ("", ""))
+    before, after = _SURROUNDINGS.get(line.tokens[0].text, ("", ""))
     body = " pass" if line.tokens[-1].text == ":" else ""
     with warnings.catch_warnings():
-        # Invalid escapes and comparisons of literals only warn: they are Python.
+        # Invalid escapes and comparisons of literals are valid Python that only causes warnings.
         warnings.simplefilter("ignore")
         try:
             ast.parse(before + text[line.tokens[0].start : line.tokens[-1].end] + body + after)
@@ -219,9 +219,9 @@ def _parses(line: LogicalLine, text: str) -> bool:
     return True
 
 
-def _can_go_on(line: LogicalLine, text: str) -> bool:
-    """Tell whether an unfinished logical line could become a statement."""
-    before, _ = _FRAMES.get(line.tokens[0].text, ("", ""))
+def _can_be_completed(line: LogicalLine, text: str) -> bool:
+    """Whether an incomplete logical line could become a statement."""
+    before, _ = _SURROUNDINGS.get(line.tokens[0].text, ("", ""))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -231,21 +231,21 @@ def _can_go_on(line: LogicalLine, text: str) -> bool:
 
 
 SAMPLES: dict[str, Any] = {"count": 100, "tokens": 128, "temperature": 0.8, "seed": 0}
-"""What is sampled, from nothing but `<|endoftext|>`, to count how many lines are Python."""
+"""Settings of the samples, from `<|endoftext|>` alone, in which lines of Python are counted."""
 
 
 def training_facts(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: LanguageModelRecipe
 ) -> dict[str, Any]:
-    """Measure everything that the model's card and `training.json` say about it.
+    """Measure the facts of the model's card and of `training.json`.
 
     Args:
-        model: as it was stored and loaded back.
+        model: loaded from its stored weights.
         tokenizer: its tokenizer.
-        recipe: what it was trained with, on the training files of this Python.
+        recipe: with which it was trained, on the training files of this Python.
 
     Returns:
-        Facts that JSON can hold; losses in nats.
+        Facts as plain JSON; losses in nats.
     """
     training_texts = list(corpus.texts("training"))
     stream = token_stream(tokenizer, training_texts)

@@ -55,10 +55,10 @@ def uploads(hub: MiniHub) -> int:
     return sum(method == "POST" and "/commit/" in path for method, path, *_ in hub.requests)
 
 
-def apply_interventions(source: str, target: str, most: int | None = None, **options: object) -> None:
+def mirror_steps(source: str, target: str, most: int | None = None, **options: object) -> None:
     mirror = Mirror(SAESet.from_pretrained(source), target, **options)
     for step in [step for step in mirror.plan() if step.state != "done"][:most]:
-        mirror.apply_interventions(step)
+        mirror.publish(step)
 
 
 def test_killed_half_way_and_resumed(hub: MiniHub, theirs: str, repo_id: str, cache_dir: str) -> None:
@@ -104,33 +104,33 @@ def test_dry_run_and_limit(hub: MiniHub, theirs: str, repo_id: str) -> None:
 
 
 def test_a_broken_upload_is_resumed(hub: MiniHub, theirs: str, repo_id: str) -> None:
-    apply_interventions(theirs, repo_id, 2)
+    mirror_steps(theirs, repo_id, 2)
     hub.fail("POST .*/commit/.*", "status", times=1, status=503)
     hub.fail("POST .*/commit/.*", "status", times=1, status=400)
     with pytest.raises(PublishError, match="nothing was committed"):
-        apply_interventions(theirs, repo_id)
+        mirror_steps(theirs, repo_id)
     hub.faults.clear()
     assert sorted(states(theirs, repo_id).values()) == ["done", "done", "missing", "missing", "missing"]
-    apply_interventions(theirs, repo_id)
+    mirror_steps(theirs, repo_id)
     assert set(states(theirs, repo_id).values()) == {"done"} and len(commits(hub, repo_id)) == 5
 
 
 def test_what_changed_at_the_source_is_converted_again(hub: MiniHub, theirs: str, repo_id: str) -> None:
-    apply_interventions(theirs, repo_id, 3)
+    mirror_steps(theirs, repo_id, 3)
     assert sorted(states(theirs, repo_id).values()) == ["done"] * 3 + ["missing"] * 2
     hub.seed(theirs, {"README.md": CARD + "\nA new commit.\n"})
     assert sorted(states(theirs, repo_id).values()) == ["missing"] * 2 + ["outdated"] * 3
-    apply_interventions(theirs, repo_id)
+    mirror_steps(theirs, repo_id)
     assert set(states(theirs, repo_id).values()) == {"done"}
     assert set(states(theirs, repo_id, dtype="float32").values()) == {"done"}
     assert set(states(theirs, repo_id, dtype="bfloat16").values()) == {"outdated"}
 
 
 def test_what_is_done_is_also_known_without_the_index(hub: MiniHub, theirs: str, repo_id: str) -> None:
-    apply_interventions(theirs, repo_id, 2)
+    mirror_steps(theirs, repo_id, 2)
     hub.seed(repo_id, {"sae_set.json": json.dumps({"schema": 1, "saes": {}})})
     assert sorted(states(theirs, repo_id).values()) == ["done"] * 2 + ["missing"] * 3
-    apply_interventions(theirs, repo_id, 1)
+    mirror_steps(theirs, repo_id, 1)
     index = json.loads(files(hub, repo_id)["sae_set.json"])["saes"]
     assert len(index) == 3 and all("conversion" in entry for entry in index.values())
 
@@ -164,7 +164,7 @@ def test_what_may_not_be_published_stops_at_once(hub: MiniHub, theirs: str, repo
 def test_impossible_mirrors(hub: MiniHub, theirs: str, tmp_path: Path) -> None:
     example_files("gemma_scope", tmp_path)
     local = SAESet.from_pretrained(tmp_path / "google" / "gemma-scope-2b-pt-res")
-    with pytest.raises(InputError, match="no commit pins"):
+    with pytest.raises(InputError, match="not pinned to a commit"):
         Mirror(local, "alice/x")
     with pytest.raises(InputError, match="Source and target are both"):
         Mirror(SAESet.from_pretrained(theirs), theirs)

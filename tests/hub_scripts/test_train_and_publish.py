@@ -101,7 +101,7 @@ def test_what_stands_in_the_way_of_publishing_is_said_before_training(hub: MiniH
         run(str(bundled.MODEL), "train.txt", "empty.txt", repo_id, *FLAGS)
     with pytest.raises(SAEError, match="expected 'owner/name'"):
         run(str(bundled.MODEL), *texts, "me/no such name!", *FLAGS)
-    with pytest.raises(SAEError, match="may not be written with this token"):
+    with pytest.raises(SAEError, match="cannot be written to with this token"):
         run(str(bundled.MODEL), *texts, "somebody-else/sae", *FLAGS)
     with pytest.raises(SAEError, match="is a transcoder: it reads resid_post.1 .* and writes mlp_out.2"):
         run(str(bundled.MODEL), *texts, repo_id, *FLAGS, "--sae.site_out", "mlp_out.2")

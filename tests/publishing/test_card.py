@@ -128,7 +128,7 @@ def test_paths_of_the_author_s_machine_stay_there(name: str) -> None:
 def test_undefined_numbers_are_called_undefined() -> None:
     text = model_card(example(), CardFacts(metrics={"fvu": float("nan"), "l0": float("inf")}))
     assert text.count("| undefined |") == 2 and "model-index" not in split_front_matter(text)[0]
-    assert "How these numbers were measured was not recorded." in text
+    assert "The evaluation of these metrics was not recorded." in text
 
 
 def test_many_labels_are_cut() -> None:

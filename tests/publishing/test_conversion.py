@@ -77,7 +77,7 @@ def test_the_card_says_whose_it_is(hub: MiniHub, theirs: str, tmp_path: Path) ->
         "- licence: cc-by-4.0",
         "metadata of the source's README.md",
         "`b_dec` is not subtracted",
-        "Cite the work of the original's authors",
+        "Cite the authors of the original",
     ):
         assert phrase in card
     assert "rajamanoharan" not in card and str(tmp_path) not in card
@@ -102,7 +102,7 @@ def test_pushed_in_one_commit(hub: MiniHub, theirs: str, repo_id: str, tmp_path:
         ({}, None, "the source states none"),
         ({"README.md": CARD}, "cc-by-4.0", "metadata of the source's README.md"),
         ({"README.md": "---\nlicense: [mit, apache-2.0]\n---\n"}, "other", "mit or apache-2.0"),
-        ({"README.md": "---\nlicense: other\n---\n"}, None, "not which"),
+        ({"README.md": "---\nlicense: other\n---\n"}, None, "states 'other' without a name"),
         ({"README.md": "---\nlicense: other\nlicense_name: gemma\n---\n"}, "other", "gemma"),
         ({"README.md": "---\nlicense: unknown\n---\n"}, None, "it is unknown"),
         ({"README.md": "---\nlicense: {\n---\n"}, None, "cannot be read"),
@@ -147,7 +147,7 @@ def test_an_unknown_licence_is_said_and_not_published(
     conversion.push(repo_id)  # it exists, and is private
     convert(theirs, ADDRESS, license="MIT").push(repo_id + "-public")
     card = files(hub, repo_id + "-public")["README.md"].decode()
-    assert "licence: mit" in card and "whoever converted it; the source states none" in card
+    assert "licence: mit" in card and "the publisher of this copy; the source states none" in card
 
 
 def test_a_licence_is_not_changed(hub: MiniHub, theirs: str, tmp_path: Path) -> None:
@@ -272,7 +272,7 @@ def test_not_over_an_original(hub: MiniHub, tmp_path: Path, repo_id: str) -> Non
         conversion.save(other)
     assert sorted(path.name for path in folder.iterdir()) == before
     seed_gemma_scope(hub, repo_id, tmp_path / "seed")
-    with pytest.raises(InputError, match="over its own original"):
+    with pytest.raises(InputError, match="overwrite its own original"):
         convert(repo_id, ADDRESS).push(repo_id, subfolder=f"/{ADDRESS}/")
 
 
@@ -288,7 +288,7 @@ def test_converting_into_a_folder_again_replaces_it(tmp_path: Path) -> None:
 
 def test_what_cannot_be_converted(tmp_path: Path) -> None:
     example().save_pretrained(tmp_path / "native")
-    with pytest.raises(InputError, match="own layout already"):
+    with pytest.raises(InputError, match="already in the native layout"):
         convert(tmp_path / "native")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").touch()

@@ -90,7 +90,7 @@ def test_two_sections_live_side_by_side() -> None:
         ("---\na: [1\n---\nhello", "front matter is broken"),
         ("---\n- a\n---\nhello", "holds a list; expected YAML keys"),
         ("---\nday: 2020-99-99\n---\nhello", "front matter is broken"),
-        (OURS.replace("<!-- hf-gated-sae card: end -->", ""), "put it back"),
+        (OURS.replace("<!-- hf-gated-sae card: end -->", ""), "restore it"),
     ],
 )
 def test_a_readme_that_cannot_be_understood_is_not_touched(old: str, phrase: str) -> None:

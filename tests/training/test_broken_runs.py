@@ -60,7 +60,7 @@ def spoil_gradient(model):
     ("action", "names"),
     [
         (poison("W_enc_T", (7, 2), float("nan")), "the parameter W_enc_T at latent 7 is nan"),
-        (poison("b_dec", 4, float("inf")), "the parameter b_dec at place 4 is inf"),
+        (poison("b_dec", 4, float("inf")), "the parameter b_dec at index 4 is inf"),
         (poison("W_dec", (3, 3), 1e30), "the term 'reconstruction' of the loss is inf"),
         (spoil_gradient, "the gradient of b_gate at latent 9 is inf"),
     ],
@@ -140,8 +140,8 @@ def test_memory_that_does_not_suffice_is_measured(arguments):
     sae = build("gated", D_IN)
     with pytest.raises(
         TrainingError,
-        match="Memory did not suffice at step 0. Weights, gradients and moments take .*"
-        "would fit activation_batch_size=32",
+        match="Memory ran out at step 0. Weights, gradients and moments take .*"
+        "activation_batch_size=32 would fit into",
     ):
         quiet(Starved(sae, arguments(), activations(500, seed=0))).train()
 
@@ -153,8 +153,8 @@ def test_memory_on_paper():
     assert memory.total(0) == 4 * 4 * parameters
     batch = memory.largest_batch(memory.total(0) + 10**6)
     assert memory.total(batch) <= memory.total(0) + 10**6 < memory.total(batch + 1)
-    assert "about 50% of the latents" in memory.advice(64, memory.total(0) // 2)
-    assert memory.largest_batch(0) == 0 and "smaller" in memory.advice(64, None)
+    assert "About 50% of the latents" in memory.advice(64, memory.total(0) // 2)
+    assert memory.largest_batch(0) == 0 and "Reduce activation_batch_size" in memory.advice(64, None)
 
 
 def test_every_run_leaves_what_a_card_needs(arguments, tmp_path):

@@ -15,7 +15,7 @@ from hf_gated_sae import evaluate
 from hf_gated_sae.demo import bundled, corpus
 from hf_gated_sae.errors import InputError, MissingFileError
 from hf_gated_sae.publishing import read_facts
-from hf_gated_sae.publishing.trained import leave
+from hf_gated_sae.publishing.trained import save_trained
 from hf_gated_sae.training import SAETrainer
 from hf_gated_sae.training.run import Run, assemble
 from hf_gated_sae.training.run.run_text import with_held_out
@@ -136,7 +136,7 @@ class TestInARun:
     def test_the_curve_is_in_the_card(self, small: dict[str, Any]) -> None:
         run = Run.prepare(assemble(small))
         run.train(quiet=True)
-        folder = leave(run)[""]
+        folder = save_trained(run)[""]
         curve = read_facts(folder).curve
         assert [row["step"] for row in curve] == [1, 2, 3, 4]
         assert all(0 < row["loss_clean"] < 20 for row in curve)
@@ -164,7 +164,7 @@ class TestInARun:
         small["data"] |= {"held_out": str(other), "held_out_tokens": 64}
         run = Run.prepare(assemble(small))
         run.train(quiet=True)
-        card = (leave(run)[""] / "README.md").read_text(encoding="utf-8")
+        card = (save_trained(run)[""] / "README.md").read_text(encoding="utf-8")
         assert "| held-out text | other.txt |" in card and str(tmp_path) not in card
         facts = json.loads((run.folder("") / "sae_metrics.json").read_text())
         assert len(facts["curve"]) == 4
@@ -176,7 +176,7 @@ class TestInARun:
         small["sae"] |= {"site": "mlp_in.1", "site_out": "mlp_out.1"}
         run = Run.prepare(assemble(small))
         run.train(quiet=True)
-        assert not read_facts(leave(run)[""]).curve
+        assert not read_facts(save_trained(run)[""]).curve
 
     def test_nonsense_is_refused(self, small: dict[str, Any]) -> None:
         for given, said in (

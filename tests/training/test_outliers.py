@@ -14,7 +14,7 @@ from hf_gated_sae.evaluation import evaluate
 from hf_gated_sae.functional.outliers import OUTLIER_MULTIPLE, is_outlier, largest_share, norm_limit
 from hf_gated_sae.hooks import save_activations
 from hf_gated_sae.modeling import SAEModel
-from hf_gated_sae.publishing.trained import leave
+from hf_gated_sae.publishing.trained import save_trained
 from hf_gated_sae.training import ModelActivations, SAETrainer, ShardActivations, TensorActivations
 from hf_gated_sae.training.run import Run, assemble
 from hf_gated_sae.training.statistics import measure
@@ -80,7 +80,7 @@ def test_they_can_be_learned_too_with_a_warning(arguments, caplog):
         quiet(SAETrainer(sae, arguments(outlier_multiple=None, activation_batch_size=350), with_sinks())).train()
     assert sae.config.norm_limit is None and sae.config.recorded_tokens == 700
     said = [each.getMessage() for each in caplog.records if "One percent" in each.getMessage()]
-    assert len(said) == 1 and "% of its variance" in said[0] and "Take outlier_multiple=10" in said[0]
+    assert len(said) == 1 and "% of its variance" in said[0] and "Use outlier_multiple=10" in said[0]
 
 
 def test_no_warning_where_they_are_left_out(arguments, caplog):
@@ -134,7 +134,7 @@ def test_a_batch_of_outliers_alone_stops_the_run(arguments):
 
 
 def test_a_multiple_below_one_is_refused(arguments):
-    with pytest.raises(InputError, match="outlier_multiple is 0.5; expected a number from 1 on"):
+    with pytest.raises(InputError, match="outlier_multiple is 0.5; expected a number of at least 1"):
         arguments(outlier_multiple=0.5)
 
 
@@ -193,7 +193,7 @@ def test_a_run_file_leaves_them_out_and_its_card_says_so(small, tmp_path):
     changes = {"outlier_multiple": 1.5, "recorded_activations": 1000}
     run = Run.prepare(assemble({**small, "training": {**small["training"], **changes}}))
     run.train(quiet=True)
-    folder = leave(run)[""]
+    folder = save_trained(run)[""]
     sae, card = run.saes[""], (Path(folder) / "README.md").read_text(encoding="utf-8")
     assert sae.config.norm_limit and sae.config.special_token_ids
     metrics = json.loads((Path(folder) / "sae_metrics.json").read_text(encoding="utf-8"))["metrics"]

@@ -141,7 +141,7 @@ def test_processes_read_different_documents():
         (["", "  "], "is empty: it has 2 documents with 0 tokens"),
         (
             ["w3 w4", "w5"],
-            "is too short: it has 2 documents with 3 tokens, which fill no sequence of context_length 16",
+            "is too short: it has 2 documents with 3 tokens, less than one sequence of context_length 16",
         ),
     ],
 )

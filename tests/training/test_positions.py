@@ -252,7 +252,7 @@ def test_a_position_that_lacks_something_is_refused(kinds, kind):
     for name in state["position"]:
         broken = {**state, "position": {key: value for key, value in state["position"].items() if key != name}}
         stream.load_state_dict(broken)
-        with pytest.raises(CheckpointError, match="not whole"):
+        with pytest.raises(CheckpointError, match="is incomplete"):
             stream.batches(BATCH)
     with pytest.raises(CheckpointError, match="no position"):
         stream.load_state_dict({key: value for key, value in state.items() if key != "position"})

@@ -56,7 +56,7 @@ def test_a_run_writes_down_what_was_chosen_and_goes_on_with_it(small: dict[str, 
     assert longer.parts.stream.buffer_size == 320 and longer.config.data.held_out_tokens == 1024
     longer.train(quiet=True)
     small["data"]["buffer_size"] = 640
-    with pytest.raises(InputError, match="data.buffer_size: 320, and it is to go on with 640"):
+    with pytest.raises(InputError, match="data.buffer_size: 320, but 640 was given"):
         Run.prepare(assemble(small), resume=True)
 
 

@@ -60,7 +60,9 @@ def test_state_that_is_no_float_of_the_parameter_s_shape_stays_and_is_told_of():
     sae, optimizer = trained("gated")
     codes = torch.full(sae.W_dec.shape, 7, dtype=torch.uint8)
     optimizer.state[sae.W_dec]["codes"] = codes
-    with pytest.warns(UserWarning, match=r"torch.optim.adamw.AdamW has codes, of which nothing can be forgotten"):
+    with pytest.warns(
+        UserWarning, match=r"torch.optim.adamw.AdamW has codes, which cannot be reset for single latents"
+    ):
         resample(sae, DEAD, torch.randn(100, 8), optimizer)
     assert (codes == 7).all() and (optimizer.state[sae.W_dec]["exp_avg"][DEAD] == 0).all()
 
@@ -69,8 +71,11 @@ def test_state_that_is_no_float_of_the_parameter_s_shape_stays_and_is_told_of():
     "optim, said",
     [
         ("adamw_torch", None),
-        ("adafactor", r"transformers.optimization.Adafactor has exp_avg_sq_col, exp_avg_sq_row, of"),
-        ("adamw_bnb_8bit", r"bitsandbytes.optim.adamw.AdamW has absmax1, absmax2, qmap1, qmap2, state1, state2, of"),
+        ("adafactor", r"transformers.optimization.Adafactor has exp_avg_sq_col, exp_avg_sq_row, which"),
+        (
+            "adamw_bnb_8bit",
+            r"bitsandbytes.optim.adamw.AdamW has absmax1, absmax2, qmap1, qmap2, state1, state2, which",
+        ),
     ],
 )
 def test_a_run_tells_of_an_optimiser_that_forgets_only_in_part(arguments, optim, said):
@@ -83,7 +88,7 @@ def test_a_run_tells_of_an_optimiser_that_forgets_only_in_part(arguments, optim,
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.train()
-    told = [str(each.message) for each in caught if "resampled ones go on" in str(each.message)]
+    told = [str(each.message) for each in caught if "resampled latents keep the state" in str(each.message)]
     assert trainer.trainees[""].remedy.resampled >= 9
     assert len(told) == (0 if said is None else 1) and all(re.match(said, each) for each in told)
 
@@ -150,7 +155,7 @@ def test_dead_latents_count_activations_since_they_fired(batch):
         dead.advance()
     assert dead.silent_for.tolist() == [0, 100, 100]
     assert dead.mask.tolist() == [False, True, True]
-    dead.forgive(torch.tensor([2]))
+    dead.reset_counters(torch.tensor([2]))
     assert dead.mask.tolist() == [False, True, False]
     dead.update(torch.tensor([False, True, False]), 1)
     dead.update(torch.tensor([False, False, False]), 0)

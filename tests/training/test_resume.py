@@ -183,7 +183,7 @@ def test_a_broken_checkpoint_is_refused_by_name_and_passed_over(broken_off, whol
 
 
 def test_what_is_no_checkpoint_of_this_run_is_refused(broken_off, tmp_path):
-    with pytest.raises(MissingFileError, match="checkpoint-5 is no folder"):
+    with pytest.raises(MissingFileError, match="checkpoint-5 is not a folder"):
         trainer(broken_off).train(resume_from_checkpoint=str(broken_off / "checkpoint-5"))
     (broken_off / "checkpoint-8" / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="has no manifest.json"):
@@ -218,7 +218,7 @@ def test_checkpoints_of_others_are_neither_counted_nor_removed(tmp_path):
     kept = {"checkpoint-36", "checkpoint-39", "checkpoint-1", "checkpoint-500", "checkpoint-final"}
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == kept
     assert (tmp_path / "checkpoint-1" / "model.safetensors").read_text() == "checkpoint-1"
-    with pytest.raises(InputError, match="holds checkpoint-500, checkpoint-1, which no SAETrainer has written"):
+    with pytest.raises(InputError, match="holds checkpoint-500, checkpoint-1, not written by an SAETrainer"):
         trainer(tmp_path, **settings).train()
 
 

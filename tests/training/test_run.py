@@ -20,7 +20,7 @@ from hf_gated_sae.errors import (
     TrainingError,
 )
 from hf_gated_sae.hooks.save_activations import save_activations
-from hf_gated_sae.publishing.trained import leave
+from hf_gated_sae.publishing.trained import save_trained
 from hf_gated_sae.training.memory import TrainingMemory
 from hf_gated_sae.training.run import Run, assemble, measured, read_run
 from hf_gated_sae.training.run.base_model import with_dtype
@@ -113,7 +113,7 @@ def test_a_list_of_tables_is_read_by_rows(small: dict, tmp_path: Path) -> None:
         assert len(read) > 2 and not any('"id"' in each for each in read)
     with pytest.raises(InputError, match="data.documents means nothing with data.files"):
         assemble({**small, "data": {**small["data"], "files": files, "documents": "line"}})
-    with pytest.raises(InputError, match=r"train.txt is not of the kind of .*0.jsonl, whose rows are documents"):
+    with pytest.raises(InputError, match=r"train.txt is not of the same kind as .*0.jsonl, whose rows are documents"):
         build(
             assemble(
                 {**small, "data": {**small["data"], "files": [str(tmp_path / "0.jsonl"), small["data"]["files"]]}}
@@ -144,7 +144,7 @@ def test_a_run_can_be_repeated_from_what_it_writes(small: dict, tmp_path: Path) 
 
 def test_an_earlier_run_is_not_overwritten(small: dict) -> None:
     Run.prepare(assemble(small)).train()
-    with pytest.raises(InputError, match="holds a run already"):
+    with pytest.raises(InputError, match="already holds a run"):
         Run.prepare(assemble(small))
 
 
@@ -161,7 +161,7 @@ def test_what_is_of_something_else_is_not_touched(small: dict, theirs: str) -> N
     file.write_text("mine")
     small["saes"] = {"a": {}}
     small["model"]["name"] = "./nowhere"  # it is refused before the model is looked for
-    with pytest.raises(InputError, match="no run.yaml: it is of something else"):
+    with pytest.raises(InputError, match="no run.yaml: the file was not written by a run"):
         Run.prepare(assemble(small))
     assert file.read_text() == "mine"
 
@@ -183,11 +183,11 @@ def test_two_runs_do_not_share_a_folder(small: dict) -> None:
 
     class Meanwhile(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            with pytest.raises(InputError, match="Another process is carrying out a run"):
+            with pytest.raises(InputError, match="Another process is training in"):
                 second.train()
 
     first.train([Meanwhile()])
-    with pytest.raises(InputError, match="holds a run already"):
+    with pytest.raises(InputError, match="already holds a run"):
         second.train()
     assert not (folder / ".running").exists()
 
@@ -195,7 +195,7 @@ def test_two_runs_do_not_share_a_folder(small: dict) -> None:
 @pytest.mark.parametrize("place", ["/dev/null/x", "/proc/zzz"])
 def test_a_folder_that_cannot_be_written_is_refused_first(small: dict, place: str) -> None:
     small["model"]["name"] = "./nowhere"
-    with pytest.raises(InputError, match="nothing can be written to"):
+    with pytest.raises(InputError, match="cannot be written to"):
         Run.prepare(assemble({**small, "output_dir": place}))
 
 
@@ -209,7 +209,7 @@ def test_a_start_that_fails_leaves_no_folder(small: dict, tmp_path: Path) -> Non
 
 def test_a_buffer_that_does_not_fit_is_named(small: dict) -> None:
     small["data"]["buffer_size"] = 10**15
-    with pytest.raises(TrainingError, match="data.buffer_size=10{15}: 512 PB.* Make data.buffer_size smaller"):
+    with pytest.raises(TrainingError, match="data.buffer_size=10{15}: 512 PB.* Reduce data.buffer_size"):
         Run.prepare(assemble(small))
 
 
@@ -272,7 +272,7 @@ def test_a_run_can_be_prolonged(small: dict, tmp_path: Path) -> None:
     falling["training"] = {**parts["training"], "lr_scheduler_type": "cosine", "max_steps": 4}
     Run.prepare(assemble(falling)).train()
     falling["training"] |= {"max_steps": 8}
-    with pytest.raises(InputError, match="has training.max_steps: 4, and it is to go on with 8"):
+    with pytest.raises(InputError, match="has training.max_steps: 4, but 8 was given"):
         Run.prepare(assemble(falling), resume=True)
     falling["training"] |= {"max_steps": 4, "recorded_activations": 50}
     Run.prepare(assemble(falling), resume=True)
@@ -313,7 +313,7 @@ def test_a_run_goes_on_without_the_buffer_in_its_checkpoints(small: dict) -> Non
 
 def test_a_run_is_resumed_as_it_was_begun(small: dict) -> None:
     Run.prepare(assemble(small)).train()
-    with pytest.raises(InputError, match="sae.d_sae: 48, and it is to go on with 64"):
+    with pytest.raises(InputError, match="sae.d_sae: 48, but 64 was given"):
         Run.prepare(assemble(merged(small, {"sae": {"d_sae": 64}})), resume=True)
     Run.prepare(assemble(merged(small, {"training": {"logging_steps": 1}})), resume=True)
 
@@ -373,4 +373,4 @@ def test_the_licence_of_a_run_is_in_the_card_in_the_hubs_spelling(small: dict) -
         assemble({**small, "license": "other"})
     run = Run.prepare(assemble({**small, "license": "Apache 2.0"}))
     run.train(quiet=True)
-    assert "license: apache-2.0" in (leave(run)[""] / "README.md").read_text(encoding="utf-8")
+    assert "license: apache-2.0" in (save_trained(run)[""] / "README.md").read_text(encoding="utf-8")

@@ -114,7 +114,7 @@ def test_the_cost_is_estimated_without_the_weights(small: dict, tmp_path: Path) 
     assert found.parameters == {"": 2 * 48 * 128 + 128 + 3 * 48}
     assert found.model == 4 * real
     small["sae"]["site"] = "mlp_neurons.1"
-    with pytest.raises(InputError, match="only the model can tell"):
+    with pytest.raises(InputError, match="known only once the model is loaded"):
         estimate(assemble(small))
 
 

@@ -91,7 +91,7 @@ def test_tables_of_different_separators_are_not_mixed(tmp_path):
     (tmp_path / "a.csv").write_text("text\nonly")
     (tmp_path / "b.tsv").write_text("text\tnumber\nfirst, second\t1")
     assert list(open_files([tmp_path / "b.tsv"]).documents()) == ["first, second"]
-    with pytest.raises(InputError, match="b.tsv is not of the kind of .*a.csv"):
+    with pytest.raises(InputError, match="b.tsv is not of the same kind as .*a.csv"):
         open_files([tmp_path / "a.csv", tmp_path / "b.tsv"])
     with pytest.raises(InputError, match="files of several kinds"):
         open_text(tmp_path)
@@ -162,14 +162,16 @@ def test_the_column_of_text_is_found_or_asked_for():
     assert list(open_text(data.remove_columns(["text", "title"])).documents()) == ["a"]
     with pytest.raises(
         InputError,
-        match="several columns of strings, .* Its columns: id, content, title. Name one .* data.text_column",
+        match="several columns of strings, .* Its columns: id, content, title. Give one .* data.text_column",
     ):
         open_text(data.remove_columns("text"))
     with pytest.raises(InputError, match="no column of strings. Its columns: id. Give other text."):
         open_text(data.select_columns("id"))
-    with pytest.raises(InputError, match="'contnet' is no column .* Did you mean 'content'. Its columns: id, content"):
+    with pytest.raises(
+        InputError, match="'contnet' is not a column .* Did you mean 'content'. Its columns: id, content"
+    ):
         open_text(data, column="contnet")
-    with pytest.raises(InputError, match="'id' is no column of strings"):
+    with pytest.raises(InputError, match="'id' is not a column of strings"):
         open_text(data, column="id")
 
 
@@ -200,10 +202,10 @@ def test_a_string_that_is_neither_a_path_nor_an_id_is_explained(tmp_path):
 
 
 def test_folders_that_hold_no_text_or_several_kinds_are_explained(tmp_path):
-    with pytest.raises(InputError, match="no text that is known by its name: nothing"):
+    with pytest.raises(InputError, match="no files with a known suffix: nothing"):
         open_text(tmp_path)
     (tmp_path / "a.md").write_text("a")
-    with pytest.raises(InputError, match=r"known by its name: .md. Expected one of .txt, .json.* data.files"):
+    with pytest.raises(InputError, match=r"known suffix: .md. Expected one of .txt, .json.* data.files"):
         open_text(tmp_path)
     assert list(TextFiles([tmp_path / "a.md"]).documents()) == ["a"]
     with pytest.raises(InputError, match="no .txt files"):
@@ -231,7 +233,7 @@ def test_documents_that_are_no_text_are_named():
     for documents, number in ((["a", None], 1), ([{"text": "a"}], 0), (["a", "b", b"c"], 2)):
         with pytest.raises(InputError, match=f"Document {number} of the text .* expected a string"):
             open_text(documents).open().take(5)
-    with pytest.raises(InputError, match="Document 1 of the text .* no valid Unicode"):
+    with pytest.raises(InputError, match="Document 1 of the text .* not valid Unicode"):
         open_text(["a", "\ud800"]).open().take(5)
 
 

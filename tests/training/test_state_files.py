@@ -66,7 +66,7 @@ def test_what_would_need_a_pickle_is_refused_by_its_place(tmp_path):
 def test_files_that_cannot_be_read_are_named(tmp_path):
     write_state(tmp_path, "state", {"x": torch.ones(3)})
     (tmp_path / "state.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(CheckpointError, match=r"state\.json and what lies beside it"):
+    with pytest.raises(CheckpointError, match=r"state\.json and state\.safetensors cannot be read"):
         read_state(tmp_path, "state")
     (tmp_path / "state.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"state\.json"):

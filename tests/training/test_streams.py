@@ -43,7 +43,7 @@ def test_rows_of_several_sites_stay_together():
 def test_tensor_activations_refuse_what_they_cannot_serve():
     with pytest.raises(InputError, match="less than one batch of 64"):
         next(TensorActivations(torch.randn(10, 4)).batches(64))
-    with pytest.raises(InputError, match="less than one batch of 6, 12 of 2 processes"):
+    with pytest.raises(InputError, match=r"less than one batch of 6 \(12 in 2 processes\)"):
         TensorActivations(torch.randn(10, 4)).shard(0, 2).batches(6)
     with pytest.raises(InputError, match="batch_size is 0"):
         TensorActivations(torch.randn(10, 4)).batches(0)
@@ -232,7 +232,7 @@ def test_what_cannot_be_read_is_refused_at_once(model, batches):
 
 def test_tokens_that_the_model_does_not_know_are_refused(model):
     tokens = [torch.tensor([[3, 4, 97]])]
-    with pytest.raises(InputError, match="id 97, and the model knows 97 tokens"):
+    with pytest.raises(InputError, match="id 97, and the model's vocabulary has 97 tokens"):
         collect(model, SITES, tokens)
 
 
@@ -256,7 +256,7 @@ def test_activations_that_are_not_finite_name_the_site_and_the_token(batches):
 def test_activations_that_a_dtype_cannot_hold_are_refused(model, batches):
     model = tiny_model("llama")
     model.get_input_embeddings().weight.data *= 1e6
-    with pytest.raises(InputError, match=r"torch.float16 cannot hold what the model gave in torch.float32"):
+    with pytest.raises(InputError, match=r"The model's values in torch.float32 overflow torch.float16"):
         collect(model, ["resid_pre.0"], batches, dtype=torch.float16)
 
 

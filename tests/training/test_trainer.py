@@ -213,7 +213,7 @@ def test_a_result_that_cannot_be_written_stays_in_memory(arguments, tmp_path):
             (tmp_path / "run" / "config.json").mkdir(parents=True)  # where a file is to be
 
     sae = build("gated", D_IN)
-    with pytest.raises(CheckpointError, match="could not be written .* still in memory: make room"):
+    with pytest.raises(CheckpointError, match="could not be written .* still in memory: free disk space"):
         quiet(SAETrainer(sae, arguments(), activations(500, seed=0), callbacks=[Block()])).train()
     sae.save_pretrained(tmp_path / "elsewhere")
     assert SAEModel.from_pretrained(tmp_path / "elsewhere").config.recorded_tokens
@@ -229,7 +229,7 @@ def test_a_trainer_trains_once(arguments):
 def test_a_decoder_that_has_to_be_normalised_first_is_warned_of(arguments):
     sae = build("gated", D_IN)
     sae.W_dec.data *= 2
-    with pytest.warns(UserWarning, match="norms of 2 to 2 and are brought to 1"):
+    with pytest.warns(UserWarning, match="norms of 2 to 2 and are normalised to 1"):
         quiet(SAETrainer(sae, arguments(), activations(500, seed=0))).train()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -323,7 +323,7 @@ def test_unusable_settings_are_explained(arguments):
 
 
 def test_unusable_activations_are_explained(arguments):
-    with pytest.raises(ShapeError, match="width 5; this SAE reads d_in = 32"):
+    with pytest.raises(ShapeError, match="width 5 to read and 5 to write; this SAE reads d_in = 32"):
         quiet(SAETrainer(build("gated", D_IN), arguments(), torch.randn(500, 5))).train()
     broken = activations(500, seed=0)
     broken[7, 3] = float("inf")

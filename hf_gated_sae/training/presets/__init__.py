@@ -1,10 +1,10 @@
-"""Recipes by name, one YAML file each; a run may lay anything over them.
+"""Recipes by name, one YAML file each; a run may override any of their settings.
 
 Another package offers one by an entry point ``name = "package"`` in the group ``hf_gated_sae.training.presets``, where
 the package holds ``name.yaml``.
 
-A file says what the recipe is (`description`), where it comes from (`source`) and in which unit its loss and lambda
-are (`units`); its sections `sae`, `data` and `training` are those of a run.
+A file describes the recipe (`description`), its origin (`source`) and the units of its loss and lambda (`units`); its
+sections `sae`, `data` and `training` are those of a run.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ SUFFIX = ".yaml"
 
 @dataclass(frozen=True)
 class Preset:
-    """A recipe.
+    """A training recipe.
 
     Attributes:
-        description: what it is, in a sentence or two.
-        source: where it comes from, and what is ours in it.
-        units: in which unit loss and lambda are, and how published values are converted.
-        sae: a part of a run's section of that name.
-        data: likewise.
-        training: likewise.
-        package: the package that its file lies in.
+        description: of the recipe, in a sentence or two.
+        source: its publication, and which choices are ours.
+        units: of loss and lambda, and how published values are converted.
+        sae: settings of a run's section `sae`.
+        data: settings of its section `data`.
+        training: settings of its section `training`.
+        package: the package that its file is in.
     """
 
     description: str
@@ -47,18 +47,18 @@ class Preset:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the recipe lays under a run, by section."""
+        """The recipe's settings by section, which those of a run override."""
         return {"sae": dict(self.sae), "data": dict(self.data), "training": dict(self.training)}
 
 
 class Presets(Mapping[str, Preset]):
-    """The recipes that lie beside this file, by name."""
+    """The recipes in this folder, by name."""
 
     def __getitem__(self, name: str) -> Preset:
         """Return a recipe.
 
         Raises:
-            UnknownNameError: if there is none of that name.
+            UnknownNameError: if there is no recipe of that name.
         """
         packages = self._packages()
         if name not in packages:

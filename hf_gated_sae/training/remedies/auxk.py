@@ -1,4 +1,4 @@
-"""AuxK: dead latents learn to reconstruct what the live ones leave over."""
+"""AuxK: dead latents are trained to reconstruct the error of the live ones."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class AuxK(DeadLatentRemedy):
     r"""The dead latents with the largest pre-latents reconstruct the error, which gives them gradients.
 
     ``coefficient * E|y - mean y|^2 * E|e - e^|^2 / E|e - mean e|^2`` with ``e = y - y^``, detached, and ``e^`` decoded
-    from the ``auxk_latents`` largest pre-latents of dead latents. The source divides both errors by what they would be
-    without any latent; here the sum is in the unit of the reconstruction term.
+    from the ``auxk_latents`` largest pre-latents of dead latents. The source divides both errors by their values
+    without any latent; here the term is on the scale of the reconstruction term.
 
-    Where latents compete (TopK and its kin), dead ones enter through the ReLU of the source, or as they are if latents
-    are signed. Everywhere else a dead latent is below the point where it turns on, so that a ReLU would pass no
-    gradient; there they enter through a softplus.
+    If latents compete (TopK and its variants), dead ones pass through the ReLU of the source, or unchanged if latents
+    are signed. In other architectures a dead latent is below its threshold, where a ReLU would pass no gradient; there
+    they pass through a softplus.
 
     Source: Gao et al. 2024 (arXiv 2406.04093), appendix A.2.
     """
@@ -45,16 +45,17 @@ class AuxK(DeadLatentRemedy):
             values = torch.nn.functional.softplus(values)
         elif not sae.signed:
             values = torch.relu(values)
-        chosen = torch.zeros(len(x), len(dead), dtype=values.dtype, device=values.device).scatter(-1, best, values)
-        left = (error - decode(chosen, sae.W_dec.index_select(0, dead))).square().sum(-1).mean()
-        unexplained, whole = _variances(error, target, self.grid.data)
-        share = torch.where(unexplained > 0, left / unexplained.clamp_min(torch.finfo(left.dtype).tiny), 0.0)
-        return {"auxk": self.args.auxk_coefficient * whole * share}
+        selected = torch.zeros(len(x), len(dead), dtype=values.dtype, device=values.device).scatter(-1, best, values)
+        remaining = (error - decode(selected, sae.W_dec.index_select(0, dead))).square().sum(-1).mean()
+        error_variance, variance = _variances(error, target, self.grid.data)
+        tiny = torch.finfo(remaining.dtype).tiny
+        share = torch.where(error_variance > 0, remaining / error_variance.clamp_min(tiny), 0.0)
+        return {"auxk": self.args.auxk_coefficient * variance * share}
 
 
 @torch.no_grad()
 def _variances(x: Tensor, y: Tensor, processes: Processes) -> Tensor:
-    """Return ``E|x - mean x|^2`` and that of y, both ``[n, d]``, over the batch of all processes, ``[2]``."""
+    """Return ``E|x - mean x|^2`` and ``E|y - mean y|^2`` of ``[n, d]``, over the batch of all processes, ``[2]``."""
     means = processes.mean(torch.stack([x.mean(0), y.mean(0)]))
     return processes.mean(
         torch.stack([(each - mean).square().sum(-1).mean() for each, mean in zip((x, y), means, strict=True)])

@@ -1,4 +1,4 @@
-"""What every remedy for dead latents has in common."""
+"""Base class and registry of the remedies for dead latents."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 
 class DeadLatentRemedy:
-    """Something that is done about latents that no longer fire, for one SAE.
+    """A method that revives the dead latents of one SAE.
 
-    A remedy is one file here: a subclass that names itself and defines what it needs of `terms` (something more to
-    minimise), `observe` and `after_step` (which may change weights).
+    A remedy is one file here: a subclass with a `name` that overrides `terms` (further terms of the objective),
+    `observe` or `after_step` (which may change weights), as needed.
 
     Args:
         args: the run's arguments.
         dead: which latents are dead.
-        dip: lowers the learning rate after a disturbance.
-        grid: the processes that train together; this one alone by default. All of them see the same dead latents, or,
-            where they share an SAE, those that they hold.
+        dip: lowers the learning rate after a resampling.
+        grid: the processes that train together; this one alone by default. All of them see the same dead latents or,
+            if they share an SAE, their own.
     """
 
     name: ClassVar[str]
@@ -48,40 +48,40 @@ class DeadLatentRemedy:
         remedies.register(cls.name, cls)
 
     def terms(self, sae: SAEModel, x: Tensor, target: Tensor, loss: TrainingLoss) -> Mapping[str, Tensor]:
-        """Return further terms of the objective by name; none unless a remedy has some.
+        """Return further terms of the objective by name; none by default.
 
         Args:
-            sae: in the unit of training.
+            sae: in the activation unit of training.
             x: activations ``[n, d_in]``.
-            target: what is to be written, ``[n, d_out]``; `x` itself unless the SAE is a transcoder.
+            target: ``[n, d_out]``; `x` itself unless the SAE is a transcoder.
             loss: the objective on them.
         """
         return {}
 
     def observe(self, step: int, x: Tensor, target: Tensor) -> None:
-        """See a batch that is being trained on; does nothing unless a remedy needs it.
+        """Observe a batch that is being trained on; does nothing by default.
 
         Args:
             step: number of steps done.
-            x: activations ``[n, d_in]``, in the unit of training.
+            x: activations ``[n, d_in]``, in the activation unit of training.
             target: ``[n, d_out]``.
         """
 
     def after_step(self, step: int, sae: SAEModel, optimizer: Optimizer) -> None:
-        """Act after the optimiser's step; the learning rate of the next one is decided afterwards.
+        """Act after the optimiser's step, before the learning rate of the next step is computed.
 
         Args:
             step: number of steps done, this one included.
-            sae: in the unit of training.
-            optimizer: its moments may have to be forgotten.
+            sae: in the activation unit of training.
+            optimizer: of the run; its moments may have to be reset.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is needed to go on: tensors, numbers, texts, lists and mappings."""
+        """Return the state needed to resume: tensors, numbers, strings, lists and mappings."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Restore a saved state."""
 
 
 remedies: Registry[type[DeadLatentRemedy]] = Registry("dead-latent remedy", "hf_gated_sae.training.remedies")

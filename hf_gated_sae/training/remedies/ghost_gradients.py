@@ -1,4 +1,4 @@
-"""Ghost gradients: dead latents, made to fire, are pulled towards the residual."""
+"""Ghost gradients: dead latents with an exponential activation are trained towards the reconstruction error."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .base import DeadLatentRemedy
 
 
 class GhostGradients(DeadLatentRemedy):
-    """A second forward through the dead latents alone, with an exponential in place of their activation.
+    """A second forward pass through the dead latents alone, with an exponential in place of their activation function.
 
-    What they write is scaled at each token to half the norm of the residual, and their squared error to that of the
-    reconstruction; neither scale, nor the residual, passes a gradient.
+    Their output is scaled at each token to half the norm of the residual, and their squared error to that of the
+    reconstruction; neither the scales nor the residual pass a gradient.
 
-    For comparison with runs that used it. Where only a few latents are dead, what they write at half the norm of the
-    residual overshoots it in their own directions, and pushes them further down rather than up.
+    For comparison with runs that used it. If only a few latents are dead, their output at half the norm of the
+    residual overshoots it in their own directions, which lowers their pre-latents further.
 
     Source: Jermyn and Templeton 2024, "Ghost Grads" (Transformer Circuits, January update).
     """
@@ -34,7 +34,7 @@ class GhostGradients(DeadLatentRemedy):
             return {}
         residual = (target - loss.reconstruction).detach()
         values = sae.margins(x, dead)
-        # The scale of each token is divided out below; without the largest the exponential would overflow.
+        # Subtract the largest value, which cancels in the scaling below: the exponential would overflow.
         values = (values - values.detach().amax(-1, keepdim=True)).exp()
         ghost = linear(values, sae.W_dec.index_select(0, dead).T)
         tiny = torch.finfo(ghost.dtype).tiny

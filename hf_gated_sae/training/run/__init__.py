@@ -1,4 +1,4 @@
-"""A training run as a YAML file: what it says, its parts, what it will cost, and carrying it out."""
+"""Training runs from YAML files: reading and checking them, building their parts, estimating costs, and training."""
 
 from .assembly import assemble, plain, read_run
 from .estimate import Estimate, estimate, measured

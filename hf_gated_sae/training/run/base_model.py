@@ -23,28 +23,28 @@ from .commits import commit_on_hub
 from .run_config import ModelSettings
 
 NOWHERE = "none"
-"""What `hub_id` says of a model that nobody else can find."""
+"""Value of `hub_id` for a model that is not published."""
 
 _SHAPE = 512, 1024
-"""Rows and width of the matrix product by which dtypes are compared."""
+"""Rows and width of the matrix product with which the speed of dtypes is compared."""
 
 
 def with_dtype(settings: ModelSettings, device: torch.device) -> tuple[ModelSettings, str]:
-    """Return the settings with the dtype that ``auto`` stands for, and why it is another than the checkpoint's.
+    """Return the settings with ``auto`` replaced by a dtype, and why it differs from the checkpoint's dtype.
 
-    On a CPU without arithmetic of its own for bfloat16 or float16, float32 is several times faster; it holds every
-    number that those do, so that nothing is lost but memory.
+    On a CPU without bfloat16 or float16 arithmetic, float32 is several times faster. It represents every number of
+    those dtypes, so it costs memory only.
 
     Args:
         settings: of the model.
-        device: where it goes if they do not say.
+        device: of the model if the settings name none.
     """
-    place = torch.device(settings.device) if settings.device is not None else device
+    model_device = torch.device(settings.device) if settings.device is not None else device
     if settings.dtype != "auto" or settings.device_map is not None or settings.quantization is not None:
         return settings, ""
     config = load_config(settings)
     stored = config.get_text_config().dtype or config.dtype
-    if place.type != "cpu" or stored not in (torch.bfloat16, torch.float16):
+    if model_device.type != "cpu" or stored not in (torch.bfloat16, torch.float16):
         return settings, ""
     with torch.device("meta"):
         size = AutoModelForCausalLM.from_config(config).num_parameters() * torch.float32.itemsize
@@ -59,7 +59,7 @@ def with_dtype(settings: ModelSettings, device: torch.device) -> tuple[ModelSett
 
 
 def _seconds(dtype: torch.dtype) -> float:
-    """Return how long a matrix product takes on the CPU: the shortest of a few times."""
+    """Return the time of a matrix product on the CPU, in seconds: the shortest of a few runs."""
     rows, width = _SHAPE
     x, weight = torch.ones(rows, width, dtype=dtype), torch.ones(width, width, dtype=dtype)
     found = []
@@ -71,14 +71,14 @@ def _seconds(dtype: torch.dtype) -> float:
 
 
 def load_model(settings: ModelSettings, device: torch.device) -> PreTrainedModel:
-    """Return the model in evaluation mode; nothing of it learns.
+    """Return the model in evaluation mode, with all parameters frozen.
 
     Args:
-        settings: what the run says.
-        device: where it goes if the run does not say.
+        settings: of the model.
+        device: of the model if the settings name none.
 
     Raises:
-        MissingFileError: if it is a folder that is not there.
+        MissingFileError: if it is a folder that does not exist.
         InputError: if a setting is wrong, or transformers cannot load it.
     """
     _require_folder(settings.name)
@@ -95,7 +95,7 @@ def load_model(settings: ModelSettings, device: torch.device) -> PreTrainedModel
             model = model.to(settings.device or device)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever is wrong with the files is reported as one thing
+    except Exception as error:  # transformers raises errors of many types for broken files
         raise InputError(f"model.name {settings.name!r} cannot be loaded ({_reason(error)}).") from error
     model.requires_grad_(False)
     return model.eval()
@@ -123,23 +123,23 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
 
 
 def pinned_model(settings: ModelSettings) -> ModelSettings:
-    """Return the settings with the commit that the model's revision leads to; errors as for `commit_on_hub`."""
+    """Return the settings with the commit of the model's revision; errors as for `commit_on_hub`."""
     _require_folder(settings.name)
     if is_folder(settings.name):
         if settings.hub_id is None:
             raise InputError(
-                f"model.name is {settings.name!r}, a folder: give --model.hub_id, the id under which others find this "
-                f"model, for the SAE's card and configuration; or --model.hub_id {NOWHERE} if there is no such id."
+                f"model.name is {settings.name!r}, a folder: give --model.hub_id, the id of this model on the Hub, "
+                f"for the SAE's card and configuration; or --model.hub_id {NOWHERE} if there is no such id."
             )
         if settings.revision is not None:
-            raise InputError(f"model.revision means nothing with {settings.name!r}, which is a folder: remove it.")
+            raise InputError(f"model.revision does not apply to {settings.name!r}, which is a folder: remove it.")
         return settings
     commit = commit_on_hub(settings.name, settings.revision, "model", "model.name")
     return dataclasses.replace(settings, revision=commit)
 
 
 def is_folder(name: str) -> bool:
-    """Whether a model is one of this machine's folders, not one of the Hub."""
+    """Whether a model is a local folder, not a repository on the Hub."""
     return Path(name).is_dir()
 
 

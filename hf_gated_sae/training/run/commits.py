@@ -1,4 +1,4 @@
-"""The commits that a run's revisions lead to."""
+"""Resolving a run's revisions to commits."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ...errors import InputError
 from ...hub.error_messages import TransportError
 
 
-def commit_on_hub(name: str, revision: str | None, kind: Literal["model", "dataset"], place: str) -> str | None:
-    """Return the commit that a revision leads to now; offline, the revision as it is given.
+def commit_on_hub(name: str, revision: str | None, kind: Literal["model", "dataset"], key_path: str) -> str | None:
+    """Return the current commit of a revision; offline, the revision unchanged.
 
     Args:
         name: id of the repository.
         revision: branch, tag or commit; None for the main branch.
         kind: of the repository.
-        place: where it stands in the run, for errors.
+        key_path: of the name in the run, for errors.
 
     Raises:
         InputError: if the Hub has no such repository or revision, or cannot be reached.
@@ -30,9 +30,9 @@ def commit_on_hub(name: str, revision: str | None, kind: Literal["model", "datas
     except (HfHubHTTPError, HFValidationError) as error:
         at = f" at {revision!r}" if revision else ""
         first = " ".join(str(error).strip().split("\n\n")[-1].split()) or type(error).__name__
-        raise InputError(f"{place} {name!r}{at} cannot be opened on the Hub ({first}).") from error
+        raise InputError(f"{key_path} {name!r}{at} cannot be opened on the Hub ({first}).") from error
     except TransportError as error:
         raise InputError(
-            f"The Hub could not be reached to pin {place} {name!r} ({error}); try again, or set HF_HUB_OFFLINE=1 to "
-            "use what is in the cache."
+            f"The Hub could not be reached to resolve {key_path} {name!r} to a commit ({error}); try again, or set "
+            "HF_HUB_OFFLINE=1 to use the cache."
         ) from error

@@ -1,4 +1,4 @@
-"""What a run will cost: memory, operations and time, measured on a few real steps or estimated without any."""
+"""The cost of a run: memory, operations and time, measured on a few real steps or estimated from sizes."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from .timing import held_out_seconds, time_reading, time_steps, wait
 from .tokens_read import TRAIN, TokensRead, count_tokens
 
 LOAD = "loading"
-"""The name of what is done before a run begins, where the phases have theirs."""
+"""Name of the work before the first phase of a run, among the names of the phases."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one step of the SAEs, or of one token that the model reads.
+    """Cost of one step of the SAEs, or of one token that the model reads.
 
     Attributes:
-        operations: floating-point operations if all latents are computed; fewer are where most latents are off.
-        seconds: how long it takes.
+        operations: floating-point operations if all latents are computed; fewer are needed if most are inactive.
+        seconds: duration.
     """
 
     operations: float
@@ -48,24 +48,24 @@ class Cost:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will cost.
+    """The cost of a run.
 
     Attributes:
-        measured: whether steps were run; else everything follows from sizes and the speed of one matrix product.
-        parameters: of each SAE by name; where processes share it, of this process's part, as all that follows.
-        memory: what the SAEs take.
+        measured: whether steps were run; otherwise computed from sizes and the speed of one matrix product.
+        parameters: of each SAE by name; if processes share it, of this process's part, like all that follows.
+        memory: of the SAEs.
         activations: bytes that a step holds between forward and backward.
         buffer: bytes of the activations held for shuffling.
-        saved: of those, the bytes that are written into every checkpoint.
+        saved: bytes of the buffer that are written into every checkpoint.
         model: bytes of the base model; 0 without one.
-        available: bytes that a run could have on the device of the SAEs; None if that cannot be told.
-        steps: in all.
+        available: bytes available to the run on the SAEs' device; None if that is not known.
+        steps: number of steps.
         batch: activations per step, of all processes.
-        tokens: what the model reads in the whole run.
-        training: cost of the SAEs' step.
+        tokens: that the model reads in the whole run.
+        training: cost of a step of the SAEs.
         reading: cost of a token that the base model reads up to the last site.
-        seconds: how long each phase of the run takes, by its name; also `TRAIN`, the steps with what is read between,
-            and, where it was measured, `LOAD`.
+        seconds: duration of each phase of the run, by its name; also of `TRAIN`, the steps and the reading between
+            them, and, if it was measured, of `LOAD`.
     """
 
     measured: bool
@@ -96,12 +96,12 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        """Bytes in all, at the peak, if everything is on one device."""
+        """Peak memory in bytes, if everything is on one device."""
         return self.memory.total(0) + self.activations + self.buffer + self.model
 
     @property
     def checkpoint(self) -> int:
-        """Bytes of each checkpoint on the disk."""
+        """Bytes of each checkpoint on disk."""
         return self.memory.weights + self.memory.moments + self.saved
 
     @property
@@ -109,10 +109,10 @@ class Estimate:
         if self.available is None:
             return ""
         fits = "fits" if self.total < self.available else "DOES NOT FIT"
-        return f"{fits} {in_bytes(self.available)} that are free here"
+        return f"{fits} into the {in_bytes(self.available)} that are free here"
 
     def tables(self) -> dict[str, list[tuple[str, str, str]]]:
-        """Return the estimate for people: by title, rows of name, value and remark."""
+        """Return the estimate as tables for display: by title, rows of name, value and remark."""
         how = "measured" if self.measured else "estimated"
         size = [(f"parameters{f' of {name}' if name else ''}", f"{n:,}", "") for name, n in self.parameters.items()]
         found = {
@@ -131,9 +131,9 @@ class Estimate:
             ],
             "The whole run": [
                 ("steps", f"{self.steps:,}", f"of {self.batch:,} activations"),
-                ("activations", f"{self.steps * self.batch:,}", "are learned"),
+                ("activations", f"{self.steps * self.batch:,}", "trained on"),
                 ("operations", f"{short(self.operations)}FLOP", ""),
-                ("checkpoint", in_bytes(self.checkpoint), f"on the disk, {in_bytes(self.saved)} of it the buffer"),
+                ("checkpoint", in_bytes(self.checkpoint), f"on disk, of which {in_bytes(self.saved)} is the buffer"),
             ],
         }
         run = found["The whole run"]
@@ -151,7 +151,7 @@ class Estimate:
 
 
 def estimate(config: RunConfig) -> Estimate:
-    """Estimate from sizes; of the model only the configuration is read, and nothing is run.
+    """Estimate the cost from sizes; only the model's configuration is read, and nothing is run.
 
     Args:
         config: the run.
@@ -162,7 +162,7 @@ def estimate(config: RunConfig) -> Estimate:
     args = arguments(config)
     rate = _rate(args.device)
     if config.model is None:
-        raise InputError("Activations on disk have no model to estimate: leave --no-measure out.")
+        raise InputError("A run on activations on disk has no model to estimate from: omit --no-measure.")
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(load_config(config.model))
     text = model.config.get_text_config()
@@ -173,7 +173,7 @@ def estimate(config: RunConfig) -> Estimate:
     buffer = (data.buffer_size or 0) * sum(widths.values()) * _dtype(config, model).itemsize
     reading = _share_of_layers(widths, model.config) * _reading_operations(model)
     training = _learning_operations(saes) * args.activations_per_step
-    tokens = _about(args, data, len(saes))
+    tokens = _estimated_tokens(args, data, len(saes))
     costs = Cost(training, training / rate), Cost(reading, reading / rate)
     whole = _reading_operations(model) / rate
     return Estimate(
@@ -191,13 +191,13 @@ def estimate(config: RunConfig) -> Estimate:
 
 
 def measured(config: RunConfig, *, before: float = 0.0) -> Estimate:
-    """Build every part of a run, count its tokens, and measure a few steps on real activations; nothing is written.
+    """Build every part of a run, count its tokens, and time a few steps on real activations; nothing is written.
 
-    The SAEs are as they start, when more latents are on than later: steps become faster.
+    The SAEs have their initial weights, with which more latents are active than later: steps become faster.
 
     Args:
         config: the run.
-        before: seconds that the run, too, will take until here, such as those of imports.
+        before: seconds before this call that the run will take as well, such as those of imports.
     """
     start = time.perf_counter()
     parts = build(config)
@@ -206,10 +206,10 @@ def measured(config: RunConfig, *, before: float = 0.0) -> Estimate:
     share = 0.0 if model is None else _share_of_layers(stream.sites, model.config)
     tokens, buffer, held_out = TokensRead(dict.fromkeys((*Phase, TRAIN), 0), True), 0, 0.0
     if isinstance(stream, ModelActivations):
-        able = HeldOut.of(stream, [Trainee(name, sae, args, stream) for name, sae in parts.saes.items()])
-        tokens = count_tokens(stream, args, len(able.trainees) if able else 0)
+        evaluated = HeldOut.of(stream, [Trainee(name, sae, args, stream) for name, sae in parts.saes.items()])
+        tokens = count_tokens(stream, args, len(evaluated.trainees) if evaluated else 0)
         buffer = stream.buffer_bytes
-        held_out = held_out_seconds(able) if able else 0.0
+        held_out = held_out_seconds(evaluated) if evaluated else 0.0
     reading, x = time_reading(parts)
     training, recording, activations = time_steps(parts, x)
     costs = (
@@ -230,15 +230,15 @@ def measured(config: RunConfig, *, before: float = 0.0) -> Estimate:
     )
 
 
-def _about(args: SAETrainingArguments, data: DataSettings, saes: int) -> TokensRead:
-    """Return about how many tokens a run reads, if every token is an activation."""
-    learned = args.max_steps * args.activation_batch_size * args.gradient_accumulation_steps
+def _estimated_tokens(args: SAETrainingArguments, data: DataSettings, saes: int) -> TokensRead:
+    """Return the approximate number of tokens that a run reads, assuming one activation per token."""
+    activations = args.max_steps * args.activation_batch_size * args.gradient_accumulation_steps
     filled = data.buffer_size or 0
     held_out = FORWARDS * (data.held_out_tokens or 0) * len(args.evaluation_steps) * saes
     by_phase = {
         Phase.SCALE: args.statistics_activations or 0,
         Phase.FILL: filled,
-        TRAIN: max(learned - filled // 2, 0),
+        TRAIN: max(activations - filled // 2, 0),
         Phase.HELD_OUT: held_out,
         Phase.RECORD: args.recorded_activations or 0,
     }
@@ -248,15 +248,15 @@ def _about(args: SAETrainingArguments, data: DataSettings, saes: int) -> TokensR
 def _seconds(
     tokens: TokensRead, args: SAETrainingArguments, training: Cost, reading: Cost, *, held_out: float, recording: float
 ) -> dict[str, float]:
-    """Return how long each phase takes.
+    """Return the duration of each phase in seconds.
 
     Args:
-        tokens: what is read.
-        args: the recipe.
+        tokens: read in each phase.
+        args: the training arguments.
         training: cost of a step.
         reading: cost of a token that is read up to the last site.
-        held_out: seconds for each token of a measurement on held-out text.
-        recording: seconds in which an activation is recorded, besides reading.
+        held_out: seconds per token of an evaluation on held-out text.
+        recording: seconds to record one activation, without reading it.
     """
     found = {phase: tokens.by_phase[phase] * reading.seconds for phase in (Phase.SCALE, Phase.FILL, TRAIN)}
     found[TRAIN] += args.max_steps * training.seconds
@@ -267,7 +267,7 @@ def _seconds(
 
 
 def _dtype(config: RunConfig, model: Any) -> torch.dtype:
-    """Return the type of a model's weights, as the run says or as its configuration does."""
+    """Return the dtype of a model's weights: the run's setting, else that of the model's configuration."""
     named = getattr(torch, config.model.dtype, None) if config.model else None
     return named or model.dtype
 
@@ -278,21 +278,21 @@ def _learning_operations(saes: Mapping[str, SAEModel]) -> float:
 
 
 def _reading_operations(model: Any) -> float:
-    """Return the operations per token of a whole forward: 2 per weight, embeddings left out, attention not counted."""
+    """Return the operations per token of a whole forward: 2 per weight, without embeddings and attention scores."""
     if model is None:
         return 0.0
     return 2.0 * (sum(each.numel() for each in model.parameters()) - model.get_input_embeddings().weight.numel())
 
 
 def _share_of_layers(sites: Iterable[str], config: Any) -> float:
-    """Return which share of the layers lies before the last site; all of them if a site has no layer."""
+    """Return the share of the layers up to the last site; 1 if a site has no layer."""
     layers = config.get_text_config().num_hidden_layers
     numbers = [Site.parse(site).layer for site in sites]
     return 1.0 if None in numbers else (max(number or 0 for number in numbers) + 1) / layers
 
 
 def _common(config: RunConfig, saes: Mapping[str, SAEModel], args: Any) -> dict[str, Any]:
-    """Return what is known without running anything."""
+    """Return the fields of an `Estimate` that are known without running anything."""
     return {
         "parameters": {name: sum(each.numel() for each in sae.parameters()) for name, sae in saes.items()},
         "memory": TrainingMemory.of(saes.values()),
@@ -319,18 +319,18 @@ def _sites(sae: Any) -> Iterator[str]:
 
 
 def _width(site: str, hidden: int) -> int:
-    """Return the width of a site that is as wide as the residual stream.
+    """Return the width of a site with the width of the residual stream.
 
     Raises:
-        InputError: for another one.
+        InputError: for a site of another width.
     """
     if Site.parse(site).name not in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"):
-        raise InputError(f"How wide {site} is, only the model can tell: leave --no-measure out.")
+        raise InputError(f"The width of {site} is known only once the model is loaded: omit --no-measure.")
     return hidden
 
 
 def in_time(seconds: float) -> str:
-    """Return a duration for people.
+    """Return a human-readable duration.
 
     >>> in_time(0.0042), in_time(4000)
     ('4.2 ms', '1.1 h')

@@ -1,4 +1,4 @@
-"""Carrying a run out: begun anew or resumed, with what it is written beside what it leaves."""
+"""Executing a training run, started or resumed; its settings are stored as `run.yaml` with the results."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ from .strict_yaml import leaves, read_yaml
 RUN_FILE = "run.yaml"
 LOCK_FILE = ".running"
 RESULTS = ("checkpoint-*", "config.json", "*.safetensors", "README.md", ARGUMENTS_FILE, FACTS_FILE)
-"""What a run writes over, or removes when there are too many: of somebody else's it must find none."""
-MAY_CHANGE = ("logging", "save_", "report_to", "run_name", "project", "disable_tqdm", "log_level", "use_cpu")
-"""How the arguments begin that a resumed run may have otherwise; all others decide the weights."""
+"""Files that a run overwrites or removes; a new run is refused if its folder holds any that it did not write."""
+CHANGEABLE = ("logging", "save_", "report_to", "run_name", "project", "disable_tqdm", "log_level", "use_cpu")
+"""Prefixes of the arguments that a resumed run may change; all others determine the weights."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run that is ready to be carried out.
+    """A run that is ready to train.
 
     Attributes:
-        parts: what it is made of.
-        checkpoint: folder to go on from; None to begin.
-        resumed: whether it has been begun before.
+        parts: model, data, SAEs and arguments.
+        checkpoint: folder to resume from; None to start from the beginning.
+        resumed: whether the run was started before.
     """
 
     parts: Parts
@@ -58,17 +58,17 @@ class Run:
 
     @classmethod
     def prepare(cls, config: RunConfig, *, resume: bool = False) -> Run:
-        """Load and prove everything that the run needs; nothing is written.
+        """Load and check everything that the run needs; nothing is written.
 
         Args:
             config: the run.
-            resume: go on with what is in `output_dir`.
+            resume: continue the run in `output_dir`.
 
         Raises:
-            CheckpointError: if none of the checkpoints to go on from is whole.
-            InputError: if `output_dir` holds a run and `resume` is False, or none or another one and it is True; or
-                if nothing can be written there.
-            TrainingError: if memory cannot hold what the run holds throughout.
+            CheckpointError: if none of the run's checkpoints is whole.
+            InputError: if `output_dir` holds a run and `resume` is False; if it holds none, or another one, and
+                `resume` is True; or if it cannot be written to.
+            TrainingError: if memory cannot hold the SAEs and the shuffle buffer.
             SiteError: if the model does not have a site.
         """
         folder = Path(config.output_dir)
@@ -76,66 +76,66 @@ class Run:
         stored = folder / RUN_FILE
         if not resume:
             _require_free(config)
-            return cls(_fitting(build(config)))
+            return cls(_require_memory(build(config)))
         if not stored.exists():
             raise InputError(f"There is no run in {folder} to resume (no {RUN_FILE}); start it without --resume.")
         same = _same_run(config, assemble(read_yaml(stored)))
         checkpoint = newest_whole(folder, Processes.all())
         if checkpoint is None and checkpoints(folder):
             raise CheckpointError(
-                f"None of the checkpoints in {folder} is whole, and from the beginning the run would replace them: "
-                f"remove them and {RUN_FILE} to begin again, or choose another output_dir."
+                f"None of the checkpoints in {folder} is whole, and a run from the beginning would replace them: "
+                f"remove them and {RUN_FILE} to start again, or choose another output_dir."
             )
-        return cls(_fitting(build(same)), checkpoint, resumed=True)
+        return cls(_require_memory(build(same)), checkpoint, resumed=True)
 
     @property
     def config(self) -> RunConfig:
-        """What it is, with the commits that it was resolved to."""
+        """The run's settings, with revisions resolved to commits."""
         return self.parts.config
 
     @property
     def saes(self) -> Mapping[str, SAEModel]:
-        """The SAEs, by the name of their section; where processes share them, this process's parts."""
+        """The SAEs, by the name of their section; if processes share them, this process's parts."""
         return self.parts.saes
 
     def trained(self, name: str) -> SAEModel:
-        """Return an SAE of the finished run: that on the disk where processes share it, and none holds it whole."""
+        """Return an SAE of the finished run; if processes share it, it is loaded from disk."""
         if self.parts.arguments.latent_parallel == 1:
             return self.saes[name]
         sae: SAEModel = SAEModel.from_pretrained(self.folder(name))
         return sae
 
     def held_out(self, text: str, split: str = "test") -> TextTokens:
-        """Return tokens of other text, read and cut as the run's own are.
+        """Return tokens of other text, in sequences made in the same way as the run's own.
 
         Args:
-            text: file, folder or data set's Hub id; of the run's own data set, its configuration and commit are read.
+            text: file, folder or Hub id of a data set; the run's own data set is read in its configuration and commit.
             split: of a data set.
 
         Raises:
             InputError: if it is empty or cannot be opened, or if the run reads activations on disk.
-            MissingFileError: if a path is not there.
+            MissingFileError: if a path does not exist.
         """
         parts, data = self.parts, self.config.data
         if parts.model is None or parts.tokenizer is None:
             raise InputError("The run reads activations from disk, without a model that could read other text.")
         found = open_tokens(data, parts.tokenizer, parts.model, open_other(data, text, split))
-        next(iter(found))  # which is refused now if there is nothing
+        next(iter(found))  # raises now if the text is empty
         return found
 
     def folder(self, name: str) -> Path:
-        """Return where an SAE is left: `output_dir` itself, or, of several, a folder of its name in it."""
+        """Return the folder of an SAE: `output_dir` itself, or, with several SAEs, a folder of its name in it."""
         return Path(self.config.output_dir, name)
 
     def facts(self) -> dict[str, str]:
-        """Return what is about to be trained, for people."""
+        """Return a summary of the run for display, by label."""
         config, args = self.config, self.parts.arguments
-        places = {name or "SAE": _described(sae) for name, sae in self.saes.items()}
+        saes = {name or "SAE": _described(sae) for name, sae in self.saes.items()}
         start = f"from {self.checkpoint.name}" if self.checkpoint else "from the beginning"
         return {
             **({"model": self._model_fact()} if config.model else {}),
             "data": _at(config.data.name, config.data.revision),
-            **places,
+            **saes,
             **self._held_out_fact(),
             "steps": f"{args.max_steps:,} of {args.activations_per_step:,} activations, {start}",
         }
@@ -164,15 +164,15 @@ class Run:
 
         Args:
             callbacks: further callbacks of the trainer.
-            quiet: show neither the trainer's bar nor its lines.
+            quiet: show neither the trainer's progress bar nor its log lines.
 
         Raises:
-            InputError: if the trainer cannot be set up, or another process is carrying out a run in `output_dir`.
-            SAEError: what `SAETrainer.train` raises.
+            InputError: if the trainer cannot be set up, or another process is training in `output_dir`.
+            SAEError: as for `SAETrainer.train`.
         """
-        with _alone_in(Path(self.config.output_dir), writes=self.parts.arguments.should_save):
+        with _locked(Path(self.config.output_dir), writes=self.parts.arguments.should_save):
             if not self.resumed and self.parts.arguments.should_save:
-                _require_free(self.config)  # another run may have come and gone while the model was loaded
+                _require_free(self.config)  # another run may have finished while the model was loaded
             trainer = self._trainer(callbacks)
             for loud in (PrinterCallback, TrainingProgress) if quiet else ():
                 trainer.remove_callback(loud)
@@ -186,12 +186,17 @@ class Run:
             return SAETrainer(model, parts.arguments, parts.stream, callbacks, grid=parts.grid)
         except SAEError:
             raise
-        except (ValueError, OSError, ImportError, RuntimeError) as error:  # what transformers refuses only now
+        except (
+            ValueError,
+            OSError,
+            ImportError,
+            RuntimeError,
+        ) as error:  # settings that transformers checks only here
             raise InputError(f"The trainer cannot be set up: {' '.join(str(error).split())}") from error
 
 
 class _WritesRun(TrainerCallback):
-    """Writes the run down after its first step: what fails before leaves nothing in the way of another attempt."""
+    """Writes `run.yaml` after the first step, so that a run that fails before leaves no file in the folder."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config: RunConfig | None = config
@@ -203,16 +208,16 @@ class _WritesRun(TrainerCallback):
 
 
 def _require_writable(folder: Path) -> None:
-    """Raise unless a folder is there, or can be made, and be written to; nothing is left there."""
+    """Raise unless a folder exists or can be created, and can be written to; no file is left in it."""
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"output_dir is {folder}, which is a file; expected a folder, or nothing yet.")
+        raise InputError(f"output_dir is {folder}, which is a file; expected a folder, or a path that does not exist.")
     nearest = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK) or not _takes_files(nearest):
-        raise InputError(f"output_dir is {folder}, and nothing can be written to {nearest.absolute()}.")
+        raise InputError(f"output_dir is {folder}, and {nearest.absolute()} cannot be written to.")
 
 
 def _takes_files(folder: Path) -> bool:
-    """Whether a file can be made in a folder; for a file system that cannot be written, permissions say nothing."""
+    """Whether a file can be created in a folder; permissions do not show a read-only file system."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             return True
@@ -221,24 +226,24 @@ def _takes_files(folder: Path) -> bool:
 
 
 def _require_free(config: RunConfig) -> None:
-    """Raise if `output_dir` holds a run, or results of something else that this run would replace."""
+    """Raise if `output_dir` holds a run, or other files that this run would replace."""
     folder = Path(config.output_dir)
     if (folder / RUN_FILE).exists():
-        raise InputError(f"{folder} holds a run already ({RUN_FILE}): go on with --resume, or choose another.")
-    for place in dict.fromkeys([folder, *(folder / name for name in config.named)]):
-        found = next((path for pattern in RESULTS for path in sorted(place.glob(pattern))), None)
+        raise InputError(f"{folder} already holds a run ({RUN_FILE}): use --resume, or choose another folder.")
+    for target in dict.fromkeys([folder, *(folder / name for name in config.named)]):
+        found = next((path for pattern in RESULTS for path in sorted(target.glob(pattern))), None)
         if found is not None:
             raise InputError(
-                f"output_dir is {folder}, where there is {found.relative_to(folder)} but no {RUN_FILE}: it is of "
-                "something else and would be replaced. Choose another folder."
+                f"output_dir {folder} holds {found.relative_to(folder)} but no {RUN_FILE}: the file was not written "
+                "by a run and would be replaced. Choose another folder."
             )
 
 
-def _fitting(parts: Parts) -> Parts:
-    """Return the parts of a run.
+def _require_memory(parts: Parts) -> Parts:
+    """Return the parts of a run unchanged.
 
     Raises:
-        TrainingError: if memory cannot hold what they hold throughout.
+        TrainingError: if memory cannot hold the SAEs and the shuffle buffer.
     """
     if isinstance(parts.stream, ModelActivations):
         buffer = f"data.buffer_size={parts.stream.buffer_size}"
@@ -248,15 +253,15 @@ def _fitting(parts: Parts) -> Parts:
 
 
 @contextmanager
-def _alone_in(folder: Path, *, writes: bool) -> Iterator[None]:
-    """Let no other run write into a folder; the system lets go of the lock however this process ends.
+def _locked(folder: Path, *, writes: bool) -> Iterator[None]:
+    """Lock a folder against other runs; the operating system releases the lock when this process ends.
 
     Args:
-        folder: the run's `output_dir`; one that is left empty is removed.
-        writes: whether this process, of several, is the one that writes.
+        folder: the run's `output_dir`; removed afterwards if it was created here and is empty.
+        writes: whether this process is the one of several that writes.
 
     Raises:
-        InputError: if another process has it.
+        InputError: if another process holds the lock.
     """
     if not writes:
         yield
@@ -268,12 +273,12 @@ def _alone_in(folder: Path, *, writes: bool) -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         raise InputError(
-            f"Another process is carrying out a run in {folder}: wait for it, or choose another."
+            f"Another process is training in {folder}: wait until it has ended, or choose another folder."
         ) from error
     try:
         yield
     finally:
-        with suppress(OSError):  # while it is held: later it might be another's
+        with suppress(OSError):  # while the lock is held: afterwards the file may belong to another run
             (folder / LOCK_FILE).unlink(missing_ok=True)
         lock.release()
         if made:
@@ -282,7 +287,7 @@ def _alone_in(folder: Path, *, writes: bool) -> Iterator[None]:
 
 
 def write_run(config: RunConfig) -> Path:
-    """Write a run, with the commits that it was resolved to, as the YAML file that carries it out again."""
+    """Write a run, with its commits, as a YAML file with which it can be repeated; return the path."""
     folder = Path(config.output_dir)
     with written_together(folder) as staging:
         text = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True, width=100)
@@ -291,48 +296,48 @@ def write_run(config: RunConfig) -> Path:
 
 
 def _same_run(config: RunConfig, stored: RunConfig) -> RunConfig:
-    """Return a run with the commits of the stored one.
+    """Return a run with the commits and chosen sizes of the stored one.
 
     Raises:
-        InputError: if they differ in something that decides the weights.
+        InputError: if they differ in a setting that determines the weights.
     """
     model, data = config.model, config.data
     if model is not None and stored.model is not None:
         revision = stored.model.revision if model.revision is None else model.revision
         dtype = stored.model.dtype if model.dtype == "auto" else model.dtype
         model = dataclasses.replace(model, revision=revision, dtype=dtype)
-    # What was left open was chosen when the run began; runs of older versions held no text back.
-    began = dataclasses.replace(stored.data, held_out_tokens=stored.data.held_out_tokens or 0)
-    stored = dataclasses.replace(stored, data=began)
-    open_then = ("revision", "sequences_per_batch", "buffer_size", "held_out_tokens")
-    chosen = {name: getattr(began, name) for name in open_then if getattr(data, name) is None}
+    # Settings without a value got one when the run started; runs of older versions held no text back.
+    stored_data = dataclasses.replace(stored.data, held_out_tokens=stored.data.held_out_tokens or 0)
+    stored = dataclasses.replace(stored, data=stored_data)
+    chosen_at_start = ("revision", "sequences_per_batch", "buffer_size", "held_out_tokens")
+    chosen = {name: getattr(stored_data, name) for name in chosen_at_start if getattr(data, name) is None}
     data = dataclasses.replace(data, **chosen)
     pinned = dataclasses.replace(config, model=model, data=data)
-    free = (*MAY_CHANGE, *arguments(config).open_until_the_end)
-    mine, theirs = _deciding(pinned, free), _deciding(stored, free)
-    different = [name for name in {**theirs, **mine} if mine.get(name) != theirs.get(name)]
+    changeable = (*CHANGEABLE, *arguments(config).changeable_on_resume)
+    given, before = _determining_weights(pinned, changeable), _determining_weights(stored, changeable)
+    different = [name for name in {**before, **given} if given.get(name) != before.get(name)]
     if different:
         name = different[0]
         others = ", ".join(different[1:])
-        begun = f"--config {Path(config.output_dir, RUN_FILE)}"
+        options = f"--config {Path(config.output_dir, RUN_FILE)}"
         steps = [pinned.training.get("max_steps"), stored.training.get("max_steps")]
-        if "max_steps" in free and steps[0] != steps[1]:  # of which other steps may have been shares
-            begun += f" --training.max_steps {steps[0]}"
+        if "max_steps" in changeable and steps[0] != steps[1]:  # other steps may be given as shares of it
+            options += f" --training.max_steps {steps[0]}"
         raise InputError(
-            f"The run in {config.output_dir} has {name}: {theirs.get(name)}, and it is to go on with {mine.get(name)}"
-            f"{others and f'; likewise {others}'}. Resume it as it was begun, with {begun}."
+            f"The run in {config.output_dir} has {name}: {before.get(name)}, but {given.get(name)} was given"
+            f"{others and f'; {others} also differ'}. Resume it with its own settings: {options}."
         )
     return pinned
 
 
-def _deciding(config: RunConfig, free: Iterable[str]) -> dict[str, Any]:
-    """Return the settings that decide the weights, by their place.
+def _determining_weights(config: RunConfig, changeable: Iterable[str]) -> dict[str, Any]:
+    """Return the settings that determine the weights, by key path.
 
     Args:
         config: the run.
-        free: how the arguments begin that do not.
+        changeable: prefixes of the training arguments that do not.
     """
-    ignored = (*(f"training.{name}" for name in free), "output_dir", "model.device", "license")
+    ignored = (*(f"training.{name}" for name in changeable), "output_dir", "model.device", "license")
     return {name: value for name, value in leaves(plain(config)) if not name.startswith(ignored)}
 
 

@@ -29,17 +29,17 @@ from .run_text import open_documents, open_tokens, pinned_data, sized, with_held
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of; nothing is written yet.
+    """The loaded parts of a run.
 
     Attributes:
-        config: the run, with the commits that model and data set were resolved to.
+        config: the run, with the revisions of model and data set resolved to commits.
         arguments: of the trainer.
-        stream: where activations come from.
-        grid: which processes share what of it.
-        saes: the new SAEs, by the name of their section; where processes share them, this process's parts.
+        stream: of activations.
+        grid: the arrangement of the processes that train together.
+        saes: the new SAEs, by the name of their section; if processes share them, this process's parts.
         model: the causal LM; None if activations come from shards.
-        tokenizer: its tokenizer; likewise.
-        dtype_remark: why the model computes in another dtype than its checkpoint has; empty if it does not.
+        tokenizer: the model's; None if activations come from shards.
+        dtype_remark: why the model's dtype differs from its checkpoint's; empty if it does not.
     """
 
     config: RunConfig
@@ -53,23 +53,23 @@ class Parts:
 
 
 def build(config: RunConfig) -> Parts:
-    """Load the model, prove the sites, open the data, and make the SAEs.
+    """Load the model, prove the sites, open the data, and create the SAEs.
 
     Args:
         config: the run.
 
     Raises:
-        InputError: if a part cannot be made as the run says.
+        InputError: if a part cannot be built with the run's settings.
         SiteError: if the model does not have a site.
     """
     chosen = arguments(config)
     sites = list(dict.fromkeys(site for sae in config.named.values() for site in (sae.site, sae.site_out) if site))
     if config.data.shards is not None:
         return _from_shards(config, chosen, sites)
-    assert config.model is not None  # `assemble` has seen to it
+    assert config.model is not None  # checked by `assemble`
     settings = pinned_model(config.model)
     data = pinned_data(config.data)
-    text = open_documents(data)  # before the model, which takes longer
+    text = open_documents(data)  # errors here come before the model is loaded, which takes longer
     settings, remark = with_dtype(settings, chosen.device)
     model = load_model(settings, chosen.device)
     widths = {site: slot.width for site, slot in prove(model, sites).items()}
@@ -103,7 +103,7 @@ def _from_shards(config: RunConfig, chosen: SAETrainingArguments, sites: list[st
     if config.model is not None and written not in (None, config.model.name):
         raise InputError(
             f"model.name is {config.model.name!r}, and the shards in {shards.folder} are of {written!r}: remove the "
-            "section, or give the shards of that model."
+            "section model, or give shards of that model."
         )
     settings = config.model or (ModelSettings(written) if written else None)
     facts = {"base_model": base_model(settings), "base_model_revision": shards.index.get("base_model_revision")}
@@ -112,7 +112,7 @@ def _from_shards(config: RunConfig, chosen: SAETrainingArguments, sites: list[st
 
 
 def base_model(settings: ModelSettings | None) -> str | None:
-    """Return the id under which others find the model; None if there is none, as of a folder of this machine."""
+    """Return the model's id on the Hub; None if it has none, such as a local folder."""
     if settings is None:
         return None
     if settings.hub_id is not None:
@@ -127,18 +127,18 @@ def new_saes(
     device: torch.device,
     sharing: Processes | None = None,
 ) -> dict[str, SAEModel]:
-    """Return the SAEs as they start, by the name of their section; the same ones for the same seed.
+    """Return the SAEs with initial weights, by the name of their section; the same ones for the same seed.
 
     Args:
         config: the run.
         widths: of the activations at each site.
         facts: further fields of their configurations.
-        device: where they go.
-        sharing: the processes that share them, each of which makes its own part; this one alone by default.
+        device: of the SAEs.
+        sharing: the processes that share them, each of which creates its own part; this one alone by default.
 
     Raises:
         InputError: if an architecture refuses its settings, or cannot be shared.
-        TrainingError: if they do not fit into memory, saying what would.
+        TrainingError: if they do not fit into memory, with sizes that would.
     """
     configs = {
         name: _configuration(sae, widths, facts, f"saes.{name}." if name else "sae.")
@@ -176,17 +176,17 @@ def _made(
     return made
 
 
-def _configuration(sae: SAESettings, widths: Mapping[str, int], facts: Mapping[str, Any], place: str) -> SAEConfig:
+def _configuration(sae: SAESettings, widths: Mapping[str, int], facts: Mapping[str, Any], key_path: str) -> SAEConfig:
     sae_class = architectures[sae.architecture]
-    assert sae.site is not None  # `assemble` has seen to it
+    assert sae.site is not None  # checked by `assemble`
     d_in = widths[sae.site]
     wanted = sae.d_sae if sae.d_sae is not None else round(d_in * (sae.expansion_factor or 0))
     out = {"site_out": sae.site_out, "d_out": widths[sae.site_out]} if sae.site_out else {}
     if sae.site_out and "apply_b_dec_to_input" not in sae.settings:
         out["apply_b_dec_to_input"] = False  # b_dec belongs to the other site
     try:
-        settings = {**out, **settings_of(sae, place)}
+        settings = {**out, **settings_of(sae, key_path)}
         return sae_class.config_class(d_in=d_in, d_sae=wanted, site=sae.site, **facts, **settings)
     except SAEError as error:
         message = str(error)
-        raise InputError(message if message.startswith(place) else f"{place}{message}") from error
+        raise InputError(message if message.startswith(key_path) else f"{key_path}{message}") from error

@@ -18,11 +18,11 @@ from .commits import commit_on_hub
 from .run_config import DataSettings
 
 LONGEST_CONTEXT = 1024
-"""Tokens per sequence where the run does not say, unless the model takes fewer."""
+"""Default number of tokens per sequence, unless the model reads fewer."""
 
 
 def pinned_data(data: DataSettings) -> DataSettings:
-    """Return the settings with the commit that a data set's revision leads to; errors as for `commit_on_hub`."""
+    """Return the settings with the commit of the data set's revision; errors as for `commit_on_hub`."""
     if data.dataset is None:
         return data
     commit = commit_on_hub(data.dataset, data.revision, "dataset", "data.dataset")
@@ -35,10 +35,10 @@ def open_tokens(
     """Return the text as batches of tokens; errors as for `open_text` and `TextTokens`.
 
     Args:
-        data: where it is, and how it is cut.
+        data: the settings of the text and of its sequences.
         tokenizer: the model's.
-        model: says how long a sequence may be, if the run does not.
-        text: another text to be cut in the same way.
+        model: limits the length of a sequence if the run does not state it.
+        text: another text, to be made into sequences in the same way.
     """
     return TextTokens(
         open_documents(data) if text is None else text,
@@ -52,19 +52,19 @@ def open_tokens(
 
 
 def context_length(data: DataSettings, model: PreTrainedModel) -> int:
-    """Return how many tokens a sequence has."""
+    """Return the number of tokens per sequence."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST_CONTEXT
     return min(longest, LONGEST_CONTEXT) if data.context_length is None else data.context_length
 
 
 def sized(data: DataSettings, args: SAETrainingArguments, model: PreTrainedModel) -> DataSettings:
-    """Return the settings with every size that was left open, in proportion to the run."""
-    learned = args.max_steps * args.activation_batch_size * args.gradient_accumulation_steps
+    """Return the settings with every size that has no value chosen in proportion to the run."""
+    activations = args.max_steps * args.activation_batch_size * args.gradient_accumulation_steps
     length = context_length(data, model)
     chosen: dict[str, Any] = {
-        "sequences_per_batch": proportions.sequences_per_batch(learned, length),
-        "buffer_size": proportions.buffer_size(learned, args.activation_batch_size),
-        "held_out_tokens": -(-proportions.HELD_OUT.of(learned) // length) * length,
+        "sequences_per_batch": proportions.sequences_per_batch(activations, length),
+        "buffer_size": proportions.buffer_size(activations, args.activation_batch_size),
+        "held_out_tokens": -(-proportions.HELD_OUT.of(activations) // length) * length,
     }
     return dataclasses.replace(data, **{name: value for name, value in chosen.items() if getattr(data, name) is None})
 
@@ -76,16 +76,17 @@ def with_held_out(
     model: PreTrainedModel,
     processes: int = 1,
 ) -> TokenStream:
-    """Return the tokens of a run with those that are measured and not learned.
+    """Return the tokens of a run together with its held-out tokens.
 
-    Each process holds back the first sequences of its part, if the text has ten times as many as all of them do.
+    Each process holds back the first sequences of its part, if the text has at least ten times as many sequences as
+    all processes hold back.
 
     Args:
         data: with sizes, see `sized`.
         tokens: of the run's text.
         tokenizer: the model's.
-        model: says how long a sequence may be.
-        processes: how many read a part each.
+        model: limits the length of a sequence.
+        processes: number of processes, each of which reads a part.
 
     Raises:
         InputError: if the text named by `held_out` cannot be opened, or is empty.
@@ -93,7 +94,7 @@ def with_held_out(
     sequences = -(-(data.held_out_tokens or 0) // tokens.context_length)
     if data.held_out is not None:
         other = open_tokens(data, tokenizer, model, open_other(data, data.held_out, "test"))
-        next(iter(other))  # which is refused now if there is nothing
+        next(iter(other))  # raises now if the text is empty
         return HeldBack(tokens, sequences, other)
     enough = sequences and can_hold_back(tokens, sequences * processes)
     return HeldBack(tokens, sequences) if enough else tokens
@@ -119,11 +120,11 @@ def open_documents(data: DataSettings) -> Text:
 
 
 def open_other(data: DataSettings, text: str, split: str) -> Text:
-    """Return the documents of another text, read as the run's own; errors as for `open_text`.
+    """Return the documents of another text, read with the run's settings; errors as for `open_text`.
 
     Args:
-        data: where the run's own text is, and how it is read.
-        text: file, folder or data set's Hub id.
+        data: the settings of the run's own text.
+        text: file, folder or Hub id of a data set.
         split: of a data set.
     """
     own = {"config": data.config, "revision": data.revision} if text == data.dataset else {}
@@ -133,10 +134,10 @@ def open_other(data: DataSettings, text: str, split: str) -> Text:
 
 
 def _matching(patterns: list[str]) -> list[str]:
-    """Return the files that paths and patterns stand for.
+    """Return the files that match paths and patterns.
 
     Raises:
-        MissingFileError: for one that stands for none.
+        MissingFileError: for a pattern without a match.
     """
     found: list[str] = []
     for pattern in map(Path, patterns):

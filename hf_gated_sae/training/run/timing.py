@@ -1,4 +1,4 @@
-"""Timing the parts of a run on a few real batches: reading, a step, recording, and a measurement on held-out text."""
+"""Timing the parts of a run on a few real batches: reading, a step, recording, and evaluation on held-out text."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from .assembly import arguments
 from .run_parts import Parts
 
 STEPS = 6
-"""Steps that are timed, of which the first two warm up."""
+"""Steps that are run, of which the first two are not timed."""
 READ_BATCHES, READ_SECONDS = 8, 2.0
-"""At most so many batches of tokens are read to time reading, and no further one after so long."""
+"""Largest number of batches of tokens read to time reading, and the time after which no further one is read."""
 MEASURED_TOKENS = 2048
-"""Tokens of held-out text, and activations that are recorded, to time both."""
+"""Number of held-out tokens evaluated, and of activations recorded, to time both."""
 
 
 def held_out_seconds(held_out: HeldOut) -> float:
-    """Return the seconds that each token of a measurement takes, in each of its forwards."""
+    """Return the seconds per token and forward of an evaluation on held-out text."""
     few = replace(held_out, batches=list(_first(held_out.batches, MEASURED_TOKENS)))
     tokens = sum(ids_of(batch).numel() for batch in few.batches)
     start = time.perf_counter()
@@ -44,7 +44,7 @@ def held_out_seconds(held_out: HeldOut) -> float:
 
 
 def _first(batches: TokenBatches, tokens: int) -> Iterator[TokenBatch]:
-    """Yield the first sequences of some batches: so many tokens, at least one sequence."""
+    """Yield the first sequences of some batches, up to a number of tokens; at least one sequence."""
     for batch in batches:
         ids = ids_of(batch)
         rows = max(1, tokens // ids.shape[-1])
@@ -55,7 +55,7 @@ def _first(batches: TokenBatches, tokens: int) -> Iterator[TokenBatch]:
 
 
 def time_reading(parts: Parts) -> tuple[float, dict[str, Tensor]]:
-    """Return the seconds that reading a token takes, and some activations."""
+    """Return the seconds per token of reading, and some activations."""
     stream = parts.stream
     if not isinstance(stream, ModelActivations):
         return 0.0, next(stream.sample(4096))
@@ -75,21 +75,21 @@ def time_reading(parts: Parts) -> tuple[float, dict[str, Tensor]]:
 
 
 def time_steps(parts: Parts, x: Mapping[str, Tensor]) -> tuple[float, float, int]:
-    """Return the seconds of a step of all SAEs, those of recording an activation, and the bytes that a step holds."""
+    """Return the seconds of a step of all SAEs, those to record an activation, and the bytes that a step holds."""
     wanted = parts.arguments.activation_batch_size
-    stream = _Repeated(x, max(2, parts.grid.data.count) * wanted)
-    held = _held(parts, stream.rows(torch.arange(wanted)))
+    stream = _RepeatedActivations(x, max(2, parts.grid.data.count) * wanted)
+    held = _bytes_held(parts, stream.rows(torch.arange(wanted)))
     with tempfile.TemporaryDirectory() as scratch:
         return *_timed(parts, stream, scratch), held
 
 
-def _held(parts: Parts, batch: Mapping[str, Tensor]) -> int:
+def _bytes_held(parts: Parts, batch: Mapping[str, Tensor]) -> int:
     """Return the bytes that a step of all SAEs on a batch ``[n, d]`` by site holds for its backward pass."""
     held = 0
     for sae in parts.saes.values():
         x = batch[parts.stream.key(sae.config.site)].to(sae.W_dec)
         target = batch[parts.stream.key(sae.config.site_out)].to(sae.W_dec) if sae.config.site_out else None
-        saved = _Held(sae)
+        saved = _SavedBytes(sae)
         with saved:
             sae.training_loss(x, target=target, sparsity_coefficient=1.0).total.backward()
         held += saved.bytes
@@ -98,10 +98,14 @@ def _held(parts: Parts, batch: Mapping[str, Tensor]) -> int:
 
 
 def _timed(parts: Parts, stream: TensorActivations, scratch: str) -> tuple[float, float]:
-    """Return the median time of a trainer's step, and the time in which it records an activation."""
+    """Return the median time of a trainer's step, and the time to record an activation, in seconds."""
     quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "logging_strategy": "no"}
-    calm = {"resample_steps": [], "sparsity_power_end": 1.0, "sparsity_warmup_steps": 0}  # what later steps have
-    args = arguments(parts.config, output_dir=scratch, max_steps=STEPS, recorded_activations=0, **quiet, **calm)
+    typical = {
+        "resample_steps": [],
+        "sparsity_power_end": 1.0,
+        "sparsity_warmup_steps": 0,
+    }  # as in most steps of a run
+    args = arguments(parts.config, output_dir=scratch, max_steps=STEPS, recorded_activations=0, **quiet, **typical)
     clock = _Clock(args.device)
     saes = {name: copy.deepcopy(sae) for name, sae in parts.saes.items()}
     alone = saes.get("")
@@ -115,8 +119,8 @@ def _timed(parts: Parts, stream: TensorActivations, scratch: str) -> tuple[float
     return sorted(clock.seconds[2:])[(STEPS - 2) // 2], (time.perf_counter() - start) / MEASURED_TOKENS
 
 
-class _Repeated(TensorActivations):
-    """A few activations, over and over: as many rows as a batch of all processes needs, and no more memory.
+class _RepeatedActivations(TensorActivations):
+    """A few activations repeated up to a number of rows, without using more memory.
 
     Args:
         activations: ``[n, d]`` by site.
@@ -128,7 +132,7 @@ class _Repeated(TensorActivations):
         self.count = count
 
     def __len__(self) -> int:
-        """Number of rows, of which some are the same."""
+        """Number of rows, including the repeated ones."""
         return self.count
 
     def rows(self, rows: Tensor) -> dict[str, Tensor]:
@@ -152,8 +156,8 @@ class _Clock(TrainerCallback):
         self.seconds.append(time.perf_counter() - self._start)
 
 
-class _Held(saved_tensors_hooks):
-    """Counts the bytes that autograd keeps for a backward pass, besides the parameters."""
+class _SavedBytes(saved_tensors_hooks):
+    """Counts the bytes that autograd saves for a backward pass, besides the parameters."""
 
     def __init__(self, sae: SAEModel) -> None:
         super().__init__(self._note, lambda tensor: tensor)
@@ -169,6 +173,6 @@ class _Held(saved_tensors_hooks):
 
 
 def wait(device: torch.device) -> None:
-    """Wait until a device has done what it was given, so that a clock means something."""
+    """Wait until a device has finished its queued work, so that times are meaningful."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""How many tokens a run pushes through its model: counted on the text itself, without a forward."""
+"""The number of tokens that a run's model reads, counted on the text itself without a forward."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from ..streams import HeldBack, ModelActivations
 from ..streams.tokens import ids_of
 
 MOST_SECONDS = 20.0
-"""After so long the rest of a run is taken to be like what was counted."""
+"""Time limit of counting, after which the rest of a run is extrapolated."""
 TRAIN = "training"
-"""The name of what is read between the steps, beside the phases."""
+"""Name of the reading between the steps, among the names of the phases."""
 
 
 @dataclass(frozen=True)
 class TokensRead:
-    """Tokens that pass the model in a run, in one process, padding and special tokens included.
+    """Tokens that the model of one process reads in a run, padding and special tokens included.
 
     Attributes:
-        by_phase: tokens by phase, and by `TRAIN` those that are read between the steps.
-        exact: whether all of them were counted; else the later steps are taken to be like the earlier.
+        by_phase: tokens by phase, and under `TRAIN` those read between the steps.
+        exact: whether all of them were counted; otherwise the later steps are extrapolated from the earlier ones.
     """
 
     by_phase: Mapping[str, int]
@@ -36,22 +36,17 @@ class TokensRead:
 
     @property
     def total(self) -> int:
-        """Tokens in all."""
+        """Tokens of all phases."""
         return sum(self.by_phase.values())
-
-    @property
-    def learned_from(self) -> int:
-        """Tokens that were read to be learned."""
-        return self.by_phase[Phase.FILL] + self.by_phase[TRAIN]
 
 
 def count_tokens(stream: ModelActivations, args: SAETrainingArguments, measured: int) -> TokensRead:
     """Count the tokens of a run that reads its text with a model.
 
     Args:
-        stream: where the activations come from, with all sizes chosen.
-        args: the recipe.
-        measured: how many SAEs are measured on held-out text.
+        stream: of activations, with all sizes chosen.
+        args: the training arguments.
+        measured: number of SAEs that are evaluated on held-out text.
     """
     counting = _Counting(stream)
 
@@ -78,7 +73,7 @@ def count_tokens(stream: ModelActivations, args: SAETrainingArguments, measured:
         if served > args.gradient_accumulation_steps and time.monotonic() - start > MOST_SECONDS:
             break
     exact = served == wanted
-    # Where it was not counted to the end, as much is taken to be in the buffer then as now.
+    # The extrapolation assumes that the buffer holds the same number of activations at the end as now.
     missing = (wanted - served) * args.activation_batch_size
     read = counting.tokens_read + round(missing * counting.tokens_read / counting.rows_read)
     by_phase = {
@@ -92,7 +87,7 @@ def count_tokens(stream: ModelActivations, args: SAETrainingArguments, measured:
 
 
 class _Counting(ModelActivations):
-    """A stream like another one, whose activations have no width: no forward is needed to know how many there are."""
+    """A copy of a stream that yields activations of width 0: counting them needs no forward."""
 
     def __init__(self, stream: ModelActivations) -> None:
         self.__dict__.update(stream.__dict__)
@@ -100,7 +95,7 @@ class _Counting(ModelActivations):
         self.tokens_read = self.rows_read = 0
 
     def read(self, batches: Iterator[TokenBatch]) -> Iterator[dict[str, Tensor]]:
-        """Count the tokens of each batch, and yield as many empty activations as it would give."""
+        """Count the tokens of each batch, and yield empty activations in the number that it would produce."""
         for batch in batches:
             self.tokens_read += ids_of(batch).numel()
             rows = int(self.count(batch).sum())

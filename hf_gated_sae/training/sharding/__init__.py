@@ -1,4 +1,4 @@
-"""SAEs that are wider than one device: every process holds some of the latents."""
+"""SAEs that do not fit one device: every process holds some of the latents."""
 
 from .gathered import GatheredActivations
 from .grid import Grid

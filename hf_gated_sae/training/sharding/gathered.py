@@ -1,4 +1,4 @@
-"""Activations that several processes read in parts."""
+"""Activations that several processes read in parts and exchange."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from ..streams.base import Cursor, State
 
 
 class GatheredActivations(ActivationStream):
-    """One process's part of the activations, with what others read where all have to see the same.
+    """One process's part of the activations, joined with the parts of processes that share samples or batches.
 
-    Samples, from which statistics are made, are the same in all processes. Batches are so where processes hold parts
-    of one SAE: each reads ``batch_size / count`` activations with its own base model, and gets those of the others.
+    Samples, from which statistics are computed, are the same in all processes. Batches are the same in the processes
+    that hold parts of one SAE: each reads ``batch_size / count`` activations with its own base model, and receives
+    those of the others.
 
     Args:
         own: this process's part; see `ActivationStream.shard`.
         samples: the processes that share samples.
-        batches: the processes that share batches, too.
+        batches: the processes that share batches as well.
     """
 
     def __init__(self, own: ActivationStream, samples: Processes, batches: Processes) -> None:
@@ -35,33 +36,33 @@ class GatheredActivations(ActivationStream):
 
     @property
     def buffer_bytes(self) -> int:
-        """What this process's own part holds."""
+        """Bytes of the buffer of this process's own part."""
         return self.own.buffer_bytes
 
     def size_for(self, activations: int, batch_size: int) -> None:
-        """Choose the sizes of this process's own part, which gives its share of every batch."""
+        """Choose the sizes of this process's own part, which provides its share of every batch."""
         count = self.sharing_batches.count
         self.own.size_for(activations // count, -(-batch_size // count))
 
     def size_as(self, state: Mapping[str, Any]) -> None:
-        """Take over the sizes of this process's own part."""
+        """Set the sizes of this process's own part to those of a saved state."""
         self.own.size_as(state)
 
     def facts(self) -> dict[str, Any]:
-        """Return what is to be the same when a run goes on."""
+        """Return the properties that have to be the same when a run is resumed."""
         return {**self.own.facts(), "of": type(self.own).__name__, "shared_by": self.sharing_batches.count}
 
     def open(self, batch_size: int, state: State | None) -> Cursor[dict[str, Tensor]]:
         """Return an endless iterator over batches.
 
         Raises:
-            InputError: if the processes cannot give equal parts of a batch.
+            InputError: if a batch cannot be divided equally between the processes.
         """
         count = self.sharing_batches.count
         if batch_size % count:
             raise InputError(
-                f"Batches of {batch_size} activations cannot come in equal parts from the {count} processes that "
-                "share them; choose a multiple."
+                f"Batches of {batch_size} activations cannot be divided equally between the {count} processes that "
+                f"share them; choose a multiple of {count}."
             )
         error, cursor = None, None
         try:
@@ -74,7 +75,7 @@ class GatheredActivations(ActivationStream):
         return _Gathered(cursor, self)
 
     def sample(self, count: int) -> Iterator[dict[str, Tensor]]:
-        """Yield about `count` activations, every process's share of what it would have sampled alone."""
+        """Yield about `count` activations; each process contributes an equal share of its own sample."""
         sharing, pieces = self.sharing_samples, self.own.sample(count)
         left: dict[str, Tensor] = {}
         ended, error = False, None
@@ -88,22 +89,22 @@ class GatheredActivations(ActivationStream):
                 ended = piece is None
                 left = {site: torch.cat([left[site], x]) if left else x for site, x in (piece or left).items()}
                 rows = min((len(x) // sharing.count for x in left.values()), default=0)
-            # In one number: failed, at the end, not yet as many rows as processes, or so many for each of them.
-            said = sharing.smallest(-1 if error else rows + 1 if rows else 0 if ended else 1)
-            if said < 0:
+            # One number: -1 failed, 0 at the end, 1 fewer rows than processes so far, else 1 + rows for each process.
+            status = sharing.smallest(-1 if error else rows + 1 if rows else 0 if ended else 1)
+            if status < 0:
                 sharing.raise_first(error)
-            if said < 1:
+            if status < 1:
                 return
-            rows = said - 1
+            rows = status - 1
             if rows:
                 yield {
-                    site: sharing.rows(x[sharing.rank : rows * sharing.count : sharing.count])
+                    site: sharing.gather_rows(x[sharing.rank : rows * sharing.count : sharing.count])
                     for site, x in left.items()
                 }
                 left = {site: x[rows * sharing.count :] for site, x in left.items()}
 
     def shard(self, rank: int, world_size: int) -> ActivationStream:
-        """Return the stream of which every process reads one of `world_size` parts of what it reads now."""
+        """Return the stream with this process's part divided once more, into `world_size` parts."""
         part = copy.copy(self)
         part.own = self.own.shard(rank, world_size)
         part._resumed = part._cursor = None
@@ -111,9 +112,9 @@ class GatheredActivations(ActivationStream):
 
 
 class _Gathered(Cursor[dict[str, Tensor]]):
-    """Batches of one process, with the rows of others.
+    """Batches with the rows of this process and of the others.
 
-    A process that cannot go on gives rows that are not numbers, until all have come to where they stop together: the
+    A process that cannot read further contributes NaN rows until all processes stop together at the next check: the
     others wait for its part of each batch, and of the gradients.
     """
 
@@ -126,19 +127,19 @@ class _Gathered(Cursor[dict[str, Tensor]]):
         """Return the next batch.
 
         Raises:
-            SAEError: in all processes, if one of them cannot give the first one.
+            SAEError: in all processes, if one of them cannot provide its part of the first batch.
         """
-        stream, begins = self.stream, not self._latest
+        stream, is_first = self.stream, not self._latest
         if stream.failure is None:
             try:
                 self._latest = next(self.own)
             except SAEError as error:
                 stream.failure = error
                 self._latest = {site: torch.full_like(x, torch.nan) for site, x in self._latest.items()}
-        if begins:
+        if is_first:
             stream.sharing_samples.raise_first(stream.failure)
-        return {site: stream.sharing_batches.rows(self._latest[site]) for site in stream.sites}
+        return {site: stream.sharing_batches.gather_rows(self._latest[site]) for site in stream.sites}
 
     def state_dict(self) -> State:
-        """Return where this process's own part is."""
+        """Return the position of this process's own part."""
         return self.own.state_dict()

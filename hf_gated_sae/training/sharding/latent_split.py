@@ -1,8 +1,8 @@
-"""One process's part of an SAE: some of its latents, and all that is not one row per latent.
+"""One process's part of an SAE: some of its latents, and all tensors that are not one row per latent.
 
-The processes see the same tokens. What their latents write is summed, and so is what they pay for sparsity; all else,
-the moments of the optimiser included, never leaves its process. A step sends ``tokens * d_out`` numbers for every
-reconstruction of the objective, however wide the SAE is.
+The processes see the same tokens. Their reconstructions and sparsity penalties are summed; everything else, including
+the optimiser's moments, never leaves its process. A step sends ``tokens * d_out`` numbers for every reconstruction of
+the objective, independent of the SAE's width.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from ..processes import Processes
 
 
 def latents_of(d_sae: int, processes: Processes) -> range:
-    """Return which latents this process holds.
+    """Return the latents that this process holds.
 
     Args:
         d_sae: of the whole SAE.
         processes: between which they are split.
 
     Raises:
-        InputError: unless all get the same number.
+        InputError: unless all hold the same number.
     """
     if d_sae % processes.count:
         wider = -(-d_sae // processes.count) * processes.count
@@ -40,7 +40,7 @@ def latents_of(d_sae: int, processes: Processes) -> range:
 
 @torch.no_grad()
 def split(sae: SAEModel, processes: Processes) -> SAEModel:
-    """Return this process's part of an SAE that it holds whole; of a process that is alone, the SAE itself.
+    """Return this process's part of an SAE that it holds whole; the SAE itself in a single process.
 
     Args:
         sae: the whole one, the same in all processes.
@@ -68,7 +68,7 @@ def new_part(config: SAEConfig, processes: Processes, *, seed: int = 0) -> SAEMo
     Args:
         config: of the whole SAE.
         processes: between which the latents are split.
-        seed: of the initial weights; every part's are different.
+        seed: of the initial weights, which differ between parts.
 
     Raises:
         InputError: as for `split`.
@@ -79,10 +79,10 @@ def new_part(config: SAEConfig, processes: Processes, *, seed: int = 0) -> SAEMo
 
 
 def load_part(folder: str | os.PathLike[str], subfolder: str = "", *, processes: Processes) -> SAEModel:
-    """Return this process's part of a stored SAE, of which no more than that part is read.
+    """Return this process's part of a stored SAE; only that part is read.
 
     Args:
-        folder: or a repository id, as for `SAEModel.from_pretrained`.
+        folder: a folder or repository id, as for `SAEModel.from_pretrained`.
         subfolder: of the SAE inside it.
         processes: between which the latents are split.
 
@@ -113,11 +113,11 @@ def require_splittable(sae_class: type[SAEModel]) -> None:
     """Raise unless the latents of an architecture are independent of each other.
 
     Raises:
-        InputError: saying why not.
+        InputError: with the reason.
     """
     why = ""
     if not sae_class.elementwise or issubclass(sae_class.objective_class, TopKObjective):
-        why = "which latents are on is decided among all of them"
+        why = "which latents are active depends on all of them"
     elif not (sae_class.sliceable and sae_class.one_site and sae_class.per_token):
         why = "its tensors are not one row per latent"
     if why:
@@ -128,7 +128,7 @@ def require_splittable(sae_class: type[SAEModel]) -> None:
 
 
 def _empty(sae_class: type[SAEModel], config: SAEConfig, processes: Processes) -> SAEModel:
-    """Return a new part."""
+    """Return this process's part of an SAE, with initial weights."""
     require_splittable(sae_class)
     config = copy.deepcopy(config)
     config.d_sae = len(latents_of(config.d_sae, processes))
@@ -139,15 +139,15 @@ def _empty(sae_class: type[SAEModel], config: SAEConfig, processes: Processes) -
 
 
 def own_part(sae: SAEModel, processes: Processes, remedy: str | None) -> SAEModel:
-    """Return this process's part of an SAE that is to be trained; the whole SAE, if this process has it alone.
+    """Return this process's part of an SAE to be trained; the whole SAE if its latents are not split.
 
     Args:
-        sae: the whole SAE, or this process's part already.
+        sae: the whole SAE, or already this process's part.
         processes: between which its latents are split.
-        remedy: what is done about dead latents.
+        remedy: name of the remedy for dead latents, or None.
 
     Raises:
-        InputError: if it cannot be split, or trained so.
+        InputError: if it cannot be split, or not be trained with the remedy in parts.
     """
     others = sae.latent_group
     if isinstance(others, Processes) and (others.count, others.rank) != (processes.count, processes.rank):
@@ -159,7 +159,7 @@ def own_part(sae: SAEModel, processes: Processes, remedy: str | None) -> SAEMode
         return sae
     if remedy not in (None, "resample"):
         raise InputError(
-            f"dead_latent_remedy is {remedy!r}, whose term is of all dead latents together, and latent_parallel is "
+            f"dead_latent_remedy is {remedy!r}, which needs all dead latents in one process, and latent_parallel is "
             f"{processes.count}: choose 'resample', or None."
         )
     return sae if others is not None else split(sae, processes)

@@ -1,4 +1,4 @@
-"""Writing an SAE that no process holds whole as one ordinary checkpoint."""
+"""Writing an SAE that is split over processes as one ordinary checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BYTES_PER_FILE = 40 * 10**9
 """The Hub takes files of up to 50 GB."""
 
 BYTES_AT_ONCE = 1 << 28
-"""Of one tensor, what is handed over and written together."""
+"""Bytes of a tensor that are sent and written at a time."""
 
 _DTYPES = {
     torch.float64: "F64",
@@ -33,15 +33,15 @@ _DTYPES = {
 
 
 def save_whole(part: SAEModel, folder: str | Path, *, bytes_per_file: int = BYTES_PER_FILE) -> None:
-    """Write the SAE of which this is a part, as `SAEModel.from_pretrained` reads it.
+    """Write the whole SAE of a part, as `SAEModel.from_pretrained` reads it.
 
-    The first process writes; the others hand it their rows, a piece of one tensor at a time. An SAE that is no part is
-    simply saved.
+    The first process writes; the others send it their rows, a piece of one tensor at a time. An SAE that is not split
+    is saved as usual.
 
     Args:
-        part: see `split`; to be called in all of its processes.
-        folder: to write into, which only the first process needs to reach.
-        bytes_per_file: a tensor that is larger has a file for itself.
+        part: see `split`; all processes that hold a part have to call this.
+        folder: to write into; only the first process needs access to it.
+        bytes_per_file: largest size of a file; a larger tensor gets its own file.
 
     Raises:
         CheckpointError: in all processes, if it cannot be written.
@@ -62,37 +62,37 @@ def save_whole(part: SAEModel, folder: str | Path, *, bytes_per_file: int = BYTE
 
     with ExitStack() as stack:
         staging, full = Path(), None
-        with processes.agreed(explained):  # before the others wait for somebody to take their rows
+        with processes.raising_together(explained):  # before the others wait to send their rows
             if not processes.rank:
                 staging = stack.enter_context(written_together(Path(folder)))
         for file, names in files.items():
-            out = _UntilFull(None if processes.rank else staging / file)
+            out = _FileUntilFull(None if processes.rank else staging / file)
             out.append(_header({name: (tensors[name], rows[name]) for name in names}))
             for name in names:
                 for piece in _pieces(tensors[name], processes if rows[name] > 1 else Processes()):
                     out.append(b"" if piece is None else _bytes(piece))
             full = full or out.full
-        with processes.agreed(explained):
+        with processes.raising_together(explained):
             if full is not None:
                 raise full
             if not processes.rank:
                 _write_config(part, staging)
                 if len(files) > 1:
-                    places = {name: file for file, names in files.items() for name in names}
+                    file_of = {name: file for file, names in files.items() for name in names}
                     size = sum(tensor.nbytes * rows[name] for name, tensor in tensors.items())
-                    index = json.dumps({"metadata": {"total_size": size}, "weight_map": places}, indent=2)
+                    index = json.dumps({"metadata": {"total_size": size}, "weight_map": file_of}, indent=2)
                     (staging / "model.safetensors.index.json").write_text(index + "\n", encoding="utf-8")
                 stack.close()
 
 
-class _UntilFull:
-    """A file that takes what it is given, and after the disk was full nothing more.
+class _FileUntilFull:
+    """A file to append to, which ignores further data once writing has failed.
 
     Args:
-        path: of the file, which is not there yet; None for a file of nothing.
+        path: of the file, which does not exist yet; None to write nothing.
 
     Attributes:
-        full: the error of the disk; None if there was none.
+        full: the error of writing; None if there was none.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -100,7 +100,7 @@ class _UntilFull:
         self.full: OSError | None = None
 
     def append(self, data: bytes) -> None:
-        """Write some more at the end."""
+        """Append data to the file."""
         if self.path is not None and self.full is None:
             try:
                 with self.path.open("ab") as file:
@@ -117,7 +117,7 @@ def _write_config(part: SAEModel, folder: Path) -> None:
 
 
 def _files(sizes: Mapping[str, int], most: int) -> dict[str, list[str]]:
-    """Return which tensors stand in which file."""
+    """Return the names of the tensors in each file."""
     groups: list[list[str]] = []
     left = 0
     for name, size in sizes.items():
@@ -132,7 +132,7 @@ def _files(sizes: Mapping[str, int], most: int) -> dict[str, list[str]]:
 
 
 def _header(tensors: Mapping[str, tuple[Tensor, int]]) -> bytes:
-    """Return the beginning of a safetensors file; each tensor is given with how many times its rows there are."""
+    """Return the header of a safetensors file, from tensors and the numbers of processes that hold their rows."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (tensor, times) in tensors.items():
@@ -145,7 +145,7 @@ def _header(tensors: Mapping[str, tuple[Tensor, int]]) -> bytes:
 
 
 def _bytes(piece: Tensor) -> bytes:
-    """Return the numbers of a tensor as they stand in a file."""
+    """Return the bytes of a tensor as they are stored in a file."""
     return piece.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
@@ -155,4 +155,4 @@ def _pieces(tensor: Tensor, processes: Processes) -> Iterator[Tensor | None]:
     step = max(1, BYTES_AT_ONCE // max(1, math.prod(rows.shape[1:]) * rows.element_size()))
     for source in range(processes.count):
         for piece in rows.split(step):
-            yield processes.to_first(piece, source)
+            yield processes.send_to_first(piece, source)

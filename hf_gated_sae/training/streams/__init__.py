@@ -1,4 +1,4 @@
-"""Where activations come from: memory, shards on disk, or a causal LM that reads text.
+"""Streams of activations from memory, from shards on disk, or from a causal LM that reads text.
 
 A new source of activations subclasses `ActivationStream`, a new source of text `Text`.
 """

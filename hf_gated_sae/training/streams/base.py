@@ -1,4 +1,4 @@
-"""What every stream of activations can do, and how its position is kept."""
+"""Base classes of activation streams and of iterators with a position that can be saved."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ..phases import Report
 
 Item = TypeVar("Item")
 State = dict[str, Any]
-"""A position: numbers, strings, lists and tensors in nested dictionaries with names for keys."""
+"""A position: numbers, strings, lists and tensors in nested dictionaries with string keys."""
 
 ANY_SITE = ""
-"""The name under which activations stand that do not say where they are from."""
+"""The key of activations without a site."""
 
 
 class Cursor(ABC, Generic[Item]):
-    """An iterator that can say where it is, so that another one can go on from there."""
+    """An iterator whose position can be saved, so that another one continues from it."""
 
     def __iter__(self) -> Iterator[Item]:
         """Return itself."""
@@ -33,20 +33,20 @@ class Cursor(ABC, Generic[Item]):
 
     @abstractmethod
     def state_dict(self) -> State:
-        """Return the position after the last item that was given."""
+        """Return the position after the last item returned."""
 
 
 class ActivationStream(ABC):
-    """Activations of one or several sites, without end: what is exhausted starts again.
+    """An endless stream of activations at one or several sites; an exhausted source starts again.
 
     Rows are aligned: in every batch, row `i` of all sites belongs to the same token, so that a transcoder's input and
     output are two sites of one stream.
 
     Attributes:
-        sites: where the activations are from; `""` for activations that fit any SAE.
+        sites: of the activations; `""` for activations that fit any SAE.
         special_ids: the tokens whose activations are left out; empty if none are, None if that is not known.
-        failure: why this process could not go on reading, where it has to tell others; its batches are NaN from then.
-        report: called while activations are read that are not served at once.
+        failure: why this process could not read further, if others share its batches; they are NaN from then on.
+        report: called with the progress while activations are read into a buffer or sample.
     """
 
     sites: tuple[str, ...]
@@ -62,14 +62,14 @@ class ActivationStream(ABC):
 
         Args:
             batch_size: activations per batch.
-            state: from the `state_dict` of another such iterator, to go on from there.
+            state: from the `state_dict` of another such iterator, to continue from its position.
         """
 
     @abstractmethod
     def sample(self, count: int) -> Iterator[dict[str, Tensor]]:
-        """Yield about `count` activations in pieces, at most all there are, for statistics.
+        """Yield about `count` activations in pieces, for statistics; all of them if there are fewer.
 
-        The position of `batches` stays as it is.
+        The position of `batches` does not change.
 
         Yields:
             Site -> ``[n, d]``.
@@ -80,34 +80,34 @@ class ActivationStream(ABC):
         """Return the part of the activations that one of several processes reads, from its beginning.
 
         Args:
-            rank: number of the process.
-            world_size: how many there are.
+            rank: of the process.
+            world_size: number of processes.
         """
 
     def size_for(self, activations: int, batch_size: int) -> None:  # noqa: B027  # most have nothing to choose
-        """Choose the sizes that were left open, in proportion to a run.
+        """Choose the sizes that were not given, in proportion to a run.
 
         Args:
-            activations: how many it learns from, in this process.
+            activations: number that the run trains on, in this process.
             batch_size: activations per batch.
         """
 
     def size_as(self, state: Mapping[str, Any]) -> None:  # noqa: B027
-        """Take over the sizes that were left open from the state of the stream of a run that is resumed."""
+        """Set the sizes that were not given to those of a saved state, when a run is resumed."""
 
     @property
     def buffer_bytes(self) -> int:
-        """What it holds of activations beside those of a batch, for shuffling; 0 if it reads them where they are."""
+        """Bytes of the activations held for shuffling; 0 without a shuffle buffer."""
         return 0
 
     def facts(self) -> Mapping[str, Any]:
-        """Return what a saved position and this stream have to agree in, besides class and sites."""
+        """Return the properties that have to equal those of a saved position, besides class and sites."""
         return {}
 
     def batches(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
-        """Give shuffled batches for ever, from the beginning; the same ones at every call.
+        """Return an endless iterator over shuffled batches, from the beginning; the same ones at every call.
 
-        Only the first call after `load_state_dict` goes on from the position that was loaded.
+        Only the first call after `load_state_dict` continues from the loaded position.
 
         Args:
             batch_size: activations per batch.
@@ -117,7 +117,7 @@ class ActivationStream(ABC):
 
         Raises:
             InputError: if `batch_size` is less than 1, or more than the stream can serve.
-            CheckpointError: if the position that was loaded is not whole.
+            CheckpointError: if the loaded position is incomplete.
         """
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; expected at least 1.")
@@ -127,26 +127,26 @@ class ActivationStream(ABC):
             raise
         except (KeyError, TypeError) as error:
             raise CheckpointError(
-                f"The position of the {type(self).__name__} that was loaded is not whole ({error!r}): resume from an "
-                "earlier checkpoint."
+                f"The loaded position of the {type(self).__name__} is incomplete ({error!r}): resume from an earlier "
+                "checkpoint."
             ) from error
-        self._resumed = None  # it may hold as much as the buffer
+        self._resumed = None  # it may be as large as the buffer
         return self._cursor
 
     def state_dict(self) -> State:
-        """Return the position after the last batch that the latest `batches` gave.
+        """Return the position after the last batch of the latest `batches` iterator.
 
         Returns:
-            Numbers, strings, lists and tensors on the CPU in nested dictionaries; they fit into JSON and safetensors.
+            Numbers, strings, lists and tensors on the CPU in nested dictionaries, for JSON and safetensors files.
         """
         position = self._resumed if self._cursor is None else self._cursor.state_dict()
         return {**self._identity(), "position": position}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved position: the next `batches` gives what would have come after it, bit by bit.
+        """Restore a saved position: the next `batches` continues after it, bit for bit.
 
         Args:
-            state: from `state_dict` of a stream that was made like this one.
+            state: from `state_dict` of a stream with the same settings.
 
         Raises:
             CheckpointError: if it is the position of another stream.
@@ -163,14 +163,14 @@ class ActivationStream(ABC):
         self._resumed, self._cursor = state["position"], None
 
     def rewind(self) -> None:
-        """Forget a position that was loaded: the next `batches` begins at the beginning."""
+        """Discard a loaded position: the next `batches` starts at the beginning."""
         self._resumed = self._cursor = None
 
     def key(self, site: str | None) -> str:
-        """Return under which name the activations for an SAE stand in a batch.
+        """Return the key of an SAE's activations in a batch.
 
         Args:
-            site: the site that its configuration names; None if it names none.
+            site: of the SAE's configuration; None if it has none.
 
         Raises:
             UnknownNameError: if the stream has no such site, or several and `site` is None.
@@ -187,7 +187,7 @@ class ActivationStream(ABC):
 
 
 def require_rank(rank: int, world_size: int) -> None:
-    """Raise unless there is such a process.
+    """Raise unless ``0 <= rank < world_size``.
 
     Raises:
         InputError: with both numbers.

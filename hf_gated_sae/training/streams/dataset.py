@@ -1,4 +1,4 @@
-"""Text from the `datasets` library, which is optional: the Hub, local files, and data sets in memory."""
+"""Text from the optional `datasets` library: from the Hub, local files, and data sets in memory."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ BUILDERS = {
     ".tsv": "tsv",
     ".arrow": "arrow",
 }
-"""Kinds of files, which are what builders of `datasets` are called, but for tables separated by tabs."""
+"""Kinds of files, named like the builders of `datasets` except for tab-separated tables."""
 
 _PACKED = (".gz", ".bz2", ".xz", ".zst")
 FIRST_ROWS = 1000
-"""Rows of a stream that are looked at for a value of every column."""
+"""Rows of a streaming data set that are searched for a value of every column."""
 _STRINGS = ("string", "large_string")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -37,18 +37,18 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 class DatasetText(Text):
     """One column of a `datasets.Dataset` or `datasets.IterableDataset`.
 
-    Of several processes, each reads its part as `datasets` splits it: whole shards where their number allows, else
-    every so many-th row. Positions in a streaming data set are its own (`IterableDataset.state_dict`) where they prove
-    exact; a shuffled one is read again up to where it was.
+    With several processes, each reads the part that `datasets` assigns to it: whole shards if their number allows,
+    otherwise every `world_size`-th row. Positions in a streaming data set are its own (`IterableDataset.state_dict`)
+    if they prove exact; a shuffled one is read again up to its position.
 
     Args:
         dataset: one split.
-        column: the column that holds the text; by default ``text``, else the only one of strings.
-        name: what it is called in messages.
+        column: the column that holds the text; by default ``text``, otherwise the only column of strings.
+        name: of the text in messages.
 
     Raises:
-        InputError: if it is no data set, or has no such column, or several of strings; while reading, if it cannot be
-            read on.
+        InputError: if it is not a data set, or has no such column, or several of strings; while reading, if it cannot
+            be read further.
     """
 
     def __init__(self, dataset: Any, *, column: str | None = None, name: str | None = None) -> None:
@@ -70,19 +70,19 @@ class DatasetText(Text):
         return self.rows(self.dataset)
 
     def documents(self, start: int = 0) -> Iterator[Any]:
-        """Yield this process's documents, beginning with number `start` of them."""
+        """Yield this process's documents, beginning with index `start` of them."""
         if self.streaming:
             return islice(self.rows(copy.deepcopy(self.dataset)), start, None)
-        if start and self.dataset.data.column(self.column).null_count:  # rows are counted otherwise than documents
+        if start and self.dataset.data.column(self.column).null_count:  # rows with a null are not documents
             return islice(self.rows(self.dataset), start, None)
         end = len(self.dataset)
         return self.rows(self.dataset.select(range(start, end)) if start < end else ())
 
     def rows(self, dataset: Any) -> Iterator[Any]:
-        """Yield the column of a data set; a null is no document.
+        """Yield the values of the column, without nulls.
 
         Raises:
-            InputError: if `datasets` cannot read on.
+            InputError: if `datasets` cannot read further.
         """
         for row in _rows(dataset, self.name):
             if row[self.column] is not None:
@@ -100,22 +100,22 @@ class DatasetText(Text):
         return part
 
     def open(self, state: State | None = None) -> TextReader:
-        """Return a reader; of a streaming data set, one that keeps the data set's own position."""
+        """Return a reader; for a streaming data set, one that saves the data set's own position."""
         return _StreamingReader(self, state) if self.streaming else TextReader(self, state)
 
 
 class _StreamingReader(TextReader):
-    """Goes back to the position that the data set itself gave before the latest documents, if that proves exact.
+    """Resumes from the data set's own position before the latest documents, if that proves exact.
 
-    The data set's position does not know what its shuffle buffers held. So the latest documents are read again, and
-    only if they are the same ones is it believed; otherwise the documents are counted from the beginning.
+    The data set's position does not include the contents of its shuffle buffers. The latest documents are therefore
+    read again, and the position is used only if they are the same; otherwise documents are counted from the beginning.
     """
 
     text: DatasetText
     _before: State | None = None
 
     def __init__(self, text: DatasetText, state: State | None = None) -> None:
-        self._dataset = copy.deepcopy(text.dataset)  # a data set has one position, whoever reads it
+        self._dataset = copy.deepcopy(text.dataset)  # a data set has one position for all its readers
         super().__init__(text, None)
         self._documents = text.rows(self._dataset)
         if state is None or not state["documents"]:
@@ -127,10 +127,10 @@ class _StreamingReader(TextReader):
             self.take(len(latest))
             if self._digests == latest:
                 return
-        self._return(state)
+        self._restore(state)
 
     def take(self, most: int) -> list[str]:
-        """Return the next documents, at most so many; none at the end."""
+        """Return up to `most` of the next documents; none at the end."""
         before = self._dataset.state_dict()
         documents = super().take(most)
         if documents:
@@ -138,7 +138,7 @@ class _StreamingReader(TextReader):
         return documents
 
     def state_dict(self) -> State:
-        """Return how many documents were read, the digests of the latest, and the data set's position before them."""
+        """Return the number of documents read, the digests of the latest, and the data set's position before them."""
         return {**super().state_dict(), "dataset": self._before}
 
     def _restart(self, start: int) -> None:
@@ -157,29 +157,29 @@ def open_text(
     streaming: bool = True,
     documents: Literal["file", "paragraph", "line"] = "file",
 ) -> Text:
-    """Open text, wherever it is.
+    """Open text from any supported source.
 
     Args:
         source: a data set's id on the Hub; a file or folder of ``.txt``, JSON (lines), Parquet, CSV or Arrow; a folder
             of ``Dataset.save_to_disk``; a `datasets.Dataset` or `IterableDataset`; an iterable of strings, or a
-            function that gives one; or a `Text`.
-        config: of a data set on the Hub, its configuration.
-        split: of a data set on the Hub or a saved one, its split.
-        revision: of a data set on the Hub, its branch, tag or commit.
-        column: of a data set, the column that holds the text; by default ``text``, else the only one of strings.
-        streaming: of a data set on the Hub or in files: read it as it comes instead of downloading it first.
-        documents: of ``.txt`` files, what is one document.
+            function that returns one; or a `Text`.
+        config: configuration of a data set on the Hub.
+        split: split of a data set on the Hub or of a saved one.
+        revision: branch, tag or commit of a data set on the Hub.
+        column: column of a data set that holds the text; by default ``text``, otherwise the only column of strings.
+        streaming: read a data set on the Hub or in files while it is downloaded or parsed, not all of it first.
+        documents: unit of ``.txt`` files that is one document.
 
     Returns:
         The text.
 
     Raises:
         InputError: if it cannot be opened, or `datasets` is needed and not installed.
-        MissingFileError: if a path is not there.
+        MissingFileError: if a path does not exist.
     """
     if isinstance(source, Text):
         return source
-    library = sys.modules.get("datasets")  # without it, nothing can be one of its data sets
+    library = sys.modules.get("datasets")  # if it is not imported, `source` is not one of its data sets
     if library is not None and isinstance(
         source,
         (library.Dataset, library.IterableDataset, library.DatasetDict, library.IterableDatasetDict),
@@ -216,7 +216,7 @@ def require_datasets() -> ModuleType:
 
 
 def _open_path(path: Path, split: str, column: str | None, streaming: bool, documents: Any) -> Text:
-    """Open a file or folder that is there."""
+    """Open an existing file or folder."""
     if path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
         saved = require_datasets().load_from_disk(str(path))
         if isinstance(saved, require_datasets().DatasetDict):
@@ -232,10 +232,10 @@ def _open_path(path: Path, split: str, column: str | None, streaming: bool, docu
     }
     if len(kinds) != 1:
         seen = ", ".join(sorted({file.suffix or file.name for file in files})[:10]) or "nothing"
-        found = "files of several kinds" if kinds else "no text that is known by its name"
+        found = "files of several kinds" if kinds else "no files with a known suffix"
         raise InputError(
-            f"{path} has {found}: {seen}. Expected one of .txt, {', '.join(BUILDERS)}; give other "
-            "plain text file by file, as TextFiles([paths]); in a configuration, as a list under data.files."
+            f"{path} has {found}: {seen}. Expected one of .txt, {', '.join(BUILDERS)}; give other plain text as a "
+            "list of files: TextFiles([paths]), or data.files in a configuration."
         )
     [(kind, chosen)] = kinds.items()
     if kind == "txt":
@@ -250,7 +250,7 @@ def open_files(
     streaming: bool = True,
     documents: Literal["file", "paragraph", "line"] = "file",
 ) -> Text:
-    """Open files that were chosen one by one: tables of one kind, or plain text, whatever it is called.
+    """Open a list of files: tables of one kind, or plain text with any suffix.
 
     Args:
         files: their paths.
@@ -260,7 +260,7 @@ def open_files(
 
     Raises:
         InputError: if there are tables among plain text, or tables of several kinds; or as for `open_text`.
-        MissingFileError: if a file is not there.
+        MissingFileError: if a file does not exist.
     """
     paths = [Path(file) for file in files]
     tables = {path: kind for path in paths if (kind := kind_of(path)) in BUILDERS.values()}
@@ -270,8 +270,8 @@ def open_files(
     for path in paths:
         if kind_of(path) != kind:
             raise InputError(
-                f"{path} is not of the kind of {first}, whose rows are documents: give files of one kind, or convert "
-                "them."
+                f"{path} is not of the same kind as {first}, whose rows are documents: give files of one kind, or "
+                "convert them."
             )
         if not path.is_file():
             raise MissingFileError(f"There is no file {path}.")
@@ -280,7 +280,7 @@ def open_files(
 
 
 def _open_tables(kind: str, files: Sequence[Path], name: str, column: str | None, streaming: bool) -> DatasetText:
-    """Open files in which a row is a document."""
+    """Open tables, each row of which is a document."""
     builder, options = ("csv", {"sep": "\t"}) if kind == "tsv" else (kind, {})
     if all(not file.stat().st_size for file in files):
         raise InputError(f"The text ({name}) is empty: it has no rows.")
@@ -294,31 +294,31 @@ def _loaded(what: str, *args: Any, **options: Any) -> Any:
         return require_datasets().load_dataset(*args, **options)
     except SAEError:
         raise
-    except Exception as error:  # the library, its file formats, the Hub's client and HTTP have errors of their own
+    except Exception as error:  # the library, its file formats, the Hub's client and HTTP have their own error types
         raise InputError(
             f"The text {what!r} cannot be opened: {type(error).__name__}: {str(error).rstrip('.')}. Check the name, "
-            "config, split and revision, or that the file is what its name says."
+            "config, split and revision, or that the file's content matches its suffix."
         ) from error
 
 
 def _rows(dataset: Any, name: str) -> Iterator[Any]:
-    """Yield rows, with an error of ours where `datasets` cannot read on."""
+    """Yield rows, converting errors of `datasets` to an `InputError`."""
     count, rows = 0, iter(dataset)
     while True:
         try:
             row = next(rows)
         except StopIteration:
             return
-        except Exception as error:  # each file format and file system has errors of its own
+        except Exception as error:  # each file format and file system has its own error types
             raise InputError(
-                f"The text ({name}) cannot be read on after {count} documents: {type(error).__name__}: {error}."
+                f"The text ({name}) cannot be read after document {count}: {type(error).__name__}: {error}."
             ) from error
         count += 1
         yield row
 
 
 def kind_of(file: Path) -> str | None:
-    """Return, by a file's name, its kind in `BUILDERS`, "txt" for plain text, or None."""
+    """Return a file's kind by its suffix: one in `BUILDERS`, "txt" for plain text, or None."""
     suffix = file.suffix.lower()
     if suffix in _PACKED:
         inner = Path(file.stem).suffix.lower()
@@ -336,19 +336,19 @@ def _text_column(dataset: Any, column: str | None, name: str) -> str:
     Raises:
         InputError: listing the columns.
     """
-    if dataset.features is None:  # a stream says what it has only by its first rows
+    if dataset.features is None:  # a streaming data set without a schema: look at its first rows
         held = _first_values(dataset, name)
     else:
         held = {each: getattr(kind, "dtype", None) in _STRINGS for each, kind in dataset.features.items()}
     columns, texts = list(held), [each for each, is_text in held.items() if is_text]
     if column is None:
         if "text" not in texts and len(texts) != 1:
-            found = "several columns of strings, and none called 'text'" if texts else "no column of strings"
-            advice = "Name one as column; in a configuration, as data.text_column." if texts else "Give other text."
+            found = "several columns of strings, and none named 'text'" if texts else "no column of strings"
+            advice = "Give one as column; in a configuration, as data.text_column." if texts else "Give other text."
             raise InputError(f"The text ({name}) has {found}. Its columns: {', '.join(columns) or 'none'}. {advice}")
         return "text" if "text" in texts else texts[0]
     if column not in texts:
-        why = "is no column of strings" if column in columns else "is no column"
+        why = "is not a column of strings" if column in columns else "is not a column"
         raise InputError(
             f"{column!r} {why} of the text ({name}).{did_you_mean(column, texts)} Its columns: {', '.join(columns)}."
         )
@@ -356,7 +356,7 @@ def _text_column(dataset: Any, column: str | None, name: str) -> str:
 
 
 def _first_values(dataset: Any, name: str) -> dict[str, bool]:
-    """Return the columns of a stream, and of each whether its first value that is not null is a string.
+    """Return, for each column of a streaming data set, whether its first value that is not null is a string.
 
     Raises:
         InputError: if it has no rows.

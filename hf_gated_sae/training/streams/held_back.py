@@ -1,4 +1,4 @@
-"""Holding some text back, so that SAEs can be measured on what they have not learned."""
+"""Holding some text back from training, so that SAEs can be evaluated on it."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from .base import Cursor, State
 from .tokens import TokenStream, rows_in, rows_of
 
 ENOUGH = 10
-"""A text has to have so many times the sequences that are held back from it."""
+"""Smallest ratio of a text's sequences to those that are held back from it."""
 
 
 class HeldBack(TokenStream):
-    """Tokens of which the first sequences are not read, or beside which stands other text.
+    """Tokens with held-out sequences: their own first ones, which are not trained on, or those of other text.
 
-    Of several processes each holds back the first sequences of the part that it reads itself.
+    With several processes, each holds back the first sequences of its own part.
 
     Args:
-        tokens: what is read.
-        sequences: how many to hold back.
-        other: other text that takes their place; then `tokens` are read whole.
+        tokens: of the training text.
+        sequences: number of sequences to hold back.
+        other: other held-out text; if given, all of `tokens` are trained on.
 
     Attributes:
-        tokens: what is read, the sequences that are held back among it.
-        sequences: how many are held back, or of the other text measured.
+        tokens: of the training text, including the sequences that are held back.
+        sequences: number of sequences that are held back, or evaluated of the other text.
     """
 
     def __init__(self, tokens: TokenStream, sequences: int, other: TokenStream | None = None) -> None:
@@ -35,19 +35,19 @@ class HeldBack(TokenStream):
 
     @property
     def skipped(self) -> int:
-        """How many sequences at the beginning are not read."""
+        """Number of sequences at the beginning that are not trained on."""
         return 0 if self.other is not None else self.sequences
 
     def facts(self) -> Mapping[str, Any]:
-        """Return what a saved position and these tokens have to agree in."""
+        """Return the properties that have to equal those of a saved position."""
         return {**self.tokens.facts(), **({"held_back": self.skipped} if self.skipped else {})}
 
     def require_fitting(self, model: Any) -> None:
-        """Raise if the model cannot read the tokens; errors as for those."""
+        """Raise if the model cannot read the tokens; errors as for `TokenStream.require_fitting`."""
         self.tokens.require_fitting(model)
 
     def held_out(self) -> Iterator[TokenBatch]:
-        """Yield what is held back, in batches."""
+        """Yield the held-out sequences, in batches."""
         missing = self.sequences
         for batch in self.tokens if self.other is None else self.other:
             rows = rows_in(batch)
@@ -57,22 +57,22 @@ class HeldBack(TokenStream):
                 return
 
     def open(self, state: State | None = None) -> Cursor[TokenBatch]:
-        """Return an iterator over the rest."""
+        """Return an iterator over the sequences that are trained on."""
         if state is None:
-            return _Rest(self.tokens.open(), self.skipped)
-        return _Rest(self.tokens.open(state["tokens"]), state["skip"])
+            return _SkipFirst(self.tokens.open(), self.skipped)
+        return _SkipFirst(self.tokens.open(state["tokens"]), state["skip"])
 
     def shard(self, rank: int, world_size: int) -> HeldBack:
-        """Return the part that one of several processes reads; other text is measured by all of them."""
+        """Return the part that one of several processes reads; other held-out text is read by all of them."""
         return HeldBack(self.tokens.shard(rank, world_size), self.sequences, self.other)
 
 
-class _Rest(Cursor[TokenBatch]):
-    """An iterator that leaves out the first sequences.
+class _SkipFirst(Cursor[TokenBatch]):
+    """An iterator over batches that skips the first sequences.
 
     Args:
-        batches: all of them.
-        skip: how many sequences to leave out.
+        batches: all batches.
+        skip: number of sequences to skip.
     """
 
     def __init__(self, batches: Cursor[TokenBatch], skip: int) -> None:
@@ -92,12 +92,12 @@ class _Rest(Cursor[TokenBatch]):
             self.skip -= rows
 
     def state_dict(self) -> State:
-        """Return the position, and how many sequences are still to be left out."""
+        """Return the position, and the number of sequences that are still to be skipped."""
         return {"tokens": self.batches.state_dict(), "skip": self.skip}
 
 
 def can_hold_back(tokens: TokenStream, sequences: int) -> bool:
-    """Whether a text is long enough to hold sequences back from it."""
+    """Whether a text is long enough to hold back `sequences` sequences."""
     wanted = ENOUGH * sequences
     for batch in islice(tokens, wanted):
         wanted -= rows_in(batch)

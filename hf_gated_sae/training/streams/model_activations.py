@@ -28,25 +28,25 @@ from .tokens import GivenTokens, TokenStream, is_by_row, rows_of
 class ModelActivations(ActivationStream):
     """Activations of one or several sites while a causal LM reads text; special tokens and padding are left out.
 
-    One forward per batch of tokens serves all sites, and ends after the last of them. They are mixed in one buffer,
-    whose rows are the same tokens at every site; at the end of the text all that it holds is served, and the text
+    One forward per batch of tokens serves all sites, and ends after the last of them. The activations are mixed in one
+    buffer, whose rows are the same tokens at every site. At the end of the text the buffer is emptied, and the text
     starts again. Several processes read different text, each with its own model and buffer.
 
     Args:
-        model: the causal LM, on any device or several, in any precision.
-        sites: where to read.
+        model: the causal LM, on one or several devices, in any precision.
+        sites: to read.
         tokens: `TextTokens`; or batches of tokens that can be read again, such as a list or a data loader; or a
-            function that gives them.
-        buffer_size: rows held for shuffling, at least two batches; by default a tenth of what a run learns from, at
-            most the million of the paper. `buffer_bytes` says what they take.
+            function that returns them.
+        buffer_size: rows held for shuffling, at least two batches; by default a tenth of the activations that a run
+            trains on, at most the million of the paper. `buffer_bytes` is their size.
         seed: of the shuffling.
-        special_tokens: keep the activations of special tokens too. Special are those of the model, see
-            `special_token_ids`, and of the tokenizer of `TextTokens`.
-        device: where activations are held and given; by default where the model makes them.
+        special_tokens: include the activations of special tokens: those of the model, see `special_token_ids`, and of
+            the tokenizer of `TextTokens`.
+        device: of the activations; by default that on which the model computes them.
         dtype: of the activations; the model's own by default.
-        save_buffer: let `state_dict` have what the buffer holds. Without, checkpoints are small, and a resumed run
-            goes on in the text with an empty buffer: no longer bit by bit as if it had not been interrupted, and
-            without the activations that were held.
+        save_buffer: include the buffer's contents in `state_dict`. Without them checkpoints are small, but a resumed
+            run continues in the text with an empty buffer: the activations held are lost, and the run is not the same
+            bit for bit.
 
     Raises:
         InputError: if no site is named, or one twice.
@@ -75,10 +75,10 @@ class ModelActivations(ActivationStream):
         self.tokens = tokens if isinstance(tokens, TokenStream) else GivenTokens(tokens)
         self.tokens.require_fitting(model)
         self._buffer_size = buffer_size or BUFFER.most
-        self._left_open = buffer_size is None
+        self._size_not_given = buffer_size is None
         self.seed = seed
         self.special_tokens = special_tokens
-        # Those of the tokenizer at hand, too: the model need not know them for special.
+        # The tokenizer may have special tokens that the model's configuration does not name.
         known = {*special_token_ids(model), *self.tokens.special_ids}
         self.special_ids = () if special_tokens else tuple(sorted(known))
         self.device = device
@@ -92,22 +92,22 @@ class ModelActivations(ActivationStream):
 
     def size_for(self, activations: int, batch_size: int) -> None:
         """Choose the size of the buffer in proportion to a run, unless it was given."""
-        if self._left_open:
+        if self._size_not_given:
             self._buffer_size = buffer_size(activations, batch_size)
 
     def size_as(self, state: Mapping[str, Any]) -> None:
-        """Take over the size of the buffer, unless one was given."""
-        if self._left_open:
+        """Set the size of the buffer to that of a saved state, unless one was given."""
+        if self._size_not_given:
             self._buffer_size = state.get("buffer_size", self._buffer_size)
 
     @property
     def buffer_bytes(self) -> int:
-        """What the buffer takes once it is filled."""
+        """Bytes of the full buffer."""
         widths = sum(slot.width for slot in prove(self.model, self.sites).values())
         return self.buffer_size * widths * (self.dtype or self.model.dtype).itemsize
 
     def facts(self) -> dict[str, Any]:
-        """Return what is held, what is left out and how the text is cut; which text it is, its own position tells."""
+        """Return buffer size, special tokens and the layout of sequences; the text's position identifies the text."""
         own = {"buffer_size": self.buffer_size, "special_tokens": self.special_tokens}
         return {**own, "tokens": type(self.tokens).__name__, **self.tokens.facts()}
 
@@ -115,8 +115,8 @@ class ModelActivations(ActivationStream):
         """Return an endless iterator over shuffled batches.
 
         Raises:
-            InputError: if the buffer is smaller than two batches; while running, if the tokens run dry, or what the
-                model gives is not finite.
+            InputError: if the buffer is smaller than two batches; while iterating, if the tokens cannot be read again,
+                or the model's activations are not finite.
         """
         if self.buffer_size < 2 * batch_size:
             raise InputError(
@@ -134,7 +134,7 @@ class ModelActivations(ActivationStream):
                 return
 
     def _first(self, batches: Iterator[TokenBatch], count: int) -> Iterator[TokenBatch]:
-        """Yield batches of tokens up to the sequence in which the first `count` activations end."""
+        """Yield batches of tokens up to the sequence that contains activation number `count`."""
         for batch in batches:
             per_row = self.count(batch).cumsum(0)
             rows = int((per_row < count).sum()) + 1
@@ -144,7 +144,7 @@ class ModelActivations(ActivationStream):
                 return
 
     def count(self, batch: TokenBatch) -> Tensor:
-        """Return how many activations each sequence of a batch of tokens gives, ``[B]`` int64, without reading it."""
+        """Return the number of activations of each sequence of a batch of tokens, ``[B]`` int64, without a forward."""
         inputs = model_inputs(self.model, batch)
         return CountedTokens.of(self.model, inputs, special_ids=self.special_ids).mask.sum(1)
 
@@ -156,12 +156,12 @@ class ModelActivations(ActivationStream):
         return part
 
     def read(self, batches: Iterator[TokenBatch]) -> Iterator[dict[str, Tensor]]:
-        """Yield the activations of batches of tokens, one by one, in the order of the text.
+        """Yield the activations of each batch of tokens, in the order of the text.
 
         Raises:
             InputError: if some are not finite.
         """
-        harvests = harvest(self.model, self.sites, _known(self.model, batches), special_ids=self.special_ids)
+        harvests = harvest(self.model, self.sites, _checked(self.model, batches), special_ids=self.special_ids)
         for number, found in enumerate(harvests):
             chunk = {}
             for site in self.sites:
@@ -173,12 +173,12 @@ class ModelActivations(ActivationStream):
 
 
 class _Mixed(Cursor[dict[str, Tensor]]):
-    """Batches out of a buffer that is filled up whenever it is half empty.
+    """Batches from a buffer that is refilled whenever it is half empty.
 
     Args:
-        stream: what to read.
+        stream: to read from.
         batch_size: rows per batch.
-        state: where to go on.
+        state: saved position to continue from.
     """
 
     def __init__(self, stream: ModelActivations, batch_size: int, state: State | None) -> None:
@@ -186,8 +186,8 @@ class _Mixed(Cursor[dict[str, Tensor]]):
         self.batch_size = batch_size
         self.buffer = ShuffleBuffer(stream.buffer_size, torch.Generator().manual_seed(stream.seed))
         self.epoch = self.seen = 0
-        self.keep: int | None = None  # how many rows to leave when serving; None while the buffer is filled
-        self.rest: dict[str, Tensor] = {}  # of the latest chunk, what did not fit
+        self.keep: int | None = None  # number of rows below which to refill; None while the buffer is filled
+        self.rest: dict[str, Tensor] = {}  # rows of the latest chunk that did not fit
         tokens = None
         if state is not None:
             self.epoch, self.seen, self.keep = state["epoch"], state["seen"], state["keep"]
@@ -204,14 +204,14 @@ class _Mixed(Cursor[dict[str, Tensor]]):
         """Return the next batch.
 
         Raises:
-            InputError: if an epoch gave nothing.
+            InputError: if an epoch had no activations.
         """
         while self.keep is None or self.buffer.count - self.batch_size < self.keep:
             self._fill()
         return self.buffer.take(self.batch_size)
 
     def _fill(self) -> None:
-        """Add what the model reads until the buffer is full or the text is at its end, and mix."""
+        """Add activations until the buffer is full or the text ends, and mix."""
         self.keep = None
         report = self.stream.report
         while not self.buffer.is_full:
@@ -235,7 +235,7 @@ class _Mixed(Cursor[dict[str, Tensor]]):
         if not self.seen:
             raise InputError(
                 f"The tokens gave no activations at {', '.join(self.stream.sites)} in epoch {self.epoch}. A generator "
-                "can be read once: pass a list, a data loader, or a function that returns a fresh iterator."
+                "can only be read once: pass a list, a data loader, or a function that returns a new iterator."
             )
         self.epoch, self.seen = self.epoch + 1, 0
         self._open_tokens(None)
@@ -243,7 +243,7 @@ class _Mixed(Cursor[dict[str, Tensor]]):
         self.keep = 0
 
     def state_dict(self) -> State:
-        """Return the position in the text, what is held, and what the next permutation will come from."""
+        """Return the position in the text, the buffer's contents, and the state of the random generator."""
         state: State = {
             "epoch": self.epoch,
             "seen": self.seen,
@@ -272,10 +272,10 @@ def collect(
 
     Args:
         model: the causal LM.
-        sites: where to read.
+        sites: to read.
         tokens: batches of tokens, or `TextTokens`.
         dtype: of the result; the model's own by default.
-        special_tokens: keep the activations of special tokens too.
+        special_tokens: include the activations of special tokens.
         progress: called after each batch with the number of activations per site so far.
 
     Returns:
@@ -301,11 +301,11 @@ def collect(
     return collected
 
 
-def _known(model: Any, batches: Iterator[TokenBatch]) -> Iterator[TokenBatch]:
-    """Yield batches whose tokens a model knows; a GPU would not survive others.
+def _checked(model: Any, batches: Iterator[TokenBatch]) -> Iterator[TokenBatch]:
+    """Yield batches, checking that the token ids are in the model's vocabulary: other ids crash a GPU's context.
 
     Raises:
-        InputError: if there is one that it does not know.
+        InputError: for an id that is not.
     """
     weight = getattr(embedding_of(unwrap(model)[0]), "weight", None)
     for batch in batches:
@@ -314,8 +314,8 @@ def _known(model: Any, batches: Iterator[TokenBatch]) -> Iterator[TokenBatch]:
             largest = int(ids.max())
             if largest >= len(weight):
                 raise InputError(
-                    f"The tokens have id {largest}, and the model knows {len(weight)} tokens: use the model's own "
-                    "tokenizer."
+                    f"The tokens have id {largest}, and the model's vocabulary has {len(weight)} tokens: use the "
+                    "model's own tokenizer."
                 )
         yield batch
 
@@ -334,10 +334,10 @@ def _not_finite(site: str, batch: int, found: Harvest, x: Tensor) -> InputError:
     first = int(bad.nonzero()[0])
     made = found[site].to(x.device)[first]
     what = (
-        f"The model gave them so in {made.dtype}: run it in bfloat16 or float32 rather than float16, and check its "
-        "weights."
+        f"They are the model's own output in {made.dtype}: run it in bfloat16 or float32 instead of float16, and "
+        "check its weights."
         if not torch.isfinite(made).all()
-        else f"{x.dtype} cannot hold what the model gave in {made.dtype}: pass another dtype."
+        else f"The model's values in {made.dtype} overflow {x.dtype}: pass another dtype."
     )
     sequence, position = int(found.documents[first]), int(found.positions[first])
     return InputError(

@@ -1,4 +1,4 @@
-"""From documents to sequences of tokens."""
+"""Tokenising documents into sequences of tokens, packed or padded."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from .tokens import TokenStream
 
 BOS_POLICIES = ("document", "sequence", "none")
 DOCUMENTS_AT_ONCE = 64
-"""How many documents are tokenised in one call, which fast tokenizers do on several cores."""
+"""Number of documents tokenised in one call, which fast tokenizers distribute over several cores."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What goes into a sequence besides the documents' own tokens.
+    """The layout of sequences: their length and the tokens that are added to the documents.
 
     Attributes:
-        length: tokens per sequence; where documents are not packed, at most.
+        length: tokens per sequence; the maximum if documents are not packed.
         packed: whether documents follow each other within a sequence.
-        bos: put before each document.
-        eos: put after each document.
-        first: put before each sequence.
-        pad: fills sequences of documents that are not packed.
+        bos: added before each document.
+        eos: added after each document.
+        first: added before each sequence.
+        pad: fills up sequences of documents that are not packed.
     """
 
     length: int
@@ -48,17 +48,17 @@ class Layout:
 class TextTokens(TokenStream):
     """Tokens of a text, in batches of sequences.
 
-    Packed, documents follow each other and are cut wherever a sequence is full; a model sees the end of one document
-    before the beginning of the next. What is left at the end of the text, less than a sequence, is dropped. Not
-    packed, each document is a sequence of its own, cut off at `context_length` and padded at its end.
+    With packing, documents are concatenated and split into sequences of equal length, so the model reads the end of
+    one document before the beginning of the next; an incomplete last sequence is dropped. Without packing, each
+    document is a sequence of its own, truncated to `context_length` and padded at its end.
 
-    Special are all tokens that the tokenizer calls so, such as the marks of turns in a chat, wherever they stand; but
-    not the one for unknown text, unless it is BOS, EOS or padding as well.
+    Special tokens are all that the tokenizer marks as special, such as turn markers of a chat, at any position; except
+    the unknown token, unless it is also BOS, EOS or padding.
 
     Args:
         text: anything that `open_text` opens with its defaults, or a `Text`.
         tokenizer: the model's.
-        context_length: tokens per sequence, BOS and EOS among them.
+        context_length: tokens per sequence, BOS and EOS included.
         sequences_per_batch: sequences per forward of the model.
         packing: whether to pack.
         bos: the tokenizer's BOS before each ``"document"``, before each ``"sequence"``, or ``"none"``; by default
@@ -67,7 +67,7 @@ class TextTokens(TokenStream):
             BOS separates, if the tokenizer has one.
 
     Raises:
-        InputError: if the tokenizer lacks what is asked for, or a sequence has no room for text; while reading, if the
+        InputError: if the tokenizer lacks a requested token, or a sequence has no room for text; while reading, if the
             text is empty, or too short for a single sequence.
 
     Example:
@@ -105,7 +105,7 @@ class TextTokens(TokenStream):
         return self.layout.length
 
     def facts(self) -> dict[str, Any]:
-        """Return how the text is cut; how many sequences are read at a time does not change what is in them."""
+        """Return the layout of sequences; the number per batch does not change their content."""
         layout = self.layout
         bos = "document" if layout.bos else "sequence" if layout.first else "none"
         return {"context_length": layout.length, "packing": layout.packed, "bos": bos, "eos": bool(layout.eos)}
@@ -139,13 +139,13 @@ class _Sequences(Cursor[TokenBatch]):
     """Reads, tokenises and packs a text once.
 
     Args:
-        tokens: what to read.
-        state: where to go on.
+        tokens: to read.
+        state: saved position to continue from.
     """
 
     def __init__(self, tokens: TextTokens, state: State | None) -> None:
         self.tokens = tokens
-        self.read = self.given = 0  # tokens of the text, and sequences
+        self.read = self.given = 0  # tokens read from the text, and sequences returned
         self.packer = _Packer(tokens.layout) if tokens.layout.packed else _Padder(tokens.layout)
         if state is not None:
             self.read, self.given = state["tokens"], state["sequences"]
@@ -178,7 +178,7 @@ class _Sequences(Cursor[TokenBatch]):
             add_special_tokens=False,
             return_attention_mask=False,
             return_token_type_ids=False,
-            verbose=False,  # it would warn of documents that are longer than the model's context
+            verbose=False,  # no warning about documents longer than the model's context
         )["input_ids"]
         self.read += sum(map(len, found))
         self.packer.add([ids for ids in found if ids])
@@ -189,21 +189,23 @@ class _Sequences(Cursor[TokenBatch]):
         where = f"The text ({text.name}{part})"
         if not self.reader.count and text.rank:
             return InputError(
-                f"{where} is empty: there have to be at least as many documents as processes. Give more of them, or "
-                "divide them (documents: paragraph, or line)."
+                f"{where} is empty: every process needs at least one document. Give more documents, or divide them "
+                "(documents: paragraph, or line)."
             )
         if not self.reader.count:
-            return InputError(f"{where} is empty: it has no documents. A generator can be read once: pass a list.")
+            return InputError(
+                f"{where} is empty: it has no documents. A generator can only be read once: pass a list."
+            )
         found = f"{self.reader.count} documents with {self.read} tokens"
         if not self.read:
             return InputError(f"{where} is empty: it has {found}.")
         return InputError(
-            f"{where} is too short: it has {found}, which fill no sequence of context_length {layout.length}, special "
+            f"{where} is too short: it has {found}, less than one sequence of context_length {layout.length}, special "
             "tokens included. Give more text, or a smaller context_length."
         )
 
     def state_dict(self) -> State:
-        """Return the position in the text, and the tokens that were read and not yet given."""
+        """Return the position in the text, and the tokens that were read and not yet returned."""
         return {
             "tokens": self.read,
             "sequences": self.given,
@@ -213,20 +215,20 @@ class _Sequences(Cursor[TokenBatch]):
 
 
 class _Packer:
-    """Cuts the flow of all documents into sequences of equal length."""
+    """Concatenates all documents and splits them into sequences of equal length."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.body = layout.length - len(layout.first)
-        self._flow = torch.empty(0, dtype=torch.int64)
+        self._flow = torch.empty(0, dtype=torch.int64)  # the tokens that are not in a sequence yet
 
     @property
     def ready(self) -> int:
-        """How many sequences can be taken."""
+        """Number of complete sequences."""
         return len(self._flow) // self.body
 
     def add(self, documents: Sequence[list[int]]) -> None:
-        """Append documents to the flow."""
+        """Append documents."""
         bos, eos = list(self.layout.bos), list(self.layout.eos)
         pieces = [torch.tensor([*bos, *ids, *eos], dtype=torch.int64) for ids in documents]
         self._flow = torch.cat([self._flow, *pieces])
@@ -238,16 +240,16 @@ class _Packer:
         return {"input_ids": torch.cat([first, bodies.view(count, self.body)], -1)}
 
     def state_dict(self) -> State:
-        """Return the flow that was not cut yet."""
+        """Return the tokens that are not in a sequence yet."""
         return {"flow": self._flow.clone()}
 
     def load_state_dict(self, state: State) -> None:
-        """Go on with a flow."""
+        """Restore a saved state."""
         self._flow = state["flow"].clone()
 
 
 class _Padder:
-    """Makes a sequence of each document."""
+    """Makes one sequence of each document."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
@@ -255,11 +257,11 @@ class _Padder:
 
     @property
     def ready(self) -> int:
-        """How many sequences can be taken."""
+        """Number of complete sequences."""
         return len(self._waiting)
 
     def add(self, documents: Sequence[list[int]]) -> None:
-        """Append documents, cut off where they are too long."""
+        """Append documents, truncated to the length of a sequence."""
         layout = self.layout
         bos = [*layout.first, *layout.bos]
         room = layout.length - len(bos) - len(layout.eos)
@@ -273,20 +275,20 @@ class _Padder:
         return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
 
     def state_dict(self) -> State:
-        """Return the sequences that were not taken yet, one after the other."""
+        """Return the sequences that were not taken yet, concatenated, and their lengths."""
         flow = torch.cat([torch.empty(0, dtype=torch.int64), *self._waiting])
         return {"flow": flow, "lengths": [len(each) for each in self._waiting]}
 
     def load_state_dict(self, state: State) -> None:
-        """Go on with sequences."""
+        """Restore a saved state."""
         self._waiting = [each.clone() for each in state["flow"].split(state["lengths"])] if state["lengths"] else []
 
 
 def _layout(tokenizer: Any, length: int, packed: bool, bos: str | None, eos: bool | None) -> Layout:
-    """Return what goes into a sequence.
+    """Return the layout of sequences.
 
     Raises:
-        InputError: if the tokenizer lacks what is asked for, or a sequence has no room for text.
+        InputError: if the tokenizer lacks a requested token, or a sequence has no room for text.
     """
     if bos is not None and bos not in BOS_POLICIES:
         raise unknown_name("BOS policy", bos, BOS_POLICIES)
@@ -297,8 +299,8 @@ def _layout(tokenizer: Any, length: int, packed: bool, bos: str | None, eos: boo
         if wanted and token is None:
             off = "bos='none'" if name == "BOS" else "eos=False"
             raise InputError(
-                f"The tokenizer {tokenizer.name_or_path!r} has no {name} token, which bos={bos!r}, eos={eos!r} ask "
-                f"for: pass {off}, or set tokenizer.{name.lower()}_token."
+                f"The tokenizer {tokenizer.name_or_path!r} has no {name} token, which bos={bos!r}, eos={eos!r} "
+                f"require: pass {off}, or set tokenizer.{name.lower()}_token."
             )
     before = () if policy == "none" else (bos_id,)
     layout = Layout(

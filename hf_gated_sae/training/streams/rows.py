@@ -1,4 +1,4 @@
-"""Epochs of random permutations of rows that can be read in any order."""
+"""Activations with random access, read in a new random permutation every epoch."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ SAMPLED_AT_ONCE = 4096
 
 
 class RowActivations(ActivationStream):
-    """Activations with numbered rows; every epoch is a new permutation of all of them.
+    """Activations whose rows have an index; every epoch is a new permutation of all of them.
 
-    What is left of an epoch, less than a batch, is dropped. Several processes split every batch between them: batch
-    `i` of all their shards together is batch `i` of one process with a `world_size` times larger batch.
+    An incomplete last batch of an epoch is dropped. Several processes split every batch between them: batch `i` of all
+    their shards together is batch `i` of one process with a `world_size` times larger batch.
 
     Args:
         seed: of the permutations.
@@ -40,11 +40,11 @@ class RowActivations(ActivationStream):
         """Return some rows, site -> ``[n, d]``.
 
         Args:
-            rows: which ``[n]`` int64, in the order in which they are wanted.
+            rows: their indices ``[n]`` int64, in the order of the result.
         """
 
     def facts(self) -> dict[str, Any]:
-        """Return the number of rows: another number would be permuted in another way."""
+        """Return the number of rows, on which the permutations depend."""
         return {"rows": len(self)}
 
     def open(self, batch_size: int, state: State | None) -> Cursor[dict[str, Tensor]]:
@@ -55,9 +55,10 @@ class RowActivations(ActivationStream):
         """
         whole = batch_size * self.world_size
         if len(self) < whole:
-            of_all = f", {whole} of {self.world_size} processes," if self.world_size > 1 else ""
+            of_all = f" ({whole} in {self.world_size} processes)" if self.world_size > 1 else ""
             raise InputError(
-                f"There are {len(self)} activations, less than one batch of {batch_size}{of_all or ':'} give more."
+                f"There are {len(self)} activations, less than one batch of {batch_size}{of_all}: give more of them, "
+                "or a smaller batch size."
             )
         return _Permutations(self, batch_size, state)
 
@@ -77,12 +78,12 @@ class RowActivations(ActivationStream):
 
 
 class _Permutations(Cursor[dict[str, Tensor]]):
-    """Batches of one permutation after the other.
+    """Batches of successive permutations.
 
     Args:
-        stream: what is permuted.
+        stream: whose rows are permuted.
         batch_size: rows per batch of this process.
-        state: where to go on.
+        state: saved position to continue from.
     """
 
     def __init__(self, stream: RowActivations, batch_size: int, state: State | None) -> None:
@@ -106,9 +107,9 @@ class _Permutations(Cursor[dict[str, Tensor]]):
         return self.stream.rows(rows)
 
     def _begin(self) -> None:
-        self._before = self.generator.get_state()  # from which the permutation of this epoch can be made again
+        self._before = self.generator.get_state()  # reproduces the permutation of this epoch
         self.order = torch.randperm(len(self.stream), generator=self.generator)
 
     def state_dict(self) -> State:
-        """Return the epoch, how many of its rows were served in all processes, and what its permutation came from."""
+        """Return the epoch, the number of its rows served in all processes, and its permutation's random state."""
         return {"epoch": self.epoch, "served": self.served, "generator": self._before.clone()}

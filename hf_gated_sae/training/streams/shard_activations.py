@@ -1,4 +1,4 @@
-"""Activations that were written to disk before."""
+"""Activations that `save_activations` wrote to disk."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from .rows import RowActivations
 class ShardActivations(RowActivations):
     """Activations in a folder of `save_activations`; every epoch is a new permutation over all shards.
 
-    Only the rows of a batch are read, through memory maps; of everything else only the permutation is in memory, 8
-    bytes per row. Several processes split every batch between them: batch `i` of all their shards together is batch
-    `i` of one process with a `world_size` times larger batch.
+    Only the rows of a batch are read, through memory maps; besides them only the permutation is in memory, 8 bytes per
+    row. Several processes split every batch between them: batch `i` of all their shards together is batch `i` of one
+    process with a `world_size` times larger batch.
 
     Args:
-        folder: the folder, or what `ActivationShards` made of it.
-        sites: which sites to read; by default all of which the folder holds activations.
+        folder: the folder, or an `ActivationShards` of it.
+        sites: to read; by default all whose activations the folder holds.
         seed: of the permutations.
-        device: where to put the batches; the CPU by default.
-        dtype: of the batches; by default as they were written.
+        device: of the batches; the CPU by default.
+        dtype: of the batches; by default that of the files.
 
     Raises:
-        InputError: if the folder holds no activations, or not those of a site.
-        MissingFileError: if the folder, its index or one of its shards is not there.
-        CheckpointError: if it is no folder of activations.
+        InputError: if the folder holds no activations, or none of a site.
+        MissingFileError: if the folder, its index or one of its shards does not exist.
+        CheckpointError: if it is not a folder of activations.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class ShardActivations(RowActivations):
                 f"{self.shards.folder} holds {', '.join(self.shards.names) or 'nothing'}, and no activations: write "
                 "some with save_activations(folder, model, [sites], batches)."
             )
-        special = self.shards.index.get("special_token_ids")  # which older indices do not say
+        special = self.shards.index.get("special_token_ids")  # not in older indices
         self.special_ids = None if special is None else tuple(special)
         self.sites = tuple(known if sites is None else [sites] if isinstance(sites, str) else sites)
         for site in self.sites:
@@ -66,7 +66,7 @@ class ShardActivations(RowActivations):
         return len(self.shards)
 
     def facts(self) -> dict[str, Any]:
-        """Return which folder it is, by the number that it was given when it was written."""
+        """Return the folder's identity, a number chosen when it was written."""
         return {**super().facts(), "identity": self.shards.index["identity"]}
 
     def rows(self, rows: Tensor) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Activations that are in memory."""
+"""Activations in memory."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from .rows import RowActivations
 
 
 class TensorActivations(RowActivations):
-    """Activations that are in memory; every epoch is a new permutation of all of them.
+    """Activations in memory; every epoch is a new permutation of all of them.
 
-    What is left of an epoch, less than a batch, is dropped. Several processes split every batch between them: batch
-    `i` of all their shards together is batch `i` of one process with a `world_size` times larger batch.
+    An incomplete last batch of an epoch is dropped. Several processes split every batch between them: batch `i` of all
+    their shards together is batch `i` of one process with a `world_size` times larger batch.
 
     Args:
-        activations: ``[n, d]``, of any floating dtype, which fit any SAE; or those of several sites, row by row of the
-            same tokens. Half precision halves the memory and is converted per batch.
+        activations: ``[n, d]``, of any floating dtype, which fit any SAE; or a mapping by site, with the same token in
+            row `i` of every site. Half precision halves the memory and is converted per batch.
         seed: of the permutations.
 
     Raises:
-        ShapeError: if they are not floats ``[n, d]``, or not as many for each site.
+        ShapeError: if they are not floats ``[n, d]``, or not the same number for each site.
     """
 
     def __init__(self, activations: Tensor | Mapping[str, Tensor], *, seed: int = 0) -> None:
@@ -38,7 +38,7 @@ class TensorActivations(RowActivations):
                 raise ShapeError(f"Given activations {list(x.shape)} of {x.dtype}{at}; expected floats [n, d_in].")
         if len({len(x) for x in given.values()}) > 1:
             counts = ", ".join(f"{len(x)} at {site}" for site, x in given.items())
-            raise ShapeError(f"Given activations of different tokens: {counts}; expected as many at each site.")
+            raise ShapeError(f"Given activations {counts}; expected the same number at each site.")
         self.activations = given
         self.sites = tuple(given)
 

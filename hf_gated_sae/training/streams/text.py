@@ -1,8 +1,8 @@
-"""Text: documents in a fixed order, that can be read again, from any position, and by several processes.
+"""Text: documents in a fixed order that can be read repeatedly, from any position, and by several processes.
 
-Plain text is read here and not by `datasets`, which is an optional dependency, and whose `text` builder gives other
-documents: an empty line is one, and a paragraph does not end at a line of spaces. Runs that were started would so not
-resume on the same text; tables and data sets of the Hub, which need a library, are read by it (see `dataset.py`).
+Plain text is read here rather than by `datasets`: that library is optional, and its `text` builder yields other
+documents (it keeps empty lines, and a line of spaces does not end a paragraph), so that started runs would resume on
+other text. Tables and Hub data sets are read by `datasets`, see `dataset.py`.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from .base import State, require_rank
 SPLITS = ("file", "paragraph", "line")
 
 PACKED: Mapping[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-"""What opens compressed text, by the file's ending."""
+"""Functions that open compressed text, by suffix."""
 
 
 class Text(ABC):
     """Documents in a fixed order.
 
     Args:
-        name: what it is called in messages.
+        name: of the text in messages.
 
     Attributes:
-        rank: number of the process that reads this part.
-        world_size: of how many.
+        rank: of the process that reads this part.
+        world_size: number of processes.
     """
 
     rank, world_size = 0, 1
@@ -46,14 +46,14 @@ class Text(ABC):
 
     @abstractmethod
     def everything(self) -> Iterable[Any]:
-        """Return all documents, those of other processes too."""
+        """Return all documents, including those of other processes."""
 
     def documents(self, start: int = 0) -> Iterator[Any]:
-        """Yield this process's documents, beginning with number `start` of them."""
+        """Yield this process's documents, beginning with index `start` of them."""
         yield from islice(iter(self.everything()), self.rank + start * self.world_size, None, self.world_size)
 
     def shard(self, rank: int, world_size: int) -> Text:
-        """Return documents `rank`, `rank + world_size`, ... of these."""
+        """Return the text with documents `rank`, `rank + world_size`, ... of this one."""
         require_rank(rank, world_size)
         part = copy.copy(self)
         part.rank, part.world_size = self.rank + self.world_size * rank, self.world_size * world_size
@@ -63,20 +63,20 @@ class Text(ABC):
         """Return a reader of this process's documents.
 
         Args:
-            state: from `TextReader.state_dict`, to go on from there.
+            state: from `TextReader.state_dict`, to continue from its position.
         """
         return TextReader(self, state)
 
 
 class TextReader:
-    """Reads documents a few at a time, and knows how many it has read.
+    """Reads a few documents at a time, with a position that can be saved.
 
-    A position is the number of documents and the digests of the latest of them, by which text that has changed in the
-    meantime is recognised.
+    A position is the number of documents read and the digests of the latest ones, which show whether the text has
+    changed in the meantime.
 
     Args:
-        text: what to read.
-        state: where to go on; documents before are skipped without being looked at.
+        text: to read.
+        state: saved position to continue from; earlier documents are skipped without being checked.
 
     Raises:
         CheckpointError: if the text is not what it was.
@@ -88,13 +88,13 @@ class TextReader:
         self._digests: list[str] = []
         self._documents = text.documents()
         if state is not None and state["documents"]:
-            self._return(state)
+            self._restore(state)
 
     def take(self, most: int) -> list[str]:
-        """Return the next documents, at most so many; none at the end.
+        """Return up to `most` of the next documents; none at the end.
 
         Raises:
-            InputError: for a document that is no text.
+            InputError: for a document that is not a string.
         """
         documents: list[str] = []
         digests: list[str] = []
@@ -106,17 +106,17 @@ class TextReader:
         return documents
 
     def state_dict(self) -> State:
-        """Return how many documents were read, and the digests of the latest."""
+        """Return the number of documents read, and the digests of the latest."""
         return {"documents": self.count, "latest": list(self._digests)}
 
-    def _return(self, state: State) -> None:
+    def _restore(self, state: State) -> None:
         self._restart(state["documents"] - len(state["latest"]))
         self.take(len(state["latest"]))
         if self._digests != state["latest"]:
             raise CheckpointError(
-                f"The text ({self.text.name}) has changed: its documents up to number {state['documents']} are not "
-                "those that were read before the checkpoint. Resume with the text that the run was started with; one "
-                "that is shuffled needs a seed."
+                f"The text ({self.text.name}) has changed: its documents up to number {state['documents']} differ "
+                "from those read before the checkpoint. Resume with the text that the run was started with; a "
+                "shuffled text needs a seed."
             )
 
     def _restart(self, start: int) -> None:
@@ -124,11 +124,11 @@ class TextReader:
 
 
 class IterableText(Text):
-    """Documents from Python.
+    """Documents from an iterable of strings.
 
     Args:
-        documents: strings that can be read again, such as a list; or a function that gives an iterable of them.
-        name: what it is called in messages.
+        documents: strings that can be read again, such as a list; or a function that returns an iterable of them.
+        name: of the text in messages.
     """
 
     def __init__(
@@ -154,11 +154,11 @@ class TextFiles(Text):
 
     Args:
         files: their paths, or a folder, whose ``.txt`` files are read in the order of their names.
-        split: what is one document: a ``"file"``, a ``"paragraph"`` (up to an empty line) or a ``"line"`` that is
-            not empty. A file is in memory as a whole if it is one document.
+        split: unit that is one document: a ``"file"``, a ``"paragraph"`` (up to an empty line) or a ``"line"`` that is
+            not empty. A file that is one document is read into memory as a whole.
 
     Raises:
-        MissingFileError: if a file or folder is not there.
+        MissingFileError: if a file or folder does not exist.
         InputError: if the folder has no text files; while reading, if a file is not UTF-8.
     """
 
@@ -171,7 +171,7 @@ class TextFiles(Text):
         self.files: list[Path] = []
         for path in given:
             if not path.exists():
-                raise MissingFileError(f"There is no {path}; expected a text file, or a folder of them.")
+                raise MissingFileError(f"There is no {path}; expected a text file, or a folder of text files.")
             self.files += visible_files(path, [".txt"]) if path.is_dir() else [path]
         where = ", ".join(map(str, given[:3]))
         super().__init__(where)
@@ -187,7 +187,7 @@ class TextFiles(Text):
                     yield from [file.read()] if self.split == "file" else _pieces(file, self.split)
             except (OSError, UnicodeDecodeError, EOFError, lzma.LZMAError, zlib.error) as error:
                 raise InputError(
-                    f"{path} cannot be read as text in UTF-8 ({error}): convert or leave it out."
+                    f"{path} cannot be read as text in UTF-8 ({error}): convert it, or remove it."
                 ) from error
 
 
@@ -202,7 +202,7 @@ def _pieces(lines: Iterable[str], split: str) -> Iterator[str]:
     held: list[str] = []
     for line in lines:
         if split == "line":
-            if line.strip():  # of empty ones, one process of several might read nothing else
+            if line.strip():  # otherwise one of several processes might read empty lines only
                 yield line.removesuffix("\n")
         elif line.strip():
             held.append(line)
@@ -217,17 +217,17 @@ def _digest(document: Any, number: int, name: str) -> str:
     """Return a short digest of a document.
 
     Raises:
-        InputError: if it is no text.
+        InputError: if it is not a string.
     """
     if not isinstance(document, str):
         raise InputError(
-            f"Document {number} of the text ({name}) is {shown(document)}; expected a string. Leave such documents "
-            "out first, or name the column that holds the text."
+            f"Document {number} of the text ({name}) is {shown(document)}; expected a string. Remove such documents, "
+            "or give the column that holds the text."
         )
     try:
         encoded = document.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InputError(
-            f"Document {number} of the text ({name}) is no valid Unicode ({error}): repair it, or leave it out."
+            f"Document {number} of the text ({name}) is not valid Unicode ({error}): repair it, or remove it."
         ) from error
     return hashlib.blake2b(encoded, digest_size=8).hexdigest()

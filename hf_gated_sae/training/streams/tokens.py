@@ -1,4 +1,4 @@
-"""Batches of tokens with a position: those that a user gives. Text is tokenised in `packing`."""
+"""Streams of token batches with a position, and batches that a user provides; `packing` tokenises text."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .base import Cursor, State, require_rank
 
 
 class TokenStream(ABC):
-    """Batches of tokens that can be read again, and from any position.
+    """Batches of tokens that can be read repeatedly, from any position.
 
     Attributes:
-        special_ids: tokens that are no text, such as those between documents; their activations do not count.
+        special_ids: tokens that are not text, such as separators of documents; their activations are left out.
     """
 
     special_ids: tuple[int, ...] = ()
@@ -29,7 +29,7 @@ class TokenStream(ABC):
         """Return an iterator over one epoch.
 
         Args:
-            state: from the `state_dict` of another such iterator, to go on from there.
+            state: from the `state_dict` of another such iterator, to continue from its position.
         """
 
     @abstractmethod
@@ -37,19 +37,19 @@ class TokenStream(ABC):
         """Return the part that one of several processes reads.
 
         Args:
-            rank: number of the process.
-            world_size: how many there are.
+            rank: of the process.
+            world_size: number of processes.
         """
 
     def facts(self) -> Mapping[str, Any]:
-        """Return what a saved position and these tokens have to agree in, besides the text; plain JSON."""
+        """Return the properties that have to equal those of a saved position, besides the text; plain JSON."""
         return {}
 
     def require_fitting(self, model: Any) -> None:  # noqa: B027  # most have nothing to refuse
-        """Raise if a causal LM cannot read these tokens, as far as that is known beforehand.
+        """Raise if it is known in advance that a causal LM cannot read these tokens.
 
         Raises:
-            InputError: saying why.
+            InputError: with the reason.
         """
 
     def __iter__(self) -> Iterator[TokenBatch]:
@@ -58,15 +58,15 @@ class TokenStream(ABC):
 
 
 class GivenTokens(TokenStream):
-    """Batches of tokens that a user made; of several processes, each takes every so many-th batch.
+    """Batches of tokens that a user provides; with several processes, each takes every `world_size`-th batch.
 
-    To go on from a position, the batches before it are read and dropped: they have to come in the same order again.
+    To continue from a position, the batches before it are read and dropped: their order must be the same again.
 
     Args:
-        batches: token ids ``[B, S]``, or mappings with ``input_ids`` and ``attention_mask``; or a function that gives
-            an iterable of them.
-        rank: number of the process.
-        world_size: how many there are.
+        batches: token ids ``[B, S]``, or mappings with ``input_ids`` and ``attention_mask``; or a function that
+            returns an iterable of them.
+        rank: of the process.
+        world_size: number of processes.
 
     Raises:
         InputError: if it is a single batch, or text.
@@ -85,17 +85,17 @@ class GivenTokens(TokenStream):
         return _Counted(self, 0 if state is None else state["batches"])
 
     def shard(self, rank: int, world_size: int) -> GivenTokens:
-        """Return every `world_size`-th batch, beginning with number `rank`."""
+        """Return every `world_size`-th batch, beginning with index `rank`."""
         require_rank(rank, world_size)
         return GivenTokens(self.batches, self.rank + self.world_size * rank, self.world_size * world_size)
 
 
 class _Counted(Cursor[TokenBatch]):
-    """An iterator that counts.
+    """An iterator over batches that counts them.
 
     Args:
-        tokens: what to read.
-        done: how many batches to skip.
+        tokens: to read.
+        done: number of batches to skip.
     """
 
     def __init__(self, tokens: GivenTokens, done: int) -> None:
@@ -110,7 +110,7 @@ class _Counted(Cursor[TokenBatch]):
         return batch
 
     def state_dict(self) -> State:
-        """Return how many batches were read."""
+        """Return the number of batches read."""
         return {"batches": self.done}
 
 
@@ -122,12 +122,12 @@ def ids_of(batch: TokenBatch) -> Tensor:
 
 
 def rows_in(batch: TokenBatch) -> int:
-    """Return how many sequences a batch of tokens has."""
+    """Return the number of sequences of a batch of tokens."""
     return len(ids_of(batch))
 
 
 def is_by_row(batch: TokenBatch) -> bool:
-    """Whether a batch can be divided by sequences: whether everything in it is a tensor ``[B, ...]``."""
+    """Whether a batch can be divided by sequences: whether all its values are tensors ``[B, ...]``."""
     if isinstance(batch, Tensor):
         return batch.ndim > 1
     rows = rows_in(batch)
@@ -135,5 +135,5 @@ def is_by_row(batch: TokenBatch) -> bool:
 
 
 def rows_of(batch: TokenBatch, rows: slice) -> TokenBatch:
-    """Return some sequences of a batch that `is_by_row`."""
+    """Return some sequences of a batch for which `is_by_row` is True."""
     return batch[rows] if isinstance(batch, Tensor) else {name: each[rows] for name, each in batch.items()}

@@ -146,7 +146,7 @@ def half_the_batch_in_each_of_two_processes(given):
         made = trainer(folder / f"{name}, together", architectures, 32, **settings)
         assert made.args.world_size == RANKS
         made.train()
-        everyone.together()
+        everyone.barrier()
         require_same(folder, made, name)
         for trainee in made.trainees.values():
             require_alike(trainee.dead.silent_for)
@@ -162,7 +162,7 @@ def half_the_latents_in_each_of_two_processes(given):
     for name, (architectures, settings) in SPLIT.items():
         made = trainer(folder / f"{name}, split", architectures, 64, latent_parallel=2, **settings)
         made.train()
-        everyone.together()
+        everyone.barrier()
         require_same(folder, made, name) if name != "accumulated" else None
         for trainee in made.trainees.values():
             assert trainee.sae.W_dec.shape == (24, D_IN)
@@ -186,7 +186,7 @@ def a_run_goes_on_bit_by_bit(given):
         made = trainer(place, ("gated",), 32, **settings)
         made.train()
         expected = {name: tensor.clone() for name, tensor in made.trainees["gated"].sae.state_dict().items()}
-        everyone.together()
+        everyone.barrier()
         again = trainer(place, ("gated",), 32, **settings)
         again.train(resume_from_checkpoint=str(place / "checkpoint-8"))
         for name, tensor in again.trainees["gated"].sae.state_dict().items():
@@ -194,7 +194,7 @@ def a_run_goes_on_bit_by_bit(given):
         other = trainer(place, ("gated",), 32, **{**settings, "latent_parallel": 3 - latents})
         with pytest.raises(CheckpointError, match=f"latent_parallel was {latents} and is {3 - latents}"):
             other.train(resume_from_checkpoint=str(place / "checkpoint-8"))
-        everyone.together()
+        everyone.barrier()
     part = load_part(folder / "resumed 2", "gated", processes=everyone)
     assert torch.equal(part.W_dec, made.trainees["gated"].sae.W_dec)
 
@@ -206,7 +206,7 @@ def a_base_model_split_over_the_same_processes_reads_one_text(given):
         folder / "llama", distributed_config=DistributedConfig(tp_size=RANKS), dtype=torch.float64
     ).eval()
     made = read_from(folder / "read, split", split, 32, latent_parallel=2)
-    assert made.grid.together == 2
+    assert made.grid.model_processes == 2
     assert made.grid.readers.alone
     expected, found = (SAEModel.from_pretrained(folder / run) for run in ("read", "read, split"))
     for key, tensor in expected.state_dict().items():
@@ -286,7 +286,7 @@ def each_reads_a_part_of_a_checkpoint(given):
         assert {*names[0], *names[1]} == expected and abs(len(names[0]) - len(names[1])) <= 1
         if everyone.rank == 0:
             (checkpoint / "process-1.safetensors").write_bytes(b"")
-        everyone.together()
+        everyone.barrier()
         with pytest.raises(CheckpointError, match="process-1.safetensors has 0 bytes") as caught:
             trainer(place, ("gated",), 32, save_strategy="steps", save_steps=STEPS).train(str(checkpoint))
     finally:
@@ -301,7 +301,7 @@ def a_run_makes_no_whole_sae_in_any_process(given):
     text = folder / "train.txt"
     if everyone.rank == 0:
         text.write_text("\n\n".join(corpus.texts("training", 40_000)), encoding="utf-8")
-    everyone.together()
+    everyone.barrier()
     given = {
         "output_dir": str(folder / "run"),
         "model": {"name": str(bundled.MODEL), "hub_id": "none"},
@@ -317,7 +317,7 @@ def a_run_makes_no_whole_sae_in_any_process(given):
     assert "48 latents" in ready.facts()["a"]
     assert measured(ready.config).parameters["a"] == sum(each.numel() for each in ready.saes["a"].parameters())
     ready.train(quiet=True)
-    everyone.together()
+    everyone.barrier()
     trained = ready.trained("a")
     assert trained.W_dec.shape[0] == 48 and torch.equal(
         trained.W_dec[24 * everyone.rank :][:24], ready.saes["a"].W_dec

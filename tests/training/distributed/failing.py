@@ -114,13 +114,13 @@ def a_result_that_cannot_be_written_stops_both(given):
         if everyone.rank == 0:
             place.mkdir(exist_ok=True)
             (place / "gated").write_text("a file")
-        everyone.together()
-        with pytest.raises(CheckpointError, match=r"The training is done, but .*in process 0 of 2.*"):
+        everyone.barrier()
+        with pytest.raises(CheckpointError, match=r"Training has finished, but .*in process 0 of 2.*"):
             made.train()
         place = folder / f"nearly full {latents}"
         made = trainer(place, ("gated", "standard"), 32, latent_parallel=latents, max_steps=2)
         with no_file_larger_than(1000) if everyone.rank == 0 else nullcontext():
-            with pytest.raises(CheckpointError, match="The training is done, but .*File too large") as caught:
+            with pytest.raises(CheckpointError, match="Training has finished, but .*File too large") as caught:
                 made.train()
         first, second = gathered(str(caught.value))
         assert first == second
@@ -142,9 +142,9 @@ def a_disk_that_is_full_for_one_stops_both_and_leaves_the_last_good_checkpoint(g
         first, second = gathered(str(caught.value))
         assert first == second and f"newest whole checkpoint is {place}/checkpoint-4" in first
         assert first.endswith(f"(in process {rank} of 2)")
-        everyone.together()
+        everyone.barrier()
         assert not list(place.glob(".unfinished/*")) and not (place / "checkpoint-8").exists()
-        everyone.together()
+        everyone.barrier()
         again = trainer(place, ("gated", "standard"), 32, max_steps=12, **settings)
         again.train(resume_from_checkpoint=True)
         assert again.state.global_step == 12
@@ -155,7 +155,7 @@ def checkpoints_need_a_disk_that_all_see(given):
     folder, everyone = given
     here = folder / f"machine {everyone.rank}"
     made = trainer(here, ("gated",), 32, save_strategy="steps", save_steps=4)
-    with pytest.raises(InputError, match="where not all processes see what the first one writes"):
+    with pytest.raises(InputError, match="where not all processes see the files of the first one"):
         made.train()
     assert not here.exists() or not list(here.iterdir())
     made = trainer(here, ("gated",), 32, max_steps=4)
@@ -167,24 +167,26 @@ def checkpoints_need_a_disk_that_all_see(given):
 def what_cannot_be_is_refused(given):
     folder, _ = given
     for settings, why in (
-        ({"latent_parallel": 3}, "latent_parallel is 3, and there are 2 processes; expected a divisor"),
-        ({"latent_parallel": 2, "dead_latent_remedy": "auxk"}, "whose term is of all dead latents together"),
+        ({"latent_parallel": 3}, "latent_parallel is 3 with 2 processes; expected a divisor of 2"),
+        ({"latent_parallel": 2, "dead_latent_remedy": "auxk"}, "which needs all dead latents in one process"),
     ):
         with pytest.raises(InputError, match=why):
             trainer(folder / "refused", ("gated",), **settings)
-    with pytest.raises(InputError, match="which latents are on is decided among all of them"):
+    with pytest.raises(InputError, match="which latents are active depends on all of them"):
         trainer(folder / "refused", ("topk",), latent_parallel=2)
     part = split(build("gated", D_IN, 48), Processes.all())
     with pytest.raises(InputError, match="latent_parallel is 1: pass latent_parallel=2, or the whole SAE"):
         trainer(folder / "refused", {"": part})
-    with pytest.raises(InputError, match="save_on_each_node=True would leave a checkpoint on every machine"):
+    with pytest.raises(
+        InputError, match="save_on_each_node=True would leave a part of the checkpoint on every machine"
+    ):
         trainer(folder / "refused", ("gated",), save_on_each_node=True)
 
 
 @check
 def processes_that_transformers_does_not_know_are_refused(given):
     folder, _ = given
-    with pytest.raises(InputError, match="2 processes were started, and transformers takes them for 1.*use_cpu=True"):
+    with pytest.raises(InputError, match="2 processes were started, but transformers detects 1,.*use_cpu=True"):
         trainer(folder / "refused", ("gated",), use_cpu=False)
 
 

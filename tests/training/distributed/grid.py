@@ -22,7 +22,7 @@ def two_rows_of_two_train_what_one_process_does(folder):
         grid = made.grid
         assert (grid.everyone.count, grid.data.count, grid.latents.count, grid.readers.count) == (4, 2, 2, 2)
         made.train()
-        Processes.all().together()
+        Processes.all().barrier()
         require_same(folder.parent, made, name)
         for trainee in made.trainees.values():
             assert trainee.sae.W_dec.shape[0] == 24
@@ -53,7 +53,7 @@ def a_disk_that_is_full_for_one_stops_both_rows(folder):
         with pytest.raises(CheckpointError, match="checkpoint-4 could not be written .*File too large") as caught:
             made.train()
     assert len(set(gathered(str(caught.value)))) == 1 and str(caught.value).endswith("(in process 0 of 4)")
-    everyone.together()
+    everyone.barrier()
     assert not [path for path in (folder / "disk").rglob("*") if path.is_file()]
 
 

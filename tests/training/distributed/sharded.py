@@ -105,7 +105,7 @@ def reductions_are_those_of_all(given):
     assert torch.equal(everyone.mean(torch.tensor([1.0, rank])), torch.tensor([1.0, 0.5]))
     assert everyone.any(torch.tensor([False, rank == 1, True])).tolist() == [False, True, True]
     assert everyone.smallest(7 + rank) == 7
-    assert everyone.numbers({"a": 1.0, "b": 3.0 * rank}) == {"a": 1.0, "b": 1.5}
+    assert everyone.mean_by_name({"a": 1.0, "b": 3.0 * rank}) == {"a": 1.0, "b": 1.5}
 
 
 @check
@@ -113,9 +113,9 @@ def rows_come_in_the_order_of_one_process(given):
     _, everyone = given
     x = tokens(20)
     own = x[everyone.rank :: RANKS]
-    assert torch.equal(everyone.rows(own), x)
+    assert torch.equal(everyone.gather_rows(own), x)
     numbers = torch.tensor([19, 0, 3, 3, 8])
-    assert torch.equal(everyone.chosen(own, numbers), x[numbers])
+    assert torch.equal(everyone.gather_selected_rows(own, numbers), x[numbers])
 
 
 @check
@@ -140,9 +140,9 @@ def the_selection_is_that_of_all_values(given):
 @check
 def what_one_says_all_hear(given):
     _, everyone = given
-    assert everyone.first(None) is None
-    assert everyone.first("NaN" if everyone.rank == 1 else None) == "NaN (in process 1 of 2)"
-    assert everyone.first(f"NaN {everyone.rank}") == "NaN 0 (in process 0 of 2)"
+    assert everyone.first_text(None) is None
+    assert everyone.first_text("NaN" if everyone.rank == 1 else None) == "NaN (in process 1 of 2)"
+    assert everyone.first_text(f"NaN {everyone.rank}") == "NaN 0 (in process 0 of 2)"
 
 
 # ---------------------------------------------------------------------- latents split over processes
@@ -226,7 +226,7 @@ def a_grid_splits_tokens_or_latents(given):
         grid = Grid.arrange(width, stream, "cpu")
         assert (grid.latents.count, grid.data.count, grid.readers.count) == (width, RANKS // width, width)
         found = next(grid.part(stream).batches(32 // grid.data.count))[""]
-        assert torch.equal(grid.data.rows(found), expected)
+        assert torch.equal(grid.data.gather_rows(found), expected)
     with pytest.raises(InputError, match=r"2 processes cannot be arranged in rows of 3"):
         Grid.arrange(3, stream, "cpu")
 
@@ -235,7 +235,7 @@ def a_grid_splits_tokens_or_latents(given):
 def latents_that_compete_are_not_split(given):
     _, everyone = given
     for name in ("topk", "batch_topk", "matching_pursuit"):
-        with pytest.raises(InputError, match="which latents are on is decided among all of them"):
+        with pytest.raises(InputError, match="which latents are active depends on all of them"):
             split(build(name), everyone)
     with pytest.raises(InputError, match=r"d_sae = 49 latents .* over 2 processes; the next number that can is 50"):
         split(build("gated", d_sae=49), everyone)
@@ -253,7 +253,7 @@ def parts_are_saved_as_one_checkpoint(given):
         for size in (40 * 10**9, 2000):
             place = folder / f"{name}-{size}"
             save_whole(part, place, bytes_per_file=size)
-            everyone.together()
+            everyone.barrier()
             stored = SAEModel.from_pretrained(place)
             assert type(stored) is type(whole)
             for key, tensor in whole.state_dict().items():
@@ -269,7 +269,7 @@ def parts_are_saved_as_one_checkpoint(given):
             whole.save_pretrained(folder / f"{name}-plain")
             plain = (folder / f"{name}-plain" / "config.json").read_text()
             assert (folder / f"{name}-{40 * 10**9}" / "config.json").read_text() == plain
-        everyone.together()
+        everyone.barrier()
 
 
 @check
@@ -319,7 +319,7 @@ def gathered_batches_and_samples_are_those_of_one_process(given):
     other.load_state_dict(position)
     assert torch.equal(next(other.batches(64))[""], next(expected)[""])
     apart = GatheredActivations(own, everyone, Processes())
-    assert torch.equal(everyone.rows(next(apart.batches(32))[""]), next(plain.batches(64))[""])
+    assert torch.equal(everyone.gather_rows(next(apart.batches(32))[""]), next(plain.batches(64))[""])
     with pytest.raises(InputError, match="Batches of 63"):
         stream.batches(63)
 
