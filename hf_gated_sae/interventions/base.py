@@ -116,8 +116,10 @@ class Intervention(ABC):
         )
 
     def effect(self, run: SiteCall) -> Tensor | None:
-        """Return the value to add, or the replacement, ``[B, S, d]`` or broadcastable to it; None for no change."""
-        raise NotImplementedError(f"{type(self).__name__} must be an Edit or a Replacement.")
+        """Return what to add or put there, ``[B, S, d]`` or broadcastable to it; None for nothing."""
+        if self.replaces:
+            return cast("Replacement", self).replacement(run)
+        return cast("Edit", self).delta(run)
 
     def act(self, run: SiteCall) -> tuple[Tensor | bool, Tensor | None]:
         """Return the tokens of a site to act on, and the value to add, or the replacement.
@@ -161,10 +163,6 @@ class Replacement(Intervention):
     @abstractmethod
     def replacement(self, run: SiteCall) -> Tensor | None:
         """Return the new activation of every token, ``[B, S, d]`` or broadcastable to it; None for no change."""
-
-    def effect(self, run: SiteCall) -> Tensor | None:
-        """Return the new activation."""
-        return self.replacement(run)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
