@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 import warnings
@@ -25,7 +26,7 @@ def test_a_warning_is_one_line_without_source(monkeypatch, capsys) -> None:
         warnings.warn("[bold] is not markup here", UserWarning, stacklevel=2)
         return []
 
-    monkeypatch.setattr("hf_gated_sae.catalog.search.search", search)
+    monkeypatch.setattr(importlib.import_module("hf_gated_sae.catalog.search"), "search", search)
     monkeypatch.setattr(sys, "argv", ["hf-gated-sae", "search", "--no-live"])
     with pytest.raises(SystemExit):
         main()
