@@ -1,4 +1,4 @@
-"""The command line as a whole: it finds its subcommands, and turns errors into one sentence."""
+"""The command-line application: finds the subcommands, and prints errors as one line."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from .. import __version__
 from ..errors import SAEError
 
 INTERRUPTED = 130
-"""Exit status of a program that Ctrl-C has ended."""
+"""Exit status after Ctrl-C."""
 HELP = {"help_option_names": ["-h", "--help"]}
 SECTION = re.compile(r"^(Args|Attributes|Example|Examples|Raises|Returns|Yields):$", re.MULTILINE)
-"""Where a docstring goes on for readers of the code."""
+"""Headings of the docstring sections that the help does not show."""
 
 
 class Command(TyperCommand):
-    """A subcommand: its help is what its docstring says to users, and Ctrl-C ends it with a sentence."""
+    """A subcommand: its help is its docstring without sections, and Ctrl-C ends it with a message."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.help = help_text(self.help or "")
 
     def invoke(self, ctx: Any) -> Any:
-        """Carry it out."""
+        """Run the command."""
         with interruptible():
             return super().invoke(ctx)
 
@@ -60,14 +60,14 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and stop.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass
 
 
 def help_text(docstring: str) -> str:
-    """Return what a docstring says to users: without sections, each paragraph one line, which is wrapped when shown.
+    """Return the help text of a docstring: without sections, with one line per paragraph.
 
     >>> help_text("Do it\\n    at once.\\n\\n    Raises:\\n        InputError: never.")
     'Do it at once.'
@@ -77,13 +77,13 @@ def help_text(docstring: str) -> str:
 
 
 def main() -> None:
-    """Run the command; an error of this package becomes one line and exit status 1, Ctrl-C one and status 130."""
+    """Run the command; an error of this package is printed as one line (exit status 1), and so is Ctrl-C (130)."""
     try:
         _run()
     except KeyboardInterrupt:
         say_interrupted()
         sys.exit(INTERRUPTED)
-    except Exception as error:  # only to tell what a library made of Ctrl-C; all else is raised again
+    except Exception as error:  # libraries convert Ctrl-C to errors of their own; all others are raised again
         if not _is_interruption(error):
             raise
         say_interrupted()
@@ -91,26 +91,26 @@ def main() -> None:
 
 
 @contextmanager
-def interruptible(how_to_go_on: Callable[[], str] = lambda: "Nothing was written.") -> Iterator[None]:
+def interruptible(next_steps: Callable[[], str] = lambda: "Nothing was written.") -> Iterator[None]:
     """End the command when Ctrl-C is pressed within the block.
 
     Args:
-        how_to_go_on: returns what there is, and what can be done now, in a sentence or two.
+        next_steps: returns what was written and how to continue, in a sentence or two.
     """
     try:
         yield
     except KeyboardInterrupt as interrupted:
-        say_interrupted(how_to_go_on())
+        say_interrupted(next_steps())
         raise typer.Exit(INTERRUPTED) from interrupted
     except Exception as error:  # as in `main`
         if not _is_interruption(error):
             raise
-        say_interrupted(how_to_go_on())
+        say_interrupted(next_steps())
         raise typer.Exit(INTERRUPTED) from error
 
 
 def _is_interruption(error: BaseException) -> bool:
-    """Whether an error is what a library made of Ctrl-C, as transformers does where an import is interrupted."""
+    """Whether an error was caused by Ctrl-C, such as those of transformers when an import is interrupted."""
     if isinstance(error, typer.Exit):
         return False
     found: BaseException | None = error
@@ -120,7 +120,7 @@ def _is_interruption(error: BaseException) -> bool:
 
 
 def say_interrupted(more: str = "") -> None:
-    """Say, in a line of its own, that Ctrl-C was understood, and what can be done now."""
+    """Print that the command was interrupted, and how to continue, in one line."""
     text = f"Interrupted. {more}".rstrip()
     Console(stderr=True, soft_wrap=True).print(text, highlight=False, markup=False)
 
@@ -135,14 +135,14 @@ def load_commands() -> None:
 
 
 def _run() -> None:
-    """Import every subcommand and carry one out."""
+    """Import every subcommand and run the requested one."""
     load_commands()
     try:
         with _plain_warnings():
-            app(prog_name="hf-gated-sae")  # also where Python or a test runner was started
+            app(prog_name="hf-gated-sae")  # also if it was started by Python or a test runner
     except SAEError as error:
         _say_error(str(error))
-    except OSError as error:  # a full disk, a folder that may not be written
+    except OSError as error:  # a full disk, a read-only folder
         if not error.strerror:
             raise
         _say_error(f"{error.strerror}: {error.filename}." if error.filename else f"{error.strerror}.")
@@ -150,7 +150,7 @@ def _run() -> None:
 
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Show what is meant for users as one line, without the place in the source that says it."""
+    """Show warnings for users as one line, without the line of source code that raised them."""
     usual = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
@@ -167,6 +167,6 @@ def _plain_warnings() -> Iterator[None]:
 
 
 def _say_error(text: str) -> NoReturn:
-    """Say what is wrong, in one line, and end."""
+    """Print an error as one line, and exit."""
     Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(text)}", highlight=False)
     sys.exit(1)

@@ -1,4 +1,4 @@
-"""Checks of what commands are given that need no model: each says in one sentence what is wrong."""
+"""Checks of command-line arguments that need no model."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ def require_at_least(option: str, value: float | None, least: float, *, above: b
     """Raise unless a number is finite and large enough.
 
     Args:
-        option: the option that it was given to.
+        option: name of the option.
         value: the number; None if the option was not given.
-        least: the smallest number that is accepted.
-        above: whether the smallest number itself is not.
+        least: the lower bound.
+        above: exclude the lower bound itself.
 
     Raises:
         InputError: with the option and the number.
@@ -29,28 +29,28 @@ def require_at_least(option: str, value: float | None, least: float, *, above: b
 
 
 def require_writable(option: str, folder: Path) -> None:
-    """Raise unless a folder can be written into, or made; nothing is left behind.
+    """Raise unless a folder can be created or written to; no file is left in it.
 
     Args:
-        option: the option that it was given to.
-        folder: the folder, which need not exist.
+        option: name of the option.
+        folder: need not exist.
 
     Raises:
-        InputError: saying what is in the way.
+        InputError: with the reason.
     """
-    there = folder.absolute()
-    while not there.exists() and not there.is_symlink() and there != there.parent:
-        there = there.parent
-    if not there.is_dir():
-        raise InputError(f"{option} {folder} cannot be written: {there} is no folder.")
+    nearest = folder.absolute()
+    while not nearest.exists() and not nearest.is_symlink() and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise InputError(f"{option} {folder} cannot be written: {nearest} is not a folder.")
     try:
-        with tempfile.TemporaryDirectory(prefix=".hf-gated-sae-", dir=there):
+        with tempfile.TemporaryDirectory(prefix=".hf-gated-sae-", dir=nearest):
             pass
     except OSError as error:
-        raise InputError(f"{option} {folder} cannot be written: {there}: {reason(error)}.") from error
+        raise InputError(f"{option} {folder} cannot be written: {nearest}: {reason(error)}.") from error
 
 
-def stamp(folder: Path | None) -> int | None:
+def modification_time(folder: Path | None) -> int | None:
     """Return when the SAE in a folder was written, in nanoseconds; None if there is none."""
     config = None if folder is None else folder / "config.json"
     return config.stat().st_mtime_ns if config is not None and config.is_file() else None

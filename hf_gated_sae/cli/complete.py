@@ -1,4 +1,4 @@
-"""What a shell completes: names that are known without importing torch."""
+"""Shell completion of arguments, without importing torch."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ SITES = ("resid_post", "resid_pre", "resid_mid", "mlp_out", "mlp_in", "mlp_neuro
 
 
 def sites(incomplete: str) -> list[str]:
-    """Return kinds of sites."""
+    """Return the names of sites."""
     return _beginning(incomplete, SITES)
 
 
 def architectures(incomplete: str) -> list[str]:
-    """Return names of architectures, which are those of their files."""
+    """Return the names of architectures, which are those of their files."""
     return _beginning(incomplete, (module.name for module in pkgutil.iter_modules([str(PACKAGE / "architectures")])))
 
 
 def presets(incomplete: str) -> list[str]:
-    """Return names of recipes for training, which are those of their files."""
+    """Return the names of training presets, which are those of their files."""
     return _beginning(incomplete, (path.stem for path in (PACKAGE / "training" / "presets").glob("*.yaml")))
 
 
 def releases(incomplete: str) -> list[str]:
-    """Return releases of the index, and the repositories that they are in."""
+    """Return the releases of the index, and their repositories."""
     known = _index()
     return _beginning(incomplete, [*known, *(release["repo"] for release in known.values())])
 
 
 def base_models(incomplete: str) -> list[str]:
-    """Return the models that SAEs of the index were trained on."""
+    """Return the base models of the index."""
     return _beginning(incomplete, filter(None, (release.get("base_model") for release in _index().values())))
 
 
 def _index() -> dict[str, Any]:
-    """Return the releases as they are stored; `hub.index`, which knows them better, is above torch."""
+    """Return the releases of the index's file; `hub.index` would import torch."""
     found: dict[str, Any] = json.loads((PACKAGE / "hub" / "known_saes.json").read_bytes())["releases"]
     return found
 

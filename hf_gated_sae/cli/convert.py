@@ -1,4 +1,4 @@
-"""`hf-gated-sae convert`: somebody else's checkpoint in our own layout."""
+"""`hf-gated-sae convert`: convert another library's checkpoint to the native layout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.markup import escape
 from ..errors import InputError
 from . import complete
 from .app import Command, app, interruptible
-from .argument_checks import require_writable, stamp
+from .argument_checks import modification_time, require_writable
 from .output import AsJson, Output, Quiet
 
 if TYPE_CHECKING:
@@ -29,28 +29,28 @@ def convert(
     push: Annotated[str | None, typer.Option(help="Repository to publish to, such as me/my-sae.")] = None,
     subfolder: Annotated[str, typer.Option(help="Folder inside the repository of --push.")] = "",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the source.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Such as bfloat16. Default: as it is stored.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Such as bfloat16. Default: that of the source.")] = None,
     license: Annotated[str | None, typer.Option(help="Licence, for a source that states none.")] = None,
-    license_name: Annotated[str | None, typer.Option(help="Of the licence other, what it is called.")] = None,
-    license_link: Annotated[str | None, typer.Option(help="Of the licence other, LICENSE or an address.")] = None,
+    license_name: Annotated[str | None, typer.Option(help="Name of a licence 'other'.")] = None,
+    license_link: Annotated[str | None, typer.Option(help="Of a licence 'other': LICENSE or an address.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Publish to a private repository.")] = False,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
-    format: Annotated[str | None, typer.Option(help="Layout, where several share the folder.")] = None,
+    format: Annotated[str | None, typer.Option(help="Layout, if several share the folder.")] = None,
     architecture: Annotated[
         str | None,
         typer.Option(
-            help="Of a home-made checkpoint, in no known layout: such as standard.",
+            help="Architecture of a home-made checkpoint, which has no known layout, such as standard.",
             autocompletion=complete.architectures,
         ),
     ] = None,
     name: Annotated[
         list[str] | None,
-        typer.Option(metavar="OURS=THEIRS", help="Of a home-made one, a tensor: W_enc=encoder.weight. Repeatable."),
+        typer.Option(metavar="PARAMETER=TENSOR", help="Tensor of a home-made one: W_enc=encoder.weight. Repeatable."),
     ] = None,
     ignore: Annotated[
-        list[str] | None, typer.Option(help="Of a home-made one, a tensor to leave out. Repeatable.")
+        list[str] | None, typer.Option(help="Tensor of a home-made one to leave out. Repeatable.")
     ] = None,
-    site: Annotated[str | None, typer.Option(help="Where it belongs: resid_post.3.")] = None,
+    site: Annotated[str | None, typer.Option(help="Its site, such as resid_post.3.")] = None,
     base_model: Annotated[str | None, typer.Option(help="The model whose activations it reads.")] = None,
     option: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="A key of the configuration: k=32. Repeatable.")
@@ -58,18 +58,18 @@ def convert(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Convert a checkpoint of any known layout, or a home-made one, with a card that says whose it is."""
+    """Convert a checkpoint of any known layout, or a home-made one, with a card that credits its authors."""
     from ..publishing import convert as find  # here, so that --help does not wait for torch
 
     if (out is None) == (push is None):
         given = "neither" if out is None else "both"
-        raise InputError(f"Given {given} of --out and --push; expected one: where is the converted SAE to go?")
+        raise InputError(f"Given {given} of --out and --push; expected one, as the target of the converted SAE.")
     if push is None and (subfolder or private or create_pr):
-        raise InputError("--subfolder, --private and --create-pr say how to publish; pass them with --push.")
+        raise InputError("--subfolder, --private and --create-pr only apply to publishing; pass them with --push.")
     if out is not None:
         require_writable("--out", out)
     output = Output(quiet, as_json)
-    names = {ours: theirs or None for ours, theirs in _pairs("--name", name, "W_enc=encoder.weight").items()}
+    names = {parameter: tensor or None for parameter, tensor in _pairs("--name", name, "W_enc=encoder.weight").items()}
     options: dict[str, Any] = {key: _value(text) for key, text in _pairs("--option", option, "k=32").items()}
     options |= {key: text for key, text in (("site", site), ("base_model", base_model)) if text is not None}
     settings: dict[str, Any] = {
@@ -78,8 +78,8 @@ def convert(
         **{"names": names, "ignore": ignore or (), "options": options},
     }
     written: dict[str, str] = {}
-    before = stamp(out)
-    with interruptible(lambda: _how_to_go_on(out, push, is_new=stamp(out) != before)), output.bars():
+    before = modification_time(out)
+    with interruptible(lambda: _after_interruption(out, push, is_new=modification_time(out) != before)), output.bars():
         conversion = find(source, address, **settings)
         with output.notes.status("reading and writing the weights"):
             if out is not None:
@@ -92,16 +92,16 @@ def convert(
         _show(output, facts, written)
 
 
-def _how_to_go_on(out: Path | None, push: str | None, *, is_new: bool) -> str:
-    """Return what there is after Ctrl-C, in a sentence."""
+def _after_interruption(out: Path | None, push: str | None, *, is_new: bool) -> str:
+    """Return the message after Ctrl-C: what was written, and how to continue."""
     if is_new:
         return f"The converted SAE was written to {out} before that."
     where = f"written to {out}" if out is not None else f"committed to {push}"
-    return f"Nothing was {where}; the same command begins again, and what was downloaded is kept in the Hub cache."
+    return f"Nothing was {where}; the same command starts again, and downloaded files stay in the Hub cache."
 
 
 def _facts(conversion: Conversion, site: str | None) -> dict[str, Any]:
-    """Return what is converted, as JSON has it."""
+    """Return a description of the converted SAE, for the JSON document."""
     checkpoint = conversion.checkpoint
     return {
         "from": str(checkpoint),
@@ -116,7 +116,7 @@ def _facts(conversion: Conversion, site: str | None) -> dict[str, Any]:
 
 
 def _show(output: Output, facts: dict[str, Any], written: dict[str, str]) -> None:
-    """Print what was converted, and where it is."""
+    """Print a description of the converted SAE, and where it was written."""
     sites = ", ".join(facts["sites"]) or "a site that is not stated"
     lines = [
         f"[bold]from[/]    {escape(facts['from'])}, layout {facts['layout']}",
@@ -128,23 +128,23 @@ def _show(output: Output, facts: dict[str, Any], written: dict[str, str]) -> Non
 
 
 def _pairs(option: str, given: list[str] | None, example: str) -> dict[str, str]:
-    """Return what was given as ``key=value``.
+    """Parse the values ``key=value`` of an option.
 
     Raises:
-        InputError: if something has another form, or a key is given twice.
+        InputError: if a value has another form, or a key is given twice.
     """
     pairs: dict[str, str] = {}
     for text in given or []:
         key, sign, value = text.partition("=")
         if not sign or not key or key in pairs:
             what = f"two values of {key}" if key in pairs else repr(text)
-            raise InputError(f"{option} is given {what}; expected each key once, such as {example}.")
+            raise InputError(f"{option} has {what}; expected each key once, such as {example}.")
         pairs[key] = value
     return pairs
 
 
 def _value(text: str) -> Any:
-    """Return a value as JSON reads it, else as a text: ``32``, ``true``, ``layer_norm``."""
+    """Return a value parsed as JSON if possible, otherwise as a string: ``32``, ``true``, ``layer_norm``."""
     try:
         return json.loads(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""`hf-gated-sae demo`: an SAE changes what a language model writes."""
+"""`hf-gated-sae demo`: splice, ablate and steer with an SAE in a language model, and publish it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rich.table import Table
 
 from ..errors import InputError
 from .app import Command, app, interruptible
-from .argument_checks import require_writable, stamp
+from .argument_checks import modification_time, require_writable
 from .output import AsJson, Output, Quiet
 
 if TYPE_CHECKING:
@@ -33,11 +33,11 @@ def demo(
     sae: Annotated[str | None, typer.Option(help="SAE: Hub id or folder. Default: the bundled ones.")] = None,
     subfolder: Annotated[str | None, typer.Option(help="Folder of the SAE inside --sae.")] = None,
     text: Annotated[
-        Path | None, typer.Option(help="Text file to measure on. Default: held-out Python standard library.")
+        Path | None, typer.Option(help="Text file to evaluate on. Default: held-out Python standard library.")
     ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option(help="How many tokens to measure on. Default: 24,576; of a model above 20M parameters, 4,096."),
+        typer.Option(help="Tokens to evaluate on. Default: 24,576; with over 20M parameters, 4,096."),
     ] = None,
     concept: Annotated[str | None, typer.Option(help="Concept to show, such as comment or docstring.")] = None,
     latent: Annotated[
@@ -51,21 +51,21 @@ def demo(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Splice, ablate, steer and publish: load an SAE, and watch it change what a language model writes."""
-    output, before = Output(quiet, as_json), stamp(out)
-    with interruptible(lambda: _how_to_go_on(out, is_new=stamp(out) != before)):
+    """Splice, ablate, steer and publish: load an SAE, and see how it changes the output of a language model."""
+    output, before = Output(quiet, as_json), modification_time(out)
+    with interruptible(lambda: _after_interruption(out, is_new=modification_time(out) != before)):
         if out is not None:
             require_writable("--out", out)
         if plot is not None:
             _require_plot(plot)
-        # Threads of torch that wait for each other, rather than sleep, take the cores from the one that works: on a
-        # machine with other work, generation takes a multiple of its time. torch reads this when it is imported.
+        # With active waiting, idle threads of torch occupy cores: on a busy machine, generation takes several times as
+        # long. torch reads this variable when it is imported.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         from ..demo.demo_run import DemoPlan, run_demo
         from ..demo.plot import draw  # here, so that --help does not wait for torch
 
         start = time.perf_counter()
-        # Refuses what cannot be shown before there is a folder.
+        # Raises for arguments that contradict each other, before the folder is created.
         plan = DemoPlan(model, sae, subfolder, text, concept, latent, strength, tokens)
         with _folder(out) as folder, output.bars(), output.steps() as progress:
             report = run_demo(replace(plan, out=folder), progress)
@@ -78,17 +78,17 @@ def demo(
     output.note(f"[dim]{time.perf_counter() - start:.0f} s[/]")
 
 
-def _how_to_go_on(out: Path | None, *, is_new: bool) -> str:
-    """Return what there is after Ctrl-C, in a sentence."""
+def _after_interruption(out: Path | None, *, is_new: bool) -> str:
+    """Return the message after Ctrl-C: what was written, and how to continue."""
     if is_new:
         return f"The SAE was published to {out} before that."
     where = "Nothing was published" + (f" to {out}" if out else "")
-    return f"{where}; the same command begins again, and --tokens 1024 makes it shorter."
+    return f"{where}; the same command starts again, and --tokens 1024 makes it shorter."
 
 
 @contextmanager
 def _folder(out: Path | None) -> Iterator[Path]:
-    """Give the folder to publish into; a temporary one does not stay if nothing was."""
+    """Context of the folder to publish into; an empty temporary one is removed afterwards."""
     if out is not None:
         yield out
         return
@@ -101,10 +101,10 @@ def _folder(out: Path | None) -> Iterator[Path]:
 
 
 def _require_plot(plot: Path) -> None:
-    """Raise unless a picture can be drawn, and written to a file.
+    """Raise unless a plot can be drawn and written to a file.
 
     Raises:
-        InputError: saying what is in the way.
+        InputError: with the reason.
     """
     if find_spec("matplotlib") is None:
         raise InputError("Plots need matplotlib: pip install 'hf-gated-sae[plot]'.")
@@ -114,7 +114,7 @@ def _require_plot(plot: Path) -> None:
 
 
 def record(report: DemoReport) -> dict[str, Any]:
-    """Return what was measured, without the numbers of each latent, as JSON has it."""
+    """Return the measurements, without those of each latent, for the JSON document."""
     fidelity, steering, target = report.fidelity.to_dict(per_latent=False), report.steering, report.target
     per_latent = ("density", "max_activation", "mean_activation")
     return {
@@ -136,7 +136,7 @@ def record(report: DemoReport) -> dict[str, Any]:
 
 
 def _show(console: Console, report: DemoReport) -> None:
-    """Print what was measured."""
+    """Print the measurements."""
     console.print(f"[bold]model[/] {escape(report.model)}\n[bold]SAE[/]   {escape(report.sae)}")
     console.print(_fidelity(report))
     console.print(_ablation(report))
@@ -189,7 +189,7 @@ def _steering(console: Console, report: DemoReport) -> None:
     table = Table(
         title=f"Steer with latent {target.latent}, {effect.strength:g} x its maximum, on generated tokens",
         caption=f"{target.name}: {effect.share_before:.0%} before, {effect.share_after:.0%} after, "
-        f"mean over {len(effect.continuations)} prompts; shown is the one that changed most",
+        f"mean over {len(effect.continuations)} prompts; shown: the prompt with the largest change",
         expand=True,
     )
     table.add_column(f"before: {shown.share_before:.0%} {target.name}", ratio=1)
@@ -198,8 +198,8 @@ def _steering(console: Console, report: DemoReport) -> None:
     console.print(table)
     if effect.share_after <= effect.share_before:
         console.print(
-            f"Steering changed what is written, but did not raise the share of {target.name}: this latent detects it "
-            "and does not cause it. Try another with --latent or --concept, or another --strength.",
+            f"Steering changed the output, but did not raise the share of {target.name}: this latent detects it and "
+            "does not cause it. Try another with --latent or --concept, or another --strength.",
             highlight=False,
             markup=False,
         )

@@ -1,4 +1,4 @@
-"""`hf-gated-sae info`: what an SAE, or a repository of them, is, without its weights; or what sites a model has."""
+"""`hf-gated-sae info`: describe an SAE, or a repository of SAEs, without weights; or list the sites of a model."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 SHOWN_ROWS = 16
 SHOWN_ADDRESSES = 6
 OPENED = 24
-"""Up to so many unknown SAEs are asked for their headers, a few small requests each."""
-MISSED = ("base model", "site", "trained on BOS")
-"""What a reader looks for, so that its absence is said."""
+"""Largest number of SAEs without an index entry whose headers are read, with a few small requests each."""
+ALWAYS_SHOWN = ("base model", "site", "trained on BOS")
+"""Facts that are shown as "not stated" if they are unknown."""
 _NUMBER = re.compile(r"(?<![a-z]l)(?<!_l)\d+(?!\d*[km])")
-"""What differs between addresses of a kind: not the name "l0", and not a width."""
+"""Numbers that differ between addresses of one kind: not the name "l0", and not a width."""
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -50,9 +50,9 @@ def info(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Describe an SAE, or a repository of many, without downloading weights; or a model's sites, by loading it.
+    """Describe an SAE, or a repository of SAEs, without downloading weights; or a model's sites, by loading it.
 
-    Of what cannot be reached, such as when offline, the row of the index is shown.
+    If the repository cannot be reached, for example offline, its entries of the index are shown.
 
     Raises:
         InputError: unless exactly one of REPO, --model and --plugins is given.
@@ -67,8 +67,8 @@ def info(
     if (repo is None) == (model is None):
         given = "neither" if repo is None else f"both, {repo} and --model {model}"
         raise InputError(
-            "info describes the SAEs of one repository, 'hf-gated-sae info REPO', or the sites of one model, "
-            f"'hf-gated-sae info --model MODEL'; it was given {given}."
+            f"Given {given}; expected a repository of SAEs, 'hf-gated-sae info REPO', or a model, 'hf-gated-sae info "
+            "--model MODEL'."
         )
     out = Output(quiet, as_json)
     if repo is None:
@@ -79,7 +79,7 @@ def info(
         return
     try:
         with out.bars():
-            _show_place(out, repo, subfolder, revision)
+            _show_location(out, repo, subfolder, revision)
     except MissingFileError as error:
         from .known import show_known
 
@@ -87,8 +87,8 @@ def info(
             raise
 
 
-def _show_place(out: Output, repo: str, subfolder: str, revision: str | None) -> None:
-    """Print what is in a repository or folder, or in a folder of it."""
+def _show_location(out: Output, repo: str, subfolder: str, revision: str | None) -> None:
+    """Print the SAE, or the SAEs, in a repository or folder, or in a subfolder of it."""
     from ..formats import locate_sae, open_at, sae_addresses  # here, so that --help does not wait for torch
 
     location = locate_sae(repo, subfolder, revision=revision)
@@ -127,12 +127,14 @@ def _show_one(out: Output, checkpoint: Checkpoint, location: Location) -> None:
         "dashboards": found["dashboards"],
     }
     out.document(found)
-    out.show(facts_grid({name: value or "not stated" for name, value in facts.items() if value or name in MISSED}))
+    out.show(
+        facts_grid({name: value or "not stated" for name, value in facts.items() if value or name in ALWAYS_SHOWN})
+    )
     _show_code(out, location.repo, checkpoint.origin.subfolder, checkpoint.origin.revision)
 
 
 def record(checkpoint: Checkpoint, location: Location) -> dict[str, Any]:
-    """Return what the headers and the configuration of an SAE say, as JSON has it."""
+    """Return the facts in the headers and the configuration of an SAE, for the JSON document."""
     from ..catalog.search_result import SearchResult
     from ..hub.index import known_at, known_facts
 
@@ -167,13 +169,13 @@ def record(checkpoint: Checkpoint, location: Location) -> dict[str, Any]:
 
 
 def _l0(l0: float | None, kind: str | None) -> str | None:
-    """Return the L0 that the index has, and how it is known."""
-    how = "what training aimed at" if kind == "target" else "measured"
+    """Return the L0 in the index, and whether it is measured or the target of training."""
+    how = "target of training" if kind == "target" else "measured"
     return None if l0 is None else f"{l0_text(l0, kind)} ({how})"
 
 
 def _show_many(out: Output, location: Location, addresses: list[str]) -> None:
-    """Print what a repository, or a folder of it, holds."""
+    """Print the SAEs in a repository, or in a folder of it."""
     rows = summary(location, addresses)
     found = {"repository": location.repo, "folder": location.subfolder or None, "commit": location.revision}
     stated = licence(location)
@@ -195,35 +197,35 @@ def _show_many(out: Output, location: Location, addresses: list[str]) -> None:
         out.show(f"and {len(rows) - SHOWN_ROWS} more kinds.")
     shown = addresses[:SHOWN_ADDRESSES]
     left = f"\n  ... {len(addresses) - len(shown):,} more" if len(addresses) > len(shown) else ""
-    out.show("Such as\n" + "\n".join(f"  {escape(address)}" for address in shown) + left)
+    out.show("Examples\n" + "\n".join(f"  {escape(address)}" for address in shown) + left)
     _show_code(out, location.repo, addresses[0], location.revision)
 
 
 def summary(location: Location, addresses: list[str]) -> dict[tuple[str, str | None, int | None], int]:
-    """Return how many SAEs there are of each kind: pattern of the address, site and width as far as they are known."""
+    """Return the number of SAEs of each kind: pattern of the address, and site and width if they are known."""
     from ..catalog.hub_listing import CONTENTS, contents_of
     from ..formats import open_at
     from ..hub.index import known_at
 
     root = location.at("")
-    ours = contents_of(root) if CONTENTS in root else {}
+    listed = contents_of(root) if CONTENTS in root else {}
     kinds: Counter[tuple[str, str | None, int | None]] = Counter()
     for address in addresses:
         known = known_at(location.repo_id, address)
-        told = ours.get(address, {})
-        if not known and not told and len(addresses) <= OPENED:
+        stated = listed.get(address, {})
+        if not known and not stated and len(addresses) <= OPENED:
             with suppress(SAEError):  # a broken one is still counted
                 config = open_at(root.at(address)).config
-                told = {"site": config.site, "d_sae": config.d_sae}
-        site = known.site if known else told.get("site")
-        d_sae = known.d_sae if known else told.get("d_sae")
+                stated = {"site": config.site, "d_sae": config.d_sae}
+        site = known.site if known else stated.get("site")
+        d_sae = known.d_sae if known else stated.get("d_sae")
         masked = re.sub(r"\.\d+", ".*", site) if site else None
         kinds[_NUMBER.sub("*", address), masked, d_sae] += 1
     return dict(sorted(kinds.items(), key=lambda kind: (kind[0][0], kind[0][1] or "?", kind[0][2] or 0)))
 
 
 def licence(location: Location) -> dict[str, str | None]:
-    """Return the licence that the card or a file states, None if it is not known, and how it is known or why not."""
+    """Return the licence that the card or a file states (None if it is not known), and the evidence."""
     from ..publishing.stated_licence import stated_licence
 
     stated = stated_licence(location)
@@ -231,7 +233,7 @@ def licence(location: Location) -> dict[str, str | None]:
 
 
 def size_text(size: float) -> str:
-    """Return a number of bytes for people.
+    """Return a human-readable number of bytes.
 
     >>> size_text(302_000_000)
     '302 MB'
@@ -244,7 +246,7 @@ def size_text(size: float) -> str:
 
 
 def _show_code(out: Output, repo: str, subfolder: str, revision: str | None) -> None:
-    """Print the code that loads an SAE, from that commit; a hint, which `quiet` leaves out."""
+    """Print the code that loads an SAE from that commit, unless `quiet`."""
     from ..catalog.search_result import SearchResult
     from .search import code
 

@@ -1,4 +1,4 @@
-"""What `hf-gated-sae info` shows of SAEs that cannot be reached: their rows of the index."""
+"""Index entries of SAEs that cannot be reached, as shown by `hf-gated-sae info`."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ SHOWN = 8
 
 
 def show_known(out: Output, repo: str, subfolder: str, revision: str | None, why: SAEError) -> bool:
-    """Print what the index knows of an SAE, or of the SAEs of a repository or release.
+    """Print the index entries of an SAE, or of the SAEs of a repository or release.
 
     Args:
-        out: where to print.
-        repo: repository, perhaps with ``@revision``, or release.
+        out: to print to.
+        repo: repository, possibly with ``@revision``, or release.
         subfolder: id, folder or file of the SAE in it.
-        revision: branch, tag or commit that was asked for.
-        why: what opening it raised, which is said beside.
+        revision: requested branch, tag or commit.
+        why: the error of opening it, which is printed as well.
 
     Returns:
-        Whether the index knows any of it; if not, nothing was printed.
+        Whether the index has an entry; if not, nothing was printed.
     """
     from ..catalog.index_search import search
     from ..hub.index import releases, resolve_alias
@@ -43,12 +43,12 @@ def show_known(out: Output, repo: str, subfolder: str, revision: str | None, why
     if not found:
         return False
     short = str(why).partition(" (")[0].removesuffix(".")
-    out.note(f"{escape(short)}. This is what the index knows:")
+    out.note(f"{escape(short)}. The index has:")
     out.document({"source": "index", "reason": str(why), "saes": [record(result) for result in found]})
     rows = found[:SHOWN]
     out.show(table(rows, with_model=True), "[bold]from hf_gated_sae import SAEModel[/]")
     for number, result in enumerate(rows, 1):
         out.results.print(code(result, number, out.results.width), highlight=False, soft_wrap=True)
     if len(found) > len(rows):
-        out.note(f"and {len(found) - len(rows):,} more: hf-gated-sae search lists them.")
+        out.note(f"and {len(found) - len(rows):,} more; list them with hf-gated-sae search.")
     return True

@@ -1,4 +1,4 @@
-"""What `hf-gated-sae info --model` shows: the proven sites of a model."""
+"""The proven sites of a model, as shown by `hf-gated-sae info --model`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def show_sites(out: Output, name: str, revision: str | None) -> None:
     """Load a causal LM, prove its sites, and print them.
 
     Args:
-        out: where to print.
+        out: to print to.
         name: repository on the Hub, or folder.
         revision: branch, tag or commit.
 
@@ -48,22 +48,24 @@ def show_sites(out: Output, name: str, revision: str | None) -> None:
 
 
 def table(rows: Sequence[SiteRow]) -> Table:
-    """Return the sites, each with its place in the model or the reason why it is refused."""
+    """Return a table of the sites, each with its tensor in the model or the reason why it is refused."""
     made = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))  # module paths need all of 80 columns
     made.add_column("site", no_wrap=True)
     made.add_column("layers", overflow="fold")
-    made.add_column("place", overflow="fold")
+    made.add_column("tensor", overflow="fold")
     made.add_column("width", justify="right", no_wrap=True)
     for row in rows:
-        place = row.place if row.proven else f"refused: {row.reason}"
+        tensor = row.place if row.proven else f"refused: {row.reason}"
         style = None if row.proven else "dim"
         name = f"{row.name}.L" if row.layers else row.name
-        made.add_row(name, layers_text(row.layers), escape(place), f"{row.width:,}" if row.proven else "", style=style)
+        made.add_row(
+            name, layers_text(row.layers), escape(tensor), f"{row.width:,}" if row.proven else "", style=style
+        )
     return made
 
 
 def layers_text(layers: Sequence[int]) -> str:
-    """Return layers as runs.
+    """Return layers as a list of ranges.
 
     >>> layers_text([0, 1, 2, 5, 7, 8])
     '0..2, 5, 7, 8'
@@ -78,22 +80,22 @@ def layers_text(layers: Sequence[int]) -> str:
 
 
 def _load(name: str, revision: str | None) -> Any:
-    """Return the model as transformers loads it, in the dtype of its checkpoint.
+    """Return the model, loaded by transformers in the dtype of its checkpoint.
 
     Raises:
-        InputError: if that fails, or it is named as a folder that is not there.
+        InputError: if that fails, or the name is a path of a folder that does not exist.
     """
     from transformers import AutoModelForCausalLM
 
     folder = Path(name)
     if (folder.is_absolute() or name.startswith(".")) and not folder.is_dir():
         raise InputError(
-            f"--model {name!r} cannot be loaded by AutoModelForCausalLM: there is no folder {folder}; give one, or "
-            "the Hub id of a model."
+            f"--model {name!r} cannot be loaded by AutoModelForCausalLM: there is no folder {folder}; give an "
+            "existing folder, or the Hub id of a model."
         )
     try:
         return AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype="auto").eval()
-    except Exception as error:  # whatever is wrong with the files is reported as one thing
+    except Exception as error:  # transformers raises errors of many types for broken files
         reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
         raise InputError(
             f"--model {name!r} cannot be loaded by AutoModelForCausalLM ({reason}); give the Hub id or the folder of "
@@ -102,7 +104,7 @@ def _load(name: str, revision: str | None) -> Any:
 
 
 def _norms(sites: SiteMap, rows: Sequence[SiteRow]) -> str:
-    """Return, for each transform that ``norm_no_gain`` stands for, the sites that it is offered at."""
+    """Return the transforms that ``norm_no_gain`` resolves to, each with its sites."""
     found: dict[str, dict[str, list[int]]] = {}
     for row in rows:
         for layer in row.layers if row.proven else ():
@@ -117,7 +119,7 @@ def _norms(sites: SiteMap, rows: Sequence[SiteRow]) -> str:
 
 
 def _facts(name: str, model: Any, sites: SiteMap, rows: Sequence[SiteRow]) -> dict[str, str]:
-    """Return what holds for the model as a whole."""
+    """Return the facts about the model as a whole, by label."""
     parallel = [row for row in rows if row.name == "resid_mid" and not row.proven]
     sequential = [layer for row in rows if row.name == "resid_mid" and row.proven for layer in row.layers]
     layout = [f"sequential in {layers_text(sequential)}"] if sequential else []

@@ -1,4 +1,4 @@
-"""Where a command says what: its results on stdout; on stderr its progress, its hints and its errors."""
+"""Output of commands: results on stdout; progress, hints and errors on stderr."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ import typer
 from rich.console import Console, RenderableType
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Results only: no progress, no hints.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, and nothing else there.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else.")]
 
 EVERY = 10.0
-"""Without a terminal, seconds after which a step that still runs says how far it is."""
+"""Seconds between progress lines of a long step, without a terminal."""
 
 
 class Output:
-    """What a command shows.
+    """The output of a command.
 
     Args:
-        quiet: leave out progress and hints.
-        as_json: print one JSON document in place of text.
+        quiet: omit progress and hints.
+        as_json: print one JSON document instead of text.
         silent: print nothing at all.
 
     Attributes:
-        results: the console of what was asked for, stdout; silent where that is a JSON document.
-        notes: the console of everything else, stderr; silent if `quiet`.
+        results: the console of results, stdout; silent with `as_json`.
+        notes: the console of everything else, stderr; silent with `quiet`.
     """
 
     def __init__(self, quiet: bool = False, as_json: bool = False, *, silent: bool = False) -> None:
@@ -51,26 +51,26 @@ class Output:
         return Console(stderr=True, quiet=self.quiet)
 
     def show(self, *parts: RenderableType) -> None:
-        """Print results, unless a document takes their place."""
+        """Print results, unless a JSON document is printed instead."""
         for part in parts:
             self.results.print(part, highlight=False)
 
     def document(self, content: Any) -> None:
-        """Print the JSON document, if one is asked for.
+        """Print the JSON document, if one is requested.
 
         Args:
-            content: dataclasses, mappings, sequences, paths, texts and numbers; a number that is not finite is null.
+            content: dataclasses, mappings, sequences, paths, strings and numbers; non-finite numbers become null.
         """
         if self.as_json and not self.silent:
             typer.echo(json.dumps(plain(content), indent=2, ensure_ascii=False, allow_nan=False))
 
     def note(self, text: str) -> None:
-        """Print a hint; its markup is rich's."""
+        """Print a hint, in rich's markup."""
         self.notes.print(text, highlight=False)
 
     @contextmanager
     def bars(self) -> Iterator[None]:
-        """Keep the progress bars of transformers and of the Hub's client to terminals, and out of them if quiet."""
+        """Context in which transformers and the Hub's client show bars in a terminal only, and none if quiet."""
         from ..modeling.transformers_settings import without_bars  # here, so that --help does not wait for torch
 
         with nullcontext() if self.notes.is_terminal and not self.quiet else without_bars():
@@ -78,59 +78,59 @@ class Output:
 
     @contextmanager
     def steps(self) -> Iterator[Steps]:
-        """Show which step is being done: a spinner in a terminal, elsewhere a line for each."""
+        """Show the current step: a spinner in a terminal, otherwise one line per step."""
         with Steps(self.notes) as steps:
             yield steps
 
 
 class Steps:
-    """Says which of several steps is being done, and how far it is.
+    """Shows which of several steps is running, and its progress.
 
     Args:
-        console: where to; one that is no terminal gets a line for each step, and one now and then during a long one.
+        console: to print to; without a terminal it gets one line per step, and further ones during a long step.
     """
 
     def __init__(self, console: Console) -> None:
-        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn  # --help needs none of it
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn  # not needed by --help
 
         self.console = console
         columns = (SpinnerColumn(), TextColumn("{task.completed}/{task.total} {task.description}"))
         self._bar = Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
         self._task = self._bar.add_task("starting", total=1)
         self._start = time.monotonic()
-        self._number, self._said = -1, 0.0
+        self._number, self._printed_at = -1, 0.0
 
     def __enter__(self) -> Steps:
-        """Begin to show."""
+        """Start the display."""
         if self.console.is_terminal:
             self._bar.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Stop, also when the work has failed."""
+        """Stop the display, also after an error."""
         if self.console.is_terminal:
             self._bar.stop()
 
     def __call__(self, step: str, number: int, total: int) -> None:
-        """Say what is being done.
+        """Show the current step.
 
         Args:
-            step: what, perhaps with how much of it is done.
-            number: its number, from 1 on.
-            total: the number of steps.
+            step: description, possibly with its progress.
+            number: of the step, starting at 1.
+            total: number of steps.
         """
         if self.console.is_terminal:
             self._bar.update(self._task, description=step, completed=number, total=total)
             return
         now = time.monotonic()
-        if number != self._number or now - self._said >= EVERY:
-            self._number, self._said = number, now
+        if number != self._number or now - self._printed_at >= EVERY:
+            self._number, self._printed_at = number, now
             text = f"{now - self._start:4.0f} s  {number}/{total} {step}"
             self.console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 def plain(value: Any) -> Any:
-    """Return a value as JSON can hold it.
+    """Convert a value to types that JSON supports.
 
     >>> plain({"loss": float("nan"), "tokens": (1, 2)})
     {'loss': None, 'tokens': [1, 2]}
@@ -147,4 +147,4 @@ def plain(value: Any) -> Any:
         return {str(key): plain(each) for key, each in value.items()}
     if isinstance(value, (Sequence, set, frozenset)):
         return [plain(each) for each in value]
-    raise TypeError(f"{type(value).__name__} has no form in JSON")
+    raise TypeError(f"{type(value).__name__} cannot be converted to JSON")

@@ -1,4 +1,4 @@
-"""`hf-gated-sae search`: pretrained SAEs, and the code that loads each."""
+"""`hf-gated-sae search`: find pretrained SAEs, with the code that loads each."""
 
 from __future__ import annotations
 
@@ -30,31 +30,31 @@ def search(
         typer.Option(
             "--model",
             "-m",
-            help="Base model: Hub id, or such as gpt2. Or a release, or a Neuronpedia id.",
+            help="Base model: Hub id, or a short name such as gpt2. Or a release, or a Neuronpedia id.",
             autocompletion=complete.base_models,
         ),
     ] = None,
     site: Annotated[
         str | None,
         typer.Option(
-            help="Where it reads, such as resid_post or resid_post.12; other libraries' names are read, too.",
+            help="Site, such as resid_post or resid_post.12; names of other libraries are accepted as well.",
             autocompletion=complete.sites,
         ),
     ] = None,
-    layer: Annotated[int | None, typer.Option(help="Block that it reads at.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Layer of the site.")] = None,
     width: Annotated[str | None, typer.Option(help="Number of latents, such as 16384 or 16k.")] = None,
     architecture: Annotated[
         str | None, typer.Option(help="Such as gated or jumprelu.", autocompletion=complete.architectures)
     ] = None,
     l0: Annotated[float | None, typer.Option(help="Only the SAEs whose L0 is nearest to this.")] = None,
     limit: Annotated[int, typer.Option(help="Rows to show; 0 for all.")] = 20,
-    live: Annotated[bool, typer.Option("--live/--no-live", help="Ask the Hub, beside the index.")] = True,
+    live: Annotated[bool, typer.Option("--live/--no-live", help="Also list repositories on the Hub.")] = True,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Find pretrained SAEs, and print the line of code that loads each.
 
-    The exit status is 1 if none fits, as that of grep.
+    The exit status is 1 if none is found, as with grep.
     """
     from ..catalog.index_search import search as find  # here, so that --help does not wait for torch
     from .site_names import site_of
@@ -68,11 +68,11 @@ def search(
     rows = found[:limit] if limit else found
     out.document({"found": len(found), "saes": [record(result) for result in rows]})
     if not found:
-        out.note(f"No SAE is known that fits.{_instead(model, layer, live)}")
+        out.note(f"No SAE found.{_alternatives(model, layer, live)}")
         raise typer.Exit(1)
     out.show(table(rows, with_model=model is None))
     if any(result.l0_kind == "target" for result in rows):
-        out.show("[dim]L0 with ~: what training aimed at, not a measurement.\n[/]")
+        out.show("[dim]L0 with ~: target of training, not a measurement.\n[/]")
     out.show("[bold]from hf_gated_sae import SAEModel[/]")
     for number, result in enumerate(rows, 1):
         out.results.print(code(result, number, out.results.width), highlight=False, soft_wrap=True)
@@ -81,12 +81,12 @@ def search(
 
 
 def record(result: SearchResult) -> dict[str, Any]:
-    """Return what is known of an SAE, and the code that loads it, as JSON has it."""
+    """Return the facts of a search result, and the code that loads it, for the JSON document."""
     return {**{each.name: getattr(result, each.name) for each in fields(result)}, "code": result.code}
 
 
 def table(rows: list[SearchResult], *, with_model: bool) -> Table:
-    """Return what is known of the SAEs, numbered; repository and address are in the code of the same number."""
+    """Return a numbered table of the SAEs; repository and address are in the code of the same number."""
     made = Table(box=SIMPLE_HEAD)
     made.add_column("#", justify="right", no_wrap=True)
     if with_model:
@@ -106,7 +106,7 @@ def table(rows: list[SearchResult], *, with_model: bool) -> Table:
 
 
 def code(result: SearchResult, number: int | None, width: int) -> str:
-    """Return the code that loads a result, its arguments below each other where the line would be too long."""
+    """Return the code that loads a result, with one argument per line if one line would be too long."""
     lead, line = "" if number is None else f"{number:>3}  ", result.code
     if len(lead) + len(line) > width:
         opening = line[: line.index("(") + 1]
@@ -116,7 +116,7 @@ def code(result: SearchResult, number: int | None, width: int) -> str:
 
 
 def _left_out(rest: list[SearchResult]) -> str:
-    """Return what is not shown, by repository."""
+    """Return the message about results that are not shown, by repository."""
     by_repository = Counter(result.repo for result in rest).most_common()
     named = ", ".join(f"{repo} ({number})" for repo, number in by_repository[:SHOWN_REPOSITORIES])
     more = f" and {len(by_repository) - SHOWN_REPOSITORIES} more" if len(by_repository) > SHOWN_REPOSITORIES else ""
@@ -124,19 +124,19 @@ def _left_out(rest: list[SearchResult]) -> str:
     return f"{len(rest):,} more: {escape(named)}{more}. {narrower}"
 
 
-def _instead(model: str | None, layer: int | None, live: bool) -> str:
-    """Return what there is of a base model, for a search that found nothing."""
+def _alternatives(model: str | None, layer: int | None, live: bool) -> str:
+    """Return the layers, or the sites and widths, of a base model's SAEs, for a search that found nothing."""
     from ..catalog.index_search import search as find
 
     if model is None:
-        return " Leave an option out."
-    there = find(model, live=live)
-    if not there:
-        return f" There is none of {escape(model)}."
-    layers = sorted({result.layer for result in there if result.layer is not None})
+        return " Omit an option."
+    found = find(model, live=live)
+    if not found:
+        return f" None is known for {escape(model)}."
+    layers = sorted({result.layer for result in found if result.layer is not None})
     if layer is not None and layers and layer not in layers:
-        return f" Of {escape(model)} there are layers {', '.join(map(str, layers))}."
-    at = [result for result in there if layer is None or result.layer == layer]
+        return f" {escape(model)} has SAEs at layers {', '.join(map(str, layers))}."
+    at = [result for result in found if layer is None or result.layer == layer]
     widths = sorted({result.d_sae for result in at if result.d_sae})
     sites = sorted({(result.site or "").split(".")[0] for result in at if result.site})
-    return f" There are the sites {', '.join(sites) or '?'} and the widths {', '.join(map(str, widths)) or '?'}."
+    return f" Known sites: {', '.join(sites) or '?'}; widths: {', '.join(map(str, widths)) or '?'}."

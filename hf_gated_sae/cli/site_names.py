@@ -1,4 +1,4 @@
-"""Sites as users of any library write them."""
+"""Parsing names of sites, including those of other libraries."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ from ..errors import SiteError, did_you_mean
 
 
 def site_of(name: str) -> str:
-    """Return a site, or a kind of sites, as the index names it.
+    """Return the index's name of a site, or of a kind of sites.
 
     Args:
-        name: one of ours, such as ``"resid_post"`` or ``"resid_post.12"``, or what `hf_gated_sae.sites.read_name`
-            reads, with its layer or without: ``"blocks.12.hook_resid_post"``, ``"model.layers.12"``.
+        name: a name of this package, such as ``"resid_post"`` or ``"resid_post.12"``, or one that
+            `hf_gated_sae.sites.read_name` reads, with or without layer: ``"blocks.12.hook_resid_post"``,
+            ``"model.layers.12"``.
 
     Returns:
-        ``"resid_post.12"`` or ``"resid_post"``; a name that is like one of ours is returned as it is, for what
-        searches to say what there is.
+        ``"resid_post.12"`` or ``"resid_post"``. A name similar to one of this package is returned unchanged, so that
+        the search reports close matches.
 
     Raises:
-        SiteError: if nobody's name is like it; the message lists close matches.
+        SiteError: if no library has a similar name; the message lists close matches.
 
     >>> site_of("blocks.12.hook_resid_post"), site_of("hook_resid_pre")
     ('resid_post.12', 'resid_pre')

@@ -9,7 +9,7 @@ from rich.table import Table
 
 
 def facts_grid(facts: Mapping[str, str]) -> Table:
-    """Return names and values below each other."""
+    """Return a grid with one row per name and value."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
@@ -19,7 +19,7 @@ def facts_grid(facts: Mapping[str, str]) -> Table:
 
 
 def l0_text(l0: float, kind: str | None) -> str:
-    """Return an L0, with a mark if it is what training aimed at rather than a mean that somebody measured.
+    """Return an L0, marked with ~ if it is the target of training and not measured.
 
     >>> l0_text(60.0, "target"), l0_text(82.0, "measured")
     ('~60', '82')

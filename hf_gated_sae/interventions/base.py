@@ -146,10 +146,6 @@ class Edit(Intervention):
     def delta(self, run: SiteCall) -> Tensor:
         """Return the value to add at every token, ``[B, S, d]`` or broadcastable to it."""
 
-    def effect(self, run: SiteCall) -> Tensor:
-        """Return the value to add."""
-        return self.delta(run)
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Replacement(Intervention):

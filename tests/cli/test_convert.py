@@ -145,10 +145,10 @@ def test_the_printed_command_of_a_home_made_one_runs(home_made, tmp_path: Path, 
     [
         ((), "nearest to architecture"),
         (("--architecture", "standart"), "Did you mean 'standard'"),
-        (("--architecture", "standard", "--name", "W_enc"), "--name is given 'W_enc'; expected each key once"),
+        (("--architecture", "standard", "--name", "W_enc"), "--name has 'W_enc'; expected each key once"),
         (
             ("--architecture", "standard", "--name", "W_enc=a", "--name", "W_enc=b"),
-            "--name is given two values of W_enc",
+            "--name has two values of W_enc",
         ),
         (("--architecture", "standard", "--name", "W_enc=lefd"), "Did you mean"),
         (("--name", "W_enc=left"), "without architecture="),

@@ -65,7 +65,7 @@ def test_what_is_not_known_is_said(hub: MiniHub, tmp_path):
     ("layout", "number", "said"),
     [
         ("gemma_scope", 2, "12 (measured)"),
-        ("gemma_scope_2", 2, "~66 (what training aimed at)"),
+        ("gemma_scope_2", 2, "~66 (target of training)"),
         ("qwen_scope", 0, None),
     ],
 )
@@ -134,7 +134,7 @@ def test_offline_the_row_of_the_index_is_shown(words, rows, tmp_path):
         [sys.executable, "-c", code, "info", *words], capture_output=True, text=True, check=False, env=environment
     )
     assert done.returncode == 0, done.stderr
-    assert "is not in the Hub cache" in done.stderr and "what the index knows" in done.stderr
+    assert "is not in the Hub cache" in done.stderr and "The index has:" in done.stderr
     assert all(f'"{row}"' in done.stdout for row in rows)
     assert "from hf_gated_sae import SAEModel" in done.stdout and "SAEModel.from_pretrained(" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80

@@ -95,7 +95,7 @@ def test_convert(tmp_path):
     words = ["convert", str(source), "layer_1/width_16k/average_l0_71", "--out", str(out)]
     status, output, errors = interrupted(words, said("saved aside"), tmp_path, SLOW + MAIN)
     assert status == 130 and output == "" and not out.exists()
-    assert f"Interrupted. Nothing was written to {out}; the same command begins again" in errors
+    assert f"Interrupted. Nothing was written to {out}; the same command starts again" in errors
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks at what a process has loaded")

@@ -150,7 +150,7 @@ def test_json_has_what_the_code_needs(monkeypatch, capsys):
 def test_nothing_found_is_an_empty_list_and_status_1(monkeypatch, capsys):
     assert run(monkeypatch, "search", "-m", "gpt2", "--layer", "44", "--no-live", "--json") == 1
     said = capsys.readouterr()
-    assert json.loads(said.out) == {"found": 0, "saes": []} and "there are layers 0, 1" in said.err
+    assert json.loads(said.out) == {"found": 0, "saes": []} and "has SAEs at layers 0, 1" in said.err
 
 
 def test_an_error_stays_one_line_on_stderr_with_json_too(monkeypatch, capsys):
@@ -214,8 +214,8 @@ BAD = [
     ("search --architecture gatd", "Did you mean 'gated'"),
     ("search --site resid_pst.3", "Did you mean 'resid_post'"),
     ("search --site blocks.3.hook_resid_pst", "Did you mean 'blocks.L.hook_resid_post'"),
-    ("info", "it was given neither"),
-    ("info a/b --model c", "it was given both"),
+    ("info", "Given neither; expected a repository of SAEs"),
+    ("info a/b --model c", "Given both, a/b and --model c; expected"),
     ("info ./none", "There is no folder './none'"),
     ("info nobody/nothing", "neither a folder 'nobody/nothing' nor a model repository"),
     (
@@ -225,8 +225,8 @@ BAD = [
     ("info {file}", "{file}"),
     ("info --model ./none", "there is no folder none"),
     ("convert {theirs} {address}", "neither of --out and --push"),
-    ("convert {theirs} {address} --out {file}", "{file} is no folder"),
-    ("convert {theirs} {address} --out {file}/below", "{file} is no folder"),
+    ("convert {theirs} {address} --out {file}", "{file} is not a folder"),
+    ("convert {theirs} {address} --out {file}/below", "{file} is not a folder"),
     ("convert {theirs} {address} --out /proc/nowhere", "--out /proc/nowhere cannot be written"),
     ("convert {theirs} {address} --out {tmp}/ours --dtype int8", "dtype is 'int8'"),
     ("convert {theirs} layer_9 --out {tmp}/ours", "layer_9"),
@@ -240,16 +240,16 @@ BAD = [
     ("demo --latent -1", "--latent is -1"),
     ("demo --latent 1024", "this SAE has d_sae = 1024 latents"),
     ("demo --concept coment", "Did you mean 'comment'"),
-    ("demo --concept comment --latent 3", "leave one out"),
+    ("demo --concept comment --latent 3", "omit one of them"),
     ("demo --concept comment --text {file}", "needs Python source"),
     ("demo --text {tmp}/none.txt", "is not a file"),
     ("demo --model me/lm", "without --sae"),
     ("demo --sae ./none", "There is no folder './none'"),
     ("demo --subfolder resid_post.1/gatd", "resid_post.1/gated"),
-    ("demo --out {file}/below", "{file} is no folder"),
+    ("demo --out {file}/below", "{file} is not a folder"),
     ("demo --out /proc/nowhere", "--out /proc/nowhere cannot be written"),
     ("demo --plot {tmp}", "is a folder; expected a file"),
-    ("demo --plot {file}/demo.png", "{file} is no folder"),
+    ("demo --plot {file}/demo.png", "{file} is not a folder"),
 ]
 
 

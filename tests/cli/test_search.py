@@ -41,7 +41,7 @@ def test_a_table_and_the_code_that_loads_each_row():
 def test_a_target_is_not_shown_as_a_measurement():
     done = run("--model", "google/gemma-3-4b-pt", "--layer", "17", "--l0", "60", "--limit", "1")
     [row] = [line.split() for line in done.output.splitlines() if "resid_post.17" in line]
-    assert row[-2:] == ["~60", "google"] and "~: what training aimed at" in done.output
+    assert row[-2:] == ["~60", "google"] and "~: target of training" in done.output
     assert "~" not in run("--model", "google/gemma-2-2b", "--layer", "12", "--limit", "5").output
 
 
@@ -62,8 +62,8 @@ def test_without_a_model_it_is_shown():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--model", "gpt2", "--layer", "44"], "there are layers 0, 1, 2"),
-        (["--model", "gpt2", "--site", "mlp_in"], "There are the sites attn_out, attn_z, mlp_out"),
+        (["--model", "gpt2", "--layer", "44"], "has SAEs at layers 0, 1, 2"),
+        (["--model", "gpt2", "--site", "mlp_in"], "Known sites: attn_out, attn_z, mlp_out"),
         (["--site", "attn_pattern.7", "--layer", "8"], ""),
     ],
 )
@@ -103,6 +103,6 @@ def test_an_unknown_model_is_our_error():
 
 def test_a_model_of_whose_saes_little_is_known(monkeypatch):
     monkeypatch.setattr("hf_gated_sae.catalog.index_search.search", lambda *_, **__: [SearchResult("me/saes")])
-    assert _command._instead("me/lm", 3, False) == " There are the sites ? and the widths ?."
+    assert _command._alternatives("me/lm", 3, False) == " Known sites: ?; widths: ?."
     monkeypatch.setattr("hf_gated_sae.catalog.index_search.search", lambda *_, **__: [])
-    assert _command._instead("me/lm", None, False) == " There is none of me/lm."
+    assert _command._alternatives("me/lm", None, False) == " None is known for me/lm."

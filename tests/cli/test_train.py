@@ -115,7 +115,7 @@ def test_no_flag_is_broken_and_no_text_ragged(monkeypatch, capsys) -> None:
     assert run(monkeypatch, "--help") == 0
     said = capsys.readouterr().out
     assert "--training.gradient_accumulation_steps " in said
-    assert "1e-4, which \n comes before the file" in said, "lines end where the terminal does"
+    assert "--training.learning_rate     \n 1e-4. Flags override the file" in said, "lines end where the terminal does"
 
 
 def test_an_interrupted_run_says_how_to_go_on(here: Path, monkeypatch, capsys) -> None:
@@ -126,7 +126,7 @@ def test_an_interrupted_run_says_how_to_go_on(here: Path, monkeypatch, capsys) -
     monkeypatch.setattr(LiveProgress, "on_step_end", interrupt)
     assert run(monkeypatch, "--config", "run.yaml", "--training.save_steps", "1") == 130
     said = capsys.readouterr()
-    assert "Go on from the latest checkpoint with --resume." in said.err and "Traceback" not in said.err
+    assert "Resume from the latest checkpoint with --resume." in said.err and "Traceback" not in said.err
     monkeypatch.undo()
     monkeypatch.chdir(here)
     assert run(monkeypatch, "--config", "out/run.yaml", "--resume") == 0
@@ -202,7 +202,7 @@ def test_presets_are_described(monkeypatch, capsys) -> None:
         (("--config", "run.yaml", "--resum"), "Did you mean '--resume'"),
         (("--config", "run.yaml", "--sae.d_sae", "2000000000"), "The SAEs do not fit into memory"),
         (("--config", "run.yaml", "--sae.d_sae", "2000000000", "--dry-run"), "The SAEs do not fit into memory"),
-        (("--config", "run.yaml", "--output_dir", "/dev/null/x"), "nothing can be written to"),
+        (("--config", "run.yaml", "--output_dir", "/dev/null/x"), "/dev/null cannot be written to"),
     ],
 )
 def test_wrong_inputs_are_one_line(here: Path, monkeypatch, capsys, words: tuple[str, ...], phrase: str) -> None:

@@ -174,7 +174,7 @@ def test_one_sae_by_the_other_script(hub: MiniHub, theirs: str, repo_id: str) ->
     address = "layer_1/width_16k/average_l0_71"
     code, said = run(convert_and_publish, theirs, address, repo_id, "--dtype", "bfloat16")
     assert code == 0, said
-    assert f"is now {repo_id}@{hub.repo(repo_id).at('main').id[:12]}" in said
+    assert f"published as {repo_id}@{hub.repo(repo_id).at('main').id[:12]}" in said
 
 
 @pytest.mark.parametrize(

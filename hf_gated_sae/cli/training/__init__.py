@@ -1,1 +1,1 @@
-"""What `hf-gated-sae train` shows; in a folder of its own, because the command imports every module beside it."""
+"""Output of `hf-gated-sae train`; in its own folder, because every module in `cli/` is imported as a subcommand."""

@@ -1,4 +1,4 @@
-"""How a training run is doing, in a terminal or in a file."""
+"""Progress of a training run, shown in a terminal or as lines of text."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from ...training.progress_bar import numbers
 from .pace import Pace
 
 SHORT = {"reconstruction": "recon", "auxiliary": "aux"}
-"""Titles of columns that would leave no room for the names of SAEs."""
+"""Short titles of columns, to leave room for the names of SAEs."""
 TRAINING = "training"
 EVERY = 30.0
-"""Seconds between two lines on a phase, where there is no terminal."""
+"""Seconds between progress lines of a phase, without a terminal."""
 HELD_OUT = {"loss_recovered": "loss recovered", "fvu": "FVU", "gamma": "gamma", "l0": "L0"}
-"""What is shown of a measurement on held-out text."""
+"""Metrics shown of an evaluation on held-out text, with their titles."""
 
 
 class LiveProgress(PhaseCallback):
-    """A bar for each phase above a table with the latest numbers of each SAE; without a terminal, lines.
+    """Shows a bar for each phase above a table with the latest metrics of each SAE; without a terminal, lines.
 
     Args:
-        console: where to show them.
+        console: to print to.
     """
 
     def __init__(self, console: Console) -> None:
@@ -44,29 +44,29 @@ class LiveProgress(PhaseCallback):
         )
         self._tasks: dict[str, TaskID] = {}
         self._began: dict[str, float] = {}
-        self._said: dict[str, float] = {}
+        self._printed_at: dict[str, float] = {}
         self._pace = Pace()
         self._tables: dict[str, Table] = {}
         self._live = Live(self._bars, console=console, refresh_per_second=4)
 
     def __enter__(self) -> LiveProgress:
-        """Begin to show."""
+        """Start the display."""
         if self.console.is_terminal:
             self._live.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Stop, also when training has failed."""
+        """Stop the display, also after an error."""
         self._live.stop()
 
     # ------------------------------------------------------------------ phases
 
     def on_phase(self, phase: Phase, done: int, total: int) -> None:
         """Move the bar of a phase."""
-        here = time.monotonic()
+        now = time.monotonic()
         if phase not in self._began or done == 0:
-            self._began[phase] = here
-        took = here - self._began[phase]
+            self._began[phase] = now
+        took = now - self._began[phase]
         if phase is Phase.FILL:
             self._pace.filling(done, total)
         elif phase is Phase.HELD_OUT and done >= total:
@@ -74,19 +74,19 @@ class LiveProgress(PhaseCallback):
         left = took * (total - done) / done if done else None
         ends = done >= total
         self._show(phase, done, total, _took(took) if ends else _left(left))
-        again = phase is Phase.FILL and TRAINING in self._tasks
+        is_refill = phase is Phase.FILL and TRAINING in self._tasks
         if ends:
             del self._began[phase]
         if self.console.is_terminal:
-            self._bars.update(self._tasks[phase], visible=not (ends and (again or phase is Phase.HELD_OUT)))
-        elif not again and (ends or here - self._said.get(phase, 0.0) > EVERY):
-            self._said[phase] = here
+            self._bars.update(self._tasks[phase], visible=not (ends and (is_refill or phase is Phase.HELD_OUT)))
+        elif not is_refill and (ends or now - self._printed_at.get(phase, 0.0) > EVERY):
+            self._printed_at[phase] = now
             unit = "tokens" if phase is Phase.HELD_OUT else "activations"
-            many = f"{total:,} {unit}" if done in (0, total) else f"{done:,} of {total:,} {unit}"
-            self._line(", ".join(filter(None, (f"{phase}: {many}", _took(took) if ends else _left(left)))))
+            amount = f"{total:,} {unit}" if done in (0, total) else f"{done:,} of {total:,} {unit}"
+            self._line(", ".join(filter(None, (f"{phase}: {amount}", _took(took) if ends else _left(left)))))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note when a step begins."""
+        """Record the start of a step."""
         self._pace.step_begins()
         self._began.setdefault(TRAINING, time.monotonic())
 
@@ -113,7 +113,7 @@ class LiveProgress(PhaseCallback):
     # ------------------------------------------------------------------ numbers
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Show the latest numbers."""
+        """Show the latest metrics."""
         held_out = held_out_numbers(logs or {})
         rows = held_out or _rows(logs or {})
         if not rows:
@@ -134,7 +134,7 @@ class LiveProgress(PhaseCallback):
 
 
 def held_out_numbers(logs: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """Return what is shown of a measurement on held-out text, by SAE and by title; nothing of another line of logs.
+    """Return the metrics to show of an evaluation on held-out text, by SAE and title; nothing for other log entries.
 
     >>> held_out_numbers({"eval_loss_recovered": 0.987, "eval_fvu": 0.1, "eval_loss_clean": 3.2, "epoch": 0.5})
     {'': {'loss recovered': '0.987', 'FVU': '0.1'}}
@@ -149,15 +149,15 @@ def held_out_numbers(logs: dict[str, Any]) -> dict[str, dict[str, str]]:
 
 
 def _rows(logs: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """Return the numbers of each SAE; of several, those of all of them come last."""
+    """Return the metrics of each SAE; with several SAEs, those of all together come last."""
     found = numbers(logs)
-    if len(found) > 1:  # of several SAEs, the loss is the sum of all
+    if len(found) > 1:  # the loss without a name is the sum over all SAEs
         found["all"] = found.pop("", {})
     return found
 
 
 def table(rows: dict[str, dict[str, str]], title: str | None = None) -> Table:
-    """Return the numbers, one SAE per row."""
+    """Return a table of the metrics, one SAE per row."""
     titles = list(dict.fromkeys(name for found in rows.values() for name in found))
     made = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title=title, title_justify="left")
     if len(rows) > 1:

@@ -1,4 +1,4 @@
-"""How long the rest of a run takes: its steps, and what is read between them, each at a speed of its own."""
+"""Estimating the remaining time of a run, from the separate speeds of its steps and of reading between them."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ import time
 from collections.abc import Callable
 
 SMOOTHING = 0.05
-"""The share of the latest step in the mean of all: what steps take falls as fewer latents are on."""
+"""Weight of the latest step in the moving average: steps become faster as fewer latents are active."""
 
 
 class Pace:
-    """Foresees the end of the steps of a run.
+    """Estimates the remaining time of the steps of a run.
 
-    Activations come out of a buffer, which is filled up whenever it is half empty: some steps wait for that, most do
-    not, and at first none does. So steps and reading are timed apart.
+    Activations come from a buffer, which is refilled whenever it is half empty: some steps wait for that, most do not,
+    and the first ones never do. Steps and reading are therefore timed separately.
 
     Args:
-        now: the time in seconds.
+        now: returns the time in seconds.
 
     Attributes:
-        seconds_per_step: of the steps alone.
-        seconds_per_row: of reading an activation into the buffer.
+        seconds_per_step: of the steps without reading.
+        seconds_per_row: to read one activation into the buffer.
+        seconds_per_pause: of an evaluation.
     """
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
@@ -34,25 +35,25 @@ class Pace:
         self._filled: tuple[float, int] | None = None
 
     def filling(self, held: int, size: int) -> None:
-        """Note that the buffer holds some rows, of as many as it can hold."""
-        here = self.now()
+        """Record that the buffer holds `held` of its `size` rows."""
+        now = self.now()
         if self._filled is not None and held > self._filled[1]:
-            self._seconds += here - self._filled[0]
+            self._seconds += now - self._filled[0]
             self._rows += held - self._filled[1]
             self.seconds_per_row = self._seconds / self._rows
-        self._filled = None if held >= size else (here, held)
+        self._filled = None if held >= size else (now, held)
         self._size, self._held = size, held
 
     def paused(self, seconds: float) -> None:
-        """Note how long the steps stood still for a measurement."""
+        """Record the duration of an evaluation between steps."""
         self.seconds_per_pause = seconds
 
     def step_begins(self) -> None:
-        """Note that a step begins, with its batch at hand."""
+        """Record the start of a step, after its batch was read."""
         self._began, self._filled = self.now(), None
 
     def step_ends(self, rows: int) -> None:
-        """Note that a step has ended, for which some rows were taken out of the buffer."""
+        """Record the end of a step that took `rows` rows from the buffer."""
         self._held = max(self._held - rows, 0)
         if self._began is not None:
             took = self.now() - self._began
@@ -63,9 +64,9 @@ class Pace:
         """Return the seconds until the last step has ended; None before the first.
 
         Args:
-            steps: that are left.
+            steps: number of remaining steps.
             rows: activations per step.
-            pauses: measurements that are left.
+            pauses: number of remaining evaluations.
         """
         if self.seconds_per_step is None:
             return None

@@ -1,4 +1,4 @@
-"""What `hf-gated-sae train` shows besides its progress: settings, presets, and what a run will cost."""
+"""Tables of `hf-gated-sae train`: settings, presets, and the cost of a run."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ OF_TRANSFORMERS = (
     *("adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm", "gradient_accumulation_steps"),
     *("bf16", "fp16", "use_cpu", "logging_steps", "report_to", "save_steps", "save_total_limit"),
 )
-"""The arguments of transformers' own that are worth a line each."""
+"""Arguments of transformers that the help lists."""
 
 
 def attributes(cls: type) -> dict[str, str]:
-    """Return what the docstring of a class says of each attribute, in one line."""
+    """Return the description of each attribute in a class's docstring, as one line."""
     text = inspect.getdoc(cls) or ""
     part = re.search(r"^Attributes:\n((?:(?: {4}.*)?\n?)*)", text, flags=re.MULTILINE)
     entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", part[1] if part else "", flags=re.MULTILINE)
@@ -46,13 +46,16 @@ def show_settings(console: Console) -> None:
             if not each.metadata and each.name not in ("model", "data", "sae", "saes", "training", "preset")
         }
         _panel(console, prefix[:-1] or "run", (inspect.getdoc(cls) or "").splitlines()[0], rows)
-    more = "--saes.NAME.d_sae and so on: several SAEs by name, laid over sae. --sae.k, --sae.bandwidth: what else the "
-    console.print(Padding(more + "configuration of the architecture has.", (0, 2)), highlight=False)
+    more = (
+        "--saes.NAME.d_sae etc.: several SAEs by name, whose settings override those of sae. --sae.k, --sae.bandwidth "
+        "etc.: further keys of the architecture's configuration."
+    )
+    console.print(Padding(more, (0, 2)), highlight=False)
     _show_training(console)
 
 
 def _show_training(console: Console) -> None:
-    """Print the trainer's arguments: our own, and the more important of those of transformers."""
+    """Print the trainer's arguments: its own, and the more important ones of transformers."""
     from transformers import TrainingArguments
 
     from ...training import SAETrainingArguments
@@ -67,13 +70,13 @@ def _show_training(console: Console) -> None:
         for name in dict.fromkeys(listed)
         if name not in ELSEWHERE
     }
-    _panel(console, "training", "The recipe. Where steps are counted, 5% means 5% of max_steps.", rows)
-    others = "--training also takes every other argument of transformers.TrainingArguments that has a meaning here."
+    _panel(console, "training", "Training arguments. For numbers of steps, 5% means 5% of max_steps.", rows)
+    others = "--training also accepts every other argument of transformers.TrainingArguments that applies to SAEs."
     console.print(Padding(others, (0, 2)), highlight=False)
 
 
 def show_presets(console: Console) -> None:
-    """Print every preset: what it is, where it is from, its units."""
+    """Print every preset: description, source and units."""
     from ...training.presets import presets
 
     for name, preset in presets.items():
@@ -97,13 +100,13 @@ def presets_document() -> dict[str, Any]:
 
 
 def estimate_document(found: Estimate) -> dict[str, Any]:
-    """Return what a run will cost as plain data: bytes, seconds, tokens and floating-point operations."""
+    """Return the cost of a run as plain data: bytes, seconds, tokens and floating-point operations."""
     sums = {"total": found.total, "checkpoint": found.checkpoint, "operations": found.operations, "time": found.time}
     return {**{each.name: getattr(found, each.name) for each in fields(found)}, **sums}
 
 
 def show_estimate(console: Console, found: Estimate) -> None:
-    """Print what a run will cost."""
+    """Print the cost of a run."""
     for title, rows in found.tables().items():
         table = Table(title=title, title_justify="left", show_header=False, pad_edge=False, box=None)
         table.add_column(style="bold", no_wrap=True)
@@ -116,7 +119,7 @@ def show_estimate(console: Console, found: Estimate) -> None:
 
 
 def _panel(console: Console, title: str, introduction: str, rows: Mapping[str, tuple[str, str]]) -> None:
-    """Print flags with what they mean, and their defaults."""
+    """Print flags with their descriptions and defaults."""
     table = Table.grid(padding=(0, 1))
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
@@ -127,7 +130,7 @@ def _panel(console: Console, title: str, introduction: str, rows: Mapping[str, t
 
 
 def _default(each: Field[Any]) -> str:
-    """Return the default of a setting as YAML would have it; empty if it has none, or none worth showing."""
+    """Return the default of a setting in YAML's spelling; empty for None, an empty mapping, or no default."""
     from ...training.run.assembly import RUN_DEFAULTS
 
     value = each.default if each.default_factory is MISSING else each.default_factory()
@@ -139,7 +142,7 @@ def _default(each: Field[Any]) -> str:
 
 
 def _documented_arguments(cls: type) -> dict[str, str]:
-    """Return the first sentence that a docstring in transformers' style has for each argument."""
+    """Return the first sentence of each argument's description in a docstring of transformers' style."""
     text = inspect.getdoc(cls) or ""
     found = re.findall(r"^ +(\w+) \(.*\):\n +((?:.|\n)+?)(?:\.\s|\n\n|\n +\w+ \()", text, flags=re.MULTILINE)
     return {name: " ".join(re.sub(r"\[`~?|`\]?", "", sentence).split()) + "." for name, sentence in found}
