@@ -125,13 +125,13 @@ def test_the_registry_in_a_wheel(tmp_path):
         ("lm/3-whatever", {}, None),
         ("lm/4-res-16k", {}, None),  # the end of block 3 is the beginning of block 4
         ("lm/5-res-16k", {}, "layer 5"),
-        ("lm/3-att-16k", {}, "says att"),
+        ("lm/3-att-16k", {}, "states att"),
         ("lm/3-gemmascope-mlp-16k", {"site": "mlp_out.3"}, None),
         ("lm/4-gemmascope-mlp-16k", {"site": "mlp_out.3"}, "layer 4"),
         ("lm/3-res-32k", {}, "width 32k"),
         ("lm/3-res-32k", {"d_sae": None}, None),
         ("lm/3-res-16k__l0-71", {}, "L0 71"),
-        ("lm/e-res-16k", {"site": "embed"}, "says res"),
+        ("lm/e-res-16k", {"site": "embed"}, "states res"),
     ],
 )
 def test_names_of_dashboards_that_contradict_their_sae(name, known, why):
