@@ -87,9 +87,9 @@ def test_nothing_to_convert(tmp_path: Path, monkeypatch, capsys) -> None:
     example_files("gemma_scope", tmp_path)
     folder = tmp_path / "google" / "gemma-scope-2b-pt-res"
     assert run(monkeypatch, str(folder), "--out", str(tmp_path / "x")) == 1
-    assert "what is in it does" in capsys.readouterr().err
+    assert "folders or files in it do" in capsys.readouterr().err
     assert run(monkeypatch, str(folder), "layer_1", "--push", "alice/x") == 1
-    assert "what is in it does" in capsys.readouterr().err
+    assert "folders or files in it do" in capsys.readouterr().err
 
 
 def test_a_site_that_is_not_stated(hub: MiniHub, repo_id: str, tmp_path: Path, monkeypatch, capsys) -> None:

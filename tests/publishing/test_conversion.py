@@ -295,7 +295,7 @@ def test_what_cannot_be_converted(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no SAE in a known format"):
         convert(tmp_path / "empty")
     folder = folder_of(tmp_path / "theirs")
-    with pytest.raises(MissingFileError, match="what is in it does"):
+    with pytest.raises(MissingFileError, match="folders or files in it do"):
         convert(folder)
     with pytest.raises(InputError, match="dtype is 'bfloat61'.*bfloat16"):
         convert(folder, "layer_1/width_16k/average_l0_71", dtype="bfloat61")
