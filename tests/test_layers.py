@@ -1,11 +1,15 @@
 """The house plan: rooms stand on floors, and imports point down."""
 
 import ast
+import subprocess
+from collections import Counter
 from pathlib import Path
 
+import networkx
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "hf_gated_sae"
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "hf_gated_sae"
 FLOORS = [
     {"errors", "registry", "auto", "versions", "exports", "upstream"},
     {"functional", "storage"},
@@ -64,6 +68,83 @@ def test_imports_point_down(path):
     allowed = {"architectures"} if path.name == "auto.py" else set()
     up = {room for room in imported_rooms(path) - allowed if FLOOR_OF.get(room, -1) > here}
     assert not up, f"{path.relative_to(PACKAGE)} (floor {here}) imports from a higher floor: {sorted(up)}"
+
+
+UPWARD = {
+    ("modeling/loading.py", "hf_gated_sae.formats", "open_checkpoint"),
+    ("modeling/loading.py", "hf_gated_sae.formats", "described_tensors"),
+    ("modeling/pretrained.py", "hf_gated_sae.publishing.push", "push_to_hub"),
+}
+"""What a lower floor calls in a higher one, by name: what users look for on the model, although it is done above."""
+
+
+def late_bound(tree: ast.AST) -> set[tuple[str, str]]:
+    """Names that a file imports by string when they are called."""
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+    named = (call for call in calls if getattr(call.func, "id", "") == "LateBound")
+    return {(call.args[0].value, call.args[1].value) for call in named}
+
+
+def test_names_that_are_bound_late_are_few_and_known():
+    found = {
+        (str(path.relative_to(PACKAGE)), *names)
+        for path in FILES
+        for names in late_bound(ast.parse(path.read_text(encoding="utf-8")))
+    }
+    assert found == UPWARD
+
+
+def imported_files(path: Path) -> set[Path]:
+    """Files of this package that a file imports, wherever in it, type-checking imports left out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            node.body = []
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            for alias in node.names:
+                candidates = (base / f"{alias.name}.py", base / alias.name / "__init__.py")
+                candidates += (base.with_suffix(".py"), base / "__init__.py")
+                found |= set([file for file in candidates if file.is_file()][:1])
+    return found - {path}
+
+
+CIRCLES = [{"hub/location.py", "hub/repository.py"}]
+"""A local folder may be a clone of a repository, whose client is imported only then: said in `hub/location.py`."""
+
+
+def test_files_import_each_other_without_circles():
+    graph = networkx.DiGraph()
+    for path in PACKAGE.rglob("*.py"):
+        graph.add_edges_from((path, each) for each in imported_files(path) if each.name != "__init__.py")
+        package = path.with_name("__init__.py")
+        graph.add_edges_from(
+            (path, each) for each in imported_files(path) if each.name == "__init__.py" and each != package
+        )
+    found = [circle for circle in networkx.strongly_connected_components(graph) if len(circle) > 1]
+    assert [{str(path.relative_to(PACKAGE)) for path in circle} for circle in found] == CIRCLES
+
+
+SAME_JOB = {"__init__", "base", "saelens", "sparsify", "circuit_tracer", "temporal"}
+"""Base names of files in several rooms: the base class of a registry, and what belongs to one other library."""
+
+
+def test_no_two_files_have_one_name():
+    names = Counter(path.stem for path in PACKAGE.rglob("*.py"))
+    assert {name for name, count in names.items() if count > 1} <= SAME_JOB
+
+
+def test_nothing_else_is_at_the_top():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a clone")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    top = {line.split("/")[0] for line in listed.splitlines()}
+    folders = {"hf_gated_sae", "hub_scripts", "model_cards", "tests", "docs"}
+    files = {"pyproject.toml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff"}
+    files |= {"Makefile", "constraints.txt", "LICENSE"}
+    assert {name for name in top if not name.startswith(".")} == folders | files
 
 
 def test_an_upward_import_is_found(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from ..errors import InputError
 from . import complete
 from .app import Command, app, interruptible
 from .argument_checks import modification_time, require_writable
-from .output import AsJson, Output, Quiet
+from .console_output import AsJson, Output, Quiet
 
 if TYPE_CHECKING:
     from ..publishing import Conversion

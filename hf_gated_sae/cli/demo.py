@@ -21,7 +21,7 @@ from rich.table import Table
 from ..errors import InputError
 from .app import Command, app, interruptible
 from .argument_checks import modification_time, require_writable
-from .output import AsJson, Output, Quiet
+from .console_output import AsJson, Output, Quiet
 
 if TYPE_CHECKING:
     from ..demo.demo_run import DemoReport

@@ -15,7 +15,7 @@ from rich.table import Table
 from ..errors import InputError, MissingFileError, SAEError
 from . import complete
 from .app import Command, app
-from .output import AsJson, Output, Quiet
+from .console_output import AsJson, Output, Quiet
 from .tables import facts_grid, l0_text
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from rich.markup import escape
 
 from ..errors import SAEError
-from .output import Output
+from .console_output import Output
 from .search import code, record, table
 
 SHOWN = 8

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import InputError, SiteError
-from .output import Output
+from .console_output import Output
 from .tables import facts_grid
 
 if TYPE_CHECKING:

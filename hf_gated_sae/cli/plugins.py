@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from .output import Output
+from .console_output import Output
 
 
 @dataclass(frozen=True)

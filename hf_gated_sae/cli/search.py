@@ -14,7 +14,7 @@ from rich.table import Table
 from . import complete
 from .app import Command, app
 from .argument_checks import require_at_least
-from .output import AsJson, Output, Quiet
+from .console_output import AsJson, Output, Quiet
 from .tables import l0_text
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from rich.markup import escape
 from ..errors import InputError, did_you_mean
 from . import complete
 from .app import Command, app, interruptible
-from .output import AsJson, Output, Quiet
+from .console_output import AsJson, Output, Quiet
 from .tables import facts_grid
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, shown
-from .registry import architectures
+from .architecture_registry import architectures
 
 if TYPE_CHECKING:
     from .model import SAEModel

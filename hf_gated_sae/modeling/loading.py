@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 
 from ..errors import CheckpointError, InputError, LatentIndexError, did_you_mean, shown
 from ..registry import LateBound
+from .architecture_registry import architectures
 from .building import assembled, chosen_dtype, largest, ordinary_tensors, require_complete, require_finite, unrecorded
 from .checkpoint import Checkpoint, Tensors
 from .description import CheckpointDescription
-from .registry import architectures
 from .transformers_settings import quiet_transformers
 
 if TYPE_CHECKING:

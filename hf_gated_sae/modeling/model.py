@@ -16,13 +16,13 @@ from ..functional.normalization import NORMALIZATIONS, TokenNormalization
 from ..functional.sparse_decode import decode
 from ..functional.sparse_latents import SparseLatents
 from .architecture import ArchitectureContract
+from .architecture_registry import architectures
 from .config import SAEConfig
 from .dtypes import compute_in_widest_dtype
 from .latent_rows import held_rows
 from .objective import Objective, Sparsity
 from .output import SAEOutput, TrainingLoss
 from .printing import summary
-from .registry import architectures
 from .sparse_encoding import encode_sparse, reconstruct
 from .training_input import require_trainable_input, training_obstacle
 

@@ -13,10 +13,10 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from ..hub.origin import Origin
 from ..registry import LateBound
 from ..storage.atomic_write import written_together
+from .architecture_registry import architectures
 from .config import SAEConfig
 from .description import describe_checkpoint
 from .loading import from_tensors, load, named_place, open_checkpoint, require_class
-from .registry import architectures
 from .transformers_settings import quiet_transformers
 
 _push_to_hub = LateBound("hf_gated_sae.publishing.push", "push_to_hub")

@@ -43,7 +43,10 @@ def plans(sae):
 REFUSED = {
     "one vector": (lambda sae: Patch(SITE, torch.ones(HIDDEN)), ["[32]", "[B, S, d]"]),
     "other latents": (lambda sae: Patch(sae, torch.ones(2, 6, 3), latents=[1]), ["[2, 6, 3]", "[B, S, 1]"]),
-    "latents of a site": (lambda sae: Patch(SITE, torch.ones(2, 6, 32), latents=[1]), ["latents=(1,)", "expected an SAE"]),
+    "latents of a site": (
+        lambda sae: Patch(SITE, torch.ones(2, 6, 32), latents=[1]),
+        ["latents=(1,)", "expected an SAE"],
+    ),
     "no latents": (lambda sae: Patch(sae, torch.ones(2, 6, 1), latents=[]), ["no latents"]),
     "another width": (
         lambda sae: attach(model_of("llama"), Patch(SITE, torch.ones(2, 6, 31))),

@@ -58,7 +58,7 @@ REFUSED = {
     "a vector for an SAE": (lambda sae: Steer(sae, torch.ones(HIDDEN)), ["one latent with an SAE", SITE]),
     "a condition without an SAE": (
         lambda sae: Steer(SITE, torch.ones(HIDDEN), when={3: 1.0}),
-        ["when=", "without an SAE"],
+        ["when=", "needs an SAE"],
     ),
     "a model": (lambda sae: Steer(torch.nn.Linear(2, 2), 3), ["Linear", "expected an SAE, or a site"]),
     "a vector of another width": (
