@@ -119,7 +119,7 @@ def examine(name: str) -> Finding:
         plain = re.sub(r"\.\d+(?=[ .,)]|$)", ".L", reason)
         finding.refused.setdefault(plain, []).append(str(site))
     for row in sites.rows():
-        finding.places.setdefault(row.name, []).extend([row.place] if row.proven else [])
+        finding.places.setdefault(row.name, []).extend([row.tensor_path] if row.proven else [])
     finding.refused |= {} if sites.n_layers else {sites.evidence: ["all"]}
     if "resid_pre.0" in sites:
         check(model, sites, finding)

@@ -55,7 +55,7 @@ def table(rows: Sequence[SiteRow]) -> Table:
     made.add_column("tensor", overflow="fold")
     made.add_column("width", justify="right", no_wrap=True)
     for row in rows:
-        tensor = row.place if row.proven else f"refused: {row.reason}"
+        tensor = row.tensor_path if row.proven else f"refused: {row.reason}"
         style = None if row.proven else "dim"
         name = f"{row.name}.L" if row.layers else row.name
         made.add_row(
@@ -109,7 +109,7 @@ def _norms(sites: SiteMap, rows: Sequence[SiteRow]) -> str:
     for row in rows:
         for layer in row.layers if row.proven else ():
             with suppress(SiteError):  # no norm reads it
-                [plain] = sites[f"{row.name}.{layer}|norm_no_gain"].place.transforms
+                [plain] = sites[f"{row.name}.{layer}|norm_no_gain"].tensor_path.transforms
                 found.setdefault(str(plain), {}).setdefault(row.name, []).append(layer)
     lines = []
     for transform, names in found.items():

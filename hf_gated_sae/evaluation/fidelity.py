@@ -73,7 +73,7 @@ def evaluate(
         ShapeError: if the site's tensor, or the model's output, does not have one vector for each token.
     """
     require_reconstructing(sae)
-    site = str(Splice(sae).place)
+    site = str(Splice(sae).first_site)
     arms = ("clean", "spliced", "zero")
     special = special_token_ids(model, sae)
     measured = _Activations(sae, outlier_multiple)

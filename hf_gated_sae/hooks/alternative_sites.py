@@ -100,7 +100,7 @@ def _one_side(read: Site, written: Site, here: Iterable[str], there: Iterable[st
 
 def _existing(found: SiteMap, names: Iterable[str | None], width: int, own: Slot) -> dict[str, Slot]:
     """Return the slots of the names that exist with that width, each place once, and not the SAE's own."""
-    places = {own.place}
+    places = {own.tensor_path}
     slots: dict[str, Slot] = {}
     for name in names:
         if name is None or len(slots) == MOST_FAR:
@@ -109,8 +109,8 @@ def _existing(found: SiteMap, names: Iterable[str | None], width: int, own: Slot
             slot = found[name]
         except SiteError:  # that one does not exist in this model, or is refused
             continue
-        if slot.width == width and slot.place not in places:
-            places.add(slot.place)
+        if slot.width == width and slot.tensor_path not in places:
+            places.add(slot.tensor_path)
             slots[name] = slot
     return slots
 
@@ -132,7 +132,7 @@ def _names_beside(found: SiteMap, root: nn.Module, site: Site) -> Iterator[str]:
     for near in (layer, layer - 1, layer + 1):
         if 0 <= near < found.n_layers:
             yield from (f"{name}.{near}" for name in LAYERED)
-    block = own.place.path.split(f".{layer}.")[0] + f".{layer}"
+    block = own.tensor_path.path.split(f".{layer}.")[0] + f".{layer}"
     with suppress(AttributeError):  # the site lies outside the blocks
         yield from (f"{block}.{name}.output" for name, _ in root.get_submodule(block).named_children())
 

@@ -55,17 +55,17 @@ class Attachment(Session):
         self.interventions = interventions
         self.checks = checks
         self._model = weakref.ref(unwrap(model)[0])
-        self._slots = {slot.place.bare: slot.bare for slot in slots.values()}
+        self._slots = {slot.tensor_path.bare: slot.bare for slot in slots.values()}
         self._records: list[Record] = []
         at: dict[TensorPath, list[Record]] = {place: [] for place in self._slots}
         read: dict[TensorPath, list[tuple[Site, tuple[Transform, ...]]]] = {place: [] for place in self._slots}
         for intervention in interventions:
-            for output, site in enumerate(intervention.places):
-                place = slots[str(site)].place
+            for output, site in enumerate(intervention.sites):
+                place = slots[str(site)].tensor_path
                 self._records.append(Record(intervention, output, place.transforms))
                 at[place.bare].append(self._records[-1])
             for site in intervention.reads:
-                place = slots[str(site)].place
+                place = slots[str(site)].tensor_path
                 read[place.bare].append((site, place.transforms))
         self.records, self.reads = at, read
         self._saes: dict[tuple[int, torch.device], SAEModel] = {}
@@ -116,7 +116,7 @@ class Attachment(Session):
     def __repr__(self) -> str:
         """Name the interventions, and say whether they act."""
         state = "acting" if self.enabled else "not acting"
-        where = Counter(f"{type(each).__name__} at {', '.join(map(str, each.places))}" for each in self.interventions)
+        where = Counter(f"{type(each).__name__} at {', '.join(map(str, each.sites))}" for each in self.interventions)
         shown = (name if count == 1 else f"{name} ({count} times)" for name, count in where.items())
         return few_lines([f"Attachment, {state}: {'; '.join(shown)}"])
 
@@ -262,7 +262,7 @@ def sites_of(interventions: Sequence[Intervention]) -> list[str]:
                 f"attach() was given {type(intervention).__name__}; expected interventions such as Splice(sae) or "
                 "Ablate(sae, [123])."
             )
-    written = [str(site) for intervention in interventions for site in intervention.places]
+    written = [str(site) for intervention in interventions for site in intervention.sites]
     return [*written, *(str(site) for intervention in interventions for site in intervention.reads)]
 
 
@@ -278,7 +278,7 @@ def require_fit(interventions: Sequence[Intervention], slots: Mapping[str, Slot]
     held: dict[Hashable, tuple[Intervention, Slot]] = {}
     for intervention in interventions:
         _require_order(intervention, slots)
-        for site in intervention.places:
+        for site in intervention.sites:
             slot = slots[str(site)]
             intervention.require_width(slot.width)
             for name in _names_of_tensor(slot):
@@ -302,7 +302,7 @@ def _require_one_name(first: tuple[Intervention, Slot], second: tuple[Interventi
         InputError: naming both.
     """
     (other, there), (intervention, here) = first, second
-    if other is not intervention and there.place.bare != here.place.bare:
+    if other is not intervention and there.tensor_path.bare != here.tensor_path.bare:
         raise InputError(
             f"{type(other).__name__} at {there.site} and {type(intervention).__name__} at {here.site} write one "
             "tensor under two names, one after the other, so that the second would not read the clean activation: "
@@ -312,7 +312,7 @@ def _require_one_name(first: tuple[Intervention, Slot], second: tuple[Interventi
 
 def _names_of_tensor(slot: Slot) -> list[Hashable]:
     """Return what tells that two slots hold the same tensor: where it lies, and which step of the stream it is."""
-    place, site = slot.place, slot.site
+    place, site = slot.tensor_path, slot.site
     names: list[Hashable] = [(place.path, place.port, place.keys)]
     if site.name in ("resid_pre", "resid_post") and site.layer is not None:
         names.append(site.layer + (site.name == "resid_post"))
@@ -329,7 +329,7 @@ def _require_order(intervention: Intervention, slots: Mapping[str, Slot]) -> Non
     for number, site in enumerate(intervention.reads):
         slot = slots[str(site)]
         intervention.require_read_width(slot.width)
-        needed = slots[str(intervention.places[min(number, len(intervention.places) - 1)])]
+        needed = slots[str(intervention.sites[min(number, len(intervention.sites) - 1)])]
         if slot.order > needed.order:
             base_model = None if intervention.sae_used is None else intervention.sae_used.config.base_model
             raise InputError(
@@ -355,7 +355,7 @@ def _require_splice_of_crosscoders(interventions: Sequence[Intervention]) -> Non
     spliced = {each.sae: each.special_tokens for each in whole if each.positions == "all"}
     for each in interventions:
         sae = each.sae_used
-        crosses = sae is not None and len(each.places) > 1 and not sae.config.is_transcoder
+        crosses = sae is not None and len(each.sites) > 1 and not sae.config.is_transcoder
         covered = sae in spliced and (spliced[sae] or not each.special_tokens)
         if crosses and isinstance(each, Edit) and not covered:
             raise InputError(

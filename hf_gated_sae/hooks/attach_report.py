@@ -107,7 +107,7 @@ class Record:
     @property
     def site(self) -> Site:
         """The site that this is about."""
-        return self.intervention.places[self.output]
+        return self.intervention.sites[self.output]
 
     def add(self, tokens: TokenContext, mask: Tensor | bool) -> None:
         """Remember one call."""

@@ -244,13 +244,13 @@ class _Pass:
         inputs: Mapping[str, Any],
     ) -> None:
         self.model, self.slots, self.metric, self.inputs = model, slots, metric, inputs
-        self.written = {slots[str(site)].place.bare: str(site) for sae in saes for site in sites_written(sae)}
+        self.written = {slots[str(site)].tensor_path.bare: str(site) for sae in saes for site in sites_written(sae)}
 
     def run(
         self, added: Mapping[TensorPath, Tensor] | None = None
     ) -> tuple[float, dict[TensorPath, Tensor], dict[TensorPath, Tensor]]:
         """Return the metric, its derivatives with respect to what is written, and all activations."""
-        leaves = _Leaves({slot.place.bare for slot in self.slots.values()}, self.written, added)
+        leaves = _Leaves({slot.tensor_path.bare for slot in self.slots.values()}, self.written, added)
         with torch.enable_grad():
             output = leaves.run(self.model, self.slots, self.inputs)
             value = self._value(output)
@@ -320,8 +320,8 @@ class _Part:
         self.sae, self.seen, self.counted = sae, seen, counted
         self.shape = tuple(counted.mask.shape)
         self.where = counted.mask.reshape(-1).nonzero().squeeze(1).to(sae.b_dec.device)
-        self.written = [slots[str(site)].place for site in sites_written(sae)]
-        self.read = [slots[site].place for site in read]
+        self.written = [slots[str(site)].tensor_path for site in sites_written(sae)]
+        self.read = [slots[site].tensor_path for site in read]
         chosen = [self._chosen(place, view(seen[place.bare], place.transforms).value) for place in self.read]
         with torch.no_grad(), exact_dtype(sae.b_dec.device):
             self.live = sae.encode_sparse(sae_input(sae, chosen))

@@ -39,8 +39,8 @@ class _Anchor:
 
     def __init__(self, sae: SAEModel, slots: Mapping[str, Slot]) -> None:
         self.sae = sae
-        [self.read] = [slots[str(site)].place for site in sites_read(sae)]
-        self.written = [slots[str(site)].place for site in sites_written(sae)]
+        [self.read] = [slots[str(site)].tensor_path for site in sites_read(sae)]
+        self.written = [slots[str(site)].tensor_path for site in sites_written(sae)]
         self.source: Tensor | None = None
         self.encoded: Tensor | None = None
         self.copy: Tensor | None = None
@@ -142,7 +142,7 @@ def capture(
     if grad:
         return _in_one_graph(model, sites, anchored, slots, inputs)
     stop = not must_finish(model) and cache_in(inputs, facts_of(unwrap(model)[0]).caches) is None
-    observation = Observation({slot.place.bare for slot in slots.values()}, stop=stop)
+    observation = Observation({slot.tensor_path.bare for slot in slots.values()}, stop=stop)
     with torch.no_grad():
         observation.run(model, slots, inputs)
     with torch.inference_mode(False), torch.no_grad():
@@ -163,8 +163,10 @@ def _in_one_graph(
         AttachError: if the forward did not reach a site, or gradient checkpointing would leave gaps in the graph.
     """
     require_autograd("capture(..., grad=True)")
-    places = {slot.place.bare for slot in slots.values()}
-    used = {slots[name].place.bare for sae in anchored for name in map(str, (*sites_read(sae), *sites_written(sae)))}
+    places = {slot.tensor_path.bare for slot in slots.values()}
+    used = {
+        slots[name].tensor_path.bare for sae in anchored for name in map(str, (*sites_read(sae), *sites_written(sae)))
+    }
     _require_graph(model, places, used)
     anchors = {sae: _Anchor(sae, slots) for sae in anchored}
     with torch.enable_grad():
@@ -275,7 +277,7 @@ def _read(
     key: Any, sites: Sequence[str], slots: Mapping[str, Slot], observation: Observation, inputs: Mapping[str, Any]
 ) -> Tensor:
     """Return the activation, or an SAE's latents of it."""
-    places = [slots[site].place for site in sites]
+    places = [slots[site].tensor_path for site in sites]
     seen = [view(observation.seen[place.bare], place.transforms).value for place in places]
     if not isinstance(key, SAEModel):
         return seen[0]

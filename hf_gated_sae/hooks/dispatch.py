@@ -74,29 +74,29 @@ class Dispatcher:
         session.active = False
         _ACTIVE.set(tuple(other for other in _ACTIVE.get() if other is not session))
         for slot in slots:
-            self._users[slot.place] -= 1
-            if not self._users[slot.place]:
-                del self._users[slot.place]
-                self._handles.pop(slot.place).remove()
+            self._users[slot.tensor_path] -= 1
+            if not self._users[slot.tensor_path]:
+                del self._users[slot.tensor_path]
+                self._handles.pop(slot.tensor_path).remove()
         self.sessions = [other for other in self.sessions if other is not session]
         if not self.sessions:
             self.tracker.remove(model)
             _dispatchers.pop(model, None)
 
     def _hold(self, slot: Slot) -> None:
-        if slot.place not in self._handles:
-            self._handles[slot.place] = slot.register(self._hook(slot), tokens=self.tracker.shape)
-        self._users[slot.place] = self._users.get(slot.place, 0) + 1
+        if slot.tensor_path not in self._handles:
+            self._handles[slot.tensor_path] = slot.register(self._hook(slot), tokens=self.tracker.shape)
+        self._users[slot.tensor_path] = self._users.get(slot.tensor_path, 0) + 1
 
     def _refuse_second_replacement(self, slot: Slot, sessions: Sequence[Session]) -> None:
         """Raise if two of the sessions that may act on one call replace the same place."""
-        found = [record.intervention for session in sessions for record in session.records.get(slot.place, ())]
+        found = [record.intervention for session in sessions for record in session.records.get(slot.tensor_path, ())]
         replacing = [type(intervention).__name__ for intervention in found if intervention.replaces]
         if len(replacing) > 1:
             raise InputError(f"Both {replacing[0]} and {replacing[1]} replace {slot.site}; attach only one of them.")
 
     def _hook(self, slot: Slot) -> Callable[[Tensor], Tensor | None]:
-        place, path = slot.place, slot.module_path()
+        place, path = slot.tensor_path, slot.module_path()
 
         def hook(x: Tensor) -> Tensor | None:
             sessions = self.tracker.sessions
@@ -147,8 +147,8 @@ def _raise_replaced(slot: Slot) -> NoReturn:
         SiteError: if the model has no such module any more.
     """
     raise AttachError(
-        f"The module {slot.place.path!r}, where {slot.site} is, was replaced by a {type(slot.module).__name__} after "
-        "it was attached to, as get_peft_model() and quantisation do: attach() again, afterwards."
+        f"The module {slot.tensor_path.path!r}, where {slot.site} is, was replaced by a {type(slot.module).__name__} "
+        "after it was attached to, as get_peft_model() and quantisation do: attach() again, afterwards."
     )
 
 

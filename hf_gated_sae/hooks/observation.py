@@ -38,7 +38,7 @@ class Observation(Session):
 
     def __init__(self, places: Iterable[TensorPath], *, grad: Collection[TensorPath] = (), stop: bool = False) -> None:
         super().__init__()
-        self.places = set(places)
+        self.tensor_paths = set(places)
         self.grad = grad
         self.stop = stop
         self.seen: dict[TensorPath, Tensor] = {}
@@ -47,7 +47,9 @@ class Observation(Session):
 
     def observe(self, place: TensorPath, value: Tensor) -> Tensor | None:
         """Keep the activation."""
-        if place not in self.places or place in self.seen:  # the latter where gradient checkpointing runs it again
+        if (
+            place not in self.tensor_paths or place in self.seen
+        ):  # the latter where gradient checkpointing runs it again
             return None
         if place in self.grad:
             self.seen[place] = self.kept(value)
@@ -55,7 +57,7 @@ class Observation(Session):
         # The model may go on to write into the tensor. And a caller in inference mode may want to use what it gets.
         with torch.inference_mode(False):
             self.seen[place] = value.detach().clone()
-        if self.stop and len(self.seen) == len(self.places):
+        if self.stop and len(self.seen) == len(self.tensor_paths):
             raise _Reached
         return None
 
@@ -73,7 +75,7 @@ class Observation(Session):
         Raises:
             AttachError: if the forward did not reach a site.
         """
-        held = list({slot.place.bare: slot.bare for slot in slots.values()}.values())
+        held = list({slot.tensor_path.bare: slot.bare for slot in slots.values()}.values())
         output = None
         try:
             enter(model, self, held)
@@ -83,7 +85,7 @@ class Observation(Session):
         finally:
             if self.active:
                 leave(model, self, held)
-        missed = sorted(site for site, slot in slots.items() if slot.place.bare not in self.seen)
+        missed = sorted(site for site, slot in slots.items() if slot.tensor_path.bare not in self.seen)
         if missed:
             raise AttachError(f"The forward ended without reaching {', '.join(missed)}; nothing was captured there.")
         return output
@@ -99,7 +101,7 @@ class Observation(Session):
 
             return observe
 
-        held = {slot.place.bare: slot.bare for slot in slots.values()}
+        held = {slot.tensor_path.bare: slot.bare for slot in slots.values()}
         handles: list[Any] = []
         try:
             for place, slot in held.items():

@@ -170,7 +170,7 @@ def without_virtual(call: ForwardArguments, virtual: Virtual, past: int) -> Forw
         return replace(
             call,
             mask=None if call.mask is None else call.mask[:, virtual.cached :],
-            places=None if call.places is None else call.places - virtual.cached,
+            position_ids=None if call.position_ids is None else call.position_ids - virtual.cached,
         )
     inputs = call.inputs
     if not virtual.columns or inputs is None:

@@ -52,7 +52,7 @@ class ForwardArguments:
         embeds: embeddings ``[B, S, width]``; None where it is fed ids.
         mask: 0 at padding, ``[B, T]``; None if it was left out or is `hidden`.
         hidden: whether a mask of another shape was given, which does not tell padding.
-        places: ``[B, S]`` or ``[1, S]``; None if they were left out.
+        position_ids: ``[B, S]`` or ``[1, S]``; None if they were left out.
         cache: what holds the tokens before; None if nothing does.
         packed: whether a row holds tokens of several requests, or sequences, whose borders are given.
     """
@@ -61,7 +61,7 @@ class ForwardArguments:
     embeds: Tensor | None = None
     mask: Tensor | None = None
     hidden: bool = False
-    places: Tensor | None = None
+    position_ids: Tensor | None = None
     cache: Any = None
     packed: bool = False
 
@@ -124,7 +124,7 @@ def read(call: Mapping[str, Any], caches: Collection[str] = ()) -> ForwardArgume
         embeds=embeds if isinstance(embeds, Tensor) else None,
         mask=mask if isinstance(mask, Tensor) and mask.ndim == 2 else None,
         hidden=mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2),
-        places=places if isinstance(places, Tensor) and places.ndim == 2 else None,
+        position_ids=places if isinstance(places, Tensor) and places.ndim == 2 else None,
         cache=cache,
         packed=packed,
     )
@@ -233,7 +233,7 @@ def _refuse_unknown(call: Mapping[str, Any], found: ForwardArguments) -> None:
         if not isinstance(value, Tensor) or value.ndim != 2 or value.shape[0] not in (1, rows):
             continue
         is_mask = "mask" in name and found.mask is None and not found.hidden and value.shape[1] >= columns
-        is_places = "position" in name and found.places is None and value.shape[1] == columns
+        is_places = "position" in name and found.position_ids is None and value.shape[1] == columns
         if is_mask or is_places:
             known = MASK if is_mask else PLACES
             raise AttachError(

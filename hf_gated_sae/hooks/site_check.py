@@ -185,7 +185,7 @@ def _judged(model: nn.Module, trial: SiteTrial, better: BetterSite | None) -> _F
     sae, expected, measured = trial.sae, trial.expected, trial.measure()
     if better is not None:
         certain = better.gap >= CERTAIN
-        where = " to ".join(dict.fromkeys(better.place))
+        where = " to ".join(dict.fromkeys(better.sites))
         verdict = "it belongs elsewhere" if certain else f"it seems to belong to {where}"
         said = f"{_about(model, trial, 'does not fit' if certain else 'may not belong at')} {_advice(sae, better)}"
         check = _report(sae, measured, expected, verdict)
@@ -259,7 +259,7 @@ def _metrics(text: str) -> dict[str, float | None]:
 
 def _advice(sae: SAEModel, better: BetterSite) -> str:
     """Say where an SAE fits better, and what to do about it."""
-    place, measured = better.place, better.measured
+    place, measured = better.sites, better.measured
     change = {"site": place.read} if place.read != sae.config.site else {}
     if place.written != (sae.config.site_out or place.read):
         change["site_out"] = place.written

@@ -88,16 +88,18 @@ def observe(
     """
     subject = make_subject(model, inputs)
     slots = {**others, **own}
-    observation = Observation((slot.place.bare for slot in slots.values()), stop=not must_finish(model))
+    observation = Observation((slot.tensor_path.bare for slot in slots.values()), stop=not must_finish(model))
     with quiet(subject.root):
         observation.probe(subject, slots)
     real = CountedTokens.of(subject.root, inputs, special_tokens=True)
     values = {}
     for name, slot in slots.items():
-        if slot.place.bare not in observation.seen:
+        if slot.tensor_path.bare not in observation.seen:
             continue
         try:
-            values[name] = real.chosen(view(observation.seen[slot.place.bare], slot.place.transforms).value, name)
+            values[name] = real.chosen(
+                view(observation.seen[slot.tensor_path.bare], slot.tensor_path.transforms).value, name
+            )
         except ShapeError:
             if name in own:
                 raise

@@ -28,12 +28,12 @@ class BetterSite(NamedTuple):
     """A place that suits an SAE better than its own.
 
     Attributes:
-        place: the sites.
+        sites: where it reads and writes.
         gap: by how much, see `judgement`.
         measured: what the SAE makes of it.
     """
 
-    place: SitePair
+    sites: SitePair
     gap: float
     measured: SiteFit
 
@@ -109,7 +109,7 @@ class SiteTrial:
             best = max((each.gap for each in found), default=0.0)
             equal = [each for each in found if each.gap >= best - ALIKE]
             if equal:
-                return next((each for each in equal if Site.parse(each.place.read).name == own), equal[0])
+                return next((each for each in equal if Site.parse(each.sites.read).name == own), equal[0])
         return None
 
     def _better_of(self, pairs: Sequence[SitePair]) -> list[BetterSite]:

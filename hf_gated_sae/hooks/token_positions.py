@@ -93,17 +93,17 @@ def _numbered(
     if step is not None and previous is not None:
         index, count, padded = step
         return _Numbered(index, count, previous.prompt_length, padded)
-    if call.packed and call.places is not None:
-        index = call.places.to(inputs.device).expand(inputs.shape[:2])
+    if call.packed and call.position_ids is not None:
+        index = call.position_ids.to(inputs.device).expand(inputs.shape[:2])
         return _Numbered(index, index.amax(-1, keepdim=True) + 1, index.new_full((len(index), 1), prompt), False)
     if not generating and not past and call.cache is None and call.mask is None and not call.hidden:
-        several = None if call.places is None else number_sequences(call.places.to(inputs.device))
+        several = None if call.position_ids is None else number_sequences(call.position_ids.to(inputs.device))
         if several is not None:
             rows = len(inputs)
             index, lengths, before = (each.expand(rows, -1) for each in several)
             return _Numbered(index, index.amax(-1, keepdim=True) + 1, lengths, False, before)
     index, absent, padded = number_tokens(
-        call.mask, call.places, call.hidden, inputs, past, previous, prompt, generating=generating
+        call.mask, call.position_ids, call.hidden, inputs, past, previous, prompt, generating=generating
     )
     count = index.amax(-1, keepdim=True) + 1
     if previous is not None and previous.count is not None and previous.count.shape == count.shape:

@@ -256,7 +256,7 @@ class TokenTracker:
 
     def _warn_of_padding(self, model: nn.Module, call: ForwardArguments) -> None:
         """Warn, once per model, if a batch is padded on the left and the model takes the padding for text."""
-        if call.mask is None or model in _warned or (call.places is not None and self._facts.padding == PLACES):
+        if call.mask is None or model in _warned or (call.position_ids is not None and self._facts.padding == PLACES):
             return
         if bool((call.mask[:, 0] != 0).all()):
             return

@@ -68,13 +68,13 @@ class Intervention(ABC):
 
     @property
     @abstractmethod
-    def place(self) -> Site:
+    def first_site(self) -> Site:
         """The site to act at; the first one if there are several."""
 
     @property
-    def places(self) -> tuple[Site, ...]:
+    def sites(self) -> tuple[Site, ...]:
         """The sites to act at, in execution order."""
-        return (self.place,)
+        return (self.first_site,)
 
     @property
     def reads(self) -> tuple[Site, ...]:
@@ -93,7 +93,7 @@ class Intervention(ABC):
             ShapeError: with the expected width.
         """
         if self.sae_used is not None:
-            require_written_width(self.sae_used, str(self.place), width)
+            require_written_width(self.sae_used, str(self.first_site), width)
 
     def require_read_width(self, width: int) -> None:
         """Raise unless the intervention fits a read site of this width.
@@ -105,7 +105,7 @@ class Intervention(ABC):
             require_read_width(self.sae_used, str(self.reads[0]), width)
 
     def acts_at(self, output: int) -> bool:
-        """Whether the intervention acts at one of the `places`, by its number."""
+        """Whether the intervention acts at one of the `sites`, by its number."""
         return True
 
     def mask(self, run: SiteCall) -> Tensor | bool:
@@ -176,12 +176,12 @@ class Targeted(Intervention):
         return self.aim if isinstance(self.aim, SAEModel) else None
 
     @property
-    def place(self) -> Site:
+    def first_site(self) -> Site:
         """The site; the first one that the SAE writes."""
-        return self.places[0]
+        return self.sites[0]
 
     @property
-    def places(self) -> tuple[Site, ...]:
+    def sites(self) -> tuple[Site, ...]:
         """The sites that the SAE writes, or the named one."""
         return sites_written(self.aim) if isinstance(self.aim, SAEModel) else (Site.parse(self.aim),)
 
@@ -258,7 +258,7 @@ class Conditional(Targeted, Edit):
         return 0 if sae is None else min(sae.sources_of(sae.latent_indices(self.indices)))
 
     def acts_at(self, output: int) -> bool:
-        """Whether a changed latent writes at one of the `places`, by its number."""
+        """Whether a changed latent writes at one of the `sites`, by its number."""
         return output >= self._first_output
 
     @property

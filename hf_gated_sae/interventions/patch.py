@@ -96,7 +96,7 @@ class Patch(Conditional, Replacement):
         super().require_width(width)
         if self.replaces and self.value.shape[-1] != width:
             raise ShapeError(
-                f"Patch was given activations {list(self.value.shape)}, but {self.place} is {width} wide."
+                f"Patch was given activations {list(self.value.shape)}, but {self.first_site} is {width} wide."
             )
 
     def mask(self, run: SiteCall) -> Tensor | bool:

@@ -66,8 +66,8 @@ class ProjectOut(Targeted, Edit):
         rows = sae.latent_indices(self.directions)  # type: ignore[arg-type]  # made a list of latents above
         sources = sae.sources_of(rows)
         bases = []
-        for output in range(len(self.places)):
-            writing = [index for index, source in enumerate(sources) if source <= output or len(self.places) == 1]
+        for output in range(len(self.sites)):
+            writing = [index for index, source in enumerate(sources) if source <= output or len(self.sites) == 1]
             written = sae.rows_at(rows[writing], output).detach().to("cpu", torch.float64)
             bases.append(_basis(written) if len(written) else written.new_zeros(0, sae.d_out))
         return tuple(bases)
@@ -95,7 +95,7 @@ class ProjectOut(Targeted, Edit):
         """Raise unless the directions are as wide as the site."""
         if self._bases[0].shape[1] != width:
             raise ShapeError(
-                f"ProjectOut was given directions {self._bases[0].shape[1]} wide, but {self.place} is {width} wide."
+                f"ProjectOut was given directions {self._bases[0].shape[1]} wide, but {self.first_site} is {width}."
             )
 
     def delta(self, run: SiteCall) -> Tensor:

@@ -106,7 +106,7 @@ class Steer(Conditional):
         super().require_width(width)
         if isinstance(self.direction, Tensor) and self.direction.shape != (width,):
             raise ShapeError(
-                f"Steer was given a vector {list(self.direction.shape)}, but {self.place} is {width} wide."
+                f"Steer was given a vector {list(self.direction.shape)}, but {self.first_site} is {width} wide."
             )
 
     def _maximum(self, sae: SAEModel) -> Tensor:

@@ -30,14 +30,14 @@ class SiteRow:
     Args:
         name: the semantic name.
         layers: the blocks; empty for names without a layer.
-        place: module path and port, with ``L`` for the layer, and a scale; empty if refused.
+        tensor_path: module path and port, with ``L`` for the layer, and a scale; empty if refused.
         width: last dimension; 0 if refused.
         reason: why the sites are refused; empty if they are proven.
     """
 
     name: str
     layers: tuple[int, ...]
-    place: str
+    tensor_path: str
     width: int
     reason: str
 
@@ -101,7 +101,7 @@ class SiteMap:
         for site in known:
             slot = self._slots.get(site)
             block = "" if site.layer is None else self._blocks.get(site.layer, "")
-            pattern = "" if slot is None else _pattern(slot.place, block)
+            pattern = "" if slot is None else _pattern(slot.tensor_path, block)
             width, reason = (slot.width, "") if slot is not None else (0, self.refused[site])
             blocks = groups.setdefault((site.name, pattern, width, _masked(reason, block)), [])
             blocks += [] if site.layer is None else [site.layer]
@@ -132,8 +132,10 @@ class SiteMap:
         slot = self._untransformed(site.bare)
         if not site.transforms:
             return slot
-        transforms = tuple(self._model_independent(site, number, slot.place) for number in range(len(site.transforms)))
-        return Slot(site, dataclasses.replace(slot.place, transforms=transforms), self._model())
+        transforms = tuple(
+            self._model_independent(site, number, slot.tensor_path) for number in range(len(site.transforms))
+        )
+        return Slot(site, dataclasses.replace(slot.tensor_path, transforms=transforms), self._model())
 
     def _untransformed(self, site: Site) -> Slot:
         """Return the slot of a site without transforms."""

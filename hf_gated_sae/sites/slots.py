@@ -121,32 +121,32 @@ class Slot:
 
     Args:
         site: the site.
-        place: path of its tensor.
+        tensor_path: path of its tensor.
         root: the model; only a weak reference is stored.
     """
 
-    def __init__(self, site: Site, place: TensorPath, root: nn.Module) -> None:
+    def __init__(self, site: Site, tensor_path: TensorPath, root: nn.Module) -> None:
         self.site = site
-        self.place = place
+        self.tensor_path = tensor_path
         self._root = weakref.ref(root)
 
     @property
     def width(self) -> int:
         """Last dimension of the tensor."""
-        return self.place.width
+        return self.tensor_path.width
 
     @property
     def order(self) -> int:
         """Place in the order of execution: larger runs later."""
-        return self.place.order
+        return self.tensor_path.order
 
     @property
     def bare(self) -> Slot:
         """The slot of the tensor itself, without transforms."""
-        if not self.place.transforms:
+        if not self.tensor_path.transforms:
             return self
         slot = copy.copy(self)
-        slot.place = self.place.bare
+        slot.tensor_path = self.tensor_path.bare
         return slot
 
     @property
@@ -160,10 +160,11 @@ class Slot:
         if root is None:
             raise SiteError(f"The model in which the site '{self.site}' was found no longer exists; resolve it again.")
         try:
-            return root.get_submodule(self.place.path)
+            return root.get_submodule(self.tensor_path.path)
         except AttributeError as error:
             raise SiteError(
-                f"The module {self.place.path!r} of the site '{self.site}' is no longer in the model; resolve again."
+                f"The module {self.tensor_path.path!r} of the site '{self.site}' is no longer in the model; "
+                "resolve again."
             ) from error
 
     def module_path(self) -> list[tuple[nn.Module, str, nn.Module]]:
@@ -177,7 +178,7 @@ class Slot:
         path: list[tuple[nn.Module, str, nn.Module]] = []
         if parent is None or parent is module:
             return path
-        for name in self.place.path.split("."):
+        for name in self.tensor_path.path.split("."):
             child = parent.get_submodule(name)
             path.append((parent, name, child))
             parent = child
@@ -198,7 +199,7 @@ class Slot:
             SiteError: if the module is no longer in the model; and, from the hook, if a call has another structure.
         """
         hook = self.hook(fn, tokens)
-        if self.place.port == "input":
+        if self.tensor_path.port == "input":
             return self.module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
         return self.module.register_forward_hook(hook, prepend=True)
 
@@ -209,29 +210,31 @@ class Slot:
             A function of the module and its ``args, kwargs`` (input) or ``args, output`` (output), which returns the
             replacement of ``args, kwargs`` or of the output, or None.
         """
-        return (_InputHook if self.place.port == "input" else _OutputHook)(self.site, self.place, fn, tokens)
+        return (_InputHook if self.tensor_path.port == "input" else _OutputHook)(
+            self.site, self.tensor_path, fn, tokens
+        )
 
     def __repr__(self) -> str:
         """Show the site and its tensor."""
-        return f"Slot({self.site}, at {self.place}, width={self.width})"
+        return f"Slot({self.site}, at {self.tensor_path}, width={self.width})"
 
 
 class _Hook:
     """The hook of one slot; in a copied or unpickled model it is replaced by one that does nothing."""
 
-    def __init__(self, site: Site, place: TensorPath, fn: Edit, tokens: Tokens | None) -> None:
-        self.site, self.place, self.fn, self.tokens = site, place, fn, tokens
+    def __init__(self, site: Site, tensor_path: TensorPath, fn: Edit, tokens: Tokens | None) -> None:
+        self.site, self.tensor_path, self.fn, self.tokens = site, tensor_path, fn, tokens
 
     def _edited(self, packed: Any) -> Tensor | None:
         """Return the replacement in the tensor's own shape, or None where nothing needs to be put back."""
-        found = get_tensor(packed, self.place.keys)
-        if found is None or found.shape[-1:] != (self.place.held_width,) or found.ndim != self.place.rank:
+        found = get_tensor(packed, self.tensor_path.keys)
+        if found is None or found.shape[-1:] != (self.tensor_path.held_width,) or found.ndim != self.tensor_path.rank:
             raise SiteError(self._mismatch(packed))
-        tensor = found if self.place.shards is None else self.place.shards.whole(found)
-        raw = tensor.reshape(*self._rows(tensor), -1) if self.place.rank == 2 else tensor
-        seen = view(raw, self.place.steps) if self.place.steps else None
+        tensor = found if self.tensor_path.shards is None else self.tensor_path.shards.whole(found)
+        raw = tensor.reshape(*self._rows(tensor), -1) if self.tensor_path.rank == 2 else tensor
+        seen = view(raw, self.tensor_path.steps) if self.tensor_path.steps else None
         value = raw if seen is None else seen.value
-        if seen is None and self.place.in_place:
+        if seen is None and self.tensor_path.in_place:
             value = raw.clone()  # the edit may store its argument, which is about to be overwritten
         new = self.fn(value)
         if new is None:
@@ -245,15 +248,15 @@ class _Hook:
         if seen is not None:
             new = seen.written(new)
         new = new.to(tensor.dtype)
-        if new is given and new is not value and not self.place.in_place:
+        if new is given and new is not value and not self.tensor_path.in_place:
             new = (
                 new.clone()
             )  # some models add to their modules' outputs in place, and the edit's tensor may be used later
         if new.shape != tensor.shape:  # otherwise no view is made, whose gradient FSDP could not track
             new = new.reshape(tensor.shape)
-        if self.place.shards is not None:
-            new = self.place.shards.part(new)
-        if self.place.in_place:
+        if self.tensor_path.shards is not None:
+            new = self.tensor_path.shards.part(new)
+        if self.tensor_path.in_place:
             found.copy_(new)
             return None
         return new
@@ -274,13 +277,14 @@ class _Hook:
         return batch, sequence
 
     def _mismatch(self, packed: Any) -> str:
-        where = "".join(f"[{key!r}]" for key in self.place.keys) or "itself"
+        where = "".join(f"[{key!r}]" for key in self.tensor_path.keys) or "itself"
         seen = ", ".join(f"{list(tensor.shape)}" for _, tensor in tensors_in(packed)) or "no tensor"
-        shape = "[B, S, {}]" if self.place.rank == 3 else "[B * S, {}]"
+        shape = "[B, S, {}]" if self.tensor_path.rank == 3 else "[B * S, {}]"
         return (
-            f"The site '{self.site}' is the {self.place.port} of {self.place.path!r} ({where}), where the probe saw "
-            f"{shape.format(self.place.held_width)}; this call has {seen}. The model is called in another way than "
-            "when the site was proven: resolve it again with inputs of this kind, resolve(model, inputs=batch)."
+            f"The site '{self.site}' is the {self.tensor_path.port} of {self.tensor_path.path!r} ({where}), where the "
+            f"probe saw {shape.format(self.tensor_path.held_width)}; this call has {seen}. The model is called in "
+            "another way than when the site was proven: resolve it again with inputs of this kind, resolve(model, "
+            "inputs=batch)."
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Inert:
@@ -298,14 +302,14 @@ class _InputHook(_Hook):
         new = self._edited(packed)
         if new is None:
             return None
-        changed = put_tensor(packed, self.place.keys, new)
+        changed = put_tensor(packed, self.tensor_path.keys, new)
         return changed["args"], changed["kwargs"]
 
 
 class _OutputHook(_Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         new = self._edited(output)
-        return None if new is None else put_tensor(output, self.place.keys, new)
+        return None if new is None else put_tensor(output, self.tensor_path.keys, new)
 
 
 class _Inert:

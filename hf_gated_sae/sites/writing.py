@@ -125,7 +125,7 @@ def _layers_with_wrong_sum(probed: ProbeResult, slots: Slots, sites: Sequence[Si
     watched += [sums.norm_output for sums in probed.sums if not isinstance(sums, str) and sums.norm_output is not None]
     handles = []
     before: dict[TensorPath, Tensor] = {}
-    paths = {seen.tensor_path.path for seen in watched} | {slots[site].place.path for site in sites}
+    paths = {seen.tensor_path.path for seen in watched} | {slots[site].tensor_path.path for site in sites}
     try:
         for site in sites:
             handles.append(slots[site].register(added.edit(site, slots[site]), subject.tokens))
@@ -218,7 +218,7 @@ def _written_middle(
     if middle not in sites or isinstance(roles, str) or isinstance(sums, str):
         return {}
     node = sums.stages[0].node_of({0, *roles.mixers})
-    value = _value_in(written, slots[middle].place)
+    value = _value_in(written, slots[middle].tensor_path)
     if node is None or value is None:
         return None
     return {node: value.reshape(probed.trace.values[sums.stages[0].goal.value].shape)}

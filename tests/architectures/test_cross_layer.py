@@ -214,7 +214,7 @@ def test_wrong_input_says_what_is_wrong() -> None:
     with pytest.raises(LatentIndexError, match="Latent 22 does not exist"):
         sae.encode(torch.zeros(3, 5), [22])
     splice = Splice(sae)  # which knows all of its sites
-    assert ([str(site) for site in splice.reads], [str(site) for site in splice.places]) == (sae.sites, sae.sites_out)
+    assert ([str(site) for site in splice.reads], [str(site) for site in splice.sites]) == (sae.sites, sae.sites_out)
 
 
 @pytest.mark.parametrize(

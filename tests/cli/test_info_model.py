@@ -81,7 +81,7 @@ def test_rows_are_the_sites_of_the_map():
             site = f"{row.name}.{layer}"
             assert (site in sites) == row.proven
             if row.proven:
-                assert str(sites[site].place) == row.place.replace(".L.", f".{layer}.")
+                assert str(sites[site].tensor_path) == row.tensor_path.replace(".L.", f".{layer}.")
                 assert sites[site].width == row.width
             else:
                 with pytest.raises(SiteError, match=re.escape(row.reason)):
@@ -91,7 +91,7 @@ def test_rows_are_the_sites_of_the_map():
 def test_scaled_contributions_are_shown_as_such():
     model = tiny_model("granite")
     [row] = [row for row in resolve(model).rows() if row.name == "mlp_out"]
-    assert row.place == "model.layers.L.mlp.output * 0.22"
+    assert row.tensor_path == "model.layers.L.mlp.output * 0.22"
 
 
 def test_a_model_without_a_chain_of_blocks_says_why():

@@ -32,7 +32,7 @@ class Fails(Edit):
     error: BaseException
 
     @property
-    def place(self):
+    def first_site(self):
         return Site.parse("resid_post.1")
 
     def delta(self, run):

@@ -63,7 +63,9 @@ def test_the_sites_are_those_of_the_model_before(quantised):
     model, _, plain = quantised
     found, expected = resolve(model), resolve(plain)
     assert found.names() == expected.names() and "attn_z.1" in found and "mlp_neurons.1" in found
-    assert [str(found[name].place) for name in found.names()] == [str(expected[name].place) for name in found.names()]
+    assert [str(found[name].tensor_path) for name in found.names()] == [
+        str(expected[name].tensor_path) for name in found.names()
+    ]
     assert [found[name].width for name in found.names()] == [expected[name].width for name in found.names()]
 
 

@@ -49,7 +49,7 @@ def test_a_wrong_site_is_seen() -> None:
     model = build("llama")
     sites = resolve(model)
     wrong, right = sites["mlp_in.1"], sites["mlp_out.1"]
-    sites._slots[right.site] = type(right)(right.site, wrong.place, model)
+    sites._slots[right.site] = type(right)(right.site, wrong.tensor_path, model)
     finding = Finding("llama", n_layers=sites.n_layers)
     check(model, sites, finding)
     assert finding.wrong[0] == "resid_post.1 does not come from resid_mid and mlp_out"
@@ -61,9 +61,12 @@ def test_what_the_operations_show_to_be_wrong_is_seen() -> None:
     count, wrong = traced_faults(model, sites)
     assert (count, wrong) == (7 * sites.n_layers, [])
     for site, place in (
-        ("attn_in.1", sites["model.layers.1.self_attn.output"].place),
-        ("mlp_in.1", sites["resid_mid.1"].place),
-        ("mlp_out.1", dataclasses.replace(sites["mlp_out.1"].place, scale=model.model.layers[1].layer_scalar.item())),
+        ("attn_in.1", sites["model.layers.1.self_attn.output"].tensor_path),
+        ("mlp_in.1", sites["resid_mid.1"].tensor_path),
+        (
+            "mlp_out.1",
+            dataclasses.replace(sites["mlp_out.1"].tensor_path, scale=model.model.layers[1].layer_scalar.item()),
+        ),
     ):
         right = sites._slots[Site.parse(site)]
         sites._slots[right.site] = Slot(right.site, place, model)

@@ -132,7 +132,7 @@ def test_it_refuses_what_lies_outside_of_the_batch_and_leaves_nothing_behind(nam
 def test_it_refuses_a_model_without_its_site(name: str) -> None:
     """Of which the tiny model has three layers: `SITE` is in the second."""
     edit = EXAMPLES[name].make(SAE, 3, 5, model_of("llama"))
-    assert str(edit.place) == SITE
+    assert str(edit.first_site) == SITE
     model = model_of("llama")
     layers, model.model.layers = model.model.layers, model.model.layers[:1]
     try:

@@ -114,10 +114,10 @@ def test_an_sae_of_several_sites_acts_where_it_did(tmp_path):
     content = json.loads(json.dumps(InterventionPlan([Splice(sae)]).to_dict()))
     again = InterventionPlan.from_dict(content)[0]
     assert again.sae.config.sites_read == ["resid_post.1", "resid_post.2"]
-    assert list(map(str, again.places)) == ["mlp_out.1", "mlp_out.2"]
+    assert list(map(str, again.sites)) == ["mlp_out.1", "mlp_out.2"]
     for name in ("sites", "sites_out", "files"):  # as plans were that did not have them
         del content["saes"][0][name]
-    assert list(map(str, InterventionPlan.from_dict(content)[0].places)) == ["resid_post.0", "resid_post.1"]
+    assert list(map(str, InterventionPlan.from_dict(content)[0].sites)) == ["resid_post.0", "resid_post.1"]
 
 
 def test_an_sae_of_the_hub_is_pinned_to_its_commit(hub, repo_id, cache_dir):

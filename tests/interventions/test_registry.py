@@ -30,7 +30,7 @@ class Double(Edit):
     """A user's own verb."""
 
     @property
-    def place(self):
+    def first_site(self):
         return Site.parse("resid_post.1")
 
     def delta(self, run):
@@ -68,7 +68,7 @@ def test_an_intervention_that_neither_adds_nor_replaces_is_refused():
     @dataclass(frozen=True, eq=False)
     class Neither(Intervention):
         @property
-        def place(self):
+        def first_site(self):
             return Site.parse("resid_post.1")
 
     with pytest.raises(SAEError, match="Neither"):

@@ -58,7 +58,7 @@ class Model(nn.Module):
 def places(sites, layer=0):
     """Return each kind of site's place, or why it is refused, in one block."""
     rows = [row for row in sites.rows() if layer in row.layers or not row.layers]
-    return {row.name: row.place or row.reason for row in rows}
+    return {row.name: row.tensor_path or row.reason for row in rows}
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ IDS = torch.tensor([[5, 6, 7, 8]])
 def test_a_path_inside_the_base_model_is_the_same_place(family: str, inside: str, whole: str) -> None:
     model = tiny_model(family)
     sites = resolve(model)
-    assert sites[inside].place == sites[whole].place
+    assert sites[inside].tensor_path == sites[whole].tensor_path
     assert inside in sites
     found = capture(model, [inside, whole], input_ids=IDS)
     assert torch.equal(found[inside], found[whole])
@@ -38,7 +38,7 @@ def test_a_path_inside_the_base_model_is_the_same_place(family: str, inside: str
 def test_the_base_model_alone_has_them_as_its_own() -> None:
     model = tiny_model("llama")
     base = AutoModel.from_config(model.config).eval()
-    assert str(resolve(base)["layers.1.mlp.output"].place) == "layers.1.mlp.output"
+    assert str(resolve(base)["layers.1.mlp.output"].tensor_path) == "layers.1.mlp.output"
 
 
 def test_an_edit_there_acts() -> None:

@@ -142,15 +142,15 @@ def test_learned_shares_are_those_of_the_block(dtype, shares):
     model = Model(lambda: Gated(*shares)).to(dtype)
     sites = resolve(model)
     for layer, block in enumerate(model.layers):
-        assert sites[f"attn_out.{layer}"].place.scale == block.first.item()
-        assert sites[f"mlp_out.{layer}"].place.scale == block.second.item()
-        assert str(sites[f"attn_out.{layer}"].place) == f"layers.{layer}.attn.output"
+        assert sites[f"attn_out.{layer}"].tensor_path.scale == block.first.item()
+        assert sites[f"mlp_out.{layer}"].tensor_path.scale == block.second.item()
+        assert str(sites[f"attn_out.{layer}"].tensor_path) == f"layers.{layer}.attn.output"
         assert f"resid_mid.{layer}" in sites
 
 
 def test_what_is_added_twice_counts_twice():
     sites = resolve(Model(Twice))
-    assert [sites[f"{name}.1"].place.scale for name in ("attn_out", "mlp_out")] == [1.0, 2.0]
+    assert [sites[f"{name}.1"].tensor_path.scale for name in ("attn_out", "mlp_out")] == [1.0, 2.0]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -162,7 +162,7 @@ def test_a_small_addition_is_not_lost_in_rounding(block, seed):
         for name, path in (("attn_out", "attn"), ("mlp_out", "mlp")):
             if f"{name}.{layer}" in sites:
                 assert block is Hidden
-                assert str(sites[f"{name}.{layer}"].place) == f"layers.{layer}.{path}.output"
+                assert str(sites[f"{name}.{layer}"].tensor_path) == f"layers.{layer}.{path}.output"
 
 
 @pytest.mark.parametrize("start", [0.7311, 1.0])
@@ -172,7 +172,7 @@ def test_new_learned_shares_are_proven_anew(start):
     assert resolve(model) is sites
     for block in model.layers:
         block.first.data.fill_(2.0)
-    assert resolve(model)["attn_out.0"].place.scale == 2.0
+    assert resolve(model)["attn_out.0"].tensor_path.scale == 2.0
 
 
 def test_another_type_of_numbers_or_another_forward_is_proven_anew():
@@ -258,7 +258,7 @@ def test_only_the_number_of_the_block_is_masked():
     sites = resolve(Model(lambda: Block(mlp=Numbered)))
     assert isinstance(sites, SiteMap)
     row = next(row for row in sites.rows() if row.name == "mlp_neurons")
-    assert (row.layers, row.place) == ((0, 1, 2), "layers.L.mlp.parts.2.input")
+    assert (row.layers, row.tensor_path) == ((0, 1, 2), "layers.L.mlp.parts.2.input")
 
 
 def test_norms_keep_a_few_tokens_of_the_probe():
@@ -269,7 +269,7 @@ def test_norms_keep_a_few_tokens_of_the_probe():
     assert kept["input_ids"].numel() <= 16 and kept["input_ids"].shape == kept["attention_mask"].shape
     assert kept["input_ids"].untyped_storage().nbytes() < ids.untyped_storage().nbytes()
     sites = resolve(model, inputs={"input_ids": ids})
-    assert sites["resid_post.2|norm_no_gain"].place.transforms
+    assert sites["resid_post.2|norm_no_gain"].tensor_path.transforms
 
 
 class Checkpointed(GradientCheckpointingLayer):
@@ -318,7 +318,7 @@ def test_a_chain_does_not_leave_out_blocks_of_another_class():
     torch.manual_seed(0)
     sites = resolve(Network([Checkpointed(), Checkpointed(), Hybrid(), Checkpointed(), Checkpointed()]).eval())
     assert sites.n_layers == 5
-    assert str(sites["resid_post.4"].place) == "layers.4.output"
+    assert str(sites["resid_post.4"].tensor_path) == "layers.4.output"
 
 
 def test_blocks_whose_result_has_no_effect_are_not_the_models():

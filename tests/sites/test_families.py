@@ -193,10 +193,10 @@ def test_places_are_those_of_the_hand_made_table(name):
         path = f"{blocks}.{layer}."
         for site, module in (("attn_out", attention), ("mlp_out", mlp)):
             if module:
-                assert str(sites[f"{site}.{layer}"].place) == f"{path}{module}.output"
+                assert str(sites[f"{site}.{layer}"].tensor_path) == f"{path}{module}.output"
         for site, module in (("attn_z", z), ("mlp_neurons", neurons)):
             if module:
-                assert str(sites[f"{site}.{layer}"].place) == f"{path}{module}.input"
+                assert str(sites[f"{site}.{layer}"].tensor_path) == f"{path}{module}.input"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -319,7 +319,7 @@ def test_blocks_that_text_does_not_run_keep_their_number():
     sites = resolve(model)
     assert sites.n_layers == LAYERS
     assert {name for name in sites.names() if name.startswith("attn_out")} == {"attn_out.0", "attn_out.2"}
-    assert str(sites["resid_pre.2"].place) == "model.layers.2.input"
+    assert str(sites["resid_pre.2"].tensor_path) == "model.layers.2.input"
     with pytest.raises(SiteError, match="does not run on text alone"):
         sites["resid_post.1"]
 
@@ -405,7 +405,7 @@ def test_scaled_contributions_are_what_is_added():
     model = shared("granite")
     seen = capture(model, ["attn_out.1", "model.layers.1.self_attn.output"])
     assert torch.equal(seen["attn_out.1"], seen["model.layers.1.self_attn.output"] * 0.22)
-    assert resolve(model)["attn_out.1"].place.scale == 0.22
+    assert resolve(model)["attn_out.1"].tensor_path.scale == 0.22
 
 
 @pytest.mark.parametrize("name", ["stablelm", "gpt_neox"])

@@ -130,8 +130,8 @@ def test_path_sites(model):
     slot = sites["model.layers.1.mlp.output"]
     assert isinstance(slot, Slot)
     assert sites[Site.parse("model.layers.1.mlp.output")].width == slot.width == 32
-    assert sites["model.layers.1.self_attn.input"].place.keys == ("kwargs", "hidden_states")
-    assert sites["model.layers.1.self_attn.output"].place.keys == (0,)
+    assert sites["model.layers.1.self_attn.input"].tensor_path.keys == ("kwargs", "hidden_states")
+    assert sites["model.layers.1.self_attn.output"].tensor_path.keys == (0,)
     assert slot.order == sites["mlp_out.1"].order < sites["model.layers.2.output"].order
     with pytest.raises(SiteError, match="no floating-point tensor of rank 2 or 3"):
         sites["model.embed_tokens.input"]
@@ -156,7 +156,7 @@ def test_multimodal_wrapper():
     config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=90)
     model = AutoModelForCausalLM.from_config(config)
     sites = resolve(model)
-    assert str(sites["resid_post.1"].place) == "model.language_model.layers.1.output"
+    assert str(sites["resid_post.1"].tensor_path) == "model.language_model.layers.1.output"
     assert sites.text_model is model.model
     assert sites.n_layers == 2
 
@@ -229,7 +229,7 @@ def test_adapters_are_seen_as_one_linear_module(model, zero):
     assert resolve(model) is adapted
     assert adapted is not sites
     assert adapted.names() == sites.names()
-    assert str(adapted["attn_z.1"].place) == "model.layers.1.self_attn.o_proj.input"
+    assert str(adapted["attn_z.1"].tensor_path) == "model.layers.1.self_attn.o_proj.input"
 
 
 def test_compiled_model_is_unwrapped(model):

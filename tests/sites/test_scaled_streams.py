@@ -23,8 +23,8 @@ def test_what_gemma4_adds_is_not_scaled_with_the_stream(dtype):
     sites = resolve(model)
     kinds = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
     for layer, block in enumerate(model.model.layers):
-        assert str(sites[f"mlp_out.{layer}"].place) == f"model.layers.{layer}.post_feedforward_layernorm.output"
-        assert sites[f"mlp_out.{layer}"].place.scale == sites[f"attn_out.{layer}"].place.scale == 1.0
+        assert str(sites[f"mlp_out.{layer}"].tensor_path) == f"model.layers.{layer}.post_feedforward_layernorm.output"
+        assert sites[f"mlp_out.{layer}"].tensor_path.scale == sites[f"attn_out.{layer}"].tensor_path.scale == 1.0
         pre, attn, mid, mlp, post = run(model, sites, {f"{k}.{layer}": lambda x: None for k in kinds}).values()
         assert torch.equal(mid, pre + attn)
         assert torch.equal(post, (mid + mlp) * block.layer_scalar)
@@ -85,7 +85,7 @@ def test_contributions_have_no_part_in_what_is_done_to_the_stream(block, dtype):
     sites = resolve(model)
     for layer in range(3):
         for name, path in (("attn_out", "attn"), ("mlp_out", "mlp")):
-            place = sites[f"{name}.{layer}"].place
+            place = sites[f"{name}.{layer}"].tensor_path
             assert (str(place), place.scale) == (f"layers.{layer}.{path}.output", 1.0)
         assert (f"resid_mid.{layer}" in sites) is (block is not ParallelAfter)
 
@@ -95,7 +95,7 @@ def test_a_known_share_is_told_from_the_scaling_of_the_sum():
     model.config = type(
         "Config", (), {"to_dict": lambda self: {"share": 0.22}, "get_text_config": lambda self: None}
     )()
-    assert resolve(model)["mlp_out.1"].place.scale == 0.22
+    assert resolve(model)["mlp_out.1"].tensor_path.scale == 0.22
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -133,7 +133,7 @@ def test_a_power_of_two_between_all_blocks_is_no_break():
     sites = resolve(model)
     seen = run(model, sites, {"resid_post.0": lambda x: x + 1, "resid_pre.1": lambda x: None})
     assert torch.equal(seen["resid_pre.1"], (seen["resid_post.0"] + 1) * 0.25)
-    assert sites["mlp_out.1"].place.scale == 1.0
+    assert sites["mlp_out.1"].tensor_path.scale == 1.0
 
 
 def test_another_factor_between_blocks_is_one():

@@ -208,7 +208,7 @@ def test_a_new_parameter_at_zero_gets_a_gradient(llama):
 def test_flattened_tokens():
     model = tiny_model("llama4_text")
     site = "model.layers.1.feed_forward.output"  # experts, which see all tokens below each other
-    assert resolve(model)[site].place.rank == 2
+    assert resolve(model)[site].tensor_path.rank == 2
     x = read(model, site)
     y = read(model, f"{site}|center")
     assert y.shape == x.shape == (2, 5, 32)
@@ -247,9 +247,9 @@ def test_the_last_stream_is_read_by_the_final_norm(llama):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_epsilon_is_the_models_own(eps, dtype):
     model = tiny_model("llama", rms_norm_eps=eps).to(dtype)
-    assert resolve(model)["resid_mid.1|norm_no_gain"].place.transforms == (Transform("rms_norm", eps),)
+    assert resolve(model)["resid_mid.1|norm_no_gain"].tensor_path.transforms == (Transform("rms_norm", eps),)
     other = tiny_model("gpt2", layer_norm_epsilon=eps).to(dtype)
-    assert resolve(other)["resid_mid.1|norm_no_gain"].place.transforms == (Transform("standardize", eps),)
+    assert resolve(other)["resid_mid.1|norm_no_gain"].tensor_path.transforms == (Transform("standardize", eps),)
 
 
 class Decoyed(nn.RMSNorm):
@@ -267,7 +267,7 @@ def test_the_epsilon_is_told_by_what_the_norm_does(dtype):
     for layer in model.model.layers:
         layer.post_attention_layernorm = Decoyed(layer.post_attention_layernorm)
     slot = resolve(model.to(dtype))["resid_mid.1|norm_no_gain"]
-    assert slot.place.transforms == (Transform("rms_norm", 1e-5),)
+    assert slot.tensor_path.transforms == (Transform("rms_norm", 1e-5),)
 
 
 class Odd(nn.Module):
@@ -341,10 +341,10 @@ def test_a_model_dependent_transform_cannot_be_done_without_a_model():
 def test_places_differ_by_transforms_and_share_the_bare_one(llama):
     sites = resolve(llama)
     plain, centred = sites["resid_post.1"], sites["resid_post.1|center"]
-    assert centred.place != plain.place and centred.place.bare == plain.place
-    assert hash(centred.place) == hash(sites["resid_post.1|center"].place)
+    assert centred.tensor_path != plain.tensor_path and centred.tensor_path.bare == plain.tensor_path
+    assert hash(centred.tensor_path) == hash(sites["resid_post.1|center"].tensor_path)
     assert str(centred.site) == "resid_post.1|center" and centred.width == plain.width
-    assert isinstance(centred, Slot) and isinstance(centred.place, TensorPath)
+    assert isinstance(centred, Slot) and isinstance(centred.tensor_path, TensorPath)
     assert centred.site == Site.parse("resid_post.1|center")
 
 
@@ -352,9 +352,9 @@ def test_the_numbered_tensors_of_a_module():
     model = tiny_model("gpt_oss")  # whose MLP gives the router's scores, too
     sites = resolve(model)
     hidden, scores = "model.layers.1.mlp.output#0", "model.layers.1.mlp.output#1"
-    assert sites[hidden].place == sites["model.layers.1.mlp.output"].place
+    assert sites[hidden].tensor_path == sites["model.layers.1.mlp.output"].tensor_path
     assert torch.equal(read(model, hidden), read(model, "mlp_out.1"))
-    assert sites[scores].place.keys == (1,)
+    assert sites[scores].tensor_path.keys == (1,)
     with pytest.raises(SiteError, match="has 2 tensors, counted from 0"):
         sites["model.layers.1.mlp.output#2"]
     with pytest.raises(SiteError, match="no module 'model.layers.1.mpl'"):

@@ -80,8 +80,10 @@ def test_class_names_mean_nothing():
         module.__class__ = type("Thing", (type(module),), {})
     sites = resolve(model)
     assert sites.names() == expected.names()
-    assert [sites[name].place for name in sites.names()] == [expected[name].place for name in expected.names()]
-    assert sites["resid_mid.1|norm_no_gain"].place == expected["resid_mid.1|norm_no_gain"].place
+    assert [sites[name].tensor_path for name in sites.names()] == [
+        expected[name].tensor_path for name in expected.names()
+    ]
+    assert sites["resid_mid.1|norm_no_gain"].tensor_path == expected["resid_mid.1|norm_no_gain"].tensor_path
 
 
 def test_an_image_reader_with_as_many_blocks_in_its_vision_tower():
@@ -95,7 +97,9 @@ def test_an_image_reader_with_as_many_blocks_in_its_vision_tower():
     randomise(model)
     sites = resolve(model)
     assert sites.n_layers == 3
-    assert {row.place for row in sites.rows() if row.name == "resid_post"} == {"model.language_model.layers.L.output"}
+    assert {row.tensor_path for row in sites.rows() if row.name == "resid_post"} == {
+        "model.language_model.layers.L.output"
+    }
     logits, found = read(model, "resid_post.2", "resid_post.2|norm_no_gain", "final_norm")
     gain = model.model.language_model.norm.weight.detach()
     torch.testing.assert_close(found["resid_post.2|norm_no_gain"] * gain, found["final_norm"])
@@ -131,7 +135,7 @@ class TestPeft:
         assert sites is resolve(model) and sites is not before, "the modules have changed"
         assert sites.names() == before.names()
         z = sites["attn_z.0"]
-        assert str(z.place) == "model.layers.0.self_attn.o_proj.input"
+        assert str(z.tensor_path) == "model.layers.0.self_attn.o_proj.input"
         assert hasattr(z.module, "base_layer"), "the adapted module, not the one inside"
         logits, found = read(wrapped, "attn_z.0", "attn_out.0")
         assert not torch.equal(logits, plain)
@@ -155,7 +159,7 @@ class TestPeft:
             off, _ = read(wrapped, edits=edit)
         assert torch.equal(off, read(tiny_model("llama"), edits=edit)[0])
         merged = wrapped.merge_and_unload()
-        assert str(resolve(merged)["mlp_neurons.1"].place) == "model.layers.1.mlp.down_proj.input"
+        assert str(resolve(merged)["mlp_neurons.1"].tensor_path) == "model.layers.1.mlp.down_proj.input"
         torch.testing.assert_close(read(merged, edits=edit)[0], active)
 
     def test_prompt_tuning_puts_virtual_tokens_first(self, peft):
@@ -176,7 +180,7 @@ class TestPeft:
         config = peft.LoraConfig(r=4, target_modules=["o_proj"], modules_to_save=["post_attention_layernorm"])
         wrapped = peft.get_peft_model(model, config).eval()
         sites = resolve(wrapped)
-        assert sites["resid_mid.1|norm_no_gain"].place.transforms[0].name == "rms_norm"
+        assert sites["resid_mid.1|norm_no_gain"].tensor_path.transforms[0].name == "rms_norm"
 
 
 def test_a_model_may_be_a_part_of_another():

@@ -47,7 +47,11 @@ class _Carrier:
         self._counts_rows = counts_rows(lm)
         self._tracker = TokenTracker(model, lambda: (attachment,), facts_of(model))
         self._stops: list[tuple[Slot, Any, Callable[..., Any]]] = [
-            (slot, envoys[id(slot.module)], slot.hook(partial(self._act, slot.place), tokens=self._tracker.shape))
+            (
+                slot,
+                envoys[id(slot.module)],
+                slot.hook(partial(self._act, slot.tensor_path), tokens=self._tracker.shape),
+            )
             for slot in attachment.slots
         ]
         self._waiting: Slot | None = None
@@ -92,7 +96,7 @@ class _Carrier:
         self._tracker.begin(model, args, kwargs)
         for slot, envoy, hook in self._stops:
             self._waiting = slot
-            if slot.place.port == "input":
+            if slot.tensor_path.port == "input":
                 new = hook(envoy._module, *envoy.inputs)
                 if new is not None:
                     envoy.inputs = new
@@ -168,7 +172,7 @@ def edit(lm: Any, *interventions: Intervention, proven_on: nn.Module | None = No
         require_fit(interventions, slots)
         attachment = Attachment(model, interventions, slots)
     for slot in attachment.slots:
-        if slot.place.shards is not None:
+        if slot.tensor_path.shards is not None:
             raise AttachError(f"{slot.site} is split over ranks: use attach() for tensor parallelism.")
     carrier = _Carrier(lm, unwrap(model)[0], attachment)
     with lm.edit() as (_, edited):
@@ -193,7 +197,7 @@ def report(edited: Any) -> AttachReport:
         raise InputError(f"report() was given {type(edited).__name__} that edit() has not returned.")
     attachment = _CARRIERS[edited].attachment
     for slot in attachment.slots:
-        for record in attachment.records.get(slot.place, ()):
+        for record in attachment.records.get(slot.tensor_path, ()):
             record.require_sound()
     return attachment.report()
 
@@ -215,7 +219,7 @@ def _moved(slots: Mapping[str, Slot], small: nn.Module, large: nn.Module) -> dic
             raise InputError(
                 f"{name} is {slot.width} wide in the model given as proven_on, not hidden_size, {narrow}."
             )
-        moved[name] = Slot(slot.site, dataclasses.replace(slot.place, width=wide), large)
+        moved[name] = Slot(slot.site, dataclasses.replace(slot.tensor_path, width=wide), large)
     return moved
 
 

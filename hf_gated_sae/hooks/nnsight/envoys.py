@@ -47,7 +47,7 @@ class _Latents:
             ShapeError: if these cannot be the latents.
         """
         tensor = self._tensor(value)
-        seen = view(tensor, self.slot.place.steps)
+        seen = view(tensor, self.slot.tensor_path.steps)
         with exact_dtype(tensor.device):
             run = self._run(tensor)
             clean = run.all_latents(self.sae)
@@ -61,30 +61,30 @@ class _Latents:
             written = run.written(self.sae, changed, delta[..., changed])
         new = add(seen.value, [(True, written)], seen.value)
         assert new is not None
-        new = (seen.written(new) if self.slot.place.steps else new).to(tensor.dtype)
-        if self.slot.place.in_place:
+        new = (seen.written(new) if self.slot.tensor_path.steps else new).to(tensor.dtype)
+        if self.slot.tensor_path.in_place:
             tensor.copy_(new)
             return value
-        return self._unpacked(put_tensor(self._packed(value), self.slot.place.keys, new))
+        return self._unpacked(put_tensor(self._packed(value), self.slot.tensor_path.keys, new))
 
     def _run(self, tensor: Tensor) -> SiteCall:
-        x = view(tensor, self.slot.place.steps).value
+        x = view(tensor, self.slot.tensor_path.steps).value
         index = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
         tokens = TokenContext(index, index[:, :1], None, "mixed", x.shape[1])  # which token is which is not asked
         return SiteCall(x, tokens, self._placed, call=ModelCall(tokens))
 
     def _tensor(self, value: Any) -> Tensor:
-        place = self.slot.place
+        place = self.slot.tensor_path
         found = get_tensor(self._packed(value), place.keys)
         if found is None or found.ndim != place.rank or found.shape[-1] != place.width:
             raise ShapeError(f"{place} gave another structure than when {self.slot.site} was proven.")
         return found
 
     def _packed(self, value: Any) -> Any:
-        return pack_input(*value) if self.slot.place.port == "input" else value
+        return pack_input(*value) if self.slot.tensor_path.port == "input" else value
 
     def _unpacked(self, packed: Any) -> Any:
-        return (packed["args"], packed["kwargs"]) if self.slot.place.port == "input" else packed
+        return (packed["args"], packed["kwargs"]) if self.slot.tensor_path.port == "input" else packed
 
 
 def sae_envoys(model: Any, *saes: SAEModel) -> dict[str, type]:
@@ -121,11 +121,11 @@ def sae_envoys(model: Any, *saes: SAEModel) -> dict[str, type]:
             )
         slot = prove(model, [site])[site]
         require_written_width(sae, site, slot.width)
-        if slot.place.rank != 3 or slot.place.shards is not None:
-            raise InputError(f"{site} is not [B, S, d] at {slot.place} in this model: use edit() there.")
-        if slot.place.path in found:
-            raise InputError(f"sae_envoys() was given two SAEs for {slot.place.path!r}; wrap the model twice.")
-        found[slot.place.path] = _envoy_class(_Latents(sae, slot, model))
+        if slot.tensor_path.rank != 3 or slot.tensor_path.shards is not None:
+            raise InputError(f"{site} is not [B, S, d] at {slot.tensor_path} in this model: use edit() there.")
+        if slot.tensor_path.path in found:
+            raise InputError(f"sae_envoys() was given two SAEs for {slot.tensor_path.path!r}; wrap the model twice.")
+        found[slot.tensor_path.path] = _envoy_class(_Latents(sae, slot, model))
     return found
 
 
@@ -135,7 +135,7 @@ def _envoy_class(values: _Latents) -> type:
     from nnsight.intervention.eproperty import eproperty
     from nnsight.intervention.interleaver import Mediator
 
-    port = values.slot.place.port
+    port = values.slot.tensor_path.port
 
     class Served(eproperty):
         """A value that exists on this machine alone."""

@@ -85,18 +85,19 @@ def portable(attachment: Attachment, slot: Slot, seen: Sequence[Slot]) -> tuple[
         AttachError: if what is done to a token depends on other tokens, rows or columns, or is decided by values.
     """
     records = [
-        _Unwatched(each.intervention, each.output, each.transforms) for each in attachment.records.get(slot.place, ())
+        _Unwatched(each.intervention, each.output, each.transforms)
+        for each in attachment.records.get(slot.tensor_path, ())
     ]
 
     def act(x: Tensor, index: Tensor, prompt_length: Tensor, special: Tensor, ids: Tensor, *raws: Tensor) -> Tensor:
         tokens = _SingleTokens(index, prompt_length, special, phase="mixed", end=1, ids=ids)
-        call, here = _SingleTokensCall(tokens), view(x, slot.place.steps)
-        before = [(other, view(raw, other.place.steps).value) for other, raw in zip(seen, raws, strict=True)]
+        call, here = _SingleTokensCall(tokens), view(x, slot.tensor_path.steps)
+        before = [(other, view(raw, other.tensor_path.steps).value) for other, raw in zip(seen, raws, strict=True)]
         for other, value in (*before, (slot, here.value)):
-            for site, transforms in attachment.reads.get(other.place, ()):
+            for site, transforms in attachment.reads.get(other.tensor_path, ()):
                 call.see(site, view(value, transforms).value)
         new = apply_interventions(here.value, call, records, attachment.placed, replaying=True)
-        return x if new is None else here.written(new) if slot.place.steps else new
+        return x if new is None else here.written(new) if slot.tensor_path.steps else new
 
     # Where gradients are wanted, no shorter way is chosen by looking at values.
     floats = [torch.zeros(BLOCK, 1, each.width, requires_grad=True) for each in (slot, *seen)]

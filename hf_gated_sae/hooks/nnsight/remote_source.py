@@ -129,10 +129,20 @@ def to_send(root: Any, envoys: Any, names: list[str], attachment: Attachment) ->
     for position, (slot, envoy) in enumerate(zip(attachment.slots, envoys, strict=True)):
         recorded: Any = None
         constants: dict[str, Any] = {}
-        if attachment.records.get(slot.place, ()):
+        if attachment.records.get(slot.tensor_path, ()):
             recorded, constants = portable(attachment, slot, [attachment.slots[other] for other in read])
-        stops.append((envoy, slot.place.port, slot.place.keys, slot.place.in_place, list(read), recorded, constants))
-        if attachment.reads.get(slot.place, ()):
+        stops.append(
+            (
+                envoy,
+                slot.tensor_path.port,
+                slot.tensor_path.keys,
+                slot.tensor_path.in_place,
+                list(read),
+                recorded,
+                constants,
+            )
+        )
+        if attachment.reads.get(slot.tensor_path, ()):
             read.append(position)
     tokens = by_value(tokens_of, number_tokens=by_value(number_tokens))
     return by_value(sent, tokens_of=tokens, in_blocks=by_value(in_blocks))(

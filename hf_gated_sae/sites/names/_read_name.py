@@ -107,4 +107,4 @@ def _site(name: str, meaning: Meaning, layer: int | None, sites: SiteMap | None)
     if sites is None:
         return Site.parse(text)
     slot = sites[text.replace(LAST, str(max(sites.n_layers - 1, 0)))]
-    return Site(slot.place.path, port="output") if meaning.of_module else slot.site
+    return Site(slot.tensor_path.path, port="output") if meaning.of_module else slot.site

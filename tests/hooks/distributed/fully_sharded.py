@@ -63,8 +63,10 @@ def the_sites_are_those_of_the_whole_model(models):
         assert type(blocks(sharded)[0]).__name__.startswith("FSDP")
         found, expected = resolve(sharded), resolve(plain)
         assert found.names() == expected.names()
-        assert [str(found[n].place) for n in found.names()] == [str(expected[n].place) for n in expected.names()]
-        assert all(found[name].place.shards is None for name in found.names())
+        assert [str(found[n].tensor_path) for n in found.names()] == [
+            str(expected[n].tensor_path) for n in expected.names()
+        ]
+        assert all(found[name].tensor_path.shards is None for name in found.names())
         assert hooks_on(sharded) == hooks  # FSDP's own
         assert is_sharded(sharded)
 

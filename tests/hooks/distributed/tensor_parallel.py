@@ -67,8 +67,8 @@ def the_sites_are_those_of_the_undivided_model(pairs):
     for split, plain in pairs.values():
         found, expected = resolve(split), resolve(plain)
         assert found.names() == expected.names()
-        assert [str(found[name].place) for name in found.names()] == [
-            str(expected[name].place) for name in expected.names()
+        assert [str(found[name].tensor_path) for name in found.names()] == [
+            str(expected[name].tensor_path) for name in expected.names()
         ]
         assert [found[name].width for name in found.names()] == [expected[name].width for name in expected.names()]
         assert hooks_on(split) == OWN_HOOKS[split]
@@ -78,12 +78,12 @@ def the_sites_are_those_of_the_undivided_model(pairs):
 def only_what_projections_read_is_split(pairs):
     split, _ = pairs["llama"]
     sites = resolve(split)
-    assert all(sites[name].place.shards is None for name in WHOLE)
-    assert all(sites[name].place.held_width * RANKS == sites[name].width for name in SPLIT)
-    uneven = resolve(pairs["llama, not divisible"][0])["mlp_neurons.0"].place
+    assert all(sites[name].tensor_path.shards is None for name in WHOLE)
+    assert all(sites[name].tensor_path.held_width * RANKS == sites[name].width for name in SPLIT)
+    uneven = resolve(pairs["llama, not divisible"][0])["mlp_neurons.0"].tensor_path
     assert gathered(uneven.held_width) == [25, 24]
     whole = resolve(pairs["phi3"][0])
-    assert all(whole[name].place.shards is None for name in (*WHOLE, *SPLIT))
+    assert all(whole[name].tensor_path.shards is None for name in (*WHOLE, *SPLIT))
 
 
 @check
