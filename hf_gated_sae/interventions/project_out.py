@@ -95,7 +95,8 @@ class ProjectOut(Targeted, Edit):
         """Raise unless the directions are as wide as the site."""
         if self._bases[0].shape[1] != width:
             raise ShapeError(
-                f"ProjectOut was given directions {self._bases[0].shape[1]} wide, but {self.first_site} is {width}."
+                f"ProjectOut was given directions {self._bases[0].shape[1]} wide, but {self.first_site} is {width} "
+                "wide."
             )
 
     def delta(self, run: SiteCall) -> Tensor:
