@@ -17,6 +17,8 @@ from transformers import AutoConfig, AutoModel
 from hf_gated_sae.modeling import SAEModel
 from tests.support.example_saes import D_IN, D_SAE, ONE_SITE, assert_same, build, example, randomised, settings_of
 
+pytestmark = pytest.mark.slow
+
 every_architecture = pytest.mark.parametrize("architecture", ONE_SITE)
 
 

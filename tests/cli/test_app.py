@@ -10,6 +10,8 @@ import pytest
 
 from hf_gated_sae.cli import main
 
+pytestmark = pytest.mark.slow
+
 
 def test_what_looks_like_markup_is_printed_as_it_is(monkeypatch, capsys) -> None:
     for given in ("./no[/bold]such", "./no[red]such"):

@@ -17,6 +17,8 @@ from hf_gated_sae.publishing import CardFacts, push_to_hub
 from tests.support.example_saes import example
 from tests.support.mini_hub import MiniHub
 
+pytestmark = pytest.mark.slow
+
 
 def run(*arguments):
     return CliRunner().invoke(app, ["info", *arguments], env={"COLUMNS": "80", "NO_COLOR": "1"})

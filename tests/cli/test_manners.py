@@ -22,6 +22,8 @@ from tests.support.foreign import example_files
 
 from .commands import COMMANDS, run
 
+pytestmark = pytest.mark.slow
+
 SECTIONS = ("Args:", "Attributes:", "Example:", "Raises:", "Returns:", "Yields:")
 SAE = (str(bundled.SAES), "resid_post.1/gated")
 

@@ -21,6 +21,8 @@ from hf_gated_sae.demo import bundled, corpus
 from hf_gated_sae.publishing import read_facts
 from hf_gated_sae.training.presets import presets
 
+pytestmark = pytest.mark.slow
+
 RUN = {
     "output_dir": "out",
     "model": {"name": str(bundled.MODEL), "hub_id": "none"},

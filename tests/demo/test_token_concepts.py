@@ -16,6 +16,8 @@ from hf_gated_sae.demo.lexer import lex
 from hf_gated_sae.demo.token_concepts import CONCEPTS, Concepts, concept_share, token_labels
 from hf_gated_sae.errors import InputError, UnknownNameError
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE = '''\
 """Module text."""
 import os.path

@@ -16,6 +16,8 @@ from hf_gated_sae.functional.cpu import SparseSupport, reused_memory
 from hf_gated_sae.functional.cpu.reused_memory import ReusedMemory, forget
 from hf_gated_sae.functional.cpu.sparse_pairs import LATENTS_AT_ONCE
 
+pytestmark = pytest.mark.slow
+
 D_SAE, TOKENS = 2 * LATENTS_AT_ONCE + 300, 700
 
 

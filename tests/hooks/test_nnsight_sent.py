@@ -19,6 +19,8 @@ from tests.hooks.nnsight_support import wrap, wrapped
 from tests.hooks.support import D_SAE, IDS, SITE, active_latents, close, logits_of, make_sae, model_of
 from tests.support.tiny_models import HIDDEN, tiny_model
 
+pytestmark = pytest.mark.slow
+
 PADDED = torch.cat([torch.zeros(2, 3, dtype=torch.long), IDS], dim=1)
 MASK = (PADDED != 0).long()
 GENERATE = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}

@@ -17,6 +17,8 @@ from tests.support.example_saes import assert_same, example
 from tests.support.hub_state import files
 from tests.support.mini_hub import MiniHub
 
+pytestmark = pytest.mark.slow
+
 BOB = "hf_bob"
 
 

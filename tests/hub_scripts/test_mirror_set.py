@@ -24,6 +24,8 @@ from tests.support.foreign import CARD, example_files, seed_gemma_scope
 from tests.support.hub_state import commits, files
 from tests.support.mini_hub import MiniHub
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = Path(__file__).parents[2] / "hub_scripts"
 
 

@@ -16,6 +16,8 @@ from hf_gated_sae import SAEModel, SAESet
 from hf_gated_sae.errors import CheckpointError, InputError, LatentIndexError, MissingFileError
 from tests.support.example_saes import D_SAE, assert_same, example
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:

@@ -8,6 +8,8 @@ from hf_gated_sae.sites import Site, resolve
 from tests.sites.home_made import run
 from tests.support.tiny_models import LAYERS, tiny_model
 
+pytestmark = pytest.mark.slow
+
 # Blocks, and the last linear maps of attention and feed-forward.
 FAMILIES = {
     "llama": ("model.layers", "self_attn.o_proj", "mlp.down_proj"),

@@ -30,6 +30,8 @@ from packaging.version import Version
 from tests.support.cards import require_valid
 from tests.support.loopback import HUB
 
+pytestmark = pytest.mark.slow
+
 API, BOB, ANON = HfApi(token="hf_alice"), HfApi(token="hf_bob"), HfApi(token=False)
 BIG = os.urandom(25_000_000)
 CARD = "---\nlicense: apache-2.0\nlibrary_name: hf_gated_sae\ntags: [sparse-autoencoder, {}]\n---\n"

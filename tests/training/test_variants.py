@@ -17,6 +17,8 @@ from hf_gated_sae.training.processes import Processes
 from .test_trainer import measured, quiet
 from .worlds import D_IN, activations, build
 
+pytestmark = pytest.mark.slow
+
 
 class Each(TrainerCallback):
     """Calls something after every step."""
