@@ -149,7 +149,8 @@ class SiteMap:
             )
         reason = self.refused.get(site, self.evidence)
         raise SiteError(
-            f"The site '{site}' could not be proven in this model, because {reason}. Proven: {self._summary()}. "
+            f"The site '{site}' could not be proven in this model of {self.n_layers} layers, because {reason}. "
+            f"Proven: {self._summary()}. "
             "A module path such as 'model.layers.0.output' can be used without proof."
         )
 
