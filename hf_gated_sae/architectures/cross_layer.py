@@ -211,7 +211,7 @@ class CrossLayerSAE(SAEModel):
     # ------------------------------------------------------------------ the equations
 
     def _normalized(self, x: Tensor) -> Tensor:
-        """Return `x` in the SAE's own frame, after checking that it has the activations of every source site."""
+        """Return `x` with each token normalised, after checking that it has the activations of every source site."""
         if x.shape[-2:] != self.input_shape:
             raise ShapeError(
                 f"Given activations {list(x.shape)}, but this SAE reads {len(self.sites)} sites with d_in = "
@@ -232,7 +232,7 @@ class CrossLayerSAE(SAEModel):
         return torch.cat(parts, -1)[..., torch.cat(places).argsort()]
 
     def _encode_at(self, x: Tensor, source: int, rows: Tensor | None = None) -> Tensor:
-        """Return a source's latents, all or some, given its activation in the SAE's frame."""
+        """Return a source's latents, all or some, given its normalised activation."""
         first = sum(self.latents_per_site[:source])
         encoder = self.encoders[source]
         if rows is None:

@@ -20,7 +20,7 @@ class MatchingPursuitSAEConfig(SAEConfig):
 
     Attributes:
         residual_threshold: a token is done when the norm of its residual is below this; 0 turns the rule off.
-        max_iterations: at most so many steps per token; `d_in` by default.
+        max_iterations: largest number of steps per token; `d_in` by default.
         stop_on_duplicate_support: a token is done when a step has turned on no other latent.
     """
 

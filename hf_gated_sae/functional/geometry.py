@@ -49,7 +49,7 @@ def geometric_median(x: Tensor, *, iterations: int = 100) -> Tensor:
 
     Args:
         x: points ``[n, d]`` with ``n >= 1``, finite.
-        iterations: at most so many.
+        iterations: the largest number of them.
 
     Returns:
         ``[d]``; of points that are all the same, that point to the bit.

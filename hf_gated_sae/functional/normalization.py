@@ -1,6 +1,6 @@
 """Per-token normalisations that SAEs were trained behind, and how they are undone.
 
-Each is an affine change of frame, ``normalised = (x - shift) / divisor``, with a shift and a divisor that depend on
+Each is affine, ``normalised = (x - shift) / divisor``, with a shift and a divisor that depend on
 the token; what the decoder writes is brought back as ``written * scale + shift``. Scale and divisor are the same up to
 the small number that keeps a division finite.
 """
@@ -75,6 +75,6 @@ def _wide(x: Tensor) -> Tensor:
 
 
 NORMALIZATIONS: Mapping[str, Callable[[Tensor, float], TokenNormalization]] = {
-    frame.__name__: frame for frame in (center, layer_norm, unit_norm, rms_norm, standardize)
+    each.__name__: each for each in (center, layer_norm, unit_norm, rms_norm, standardize)
 }
 """Normalisations by name; ``"none"`` is not among them."""

@@ -16,11 +16,11 @@ class LatentParallelGroup(ABC):
 
     @abstractmethod
     def summed(self, part: Tensor) -> Tensor:
-        """Return the sum of what all processes give; its gradient goes to every part as it is."""
+        """Return the sum over all processes; its gradient goes to every part unchanged."""
 
     @abstractmethod
     def alike(self, value: Tensor) -> Tensor:
-        """Return a value that all processes hold alike; its gradient is the sum of theirs."""
+        """Return a value that is the same in all processes; its gradient is the sum of theirs."""
 
 
 class DataParallelGroup(ABC):

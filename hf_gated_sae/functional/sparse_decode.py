@@ -55,7 +55,7 @@ def _decode_sparse(latents: SparseLatents, W_dec: Tensor) -> Tensor:
         InputError: if latents and rows are of different dtypes, and no autocast makes them the same.
     """
     given, held = latents.values.dtype, W_dec.dtype
-    # Autocast rounds what a product is given, and leaves float64 as it is.
+    # Autocast rounds the operands of a product, but not float64.
     rounds = torch.is_autocast_enabled(W_dec.device.type) and torch.float64 not in (given, held)
     if given != held and not rounds:
         raise InputError(

@@ -31,7 +31,7 @@ def ordinary_tensors() -> Iterator[None]:
 
 
 def unrecorded(rows: int) -> dict[str, Tensor]:
-    """Return zeros for the statistics of so many latents, ``[rows]`` each: nothing was recorded."""
+    """Return zeros for the statistics of `rows` latents, ``[rows]`` each: nothing was recorded."""
     return {name: torch.zeros(rows) for name in STATISTICS}
 
 
@@ -71,7 +71,7 @@ def chosen_dtype(given: Mapping[str, Any], stored: torch.dtype) -> torch.dtype:
     """Return the dtype to load in: the one that `from_pretrained` was given as ``dtype`` or ``torch_dtype``, if any.
 
     Raises:
-        InputError: if it is none.
+        InputError: if it is not a floating-point dtype.
     """
     wanted = next((dtype for dtype in given.values() if dtype not in (None, "auto")), stored)
     found = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted
@@ -83,12 +83,12 @@ def chosen_dtype(given: Mapping[str, Any], stored: torch.dtype) -> torch.dtype:
 def assembled(
     model_class: type[SAEModel], where: str, config: SAEConfig, state_dict: Mapping[str, Tensor], **dtypes: Any
 ) -> tuple[SAEModel, dict[str, Any]]:
-    """Build an SAE around the tensors as they are, cast where another dtype is asked for.
+    """Build an SAE around the tensors, cast where another dtype is asked for.
 
     Args:
         model_class: the architecture's class.
         where: the checkpoint's name for messages.
-        config: its configuration, which stays as it is.
+        config: its configuration, which stays unchanged.
         state_dict: its tensors.
         **dtypes: ``dtype`` or ``torch_dtype``, as `from_pretrained` was given them.
 
@@ -97,7 +97,7 @@ def assembled(
 
     Raises:
         CheckpointError: if the tensors are not those of the architecture.
-        InputError: if the dtype is none.
+        InputError: if the dtype is not a floating-point dtype.
     """
     config = copy.deepcopy(config)
     with torch.device("meta"):

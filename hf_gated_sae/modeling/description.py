@@ -24,7 +24,7 @@ class CheckpointDescription:
         model_class: the architecture's class.
         names: for each of our tensors the file's, such as ``{"W_enc": "encoder.weight"}``. ``_T`` at the end of ours,
             or ``.T`` at the end of the file's, states which of the two is transposed; that counts where a matrix is
-            square, since otherwise its shape tells. None: the file has no such vector, and zeros are used.
+            square, since otherwise its shape decides. None: the file has no such vector, and zeros are used.
         ignore: names of tensors that are left out, perhaps with ``*`` and ``?``.
         options: keys of the configuration.
     """

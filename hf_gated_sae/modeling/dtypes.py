@@ -68,7 +68,7 @@ def _dtypes(values: Iterable[Any]) -> Iterator[torch.dtype]:
 
 
 def _converted(value: Any, dtype: torch.dtype) -> Any:
-    """Return activations or latents in a dtype, and everything else as it is."""
+    """Return activations or latents in a dtype, and everything else unchanged."""
     if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
         return [_converted(each, dtype) for each in value]
     floating = isinstance(value, SparseLatents) or (isinstance(value, Tensor) and value.is_floating_point())

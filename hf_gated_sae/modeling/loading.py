@@ -66,7 +66,7 @@ def named_place(
 def effective_config(
     checkpoint: Checkpoint, config: SAEConfig | None, arguments: Mapping[str, Any]
 ) -> tuple[SAEConfig, dict[str, Any]]:
-    """Return the configuration to load with, and what transformers is to be told.
+    """Return the configuration to load with, and the arguments for transformers.
 
     Args:
         checkpoint: what is loaded.
@@ -94,7 +94,7 @@ def effective_config(
             f"config= is a {type(chosen).__name__}, but {checkpoint} is a {checkpoint.model_class.__name__}: expected "
             f"a {config_class.__name__}."
         )
-    # A copy in any case: the dtype is written into it, and the user's own stays as it is.
+    # A copy in any case: the dtype is written into it, and the user's own stays unchanged.
     made = config_class.from_dict({**chosen.to_dict(), **given}) if given else copy.copy(chosen)
     for name, why in checkpoint.unsaid.items():
         if getattr(made, name) is None:

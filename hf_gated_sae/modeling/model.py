@@ -116,7 +116,7 @@ class SAEModel(ArchitectureContract):
             )
 
     def _normalized(self, x: Tensor) -> Tensor:
-        """Return `x` in the SAE's own frame, after checking its width."""
+        """Return `x` with each token normalised as the SAE does, after checking its width."""
         if x.shape[-1:] != (self.config.d_in,):
             raise ShapeError(
                 f"Given activations {list(x.shape)}, but this SAE reads d_in = {self.config.d_in}: expected "
@@ -156,7 +156,7 @@ class SAEModel(ArchitectureContract):
         return written if token_normalization is None else token_normalization.undo(written)
 
     def _decode(self, latents: Tensor | SparseLatents) -> Tensor:
-        """Decode in the SAE's own frame."""
+        """Decode, before the normalisation is undone."""
         written = decode(latents, self.W_dec)
         return (written if self.latent_group is None else self.latent_group.summed(written)) + self.b_dec
 
@@ -175,7 +175,7 @@ class SAEModel(ArchitectureContract):
         return None if token_normalization is None else token_normalization.scale
 
     def _output_normalization(self, x: Tensor | None) -> TokenNormalization | None:
-        """Return the frame in which the decoder writes: that of the input, unless the output lies elsewhere."""
+        """Return the normalisation to undo in the output: that of the input, unless the output is at another site."""
         if self.config.normalization == "none" or self.config.is_transcoder:
             return None
         return self.token_normalization(self._needed(x))
@@ -184,7 +184,7 @@ class SAEModel(ArchitectureContract):
         """Return the input that decoding needs.
 
         Raises:
-            InputError: if there is none.
+            InputError: if `x` is None.
         """
         if x is None:
             raise InputError(
@@ -329,7 +329,7 @@ class SAEModel(ArchitectureContract):
         return training_obstacle(self.config)
 
     def constant(self, x: Tensor) -> Tensor:
-        """Return what is written when no latent is on, in the SAE's own frame.
+        """Return what is written when no latent is active, before the normalisation is undone.
 
         Args:
             x: activations ``[..., d_in]``.

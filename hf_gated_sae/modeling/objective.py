@@ -83,11 +83,11 @@ class Objective:
 
 @dataclass(frozen=True)
 class TopKObjective(Objective):
-    """``|y - y^|^2`` of architectures that keep so many latents per token, and of nested parts of their dictionary.
+    """``|y - y^|^2`` of architectures that select latents per token, and of nested parts of their dictionary.
 
     Attributes:
-        prefixes: shares of the latents, each between 0 and 1; the first so many latents have to reconstruct alone as
-            well, one term for each share, which makes a Matryoshka SAE.
+        prefixes: shares of the latents, each between 0 and 1; each share of the first latents has to reconstruct alone
+            as well, one term for each, which makes a Matryoshka SAE.
 
     Source: Gao et al. 2024 (arXiv 2406.04093), section 2; Bussmann et al. 2025 (arXiv 2503.17547) for the prefixes.
     """

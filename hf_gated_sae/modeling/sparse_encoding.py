@@ -106,7 +106,7 @@ def _in_parts(sae: SAEModel, x: Tensor) -> bool:
     if x.device.type == "meta" or torch.is_autocast_enabled(x.device.type):
         return False
     if sae.latent_group is not None:
-        return False  # how the parts are cut depends on the latents, and all processes have to cut alike
+        return False  # how the parts are cut depends on the latents, and all processes have to split in the same way
     return only_values(x, *sae.parameters(), *sae.buffers())
 
 
@@ -116,7 +116,7 @@ def latent_chunks(sae: SAEModel, x: Tensor) -> Iterator[Tensor]:
 
 
 def _chunks(x: Tensor, numbers: int, each: int = 0) -> Iterator[Tensor]:
-    """Split tokens evenly, so that a part holds about so many numbers, of which a token has its own, or `each`."""
+    """Split tokens evenly into parts of about `numbers` values, of which a token has its own number, or `each`."""
     most = max(FEWEST_TOKENS, numbers // (each or math.prod(x.shape[1:])))
     size = math.ceil(len(x) / math.ceil(len(x) / most))
     yield from x.split(size)

@@ -1,4 +1,4 @@
-"""What architectures have in common that keep so many latents of every token."""
+"""The base of architectures that select a number of latents for every token."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Telling in bfloat16, in less than half the time, which projections are above their cut; these are computed exactly.
+"""Screening in bfloat16: which projections may be above their cut, in less than half the time; these are then exact.
 
 Rounding changes a projection by at most ``|x^ - x| |w^| + |x| |w^ - w|``, hats for what is rounded to bfloat16. That
 bound, and the cut, are columns of the rounded matrices themselves: the product of ``[x^, |x^ - x|, |x|, 1]`` and
 ``[w^, |w^|, |w^ - w|, -cut]`` is negative only where the exact projection is below the cut. No pass over the result
 is needed but for its signs.
 
-Where autocast asks for products in bfloat16 the rounded product itself tells, and what it tells is used as it is.
+Where autocast asks for products in bfloat16, the rounded product itself decides, and is used unchanged.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def autocast_rounds(x: Tensor) -> bool:
 
 
 class Screen:
-    """Some tokens, and what the product of rounded matrices tells of their projections.
+    """Some tokens, and estimates of their projections by a product of rounded matrices.
 
     Args:
         x: ``[tokens, d_in]`` float32.
@@ -93,12 +93,12 @@ class Screen:
         """
         columns = ROUNDED.of(weight, (len(weight), weight.shape[1] + 2), torch.bfloat16)
         columns[:, :-2].copy_(weight)
-        columns[:, -2] = bias  # in two parts: rounded in one, it would move a latent at all tokens alike
+        columns[:, -2] = bias  # in two parts: rounded in one, it would move a latent at all tokens by the same amount
         columns[:, -1] = bias - columns[:, -2]
         return columns if self.largest * _largest(columns) * columns.shape[1] < MOST else None
 
     def least(self, kth: Tensor, columns: Tensor, bias: Tensor, tokens: slice) -> Tensor:
-        """Return what is told, at least, of a projection plus bias that is not below one of which `kth` is told.
+        """Return the least estimate of a projection plus bias that is not below one whose estimate is `kth`.
 
         Args:
             kth: of each token ``[n]``.
@@ -116,38 +116,38 @@ class Screen:
             cut: ``[n]``.
 
         Returns:
-            Tokens, latents and projections, ``[candidates]`` each; every projection that is told to be above its cut
+            Tokens, latents and projections, ``[candidates]`` each; every projection whose estimate is above its cut
             is there.
         """
         columns = self.columns(weight, -cut)
         if columns is None:
             return None
-        told = torch.nn.functional.linear(columns, self.rounded)
+        estimates = torch.nn.functional.linear(columns, self.rounded)
         # Groups of tokens, so that the latents of what is found ascend.
-        tile = told.view(torch.int16).unflatten(1, (ThresholdSearch.members(len(self.x)), -1))
-        places = self.reaching.find(tile, self.reaching.largest(tile), _ZERO)
-        if len(places) > DENSEST * told.numel():
+        tile = estimates.view(torch.int16).unflatten(1, (ThresholdSearch.members(len(self.x)), -1))
+        indices = self.reaching.find(tile, self.reaching.largest(tile), _ZERO)
+        if len(indices) > DENSEST * estimates.numel():
             return None
-        latents = places // len(self.x)
-        tokens = places - latents * len(self.x)
-        return tokens, latents, self.projections(told, places, weight, -cut, tokens, latents)
+        latents = indices // len(self.x)
+        tokens = indices - latents * len(self.x)
+        return tokens, latents, self.projections(estimates, indices, weight, -cut, tokens, latents)
 
     def projections(
-        self, told: Tensor, places: Tensor, weight: Tensor, bias: Tensor, tokens: Tensor, latents: Tensor
+        self, estimates: Tensor, indices: Tensor, weight: Tensor, bias: Tensor, tokens: Tensor, latents: Tensor
     ) -> Tensor:
-        """Return some projections: here, as they are told.
+        """Return some projections: here, their estimates.
 
-        What is told is rounded with the bias in it, which loses less than to round the projections.
+        Estimates are rounded with the bias included, which loses less than rounding the projections.
 
         Args:
-            told: ``[n, tokens]``.
-            places: which of these, ``[found]``.
+            estimates: ``[n, tokens]``.
+            indices: which of these, ``[found]``.
             weight: ``[n, d_in]``.
             bias: ``[n]``.
             tokens: of each place ``[found]``, counted from the first one of the screen.
             latents: of each place ``[found]``.
         """
-        return told.view(-1).index_select(0, places) - bias.index_select(0, latents)
+        return estimates.view(-1).index_select(0, indices) - bias.index_select(0, latents)
 
 
 class BoundedScreen(Screen):
@@ -159,7 +159,7 @@ class BoundedScreen(Screen):
 
     @property
     def summing(self) -> float:
-        """Error of sums in float32, of all columns; twice the usual, as hardware may round products and sums alike."""
+        """Error of sums in float32, of all columns; twice the usual, as hardware may round both products and sums."""
         return 2 * self.rounded.shape[1] * 2**-24
 
     def _round(self, x: Tensor) -> tuple[Tensor, float]:
@@ -186,7 +186,7 @@ class BoundedScreen(Screen):
         return kth - slack - 4 * (UP - 1) * (kth.abs() + slack)
 
     def projections(
-        self, told: Tensor, places: Tensor, weight: Tensor, bias: Tensor, tokens: Tensor, latents: Tensor
+        self, estimates: Tensor, indices: Tensor, weight: Tensor, bias: Tensor, tokens: Tensor, latents: Tensor
     ) -> Tensor:
         """Return the exact projections; see `Screen.projections`."""
         assert pair_dots is not None
@@ -227,41 +227,41 @@ def highest(
     for first in range(0, len(x), _TOKENS_AT_ONCE):
         chunk = slice(first, first + _TOKENS_AT_ONCE)
         rounded = screen.rounded[chunk]
-        told = room[: len(weight) * len(rounded)].view(len(weight), len(rounded))
-        torch.mm(columns, rounded.T, out=told)
+        estimates = room[: len(weight) * len(rounded)].view(len(weight), len(rounded))
+        torch.mm(columns, rounded.T, out=estimates)
         least = functools.partial(screen.least, columns=columns, bias=bias, tokens=chunk)
-        places = _candidates(told, k, blocks, screen.reaching, least)
-        if len(places) > DENSEST * told.numel():
+        indices = _candidates(estimates, k, blocks, screen.reaching, least)
+        if len(indices) > DENSEST * estimates.numel():
             return None
-        latents = places // told.shape[1]
-        tokens = places - latents * told.shape[1]
-        projections = screen.projections(told, places, weight, bias, tokens + first, latents)
-        parts.append(_highest_of(tokens, latents, projections, bias, k, told.shape[1]))
+        latents = indices // estimates.shape[1]
+        tokens = indices - latents * estimates.shape[1]
+        projections = screen.projections(estimates, indices, weight, bias, tokens + first, latents)
+        parts.append(_highest_of(tokens, latents, projections, bias, k, estimates.shape[1]))
     latents, projections = (torch.cat(column) for column in zip(*parts, strict=True))
     return latents, projections
 
 
 def _candidates(
-    told: Tensor, k: int, blocks: int, reaching: ThresholdSearch, least: Callable[[Tensor], Tensor]
+    estimates: Tensor, k: int, blocks: int, reaching: ThresholdSearch, least: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Return the places of what may be among the `k` highest of its column, of which each has at least as many.
+    """Return the indices of what may be among the `k` highest of its column, of which each has at least as many.
 
     Args:
-        told: ``[n, columns]`` bfloat16.
+        estimates: ``[n, columns]`` bfloat16.
         k: how many.
         blocks: of how many blocks, at least, the maxima are taken that tell how high the highest are.
         reaching: what finds them.
-        least: of the k-th highest maximum of each column, what a candidate is told to be at least, ``[columns]`` each.
+        least: of the k-th highest maximum of each column, the least estimate of a candidate, ``[columns]`` each.
     """
-    members = ThresholdSearch.members(len(told)) if len(told) >= MEMBERS * blocks else 1
-    block = len(told) // (members * blocks)
+    members = ThresholdSearch.members(len(estimates)) if len(estimates) >= MEMBERS * blocks else 1
+    block = len(estimates) // (members * blocks)
     # As integers, which are compared faster, numbers above 0 are in the same order.
-    for numbers in (told.view(torch.int16), told):
+    for numbers in (estimates.view(torch.int16), estimates):
         tile = numbers.unflatten(0, (-1, members))
         largest = reaching.largest(tile)
         maxima = largest[: len(largest) // block * block].unflatten(0, (-1, block)).amax(1)
         kth = maxima.topk(k, dim=0, sorted=False).values.amin(0)
-        level = least(kth.view(told.dtype).float()).to(told.dtype)
+        level = least(kth.view(estimates.dtype).float()).to(estimates.dtype)
         if bool((level > 0).all()):
             break
     return reaching.find(tile, largest, level.view(numbers.dtype))
@@ -284,7 +284,7 @@ def _highest_of(
 
 
 def _with_room(rows: Tensor, columns: int) -> Tensor:
-    """Return an empty matrix in bfloat16 for rows ``[n, d]`` and so many more columns."""
+    """Return an empty matrix in bfloat16 for rows ``[n, d]`` with further columns."""
     return torch.empty(len(rows), rows.shape[1] + columns, dtype=torch.bfloat16)
 
 

@@ -30,7 +30,7 @@ class ReusedMemory:
         _PURPOSES.append(self)
 
     def of(self, owner: Tensor, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """Return memory on the CPU, whatever is in it; autograd can take it as a gradient as it is.
+        """Return uninitialised memory on the CPU; autograd can take it as a gradient without a copy.
 
         Args:
             owner: what it belongs to.
@@ -58,7 +58,7 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 def forget(owners: Iterable[Tensor]) -> None:
-    """Let go of all memory that is kept for some tensors."""
+    """Release all memory that is held for some tensors."""
     for owner in owners:
         for purpose in _PURPOSES:
             purpose.kept.pop(owner, None)

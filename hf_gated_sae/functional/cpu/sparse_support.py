@@ -104,7 +104,7 @@ class SparseSupport(Support):
                 return None
             tokens, latents, projections = found
             on = true_indices((projections <= cut.index_select(0, latents)).logical_not_())
-            if len(on) < len(projections):  # all that follows would go on with those that only might have been
+            if len(on) < len(projections):  # those that only might have been are dropped here
                 tokens, latents, projections = (each.index_select(0, on) for each in found)
         return cls(x, shift, W_enc_T, tokens, latents, projections, centred)
 

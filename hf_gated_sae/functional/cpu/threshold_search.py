@@ -10,7 +10,7 @@ from torch import Tensor
 from ..indices import true_indices
 
 MEMBERS = 8
-"""Numbers of which the largest is looked at first: of so many, few groups have one that matters."""
+"""Numbers in a group, whose largest is looked at first: with so few, most groups have none that matters."""
 
 DENSEST = 1 / 4
 """Share of groups with one that matters above which it is faster to look at all numbers at once."""
@@ -28,7 +28,7 @@ class ThresholdSearch:
 
     @staticmethod
     def members(count: int) -> int:
-        """Return how many of so many numbers are to form a group."""
+        """Return the size of a group, given the number of values."""
         return math.gcd(MEMBERS, count)
 
     def largest(self, tile: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from .products import multiply
 from .threshold_search import ThresholdSearch
 
 FEW = 64
-"""Tokens up to which a product with weights of other strides is faster as it is than with a copy of them."""
+"""Tokens up to which a product with strided weights is faster than a copy of them and a product."""
 
 TILE = 1 << 21
 """Projections computed at once: few enough to stay in a cache, where memory is used again before it is lost."""
@@ -21,7 +21,7 @@ def above(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Return all projections ``x @ weight.T`` that are above a cut, and perhaps some that are not.
 
-    A projection that is not a number is above every cut, and so is every projection above a cut that is none.
+    A NaN projection is above every cut, and every projection is above a NaN cut.
 
     Args:
         x: ``[tokens, d_in]``.
@@ -60,7 +60,7 @@ def above(
 def _multiplied(x: Tensor, weight: Tensor, cut: Tensor, reaching: ThresholdSearch) -> tuple[Tensor, Tensor, Tensor]:
     """Search one tile by computing all of it."""
     # The product that encoding takes, so that both come to the same bits. Weights that lie the other way, as mapped
-    # from a file, are read as they are by few tokens, and copied for many.
+    # from a file, are read in place for few tokens, and copied for many.
     projections = multiply(x, weight if weight.stride(-1) == 1 or len(x) <= FEW else weight.contiguous())
     members = ThresholdSearch.members(len(x))
     tile = projections.reshape(len(x) // members, members, len(weight))
