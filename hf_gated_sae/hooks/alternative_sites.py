@@ -1,4 +1,4 @@
-"""The places that an SAE's own could be mistaken for, those first that are mistaken most easily."""
+"""The sites that an SAE's own could be mistaken for, those first that are mistaken most easily."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOST_FAR = 64
 
 
 class SitePair(NamedTuple):
-    """Where an SAE reads and writes, by name: the same place twice, unless it is a transcoder."""
+    """Where an SAE reads and writes, by name: the same site twice, unless it is a transcoder."""
 
     read: str
     written: str
@@ -28,7 +28,7 @@ class SitePair(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class AlternativeSites:
-    """Other places for an SAE that reads and writes one site each.
+    """Other sites for an SAE that reads and writes one site each.
 
     Attributes:
         slots: all of them by name.
@@ -40,7 +40,7 @@ class AlternativeSites:
 
 
 def near_sites(found: SiteMap, sae: SAEModel) -> AlternativeSites:
-    """Return the same place in the layers before and after, and the other sites of the same layer.
+    """Return the same site in the layers before and after, and the other sites of the same layer.
 
     For a transcoder, these are both of its sites, or one of them, in the layers before and after.
 
@@ -99,7 +99,7 @@ def _one_side(read: Site, written: Site, here: Iterable[str], there: Iterable[st
 
 
 def _existing(found: SiteMap, names: Iterable[str | None], width: int, own: Slot) -> dict[str, Slot]:
-    """Return the slots of the names that exist with that width, each place once, and not the SAE's own."""
+    """Return the slots of the names that exist with that width, each site once, and not the SAE's own."""
     places = {own.tensor_path}
     slots: dict[str, Slot] = {}
     for name in names:

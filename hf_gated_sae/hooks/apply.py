@@ -1,4 +1,4 @@
-"""Carry out what is attached at one place; the back-ends only differ in how they get to the activation.
+"""Apply what is attached at one site; the back-ends differ only in how they get to the activation.
 
 All interventions read the clean activation; what they add is summed, so that their order does not matter.
 """
@@ -32,7 +32,7 @@ def apply_interventions(
     Args:
         x: the clean activation ``[B, S, d]``.
         call: the running forward.
-        records: the interventions at this place.
+        records: the interventions at this site.
         placed: gives an SAE on a device.
         replaying: whether the layer runs again for gradient checkpointing; then nothing is recorded.
 

@@ -195,7 +195,7 @@ class Attachment(Session):
 
     @property
     def slots(self) -> list[Slot]:
-        """The places that are written or read, each once, in the order in which the model runs through them."""
+        """The sites that are written or read, each once, in the order in which the model runs through them."""
         return sorted(self._slots.values(), key=lambda slot: slot.order)
 
     def placed(self, sae: SAEModel, device: torch.device) -> SAEModel:
@@ -218,8 +218,9 @@ def attach(model: Any, *interventions: Intervention, all_threads: bool = False, 
     attached model has nothing attached. An SAE that is on another device than its site is copied there whole once per
     attachment, so that training through the attached model would train the copy: move the SAE there first. With
     gradient checkpointing, call ``backward()`` inside the block: it runs the layers again. Where several ranks hold
-    parts of the model, attach on every rank alike. While interventions act, compiled functions of the whole process
-    run as plain Python, since compiled code would skip the hooks; so does attention that a model compiles by itself.
+    parts of the model, attach on every rank in the same way. While interventions act, compiled functions of the whole
+    process run as plain Python, since compiled code would skip the hooks; so does attention that a model compiles by
+    itself.
 
     Args:
         model: any Hugging Face causal LM, as the user calls it.
@@ -296,7 +297,7 @@ def _require_one_name(first: tuple[Intervention, Slot], second: tuple[Interventi
     """Raise if two interventions would act on one tensor one after the other.
 
     What is written under one name is read under the other where the model comes to that, so that the second would not
-    see the clean activation. Names that differ in transforms alone are of one place, where both read it first.
+    see the clean activation. Names that differ in transforms alone are of one site, where both read it first.
 
     Raises:
         InputError: naming both.

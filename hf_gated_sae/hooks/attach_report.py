@@ -128,7 +128,7 @@ class Record:
             self.forgotten = self.forgotten + (old.sum() if isinstance(old, Tensor) else index.numel())
 
     def watch(self, value: Tensor, mask: Tensor | bool) -> None:
-        """Take note of what is put in at meant tokens: a sum, which NaN and infinite numbers spoil.
+        """Record what is put in at meant tokens: a sum, which NaN and infinite numbers spoil.
 
         Args:
             value: what is added or put in place, ``[B, S, d]`` or broadcastable to it.
@@ -162,7 +162,7 @@ class Record:
             )
 
     def watch_range(self, beyond: Tensor, dtype: torch.dtype) -> None:
-        """Take note of whether what the model goes on with has become infinite in its type of numbers.
+        """Record whether what the model continues with has become infinite in its type of numbers.
 
         Args:
             beyond: a single bool.

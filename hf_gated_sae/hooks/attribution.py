@@ -120,7 +120,7 @@ class _Leaves(Observation):
     Args:
         places: where to look.
         written: at which of them gradients are wanted.
-        added: by place, what to add.
+        added: by site, what to add.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class _Leaves(Observation):
         self.added = added or {}
 
     def kept(self, value: Tensor) -> Tensor:
-        """Return a leaf at the first place, so that what the model did before it is let go of."""
+        """Return a leaf at the first site, so that what the model did before it is released."""
         first = not any(place in self.seen for place in self.grad)
         return super().kept(value.detach() if first else value)
 
@@ -160,9 +160,9 @@ def attribute(
 
     Every latent writes into its site, ``x + (latents' - latents) @ W_dec``, and the error term is kept; so the
     derivative is ``(d metric / d x) @ W_dec.T``: one forward and one backward for all SAEs, read at active latents.
-    Where the model goes on from one SAE's site to another's, the derivative of the first includes what happens through
-    the second. Neither the model's outputs nor its parameters' gradients are touched. Latents are those of the edited
-    activation where interventions are attached.
+    Where the model continues from one SAE's site to another's, the derivative of the first includes what happens
+    through the second. Neither the model's outputs nor its parameters' gradients are touched. Latents are those of
+    the edited activation where interventions are attached.
 
     ``"integrated"`` takes the mean derivative on the straight way from all latents at 0 to their values, all SAEs
     together, by the midpoint rule: the attributions then sum to what subtracting everything that the latents of the
@@ -305,7 +305,7 @@ class _Part:
         sae: the SAE.
         read: names of the sites that it reads.
         slots: of all sites.
-        seen: activations by place, ``[B, S, d]``, or with virtual tokens before.
+        seen: activations by site, ``[B, S, d]``, or with virtual tokens before.
         counted: which tokens count.
     """
 
@@ -327,7 +327,7 @@ class _Part:
             self.live = sae.encode_sparse(sae_input(sae, chosen))
 
     def _chosen(self, place: TensorPath, x: Tensor) -> Tensor:
-        """Return the counted tokens of what belongs to a place, on the SAE's device and in its dtype."""
+        """Return the counted tokens of what belongs to a site, on the SAE's device and in its dtype."""
         return on_device_of(self.sae, self.counted.chosen(x, str(place)))
 
     @property
@@ -348,7 +348,7 @@ class _Part:
         return total
 
     def writes(self) -> Iterator[tuple[TensorPath, Tensor]]:
-        """Yield what the active latents write at each place, shaped like the activation there and in its units."""
+        """Yield what the active latents write at each site, shaped like the activation there and in its units."""
         for output, place in enumerate(self.written):
             written = self.sae.b_dec.new_zeros(len(self.where), self.sae.d_out)
             for some, tokens, rows in self._decoder_rows(output):

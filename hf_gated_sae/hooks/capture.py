@@ -59,7 +59,7 @@ class _Anchor:
         return sae.per_token and config.kept_latents is None and len(config.sites_read) == 1 and not several
 
     def at(self, place: TensorPath, x: Tensor) -> Tensor:
-        """Return what stands for the activation at a place.
+        """Return what stands for the activation at a site.
 
         Raises:
             InputError: if the model computes what is written before what is read.
@@ -105,7 +105,7 @@ def capture(
 ) -> dict[Any, Tensor]:
     """Run the model as far as needed and return activations and latents.
 
-    Where interventions are attached, the activation is the edited one that the model goes on with. The forward ends
+    Where interventions are attached, the activation is the edited one that the model continues with. The forward ends
     at the last site needed; it runs to its end if a cache is given, whose later layers would lack these tokens, and
     where accelerate or FSDP put weights away after each module.
 

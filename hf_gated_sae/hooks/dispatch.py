@@ -1,4 +1,4 @@
-"""One hook per place and model, however many interventions, names of the place, threads and nested blocks use it."""
+"""One hook per tensor and model, however many interventions, site names, threads and nested blocks use it."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Dispatcher:
         self._users[slot.tensor_path] = self._users.get(slot.tensor_path, 0) + 1
 
     def _refuse_second_replacement(self, slot: Slot, sessions: Sequence[Session]) -> None:
-        """Raise if two of the sessions that may act on one call replace the same place."""
+        """Raise if two of the sessions that may act on one call replace the same site."""
         found = [record.intervention for session in sessions for record in session.records.get(slot.tensor_path, ())]
         replacing = [type(intervention).__name__ for intervention in found if intervention.replaces]
         if len(replacing) > 1:
@@ -120,7 +120,7 @@ class Dispatcher:
         return hook
 
     def _apply(self, place: TensorPath, x: Tensor, sessions: Sequence[Session]) -> Tensor | None:
-        """Apply every intervention at a place; None if none of them means any token of this call."""
+        """Apply every intervention at a site; None if none of them means any token of this call."""
         records = [(session, record) for session in sessions for record in session.records.get(place, ())]
         reads = dict(pair for session in sessions for pair in session.reads.get(place, ()))
         if not records and not reads:

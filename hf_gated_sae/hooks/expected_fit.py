@@ -1,12 +1,12 @@
-"""Whether what an SAE makes of a text at a place is what was recorded, and whether another place suits it better.
+"""Whether what an SAE makes of a text at a site is what was recorded, and whether another site suits it better.
 
-One number says how far an SAE is from its record at a place, in natural logarithms:
+One number says how far an SAE is from its record at a site, in natural logarithms:
 
     distance = log max(FVU / recorded FVU, 1) + 2 |log(norm / recorded norm)| + 1/4 |log(L0 / recorded L0)|
 
-A text of another kind moves the FVU at all places alike and the norm little, so places are judged by the difference of
-their distances. The FVU alone does not tell the layers of a residual stream apart: an SAE may well explain the layer
-before its own better than its own, whose variance is less. There the norm does.
+A text of another kind moves the FVU at all sites by the same factor and the norm little, so sites are judged by the
+difference of their distances. The FVU alone does not distinguish the layers of a residual stream: an SAE may well
+explain the layer before its own better than its own, whose variance is less. There the norm does.
 
 The thresholds were chosen on the numbers below, so these say how well the rule can do rather than how well it does on
 other models. They follow from applying the rule to stored FVU, L0 and norm of four kinds of text of 48 to 256 tokens,
@@ -19,7 +19,7 @@ at every semantic site of the SAE's width, without transforms; `tests/hooks/chec
 None of these false alarms was an error. What is missed are above all sites of one residual stream between which little
 is added, such as `mlp_out.0` and `resid_post.0` where the embedding is small, and `resid_mid` beside `resid_pre`. An
 SAE whose record is of the little text that it was trained on explains other text much worse, so that more of its wrong
-places pass: 9 of 96 for one such SAE.
+sites pass: 9 of 96 for one such SAE.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from typing import NamedTuple
 from .site_fit import SiteFit
 
 GAP = 0.25
-"""Another place suits an SAE better if its distance is less by this."""
+"""Another site suits an SAE better if its distance is less by this."""
 CERTAIN = 0.5
 """With this gap it is an error, with less a warning."""
 FEW = 64
 """With fewer tokens the gap has to be larger, in proportion to the noise of a mean."""
 DOUBT = 0.45
-"""The distance from which places are tried that are not next to the SAE's own."""
+"""The distance from which sites are tried that are not next to the SAE's own."""
 ASTRAY = 0.9
-"""A place with a larger distance is not the SAE's own, unless it explains more."""
+"""A site with a larger distance is not the SAE's own, unless it explains more."""
 WEIGHTS = {"norm": 2.0, "l0": 0.25}
 """What the terms of the distance count, with that of the FVU as 1."""
 LEAST_FVU = 0.01
 """Below this an FVU is as good as any other."""
 FITS = 0.7
-"""A place suits an SAE only with an FVU below this: where it explains little, one place is as good as another."""
+"""A site suits an SAE only with an FVU below this: where it explains little, one site is as good as another."""
 DOUBTFUL = 0.5
-"""The FVU from which other places are tried, where none is recorded; a place then fits with half of that."""
+"""The FVU from which other sites are tried, where none is recorded; a site then fits with half of that."""
 OFF = {"l0": 5.0, "norm": 3.0}
 """How many times more or less than recorded is another thing, whatever the text."""
 EVIDENT = 1.5
@@ -98,19 +98,19 @@ class ExpectedFit(NamedTuple):
         return ["fvu", *far] if worse else far
 
     def in_doubt(self, seen: SiteFit, *, with_outliers: bool = False) -> bool:
-        """Whether places further away are to be tried."""
+        """Whether sites further away are to be tried."""
         distant = seen.fvu > DOUBTFUL
         if self.fvu is not None:
             distant = self.distance(seen, without_norm=with_outliers) > DOUBT
         return distant or bool(self.differences(seen, with_outliers=with_outliers))
 
     def gap(self, here: SiteFit, there: SiteFit, *, without_norm: bool = False) -> float:
-        """Return by how much another place suits the SAE better than its own, on the same tokens; 0 if it does not.
+        """Return by how much another site suits the SAE better than its own, on the same tokens; 0 if it does not.
 
-        Where no FVU is recorded, nothing but a large difference between the places counts.
+        Where no FVU is recorded, nothing but a large difference between the sites counts.
 
         Args:
-            here: what is seen at its own place.
+            here: what is seen at its own site.
             there: what is seen at the other.
             without_norm: leave out the norm, as in `distance`.
         """

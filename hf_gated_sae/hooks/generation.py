@@ -27,8 +27,8 @@ class Generation:
     """One call of `generate`.
 
     Attributes:
-        prompt: number of its prompt's columns; None until the first forward if the arguments do not tell.
-        batch: number of rows of its prompt; None if the arguments do not tell.
+        prompt: number of its prompt's columns; None until the first forward if the arguments do not say.
+        batch: number of rows of its prompt; None if the arguments do not say.
         beams: whether it searches with beams, which reorders rows between calls.
         guided: whether it also calls the model without the prompt, or with a negative one, to be guided away from it.
     """
@@ -47,7 +47,7 @@ class Generation:
         return self.prompt if self.owns(call) else self._others_prompt
 
     def learn_prompt(self, call: ForwardArguments, end: int) -> None:
-        """Take note of a call that ends at a column, which is its prompt's end if it is the first one."""
+        """Record a call that ends at a column, which is its prompt's end if it is the first one."""
         own = self.owns(call)
         if own:
             self.prompt = self.prompt or end
@@ -58,7 +58,7 @@ class Generation:
         self._begun, self._others_turn = True, own
 
     def owns(self, call: ForwardArguments) -> bool:
-        """Whether a call goes on from the prompt; the calls that guide it have a cache of their own."""
+        """Whether a call continues from the prompt; the calls that guide it have a cache of their own."""
         if not self.guided or not self._begun:
             return True
         # Without a cache each step is a call of its own followed by one that guides it.
@@ -167,7 +167,7 @@ class GenerateBoundary:
 
 
 def new_tokens(result: Any, prompt: int | None) -> int:
-    """Return how many tokens a result of `generate` has after its prompt; 0 if it does not tell.
+    """Return how many tokens a result of `generate` has after its prompt; 0 if it does not say.
 
     Args:
         result: ids ``[B, prompt + new]``, or an output that holds them.

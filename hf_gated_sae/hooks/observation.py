@@ -1,4 +1,4 @@
-"""What passes places of a model, and which tokens of it count."""
+"""What passes sites of a model, and which tokens of it count."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Observation(Session):
 
     Args:
         places: where to look.
-        grad: at which of them the model is to go on with what was kept, so that gradients with respect to it exist;
+        grad: at which of them the model is to continue with what was kept, so that gradients with respect to it exist;
             where nothing before requires any, what was kept is a leaf that does.
-        stop: end the forward once all places were seen.
+        stop: end the forward once all sites were seen.
     """
 
     def __init__(self, places: Iterable[TensorPath], *, grad: Collection[TensorPath] = (), stop: bool = False) -> None:
@@ -54,7 +54,7 @@ class Observation(Session):
         if place in self.grad:
             self.seen[place] = self.kept(value)
             return self.going_on(place, self.seen[place])
-        # The model may go on to write into the tensor. And a caller in inference mode may want to use what it gets.
+        # The model may later write into the tensor. And a caller in inference mode may want to use what it gets.
         with torch.inference_mode(False):
             self.seen[place] = value.detach().clone()
         if self.stop and len(self.seen) == len(self.tensor_paths):
@@ -66,7 +66,7 @@ class Observation(Session):
         return value.clone() if value.requires_grad else value.detach().clone().requires_grad_()
 
     def going_on(self, place: TensorPath, kept: Tensor) -> Tensor:
-        """Return what the model goes on with, of the same value; not the object itself, which it may write into."""
+        """Return what the model continues with, of the same value; not the object itself, which it may write into."""
         return kept.clone()
 
     def run(self, model: nn.Module, slots: Mapping[str, Slot], inputs: Mapping[str, Any]) -> Any:

@@ -56,7 +56,7 @@ _wrappers: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]] = we
 
 
 def know_wrapper(model: nn.Module, root: nn.Module) -> None:
-    """Take note of the wrapper through which a model is called, if it may put virtual tokens before the prompt."""
+    """Record the wrapper through which a model is called, if it may put virtual tokens before the prompt."""
     if hasattr(model, "active_peft_config"):
         require_supported("peft")
         _wrappers.setdefault(root, weakref.WeakSet()).add(model)

@@ -57,7 +57,7 @@ class Forwards:
         self._since = 0
 
     def begin(self) -> None:
-        """Take note that from here on every forward will be told of; those before were not edited."""
+        """Record the node number from which on every forward is noted; earlier ones were not edited."""
         self._since = next_node_number()
 
     def note(self, start: int, call: ModelCall | None, sessions: Sequence[Session]) -> None:
@@ -69,7 +69,7 @@ class Forwards:
         self._kept.append(Forward(start, end, threading.current_thread(), call, acted))
 
     def release(self) -> None:
-        """Let go of what is known of tokens: nothing is attached any more."""
+        """Release what is known of tokens: nothing is attached any more."""
         for forward in self._kept:
             forward.call = forward.again = None
 

@@ -9,7 +9,7 @@ name, and an argument that may be a cache, a padding mask or positions, but is n
 |---|---|
 | the tokens | ``input_ids``, else ``inputs_embeds`` |
 | padding | ``attention_mask`` ``[B, T]``; another shape hides it |
-| places in the sequence | ``position_ids`` ``[B, S]`` |
+| positions in the sequence | ``position_ids`` ``[B, S]`` |
 | what came before | a cache, under whatever name |
 | several requests in one row | ``cu_seq_lens_q``, ``cu_seqlens``, ``read_index`` |
 """
@@ -51,7 +51,7 @@ class ForwardArguments:
         ids: token ids ``[B, S]``; None where the model is fed embeddings.
         embeds: embeddings ``[B, S, width]``; None where it is fed ids.
         mask: 0 at padding, ``[B, T]``; None if it was left out or is `hidden`.
-        hidden: whether a mask of another shape was given, which does not tell padding.
+        hidden: whether a mask of another shape was given, which does not show padding.
         position_ids: ``[B, S]`` or ``[1, S]``; None if they were left out.
         cache: what holds the tokens before; None if nothing does.
         packed: whether a row holds tokens of several requests, or sequences, whose borders are given.
@@ -218,7 +218,7 @@ def tensors_within(value: Any, depth: int = 3) -> Iterator[Tensor]:
 
 
 def _refuse_unknown(call: Mapping[str, Any], found: ForwardArguments) -> None:
-    """Raise if an argument may be a padding mask or places under a name that is not known.
+    """Raise if an argument may be a padding mask or position ids under a name that is not known.
 
     Raises:
         AttachError: naming it.

@@ -47,11 +47,11 @@ class Session:
         """Whether the model was called from a thread or task in which it does not act."""
 
     def begin(self) -> None:
-        """Take note that it begins, from this thread."""
+        """Record that it begins, from this thread."""
         self.active, self.failure, self._thread = True, None, threading.get_ident()
 
     def fail(self, error: Exception) -> None:
-        """Take note of an error raised while it acted."""
+        """Record an error raised while it acted."""
         if threading.get_ident() != self._thread:
             self.failure = self.failure or error
 
@@ -63,4 +63,4 @@ class Session:
     """Whether `observe` is to be called."""
 
     def observe(self, place: TensorPath, value: Tensor) -> Tensor | None:
-        """See the activation that the model goes on with, and give what is to stand for it; None for itself."""
+        """See the activation that the model continues with, and give what is to stand for it; None for itself."""

@@ -1,8 +1,8 @@
 """Whether an SAE belongs where it is to be attached: what it explains of a short text there, and what it should.
 
 An SAE at a wrong place of the right width computes something, and nothing says so. So it is run once on a text, at its
-place and at those next to it, and the numbers are compared with what was measured when it was published. Where they
-differ much, places further away are tried in one more forward. Only a place that suits the SAE better makes an error,
+site and at those next to it, and the numbers are compared with what was measured when it was published. Where they
+differ much, sites further away are tried in one more forward. Only a site that suits the SAE better makes an error,
 or, if it is not much better, a warning; an SAE that explains little everywhere may simply be young.
 """
 
@@ -272,7 +272,7 @@ def _advice(sae: SAEModel, better: BetterSite) -> str:
 
 
 def _what(site: Site, sae: SAEModel) -> str:
-    """Return what tells a place apart from the SAE's own, with which it is easily confused."""
+    """Return what tells a site apart from the SAE's own, with which it is easily confused."""
     [given] = sites_written(sae)
     if site.is_path and given.name.endswith("_out"):
         return ", before what the block does to it on its way into the residual stream, such as a post-norm,"

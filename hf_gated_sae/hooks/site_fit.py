@@ -1,4 +1,4 @@
-"""How well an SAE reconstructs what passes some places of a model: one forward, and no edits."""
+"""How well an SAE reconstructs what passes some sites of a model: one forward, and no edits."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ class SiteFit(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What passed some places of a model.
+    """What passed some sites of a model.
 
     Attributes:
-        values: activations of all tokens but padding, ``[n, width]`` by the place's name.
+        values: activations of all tokens but padding, ``[n, width]`` by the site's name.
         special: which of these tokens are special, ``[n]`` bool.
     """
 
@@ -55,7 +55,7 @@ class Seen(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """The tokens on which an SAE is measured at its own place, ``[n]`` bool each.
+    """The tokens on which an SAE is measured at its own site, ``[n]`` bool each.
 
     Attributes:
         ordinary: without special tokens and outliers, or without what was left out when the SAE was recorded.
@@ -74,17 +74,17 @@ def observe(
     inputs: Mapping[str, Any],
     special_ids: Sequence[int] | None,
 ) -> Seen:
-    """Run a model as far as needed, quietly, and return what passes some of its places.
+    """Run a model as far as needed, quietly, and return what passes some of its sites.
 
     Args:
         model: the model as the user calls it; whatever is attached to it has to stand aside.
-        own: the SAE's own places by name.
-        others: further places by name; one that has no vector for each token is left out of the result.
+        own: the SAE's own sites by name.
+        others: further sites by name; one that has no vector for each token is left out of the result.
         inputs: keyword arguments of the forward, with ids ``[B, S]``.
         special_ids: ids of the special tokens; None for those that the model names.
 
     Raises:
-        ShapeError: if what passes one of the SAE's own places has no vector for each token.
+        ShapeError: if what passes one of the SAE's own sites has no vector for each token.
     """
     subject = make_subject(model, inputs)
     slots = {**others, **own}
@@ -115,7 +115,7 @@ def tokens_of(sae: SAEModel, seen: Seen, read: Sequence[Tensor], written: Sequen
 
     Args:
         sae: the SAE.
-        seen: what passed its places.
+        seen: what passed its sites.
         read: what passes each site that it reads, ``[n, d_in]``.
         written: what passes each site that it writes, ``[n, d_out]``.
 

@@ -1,4 +1,4 @@
-"""What an SAE makes of its own place and of others, in one forward, and which of them suits it best."""
+"""What an SAE makes of its own site and of others, in one forward, and which of them suits it best."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .expected_fit import ExpectedFit
 from .site_fit import FEWEST, SiteFit, are_ordinary, fit, observe, tokens_of
 
 MOST_LATENTS = 2**24
-"""Other places are tried on the first tokens of a batch: so many that they have this many latents, zeros included."""
+"""Other sites are tried on the first tokens of a batch: so many that they have this many latents, zeros included."""
 TOKENS = 64, 1024
 """How many tokens these are at least and at most."""
 ALIKE = 0.02
@@ -25,7 +25,7 @@ ALIKE = 0.02
 
 
 class BetterSite(NamedTuple):
-    """A place that suits an SAE better than its own.
+    """A site that suits an SAE better than its own.
 
     Attributes:
         sites: where it reads and writes.
@@ -39,17 +39,17 @@ class BetterSite(NamedTuple):
 
 
 class SiteTrial:
-    """One forward, and what an SAE makes of what passed its own and some other places.
+    """One forward, and what an SAE makes of what passed its own and some other sites.
 
     Args:
         model: the model as the user calls it.
         sae: the SAE, with all of its latents.
         expected: what was recorded of it.
         inputs: keyword arguments of a forward.
-        others: the other places.
+        others: the other sites.
 
     Raises:
-        ShapeError: if what passes one of the SAE's own places has no vector for each token.
+        ShapeError: if what passes one of the SAE's own sites has no vector for each token.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class SiteTrial:
         self.with_outliers = False
 
     def measure(self) -> SiteFit:
-        """Return what the SAE makes of its own place.
+        """Return what the SAE makes of its own site.
 
         Outliers and special tokens are counted where its recorded norm says that they were counted then.
 
@@ -92,7 +92,7 @@ class SiteTrial:
 
     @property
     def in_doubt(self) -> bool:
-        """Whether places further away are to be tried."""
+        """Whether sites further away are to be tried."""
         return self.expected.in_doubt(self.measure(), with_outliers=self.with_outliers)
 
     @property
@@ -101,7 +101,7 @@ class SiteTrial:
         return self.expected.differences(self.measure(), with_outliers=self.with_outliers)
 
     def better(self) -> BetterSite | None:
-        """Return the place that suits the SAE best, or None if none suits it better than its own."""
+        """Return the site that suits the SAE best, or None if none suits it better than its own."""
         self.measure()
         own = Site.parse(self._read[0]).name
         for stage in self._stages:
@@ -113,7 +113,7 @@ class SiteTrial:
         return None
 
     def _better_of(self, pairs: Sequence[SitePair]) -> list[BetterSite]:
-        """Return those of some places that suit the SAE better than its own."""
+        """Return those of some sites that suit the SAE better than its own."""
         sets = {pair: tokens for pair in pairs if (tokens := self._shared_tokens(pair)) is not None}
         if not sets:
             return []
@@ -132,7 +132,7 @@ class SiteTrial:
         return found
 
     def _shared_tokens(self, pair: SitePair) -> Tensor | None:
-        """Return on which tokens a place is compared with the SAE's own, ``[n]`` bool; None if it cannot be."""
+        """Return on which tokens a site is compared with the SAE's own, ``[n]`` bool; None if it cannot be."""
         values = self._values(pair)
         tokens = self._ordinary
         if self.with_outliers:
@@ -147,7 +147,7 @@ class SiteTrial:
         return tokens if finite and int(tokens.sum()) >= FEWEST else None
 
     def _is_other_view(self, pair: SitePair) -> bool:
-        """Whether a place is seen through other transforms than the SAE's own."""
+        """Whether a site is seen through other transforms than the SAE's own."""
         own = SitePair(self._read[0], self._written[0])
         return any(Site.parse(a).transforms != Site.parse(b).transforms for a, b in zip(own, pair, strict=True))
 

@@ -115,7 +115,7 @@ def number_sequences(places: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """Return where tokens stand in rows that hold several sequences one after the other; None if none does.
 
     As transformers does where it is given neither mask nor cache (`find_packed_sequence_indices`): a sequence begins
-    wherever a place is not the one after its predecessor's.
+    wherever a position id is not the one after its predecessor's.
 
     Args:
         places: `position_ids` ``[B, S]``.
@@ -168,17 +168,17 @@ def number_tokens(
 ) -> tuple[Tensor, Tensor, bool]:
     """Return positions among each row's real tokens (-1 at padding), the prompt's padding, and if there may be any.
 
-    Positions count from 0 even where `places` begin elsewhere.
+    Positions count from 0 even where the position ids begin elsewhere.
 
     Args:
         mask: 0 at padding ``[B, T]``; None if it is not known.
         places: `position_ids` ``[B, S]``; None if they were left out.
-        hidden: whether there is a mask that does not tell padding.
+        hidden: whether there is a mask that does not show padding.
         inputs: ids or embeddings ``[B, S, ...]``.
         past: number of columns before the call.
         previous: the call that ended with those columns, if it is known.
         prompt: number of columns of the prompt.
-        generating: whether `generate` makes the call, whose `places` count each row's real tokens from 0.
+        generating: whether `generate` makes the call, whose position ids count each row's real tokens from 0.
     """
     rows, columns = inputs.shape[:2]
     end = past + columns
@@ -197,7 +197,7 @@ def number_tokens(
             absent = (1 - real[:, :prompt]).sum(-1, keepdim=True)
         return (before + now.cumsum(-1) - 1).masked_fill(now == 0, -1), absent, True
     if places is not None and places.shape[1] == columns and (generating or hidden or (past and not padded)):
-        # A static cache hides the mask, and padding is on the left: as many places are missing.
+        # A static cache hides the mask, and padding is on the left: as many position ids are missing.
         absent = (end - 1 - places.to(inputs.device).expand(rows, columns)[:, -1:]).clamp(min=0)
         padded = True
     return (column - absent).clamp(min=-1), absent, padded

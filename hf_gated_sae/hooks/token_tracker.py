@@ -194,7 +194,7 @@ class TokenTracker:
     def begin(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, frame: FrameType | None = None
     ) -> None:
-        """Take note that the model's forward begins, with these arguments.
+        """Record that the model's forward begins, with these arguments.
 
         Args:
             model: the model.
@@ -272,7 +272,7 @@ class TokenTracker:
         )
 
     def end(self, model: nn.Module, args: Any, output: Any) -> None:
-        """Take note that it has ended, with this output; None if it failed."""
+        """Record that it has ended, with this output; None if it failed."""
         running = self._innermost()
         if running is None:
             return

@@ -121,7 +121,7 @@ class _Carrier:
         return what(self.root._module, (), {name: value for each in given for name, value in each.items()})
 
     def _act(self, place: TensorPath, x: Tensor) -> Tensor | None:
-        """Carry out what is to be done at one place."""
+        """Carry out what is to be done at one site."""
         call = self._tracker.current
         for site, transforms in self.attachment.reads.get(place, ()):
             call.see(site, view(x, transforms).value)
@@ -134,14 +134,14 @@ _CARRIERS: WeakKeyDictionary[Any, _Carrier] = WeakKeyDictionary()
 
 
 def edit(lm: Any, *interventions: Intervention, proven_on: nn.Module | None = None, check: Check = True) -> Any:
-    """Return a copy of an nnsight model in whose traces interventions act; the model itself stays as it is.
+    """Return a copy of an nnsight model in whose traces interventions act; the model itself stays unchanged.
 
     They act in every forward of ``trace`` and ``generate``, on the tokens that `attach` would edit, to the bit, before
-    what the trace itself does at the same place; with several invokes, on the rows of all of them. In a generation,
+    what the trace itself does at the same site; with several invokes, on the rows of all of them. In a generation,
     the prompt is what its first forward is given. The copy shares modules and weights, and can be edited again;
     called as a module, ``edited(ids)``, it does what the model does, as ever in nnsight.
 
-    With ``trace(..., remote=True)`` nnsight sends source and tensors: for each place a function that consists of torch
+    With ``trace(..., remote=True)`` nnsight sends source and tensors: for each site a function that consists of torch
     operations, and of each SAE what they need, which for edits of n latents of element-wise architectures is n rows
     of the encoder and of the decoder, and for `Splice` all of it. The other machine needs torch and nnsight, not this
     package. It computes the edits on its CPU, in float32; nothing is reported back. What depends on more than each
@@ -249,7 +249,7 @@ def refuse_hooks(model: nn.Module) -> None:
     """Raise if something is attached to a model by hooks, too.
 
     Raises:
-        AttachError: since nnsight would see the activations as they are before those hooks.
+        AttachError: since nnsight would see the activations before those hooks.
     """
     if is_attached(model):
         raise AttachError(

@@ -25,7 +25,7 @@ class _Latents:
 
     Args:
         sae: the SAE.
-        slot: its proven place.
+        slot: its proven site.
         model: the model in which it was proven.
     """
 
@@ -91,9 +91,9 @@ def sae_envoys(model: Any, *saes: SAEModel) -> dict[str, type]:
     """Return envoy classes for nnsight's ``envoys=``: the module at each SAE's site gets ``latents``.
 
     In a trace they can be read and saved, changed in place and assigned. What is added to the activation ``x`` is
-    ``(latents' - latents) @ W_dec``; reading alone leaves it as it is, bit for bit. All tokens are meant, special ones
-    too: which to change is up to the trace. The SAEs do not become part of the model. Such a model is for this machine
-    alone; what is sent with ``remote=True`` is made by `edit`.
+    ``(latents' - latents) @ W_dec``; reading alone leaves it unchanged, bit for bit. All tokens are edited, special
+    ones too: which to change is up to the trace. The SAEs do not become part of the model. Such a model is for this
+    machine alone; what is sent with ``remote=True`` is made by `edit`.
 
     Args:
         model: the transformers model that will be wrapped.

@@ -1,7 +1,7 @@
 """Interventions as plain functions of torch operations, which run where this package is not installed.
 
 A server that runs a trace rebuilds functions from their source, and offers them little more than torch and Python's
-own types. So what the interventions do at a place is recorded as the torch operations on which it comes down, for a
+own types. So what the interventions do at a site is recorded as the torch operations on which it comes down, for a
 block of tokens; operations on constants are done here and now, so that of an SAE only the rows that the edited latents
 need remain. The equations stay where they are: what is recorded is what the hooks run.
 """
@@ -69,12 +69,12 @@ class _SingleTokensCall(ModelCall):
 
 
 def portable(attachment: Attachment, slot: Slot, seen: Sequence[Slot]) -> tuple[Any, dict[str, Tensor]]:
-    """Record what is done at one place.
+    """Record what is done at one site.
 
     Args:
         attachment: the interventions.
-        slot: the place.
-        seen: the places before it whose activations are read.
+        slot: the site.
+        seen: the sites before it whose activations are read.
 
     Returns:
         A function of constants; the raw activation ``[BLOCK, 1, width]`` in float32; index, prompt length, mask of

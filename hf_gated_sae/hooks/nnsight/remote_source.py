@@ -20,7 +20,7 @@ def sent(root: Any, stops: Any, special: Any, steps: Any, names: Any, caches: An
 
     Args:
         root: the envoy of the causal LM.
-        stops: for each place in order: its envoy, port and keys, whether it is written in place, the places seen
+        stops: for each site in order: its envoy, port and keys, whether it is written in place, the sites seen
             before, by number, and the recorded function with its constants; None for one that is only seen.
         special: ids of special tokens.
         steps: nnsight's steps.
