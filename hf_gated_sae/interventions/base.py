@@ -6,7 +6,6 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import cast
 
 import torch
@@ -129,7 +128,7 @@ class Intervention(ABC):
         """
         if not self.acts_at(run.output):
             return False, None
-        mask = run.call.once(self, partial(self.mask, run))
+        mask = run.call.once(self, functools.partial(self.mask, run))
         return mask, None if mask is False else self.effect(run)
 
     @property

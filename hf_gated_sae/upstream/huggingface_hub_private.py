@@ -1,8 +1,7 @@
 """Private names of huggingface_hub, seen in 1.31 and 2.4.
 
-Range requests have to retry, authenticate and fail exactly as the client's own downloads do. The public
-`HfFileSystem` reads a file in one stream of blocks, one range at a time, and asks the Hub for metadata that the
-listing has already given; `get_session` alone neither retries nor turns a status into the client's errors.
+Range requests retry, authenticate and fail as the client's own downloads do, which `get_session` alone does not.
+Whether `HfFileSystem` could take their place at no more requests has not been measured.
 """
 
 from huggingface_hub.utils._headers import build_hf_headers

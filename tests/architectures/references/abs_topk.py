@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from . import Array, Parameters, Terms, pre_latents
-from .topk import largest, nested_terms
+from . import Array, Parameters, pre_latents
+from .topk import largest, nested_objective
 
 VARIANTS = [{}, {"prefixes": (0.25, 0.5)}]
 
@@ -19,15 +18,4 @@ def encode(x: Array, p: Parameters, config: Any) -> Array:
     return largest(z, np.abs(z), config.k)
 
 
-def objective(
-    x: Array,
-    target: Array,
-    p: Parameters,
-    config: Any,
-    *,
-    coefficient: float,
-    power: float,
-    prefixes: Sequence[float] = (),
-) -> Terms:
-    """Return the squared error, and that of every prefix of the latents."""
-    return nested_terms(encode(x, p, config), x, target, p, config, prefixes)
+objective = nested_objective(encode)

@@ -5,14 +5,13 @@ There the pre-latents after a ReLU are unflattened into groups of neighbours, of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from random import Random
 from typing import Any
 
 import numpy as np
 
-from . import Array, Parameters, Terms, pre_latents
-from .topk import nested_terms
+from . import Array, Parameters, pre_latents
+from .topk import nested_objective
 
 VARIANTS = [{}, {"prefixes": (0.25, 0.5)}]
 
@@ -33,15 +32,4 @@ def encode(x: Array, p: Parameters, config: Any) -> Array:
     return latents
 
 
-def objective(
-    x: Array,
-    target: Array,
-    p: Parameters,
-    config: Any,
-    *,
-    coefficient: float,
-    power: float,
-    prefixes: Sequence[float] = (),
-) -> Terms:
-    """Return the squared error, and that of every prefix of the latents."""
-    return nested_terms(encode(x, p, config), x, target, p, config, prefixes)
+objective = nested_objective(encode)

@@ -5,6 +5,7 @@ The weights of the penalty by the decoder's norms: Conerly et al. 2024, "Update 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from . import Array, Parameters, Terms, decode, decoder_norms, pre_latents, relu, squared_error
@@ -17,25 +18,32 @@ def encode(x: Array, p: Parameters, config: Any) -> Array:
     return relu(pre_latents(x, p, config))
 
 
-def objective(
-    x: Array,
-    target: Array,
-    p: Parameters,
-    config: Any,
-    *,
-    coefficient: float,
-    power: float,
-    weighted_by_decoder_norm: bool = False,
-) -> Terms:
-    """Return the squared error, and ``lambda * sum f_i`` or ``lambda * sum f_i |W_d,i|``."""
-    latents = encode(x, p, config)
-    return {
-        "reconstruction": squared_error(target, decode(latents, x, p, config)),
-        "sparsity": penalty(latents, p, coefficient, power, weighted_by_decoder_norm),
-    }
-
-
 def penalty(latents: Array, p: Parameters, coefficient: float, power: float, weighted: bool) -> float:
     """Return ``lambda * sum f_i ** power``, averaged over tokens; of the weighted ``f_i |W_d,i|`` if so wanted."""
     paid = latents * decoder_norms(p) if weighted else latents
     return coefficient * float((paid**power).sum(-1).mean())
+
+
+def penalised_objective(encode: Callable[[Array, Parameters, Any], Array]) -> Callable[..., Terms]:
+    """Return the objective of an encoder: the squared error and the penalty, weighted by decoder norms if so wanted."""
+
+    def objective(
+        x: Array,
+        target: Array,
+        p: Parameters,
+        config: Any,
+        *,
+        coefficient: float,
+        power: float,
+        weighted_by_decoder_norm: bool = False,
+    ) -> Terms:
+        latents = encode(x, p, config)
+        return {
+            "reconstruction": squared_error(target, decode(latents, x, p, config)),
+            "sparsity": penalty(latents, p, coefficient, power, weighted_by_decoder_norm),
+        }
+
+    return objective
+
+
+objective = penalised_objective(encode)

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from . import Array, Parameters, Terms, decode, pre_latents, relu, squared_error
-from .standard import penalty
+from . import Array, Parameters, pre_latents, relu
+from .standard import penalised_objective
 
 VARIANTS = [{}, {"weighted_by_decoder_norm": True}]
 
@@ -21,19 +21,4 @@ def encode(x: Array, p: Parameters, config: Any) -> Array:
     return 1 - 2 / (np.exp(2 * np.minimum(z, 300)) + 1)
 
 
-def objective(
-    x: Array,
-    target: Array,
-    p: Parameters,
-    config: Any,
-    *,
-    coefficient: float,
-    power: float,
-    weighted_by_decoder_norm: bool = False,
-) -> Terms:
-    """Return the squared error, and the L1 penalty."""
-    latents = encode(x, p, config)
-    return {
-        "reconstruction": squared_error(target, decode(latents, x, p, config)),
-        "sparsity": penalty(latents, p, coefficient, power, weighted_by_decoder_norm),
-    }
+objective = penalised_objective(encode)

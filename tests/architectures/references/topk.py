@@ -6,7 +6,7 @@ the dictionary: Bussmann et al. 2025 (arXiv 2503.17547).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
 
@@ -43,20 +43,6 @@ def encode(x: Array, p: Parameters, config: Any) -> Array:
     return largest(values, values * decoder_norms(p) if config.rank_by_decoder_norm else values, config.k)
 
 
-def objective(
-    x: Array,
-    target: Array,
-    p: Parameters,
-    config: Any,
-    *,
-    coefficient: float,
-    power: float,
-    prefixes: Sequence[float] = (),
-) -> Terms:
-    """Return the squared error, and that of every prefix of the latents."""
-    return nested_terms(encode(x, p, config), x, target, p, config, prefixes)
-
-
 def nested_terms(
     latents: Array, x: Array, target: Array, p: Parameters, config: Any, prefixes: Sequence[float]
 ) -> Terms:
@@ -67,3 +53,24 @@ def nested_terms(
         part = np.concatenate([latents[:, :first], np.zeros_like(latents[:, first:])], -1)
         terms[f"reconstruction_{first}"] = squared_error(target, decode(part, x, p, config))
     return terms
+
+
+def nested_objective(encode: Callable[[Array, Parameters, Any], Array]) -> Callable[..., Terms]:
+    """Return the objective of an encoder: the squared error, and that of every prefix of the latents."""
+
+    def objective(
+        x: Array,
+        target: Array,
+        p: Parameters,
+        config: Any,
+        *,
+        coefficient: float,
+        power: float,
+        prefixes: Sequence[float] = (),
+    ) -> Terms:
+        return nested_terms(encode(x, p, config), x, target, p, config, prefixes)
+
+    return objective
+
+
+objective = nested_objective(encode)
