@@ -25,7 +25,7 @@ def penalty(latents: Array, p: Parameters, coefficient: float, power: float, wei
 
 
 def penalised_objective(encode: Callable[[Array, Parameters, Any], Array]) -> Callable[..., Terms]:
-    """Return the objective of an encoder: the squared error and the penalty, weighted by decoder norms if so wanted."""
+    """Return the objective of an encoder: the squared error and the penalty, weighted by decoder norms if wanted."""
 
     def objective(
         x: Array,
