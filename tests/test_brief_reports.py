@@ -1,5 +1,6 @@
 """What users get shows itself in a few lines, however large it is."""
 
+import copy
 import dataclasses
 import json
 
@@ -60,7 +61,7 @@ def shards(folder):
 
 
 def site_map(layers=1000):
-    found = resolve(model_of("llama"))
+    found = copy.copy(resolve(model_of("llama")))  # the map itself is cached for all tests that share this model
     found.n_layers = layers
     return found
 
