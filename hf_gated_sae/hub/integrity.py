@@ -2,7 +2,7 @@
 
 The Hub's cache names a file by the hash of its content: sha256 for large files, git's sha1 for small ones. Each file
 is hashed once. A marker beside the cache's blobs records its size and modification time, so that later loads cost a
-`stat`.
+`stat`; `HfApi.verify_repo_checksums` would hash every cached file of the repository, and ask the Hub, at each load.
 """
 
 from __future__ import annotations

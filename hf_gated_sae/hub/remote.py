@@ -1,4 +1,8 @@
-"""Read parts of a file on the Hub by HTTP range requests."""
+"""Read parts of a file on the Hub by HTTP range requests.
+
+Not through `HfFileSystem`, which asks for one range per request, each by way of the Hub, and reads 5 MB ahead: 20 rows
+of 3 KB cost it 42 requests (40 without reading ahead), here one.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +17,10 @@ from urllib.parse import urlsplit
 from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
 from ..errors import CheckpointError, MissingFileError
 from ..storage import ByteSource, LocalBytes
-from ..upstream.huggingface_hub_private import build_hf_headers, hf_raise_for_status, http_stream_backoff
 from .column_reads import transposed_rows
 from .error_messages import TransportError, explained
 from .integrity import MARKERS

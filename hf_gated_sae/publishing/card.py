@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not in its __all__
+from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, StrictUndefined
 
 from ..modeling import SAEConfig, SAEModel
