@@ -321,7 +321,7 @@ def test_a_chain_does_not_leave_out_blocks_of_another_class():
     assert str(sites["resid_post.4"].tensor_path) == "layers.4.output"
 
 
-def test_blocks_whose_result_has_no_effect_are_not_the_models():
+def test_blocks_without_effect_on_the_logits_are_refused():
     torch.manual_seed(0)
     sites = resolve(Network([nn.Linear(WIDTH, WIDTH)], beside=[Checkpointed() for _ in range(3)]).eval())
     assert "resid_post.2" not in sites and "resid_pre.0" not in sites

@@ -1,4 +1,4 @@
-"""Models that scale the whole stream: contributions are read before that, and exact scaling breaks no chain."""
+"""Models that scale the whole stream: contributions are unscaled, and exact scaling does not break the chain."""
 
 import pytest
 import torch

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 
 class At(TrainerCallback):
-    """Calls a function with the model before one step."""
+    """Calls a function with the model before a given step."""
 
     def __init__(self, step, action):
         self.step, self.action = step, action

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 
 class StopAt(TrainerCallback):
-    """Interrupts a run after one step."""
+    """Interrupts a run after a given step."""
 
     def __init__(self, step: int) -> None:
         self.step = step

@@ -89,7 +89,7 @@ def test_text_that_is_not_there(small: dict, tmp_path: Path) -> None:
         build(assemble(small))
 
 
-def test_patterns_stand_for_files(small: dict, tmp_path: Path) -> None:
+def test_patterns_are_expanded_to_files(small: dict, tmp_path: Path) -> None:
     for name in ("a.md", "b.md"):
         (tmp_path / name).write_text("import os\n" * 200)
     small["data"] |= {"files": [str(tmp_path / "*.md")], "held_out_tokens": 0}
