@@ -203,7 +203,7 @@ def test_a_contribution_of_zeros_is_refused_and_proven_once_it_is_not_zero():
 
 
 def silence(layer):
-    """Make a layer's attention return zeros: its norm and biases are set to zero, its weights are not."""
+    """Make a layer's attention return zeros: its norm and biases are set to zero, its matrices are not."""
     with torch.no_grad():
         layer.n1.weight.zero_()
         layer.n1.bias.zero_()
