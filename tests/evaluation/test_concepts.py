@@ -17,7 +17,7 @@ SHARES = (0.0, 0.25, 0.5)
 def example(seed: int, tokens: int = 30, d_sae: int = 6):
     generator = torch.Generator().manual_seed(seed)
     latents = torch.relu(torch.randn(tokens, d_sae, generator=generator))
-    latents[:, 0] = 0  # one that never fires
+    latents[:, 0] = 0  # it never fires
     labels = torch.rand(tokens, len(NAMES), generator=generator) < 0.3
     return latents, labels
 
@@ -57,7 +57,7 @@ def test_scores_equal_a_naive_count(seed, cut):
 
 def test_the_best_latent_is_the_one_that_was_made_for_the_concept():
     latents, labels = example(3, tokens=500)
-    latents[:, 4] = torch.where(labels[:, 1], 2.0, 0.4)  # knows strings, but only above a fifth of its maximum
+    latents[:, 4] = torch.where(labels[:, 1], 2.0, 0.4)  # detects strings, but only above a fifth of its maximum
     scores = ConceptScores(NAMES, latents.amax(0), SHARES)
     scores.update(latents, labels)
     first, second = scores.best("string", most=2)
@@ -68,7 +68,7 @@ def test_the_best_latent_is_the_one_that_was_made_for_the_concept():
     assert first.prevalence < first.precision
 
 
-def test_a_latent_that_knows_nothing_scores_as_chance_predicts():
+def test_an_uninformative_latent_scores_as_chance_predicts():
     generator = torch.Generator().manual_seed(0)
     labels = torch.rand(40_000, 1, generator=generator) < 0.1
     latents = (torch.rand(40_000, 1, generator=generator) < 0.2).float()

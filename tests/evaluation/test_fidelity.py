@@ -29,7 +29,7 @@ def sae_with(W_enc: torch.Tensor, W_dec: torch.Tensor) -> StandardSAE:
 
 
 def identity_sae() -> StandardSAE:
-    """Two latents per dimension, for its positive and its negative part."""
+    """Return an SAE with two latents per dimension, for its positive and its negative part."""
     both = torch.cat([torch.eye(D), -torch.eye(D)])
     return sae_with(both, both)
 
@@ -184,8 +184,8 @@ def test_progress_counts_activations(model, batches):
     assert len(seen) == 3 and seen == sorted(seen) and seen[-1] == report.tokens
 
 
-def test_a_loss_recovered_above_one_is_reported_and_warned_of():
-    """A model whose own activations mislead it: replacing them by zeros, and by half of them, both help."""
+def test_a_loss_recovered_above_one_is_reported_with_a_warning():
+    """In a random model, zeros or half of an MLP's output may give a lower loss than the output itself."""
     model = tiny_model("llama")
     batches = [torch.randint(3, 97, (4, 30), generator=torch.Generator().manual_seed(1))]
     half = identity_sae()
@@ -248,7 +248,7 @@ def test_a_broken_stored_report_is_refused(model, batches):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_padding_on_the_left_changes_no_number(family):
-    """Positions follow the mask, as in `generate`, where the model counts columns by itself (GPT-2)."""
+    """Position ids follow the mask, as in `generate`; GPT-2 by itself would count padding."""
     model, generator = tiny_model(family), torch.Generator().manual_seed(0)
     ids, attention = torch.zeros(4, 12, dtype=torch.long), torch.zeros(4, 12, dtype=torch.long)
     rows = [torch.randint(3, 97, (length,), generator=generator) for length in (12, 7, 9, 4)]
@@ -280,7 +280,7 @@ def with_sinks():
 
 
 def sae_of(site: str) -> StandardSAE:
-    """An SAE that writes the one direction and nothing else."""
+    """Return an SAE that reads and writes the direction of the outliers alone."""
     one = torch.zeros(4, D)
     one[0, 0] = 1.0
     sae = sae_with(one, one)
@@ -289,7 +289,7 @@ def sae_of(site: str) -> StandardSAE:
 
 
 @pytest.mark.parametrize("split", [1, 2, 4])
-def test_a_few_activations_of_enormous_norm_are_measured_apart(sink, with_sinks, split):
+def test_outliers_are_measured_separately(sink, with_sinks, split):
     site = "resid_pre.0"
     sae = sae_of(site)
     x = capture(sink, site, input_ids=with_sinks)[site].reshape(-1, D)
@@ -326,20 +326,20 @@ def test_a_recorded_limit_holds_for_other_text(sink, with_sinks):
     assert report.norm_limit == float(x.median()) and report.metrics.outliers == int((x > x.median()).sum()) == 120
 
 
-def test_outliers_can_be_counted_in(sink, with_sinks):
+def test_outliers_can_be_included(sink, with_sinks):
     report = evaluate(sink, sae_of("resid_pre.0"), [with_sinks], outlier_multiple=None)
     assert report.norm_limit is None and report.metrics.outliers == 0 and report.tokens == 240
     assert report.metrics.fvu == report.metrics.fvu_with_outliers < 1e-4
 
 
-def test_without_outliers_both_numbers_are_one(model, batches):
+def test_without_outliers_both_numbers_are_equal(model, batches):
     metrics = evaluate(model, identity_sae(), batches).metrics
     assert metrics.outliers == 0 and metrics.outlier_variance == 0
     assert metrics.fvu == metrics.fvu_with_outliers
     assert metrics.relative_reconstruction_bias == metrics.relative_reconstruction_bias_with_outliers
 
 
-def test_a_report_from_before_there_were_outliers_is_read(model, batches):
+def test_a_report_of_an_older_version_without_outliers_is_read(model, batches):
     stored = evaluate(model, identity_sae(), batches).to_dict()
     for name in ("special_token_ids", "norm_limit"):
         del stored[name]

@@ -29,7 +29,7 @@ def test_gamma_is_the_factor_that_would_undo_the_shrinkage(strength):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(500, 4, generator=generator).double()
     noise = torch.randn(500, 4, generator=generator).double()
-    noise -= (noise * x).sum() / x.square().sum() * x  # an error that has nothing to do with x
+    noise -= (noise * x).sum() / x.square().sum() * x  # an error orthogonal to x
     reconstruction = strength * (x + 0.1 * noise)
     gamma = accumulate(x, reconstruction, torch.ones(500, 1)).compute().relative_reconstruction_bias
 
@@ -77,7 +77,7 @@ def test_an_activation_of_zero_has_no_ratio_of_norms():
     latents = torch.ones(4, 1)
     assert accumulate(x, y, latents).compute().norm_ratio == pytest.approx((0.6 + 1.5) / 2)
     assert math.isnan(accumulate(x[1::2], y[1::2], latents[:2]).compute().norm_ratio)
-    x[1, 0] = math.nan  # which stays visible
+    x[1, 0] = math.nan  # a NaN is not hidden
     assert math.isnan(accumulate(x, y, latents).compute().norm_ratio)
 
 

@@ -1,4 +1,4 @@
-"""Fidelity of SAEs that normalise each token, and of what is no SAE of a single site."""
+"""Fidelity of SAEs that normalise each token; SAEs that cannot be evaluated or trained are refused."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def made(**settings: Any) -> SAEModel:
 
 @pytest.mark.parametrize("normalization", list(NORMALIZATIONS))
 def test_a_normalised_sae_is_measured_in_the_units_of_the_model(normalization: str) -> None:
-    """Against the equations written out: enter the frame, encode, decode, leave it, compare with x."""
+    """Compared with the equations: normalise, encode, decode, undo the normalisation."""
     model = tiny_model("llama")
     sae = made(normalization=normalization, apply_b_dec_to_input=False).double()
-    plain = made(apply_b_dec_to_input=False).double()  # the same weights, no frame
+    plain = made(apply_b_dec_to_input=False).double()  # the same weights, no normalisation
     seen: list[torch.Tensor] = []
     handle = model.model.layers[0].register_forward_hook(
         lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out)
@@ -61,7 +61,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("settings, phrase", REFUSED)
-def test_what_cannot_be_evaluated(settings: dict[str, Any], phrase: str) -> None:
+def test_saes_that_cannot_be_evaluated_are_refused(settings: dict[str, Any], phrase: str) -> None:
     with pytest.raises(InputError, match=phrase):
         evaluate(tiny_model("llama"), made(**settings), [IDS])
 
@@ -70,7 +70,7 @@ def test_what_cannot_be_evaluated(settings: dict[str, Any], phrase: str) -> None
     "settings, phrase",
     [*REFUSED, ({"normalization": "layer_norm"}, "normalises each token"), ({"skip_connection": True}, "transcoder")],
 )
-def test_what_cannot_be_trained(settings: dict[str, Any], phrase: str, tmp_path: Any) -> None:
+def test_saes_that_cannot_be_trained_are_refused(settings: dict[str, Any], phrase: str, tmp_path: Any) -> None:
     sae = made(**settings)
     with pytest.raises(InputError, match=phrase):
         SAETrainer(sae, SAETrainingArguments(output_dir=str(tmp_path)), torch.randn(8, sae.config.d_in))

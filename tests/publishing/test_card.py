@@ -1,4 +1,4 @@
-"""Model cards: everything that is said is known, and everything that is known is said."""
+"""Model cards state all facts that are known, and no others."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_every_architecture_has_a_valid_card_with_its_equations(hub: MiniHub, ar
     assert 'SAEModel.from_pretrained("me/sae", subfolder="a/b")' in body
 
 
-def test_all_facts_are_told() -> None:
+def test_all_facts_are_in_the_card() -> None:
     _, body = split_front_matter(model_card(example(), FULL))
     for told in (
         "# A fine SAE", "| `l0` | 17.25 | 33 |", "| `fvu` | 0.0625 | undefined |", "| 0.975 | not measured |", "1.008",
@@ -79,8 +79,8 @@ def test_the_numbers_are_in_the_model_index() -> None:
 
 
 @pytest.mark.parametrize("dataset", ["Python standard library", "held_out.txt", "texts/held_out.txt", None])
-def test_numbers_on_other_text_than_that_of_the_hub_are_in_the_body_alone(dataset: str | None) -> None:
-    """The Hub's metadata wants the id of a data set, which it links."""
+def test_numbers_on_text_that_is_not_on_the_hub_are_only_in_the_body(dataset: str | None) -> None:
+    """The Hub's metadata needs the id of a data set, to which the Hub links."""
     facts = CardFacts(metrics={"l0": 17.25}, evaluation={"dataset": dataset}, datasets=("a book", "data/train.jsonl"))
     data, body = split_front_matter(model_card(example(), facts))
     assert not {"model-index", "datasets"} & set(data)
@@ -88,7 +88,7 @@ def test_numbers_on_other_text_than_that_of_the_hub_are_in_the_body_alone(datase
     assert dataset is None or f"| dataset | {dataset} |" in body
 
 
-def test_a_folder_of_the_author_s_machine_is_called_by_its_name_alone() -> None:
+def test_a_folder_of_the_authors_machine_is_named_without_its_path() -> None:
     text = model_card(example(), FULL)
     assert "/home/me" not in text and "| data | acme/text, data |" in text
 
@@ -120,7 +120,7 @@ def test_nothing_is_claimed_when_nothing_is_known() -> None:
 
 
 @pytest.mark.parametrize("name", ["/home/me/models/lm", "./lm", "~/lm", "../lm"])
-def test_paths_of_the_author_s_machine_stay_there(name: str) -> None:
+def test_paths_of_the_authors_machine_are_not_published(name: str) -> None:
     text = model_card(example(base_model=name, site="resid_post.1"))
     assert name not in text and "a local model" in text and "base_model" not in split_front_matter(text)[0]
 
@@ -137,7 +137,7 @@ def test_many_labels_are_cut() -> None:
     assert "meaning 39" in text and "meaning 40" not in text and "10 more are in `sae_metrics.json`" in text
 
 
-def test_a_template_that_uses_what_nobody_gave_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_undefined_variable_in_the_template_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     template = card._template()
     assert template.environment.from_string("{{ sae }}").render(sae=1) == "1"
     with pytest.raises(UndefinedError):
@@ -145,7 +145,7 @@ def test_a_template_that_uses_what_nobody_gave_fails(monkeypatch: pytest.MonkeyP
 
 
 def test_the_code_of_the_card_runs(hub: MiniHub, repo_id: str) -> None:
-    """Word by word, with a tiny base model on the loopback Hub."""
+    """Unchanged, with a tiny base model on the loopback Hub."""
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     base_id = repo_id + "-base"

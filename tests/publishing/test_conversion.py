@@ -1,4 +1,4 @@
-"""Other people's checkpoints in our own layout."""
+"""Converting checkpoints of other libraries to the native layout."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_the_command_of_the_card_gives_the_same_bytes(hub: MiniHub, theirs: str,
     assert torch.bfloat16 == SAEModel.from_pretrained(tmp_path / "again").W_dec.dtype
 
 
-def test_the_card_says_whose_it_is(hub: MiniHub, theirs: str, tmp_path: Path) -> None:
+def test_the_card_names_the_original(hub: MiniHub, theirs: str, tmp_path: Path) -> None:
     commit = seed_gemma_scope(hub, theirs, tmp_path / "theirs")
     convert(theirs, ADDRESS).save(tmp_path / "ours")
     card = (tmp_path / "ours" / "README.md").read_text()
@@ -133,7 +133,7 @@ def test_the_licence_is_what_the_source_says(
     assert found.name == licence and phrase in found.evidence
 
 
-def test_an_unknown_licence_is_said_and_not_published(
+def test_an_unknown_licence_is_stated_and_not_published(
     hub: MiniHub, theirs: str, repo_id: str, tmp_path: Path, cache_dir: str
 ) -> None:
     seed_gemma_scope(hub, theirs, tmp_path / "theirs", card=None)
@@ -144,7 +144,7 @@ def test_an_unknown_licence_is_said_and_not_published(
     conversion.push(repo_id, private=True)
     assert hub.repo(repo_id).private
     assert "licence: unknown" in files(hub, repo_id)["README.md"].decode()
-    conversion.push(repo_id)  # it exists, and is private
+    conversion.push(repo_id)  # the repository exists and is private
     convert(theirs, ADDRESS, license="MIT").push(repo_id + "-public")
     card = files(hub, repo_id + "-public")["README.md"].decode()
     assert "licence: mit" in card and "the publisher of this copy; the source states none" in card
@@ -168,7 +168,7 @@ def test_a_licence_is_not_changed(hub: MiniHub, theirs: str, tmp_path: Path) -> 
         ({"license_name": "mine"}, "without license='other'"),
     ],
 )
-def test_a_licence_that_the_hub_does_not_know_is_refused_before_the_source_is_asked_for(
+def test_a_licence_that_the_hub_does_not_know_is_refused_before_the_source_is_read(
     hub: MiniHub, theirs: str, terms: dict[str, str], phrase: str
 ) -> None:
     hub.requests.clear()
@@ -198,7 +198,7 @@ def test_another_licence_keeps_its_name(
 
 
 def test_a_source_that_is_not_pinned(hub: MiniHub, repo_id: str, tmp_path: Path) -> None:
-    """A local folder can be converted, but nobody could check what was published."""
+    """A local folder can be converted, but not published: nobody could check the copy."""
     folder = folder_of(tmp_path / "theirs")
     (folder / "README.md").write_text(CARD)
     conversion = convert(folder, "layer_1/width_16k/average_l0_71")
@@ -261,7 +261,7 @@ def test_a_failure_leaves_nothing_behind(theirs: str, hub: MiniHub, repo_id: str
     assert commits(hub, repo_id) == []
 
 
-def test_not_over_an_original(hub: MiniHub, tmp_path: Path, repo_id: str) -> None:
+def test_an_original_is_not_overwritten(hub: MiniHub, tmp_path: Path, repo_id: str) -> None:
     folder = folder_of(tmp_path / "theirs") / "layer_1/width_16k/average_l0_71"
     before = sorted(path.name for path in folder.iterdir())
     conversion = convert(folder)
@@ -286,7 +286,7 @@ def test_converting_into_a_folder_again_replaces_it(tmp_path: Path) -> None:
     assert "My notes." in (tmp_path / "ours" / "README.md").read_text()
 
 
-def test_what_cannot_be_converted(tmp_path: Path) -> None:
+def test_checkpoints_that_cannot_be_converted_are_refused(tmp_path: Path) -> None:
     example().save_pretrained(tmp_path / "native")
     with pytest.raises(InputError, match="already in the native layout"):
         convert(tmp_path / "native")
@@ -303,7 +303,7 @@ def test_what_cannot_be_converted(tmp_path: Path) -> None:
         convert(folder, "layer_9")
 
 
-def test_a_transcoder_has_a_card_of_its_own(tmp_path: Path) -> None:
+def test_the_card_of_a_transcoder(tmp_path: Path) -> None:
     example_files("gemma_scope", tmp_path / "theirs")
     source = tmp_path / "theirs" / "google" / "gemma-scope-2b-pt-transcoders"
     convert(source, "layer_1/width_16k/average_l0_6").save(tmp_path / "ours")

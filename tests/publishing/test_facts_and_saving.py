@@ -39,7 +39,7 @@ known = st.builds(
 
 @given(facts=known)
 def test_facts_survive_json(facts: CardFacts) -> None:
-    """Also those that are not finite, which JSON cannot hold."""
+    """Also values that are not finite, which JSON cannot hold."""
     content = json.loads(json.dumps(facts.to_dict(), allow_nan=False))
     assert CardFacts.from_dict(content) == facts
 
@@ -61,7 +61,7 @@ def test_a_metric_is_a_number(value: Any) -> None:
         ({"labels": [3]}, "cannot be used"),
     ],
 )
-def test_facts_that_are_not_facts(content: dict[str, Any], phrase: str, tmp_path: Path) -> None:
+def test_invalid_facts_are_refused(content: dict[str, Any], phrase: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=phrase):
         CardFacts.from_dict(content)
     (tmp_path / "sae_metrics.json").write_text(json.dumps(content))
@@ -152,7 +152,7 @@ def test_a_byte_order_mark_does_not_hide_the_front_matter(tmp_path: Path) -> Non
         (CardFacts(), "# Für dich".encode("utf-16"), PublishError, "README.md is not in UTF-8"),
     ],
 )
-def test_what_the_card_cannot_say_or_keep_is_refused(
+def test_invalid_licences_and_unreadable_readmes_are_refused(
     tmp_path: Path, facts: CardFacts, readme: bytes, error: type[Exception], phrase: str
 ) -> None:
     (tmp_path / "README.md").write_bytes(readme)
@@ -169,8 +169,8 @@ def test_a_save_that_fails_changes_nothing(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_facts_of_other_weights_do_not_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Saving over a published folder: what was measured there holds for the weights that were there."""
+def test_facts_of_other_weights_are_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Metrics in a folder hold only for the weights that they were measured on."""
     published = example()
     save(published, tmp_path, CardFacts(metrics={"l0": 3.5}))
     published.save_pretrained(tmp_path)
@@ -180,7 +180,7 @@ def test_facts_of_other_weights_do_not_stay(tmp_path: Path, caplog: pytest.LogCa
     assert "is removed" in caplog.text
 
 
-def test_a_folder_that_was_not_there_is_not_left_behind(tmp_path: Path) -> None:
+def test_a_save_that_fails_leaves_no_new_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be written as JSON"):
         save(example(), tmp_path / "new", CardFacts(training={"optimiser": object()}))
     assert not (tmp_path / "new").exists()

@@ -49,7 +49,7 @@ def test_keys_of_the_front_matter() -> None:
 
 
 @pytest.mark.parametrize("yielding", [(), ("license",)])
-def test_name_and_link_of_a_licence_go_with_it(yielding: tuple[str, ...]) -> None:
+def test_the_name_and_link_of_a_licence_are_replaced_or_kept_with_it(yielding: tuple[str, ...]) -> None:
     other = "---\nlicense: other\nlicense_name: x-1.0\nlicense_link: LICENSE\n---\nhello"
     data, _ = split_front_matter(merge(other, OURS, "card", yielding=yielding))
     expected = (

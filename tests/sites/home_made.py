@@ -1,4 +1,4 @@
-"""Small models without transformers, whose blocks do what a test needs; and how tests look at their sites."""
+"""Small models without transformers, whose blocks do what a test needs; and helpers to look at their sites."""
 
 import torch
 from torch import nn
@@ -56,14 +56,14 @@ class Model(nn.Module):
 
 
 def places(sites, layer=0):
-    """Return each kind of site's place, or why it is refused, in one block."""
+    """Return the tensor path of each kind of site in one block, or the reason why it is refused."""
     rows = [row for row in sites.rows() if layer in row.layers or not row.layers]
     return {row.name: row.tensor_path or row.reason for row in rows}
 
 
 @torch.no_grad()
 def run(model, sites, edits):
-    """Return what was at some sites before the edits there."""
+    """Run a model with edits at some sites, and return the values there before the edits."""
     seen, handles = {}, []
     for name, edit in edits.items():
         handles.append(

@@ -26,7 +26,7 @@ IDS = torch.tensor([[5, 6, 7, 8]])
         ("gemma2", "layers.0.mlp.output", "model.layers.0.mlp.output"),
     ],
 )
-def test_a_path_inside_the_base_model_is_the_same_place(family: str, inside: str, whole: str) -> None:
+def test_a_path_inside_the_base_model_is_the_same_tensor_path(family: str, inside: str, whole: str) -> None:
     model = tiny_model(family)
     sites = resolve(model)
     assert sites[inside].tensor_path == sites[whole].tensor_path
@@ -35,13 +35,13 @@ def test_a_path_inside_the_base_model_is_the_same_place(family: str, inside: str
     assert torch.equal(found[inside], found[whole])
 
 
-def test_the_base_model_alone_has_them_as_its_own() -> None:
+def test_the_base_model_alone_has_these_paths() -> None:
     model = tiny_model("llama")
     base = AutoModel.from_config(model.config).eval()
     assert str(resolve(base)["layers.1.mlp.output"].tensor_path) == "layers.1.mlp.output"
 
 
-def test_an_edit_there_acts() -> None:
+def test_an_edit_at_such_a_path_acts() -> None:
     model = tiny_model("llama")
     before = model(input_ids=IDS).logits
     with attach(model, ProjectOut("layers.1.mlp.output", torch.ones(32))):
@@ -49,7 +49,7 @@ def test_an_edit_there_acts() -> None:
     assert torch.equal(model(input_ids=IDS).logits, before)
 
 
-def test_what_exists_in_neither_is_refused() -> None:
+def test_a_path_that_neither_model_has_is_refused() -> None:
     model = tiny_model("llama")
     with pytest.raises(SiteError, match="no module 'layers.1.mpl'.*model.layers.1.mlp"):
         resolve(model)["layers.1.mpl.output"]

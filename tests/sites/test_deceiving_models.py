@@ -1,4 +1,4 @@
-"""Models whose modules suggest another place than the right one: what cannot be proven in them is refused."""
+"""Models whose modules suggest wrong tensor paths: sites that cannot be proven are refused."""
 
 import types
 
@@ -18,7 +18,7 @@ from tests.support.tiny_models import tiny_model
 
 
 class OwnMatrices(nn.Module):
-    """A whole attention without a module inside."""
+    """An attention without submodules."""
 
     def __init__(self):
         super().__init__()
@@ -33,7 +33,7 @@ class OwnMatrices(nn.Module):
 
 
 class Tied(nn.Module):
-    """A whole feed-forward with one matrix."""
+    """A feed-forward without submodules, with one matrix for both of its maps."""
 
     def __init__(self):
         super().__init__()
@@ -44,7 +44,7 @@ class Tied(nn.Module):
 
 
 class Gated(Block):
-    """Adds its contributions by learned shares."""
+    """Scales its contributions by learned factors."""
 
     def __init__(self, first=0.7311, second=0.4177):
         super().__init__()
@@ -56,7 +56,7 @@ class Gated(Block):
 
 
 class Hidden(Block):
-    """Adds the attention by a share that no parameter tells, so small that rounding nearly hides it."""
+    """Scales the attention by a factor that is no parameter, so small that rounding nearly hides what is added."""
 
     def forward(self, x):
         x = x + 0.013 * self.attn(self.n1(x))
@@ -85,7 +85,7 @@ def seeded():
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "roberta-prelayernorm", "bloom", "llama", "gpt_neox"])
-def test_a_write_within_a_branch_changes_that_contribution_and_nothing_beside_it(name):
+def test_a_write_within_a_branch_changes_that_contribution_and_nothing_else(name):
     model = tiny_model(name)
     sites = resolve(model)
     outs = ("attn_out.1", "mlp_out.1")
@@ -97,14 +97,14 @@ def test_a_write_within_a_branch_changes_that_contribution_and_nothing_beside_it
         assert torch.equal(after["resid_post.1"], clean["resid_post.1"]), site
 
 
-def test_where_a_module_adds_to_what_it_reads_the_branch_begins_within_or_before_it():
+def test_inputs_of_branches_where_a_module_adds_to_what_it_reads():
     found = places(resolve(tiny_model("bert")))
     assert found["attn_in"] == "bert.encoder.layer.L.attention.self.input"
     assert found["mlp_in"] == "bert.encoder.layer.L.intermediate.input"
 
 
 class Added(nn.Module):
-    """A feed-forward that adds to the stream itself, all by its own."""
+    """A feed-forward that adds its contribution to the stream itself."""
 
     def __init__(self):
         super().__init__()
@@ -122,14 +122,14 @@ class AddsWithin(Block):
         return self.mlp(x + self.attn(self.n1(x)))
 
 
-def test_no_input_is_taken_where_the_only_one_is_also_added():
+def test_the_input_of_a_module_that_also_adds_it_is_refused():
     found = places(resolve(Model(AddsWithin)))
     assert found["mlp_in"] == "layers.L.mlp also adds to the tensor that it reads"
     assert found["mlp_neurons"] == "layers.L.mlp.down.input"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_whole_branch_with_one_matrix_is_not_taken_for_its_last_linear_module(dtype):
+def test_a_branch_without_submodules_is_not_mistaken_for_a_linear_module(dtype):
     found = places(resolve(Model(lambda: Block(OwnMatrices, Tied)).to(dtype)))
     assert found["attn_z"] == "it is computed inside layers.L.attn, which is not linear"
     assert found["mlp_neurons"] == "it is computed inside layers.L.mlp, which is not linear"
@@ -137,9 +137,9 @@ def test_a_whole_branch_with_one_matrix_is_not_taken_for_its_last_linear_module(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shares", [(0.7311, 0.4177), (0.013, 1.37)])
-def test_learned_shares_are_those_of_the_block(dtype, shares):
-    model = Model(lambda: Gated(*shares)).to(dtype)
+@pytest.mark.parametrize("factors", [(0.7311, 0.4177), (0.013, 1.37)])
+def test_learned_factors_are_those_of_the_block(dtype, factors):
+    model = Model(lambda: Gated(*factors)).to(dtype)
     sites = resolve(model)
     for layer, block in enumerate(model.layers):
         assert sites[f"attn_out.{layer}"].tensor_path.scale == block.first.item()
@@ -148,7 +148,7 @@ def test_learned_shares_are_those_of_the_block(dtype, shares):
         assert f"resid_mid.{layer}" in sites
 
 
-def test_what_is_added_twice_counts_twice():
+def test_a_contribution_that_is_added_twice_counts_twice():
     sites = resolve(Model(Twice))
     assert [sites[f"{name}.1"].tensor_path.scale for name in ("attn_out", "mlp_out")] == [1.0, 2.0]
 
@@ -166,7 +166,7 @@ def test_a_small_addition_is_not_lost_in_rounding(block, seed):
 
 
 @pytest.mark.parametrize("start", [0.7311, 1.0])
-def test_new_learned_shares_are_proven_anew(start):
+def test_changed_factors_are_proven_anew(start):
     model = Model(lambda: Gated(start))
     sites = resolve(model)
     assert resolve(model) is sites
@@ -175,7 +175,7 @@ def test_new_learned_shares_are_proven_anew(start):
     assert resolve(model)["attn_out.0"].tensor_path.scale == 2.0
 
 
-def test_another_type_of_numbers_or_another_forward_is_proven_anew():
+def test_another_dtype_or_another_forward_is_proven_anew():
     model = Model()
     sites = resolve(model)
     assert "resid_mid.0" in sites
@@ -186,7 +186,7 @@ def test_another_type_of_numbers_or_another_forward_is_proven_anew():
         resolve(model)["resid_mid.0"]
 
 
-def test_a_contribution_of_zeros_is_refused_as_such_and_looked_for_again():
+def test_a_contribution_of_zeros_is_refused_and_proven_once_it_is_not_zero():
     model = Model()
     whole = model.state_dict()
     whole = {name: value.clone() for name, value in whole.items()}
@@ -203,7 +203,7 @@ def test_a_contribution_of_zeros_is_refused_as_such_and_looked_for_again():
 
 
 def silence(layer):
-    """Let a layer's attention give zeros although no weight in it is zero alone."""
+    """Make a layer's attention return zeros: its norm and biases are set to zero, its matrices are not."""
     with torch.no_grad():
         layer.n1.weight.zero_()
         layer.n1.bias.zero_()
@@ -213,7 +213,7 @@ def silence(layer):
 
 
 @pytest.mark.parametrize("change", ["data", "assigned", "another module"])
-def test_zeros_are_looked_at_again_however_they_end(change):
+def test_sites_are_proven_again_however_zeros_end(change):
     model = Model()
     if change == "another module":
         list(map(silence, model.layers))
@@ -233,13 +233,13 @@ def test_zeros_are_looked_at_again_however_they_end(change):
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "openai-gpt"])
-def test_where_blocks_end_in_a_norm_nothing_else_is_the_final_one(name):
+def test_blocks_that_end_in_a_norm_leave_no_final_norm(name):
     reason = resolve(tiny_model(name)).refused[Site("final_norm")]
     assert reason == "the last block's output is normed already, and no other norm reads it"
 
 
 @pytest.mark.parametrize("last", [nn.Identity, lambda width: nn.Linear(width, width)])
-def test_no_norm_after_the_blocks_no_final_norm(last):
+def test_without_a_norm_after_the_blocks_there_is_no_final_norm(last):
     assert resolve(Model(last=last)).refused[Site("final_norm")] == "no norm reads the last block's output"
 
 
@@ -254,14 +254,14 @@ class Numbered(nn.Module):
         return x
 
 
-def test_only_the_number_of_the_block_is_masked():
+def test_only_the_number_of_the_block_is_written_as_L():
     sites = resolve(Model(lambda: Block(mlp=Numbered)))
     assert isinstance(sites, SiteMap)
     row = next(row for row in sites.rows() if row.name == "mlp_neurons")
     assert (row.layers, row.tensor_path) == ((0, 1, 2), "layers.L.mlp.parts.2.input")
 
 
-def test_norms_keep_a_few_tokens_of_the_probe():
+def test_norms_keep_only_a_few_tokens_of_the_probe():
     model = tiny_model("llama")
     ids = torch.arange(8 * 64).view(8, 64) % 90 + 3
     subject = make_subject(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
@@ -285,7 +285,7 @@ class Checkpointed(GradientCheckpointingLayer):
 
 
 class Hybrid(nn.Module):
-    """A block of another class in the same list, with one of the first class in it."""
+    """A block of another class in the same list, which contains a `Checkpointed`."""
 
     def __init__(self):
         super().__init__()
@@ -306,7 +306,7 @@ class Network(nn.Module):
 
     def forward(self, input_ids):
         x = self.embed(input_ids)
-        for layer in self.beside:  # whose result only decides something
+        for layer in self.beside:  # their result only decides a condition
             x = layer(x)
         x = self.embed(input_ids) if self.beside and bool(x.isfinite().all()) else x
         for layer in self.layers:
@@ -321,7 +321,7 @@ def test_a_chain_does_not_leave_out_blocks_of_another_class():
     assert str(sites["resid_post.4"].tensor_path) == "layers.4.output"
 
 
-def test_blocks_whose_result_has_no_effect_are_not_the_models():
+def test_blocks_without_effect_on_the_logits_are_refused():
     torch.manual_seed(0)
     sites = resolve(Network([nn.Linear(WIDTH, WIDTH)], beside=[Checkpointed() for _ in range(3)]).eval())
     assert "resid_post.2" not in sites and "resid_pre.0" not in sites

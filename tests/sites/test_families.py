@@ -1,4 +1,4 @@
-"""Every family: the proven places are the right ones, checked with hooks written by hand and a table made by hand."""
+"""Every family: proven sites are checked with hand-made hooks and a hand-made table of tensor paths."""
 
 import functools
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 IDS = torch.tensor([[11, 54, 33, 78, 90], [60, 41, 22, 13, 5]])
 
-# Blocks; within a block, what is added for attention and feed-forward; and the modules whose inputs are z and neurons.
+# The blocks; in a block, the modules whose outputs are attn_out and mlp_out, and those whose inputs are z and neurons.
 FAMILIES = {
     "gpt2": ("transformer.h", "attn", "mlp", "attn.c_proj", "mlp.c_proj"),
     "gpt_neo": ("transformer.h", "attn", "mlp", "attn.attention.out_proj", "mlp.c_proj"),
@@ -115,7 +115,7 @@ SEVERAL_STREAMS = {"deepseek_v4"}
 SINGLE = {"mamba", "nemotron_h"}
 NAMES = [name for name in TINY_NAMES if name not in SEVERAL_STREAMS]
 
-# Families in which the stream itself is normed or scaled on its way, and how the sums of a block then go.
+# Families that norm the stream after each addition, with these norms; `CHANGED` adds those that change it otherwise.
 NORMED_AFTER = {
     "opt_post_norm": ("self_attn_layer_norm", "final_layer_norm"),
     "openai-gpt": ("ln_1", "ln_2"),
@@ -135,7 +135,7 @@ REFUSED = {
     "falcon_h1": {"attn_in", "attn_z", "attn_out"},
     **dict.fromkeys(("mixtral", "qwen3_moe", "gpt_oss", "qwen3_next", "minimax", "rwkv"), {"mlp_neurons"}),
 }
-# Families whose blocks differ: the layers in which a kind of site is proven, where that is not all.
+# Families whose blocks differ: the layers in which a kind of site is proven, if not all.
 SOME = {
     "llama4_text": {"mlp_neurons": [0, 2]},
     "jamba": {"mlp_neurons": [0, 2]},
@@ -186,7 +186,7 @@ def test_all_sites_are_proven_or_refused_as_expected(name):
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name in NAMES])
-def test_places_are_those_of_the_hand_made_table(name):
+def test_tensor_paths_are_those_of_the_hand_made_table(name):
     blocks, attention, mlp, z, neurons = FAMILIES[name]
     sites = resolve(shared(name))
     for layer in range(2):
@@ -232,7 +232,7 @@ def test_residual_sites_equal_a_hand_made_hook(name):
 
 
 def stream(model):
-    """Return all proven sites of the residual stream on another batch, as a list of dictionaries, one per block."""
+    """Return the values at all proven sites of the stream, one dictionary per block; the batch is not the probe's."""
     sites = resolve(model)
     kinds = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
     seen = capture(model, [f"{k}.{i}" for k in kinds for i in range(LAYERS) if f"{k}.{i}" in sites])
@@ -253,7 +253,7 @@ def test_contributions_add_up_on_another_batch(name):
         close(block["resid_post"], total + block.get("mlp_out", nothing))
 
 
-def test_one_contribution_of_a_kind_adds_up_beside_two_of_the_other():
+def test_a_single_contribution_adds_up_beside_two_of_the_other_kind():
     for block in stream(shared("granitemoehybrid")):
         close(block["resid_mid"], block["resid_pre"] + block["attn_out"])
     for block in stream(shared("falcon_h1")):
@@ -264,7 +264,7 @@ def test_one_contribution_of_a_kind_adds_up_beside_two_of_the_other():
 
 @pytest.mark.parametrize("name", NORMED_AFTER)
 @torch.no_grad()
-def test_with_norms_after_the_addition_the_stream_is_what_they_give(name):
+def test_with_norms_after_the_addition_the_stream_is_their_output(name):
     model = shared(name)
     for layer, block in enumerate(stream(model)):
         path = f"{FAMILIES[name][0]}.{layer}"
@@ -274,7 +274,7 @@ def test_with_norms_after_the_addition_the_stream_is_what_they_give(name):
 
 
 @torch.no_grad()
-def test_with_norms_before_the_addition_the_stream_goes_on_as_what_they_give():
+def test_with_norms_before_the_addition_contributions_are_added_to_their_output():
     model = shared("minimax")
     for layer, block in enumerate(stream(model)):
         module = model.model.layers[layer]

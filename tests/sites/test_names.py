@@ -1,4 +1,4 @@
-"""Other libraries' names, read into sites."""
+"""Names of other libraries, read as sites."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ SAID = [
 
 
 @pytest.mark.parametrize(("library", "name", "site"), SAID)
-def test_what_names_say_by_themselves(library, name, site):
+def test_names_that_need_no_model(library, name, site):
     assert str(read_name(name, library)) == site
 
 
@@ -75,14 +75,14 @@ def test_circuit_tracers_names_need_the_layer(name, site):
         read_name(name, "circuit_tracer")
 
 
-def test_the_layer_may_be_left_to_the_caller():
+def test_the_layer_may_be_given_separately():
     assert str(read_name("blocks.{layer}.hook_resid_post", "saelens", layer=4)) == "resid_post.4"
     assert str(read_name("blocks.4.hook_resid_post", layer=4)) == "resid_post.4"
     with pytest.raises(SiteError, match="names layer 4, and layer=5 was given"):
         read_name("blocks.4.hook_resid_post", layer=5)
 
 
-def test_without_a_library_our_own_names_stay_what_they_are():
+def test_without_a_library_our_own_names_and_unambiguous_ones_are_read():
     assert str(read_name("mlp_out.3")) == "mlp_out.3"
     assert str(read_name("resid_post.3|center")) == "resid_post.3|center"
     assert str(read_name("blocks.3.hook_mlp_out")) == "mlp_out.3"
@@ -100,8 +100,8 @@ RAW = [
 
 
 @pytest.mark.parametrize(("library", "name"), RAW)
-def test_what_a_module_itself_gives_is_named_in_the_model(library, name):
-    """Behind it comes a norm in Gemma 2, and in BLOOM it is the whole stream."""
+def test_names_of_the_raw_output_of_a_module_need_the_model(library, name):
+    """In Gemma 2 a norm follows, and in BLOOM this output is the whole stream."""
     gemma, bloom = tiny_model("gemma2"), tiny_model("bloom")
     assert str(read_name(name, library, model=gemma)) == "model.layers.1.mlp.output"
     sites = resolve(bloom)
@@ -127,7 +127,7 @@ def captured(model, site):
     return found[0]
 
 
-def test_the_last_block_is_the_models():
+def test_the_number_of_the_last_block_comes_from_the_model():
     model = tiny_model("llama")
     assert str(read_name("ln_final.hook_normalized", model=model)) == "resid_post.2|norm_no_gain"
     normed = captured(model, read_name("ln_final.hook_normalized", model=model))
@@ -166,13 +166,13 @@ def test_unknown_libraries():
 
 
 def test_every_library_has_names_here():
-    """Of circuit-tracer the layer has to be given: `test_circuit_tracers_names_need_the_layer`."""
+    """Except circuit-tracer, which needs the layer: see `test_circuit_tracers_names_need_the_layer`."""
     missing = set(libraries) - {library for library, _, _ in SAID} - {"circuit_tracer"}
     assert not missing, f"add names of {sorted(missing)} to SAID"
 
 
-def test_a_name_of_a_checkpoint_is_the_same_name():
-    """Formats and this reader have one table."""
+def test_names_in_checkpoints_are_read_in_the_same_way():
+    """Checkpoint formats and this reader use one table."""
     for library, name, site in SAID:
         if library == "transformer_lens":
             try:

@@ -1,4 +1,4 @@
-"""Every proven site is what its name says in the operations of a forward, which the resolver does not look at."""
+"""Proven sites are checked against the operations of a forward, which the resolver does not use."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.support.tiny_models import tiny_model
 
 IDS = torch.arange(3 * 9).mul(7).remainder(77).add(15).view(3, 9)
 
-# The model, and how many of the seven kinds of sites within a block are compared, over all layers.
+# Changes to the configuration, and the number of compared sites: up to seven kinds per block, over all layers.
 SMALL = {
     "llama": ({}, 21),
     "gpt2": ({}, 21),
@@ -40,7 +40,7 @@ def test_all_proven_sites_of_a_family_are_in_its_operations(name):
     assert traced_faults(model, resolve(model), IDS) == (count, [])
 
 
-def test_a_sum_of_experts_and_feed_forward_is_not_what_they_read():
+def test_the_common_input_of_experts_and_feed_forward_is_refused():
     experts = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24}
     model = tiny_model("gemma4_text", hidden_size_per_layer_input=0, **experts)
     sites = resolve(model)
@@ -58,7 +58,7 @@ def test_all_proven_sites_of_a_built_type_are_in_its_operations(name):
     assert traced_faults(model, resolve(model)) == (BUILT[name], [])
 
 
-def test_what_a_block_is_made_of():
+def test_values_and_terms_of_a_recorded_block():
     generator = torch.Generator().manual_seed(0)
     x, weight, out, gain = (torch.randn(shape, generator=generator) for shape in ((6, 8), (8, 12), (12, 8), (8,)))
     with Recording() as recording:

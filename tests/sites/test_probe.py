@@ -1,4 +1,4 @@
-"""What is probed, and with what: anything else is refused in a sentence."""
+"""The model and the inputs of the probe; invalid ones are refused with an explanation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def llama():
 
 
 @pytest.mark.parametrize("model", [None, "gpt2", 3, tiny_model])
-def test_what_is_no_model(model):
+def test_invalid_models_are_refused(model):
     for call in (resolve, lambda given: read_name("layers.1.mlp", "sparsify", model=given or 0)):
         with pytest.raises(InputError, match="expected a loaded one"):
             call(model)
@@ -41,7 +41,7 @@ def test_what_is_no_model(model):
         ({"input_ids": IDS, 3: 4}, SiteError, "keywords must be strings"),
     ],
 )
-def test_what_is_no_batch(llama, inputs, error, hint):
+def test_invalid_inputs_are_refused(llama, inputs, error, hint):
     with pytest.raises(error, match=hint) as caught:
         resolve(llama, inputs=inputs)
     assert isinstance(caught.value, SAEError)
@@ -56,7 +56,7 @@ def test_what_is_no_batch(llama, inputs, error, hint):
         {"inputs_embeds": torch.randn(1, 5, HIDDEN, generator=torch.Generator().manual_seed(0))},
     ],
 )
-def test_what_is_a_batch(llama, inputs):
+def test_valid_inputs_are_accepted(llama, inputs):
     assert "resid_mid.1" in resolve(llama, inputs=inputs)
 
 
@@ -68,7 +68,7 @@ def test_what_is_a_batch(llama, inputs):
         ("model.embed_tokens.weight", float("nan"), "the output of model.embed_tokens"),
     ],
 )
-def test_a_model_that_computes_nan_is_named_as_such_after_one_forward(name, value, place):
+def test_nan_in_the_model_itself_is_reported_after_one_forward(name, value, place):
     model = tiny_model("llama")
     weight = model.get_parameter(name)
     before = weight.detach().clone()
@@ -82,12 +82,12 @@ def test_a_model_that_computes_nan_is_named_as_such_after_one_forward(name, valu
         SiteError, match=f"because the model itself computes NaN or infinity, first seen at {place}, in"
     ):
         sites["resid_post.1"]
-    assert sites["model.layers.0.output"].width == HIDDEN  # to look for where it comes from
+    assert sites["model.layers.0.output"].width == HIDDEN  # so that users can look for the cause
     weight.data.copy_(before)
     assert "resid_post.1" in resolve(model)
 
 
-def test_logits_that_a_model_rules_out_are_no_illness():
+def test_logits_of_minus_infinity_are_allowed():
     model = tiny_model("llama")
     model.lm_head.register_forward_hook(
         lambda module, args, logits: logits.index_fill(-1, torch.tensor([3]), -torch.inf)
@@ -104,12 +104,12 @@ def test_a_small_vocabulary_and_few_positions_are_enough(name, tokens):
     assert resolve(small).names() == resolve(tiny_model(name)).names()
 
 
-def test_many_tokens_are_probed_by_distinct_ordinary_ones(llama):
+def test_a_large_vocabulary_is_probed_with_distinct_ordinary_tokens(llama):
     ids = make_subject(llama, None).ids
     assert ids.shape == (2, 7) and ids.unique().numel() == 14 and not {0, 1, 2} & set(ids.flatten().tolist())
 
 
-def test_two_sequences_of_few_tokens_differ():
+def test_the_two_sequences_differ_in_a_small_vocabulary():
     for tokens, positions in ((2, 4), (3, 6), (4, 4), (5, 5)):
         ids = make_subject(tiny_model("gpt2", vocab_size=tokens + 3, n_positions=positions), None).ids
         assert ids.shape == (2, positions) and not torch.equal(*ids)

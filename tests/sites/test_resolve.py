@@ -206,7 +206,7 @@ class Adapted(nn.Module):
 
 
 class LowRank(nn.Module):
-    """Stands where a linear module was, as a LoRA layer does."""
+    """Replaces a linear module, as a LoRA layer does."""
 
     def __init__(self, linear, zero):
         super().__init__()
@@ -255,7 +255,7 @@ class Layer(nn.Module):
 
 
 class Stack(nn.Module):
-    """A language model with a variable way through its blocks."""
+    """A language model in which `go` decides how the blocks are called."""
 
     def __init__(self, go, blocks=3):
         super().__init__()

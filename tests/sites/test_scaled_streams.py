@@ -1,4 +1,4 @@
-"""Where the whole stream is scaled: what is added is named as it is added, and no exact scaling is a break."""
+"""Models that scale the whole stream: contributions are unscaled, and exact scaling does not break the chain."""
 
 import pytest
 import torch
@@ -66,12 +66,12 @@ class ScaledBefore(Block):
 
     def forward(self, x):
         x = 2.0 * x + self.attn(self.n1(x))
-        added = self.mlp(self.n2(x))  # first, so that what is written to the stream before is there in time
+        added = self.mlp(self.n2(x))  # first, so that a write at resid_mid comes before the stream is read below
         return 0.83 * x + added
 
 
-class SmallSharesAfter(Block):
-    """Adds a known share, and scales the sum by a power of two, as if the share were another."""
+class SmallFactorAfter(Block):
+    """Scales a contribution by a known factor, and the sum by a power of two, which suggests another factor."""
 
     def forward(self, x):
         x = x + self.attn(self.n1(x))
@@ -80,7 +80,7 @@ class SmallSharesAfter(Block):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("block", [ScaledAfter, PowersOfTwo, ChannelsAfter, ParallelAfter, ScaledBefore])
-def test_contributions_have_no_part_in_what_is_done_to_the_stream(block, dtype):
+def test_contributions_are_not_scaled_with_the_stream(block, dtype):
     model = Model(block).to(dtype)
     sites = resolve(model)
     for layer in range(3):
@@ -90,8 +90,8 @@ def test_contributions_have_no_part_in_what_is_done_to_the_stream(block, dtype):
         assert (f"resid_mid.{layer}" in sites) is (block is not ParallelAfter)
 
 
-def test_a_known_share_is_told_from_the_scaling_of_the_sum():
-    model = Model(SmallSharesAfter)
+def test_a_known_factor_is_distinguished_from_the_scaling_of_the_sum():
+    model = Model(SmallFactorAfter)
     model.config = type(
         "Config", (), {"to_dict": lambda self: {"share": 0.22}, "get_text_config": lambda self: None}
     )()
@@ -128,7 +128,7 @@ class Between(Model):
         return (self.head(self.last(x)),)
 
 
-def test_a_power_of_two_between_all_blocks_is_no_break():
+def test_a_power_of_two_between_all_blocks_does_not_break_the_chain():
     model = Between()
     sites = resolve(model)
     seen = run(model, sites, {"resid_post.0": lambda x: x + 1, "resid_pre.1": lambda x: None})
@@ -136,7 +136,7 @@ def test_a_power_of_two_between_all_blocks_is_no_break():
     assert sites["mlp_out.1"].tensor_path.scale == 1.0
 
 
-def test_another_factor_between_blocks_is_one():
+def test_another_factor_between_blocks_breaks_the_chain():
     model = Between()
     model.factor = 0.75
     with pytest.raises(SiteError, match="not bitwise the input of the next block, nor that times a power of two"):

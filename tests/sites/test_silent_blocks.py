@@ -1,4 +1,4 @@
-"""Blocks that add nothing, or only half of what the others add, take no sites from the rest of the model."""
+"""Blocks that add nothing, or lack one contribution, cost the rest of the model no sites."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.support.tiny_models import LAYERS, tiny_model
 
 pytestmark = pytest.mark.slow
 
-# Blocks, and the last linear maps of attention and feed-forward.
+# The blocks, and the last linear maps of attention and feed-forward.
 FAMILIES = {
     "llama": ("model.layers", "self_attn.o_proj", "mlp.down_proj"),
     "gpt2": ("transformer.h", "attn.c_proj", "mlp.c_proj"),
@@ -35,7 +35,7 @@ def silence(model, name, layers, halves=("attn", "mlp")):
 
 
 def lost(model, name):
-    """Return the sites that a model lacks beside the family's own, with the reasons."""
+    """Return the sites that an unchanged model of the family has and this one lacks, with the reasons."""
     sites = resolve(model)
     missing = set(resolve(tiny_model(name)).names()) - set(sites.names())
     return {site: sites.refused[Site.parse(site)] for site in missing}
@@ -43,7 +43,7 @@ def lost(model, name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("half", HALVES)
-def test_a_half_that_gives_zeros_takes_only_what_it_reads(name, half):
+def test_a_sublayer_that_returns_zeros_loses_only_its_own_sites(name, half):
     missing = lost(silence(tiny_model(name), name, [1], [half]), name)
     expected = {f"{kind}.1" for kind in HALVES[half]}
     expected |= {"resid_mid.1"} if half == "attn" and name not in ("gpt_neox", "bert") else set()
@@ -54,7 +54,7 @@ def test_a_half_that_gives_zeros_takes_only_what_it_reads(name, half):
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("layer", range(LAYERS))
-def test_a_block_that_adds_nothing_keeps_its_stream_and_the_others_all_of_theirs(name, layer):
+def test_a_block_that_adds_nothing_keeps_its_stream_and_other_blocks_all_sites(name, layer):
     model = silence(tiny_model(name), name, [layer])
     missing = lost(model, name)
     assert {site.partition(".")[2] for site in missing} == {str(layer)}
@@ -68,7 +68,7 @@ def test_a_block_that_adds_nothing_keeps_its_stream_and_the_others_all_of_theirs
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_where_no_block_adds_anything_the_stream_is_left(name):
+def test_if_no_block_adds_anything_the_stream_is_still_proven(name):
     model = silence(tiny_model(name), name, range(LAYERS))
     sites = resolve(model)
     for layer in range(LAYERS):
@@ -79,7 +79,7 @@ def test_where_no_block_adds_anything_the_stream_is_left(name):
         assert reason.endswith("were zero")
 
 
-def test_what_was_lost_to_zeros_is_found_once_they_end():
+def test_sites_lost_to_zeros_are_found_once_those_end():
     plain = resolve(tiny_model("llama")).names()
     for halves in (("attn",), ("attn", "mlp")):
         model = silence(tiny_model("llama"), "llama", [1], halves)
@@ -90,7 +90,7 @@ def test_what_was_lost_to_zeros_is_found_once_they_end():
 
 
 class Skipped(nn.Module):
-    """Stands in for a block that was taken out."""
+    """Replaces a block that was removed."""
 
     def forward(self, hidden_states, *args, **kwargs):
         return hidden_states
@@ -113,7 +113,7 @@ class Constant(nn.Module):
         return torch.ones_like(hidden_states).cumsum(-1), None
 
 
-def test_a_contribution_that_does_not_react_is_the_only_one_that_is_lost():
+def test_a_constant_contribution_costs_the_other_one_no_sites():
     model = tiny_model("llama")
     model.model.layers[1].self_attn = Constant()
     missing = lost(model, "llama")

@@ -131,7 +131,7 @@ def test_the_bare_site():
         Site("embed", index=1)
 
 
-def test_paths_are_told_from_semantic_names():
+def test_paths_are_distinguished_from_semantic_names():
     assert Site.parse("final_norm.output").is_path
     assert Site.parse("embed.output") == Site("embed", port="output")
     assert not Site.parse("final_norm").is_path

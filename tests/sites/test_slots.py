@@ -1,4 +1,4 @@
-"""Values are read and put back in whatever container a module uses."""
+"""Values are read from, and written to, whatever container a module uses."""
 
 import collections
 import copy
@@ -19,7 +19,7 @@ Pair = collections.namedtuple("Pair", ["hidden", "other"])
 
 
 class Wraps(nn.Module):
-    """Gives its input plus one in a container."""
+    """Returns its input plus one in a container."""
 
     def __init__(self, wrap):
         super().__init__()
@@ -30,7 +30,7 @@ class Wraps(nn.Module):
 
 
 class Holder(nn.Module):
-    """Calls one module with what it is called with."""
+    """Passes its arguments to one module."""
 
     def __init__(self, inner):
         super().__init__()
@@ -82,7 +82,7 @@ def test_output_containers(name):
     assert torch.equal(get_tensor(holder(x), keys), get_tensor(plain, keys))
 
 
-def test_none_leaves_the_very_object():
+def test_an_edit_that_returns_none_keeps_the_object_itself():
     result = []
     holder, slot, _ = make("tuple")
     holder.inner.wrap = lambda x: result.append((OTHER, x, None)) or result[-1]
@@ -142,7 +142,7 @@ def test_flattened_rows():
         holder(x)
 
 
-def test_scaled_place_reads_and_writes_the_scaled_value():
+def test_a_scaled_tensor_path_reads_and_writes_the_scaled_value():
     holder, slot, _ = make("tensor", scale=0.22)
     x = torch.randn(2, 3, 4)
     handle = slot.register(lambda value: value.clone())
@@ -164,7 +164,7 @@ def test_in_place_write_reaches_other_holders_and_keeps_gradients():
 
 
 @pytest.mark.parametrize("rank", [2, 3])
-def test_what_an_edit_returns_is_not_written_into_by_the_model(rank):
+def test_the_model_does_not_write_into_what_an_edit_returns(rank):
     class Adds(nn.Module):
         def forward(self, x):
             given = self.inner(x)
@@ -183,9 +183,9 @@ def test_what_an_edit_returns_is_not_written_into_by_the_model(rank):
 
 
 @pytest.mark.parametrize(("edit", "shape"), [(AblateSite, (32,)), (Patch, (2, 5, 32))])
-def test_a_family_that_adds_in_place_leaves_interventions_as_they_are(edit, shape):
+def test_a_family_that_adds_in_place_does_not_change_interventions(edit, shape):
     model, ids = tiny_model("falcon"), torch.arange(5, 15).view(2, 5)
-    edits = edit("mlp_out.1", torch.ones(shape), special_tokens=True)  # of every token: its very values are put in
+    edits = edit("mlp_out.1", torch.ones(shape), special_tokens=True)  # at every token, as they are
     with torch.no_grad(), attach(model, edits, check=False):
         first = model(ids, use_cache=False).logits
         assert torch.equal(model(ids, use_cache=False).logits, first)
@@ -197,7 +197,7 @@ def test_dtype_of_the_model_is_kept():
     assert holder(torch.randn(2, 3, 4)).dtype == torch.float32
 
 
-def test_hook_runs_before_hooks_that_are_there():
+def test_hook_runs_before_existing_hooks():
     holder, slot, _ = make("tensor")
     seen = []
     holder.inner.register_forward_hook(lambda module, args, output: seen.append(output.clone()))

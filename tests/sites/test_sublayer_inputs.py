@@ -1,4 +1,4 @@
-"""What a sublayer reads is what its first linear map reads, and all that reaches it of the residual stream."""
+"""The input of a sublayer is what its first linear maps read, if no other part of the stream reaches it."""
 
 import pytest
 import torch
@@ -26,10 +26,10 @@ def seeded():
         ("inkling2_text", 1, {"attn_in": "model.layers.L.self_attn.input", "mlp_in": "model.layers.L.mlp.input"}),
         ("zamba", 2, {"attn_in": "model.layers.L.mamba_decoder.mamba.input"}),
         ("zamba2", 2, {"attn_in": "model.layers.L.mamba_decoder.mamba.input"}),
-        ("ctrl", 1, {"attn_in": "transformer.h.L.layernorm1.output"}),  # query, key and value are given one by one
+        ("ctrl", 1, {"attn_in": "transformer.h.L.layernorm1.output"}),  # query, key and value are separate arguments
     ],
 )
-def test_inputs_of_a_type_by_hand(name, layer, found):
+def test_inputs_are_those_of_a_hand_made_table(name, layer, found):
     if name not in CONFIG_MAPPING:
         pytest.skip(f"this version of transformers has no model type {name!r}")
     assert places(resolve(build(name)), layer).items() >= found.items()
@@ -45,13 +45,13 @@ def test_a_norm_within_the_sublayer_comes_before_what_it_reads():
         assert torch.equal(seen["mlp_in.1"], layer.intermediate.LayerNorm(seen["resid_mid.1"]))
 
 
-def test_mixes_of_positions_are_made_of_what_the_sublayer_reads():
+def test_the_input_of_a_sublayer_comes_before_its_mixing_of_positions():
     found = places(resolve(tiny_model("rwkv")))
     assert (found["attn_in"], found["mlp_in"]) == ("rwkv.blocks.L.attention.input", "rwkv.blocks.L.feed_forward.input")
 
 
 class NormsItself(Attention):
-    """Norms what it is given without a module, and all three maps read that."""
+    """Norms its input without a module; all three maps read the result."""
 
     def forward(self, x):
         return super().forward(functional.layer_norm(x, (WIDTH,)))
@@ -68,14 +68,14 @@ class NormsAsModule(Mlp):
 
 
 class Plain(Block):
-    """Gives its sublayers the stream as it is."""
+    """Passes the stream to its sublayers unchanged."""
 
     def forward(self, x):
         x = x + self.attn(x)
         return x + self.mlp(x)
 
 
-def test_where_no_module_gives_what_all_maps_read_it_is_written_into_the_tensor():
+def test_a_common_input_that_no_module_returns_is_written_in_place():
     model = Model(lambda: Plain(NormsItself, NormsAsModule))
     sites = resolve(model)
     found = places(sites)
@@ -90,7 +90,7 @@ def test_where_no_module_gives_what_all_maps_read_it_is_written_into_the_tensor(
 
 
 class Short(nn.Module):
-    """A convolution over a few positions, of each channel alone."""
+    """A convolution over a few positions, in each channel separately."""
 
     def __init__(self):
         super().__init__()
@@ -101,7 +101,7 @@ class Short(nn.Module):
 
 
 class ConvolvedBlock(Block):
-    """Calls a sublayer and its convolution one by one."""
+    """Calls a sublayer, and a convolution on its output."""
 
     def __init__(self):
         super().__init__()
@@ -112,7 +112,7 @@ class ConvolvedBlock(Block):
         return x + self.short(self.mlp(self.n2(x)))
 
 
-def test_a_short_convolution_after_a_sublayer_is_not_taken_for_it():
+def test_a_short_convolution_after_a_sublayer_is_not_mistaken_for_it():
     assert places(resolve(Model(ConvolvedBlock)))["mlp_in"] == "layers.L.mlp.input"
 
 
@@ -138,7 +138,7 @@ class ReadsTwo(Block):
         return x + self.mlp(self.n2(x), self.n3(x))
 
 
-def test_a_sublayer_that_reads_several_tensors_has_no_input_that_is_all_of_it():
+def test_a_sublayer_that_reads_several_tensors_has_no_single_input():
     found = places(resolve(Model(ReadsTwo)))
     assert found["mlp_in"] == "the sublayer reads more of the block than the input of layers.L.mlp"
     assert (found["mlp_neurons"], found["mlp_out"]) == ("layers.L.mlp.down.input", "layers.L.mlp.output")

@@ -1,4 +1,4 @@
-"""Sites with transforms: what is read, what is written, and which norms can be had without their gain."""
+"""Sites with transforms: what is read, what is written, and which norms can be used without their gain."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def llama():
 
 
 def run(model, site=None, edit=None):
-    """Logits, with an edit at a site, and what was read there."""
+    """Return the logits with an edit at a site, and the value read there."""
     read = []
 
     def hook(value):
@@ -64,7 +64,7 @@ def test_what_is_read(llama):
     torch.testing.assert_close(read(llama, "resid_post.1|unit_norm").norm(dim=-1), torch.full((2, 5), 32**0.5))
 
 
-def test_transforms_are_done_from_left_to_right(llama):
+def test_transforms_are_applied_from_left_to_right(llama):
     x = read(llama, "resid_post.1|standardize|scale=3")
     torch.testing.assert_close(x, 3 * read(llama, "resid_post.1|standardize"))
     assert not torch.allclose(read(llama, "resid_post.1|scale=3|standardize"), x)
@@ -103,7 +103,7 @@ def test_not_a_bit_changes_however_large_or_small(size, transform):
     assert torch.equal(seen.written(seen.value.clone()), x)
 
 
-def test_what_is_written_and_not_finite_is_not_hidden():
+def test_nonfinite_values_that_are_written_are_not_hidden():
     x = torch.ones(1, 4)
     x[0, 0] = torch.inf
     for site in ("center", "scale=2"):
@@ -132,7 +132,7 @@ def test_any_chain_is_undone(chain, seed, size):
     x = torch.randn(4, 16, generator=torch.Generator().manual_seed(seed)) * size
     seen = view(x, chain)
     assert torch.equal(seen.written(seen.value), x)
-    # A change in the direction that no transform removes comes back as that change, in units of x.
+    # A change is written back as the same change, in units of x.
     delta = torch.randn(4, 16, generator=torch.Generator().manual_seed(seed + 1)) * 0.1
     moved = seen.written(seen.value + delta).double() - x.double()
     torch.testing.assert_close(moved, (delta * seen.factor).double(), rtol=1e-3, atol=1e-3 * size)
@@ -146,8 +146,8 @@ def test_centring_adds_back_what_it_subtracted(llama):
 
 
 @pytest.mark.parametrize("name", ["center", "layer_norm", "unit_norm", "rms_norm", "standardize"])
-def test_a_site_in_a_frame_is_an_sae_in_that_frame(llama, name):
-    """What is written back is the same whether the site or the SAE says the normalisation."""
+def test_a_site_with_a_normalisation_equals_an_sae_with_it(llama, name):
+    """The same value is written back whether the site or the SAE has the normalisation."""
 
     def reconstruct(y):  # any function of what is read
         return y * 0.7 + 0.1
@@ -157,13 +157,13 @@ def test_a_site_in_a_frame_is_an_sae_in_that_frame(llama, name):
         return frame.undo(reconstruct(frame.apply(x)))
 
     at_site, _ = run(llama, f"resid_post.1|{name}", reconstruct)
-    tolerance = {"rtol": 1e-4, "atol": 1e-4}  # layer_norm's own undoing leaves an epsilon out
+    tolerance = {"rtol": 1e-4, "atol": 1e-4}  # undoing layer_norm leaves an epsilon out
     torch.testing.assert_close(at_site, run(llama, "resid_post.1", as_an_sae)[0], **tolerance)
 
 
 @pytest.mark.parametrize("intervention", [Splice, lambda sae: Ablate(sae, [1, 2, 3])])
-def test_an_sae_says_its_transform_in_its_site(llama, intervention):
-    """The site's comes before the SAE's own normalisation, which here says the same."""
+def test_an_sae_may_have_a_transform_in_its_site(llama, intervention):
+    """It gives the same result as an equal normalisation in the SAE's configuration."""
     settings = {"base_model": None, "d_in": 32, "d_sae": 64}
     at_site = example("gated", site="resid_post.1|center", **settings)
     inside = example("gated", site="resid_post.1", normalization="center", **settings)
@@ -207,7 +207,7 @@ def test_a_new_parameter_at_zero_gets_a_gradient(llama):
 
 def test_flattened_tokens():
     model = tiny_model("llama4_text")
-    site = "model.layers.1.feed_forward.output"  # experts, which see all tokens below each other
+    site = "model.layers.1.feed_forward.output"  # experts read the tokens of a batch as rows
     assert resolve(model)[site].tensor_path.rank == 2
     x = read(model, site)
     y = read(model, f"{site}|center")
@@ -253,7 +253,7 @@ def test_the_epsilon_is_the_models_own(eps, dtype):
 
 
 class Decoyed(nn.RMSNorm):
-    """A norm with more numbers than its epsilon."""
+    """A norm with other numbers beside its epsilon."""
 
     def __init__(self, like):
         super().__init__(len(like.weight), eps=1e-5)
@@ -261,8 +261,8 @@ class Decoyed(nn.RMSNorm):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_epsilon_is_told_by_what_the_norm_does(dtype):
-    """Not by the name under which it holds the number: only tokens near zero show which it is."""
+def test_the_epsilon_is_found_from_what_the_norm_computes(dtype):
+    """Not from the name of an attribute: tokens near zero show which number is the epsilon."""
     model = tiny_model("llama")
     for layer in model.model.layers:
         layer.post_attention_layernorm = Decoyed(layer.post_attention_layernorm)
@@ -271,7 +271,7 @@ def test_the_epsilon_is_told_by_what_the_norm_does(dtype):
 
 
 class Odd(nn.Module):
-    """A norm of another kind: by the mean absolute value."""
+    """A norm of another kind, which divides by the mean absolute value."""
 
     def __init__(self, like):
         super().__init__()
@@ -294,18 +294,18 @@ def test_a_norm_that_cannot_be_proven_is_refused():
     assert "resid_mid.1|rms_norm" in sites
 
 
-def test_where_no_norm_reads_the_site_it_is_refused(llama):
+def test_norm_no_gain_is_refused_if_no_norm_reads_the_site(llama):
     sites = resolve(llama)
     for site in ("mlp_neurons.1", "attn_z.1"):
         with pytest.raises(SiteError, match="no module that could be one reads exactly that tensor"):
             sites[f"{site}|norm_no_gain"]
     with pytest.raises(SiteError, match="must be the first transform"):
         sites["resid_mid.1|center|norm_no_gain"]
-    olmo = tiny_model("olmo2")  # its norms are behind attention and MLP
+    olmo = tiny_model("olmo2")  # its norms come after attention and MLP
     assert "resid_mid.1|norm_no_gain" not in resolve(olmo)
 
 
-def test_what_is_not_in_the_model_is_not_transformed(llama):
+def test_transforms_of_sites_that_the_model_lacks_are_refused(llama):
     sites = resolve(llama)
     with pytest.raises(SiteError, match="has 3 layers"):
         sites["resid_post.7|center"]
@@ -326,19 +326,19 @@ def test_the_proof_of_norms_is_made_once_and_leaves_nothing():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_without_transforms_the_tensor_is_itself():
+def test_without_transforms_the_tensor_is_not_copied():
     x = torch.randn(2, 3, dtype=torch.bfloat16)
     assert view(x, ()).value is x
 
 
-def test_a_model_dependent_transform_cannot_be_done_without_a_model():
+def test_a_model_dependent_transform_cannot_be_applied_without_a_model():
     with pytest.raises(SiteError, match="depends on the model"):
         view(torch.ones(2, 3), [Transform("norm_no_gain")])
     with pytest.raises(SiteError, match="Unknown transform"):
         Transform("normalise")
 
 
-def test_places_differ_by_transforms_and_share_the_bare_one(llama):
+def test_tensor_paths_differ_by_transforms_and_share_the_bare_one(llama):
     sites = resolve(llama)
     plain, centred = sites["resid_post.1"], sites["resid_post.1|center"]
     assert centred.tensor_path != plain.tensor_path and centred.tensor_path.bare == plain.tensor_path
@@ -349,7 +349,7 @@ def test_places_differ_by_transforms_and_share_the_bare_one(llama):
 
 
 def test_the_numbered_tensors_of_a_module():
-    model = tiny_model("gpt_oss")  # whose MLP gives the router's scores, too
+    model = tiny_model("gpt_oss")  # its MLP also returns the router's scores
     sites = resolve(model)
     hidden, scores = "model.layers.1.mlp.output#0", "model.layers.1.mlp.output#1"
     assert sites[hidden].tensor_path == sites["model.layers.1.mlp.output"].tensor_path
@@ -369,7 +369,7 @@ def test_numbers_of_float32_are_written_short_and_read_as_the_same(value):
     assert Transform.parse(str(made)) == made
     assert torch.tensor(made.value, dtype=torch.float32).item() == value
     written = Decimal(str(made).removeprefix("rms_norm="))
-    assert len(written.normalize().as_tuple().digits) <= 9, "as many as tell numbers of float32 apart"
+    assert len(written.normalize().as_tuple().digits) <= 9, "9 digits distinguish all numbers of float32"
 
 
 def test_an_epsilon_that_a_model_keeps_in_float32_is_a_short_name():

@@ -1,4 +1,4 @@
-"""Sites of models inside wrappers: adapters, data parallelism, sharding, and image readers."""
+"""Sites of models inside wrappers: adapters, data parallelism, sharding, and vision-language models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ IDS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
 
 
 def read(model, *sites, run=None, edits=None):
-    """What a forward through the wrapper shows at sites of it, and its logits."""
+    """Return the logits of a forward through the wrapper, and the values at some sites."""
     found = {}
     proven = resolve(model)
 
@@ -38,7 +38,7 @@ def read(model, *sites, run=None, edits=None):
 
 @pytest.fixture
 def alone():
-    """A process group of one."""
+    """A process group of one process."""
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     yield
     distributed.destroy_process_group()
@@ -57,7 +57,7 @@ def test_distributed_data_parallel(alone):
 
 
 def test_fully_sharded(alone):
-    """FSDP2 gives every sharded module a class of another name; blocks are not known by theirs."""
+    """FSDP2 renames the class of every sharded module; blocks are not recognised by class names."""
     plain, expected = read(tiny_model("llama"), "resid_mid.1", "mlp_out.2", "resid_mid.1|norm_no_gain")
     model = tiny_model("llama")
     names = resolve(model).names()
@@ -86,7 +86,7 @@ def test_class_names_mean_nothing():
     assert sites["resid_mid.1|norm_no_gain"].tensor_path == expected["resid_mid.1|norm_no_gain"].tensor_path
 
 
-def test_an_image_reader_with_as_many_blocks_in_its_vision_tower():
+def test_a_vision_language_model_with_as_many_blocks_in_its_vision_tower():
     from transformers import AutoModelForImageTextToText, LlavaConfig
 
     text = tiny_model("llama").config.to_dict() | {"vocab_size": 97}
@@ -175,7 +175,7 @@ class TestPeft:
         wrapped = self.adapted(peft, tiny_model("llama"))
         assert resolve(DistributedDataParallel(wrapped)) is resolve(wrapped)
 
-    def test_an_adapted_norm_is_not_taken_for_a_plain_one(self, peft):
+    def test_a_norm_in_modules_to_save_is_proven(self, peft):
         model = tiny_model("llama")
         config = peft.LoraConfig(r=4, target_modules=["o_proj"], modules_to_save=["post_attention_layernorm"])
         wrapped = peft.get_peft_model(model, config).eval()
@@ -184,7 +184,7 @@ class TestPeft:
 
 
 def test_a_model_may_be_a_part_of_another():
-    """Wrappers of a user's own: give the model inside, whose hooks fire through them."""
+    """For a user's own wrapper, pass the model inside: its hooks fire in calls of the wrapper."""
 
     class Policy(nn.Module):
         def __init__(self, model):

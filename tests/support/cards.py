@@ -1,4 +1,4 @@
-"""Whether the Hub takes a model card."""
+"""Checking that the Hub accepts a model card."""
 
 import huggingface_hub
 from huggingface_hub import ModelCard
@@ -9,7 +9,7 @@ from .loopback import HUB
 
 
 def require_valid(card: ModelCard) -> None:
-    """Raise unless the loopback Hub takes a card; clients before 2 would ask the public one."""
+    """Raise unless the loopback Hub accepts a card; huggingface_hub before 2 would ask the public Hub."""
     if Version(huggingface_hub.__version__) >= Version("2"):
         card.validate()
         return

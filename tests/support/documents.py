@@ -1,4 +1,4 @@
-"""Running the code of documents."""
+"""Running the code in Markdown documents."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def blocks(path: Path, language: str = "python") -> list[str]:
-    """Return the code of a document in one language."""
+    """Return the code blocks of a document in one language."""
     return re.findall(rf"```{language}\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
 
 
@@ -20,7 +20,7 @@ def run(path: Path, folder: Path) -> dict[str, Any]:
         folder: where the code is written, since nnsight reads the source of a with-block.
 
     Returns:
-        Its names.
+        The variables that the code defines, by name.
     """
     names: dict[str, Any] = {}
     for number, block in enumerate(blocks(path)):
@@ -32,7 +32,7 @@ def run(path: Path, folder: Path) -> dict[str, Any]:
 
 
 def assert_edits(names: dict[str, Any]) -> None:
-    """Assert that what a document attaches edits something."""
+    """Assert that the interventions of a document have an effect."""
     clamped, scaled = names["handle"].report().interventions
     assert sum(map(len, clamped.positions.values())) >= 3 and sum(map(len, scaled.positions.values())) > 10
     sae, model, batch = names["sae"], names["model"], names["batch"]

@@ -27,7 +27,7 @@ def build(architecture: str, *, d_in: int = D_IN, d_sae: int = D_SAE, **settings
 
 @torch.no_grad()
 def randomised(sae: SAEModel, seed: int = 0) -> SAEModel:
-    """Fill every parameter and buffer with values between 0.05 and 0.8, of both signs where it is not a buffer."""
+    """Fill every parameter and buffer with values from 0.05 to 0.8; those of parameters have both signs."""
     generator = torch.Generator().manual_seed(seed)
     buffers = {name for name, _ in sae.named_buffers()} | {"threshold"}
     for name, tensor in sae.state_dict().items():
@@ -38,7 +38,7 @@ def randomised(sae: SAEModel, seed: int = 0) -> SAEModel:
 
 
 def example(architecture: str = "gated", **settings: Any) -> SAEModel:
-    """Return an SAE whose every tensor is different from a fresh one's."""
+    """Return an SAE whose tensors all differ from those of a fresh one."""
     return randomised(build(architecture, **settings))
 
 
@@ -54,6 +54,6 @@ def assert_same(left: SAEModel, right: SAEModel) -> None:
 
 
 def settings_of(sae: SAEModel) -> dict[str, Any]:
-    """Return the configuration's values without where it was loaded from."""
+    """Return the configuration's values, without those that depend on saving and loading."""
     written_by_transformers = {"architectures", "dtype", "_name_or_path"}  # when it saves or loads
     return {name: value for name, value in sae.config.to_dict().items() if name not in written_by_transformers}

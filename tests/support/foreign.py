@@ -1,4 +1,4 @@
-"""Repositories of other people on the loopback Hub."""
+"""Repositories with checkpoints of other libraries, on the loopback Hub."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def example_files(layout: str, root: Path) -> dict[str, dict[str, bytes]]:
 
 
 def seed_gemma_scope(hub: MiniHub, repo_id: str, root: Path, *, card: str | None = CARD, layers: int = 1) -> str:
-    """Make a repository of residual SAEs, two per layer and one of the embedding, with a name of its own.
+    """Make a repository of Gemma Scope SAEs under any name: two per layer of the stream, and one at the embedding.
 
     Returns:
         The commit.

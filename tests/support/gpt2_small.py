@@ -25,10 +25,10 @@ def seed_gpt2_small(hub: MiniHub, folder: Path) -> None:
 
     Args:
         hub: the loopback Hub.
-        folder: an empty one, to write the model into.
+        folder: an empty folder to write the model into.
     """
     model = tiny_model("gpt2", n_layer=LAYERS, vocab_size=1024, n_positions=1024)
-    model.config.n_ctx = model.config.n_positions  # as the real one has it, which TransformerLens reads
+    model.config.n_ctx = model.config.n_positions  # the real one has n_ctx, which TransformerLens reads
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(bundled.MODEL).save_pretrained(folder)
     files: dict[str, bytes | str] = {path.name: path.read_bytes() for path in folder.iterdir()}

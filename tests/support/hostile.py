@@ -10,23 +10,23 @@ from collections.abc import Mapping
 from pathlib import Path
 
 CANARY = Path(tempfile.gettempdir()) / "hf_gated_sae_canary"
-"""What hostile code would write."""
+"""The file that hostile code would write."""
 
 MANY = 300_000
 
 
 def text(value: str) -> bytes:
-    """Return the instruction that pushes a text."""
+    """Return the pickle instruction that pushes a string."""
     return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
 
 
 def doubled(first: bytes, levels: int = 60) -> bytes:
-    """Return instructions for a tuple of twice the same tuple of twice ...: 2**levels values in a few bytes."""
+    """Return pickle instructions for nested pairs of the same tuple: 2**levels values in a few bytes."""
     return first + b"".join(b"q" + bytes([n]) + b"h" + bytes([n]) + b"\x86" for n in range(levels))
 
 
 def storage(key: str = "0", count: int = 6, kind: str = "FloatStorage") -> bytes:
-    """Return instructions for a storage."""
+    """Return pickle instructions for a storage."""
     name = f"ctorch\n{kind}\n".encode()
     return b"(" + text("storage") + name + text(key) + text("cpu") + b"J" + struct.pack("<i", count) + b"tQ"
 
@@ -34,7 +34,7 @@ def storage(key: str = "0", count: int = 6, kind: str = "FloatStorage") -> bytes
 def tensor(
     shape: bytes = b"K\x02K\x03\x86", strides: bytes = b"K\x03K\x01\x86", offset: bytes = b"K\0", **of: object
 ) -> bytes:
-    """Return instructions for a tensor."""
+    """Return pickle instructions for a tensor."""
     made = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage(**of) + offset + shape + strides  # type: ignore[arg-type]
     return made + b"\x89ccollections\nOrderedDict\n)RtR"
 
@@ -103,12 +103,12 @@ def archive(entries: Mapping[str, bytes], compression: int = zipfile.ZIP_STORED)
 
 
 def torch_file(pickled: bytes, **more: bytes) -> bytes:
-    """Return a torch file with a description and one storage of six values."""
+    """Return a torch file with a pickle and one storage of six values."""
     return archive({"archive/data.pkl": pickled, "archive/data/0": bytes(24), "archive/version": b"3\n", **more})
 
 
 def npy(shape: str = "(2, 3)", descr: str = "'<f4'", more: str = "", values: bytes = bytes(24)) -> bytes:
-    """Return an array whose header says what is given."""
+    """Return a .npy file with the given values in its header."""
     header = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}{more}}}\n".encode()
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header) & 0xFFFF) + header + values
 
@@ -134,7 +134,7 @@ ARRAYS: Mapping[str, bytes] = {
 
 
 def safetensors(header: bytes, values: bytes = bytes(24), length: int | None = None) -> bytes:
-    """Return a safetensors file with a header of any content and announced length."""
+    """Return a safetensors file with any header, and any stated length of it."""
     return struct.pack("<Q", len(header) if length is None else length) + header + values
 
 

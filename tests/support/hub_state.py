@@ -1,4 +1,4 @@
-"""What lies on the loopback Hub, looked at from behind."""
+"""The content of the loopback Hub, read without HTTP."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def files(hub: MiniHub, repo_id: str, revision: str = "main") -> dict[str, bytes
 
 
 def commits(hub: MiniHub, repo_id: str, revision: str = "main") -> list[str]:
-    """Return the titles of a branch's commits, the newest first, without the one that the Hub itself makes."""
+    """Return the titles of a branch's commits, the newest first, without the Hub's own first commit."""
     repo = hub.repo(repo_id)
     titles, commit = [], repo.at(revision)
     while commit.parent is not None:

@@ -1,7 +1,6 @@
 """The loopback Hub of a test session. Importing this starts it and points the real client at it.
 
-It has to come before huggingface_hub, which reads its environment when it is imported: `tests/conftest.py` sees to
-that.
+It must be imported before huggingface_hub, which reads its environment on import; `tests/conftest.py` ensures that.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _connect = socket.socket.connect
 
 
 def _connect_on_this_machine(self: socket.socket, address: Any) -> None:
-    """Refuse what is not on this machine: no test may reach the network."""
+    """Refuse connections to other machines: no test may reach the network."""
     if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
         raise ConnectionRefusedError(f"A test tried to reach {address[0]}; tests may use the loopback Hub only.")
     _connect(self, address)

@@ -1,4 +1,4 @@
-"""Damage for checkpoints: done with the files' own writers, so that it reaches deep, and to their bytes."""
+"""Random damage to checkpoints: to their content, written again by each format's writer, and to their bytes."""
 
 from __future__ import annotations
 
@@ -113,10 +113,10 @@ def mutate(files: dict[str, bytes], dice: random.Random) -> tuple[Files, str]:
 
     Args:
         files: its files by path.
-        dice: decides what is done.
+        dice: the random generator that decides on the damage.
 
     Returns:
-        The files that are different now, and what was done.
+        The changed files, and a description of the change.
     """
     path = dice.choice(sorted(files))
     suffix = PurePosixPath(path).suffix
@@ -136,7 +136,7 @@ def mutate(files: dict[str, bytes], dice: random.Random) -> tuple[Files, str]:
         warnings.simplefilter("ignore")
         try:
             content, what = way(files[path], dice)
-        except Exception:  # the file's own writer refuses, for example a name or a dtype
+        except Exception:  # the format's writer refuses, for example a name or a dtype
             content, what = _bytes(files[path], dice)
     return {path: content}, f"{path}: {what}"
 
@@ -358,7 +358,7 @@ def _hostile_array(content: bytes, dice: random.Random) -> tuple[bytes, str]:
 
 
 def _torch(content: bytes, dice: random.Random) -> tuple[bytes, str]:
-    """Change tensors and plain values of what torch has saved, at any depth."""
+    """Change tensors and plain values of a file saved by torch, at any depth."""
     tree = torch.load(io.BytesIO(content), weights_only=True)
     holders = [node for node, key in _places({"": tree}) if isinstance(node, dict)]
     holders = [h for n, h in enumerate(holders) if all(h is not seen for seen in holders[:n]) and "" not in h] or [
@@ -394,7 +394,7 @@ def _torch(content: bytes, dice: random.Random) -> tuple[bytes, str]:
 
 
 def _pickle(content: bytes, dice: random.Random) -> tuple[bytes, str]:
-    """Put a hostile description in, or flip bytes of the one that is there; checksums are right."""
+    """Replace the pickle by a hostile one, or damage its bytes; checksums are right."""
     entries = _entries(content)
     name = next(name for name in entries if name.endswith("data.pkl"))
     if dice.random() < 0.3:

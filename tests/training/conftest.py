@@ -1,4 +1,4 @@
-"""Every architecture, and small runs."""
+"""Fixtures: each architecture that can be trained, and small runs."""
 
 from __future__ import annotations
 
@@ -18,11 +18,9 @@ SMALL = {
 }
 
 
-@pytest.fixture(
-    params=[name for name, model in architectures.items() if model.one_site and model.per_token]  # what can be trained
-)
+@pytest.fixture(params=[name for name, model in architectures.items() if model.one_site and model.per_token])
 def architecture(request: pytest.FixtureRequest) -> str:
-    """Every architecture in the registry by name."""
+    """The name of an architecture that can be trained."""
     return str(request.param)
 
 
@@ -58,7 +56,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small(text: Path, tmp_path: Path) -> dict[str, Any]:
-    """A run that takes a second."""
+    """The settings of a run that takes a second."""
     return {
         "output_dir": str(tmp_path / "out"),
         "model": {"name": str(bundled.MODEL), "hub_id": "me/python-lm"},

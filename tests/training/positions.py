@@ -1,4 +1,4 @@
-"""Positions of streams as checkpoints hold them: JSON beside safetensors."""
+"""Stream positions as checkpoints store them, in JSON and safetensors; and batches of a stream."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_gated_sae.training import ActivationStream
 
 
 def through_files(state: dict[str, Any]) -> dict[str, Any]:
-    """Return a state that was JSON and safetensors in between."""
+    """Convert a state to JSON and safetensors and back."""
     tensors: dict[str, Tensor] = {}
 
     def put(value: Any) -> Any:
@@ -43,7 +43,7 @@ def first(stream: ActivationStream, batch_size: int, count: int) -> list[dict[st
 
 
 def equal(ones: list[dict[str, Tensor]], others: list[dict[str, Tensor]]) -> bool:
-    """Whether batches are the same, bit by bit."""
+    """Whether two lists of batches are bitwise equal."""
     return len(ones) == len(others) and all(
         list(a) == list(b) and all(torch.equal(a[site], b[site]) for site in a)
         for a, b in zip(ones, others, strict=True)

@@ -1,4 +1,4 @@
-"""A run with everything that has to survive an interruption, for processes that are killed."""
+"""A run with all the state that must survive an interruption, which tests can start in a process and kill."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ STEPS = 40
 
 
 class Slow(TrainerCallback):
-    """Gives others the time to interrupt."""
+    """Slows a run down, so that it can be interrupted."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         time.sleep(0.01)
 
 
 class Noise(TrainerCallback):
-    """Lets the weights depend on the generators that belong to nobody."""
+    """Makes the weights depend on the global random generators."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for _, sae in kwargs["model"].items():
@@ -39,9 +39,9 @@ class Noise(TrainerCallback):
 def trainer(
     folder: Path, *callbacks: TrainerCallback, stream: ActivationStream | None = None, **changes: Any
 ) -> SAETrainer:
-    """Two SAEs, one of them with latents that die, resampling, dips and an annealed power; a checkpoint every 4 steps.
+    """Return a trainer of two SAEs, one with dead latents, with resampling, dips, annealing and frequent checkpoints.
 
-    What happens between steps 4 and 36 is decided by what was seen up to 10 steps before.
+    What happens between steps 4 and 36 depends on batches of up to 10 steps before.
     """
     gated = build("gated", D_IN)
     gated.b_gate.data[:10] = -1e6
@@ -94,5 +94,5 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 
 def log(folder: Path, step: int = STEPS) -> list[dict[str, Any]]:
-    """Return what was logged until a checkpoint."""
+    """Return the log up to a checkpoint."""
     return json.loads((folder / f"checkpoint-{step}" / "trainer_state.json").read_text())["log_history"]

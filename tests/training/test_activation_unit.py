@@ -31,7 +31,7 @@ def test_a_folded_scale_leaves_directions_alone(architecture):
     sae = build(architecture, randomise=True)
     kept = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
     if not sae.homogeneous:
-        pytest.skip("it has no other unit")
+        pytest.skip("the unit of its activations cannot be changed")
     change_unit(sae, 4.0)
     for name, tensor in sae.state_dict().items():
         expected = kept[name] if name.startswith(("W_", "r_")) else 4 * kept[name]

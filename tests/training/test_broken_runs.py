@@ -1,4 +1,4 @@
-"""Runs that cannot go on say why, and lose nothing."""
+"""Runs that fail: the error says why, and no result is lost."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 
 class At(TrainerCallback):
-    """Does something before a step."""
+    """Calls a function with the model before a given step."""
 
     def __init__(self, step, action):
         self.step, self.action = step, action
@@ -36,7 +36,7 @@ class At(TrainerCallback):
 
 
 class Poisoned(TensorActivations):
-    """Gives a value that is no number, after the sample that is checked at the start."""
+    """Returns a NaN in the seventh batch; the sample that is checked at the start has none."""
 
     def batches(self, batch_size):
         for number, batch in enumerate(super().batches(batch_size)):
@@ -66,7 +66,7 @@ def spoil_gradient(model):
     ],
 )
 @pytest.mark.parametrize("clip", [0.0, 1.0])
-def test_the_first_thing_that_is_not_finite_is_named(arguments, action, names, clip):
+def test_the_first_nonfinite_value_is_named(arguments, action, names, clip):
     sae = build("gated", D_IN)
     args = arguments(max_grad_norm=clip)
     made = quiet(SAETrainer(sae, args, activations(500, seed=0), callbacks=[At(4, action)]))
@@ -75,7 +75,7 @@ def test_the_first_thing_that_is_not_finite_is_named(arguments, action, names, c
     assert made.state.global_step == 3
 
 
-def test_an_activation_that_is_not_finite_is_found_in_its_batch(arguments):
+def test_a_nonfinite_activation_is_located_in_its_batch(arguments):
     sae = build("gated", D_IN)
     kept = {}
 
@@ -90,7 +90,7 @@ def test_an_activation_that_is_not_finite_is_found_in_its_batch(arguments):
     assert all(torch.equal(tensor, kept[name]) for name, tensor in sae.state_dict().items())
 
 
-def test_the_sae_that_diverged_is_named_among_several(tmp_path):
+def test_the_diverged_one_of_several_saes_is_named(tmp_path):
     made = trainer(tmp_path, At(2, lambda model: dict(model.items())["a/standard"].b_enc.data.fill_(float("nan"))))
     with pytest.raises(TrainingError, match="b_enc at latent 0 is nan in the SAE 'a/standard'"):
         made.train()
@@ -105,7 +105,7 @@ def limited(folder, size):
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
-    """The state grows while inputs are kept for the resampling, up to what may be written."""
+    """The checkpoint outgrows the limit on file sizes while inputs are kept for resampling."""
     whole, folder = tmp_path / "whole", tmp_path / "run"
     trainer(whole).train()
     sizes = [
@@ -126,16 +126,16 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
         *sorted(f"checkpoint-{step}" for step in range(4, failing, 4)),
         "error",
     ]
-    trainer(folder).train(resume_from_checkpoint=True)  # somebody has made room
+    trainer(folder).train(resume_from_checkpoint=True)  # without the limit
     expected = weights(whole)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(folder).items())
     assert log(folder) == log(whole)
 
 
-def test_memory_that_does_not_suffice_is_measured(arguments):
+def test_running_out_of_memory_is_explained(arguments):
     class Starved(SAETrainer):
         def compute_loss(self, *args, **kwargs):
-            return torch.empty(1 << 55)  # what any device refuses
+            return torch.empty(1 << 55)  # more than any device has
 
     sae = build("gated", D_IN)
     with pytest.raises(
@@ -146,7 +146,7 @@ def test_memory_that_does_not_suffice_is_measured(arguments):
         quiet(Starved(sae, arguments(), activations(500, seed=0))).train()
 
 
-def test_memory_on_paper():
+def test_memory_estimate():
     sae = build("gated", 8, 48)
     memory = TrainingMemory.of([sae])
     parameters = 2 * 8 * 48 + 3 * 48 + 8
@@ -157,7 +157,7 @@ def test_memory_on_paper():
     assert memory.largest_batch(0) == 0 and "Reduce activation_batch_size" in memory.advice(64, None)
 
 
-def test_every_run_leaves_what_a_card_needs(arguments, tmp_path):
+def test_a_run_saves_the_facts_that_a_card_needs(arguments, tmp_path):
     from hf_gated_sae.publishing.facts import CardFacts
 
     sae = build("gated", D_IN)
@@ -178,7 +178,7 @@ def test_every_run_leaves_what_a_card_needs(arguments, tmp_path):
 
 
 class SampledOnce(TensorActivations):
-    """Is sampled for its scale and centre, and never again."""
+    """Can be sampled once, for scale and centre; a second sample raises an error."""
 
     error: BaseException | None = None
 
@@ -190,12 +190,12 @@ class SampledOnce(TensorActivations):
 
 
 @pytest.mark.parametrize("error", [InputError("the data set answers no more"), KeyboardInterrupt()])
-def test_a_result_whose_strengths_cannot_be_recorded_is_saved_without(arguments, tmp_path, error):
+def test_a_result_is_saved_without_statistics_that_cannot_be_recorded(arguments, tmp_path, error):
     stream = SampledOnce(activations(500, seed=0), seed=0)
     stream.later = error
     sae = build("gated", D_IN)
     strengths = torch.full((sae.config.d_sae,), 7.0)
-    sae.record_statistics(strengths, strengths / 2, 12_345)  # when it was another one
+    sae.record_statistics(strengths, strengths / 2, 12_345)  # left from an earlier training
     with pytest.raises((TrainingError, KeyboardInterrupt)) as ended:
         quiet(SAETrainer(sae, arguments(), stream)).train()
     if isinstance(error, InputError):
@@ -210,7 +210,7 @@ def test_a_result_whose_strengths_cannot_be_recorded_is_saved_without(arguments,
 
 @pytest.mark.parametrize("clip", [0.0, 0.5])
 def test_gradients_are_unscaled_before_they_are_clipped(arguments, monkeypatch, clip):
-    """As with fp16 on a GPU, which scales the loss by 65,536; here on a CPU, with everything else left in float32."""
+    """As with fp16 on a GPU, which scales the loss by 65,536; here only the scaler is used, on a CPU."""
     moved, norms = [], []
     for scale in (None, 1024.0):
         sae = build("standard", D_IN).double()

@@ -1,4 +1,4 @@
-"""`SAETrainer` in several processes trains what it trains in one."""
+"""`SAETrainer` trains the same SAEs in several processes as in one."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What one process makes of every run."""
+    """The folder with the results of every run in one process."""
     folder = tmp_path_factory.mktemp("data_parallel")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -36,14 +36,14 @@ def rows(batches: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("sequences", [1, 3, 4, 6, 8])
-def test_what_is_held_back_and_the_rest_are_the_whole_text(sequences: int) -> None:
+def test_held_out_text_and_the_rest_are_the_whole_text(sequences: int) -> None:
     tokens = HeldBack(GivenTokens(BATCHES), sequences)
     held, rest = rows(tokens.held_out()), rows(tokens)
     assert len(held) == sequences
     assert torch.equal(torch.cat([held, rest]), rows(BATCHES))
 
 
-def test_the_rest_goes_on_from_any_position() -> None:
+def test_the_rest_resumes_from_any_position() -> None:
     tokens = HeldBack(GivenTokens(BATCHES), 6)
     whole = rows(tokens)
     for count in range(8):
@@ -52,18 +52,18 @@ def test_the_rest_goes_on_from_any_position() -> None:
         assert torch.equal(rows(chain(first, tokens.open(cursor.state_dict()))), whole)
 
 
-def test_other_text_takes_the_place_of_what_would_be_held_back() -> None:
+def test_given_held_out_text_replaces_what_would_be_held_back() -> None:
     tokens = HeldBack(GivenTokens(BATCHES[:5]), 5, GivenTokens(BATCHES[5:]))
     assert torch.equal(rows(tokens), rows(BATCHES[:5])) and torch.equal(rows(tokens.held_out()), rows(BATCHES[5:])[:5])
 
 
-def test_processes_hold_back_what_they_would_read() -> None:
+def test_each_process_holds_back_a_part_of_its_own_text() -> None:
     parts = [HeldBack(GivenTokens(BATCHES), 3).shard(rank, 2) for rank in range(2)]
     for rank, part in enumerate(parts):
         assert torch.equal(torch.cat([rows(part.held_out()), rows(part)]), rows(BATCHES[rank::2]))
 
 
-def test_a_short_text_holds_nothing_back() -> None:
+def test_nothing_is_held_back_from_a_short_text() -> None:
     assert can_hold_back(GivenTokens(BATCHES), 4) and not can_hold_back(GivenTokens(BATCHES), 5)
 
 
@@ -98,7 +98,7 @@ class TestInTheTrainer:
         assert lines[-1]["eval_fvu"] < lines[0]["eval_fvu"]
 
     @pytest.mark.parametrize("names", [("gated",), ("batch_topk",), ("jumprelu", "gated")])
-    def test_measuring_changes_no_bit_of_what_is_learned(self, arguments: Any, names: tuple[str, ...]) -> None:
+    def test_measuring_does_not_change_what_is_learned(self, arguments: Any, names: tuple[str, ...]) -> None:
         weights = []
         for dataset in (None, BATCHES[:2]):
             trainer = self.made(arguments, names, eval_dataset=dataset)
@@ -108,13 +108,13 @@ class TestInTheTrainer:
         for before, after in zip(*weights, strict=True):
             assert all(torch.equal(before[name], after[name]) for name in before)
 
-    def test_each_of_several_is_measured_under_its_name(self, arguments: Any) -> None:
+    def test_each_of_several_saes_is_measured_under_its_name(self, arguments: Any) -> None:
         trainer = self.made(arguments, ("jumprelu", "gated"), eval_dataset=BATCHES[:1])
         trainer.train()
         last = trainer.state.log_history[-2]
         assert {"eval_gated/fvu", "eval_jumprelu/loss_recovered"} <= {*last}
 
-    def test_it_can_be_measured_at_any_time(self, arguments: Any) -> None:
+    def test_evaluate_can_be_called_at_any_time(self, arguments: Any) -> None:
         trainer = self.made(arguments)
         with pytest.raises(InputError, match="pass eval_dataset="):
             trainer.evaluate()
@@ -145,20 +145,20 @@ class TestInARun:
         [line] = [line for line in card.splitlines() if line.startswith("| 4 | 128 |")]
         assert f"{curve[-1]['loss_recovered']:.4g}" in line
 
-    def test_none_of_it_is_learned(self, small: dict[str, Any]) -> None:
+    def test_held_out_text_is_not_learned(self, small: dict[str, Any]) -> None:
         tokens = Run.prepare(assemble(small)).parts.stream.tokens
         held = {tuple(row) for batch in tokens.held_out() for row in batch["input_ids"].tolist()}
         learned = {tuple(row) for batch in tokens for row in batch["input_ids"].tolist()}
         assert len(held) == 32 and not held & learned
 
-    def test_every_process_keeps_enough_to_learn(self, small: dict[str, Any]) -> None:
+    def test_nothing_is_held_back_if_a_process_would_lack_text(self, small: dict[str, Any]) -> None:
         parts = Run.prepare(assemble(small)).parts
         tokens = parts.stream.tokens
         for processes, held_back in ((1, True), (64, False)):
             again = with_held_out(parts.config.data, tokens.tokens, parts.tokenizer, parts.model, processes)
             assert isinstance(again, HeldBack) is held_back
 
-    def test_other_text_can_be_named(self, small: dict[str, Any], tmp_path: Path) -> None:
+    def test_held_out_text_can_be_given(self, small: dict[str, Any], tmp_path: Path) -> None:
         other = tmp_path / "other.txt"
         other.write_text("\n".join(corpus.texts("held_out", 5_000)), encoding="utf-8")
         small["data"] |= {"held_out": str(other), "held_out_tokens": 64}
@@ -172,13 +172,13 @@ class TestInARun:
         with pytest.raises(MissingFileError, match="nowhere.txt"):
             Run.prepare(assemble({**small, "output_dir": str(tmp_path / "again")}))
 
-    def test_a_transcoder_is_trained_without(self, small: dict[str, Any]) -> None:
+    def test_a_transcoder_is_trained_without_a_curve(self, small: dict[str, Any]) -> None:
         small["sae"] |= {"site": "mlp_in.1", "site_out": "mlp_out.1"}
         run = Run.prepare(assemble(small))
         run.train(quiet=True)
         assert not read_facts(save_trained(run)[""]).curve
 
-    def test_nonsense_is_refused(self, small: dict[str, Any]) -> None:
+    def test_invalid_settings_are_refused(self, small: dict[str, Any]) -> None:
         for given, said in (
             ({"held_out_tokens": -1}, "data.held_out_tokens is -1; expected at least 0"),
             ({"held_out": "x.txt", "held_out_tokens": 0}, "remove one of them"),

@@ -1,4 +1,4 @@
-"""A run in which few latents are on, where the step never computes the others."""
+"""A run in which few latents are active, so that a step computes these alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def wide():
 
 
 class Watched(SAETrainer):
-    """Sees every loss, and may hand it on with all latents."""
+    """Records the type of the latents in every loss; makes them dense if `dense`."""
 
     def __init__(self, *args, dense: bool, **kwargs):
         super().__init__(*args, **kwargs)

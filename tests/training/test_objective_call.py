@@ -9,7 +9,7 @@ from .worlds import build
 
 
 class Wrapper(torch.nn.Module):
-    """Acts on what passes through its forward, as data-parallel and sharding wrappers do."""
+    """Counts calls of its forward, the method in which data-parallel and sharding wrappers act."""
 
     def __init__(self, module):
         super().__init__()
@@ -28,7 +28,7 @@ def training_loss(wrapper, sae, x, coefficient):
     return TrainingLoss(**called_through(wrapper, sae, objective, x))
 
 
-def test_a_wrapper_sees_the_objective_pass_through_its_forward(architecture):
+def test_the_objective_is_called_through_the_wrappers_forward(architecture):
     sae = build(architecture)
     x = torch.randn(40, 8)
     bare = training_loss(sae, sae, x, 0.3)
@@ -47,7 +47,7 @@ def test_a_wrapper_sees_the_objective_pass_through_its_forward(architecture):
     }
 
 
-def test_the_forward_of_the_sae_is_put_back(architecture):
+def test_the_forward_of_the_sae_is_restored(architecture):
     sae = build(architecture)
     training_loss(Wrapper(sae), sae, torch.randn(4, 8), 0.3)
     assert "forward" not in vars(sae)

@@ -1,4 +1,4 @@
-"""A few activations of enormous norm are neither learned nor recorded, and are counted."""
+"""Outliers, activations of enormous norm, are counted, but neither learned nor recorded."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ SINK = 5000.0
 
 
 def with_sinks(count: int = 700, every: int = 100, scale: float = 3.0) -> torch.Tensor:
-    """Activations of which every so many-th has a norm some thousand times that of the others, in one direction."""
+    """Return activations; one in `every` has about a thousand times the norm of the others, in one direction."""
     x = activations(count, seed=0, scale=scale)
     x[::every] = 0
     x[::every, 0] = SINK * scale
     return x
 
 
-def test_the_rule():
+def test_the_norm_limit():
     x = with_sinks()
     limit = norm_limit(x)
     assert limit == pytest.approx(OUTLIER_MULTIPLE * float(x.norm(dim=-1).median()))
@@ -47,7 +47,7 @@ def test_the_rule():
     assert largest_share(x) > 0.98 and largest_share(activations(700, seed=0)) < 0.2
 
 
-def test_statistics_are_those_of_the_others():
+def test_statistics_leave_outliers_out():
     x = with_sinks()
     ordinary = x[~is_outlier(x, norm_limit(x))]
     found, expected = measure(x.split(64), outlier_multiple=10.0), measure([ordinary])
@@ -64,7 +64,7 @@ def test_outliers_are_neither_learned_nor_recorded_but_counted(arguments, tmp_pa
     ordinary = x[~is_outlier(x, sae.config.norm_limit)]
     assert sae.config.recorded_tokens == len(ordinary)
     assert torch.allclose(sae.max_activation, sae.encode(ordinary).amax(0).detach(), atol=1e-4)
-    assert sae.b_dec.norm() < x.norm(dim=-1).median()  # the mean with them is seven times as long
+    assert sae.b_dec.norm() < x.norm(dim=-1).median()  # with outliers the mean would be seven times as long
     facts = json.loads((tmp_path / "run" / "training_facts.json").read_text())
     assert facts["training"]["norm_limit"] == sae.config.norm_limit
     assert 3 <= facts["training"]["outliers_left_out"] <= 10  # 10 batches of 64
@@ -74,7 +74,7 @@ def test_outliers_are_neither_learned_nor_recorded_but_counted(arguments, tmp_pa
     assert SAEModel.from_pretrained(tmp_path / "run").config.norm_limit == sae.config.norm_limit
 
 
-def test_they_can_be_learned_too_with_a_warning(arguments, caplog):
+def test_outliers_can_be_learned_with_a_warning(arguments, caplog):
     sae = build("gated", D_IN)
     with caplog.at_level(logging.WARNING):
         quiet(SAETrainer(sae, arguments(outlier_multiple=None, activation_batch_size=350), with_sinks())).train()
@@ -83,12 +83,12 @@ def test_they_can_be_learned_too_with_a_warning(arguments, caplog):
     assert len(said) == 1 and "% of its variance" in said[0] and "Use outlier_multiple=10" in said[0]
 
 
-def test_no_warning_where_they_are_left_out(arguments, caplog):
+def test_no_warning_if_outliers_are_left_out(arguments, caplog):
     quiet(SAETrainer(build("gated", D_IN), arguments(activation_batch_size=350), with_sinks())).train()
     assert "One percent" not in caplog.text
 
 
-def test_where_there_are_none_nothing_changes(arguments):
+def test_without_outliers_the_multiple_changes_nothing(arguments):
     x, trained = activations(700, seed=0), []
     for multiple in (10.0, None):
         trained.append(build("gated", D_IN))
@@ -98,7 +98,7 @@ def test_where_there_are_none_nothing_changes(arguments):
 
 
 @pytest.mark.parametrize("step", [5, 18])
-def test_a_resumed_run_leaves_out_the_same(tmp_path, step):
+def test_a_resumed_run_leaves_out_the_same_outliers(tmp_path, step):
     def stream() -> TensorActivations:
         return TensorActivations(with_sinks(scale=20.0), seed=0)
 
@@ -117,7 +117,7 @@ def test_a_resumed_run_leaves_out_the_same(tmp_path, step):
         assert facts[0]["training"]["outliers_left_out"] == facts[1]["training"]["outliers_left_out"] > 5
 
 
-def test_a_transcoder_has_a_limit_at_both_ends(arguments):
+def test_a_transcoder_has_a_limit_at_both_sites(arguments):
     x, y = activations(700, seed=0), activations(700, seed=1)
     x[3], y[5] = 1e5, 1e5
     sae = build("standard", D_IN, site="resid_mid.0", site_out="mlp_out.0", d_out=D_IN, apply_b_dec_to_input=False)
@@ -139,7 +139,7 @@ def test_a_multiple_below_one_is_refused(arguments):
 
 
 def sink_model():
-    """GPT-2 in small, which gives token 7 an activation of enormous norm."""
+    """Return a tiny GPT-2 that gives token 7 an activation of enormous norm."""
     model = tiny_model("gpt2")
     with torch.no_grad():
         model.transformer.wte.weight[7] *= 1000
@@ -165,12 +165,12 @@ def test_training_and_evaluate_record_the_same(arguments, special_tokens):
     again = config.to_dict()
     for name in ("recorded_fvu", "recorded_l0", "recorded_norm"):
         assert again.pop(name) == pytest.approx(recorded.pop(name), rel=1e-4)
-    assert again == recorded  # tokens, special tokens and limit among it
+    assert again == recorded  # including tokens, special tokens and limit
     assert torch.allclose(sae.max_activation, strengths[0], rtol=1e-4, atol=1e-4)
     assert torch.allclose(sae.mean_activation, strengths[1], rtol=1e-4, atol=1e-5)
 
 
-def test_another_tokenizer_at_hand_is_found_out_when_a_run_is_resumed(arguments, tmp_path):
+def test_a_run_is_not_resumed_with_other_special_tokens(arguments, tmp_path):
     model = tiny_model("gpt2")
     batches = [torch.randint(3, 97, (4, 32), generator=torch.Generator().manual_seed(n)) for n in range(4)]
     settings = {"save_strategy": "steps", "save_steps": 5, "recorded_activations": 0}
@@ -188,7 +188,7 @@ def test_another_tokenizer_at_hand_is_found_out_when_a_run_is_resumed(arguments,
         made(build("gated", 32, site="resid_post.1")).train(resume_from_checkpoint=True)
 
 
-def test_a_run_file_leaves_them_out_and_its_card_says_so(small, tmp_path):
+def test_a_run_file_leaves_outliers_out_and_its_card_says_so(small, tmp_path):
     assert assemble(small).training.get("outlier_multiple", OUTLIER_MULTIPLE) == 10.0
     changes = {"outlier_multiple": 1.5, "recorded_activations": 1000}
     run = Run.prepare(assemble({**small, "training": {**small["training"], **changes}}))
@@ -205,14 +205,14 @@ def test_a_run_file_leaves_them_out_and_its_card_says_so(small, tmp_path):
     assert off.training["outlier_multiple"] is None
 
 
-def test_shards_say_which_tokens_they_are_without(arguments, tmp_path):
+def test_shards_record_which_tokens_were_left_out(arguments, tmp_path):
     model, site = sink_model(), "resid_pre.1"
     batches = [torch.randint(0, 97, (4, 32), generator=torch.Generator().manual_seed(n)) for n in range(8)]
     kept = save_activations(tmp_path / "all", model, site, batches, special_tokens=True)
     some = save_activations(tmp_path / "some", model, site, batches, special_ids=[1, 5], norm_limit=20.0)
     assert ShardActivations(kept).special_ids == () and ShardActivations(some).special_ids == (1, 5)
     assert some.index["norm_limit"] == 20.0 and len(some) < len(kept) == 8 * 128
-    del kept.index["special_token_ids"]  # as they were written once
+    del kept.index["special_token_ids"]  # as in shards of older versions
     assert ShardActivations(kept).special_ids is None
     sae = build("gated", 32, site=site)
     quiet(SAETrainer(sae, arguments(), ShardActivations(some))).train()

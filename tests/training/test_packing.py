@@ -45,7 +45,7 @@ def test_documents_follow_each_other_in_full_sequences(bos, eos, expected):
         ("none", False, [[3, 4, 5], [6], [7, 8, 9, 10]]),
     ],
 )
-def test_documents_that_are_not_packed_are_sequences_of_their_own(bos, eos, expected):
+def test_documents_that_are_not_packed_are_one_sequence_each(bos, eos, expected):
     tokens = TextTokens(THREE, TOKENIZER, context_length=4, packing=False, bos=bos, eos=eos, sequences_per_batch=3)
     [batch] = tokens
     assert [
@@ -62,7 +62,7 @@ def test_documents_that_are_not_packed_are_sequences_of_their_own(bos, eos, expe
     bos=st.sampled_from(["document", "sequence", "none"]),
     eos=st.booleans(),
 )
-def test_packing_loses_only_the_rest_and_repeats_nothing(texts, length, per_batch, bos, eos):
+def test_packing_loses_only_the_remainder_and_repeats_nothing(texts, length, per_batch, bos, eos):
     flow = []
     for text in filter(None, texts):
         flow += [BOS] * (bos == "document") + text + [EOS] * eos
@@ -88,7 +88,7 @@ def test_packing_loses_only_the_rest_and_repeats_nothing(texts, length, per_batc
     assert rows.flatten().tolist() == flow[: len(flow) // body * body]
 
 
-def test_tokens_are_read_as_often_as_wanted_and_serve_harvest():
+def test_tokens_can_be_read_repeatedly_and_harvested():
     tokens = TextTokens(documents(30), TOKENIZER, context_length=8)
     assert ids(tokens) == ids(tokens) != []
     found = [each.token_ids for each in harvest(tiny_model("llama"), "resid_post.0", tokens)]
@@ -96,7 +96,7 @@ def test_tokens_are_read_as_often_as_wanted_and_serve_harvest():
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_activations_are_those_of_the_texts_own_tokens(packing):
+def test_activations_leave_special_tokens_out(packing):
     model = tiny_model("llama")
     tokens = TextTokens(documents(20), TOKENIZER, context_length=8, packing=packing, bos="document", eos=True)
     expected = []
@@ -106,7 +106,7 @@ def test_activations_are_those_of_the_texts_own_tokens(packing):
     assert torch.equal(collect(model, ["resid_post.1"], tokens)["resid_post.1"], torch.cat(expected))
 
 
-def test_separators_do_not_count_even_if_the_model_does_not_know_them_for_special():
+def test_separators_are_left_out_even_if_the_model_does_not_call_them_special():
     model, text = tiny_model("llama"), documents(20)
     other = word_tokenizer(eos_token="w50", bos_token="w51")
     tokens = TextTokens([t.replace("w50", "w3").replace("w51", "w3") for t in text], other, context_length=8)
@@ -116,7 +116,7 @@ def test_separators_do_not_count_even_if_the_model_does_not_know_them_for_specia
     assert len(everything) == sum(batch["input_ids"].numel() for batch in tokens) > count
 
 
-def test_all_that_the_tokenizer_calls_special_is_left_out_but_unknown_words():
+def test_special_tokens_of_the_tokenizer_are_left_out_except_unknown_words():
     tokenizer = word_tokenizer(unk_token="w3", extra_special_tokens=["w70", "w71"])
     tokens = TextTokens(["w3 w70 w4 w5", "w6 w71 w7 w8"], tokenizer, context_length=5, bos="none")
     assert tokens.special_ids == (PAD, BOS, EOS, 70, 71)
@@ -124,7 +124,7 @@ def test_all_that_the_tokenizer_calls_special_is_left_out_but_unknown_words():
     expected = torch.stack([x for x, token in zip(found["resid_post.0"], found.token_ids, strict=True) if token < 70])
     assert found.token_ids.tolist() == [3, 70, 4, 5, 6, 71, 7, 8]
     assert torch.equal(collect(tiny_model("llama"), ["resid_post.0"], tokens)["resid_post.0"], expected)
-    assert TextTokens(THREE, word_tokenizer(unk_token="<eos>")).special_ids == (PAD, BOS, EOS)  # as GPT-2 has it
+    assert TextTokens(THREE, word_tokenizer(unk_token="<eos>")).special_ids == (PAD, BOS, EOS)  # as in GPT-2
 
 
 def test_processes_read_different_documents():
@@ -166,12 +166,12 @@ def test_text_that_is_empty_or_too_short_is_explained(texts, found):
         ({}, {"sequences_per_batch": 0}, "sequences_per_batch is 0"),
     ],
 )
-def test_what_a_tokenizer_or_a_sequence_lacks_is_explained(special, options, error):
+def test_missing_special_tokens_and_short_sequences_are_explained(special, options, error):
     with pytest.raises(InputError, match=error):
         TextTokens(THREE, word_tokenizer(**special), **options)
 
 
-def test_a_policy_that_is_none_is_explained():
+def test_an_unknown_bos_policy_is_explained():
     wrong: Any = "documents"
     with pytest.raises(UnknownNameError, match="Did you mean 'document'"):
         TextTokens(THREE, TOKENIZER, bos=wrong)

@@ -1,4 +1,4 @@
-"""A stream that is interrupted anywhere goes on as if it had not been."""
+"""A stream that is interrupted at any batch resumes as if it had not been."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def kinds(tmp_path_factory) -> dict[str, Make]:
     return {
         "tensors": lambda: TensorActivations({"a": torch.arange(103.0)[:, None], "b": -torch.arange(103.0)[:, None]}),
         "shards": lambda: ShardActivations(folder / "shards"),
-        "shards of a part": lambda: ShardActivations(folder / "shards", SITES[:1], seed=1).shard(1, 2),
+        "part of shards": lambda: ShardActivations(folder / "shards", SITES[:1], seed=1).shard(1, 2),
         "tokens": lambda: ModelActivations(model, SITES, lambda: iter(tokens), buffer_size=100, dtype=torch.bfloat16),
         "packed": lambda: model_stream(DOCUMENTS),
         "padded": lambda: model_stream(DOCUMENTS, packing=False),
-        "a part": lambda: model_stream(DOCUMENTS).shard(1, 3),
+        "part of packed": lambda: model_stream(DOCUMENTS).shard(1, 3),
         "files": lambda: model_stream(TextFiles(folder)),
         "data set": lambda: model_stream(rows),
         "data stream": lambda: model_stream(rows.to_iterable_dataset(num_shards=4)),
@@ -62,13 +62,13 @@ def kinds(tmp_path_factory) -> dict[str, Make]:
 
 
 KINDS = [
-    *("tensors", "shards", "shards of a part", "tokens", "packed", "padded", "a part", "files", "data set"),
+    *("tensors", "shards", "part of shards", "tokens", "packed", "padded", "part of packed", "files", "data set"),
     *("data stream", "part of a data stream", "shuffled data stream"),
 ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stream_goes_on_bit_by_bit_from_any_batch(kinds, kind):
+def test_a_stream_resumes_exactly_from_any_batch(kinds, kind):
     make = kinds[kind]
     whole = first(make(), BATCH, BATCHES + AFTERWARDS)
 
@@ -88,7 +88,7 @@ def test_a_stream_goes_on_bit_by_bit_from_any_batch(kinds, kind):
 
 
 @pytest.mark.parametrize("kind", ["tensors", "packed", "data stream"])
-def test_every_batch_of_several_epochs_is_a_place_to_go_on_from(kinds, kind):
+def test_a_stream_resumes_from_every_batch_of_several_epochs(kinds, kind):
     stream = kinds[kind]()
     batches, states = [], []
     for batch, _ in zip(stream.batches(BATCH), range(100), strict=False):
@@ -116,7 +116,7 @@ def test_samples_and_saving_do_not_move_the_stream(kinds, kind):
     assert equal(first(other, BATCH, 4), first(kinds[kind](), BATCH, 34)[30:])
 
 
-def test_a_position_that_was_loaded_is_used_once_and_saved_as_it_is_before(kinds):
+def test_a_loaded_position_is_used_once_and_saved_unchanged_until_then(kinds):
     stream = kinds["packed"]()
     assert stream.state_dict()["position"] is None
     whole = first(stream, BATCH, 8)
@@ -131,7 +131,7 @@ def test_a_position_that_was_loaded_is_used_once_and_saved_as_it_is_before(kinds
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stream_begins_at_the_beginning_unless_a_position_was_just_loaded(kinds, kind):
+def test_a_stream_starts_over_unless_a_position_was_just_loaded(kinds, kind):
     stream = kinds[kind]()
     whole = first(stream, BATCH, 6)
     first(stream, BATCH, 3)
@@ -144,7 +144,7 @@ def test_a_stream_begins_at_the_beginning_unless_a_position_was_just_loaded(kind
     assert equal(first(stream, BATCH, 6), whole)
 
 
-def test_a_streaming_data_set_goes_on_from_its_own_position(monkeypatch):
+def test_a_streaming_data_set_resumes_from_its_own_position(monkeypatch):
     read: list[int] = []
 
     def rows():
@@ -174,10 +174,10 @@ def test_a_streaming_data_set_goes_on_from_its_own_position(monkeypatch):
         state = through_files(opened.state_dict())
         read.clear()
         assert torch.equal(next(make(shuffled).open(state))["input_ids"], whole[-2]["input_ids"])
-        assert (len(read) > 2 * len(DOCUMENTS)) == shuffled  # only where its own position is not exact, all is read
+        assert (len(read) > 2 * len(DOCUMENTS)) == shuffled  # all is read again only if its own position is not exact
 
 
-def test_without_the_buffer_a_position_is_small_and_the_text_goes_on():
+def test_without_the_buffer_a_position_is_small_and_later_text_is_read():
     model, tokenizer, text = tiny_model("llama"), word_tokenizer(), documents(300)
 
     def make(save_buffer: bool) -> ModelActivations:
@@ -222,7 +222,7 @@ def test_a_position_of_another_stream_is_refused(kinds):
         ({"text": [*DOCUMENTS, "w3 w4"]}, None),
     ],
 )
-def test_a_position_fits_text_that_is_cut_and_mixed_in_the_same_way(change, said):
+def test_a_position_fits_only_text_that_is_cut_and_shuffled_in_the_same_way(change, said):
     model, tokenizer = tiny_model("llama"), word_tokenizer()
 
     def make(
@@ -245,7 +245,7 @@ def test_a_position_fits_text_that_is_cut_and_mixed_in_the_same_way(change, said
 
 
 @pytest.mark.parametrize("kind", ["tensors", "packed"])
-def test_a_position_that_lacks_something_is_refused(kinds, kind):
+def test_an_incomplete_position_is_refused(kinds, kind):
     stream = kinds[kind]()
     first(stream, BATCH, 3)
     state = stream.state_dict()

@@ -1,4 +1,4 @@
-"""The presets: complete, honest about their units, and trainable."""
+"""Presets are complete, state their source and units, and can be trained."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run_of(preset: str, folder: Path, **training: object) -> dict:
     }
 
 
-def test_what_there_is() -> None:
+def test_names_of_presets() -> None:
     assert {
         "gated-paper",
         "baseline-paper",
@@ -49,7 +49,7 @@ def test_what_there_is() -> None:
 
 
 @pytest.mark.parametrize("name", presets)
-def test_a_tiny_sae_is_trained_with_it(name: str, tmp_path: Path) -> None:
+def test_a_tiny_sae_is_trained_with_each_preset(name: str, tmp_path: Path) -> None:
     config = assemble(run_of(name, tmp_path / "run"))
     [sae] = new_saes(config, {"resid_post.0": 16}, {}, torch.device("cpu")).values()
     before = {key: value.clone() for key, value in sae.state_dict().items()}
@@ -62,7 +62,7 @@ def test_a_tiny_sae_is_trained_with_it(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", presets)
-def test_it_says_where_it_is_from_and_in_which_unit(name: str) -> None:
+def test_a_preset_states_its_source_and_units(name: str) -> None:
     preset = presets[name]
     assert "arXiv" in preset.source or "Anthropic" in preset.source
     assert "width" in preset.units and ("lambda" in preset.units)
@@ -70,16 +70,16 @@ def test_it_says_where_it_is_from_and_in_which_unit(name: str) -> None:
         assert stated in preset.training, stated
 
 
-def test_everything_can_be_overridden(tmp_path: Path) -> None:
+def test_settings_of_a_preset_can_be_overridden(tmp_path: Path) -> None:
     given = run_of("gated-paper", tmp_path, learning_rate=1e-4, resample_steps=[1])
     args = arguments(assemble(given))
     assert (args.learning_rate, args.resample_steps, args.adam_beta1) == (1e-4, [1], 0.0)
     given["training"]["dead_latent_remedy"] = None
-    del given["training"]["resample_steps"]  # those of the preset go with its remedy
+    del given["training"]["resample_steps"]  # the steps of the preset are dropped with its remedy
     assert arguments(assemble(given)).dead_latent_remedy is None
 
 
-def test_the_paper_s_recipe(tmp_path: Path) -> None:
+def test_the_recipe_of_the_paper(tmp_path: Path) -> None:
     args = arguments(assemble(run_of("gated-paper", tmp_path) | {"training": {"use_cpu": True}}))
     assert (args.adam_beta1, args.adam_beta2, args.learning_rate) == (0.0, 0.999, 3e-4)
     assert (args.max_steps, args.activation_batch_size, args.warmup_steps) == (300_000, 4096, 1000)
@@ -95,7 +95,7 @@ def test_shares_follow_the_length_of_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", presets)
-def test_a_run_says_all_that_its_preset_says(name: str, tmp_path: Path) -> None:
+def test_a_written_run_has_all_settings_of_its_preset(name: str, tmp_path: Path) -> None:
     config = assemble(run_of(name, tmp_path))
     written = plain(config)
     assert "preset" not in written

@@ -1,4 +1,4 @@
-"""What is seen of a run while it runs."""
+"""The progress bar and the printed lines of a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 
 class Spy(TrainerCallback):
-    """Stands where TensorBoard, trackio and wandb stand."""
+    """Receives logs as TensorBoard, trackio and wandb do."""
 
     def __init__(self) -> None:
         self.lines = []
@@ -48,7 +48,7 @@ def test_our_bar_is_removed_as_transformers_own_is(arguments, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_several_saes_are_told_apart(tmp_path):
+def test_the_bar_names_each_of_several_saes(tmp_path):
     spy = Spy()
     made = trainer(tmp_path, spy, max_steps=32, save_strategy="no")
     assert made.pop_callback(PrinterCallback) is None

@@ -1,4 +1,4 @@
-"""What is read besides what is learned, where a run does not say."""
+"""How many activations a run reads besides those it learns from, by default."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("steps", [200, 500, 2_000, 300_000])
 @pytest.mark.parametrize("batch", [512, 1024, 4096])
-def test_a_run_of_200_steps_reads_at_most_a_fifth_besides_what_it_learns(steps: int, batch: int) -> None:
+def test_at_most_a_fifth_of_what_a_run_reads_is_not_learned(steps: int, batch: int) -> None:
     learned = steps * batch
     beside = buffer_size(learned, batch) + STATISTICS.of(learned) + RECORDED.of(learned)
     assert beside / (learned + beside) <= 0.2
     assert sequences_per_batch(learned, 1024) * 1024 <= max(0.05 * learned, 1024)
 
 
-def test_a_run_as_long_as_the_papers_holds_and_measures_what_it_does() -> None:
+def test_defaults_of_a_run_as_long_as_the_papers() -> None:
     learned = 300_000 * 4096
     assert (buffer_size(learned, 4096), sequences_per_batch(learned, 1024)) == (1_000_000, 32)
     assert (STATISTICS.of(learned), RECORDED.of(learned)) == (65_536, 131_072)
 
 
-def test_two_batches_are_held_at_least() -> None:
+def test_the_buffer_holds_at_least_two_batches() -> None:
     assert buffer_size(10 * 4096, 4096) == 2 * 4096 and BUFFER.of(10) == 1
 
 
-def test_what_is_given_stays(tmp_path: Path) -> None:
+def test_given_numbers_are_kept(tmp_path: Path) -> None:
     given = {"statistics_activations": 7, "recorded_activations": 0}
     args = SAETrainingArguments(str(tmp_path), use_cpu=True, max_steps=200, **given)
     assert (args.statistics_activations, args.recorded_activations) == (7, 0)
 
 
-def test_a_run_writes_down_what_was_chosen_and_goes_on_with_it(small: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_records_its_defaults_and_resumes_with_them(small: dict[str, Any], tmp_path: Path) -> None:
     for name in ("buffer_size", "sequences_per_batch"):
         del small["data"][name]
     del small["training"]["statistics_activations"]
@@ -51,7 +51,7 @@ def test_a_run_writes_down_what_was_chosen_and_goes_on_with_it(small: dict[str, 
     run.train(quiet=True)
     written = yaml.safe_load((Path(small["output_dir"]) / "run.yaml").read_text())["data"]
     assert (written["buffer_size"], written["sequences_per_batch"], written["held_out_tokens"]) == (320, 4, 1024)
-    small["training"]["max_steps"] = 400  # of which other sizes would be shares
+    small["training"]["max_steps"] = 400  # for which the defaults would differ
     longer = Run.prepare(assemble(small), resume=True)
     assert longer.parts.stream.buffer_size == 320 and longer.config.data.held_out_tokens == 1024
     longer.train(quiet=True)
@@ -60,7 +60,7 @@ def test_a_run_writes_down_what_was_chosen_and_goes_on_with_it(small: dict[str, 
         Run.prepare(assemble(small), resume=True)
 
 
-def test_a_run_of_an_older_version_goes_on_without_holding_text_back(small: dict[str, Any]) -> None:
+def test_a_run_of_an_older_version_resumes_without_held_out_text(small: dict[str, Any]) -> None:
     small["data"]["held_out_tokens"] = 0
     small["training"] |= {"save_strategy": "steps", "save_steps": 2, "dead_latent_remedy": None}
     run = Run.prepare(assemble(small))

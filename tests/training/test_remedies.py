@@ -1,4 +1,4 @@
-"""Remedies for dead latents that add to what is minimised, on every architecture."""
+"""Remedies for dead latents that add terms to the objective, on every architecture."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def gradients(name, architecture, dead=DEAD):
     return sae, terms
 
 
-def test_those_that_add_to_the_objective_are_found():
-    assert set(remedies) - set(ADDING) == {"resample"} and len(ADDING) >= 3  # of which `test_resample.py` is
+def test_all_remedies_that_add_to_the_objective_are_tested_here():
+    assert set(remedies) - set(ADDING) == {"resample"} and len(ADDING) >= 3  # tested in `test_resample.py`
 
 
 @pytest.mark.parametrize("name", remedies)
@@ -59,7 +59,7 @@ def test_a_run_with_many_dead_latents_stays_finite(arguments, name):
 
 
 @pytest.mark.parametrize("name", ADDING)
-def test_only_dead_latents_are_pulled(architecture, name):
+def test_only_dead_latents_get_gradients(architecture, name):
     sae, terms = gradients(name, architecture)
     [term] = terms.values()
     assert term > 0
@@ -78,7 +78,7 @@ def test_nothing_is_added_while_no_latent_is_dead(architecture, name):
     assert gradients(name, architecture, dead=DEAD[:0])[1] == {}
 
 
-def test_margins_are_positive_exactly_where_a_latent_is_on(architecture):
+def test_margins_are_positive_exactly_where_a_latent_is_active(architecture):
     sae = build(architecture, randomise=True)
     if not sae.elementwise or sae.objective_class.competes:
         pytest.skip("its latents depend on each other")
@@ -88,7 +88,7 @@ def test_margins_are_positive_exactly_where_a_latent_is_on(architecture):
     assert torch.equal(sae.margins(x, torch.arange(48)) > 0, on)
 
 
-def test_auxk_is_the_sources_equation():
+def test_auxk_equals_the_equation_of_its_source():
     sae = build("topk", randomise=True)
     x = torch.randn(30, 8)
     loss = sae.training_loss(x)
@@ -107,7 +107,7 @@ def reversed_pair(found):
     return found.indices, found.values
 
 
-def test_ghosts_write_half_the_residual_and_weigh_as_much_as_the_error():
+def test_ghost_gradients_equal_those_of_their_equation():
     sae = build("standard", randomise=True)
     x = torch.randn(30, 8)
     loss = sae.training_loss(x, sparsity_coefficient=0.1)
@@ -124,7 +124,7 @@ def test_ghosts_write_half_the_residual_and_weigh_as_much_as_the_error():
     torch.testing.assert_close(pulled, sae.W_dec.grad[DEAD])
 
 
-def test_the_pull_is_as_long_as_what_is_missing():
+def test_the_pull_is_the_distance_to_the_threshold():
     sae = build("jumprelu", randomise=True)
     x = torch.randn(30, 8)
     loss = sae.training_loss(x, sparsity_coefficient=0.1)
@@ -143,7 +143,7 @@ def test_dead_latents_come_back(arguments, name, most):
             **{"pull_coefficient": 0.1, "learning_rate": 1e-2, "recorded_activations": 0},
         )
         sae = build("gated", D_IN)
-        sae.b_gate.data[:10] = -3.0  # beyond what the encoder, made so small, can open
+        sae.b_gate.data[:10] = -3.0  # with an encoder this small these gates cannot open
         sae.W_enc_T.data[:10] *= 0.05
         trainer = quiet(SAETrainer(sae, args, activations(2000, seed=0)))
         trainer.train()

@@ -56,7 +56,7 @@ def test_only_dead_rows_and_their_moments_are_touched(architecture):
     assert per_latent >= (3 if sae.tied else 9)  # encoder, decoder, at least one bias, each with two moments
 
 
-def test_state_that_is_no_float_of_the_parameter_s_shape_stays_and_is_told_of():
+def test_state_that_cannot_be_reset_per_latent_is_kept_with_a_warning():
     sae, optimizer = trained("gated")
     codes = torch.full(sae.W_dec.shape, 7, dtype=torch.uint8)
     optimizer.state[sae.W_dec]["codes"] = codes
@@ -78,7 +78,7 @@ def test_state_that_is_no_float_of_the_parameter_s_shape_stays_and_is_told_of():
         ),
     ],
 )
-def test_a_run_tells_of_an_optimiser_that_forgets_only_in_part(arguments, optim, said):
+def test_a_run_warns_of_an_optimiser_that_is_reset_only_in_part(arguments, optim, said):
     if "bnb" in optim:
         pytest.importorskip("bitsandbytes")
     args = arguments(optim=optim, resample_steps=[5], dead_after_activations=1, recorded_activations=0)

@@ -1,4 +1,4 @@
-"""A run that was interrupted ends as one that was not."""
+"""A run that was interrupted and resumed ends exactly as one that was not."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 
 class StopAt(TrainerCallback):
-    """Ends the process's part in a run, as a crash would."""
+    """Interrupts a run after a given step."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -40,7 +40,7 @@ class StopAt(TrainerCallback):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """The folder of a run that nothing interrupted."""
+    """The folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     trainer(folder).train()
     return folder
@@ -61,10 +61,10 @@ def require_equal(folder: Path, whole: Path) -> None:
     assert log(folder) == log(whole)
 
 
-def test_the_run_has_everything_that_can_be_forgotten(whole):
+def test_the_run_has_all_state_that_could_be_lost(whole):
     """Otherwise the tests below would prove little."""
     made = trainer(whole)
-    made.train(resume_from_checkpoint=True)  # of a finished run: nothing more happens
+    made.train(resume_from_checkpoint=True)  # the run is finished: no step follows
     assert made.state.global_step == STEPS
     state = json.loads((whole / "checkpoint-12" / "process-0.json").read_text())["saes"]["gated"]
     assert state["remedy"]["recent"] and state["annealing"]["factor"] != 1 and state["scale_in"] != 1
@@ -74,14 +74,14 @@ def test_the_run_has_everything_that_can_be_forgotten(whole):
     assert late["a/standard"]["remedy"]["resampled"] != late["gated"]["remedy"]["resampled"]
 
 
-def test_what_is_remembered_of_a_batch_is_stored_once(whole):
+def test_a_kept_batch_is_stored_once(whole):
     for step in (12, 28):
         saes = json.loads((whole / f"checkpoint-{step}" / "process-0.json").read_text())["saes"]
         assert all(len(batch) == 1 for sae in saes.values() for batch in sae["annealing"]["recent"])
         assert all(len(batch) == 1 for sae in saes.values() for batch in sae["remedy"]["recent"])
 
 
-def test_batches_are_remembered_as_they_were():
+def test_kept_batches_are_saved_and_loaded_unchanged():
     x, y = torch.randn(5, 2), torch.randn(5, 3)
     batches, again = RecentBatches(), RecentBatches()
     batches.observe(x, x)
@@ -90,14 +90,14 @@ def test_batches_are_remembered_as_they_were():
     for held in (batches, again):
         [(first, same), (second, target)] = held
         assert same is first and torch.equal(first, x) and torch.equal(second, x) and torch.equal(target, y)
-    again.load_state_dict({"recent": [[x, x.clone()]]}, x.device)  # as they were stored once
+    again.load_state_dict({"recent": [[x, x.clone()]]}, x.device)  # as older versions stored them
     assert len(again) == 1 and len(batches) == 2
     again.clear()
     assert not again
 
 
 @pytest.mark.parametrize("step", [5, 14, 18, 31])
-def test_a_resumed_run_ends_bit_by_bit_as_an_uninterrupted_one(tmp_path, whole, step):
+def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(tmp_path, whole, step):
     with pytest.raises(KeyboardInterrupt):
         trainer(tmp_path, StopAt(step)).train()
     made = trainer(tmp_path)
@@ -109,15 +109,15 @@ def test_a_resumed_run_ends_bit_by_bit_as_an_uninterrupted_one(tmp_path, whole, 
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-def test_what_was_seen_of_a_step_that_was_not_taken_is_forgotten(arguments, tmp_path, monkeypatch, parts):
-    """Ctrl-C in the middle of a step, and on with the same trainer."""
+def test_counts_of_an_interrupted_step_are_discarded(arguments, tmp_path, monkeypatch, parts):
+    """Ctrl-C in the middle of a step; then the same trainer resumes."""
     settings = {"gradient_accumulation_steps": parts, "dead_after_activations": 200, "max_steps": 12}
     settings |= {"save_strategy": "steps", "save_steps": 4, "logging_steps": 1}
     x = activations(500, seed=0)
     made = []
     for name in ("whole", "interrupted"):
         sae = build("gated", D_IN)
-        sae.b_gate.data[::5] = -1e4  # silent from the beginning
+        sae.b_gate.data[::5] = -1e4  # never active
         made.append(quiet(SAETrainer(sae, arguments(output_dir=str(tmp_path / name), **settings), x.clone())))
     made[0].train()
     loss, calls = Trainee.observe, []
@@ -165,7 +165,7 @@ def test_a_run_that_is_killed_at_any_moment_can_be_resumed(tmp_path, whole):
 
 
 @pytest.mark.parametrize("file", ["gated/model.safetensors", "process-0.safetensors", "trainer_state.json"])
-def test_a_broken_checkpoint_is_refused_by_name_and_passed_over(broken_off, whole, file):
+def test_a_broken_checkpoint_is_refused_by_name_and_skipped(broken_off, whole, file):
     path = broken_off / "checkpoint-8" / file
     content = path.read_bytes()
     for damaged, why in (
@@ -182,7 +182,7 @@ def test_a_broken_checkpoint_is_refused_by_name_and_passed_over(broken_off, whol
     require_equal(broken_off, whole)
 
 
-def test_what_is_no_checkpoint_of_this_run_is_refused(broken_off, tmp_path):
+def test_missing_and_incomplete_checkpoints_are_refused(broken_off, tmp_path):
     with pytest.raises(MissingFileError, match="checkpoint-5 is not a folder"):
         trainer(broken_off).train(resume_from_checkpoint=str(broken_off / "checkpoint-5"))
     (broken_off / "checkpoint-8" / "manifest.json").unlink()
@@ -222,14 +222,14 @@ def test_checkpoints_of_others_are_neither_counted_nor_removed(tmp_path):
         trainer(tmp_path, **settings).train()
 
 
-def test_a_new_run_keeps_what_it_wrote_beside_later_checkpoints_of_another(broken_off):
+def test_a_new_run_keeps_its_checkpoint_beside_a_later_one_of_another_run(broken_off):
     made = trainer(broken_off, StopAt(7), save_steps=3, save_total_limit=1)
     with pytest.raises(KeyboardInterrupt):
         made.train()
     assert {path.name for path in broken_off.glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-8"}
 
 
-def test_a_stream_that_is_used_again_begins_at_the_beginning(tmp_path):
+def test_a_reused_stream_starts_over(tmp_path):
     settings = {"max_steps": 8, "resample_steps": [], "sparsity_power_end": 1.0}
     read = []
 
@@ -249,11 +249,11 @@ def test_a_stream_that_is_used_again_begins_at_the_beginning(tmp_path):
     assert torch.equal(again, first[4:])
     assert torch.equal(steps(trainer(tmp_path, stream=stream, **settings)), first)
     trainer(tmp_path, stream=stream, **settings).train(resume_from_checkpoint=True)
-    assert stream.state_dict()["position"] is not None  # of a run that was through: loaded, and nothing was read
+    assert stream.state_dict()["position"] is not None  # loaded for a finished run, which read nothing
     assert torch.equal(steps(trainer(tmp_path, stream=stream, **settings)), first)
 
 
-def test_a_new_run_beside_checkpoints_of_another_is_warned_of(broken_off, caplog):
+def test_a_new_run_beside_checkpoints_of_another_gives_a_warning(broken_off, caplog):
     with pytest.raises(KeyboardInterrupt):
         trainer(broken_off, StopAt(1)).train()
     assert "holds checkpoints of an earlier run, such as checkpoint-8" in caplog.text
@@ -265,8 +265,8 @@ def test_checkpoints_without_a_training_state_cannot_be_resumed(tmp_path):
         trainer(tmp_path).train(resume_from_checkpoint=True)
 
 
-def test_a_run_goes_on_with_the_arguments_that_it_was_begun_with(arguments, tmp_path):
-    """Of other ones some would act, others not, and the recipe that is written down would be true of neither."""
+def test_a_run_is_resumed_only_with_its_own_arguments(arguments, tmp_path):
+    """Only some changed arguments would take effect, and the recorded recipe would hold for no part of the run."""
     settings = {"save_strategy": "steps", "save_steps": 5, "recorded_activations": 0}
     x = activations(500, seed=0)
     quiet(SAETrainer(build("gated", D_IN), arguments(**settings), x)).train()
@@ -280,7 +280,7 @@ def test_a_run_goes_on_with_the_arguments_that_it_was_begun_with(arguments, tmp_
 
 
 @pytest.mark.parametrize("falling", [{"lr_scheduler_type": "cosine"}, {"warmup_steps": 0.5}])
-def test_a_run_whose_learning_rate_knows_its_end_is_not_prolonged(arguments, falling):
+def test_a_run_whose_learning_rate_depends_on_its_length_is_not_prolonged(arguments, falling):
     settings = {"save_strategy": "steps", "save_steps": 5, "recorded_activations": 0, **falling}
     x = activations(500, seed=0)
     quiet(SAETrainer(build("gated", D_IN), arguments(**settings), x)).train()
@@ -289,7 +289,7 @@ def test_a_run_whose_learning_rate_knows_its_end_is_not_prolonged(arguments, fal
         longer.train(resume_from_checkpoint=True)
 
 
-def test_how_often_a_resumed_run_saves_and_logs_is_its_own(arguments, tmp_path):
+def test_a_resumed_run_may_save_and_log_at_other_steps(arguments, tmp_path):
     settings = {"save_strategy": "steps", "recorded_activations": 0, "report_to": "none"}
     x = activations(500, seed=0)
     quiet(SAETrainer(build("gated", D_IN), arguments(**settings, save_steps=5, logging_steps=5), x)).train()
@@ -301,7 +301,7 @@ def test_how_often_a_resumed_run_saves_and_logs_is_its_own(arguments, tmp_path):
     assert kept == [5, 10, 12, 14, 16]
 
 
-def test_weights_that_are_no_numbers_never_reach_a_checkpoint(arguments, tmp_path):
+def test_nonfinite_weights_are_never_saved_in_a_checkpoint(arguments, tmp_path):
     class Poison(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 10:

@@ -31,7 +31,7 @@ from tests.support.tiny_models import tiny_model
 pytestmark = pytest.mark.slow
 
 
-def test_the_parts_are_what_the_run_says(small: dict) -> None:
+def test_parts_are_built_as_the_run_describes_them(small: dict) -> None:
     small["sae"] |= {"expansion_factor": 2, "d_sae": None, "dtype": "bfloat16"}
     parts = build(assemble(small))
     [sae] = parts.saes.values()
@@ -42,13 +42,13 @@ def test_the_parts_are_what_the_run_says(small: dict) -> None:
     assert batch["resid_post.1"].shape == (16, 128)
 
 
-def test_the_seed_decides_the_first_weights(small: dict) -> None:
+def test_the_seed_decides_the_initial_weights(small: dict) -> None:
     first, same = (next(iter(build(assemble(small)).saes.values())).W_dec for _ in range(2))
     other = next(iter(build(assemble({**small, "seed": 1})).saes.values())).W_dec
     assert torch.equal(first, same) and not torch.equal(first, other)
 
 
-def test_a_folder_s_path_is_not_recorded(small: dict) -> None:
+def test_the_path_of_a_local_model_is_not_recorded(small: dict) -> None:
     small["model"]["hub_id"] = "none"
     [sae] = build(assemble(small)).saes.values()
     assert sae.config.base_model is None
@@ -84,19 +84,19 @@ def test_a_model_that_is_not_there(small: dict) -> None:
 def test_text_that_is_not_there(small: dict, tmp_path: Path) -> None:
     small["data"]["files"] = [str(tmp_path / "*.md")]
     (tmp_path / "lm").mkdir()
-    small["model"]["name"] = str(tmp_path / "lm")  # of which nothing can be loaded
+    small["model"]["name"] = str(tmp_path / "lm")  # an empty folder: the text is checked first
     with pytest.raises(MissingFileError, match="data.files: there is no"):
         build(assemble(small))
 
 
-def test_patterns_stand_for_files(small: dict, tmp_path: Path) -> None:
+def test_patterns_are_expanded_to_files(small: dict, tmp_path: Path) -> None:
     for name in ("a.md", "b.md"):
         (tmp_path / name).write_text("import os\n" * 200)
     small["data"] |= {"files": [str(tmp_path / "*.md")], "held_out_tokens": 0}
     assert len(build(assemble(small)).stream.tokens.text.files) == 2
 
 
-def test_a_pattern_alone_is_told_to_stand_in_a_list(small: dict, tmp_path: Path) -> None:
+def test_a_pattern_outside_a_list_is_explained(small: dict, tmp_path: Path) -> None:
     small["data"]["files"] = str(tmp_path / "*.txt")
     with pytest.raises(MissingFileError, match=r"expected a pattern in a list, \[.*\*.txt\]"):
         build(assemble(small))
@@ -155,7 +155,7 @@ def test_an_earlier_run_is_not_overwritten(small: dict) -> None:
         *("README.md", "training_args.json"),
     ],
 )
-def test_what_is_of_something_else_is_not_touched(small: dict, theirs: str) -> None:
+def test_files_of_other_programs_are_not_touched(small: dict, theirs: str) -> None:
     file = Path(small["output_dir"], theirs)
     file.parent.mkdir(parents=True)
     file.write_text("mine")
@@ -166,7 +166,7 @@ def test_what_is_of_something_else_is_not_touched(small: dict, theirs: str) -> N
     assert file.read_text() == "mine"
 
 
-def test_a_run_without_a_whole_checkpoint_is_not_begun_again(small: dict) -> None:
+def test_a_run_without_a_whole_checkpoint_is_not_started_over(small: dict) -> None:
     Run.prepare(assemble(small)).train()
     folder = Path(small["output_dir"])
     for checkpoint in folder.glob("checkpoint-*"):
@@ -213,7 +213,7 @@ def test_a_buffer_that_does_not_fit_is_named(small: dict) -> None:
         Run.prepare(assemble(small))
 
 
-def test_where_the_saes_would_fit_the_rest_is_named() -> None:
+def test_memory_advice_names_the_buffer_only_if_the_saes_would_fit() -> None:
     memory = TrainingMemory(weights=10, gradients=10, moments=20, per_activation=1)
     roomy, tight = memory.advice(64, 1000), memory.advice(64, 70)
     assert "buffer_size" in roomy and "activation_batch_size=32" in roomy
@@ -221,7 +221,7 @@ def test_where_the_saes_would_fit_the_rest_is_named() -> None:
     assert "40 B" in roomy, "and not 0 GiB"
 
 
-def test_other_text_is_cut_as_the_run_s_own(small: dict, tmp_path: Path) -> None:
+def test_held_out_text_is_cut_as_the_text_of_the_run(small: dict, tmp_path: Path) -> None:
     run = Run.prepare(assemble(small))
     (tmp_path / "other.txt").write_text("import os\n" * 400)
     assert next(iter(run.held_out(str(tmp_path / "other.txt"))))["input_ids"].shape == (4, 32)
@@ -230,7 +230,7 @@ def test_other_text_is_cut_as_the_run_s_own(small: dict, tmp_path: Path) -> None
         run.held_out(str(tmp_path / "other.txt"))
 
 
-def test_other_text_has_the_documents_of_the_run_s_own(small: dict, tmp_path: Path) -> None:
+def test_held_out_text_is_split_into_documents_as_the_text_of_the_run(small: dict, tmp_path: Path) -> None:
     small["data"] |= {"documents": "line", "packing": False}
     (tmp_path / "other.txt").write_text("import os\nimport sys, re\n" * 3)
     [batch, rest] = Run.prepare(assemble(small)).held_out(str(tmp_path / "other.txt"))
@@ -238,7 +238,7 @@ def test_other_text_has_the_documents_of_the_run_s_own(small: dict, tmp_path: Pa
     assert batch["attention_mask"].sum(-1).unique().numel() == 2
 
 
-def test_other_text_is_streamed_as_the_run_s_own(small: dict, tmp_path: Path) -> None:
+def test_held_out_text_is_streamed_as_the_text_of_the_run(small: dict, tmp_path: Path) -> None:
     (tmp_path / "other.jsonl").write_text(json.dumps({"text": "import os\n" * 400}))
     for streaming in (True, False):
         small["data"]["streaming"] = streaming
@@ -295,7 +295,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(small: dict, tmp_pat
         assert torch.equal(value, resumed.saes[""].state_dict()[name]), name
 
 
-def test_a_run_goes_on_without_the_buffer_in_its_checkpoints(small: dict) -> None:
+def test_a_run_is_resumed_without_the_buffer_in_its_checkpoints(small: dict) -> None:
     small["data"]["save_buffer"] = False
     small["training"] |= {"save_steps": 2, "max_steps": 8}
 
@@ -311,14 +311,14 @@ def test_a_run_goes_on_without_the_buffer_in_its_checkpoints(small: dict) -> Non
     assert resumed.train().global_step == 8
 
 
-def test_a_run_is_resumed_as_it_was_begun(small: dict) -> None:
+def test_a_run_is_resumed_only_with_its_own_settings(small: dict) -> None:
     Run.prepare(assemble(small)).train()
     with pytest.raises(InputError, match="sae.d_sae: 48, but 64 was given"):
         Run.prepare(assemble(merged(small, {"sae": {"d_sae": 64}})), resume=True)
     Run.prepare(assemble(merged(small, {"training": {"logging_steps": 1}})), resume=True)
 
 
-def test_a_folder_without_an_id_is_asked_for_it_before_anything_is_loaded(small: dict, monkeypatch) -> None:
+def test_a_missing_hub_id_is_reported_before_anything_is_loaded(small: dict, monkeypatch) -> None:
     monkeypatch.setattr("hf_gated_sae.training.run.run_parts.load_model", lambda *_: pytest.fail("was loaded"))
     del small["model"]["hub_id"]
     for make in (build, measured):
@@ -337,7 +337,7 @@ class TestTheDtypeOfTheModel:
         return folder
 
     @pytest.mark.parametrize(("factor", "dtype"), [(8.0, torch.float32), (0.5, torch.bfloat16)])
-    def test_auto_is_the_faster_one_that_loses_nothing(
+    def test_auto_is_the_faster_lossless_dtype(
         self, small: dict, stored: Path, monkeypatch, factor: float, dtype: torch.dtype
     ) -> None:
         times = {torch.bfloat16: factor, torch.float32: 1.0}
@@ -352,7 +352,7 @@ class TestTheDtypeOfTheModel:
         )
         assert Run.prepare(assemble(small), resume=True).parts.model.dtype == dtype
 
-    def test_what_is_given_stays(self, small: dict, stored: Path) -> None:
+    def test_a_given_dtype_is_kept(self, small: dict, stored: Path) -> None:
         small["model"]["dtype"] = "bfloat16"
         assert build(assemble(small)).model.dtype == torch.bfloat16
 

@@ -1,4 +1,4 @@
-"""What a run will cost, told before it begins."""
+"""The cost of a run, measured or estimated before it starts."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ def test_every_token_of_a_run_is_counted(small: dict, name: str) -> None:
     for section, changes in RUNS[name].items():
         small[section] |= changes
     small["saes"] = {"one": {}, "two": {"architecture": "standard"}}
-    foretold = measured(assemble(small)).tokens
+    predicted = measured(assemble(small)).tokens
     run = Run.prepare(assemble(small))
     seen = Seen(run.parts.model)
     run.train([seen], quiet=True)
-    assert foretold.exact and foretold.total == seen.total > 0
-    assert foretold.by_phase == {name: seen.by_phase.get(name, 0) for name in foretold.by_phase}
+    assert predicted.exact and predicted.total == seen.total > 0
+    assert predicted.by_phase == {name: seen.by_phase.get(name, 0) for name in predicted.by_phase}
 
 
 class Seen(PhaseCallback):
-    """Counts what really passes a model, by the phase in which it does."""
+    """Counts the tokens that the model reads, in each phase."""
 
     def __init__(self, model: Any) -> None:
         self.total, self.by_phase, self._phase = 0, Counter[str](), ""
@@ -80,7 +80,7 @@ class Seen(PhaseCallback):
     on_evaluate = on_step_begin
 
 
-def test_a_long_run_is_counted_in_part(small: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_of_a_long_run_are_extrapolated_from_a_part(small: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     small["training"]["max_steps"] = 400
     whole = measured(assemble(small)).tokens
     monkeypatch.setattr(tokens_read, "MOST_SECONDS", 0.0)
@@ -95,7 +95,7 @@ def test_the_cost_of_an_annealed_run_is_measured(small: dict) -> None:
     assert found.steps == 20 and found.training.seconds > 0
 
 
-def test_the_size_of_a_checkpoint_is_told(small: dict) -> None:
+def test_the_size_of_a_checkpoint_is_estimated(small: dict) -> None:
     whole = estimate(assemble(small))
     small["data"]["save_buffer"] = False
     lean = estimate(assemble(small))

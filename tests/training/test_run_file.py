@@ -1,4 +1,4 @@
-"""A run as a YAML file: what it says, and what it refuses."""
+"""Runs as YAML files and flags: settings that are read, and settings that are refused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hf_gated_sae.training.run.run_parts import build
 from hf_gated_sae.training.run.strict_yaml import leaves, merged
 
 
-def test_flags_come_before_the_file_and_the_file_before_its_preset(small: dict, tmp_path: Path) -> None:
+def test_flags_override_the_file_and_the_file_its_preset(small: dict, tmp_path: Path) -> None:
     small["preset"] = "gated-paper"
     small["training"] |= {"learning_rate": 2e-4}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(small))
@@ -33,7 +33,7 @@ def test_flags_come_before_the_file_and_the_file_before_its_preset(small: dict, 
     args = arguments(config)
     assert (args.max_steps, config.sae.d_sae, config.seed, args.seed, args.bf16) == (7, 96, 3, 3, True)
     assert args.learning_rate == 2e-4
-    assert args.activation_scale == "none", "the preset's, where nothing else is said"
+    assert args.activation_scale == "none", "from the preset: neither flags nor file set it"
 
 
 @pytest.mark.parametrize("flags", [["--sae.d_sae", "96"], ["--sae", "{d_sae: 96}"], ["--saes", "{a: {d_sae: 96}}"]])
@@ -48,7 +48,7 @@ def test_a_flag_replaces_the_alternative_of_the_file(small: dict, flags: list[st
         assemble(small, read_flags(["--sae.d_sae", "abc"]))
 
 
-def test_a_flag_of_one_sae_lies_over_its_own_section(small: dict) -> None:
+def test_a_flag_of_one_sae_overrides_its_section(small: dict) -> None:
     small["saes"] = {"low": {"expansion_factor": 2}, "high": {"sparsity_coefficient": 8}}
     config = assemble(small, read_flags(["--saes.low.d_sae", "16"]))
     assert [(sae.d_sae, sae.expansion_factor) for sae in config.named.values()] == [(16, None), (48, None)]
@@ -59,7 +59,7 @@ def test_a_flag_of_one_sae_lies_over_its_own_section(small: dict) -> None:
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_a_preset_says_nothing_to_another_architecture_that_it_cannot_know(small: dict, several: bool) -> None:
+def test_settings_of_a_preset_that_another_architecture_lacks_are_dropped(small: dict, several: bool) -> None:
     small["preset"], topk = "gated-modern", {"architecture": "topk", "k": 8}
     if several:
         small["saes"] = {"g": {}, "t": topk, "s": {"architecture": "standard"}}
@@ -74,25 +74,25 @@ def test_a_preset_says_nothing_to_another_architecture_that_it_cannot_know(small
         assert [each.sparsity_coefficient for each in config.named.values()] == [2.0, None, 2.0]
     assert plain(assemble(yaml.safe_load(yaml.safe_dump(plain(config))))) == plain(config)
     mine = {**small["sae"], "architecture": "topk", "objective": {"frozen_decoder": True}}
-    with pytest.raises(InputError, match="has no 'frozen_decoder'"):  # what is said in the run itself has to fit
+    with pytest.raises(InputError, match="has no 'frozen_decoder'"):  # the run's own settings are not dropped
         assemble({**small, "saes": {}, "sae": mine})
 
 
-def test_a_number_that_yaml_takes_for_text_is_a_number(small: dict) -> None:
+def test_a_number_that_yaml_reads_as_text_is_a_number(small: dict) -> None:
     assert yaml.safe_load("1e-4") == "1e-4"
     small["training"] |= {"learning_rate": "1e-4", "max_steps": "1e1"}
     args = arguments(assemble(small))
     assert (args.learning_rate, args.max_steps) == (1e-4, 10)
 
 
-def test_the_text_of_a_flag_is_read_as_its_setting_wants_it(small: dict) -> None:
+def test_a_flag_is_read_as_the_type_of_its_setting(small: dict) -> None:
     config = assemble(merged(small, read_flags(["--model.revision", "1234567", "--data.bos", "none"])))
     assert config.model.revision == "1234567" and config.data.bos == "none"
     whole = assemble(merged(small, read_flags(["--saes", "{a: {d_sae: 16}, b: }"])))
     assert [sae.d_sae for sae in whole.named.values()] == [16, 48]
 
 
-def test_several_saes_share_what_sae_says(small: dict) -> None:
+def test_several_saes_share_the_settings_of_sae(small: dict) -> None:
     small["sae"] |= {"site": "resid_post.0", "sparsity_coefficient": 2.0}
     small["saes"] = {"narrow": {"d_sae": 16}, "wide": {"site": "mlp_out.1", "sparsity_coefficient": 0.5}}
     config = assemble(small)
@@ -239,32 +239,32 @@ def test_missing_sections_are_named(small: dict, missing: str, phrase: str) -> N
         assemble(small)
 
 
-def test_a_flag_that_is_a_whole_section_lies_over_that_of_the_file(small: dict, tmp_path: Path) -> None:
+def test_a_flag_with_a_whole_section_is_merged_over_that_of_the_file(small: dict, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(small))
     config = read_run(tmp_path / "run.yaml", read_flags(["--training", "{max_steps: 3}"]))
     assert config.training["max_steps"] == 3 and config.training["activation_batch_size"] == 32
 
 
-def test_a_section_s_own_size_replaces_the_common_one(small: dict) -> None:
+def test_the_size_in_an_saes_own_section_replaces_the_common_one(small: dict) -> None:
     small["saes"] = {"wide": {"expansion_factor": 2}}
     [wide] = build(assemble(small)).saes.values()
     assert wide.config.d_sae == 2 * 128
 
 
 @pytest.mark.parametrize("given", [["topk"], {"a": "topk"}])
-def test_an_architecture_that_is_no_name(small: dict, given: Any) -> None:
+def test_an_architecture_that_is_not_a_name_is_refused(small: dict, given: Any) -> None:
     small["sae"]["architecture"] = given
     with pytest.raises(InputError, match=r"sae.architecture is .*topk.*; expected text"):
         assemble({**small, "preset": "gated-modern"})
 
 
-def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("seed: 1\nsae: {d_sae: 3}\nsae: {site: resid_post.1}\n")
     with pytest.raises(InputError, match="key 'sae' is given twice.*line 3"):
         read_run(tmp_path / "run.yaml")
 
 
-def test_home_is_one_folder(small: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_is_the_home_folder(small: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     small |= {"output_dir": "~/out", "model": {"name": "~/lm"}, "data": {"files": "~/a.txt"}}
     config = assemble(small)
@@ -272,7 +272,7 @@ def test_home_is_one_folder(small: dict, tmp_path: Path, monkeypatch: pytest.Mon
         str(tmp_path / name) for name in ("out", "lm", "a.txt")
     )
     small["model"]["name"] = "./lm"
-    assert assemble(small).model.name == "./lm", "which is no id of the Hub"
+    assert assemble(small).model.name == "./lm", "not a Hub id"
 
 
 def test_rows_of_a_table_are_written_and_read_back(small: dict) -> None:
@@ -281,7 +281,7 @@ def test_rows_of_a_table_are_written_and_read_back(small: dict) -> None:
     assert "documents" not in written["data"] and plain(assemble(written)) == written
 
 
-def test_files_that_are_no_runs(tmp_path: Path) -> None:
+def test_files_that_are_not_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MissingFileError, match="no file"):
         read_run(tmp_path / "none.yaml")
     (tmp_path / "broken.yaml").write_text("a: [")
@@ -293,7 +293,7 @@ def test_files_that_are_no_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [["learning_rate"], ["--seed", "1", "--seed", "2"], ["--a", "1", "--a.b", "2"]])
-def test_words_that_are_no_flags(words: list[str]) -> None:
+def test_words_that_are_not_flags_are_refused(words: list[str]) -> None:
     with pytest.raises(InputError):
         read_flags(words)
 
@@ -307,8 +307,8 @@ def test_a_setting_of_every_architecture_is_known_and_typed(small: dict, archite
         assert sae.config.architecture == architecture
 
 
-def test_no_is_no_saving_and_no_logging(small: dict, tmp_path: Path) -> None:
-    """Though YAML reads it as false."""
+def test_the_strategy_no_is_not_read_as_false(small: dict, tmp_path: Path) -> None:
+    """YAML reads a bare `no` as false."""
     (tmp_path / "run.yaml").write_text("training: {save_strategy: no}")
     config = read_run(tmp_path / "run.yaml", merged(small, read_flags(["--training.logging_strategy", "no"])))
     args = arguments(config)

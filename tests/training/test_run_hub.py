@@ -1,4 +1,4 @@
-"""What a run was resolved to on the Hub is written down, and stays."""
+"""A run records the commits of its model and data set on the Hub, and keeps to them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_resumed_run_stays_at_its_commits(hub: MiniHub, repo_id: str, on_the_h
     assert Run.prepare(assemble(on_the_hub), resume=True).config.data.revision == before
 
 
-def test_other_text_of_the_run_s_own_data_set_has_its_configuration_and_commit(
+def test_held_out_text_of_the_runs_data_set_has_its_configuration_and_commit(
     hub: MiniHub, repo_id: str, on_the_hub: dict
 ) -> None:
     configs, rows = [], {}

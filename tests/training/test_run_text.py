@@ -55,13 +55,13 @@ def test_text_is_read_from_files(tmp_path, monkeypatch, kind, streaming):
     folder = tmp_path / "data"
     folder.mkdir()
     text = open_text(write(folder, kind), streaming=streaming)
-    expected = [each for each in TEXTS if each or kind not in ("csv", "tsv")]  # csv has null for an empty string
+    expected = [each for each in TEXTS if each or kind not in ("csv", "tsv")]  # csv reads an empty string as null
     assert list(text.documents()) == expected
     assert list(text.documents(3)) == expected[3:] and list(text.documents(99)) == []
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_a_null_is_no_document(tmp_path, monkeypatch, streaming):
+def test_a_null_is_not_a_document(tmp_path, monkeypatch, streaming):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     given = [None, "a", None, None, "b", "c", None, "d"]
     path = tmp_path / "texts.jsonl"
@@ -108,7 +108,7 @@ def test_a_table_without_rows_is_empty(tmp_path):
     [TEXTS, tuple(TEXTS), lambda: iter(TEXTS), rows(), rows(number=[1, 2, 3, 4, 5]), rows().to_iterable_dataset(2)],
     ids=["list", "tuple", "function", "Dataset", "two columns", "IterableDataset"],
 )
-def test_text_is_read_from_memory_as_often_as_wanted(source):
+def test_text_in_memory_can_be_read_repeatedly(source):
     text = open_text(source)
     for start in (0, 2, 0):
         assert list(text.documents(start)) == TEXTS[start:]
@@ -155,7 +155,7 @@ def test_processes_read_different_documents(tmp_path, kind, world_size):
     assert list(parts[1].documents(2)) == read[1][2:]
 
 
-def test_the_column_of_text_is_found_or_asked_for():
+def test_the_column_of_text_is_found_or_must_be_given():
     data = datasets.Dataset.from_dict({"id": [1], "content": ["a"], "title": ["b"], "text": ["c"]})
     assert list(open_text(data).documents()) == ["c"]
     assert list(open_text(data, column="title").documents()) == ["b"]
@@ -175,7 +175,7 @@ def test_the_column_of_text_is_found_or_asked_for():
         open_text(data, column="id")
 
 
-def test_a_stream_without_features_is_known_by_its_first_row():
+def test_the_columns_of_a_stream_without_features_are_those_of_its_first_row():
     stream = datasets.IterableDataset.from_generator(lambda: iter([{"body": "a", "n": 1}, {"body": "b", "n": 2}]))
     assert stream.features is None
     assert list(open_text(stream).documents()) == ["a", "b"]
@@ -229,7 +229,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         open_text(broken).open().take(5)
 
 
-def test_documents_that_are_no_text_are_named():
+def test_documents_that_are_not_text_are_named():
     for documents, number in ((["a", None], 1), ([{"text": "a"}], 0), (["a", "b", b"c"], 2)):
         with pytest.raises(InputError, match=f"Document {number} of the text .* expected a string"):
             open_text(documents).open().take(5)
@@ -237,7 +237,7 @@ def test_documents_that_are_no_text_are_named():
         open_text(["a", "\ud800"]).open().take(5)
 
 
-def test_splits_have_to_be_chosen(tmp_path):
+def test_a_split_must_be_chosen(tmp_path):
     splits = datasets.DatasetDict({"train": rows(), "test": rows()})
     with pytest.raises(
         InputError, match=r"with the splits train, test; expected one of them, such as dataset\['train'\]"
@@ -259,7 +259,7 @@ def test_a_data_set_that_is_not_there_is_explained(monkeypatch):
         open_text("me/nothing")
 
 
-def test_the_options_of_a_data_set_on_the_hub_are_handed_on(monkeypatch):
+def test_the_options_of_a_data_set_on_the_hub_are_passed_on(monkeypatch):
     asked = []
 
     def load(*args, **options):
@@ -273,7 +273,7 @@ def test_the_options_of_a_data_set_on_the_hub_are_handed_on(monkeypatch):
     assert asked == [(("me/texts",), options)]
 
 
-def test_without_the_library_its_text_is_refused_and_other_text_is_read(monkeypatch, tmp_path):
+def test_without_the_datasets_library_only_other_text_is_read(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
     (tmp_path / "a.txt").write_text("a")
     assert list(open_text(tmp_path).documents()) == ["a"] and list(open_text(TEXTS).documents()) == TEXTS
@@ -283,7 +283,7 @@ def test_without_the_library_its_text_is_refused_and_other_text_is_read(monkeypa
             open_text(source)
 
 
-def test_a_reader_can_be_interrupted_after_any_take(tmp_path):
+def test_a_reader_can_be_resumed_after_any_take(tmp_path):
     texts = [f"text {number}" for number in range(20)]
     data = datasets.Dataset.from_dict({"text": texts})
     for source in (texts, data, data.to_iterable_dataset(3), data.to_iterable_dataset(3).shuffle(1, buffer_size=5)):

@@ -1,4 +1,4 @@
-"""Two processes that hold parts of an SAE, or of a batch, compute what one does that holds all of it."""
+"""Two processes, each with a part of an SAE or of a batch, compute what one process with all of it does."""
 
 import pytest
 

@@ -53,7 +53,7 @@ def test_the_shuffle_buffer_mixes_what_came_in_order():
 
 @settings(max_examples=40, deadline=None)
 @given(filled=st.integers(0, 30), taken=st.integers(0, 3), more=st.integers(0, 20), mixed=st.booleans())
-def test_a_buffer_that_was_saved_serves_what_it_would_have_served(filled, taken, more, mixed):
+def test_a_loaded_buffer_serves_what_the_saved_one_would(filled, taken, more, mixed):
     buffer = ShuffleBuffer(30, torch.Generator().manual_seed(1))
     buffer.add(numbered(0, filled))
     if mixed:
@@ -62,7 +62,7 @@ def test_a_buffer_that_was_saved_serves_what_it_would_have_served(filled, taken,
         buffer.take(5)
     other = ShuffleBuffer(30, torch.Generator())
     other.generator.set_state(buffer.generator.get_state())
-    other.add(numbered(100, 7))  # what it held before is forgotten
+    other.add(numbered(100, 7))  # loading discards these rows
     other.load_state_dict(buffer.state_dict())
     assert other.count == buffer.count
     served = []

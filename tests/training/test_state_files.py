@@ -1,4 +1,4 @@
-"""Nested states survive the disk exactly, and nothing else gets there."""
+"""Nested states are written and read back exactly; values that would need a pickle are refused."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def test_what_is_written_is_read(tmp_path, state):
     assert same(read_state(tmp_path, "state"), state)
 
 
-def test_tensors_that_share_memory_are_written_apart(tmp_path):
+def test_tensors_that_share_memory_are_written_separately(tmp_path):
     whole = torch.arange(6.0).view(2, 3)
     state = {"whole": whole, "part": whole[1], "turned": whole.T, "again": [whole, whole]}
     write_state(tmp_path, "state", state)
     assert same(read_state(tmp_path, "state"), state)
 
 
-def test_what_would_need_a_pickle_is_refused_by_its_place(tmp_path):
+def test_a_value_that_would_need_a_pickle_is_refused_with_its_path(tmp_path):
     with pytest.raises(InputError, match="has a set at saes/3"):
         write_state(tmp_path, "state", {"saes": [1, 2, 3, {4}]})
     with pytest.raises(InputError, match="has the key 7 at optimizer"):
@@ -75,7 +75,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         read_state(tmp_path, "other")
 
 
-def test_generators_go_on_where_they_were(tmp_path):
+def test_random_generators_resume_where_they_were(tmp_path):
     def draw():
         return random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(1).item()
 

@@ -76,7 +76,7 @@ def test_processes_share_the_batches_of_one_process(written, kind, world_size, b
         assert all(torch.equal(a, b[rank::world_size]) for a, b in zip(mine, one, strict=True))
 
 
-def test_a_position_is_the_same_in_every_process_and_fits_another_number_of_them():
+def test_a_position_is_the_same_in_every_process_and_fits_another_number_of_processes():
     whole = [b[""] for b in islice(TensorActivations(numbered(61)).batches(6), 8)]
     parts = [TensorActivations(numbered(61)).shard(rank, 2) for rank in range(2)]
     states = []
@@ -92,7 +92,7 @@ def test_a_position_is_the_same_in_every_process_and_fits_another_number_of_them
     assert torch.equal(next(three.batches(2))[""], whole[3][2::3])
 
 
-def test_a_process_that_is_not_there_is_refused(model, batches):
+def test_a_rank_out_of_range_is_refused(model, batches):
     for stream in (TensorActivations(torch.zeros(5, 2)), ModelActivations(model, "resid_post.1", batches)):
         with pytest.raises(InputError, match="rank is 2 of world_size 2"):
             stream.shard(2, 2)
@@ -111,7 +111,7 @@ def batches():
     ids[2, 5] = 2
     attention = torch.ones_like(ids)
     attention[4, 8:] = 0
-    ids[4, 8:] = 50  # padding is known by the mask, not by the id
+    ids[4, 8:] = 50  # padding is recognised by the mask, not by the id
     return [{"input_ids": i, "attention_mask": a} for i, a in zip(ids.split(2), attention.split(2), strict=True)]
 
 
@@ -180,7 +180,7 @@ def test_processes_read_different_batches_of_tokens(model, batches):
     assert rows[0] != rows[1]
 
 
-def test_a_sample_is_of_the_wanted_size(model, batches):
+def test_a_sample_has_the_requested_size(model, batches):
     def size(stream, count):
         return sum(len(x) for piece in stream.sample(count) for x in piece.values())
 
@@ -190,7 +190,7 @@ def test_a_sample_is_of_the_wanted_size(model, batches):
     assert size(TensorActivations(torch.randn(9000, 2)), 5000) == 5000
 
 
-def test_activations_come_in_the_wanted_precision_and_the_size_of_the_buffer_is_known(model, batches):
+def test_activations_have_the_requested_dtype_and_the_size_of_the_buffer_is_known(model, batches):
     stream = ModelActivations(model, SITES, batches, buffer_size=1000, dtype=torch.bfloat16)
     batch = next(stream.batches(8))
     assert {x.dtype for x in batch.values()} == {torch.bfloat16}
@@ -218,7 +218,7 @@ def test_a_buffer_too_small_to_shuffle_is_refused(model, batches):
         next(ModelActivations(model, "resid_post.1", batches, buffer_size=15).batches(8))
 
 
-def test_what_cannot_be_read_is_refused_at_once(model, batches):
+def test_invalid_sites_dtypes_and_tokens_are_refused(model, batches):
     for sites in ([], ["resid_post.1", "resid_post.1"], ["resid_post.1", "model.layers.1.output", "resid_post.1"]):
         with pytest.raises(InputError, match="each of them once"):
             ModelActivations(model, sites, batches)
@@ -238,7 +238,7 @@ def test_tokens_that_the_model_does_not_know_are_refused(model):
 
 def test_activations_that_are_not_finite_name_the_site_and_the_token(batches):
     model = tiny_model("llama")
-    collect(model, ["resid_pre.0", "resid_post.1"], batches)  # sites are proven while the model is well
+    collect(model, ["resid_pre.0", "resid_post.1"], batches)  # prove the sites while all values are finite
     model.get_input_embeddings().weight.data[50] = float("nan")
     clean = [batch for batch in batches if not (batch["input_ids"] == 50).any()]
     odd = clean[0]["input_ids"].clone()

@@ -1,4 +1,4 @@
-"""Every setting of transformers is either used or refused: none is taken and then ignored."""
+"""Every setting of transformers is either used or refused: none is accepted and then ignored."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RECIPE = {
     *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "gradient_accumulation_steps", "max_grad_norm"),
     *("bf16", "fp16", "seed"),
 }
-"""What decides the weights."""
+"""Settings that decide the weights."""
 
 USED = {
     *("output_dir", "logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node", "log_level"),
@@ -39,20 +39,20 @@ USED = {
     *("ddp_static_graph", "ddp_backend", "ddp_timeout", "debug", "skip_memory_metrics", "local_rank"),
     "restore_callback_states_from_checkpoint",
 }
-"""What a run does beside that."""
+"""Settings of a run that do not change the weights."""
 
 REFUSED_BY_THE_TRAINER = {"fsdp", "fsdp_config", "deepspeed"}
 
-OF_SOMETHING_ELSE = {
+ONLY_WITH_OTHERS = {
     *("eval_do_concat_batches", "eval_use_gather_object", "include_for_metrics", "batch_eval_metrics"),
     *("bf16_full_eval", "fp16_full_eval"),
     *("hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"),
     *("do_train", "resume_from_checkpoint", "optim_target_modules", "use_cache", "average_tokens_across_devices"),
     *("remove_unused_columns", "label_names", "length_column_name", "dataloader_pin_memory", "dataloader_in_order"),
 }
-"""What says something only beside a setting that is refused, or to scripts."""
+"""Settings that act only together with a refused one, or in scripts."""
 
-OTHERWISE: dict[str, Any] = {
+OTHER_VALUES: dict[str, Any] = {
     "eval_strategy": "steps",
     "torch_compile_backend": "inductor",
     "torch_compile_mode": "default",
@@ -77,22 +77,22 @@ OTHERWISE: dict[str, Any] = {
     "ignore_data_skip": False,
     "parallelism_config": object(),
 }
-"""Another value than the default of what is no switch."""
+"""A value other than the default, for settings that are not switches."""
 
 
 def test_every_inherited_setting_is_known() -> None:
     inherited = {each.name for each in fields(TrainingArguments) if each.init}
-    known = [RECIPE, USED, set(UNSUPPORTED), REFUSED_BY_THE_TRAINER, OF_SOMETHING_ELSE]
-    assert sum(map(len, known)) == len(set().union(*known)), "each in one place"
+    known = [RECIPE, USED, set(UNSUPPORTED), REFUSED_BY_THE_TRAINER, ONLY_WITH_OTHERS]
+    assert sum(map(len, known)) == len(set().union(*known)), "each setting is listed once"
     assert inherited == set().union(*known) & inherited, sorted(inherited - set().union(*known))
 
 
 @pytest.mark.parametrize("name", sorted(set(UNSUPPORTED) & {each.name for each in fields(TrainingArguments)}))
-def test_what_means_nothing_is_refused(arguments: Callable[..., SAETrainingArguments], name: str) -> None:
+def test_unsupported_settings_are_refused(arguments: Callable[..., SAETrainingArguments], name: str) -> None:
     environment = dict(os.environ)
     with pytest.raises(InputError, match=f"^{name}="):
-        arguments(**{name: OTHERWISE.get(name, True)})
-    assert dict(os.environ) == environment, "nor is it left in the environment, as transformers does"
+        arguments(**{name: OTHER_VALUES.get(name, True)})
+    assert dict(os.environ) == environment, "transformers would leave it in the environment"
     default = {each.name: each.default for each in fields(SAETrainingArguments)}[name]
     arguments(**{name: default})
 
@@ -111,21 +111,21 @@ def test_what_means_nothing_is_refused(arguments: Callable[..., SAETrainingArgum
         ({"optim": "schedule_free_adamw"}, "cannot be created: You need to install"),
     ],
 )
-def test_optimisers_are_made_once_before_anything_is_loaded(
+def test_optimisers_that_cannot_be_created_are_refused_before_anything_is_loaded(
     arguments: Callable[..., SAETrainingArguments], settings: dict[str, Any], phrase: str
 ) -> None:
     with pytest.raises(InputError, match=phrase):
         arguments(**settings)
 
 
-def test_no_clipping_can_be_said_in_two_ways(arguments: Callable[..., SAETrainingArguments]) -> None:
+def test_a_max_grad_norm_of_none_turns_clipping_off(arguments: Callable[..., SAETrainingArguments]) -> None:
     made = SAETrainer(build("gated", D_IN), arguments(max_grad_norm=None), activations(500, seed=0))
     made.train()
     assert made.args.max_grad_norm == 0.0
 
 
-def test_what_accelerate_would_compile_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `accelerate launch --dynamo_backend` says to every process: DDP's forward would never be called."""
+def test_compilation_by_accelerate_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`accelerate launch --dynamo_backend` sets this in every process; DDP's forward would never be called."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", DynamoBackend.INDUCTOR.value)
     code = """

@@ -29,7 +29,7 @@ def two_sites(seed: int = 0):
 
 
 def four():
-    """Another site, width, architecture, and a dead-latent history for each."""
+    """Return four SAEs that differ in sites, width, architecture or dead latents."""
     saes = {
         "gated": build("gated", D_IN, site="resid_post.0"),
         "wide": build("gated", D_IN, 64, site="resid_post.0"),
@@ -64,10 +64,10 @@ def test_every_sae_is_trained_as_if_it_were_alone(arguments):
             assert torch.equal(together[name].state_dict()[key], tensor), (name, key)
         assert not torch.equal(sae.W_dec, four()[name].W_dec)
     assert trainer.trainees["wide"].remedy.resampled >= 5
-    assert len({trainer.trainees[name].dip.since for name in ("wide", "gated")}) == 2  # a dip for each
+    assert len({trainer.trainees[name].dip.since for name in ("wide", "gated")}) == 2  # each has its own dip
 
 
-def test_each_is_logged_and_saved_under_its_name(arguments, tmp_path):
+def test_each_sae_is_logged_and_saved_under_its_name(arguments, tmp_path):
     args = arguments(max_steps=10, sparsity_coefficient=COEFFICIENTS, logging_steps=1)
     trainer = quiet(SAETrainer(four(), args, TensorActivations(two_sites())))
     trainer.train()
@@ -91,7 +91,7 @@ def test_a_transcoder_learns_to_write_from_what_it_reads(arguments, architecture
     settings = {"skip_connection": True} if skip else {}
     kind = architectures[architecture]
     if kind.tied:
-        pytest.skip("it writes where it reads")
+        pytest.skip("a tied SAE reads and writes the same site")
     scale = "sqrt_d_in" if kind.homogeneous else "none"
     sae = build(architecture, D_IN, d_out=OTHER, apply_b_dec_to_input=False, **SITES, **settings)
     args = arguments(
@@ -101,13 +101,13 @@ def test_a_transcoder_learns_to_write_from_what_it_reads(arguments, architecture
     x, y = held_out["resid_post.0"], held_out["mlp_out.1"]
     with torch.no_grad():
         error = (y - sae(x).reconstruction).square().sum() / (y - y.mean(0)).square().sum()
-    assert error < 0.95, error  # 1 without any latent
+    assert error < 0.95, error  # 1 if no latent is active
     assert sae.config.recorded_fvu == pytest.approx(float(error), abs=0.1)
 
 
 @pytest.mark.parametrize("skip", [False, True])
 def test_the_units_of_both_sites_do_not_matter_to_a_transcoder(arguments, skip):
-    """The same run on activations in other units gives the same transcoder in these."""
+    """The same run on activations in other units gives the same transcoder in those units."""
     written = []
     for read, write in ((1.0, 1.0), (1000.0, 0.01)):
         data = {"resid_post.0": two_sites()["resid_post.0"] * read, "mlp_out.1": two_sites()["mlp_out.1"] * write}
@@ -126,7 +126,7 @@ def test_a_transcoder_on_a_language_model(arguments):
     assert sae.config.recorded_fvu < 0.95
 
 
-def test_what_does_not_fit_the_stream_is_explained(arguments):
+def test_saes_that_do_not_fit_the_stream_are_explained(arguments):
     stream = TensorActivations(two_sites())
     with pytest.raises(UnknownNameError, match="Did you mean 'resid_post.0'"):
         SAETrainer(build("gated", D_IN, site="resid_post.1"), arguments(), stream)
@@ -138,7 +138,7 @@ def test_what_does_not_fit_the_stream_is_explained(arguments):
     SAETrainer(across, arguments(activation_scale="none"), stream)
 
 
-def test_settings_by_name_have_to_name_the_saes(arguments):
+def test_settings_by_name_must_name_the_saes(arguments):
     stream = TensorActivations(two_sites())
     pair = {"a": build("gated", D_IN, site="resid_post.0"), "b": build("standard", D_IN, site="resid_post.0")}
     with pytest.raises(UnknownNameError, match="Unknown SAE 'c'"):
@@ -164,6 +164,6 @@ def test_a_bare_tensor_fits_any_site(arguments):
 
 
 def test_a_new_skip_connection_writes_nothing():
-    torch.full((OTHER, D_IN), 7.0)  # memory that is given out again
+    torch.full((OTHER, D_IN), 7.0)  # so that reused memory would not be zero
     sae = build("gated", D_IN, d_out=OTHER, apply_b_dec_to_input=False, skip_connection=True, **SITES)
     assert torch.equal(sae.W_skip, torch.zeros(OTHER, D_IN))

@@ -34,12 +34,12 @@ def measured(sae: SAEModel, x: torch.Tensor):
 
 
 def recovered(sae: SAEModel) -> float:
-    """Share of true features that some latent writes with cosine above 0.9."""
+    """Return the share of true features that match some decoder row with a cosine above 0.9."""
     return ((sae.W_dec @ features().T).max(0).values > 0.9).float().mean().item()
 
 
 class Watch(TrainerCallback):
-    """Keeps what the decoder's rows and the learning rate look like after every step."""
+    """Records norms and gradients of decoder rows, and the learning rate, at every step."""
 
     def __init__(self) -> None:
         self.norm_errors: list[float] = []
@@ -99,7 +99,7 @@ def test_gated_is_unbiased_where_the_baseline_shrinks(trained):
     assert gated.fvu < standard.fvu
 
 
-def test_the_trained_sae_reads_raw_activations_and_knows_its_strength(trained):
+def test_the_trained_sae_reads_raw_activations_and_has_their_statistics(trained):
     sae = trained["gated"][0]
     x = activations(60_000, seed=0)
     latents = sae.encode(x)
@@ -151,7 +151,7 @@ def test_dead_latents_are_resampled_and_the_learning_rate_dips(arguments):
     trainer.train()
     assert trainer.trainees[""].remedy.resampled >= 10
     assert sae.b_gate.min() > -1e5
-    rates = [rate / 1e-3 for rate in watch.rates]  # of the step that follows
+    rates = [rate / 1e-3 for rate in watch.rates]  # each is the rate of the next step
     assert rates[:19] == pytest.approx([1.0] * 19)
     assert rates[19] == pytest.approx(0.1)
     assert rates[24] == pytest.approx(0.55)
@@ -159,7 +159,7 @@ def test_dead_latents_are_resampled_and_the_learning_rate_dips(arguments):
 
 
 @pytest.mark.parametrize(("scale", "norm"), [("sqrt_d_in", D_IN**0.5), ("unit", 1.0), ("none", None)])
-def test_training_sees_activations_of_the_wanted_size(arguments, scale, norm):
+def test_training_sees_activations_of_the_requested_size(arguments, scale, norm):
     seen = []
 
     class Spy(SAETrainer):
@@ -192,12 +192,12 @@ def test_b_dec_starts_from_the_mean(arguments):
     args = arguments(max_steps=1, learning_rate=0.0)
     quiet(SAETrainer(sae, args, x)).train()
     torch.testing.assert_close(sae.b_dec.data, x.mean(0), rtol=1e-4, atol=1e-4)
-    sae.b_dec.data.fill_(3.0)  # what an earlier training found is not thrown away
+    sae.b_dec.data.fill_(3.0)  # a b_dec from an earlier training is kept
     quiet(SAETrainer(sae, args, x)).train()
     torch.testing.assert_close(sae.b_dec.data, torch.full((D_IN,), 3.0))
 
 
-def test_a_b_dec_that_does_not_learn_stays(arguments):
+def test_a_frozen_b_dec_is_kept(arguments):
     baseline = build("standard", D_IN)
     sae = GatedSAE.from_standard(baseline)
     args = arguments(objective={"rescale_and_shift": True}, dead_latent_remedy=None, learning_rate=1e-2)
@@ -210,7 +210,7 @@ def test_a_b_dec_that_does_not_learn_stays(arguments):
 def test_a_result_that_cannot_be_written_stays_in_memory(arguments, tmp_path):
     class Block(TrainerCallback):
         def on_train_end(self, args, state, control, **kwargs):
-            (tmp_path / "run" / "config.json").mkdir(parents=True)  # where a file is to be
+            (tmp_path / "run" / "config.json").mkdir(parents=True)  # in place of the file
 
     sae = build("gated", D_IN)
     with pytest.raises(CheckpointError, match="could not be written .* still in memory: free disk space"):
@@ -226,7 +226,7 @@ def test_a_trainer_trains_once(arguments):
         trainer.train()
 
 
-def test_a_decoder_that_has_to_be_normalised_first_is_warned_of(arguments):
+def test_normalising_the_decoder_first_gives_a_warning(arguments):
     sae = build("gated", D_IN)
     sae.W_dec.data *= 2
     with pytest.warns(UserWarning, match="norms of 2 to 2 and are normalised to 1"):
@@ -236,7 +236,7 @@ def test_a_decoder_that_has_to_be_normalised_first_is_warned_of(arguments):
         quiet(SAETrainer(sae, arguments(), activations(500, seed=0))).train()
 
 
-def test_checkpoints_load_as_the_sae_they_are_and_training_goes_on(arguments, tmp_path):
+def test_checkpoints_load_as_saes_and_training_resumes(arguments, tmp_path):
     x = activations(2000, seed=0, scale=50.0)
     sae = build("gated", D_IN)
     settings = {"save_strategy": "steps", "save_steps": 10, "recorded_activations": 0}
@@ -274,7 +274,7 @@ def test_an_interrupted_run_leaves_an_sae_that_reads_raw_activations(arguments):
     torch.testing.assert_close(sae.b_dec.data, x.mean(0), rtol=0.02, atol=2.0)
 
 
-def test_a_run_on_a_language_model_leaves_it_as_it_was(arguments):
+def test_a_run_leaves_the_language_model_unchanged(arguments):
     model = tiny_model("llama")
     kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     batches = list(torch.randint(3, 97, (8, 4, 16), generator=torch.Generator().manual_seed(0)))
@@ -334,7 +334,7 @@ def test_unusable_activations_are_explained(arguments):
 
 
 def test_a_dip_is_counted_in_steps_of_the_run(arguments):
-    """Of which a schedule has seen fewer where some were skipped, as with float16."""
+    """The schedule sees fewer steps if some are skipped, as with float16."""
     made = quiet(SAETrainer(build("gated", D_IN), arguments(lr_dip=0.1, lr_dip_steps=4), activations(500, seed=0)))
     made.create_optimizer_and_scheduler(10)
     rates = []

@@ -1,4 +1,4 @@
-"""Variants of objectives, and annealing, as a run has them."""
+"""Variants of objectives, and annealing, in training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 
 class Each(TrainerCallback):
-    """Calls something after every step."""
+    """Calls a function with the SAE after every step."""
 
     def __init__(self, function):
         self.function = function
@@ -30,7 +30,7 @@ class Each(TrainerCallback):
         self.function(kwargs["model"])
 
 
-def test_what_does_not_learn_stays_and_learns_again_afterwards(arguments):
+def test_frozen_parameters_are_kept_and_trainable_again_afterwards(arguments):
     x = activations(1000, seed=0)
     baseline = build("standard", D_IN, 48)
     quiet(SAETrainer(baseline, arguments(max_steps=60, sparsity_coefficient=3.0), x)).train()
@@ -39,7 +39,7 @@ def test_what_does_not_learn_stays_and_learns_again_afterwards(arguments):
     args = arguments(max_steps=200, objective={"rescale_and_shift": True}, dead_latent_remedy=None)
     quiet(SAETrainer(sae, args, x)).train()
     for name, parameter in sae.named_parameters():
-        close = torch.allclose(parameter, before[name], rtol=1e-5, atol=1e-6)  # the unit goes and comes back
+        close = torch.allclose(parameter, before[name], rtol=1e-5, atol=1e-6)  # rescaled and scaled back
         assert close == (name not in ("r_mag", "b_mag")), name
         assert parameter.requires_grad and parameter.grad is None
     fitted, biased = measured(sae, x), measured(baseline, x)
@@ -60,7 +60,7 @@ def test_a_tie_holds_after_every_step(arguments):
 
 @pytest.mark.parametrize("name, scale", [("jumprelu", "unit"), ("glu", "none")])
 def test_no_threshold_is_negative_after_any_step(arguments, name, scale):
-    """Steps as large as these would take most of them below zero, in whatever unit they are measured."""
+    """Steps this large would make most thresholds negative, in any unit."""
 
     def check(sae):
         assert (sae.threshold >= 0).all()
@@ -104,7 +104,7 @@ def test_unknown_and_contradictory_variants_are_refused(arguments):
         arguments(sparsity_power_steps=[8, 2])
 
 
-def test_the_power_is_annealed_and_the_pressure_kept():
+def test_the_power_is_annealed_and_the_penalty_kept():
     annealing = PowerAnnealing(0.4, first=4, last=10, changes=3, batches=2)
     batches = {step: torch.full((5, 2), float(step)) for step in range(12)}
     powers, asked = [], []
@@ -118,7 +118,7 @@ def test_the_power_is_annealed_and_the_pressure_kept():
         annealing.advance(step + 1, penalty, Processes())
         powers.append(annealing.power)
     assert powers == pytest.approx([1] * 3 + [0.8] * 3 + [0.6] * 3 + [0.4] * 3)
-    # at the change after 4 steps the batches of the last two, seen after 2 and 3 steps, are asked for
+    # the change after 4 steps uses the last two batches, those of steps 2 and 3
     assert asked[:4] == [(1.0, 2.0), (1.0, 3.0), (0.8, 2.0), (0.8, 3.0)]
     expected = 1.0
     for old, new, seen in ((1, 0.8, (2, 3)), (0.8, 0.6, (5, 6)), (0.6, 0.4, (8, 9))):
@@ -141,5 +141,5 @@ def test_a_run_anneals_what_it_minimises(arguments):
     sparsities = [entry["loss_sparsity"] for entry in trainer.state.log_history if "loss_sparsity" in entry]
     trainee = trainer.trainees[""]
     assert trainee.annealing.power == 0.5 and trainee.annealing.factor != 1
-    # every batch is the whole of the activations and nothing learns: the term stays what it was at every power
+    # every batch holds all activations and the learning rate is 0: the term is the same at every power
     assert sparsities == pytest.approx([sparsities[0]] * 30, rel=1e-3)

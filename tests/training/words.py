@@ -12,7 +12,7 @@ PAD, BOS, EOS = 0, 1, 2
 
 
 def word_tokenizer(**special: Any) -> PreTrainedTokenizerFast:
-    """Build it; `special` replaces its special tokens, None takes one away."""
+    """Build the tokenizer; `special` replaces its special tokens, and None removes one."""
     vocabulary = {"<pad>": PAD, "<bos>": BOS, "<eos>": EOS, **{f"w{n}": n for n in range(3, 97)}}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="w3"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

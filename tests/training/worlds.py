@@ -1,4 +1,4 @@
-"""A small world of exactly sparse features in superposition, with its truth known; and small SAEs."""
+"""Synthetic activations of known features, exactly sparse and in superposition; and small SAEs."""
 
 from __future__ import annotations
 

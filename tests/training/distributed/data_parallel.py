@@ -1,4 +1,4 @@
-"""Runs of `SAETrainer` that two processes carry out together, or one alone with batches twice as large."""
+"""The same runs of `SAETrainer` in two processes, and in one with batches twice as large."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ ANNEALED = {
     "sparsity_power_batches": 4,
 }
 DYING = {"gradient_accumulation_steps": 2, "dead_after_activations": 130}
-"""Latents die and come back within a step, for its parts in different processes at different times."""
+"""Latents die and revive within a step: between its parts, and at different times in the two processes."""
 RUNS = {
     "resampled": (("gated", "standard", "jumprelu"), {**RESAMPLED, "initial_b_dec": "geometric_median"}),
     "annealed": (("gated", "standard"), {**ANNEALED, "dead_latent_remedy": None}),
@@ -49,7 +49,7 @@ SPLIT = {
         {**RESAMPLED, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "recorded_activations": 300},
     ),
 }
-"""Those that can be carried out by processes that share the SAEs."""
+"""Runs whose SAEs can be split over the processes."""
 CLOSE = 1e-8  # in float64; only the order of sums differs
 
 
@@ -88,7 +88,7 @@ def logged(made):
 
 
 def read_from(folder, model, batch=32, **changes):
-    """Train on what a language model computes; nothing is measured beforehand."""
+    """Train on activations of a language model, without measuring them first."""
     ids = torch.randint(3, 90, (12, 4, 16), generator=torch.Generator().manual_seed(5))
     stream = ModelActivations(model, "resid_post.1", list(ids), buffer_size=256)
     sae = build("gated", model.config.hidden_size, 48, site="resid_post.1").to(torch.float64)
@@ -99,8 +99,8 @@ def read_from(folder, model, batch=32, **changes):
 
 
 def alone(folder):
-    """Carry every run out in one process, and leave what came of it."""
-    model = tiny_model("llama", vocab_size=98).double()  # older versions of transformers do not split an odd one
+    """Train every run in one process, and save the results."""
+    model = tiny_model("llama", vocab_size=98).double()  # older versions of transformers need an even size
     model.save_pretrained(folder / "llama")
     read_from(folder / "read", model)
     for name, (architectures, settings) in RUNS.items():
@@ -112,7 +112,7 @@ def alone(folder):
 
 
 def require_same(folder, made, name):
-    """Fail unless the SAEs in a folder and what was logged are those of the process that was alone."""
+    """Fail unless a trainer's saved SAEs and log equal those of the run in one process."""
     for sae in made.trainees:
         expected = SAEModel.from_pretrained(folder / name / sae).state_dict()
         found = SAEModel.from_pretrained(Path(made.args.output_dir) / sae).state_dict()
@@ -178,7 +178,7 @@ def half_the_latents_in_each_of_two_processes(given):
 
 
 @check
-def a_run_goes_on_bit_by_bit(given):
+def a_resumed_run_is_bitwise_equal(given):
     folder, everyone = given
     for latents in (1, 2):
         settings = {**RESAMPLED, "latent_parallel": latents, "save_strategy": "steps", "save_steps": 8}
@@ -216,7 +216,7 @@ def a_base_model_split_over_the_same_processes_reads_one_text(given):
 
 
 class Uneven(TensorActivations):
-    """Gives samples in pieces, of which some have fewer rows than there are processes, or none."""
+    """Returns samples in pieces, some with fewer rows than there are processes, or none."""
 
     def sample(self, count):
         for piece in super().sample(count):
@@ -244,7 +244,7 @@ def every_process_begins_with_the_saes_of_the_first(given):
         mine = build("gated", D_IN, 48).double()
         for tensor in mine.state_dict().values():
             tensor += 0.01 * everyone.rank
-        mine.W_dec = torch.nn.Parameter(mine.W_dec.detach().T.contiguous().T)  # in memory, any order will do
+        mine.W_dec = torch.nn.Parameter(mine.W_dec.detach().T.contiguous().T)  # any memory layout is allowed
         made = trainer(folder / "alike", {"": mine}, 32, latent_parallel=latents, max_steps=4)
         made.train()
         for name in ("b_dec", *(("W_dec", "b_gate") if latents == 1 else ())):
@@ -252,7 +252,7 @@ def every_process_begins_with_the_saes_of_the_first(given):
 
 
 @check
-def gradients_of_any_order_in_memory_are_averaged(given):
+def gradients_of_any_memory_layout_are_averaged(given):
     _, everyone = given
     module = torch.nn.Linear(6, 4, bias=False)
     module.weight.grad = torch.full((6, 4), float(everyone.rank)).T
@@ -266,13 +266,14 @@ def dead_latents_are_counted_in_all_parts(given):
     made = trainer(folder / "counted", ("standard",), 64, latent_parallel=2, dead_latent_remedy=None, max_steps=6)
     made.trainees["standard"].sae.b_enc.data[:10] = -1e4
     made.train()
-    facts = json.loads((folder / "counted" / "standard" / "training_facts.json").read_text())  # all have waited for it
+    # `train` returns in each process only after process 0 has written the file.
+    facts = json.loads((folder / "counted" / "standard" / "training_facts.json").read_text())
     assert facts["training"]["dead_latents"] == logged(made)[-1]["standard/dead_latents"] >= 20
     require_alike(torch.tensor(made.trainees["standard"].count_dead()))
 
 
 @check
-def each_reads_a_part_of_a_checkpoint(given):
+def each_process_verifies_a_part_of_a_checkpoint(given):
     folder, everyone = given
     place = folder / "shared"
     trainer(place, ("gated",), 32, save_strategy="steps", save_steps=STEPS).train()
@@ -339,9 +340,9 @@ def no_more_is_sent_than_needed(given):
     def per_step(**settings):
         return (messages(18, **settings) - messages(12, **settings)) / 6
 
-    assert per_step(logging_steps=100) == 2  # gradients, and one more
+    assert per_step(logging_steps=100) == 2  # one for the gradients, and one more
     shared = per_step(logging_steps=100, latent_parallel=2)
-    # The batch; of each SAE its reconstructions (two, and one), its sparsity, and the gradient of b_dec; one norm.
+    # The batch; for each SAE its reconstructions (two and one), sparsity and gradient of b_dec; one gradient norm.
     assert shared == 1 + (2 + 1 + 1) + (1 + 1 + 1) + 1
 
 

@@ -1,4 +1,4 @@
-"""Runs of `SAETrainer` that two processes carry out together and that cannot go on, or not even begin."""
+"""Runs of `SAETrainer` in two processes that fail while training, or before it."""
 
 import resource
 import signal
@@ -24,7 +24,7 @@ def check(function):
 
 
 class Poisoned(TensorActivations):
-    """Gives one process a NaN, once it has been read often enough."""
+    """Returns NaN in process 1 from the sixth read on."""
 
     calls = 0
 
@@ -35,7 +35,7 @@ class Poisoned(TensorActivations):
 
 
 @check
-def what_is_not_finite_in_one_stops_both(given):
+def a_nonfinite_value_in_one_process_stops_both(given):
     folder, _ = given
     for latents in (1, 2):
         stream = Poisoned(activations(700, seed=0).double(), seed=1)
@@ -44,11 +44,11 @@ def what_is_not_finite_in_one_stops_both(given):
             made.train()
         first, second = gathered(str(caught.value))
         assert first == second
-        assert f"in process {2 - latents} of 2" in first  # those that share an SAE have seen it both
+        assert f"in process {2 - latents} of 2" in first  # processes that share an SAE have both read it
 
 
 class Breaking(TensorActivations):
-    """Cannot go on in one process, once it has been read often enough, or from the beginning."""
+    """Fails in process 1 after a number of reads, or at the first."""
 
     after, calls = 5, 0
 
@@ -60,7 +60,7 @@ class Breaking(TensorActivations):
 
 
 @check
-def what_one_cannot_read_stops_both_with_its_reason(given):
+def a_read_error_in_one_process_stops_both_with_its_reason(given):
     folder, _ = given
     for latents in (1, 2):
         for after, settings in ((5, {"gradient_accumulation_steps": 2}), (5, {}), (-1, {})):
@@ -74,7 +74,7 @@ def what_one_cannot_read_stops_both_with_its_reason(given):
 
 
 class BreakingSites(Breaking):
-    """The same, of sites of different widths, in an order of its own, in half precision."""
+    """The same with sites of different widths, in another order than the SAEs', in bfloat16."""
 
     def __init__(self):
         x = activations(700, seed=0).bfloat16()
@@ -82,7 +82,7 @@ class BreakingSites(Breaking):
 
 
 @check
-def what_one_cannot_read_stops_both_whatever_the_sites(given):
+def a_read_error_in_one_process_stops_both_with_several_sites(given):
     folder, _ = given
     for after in (5, 0):
         stream = BreakingSites()
@@ -95,7 +95,7 @@ def what_one_cannot_read_stops_both_whatever_the_sites(given):
 
 @contextmanager
 def no_file_larger_than(size):
-    """A disk that is nearly full, for this process."""
+    """Limit the size of files, as a nearly full disk would, in this process."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
@@ -128,7 +128,7 @@ def a_result_that_cannot_be_written_stops_both(given):
 
 @check
 def a_disk_that_is_full_for_one_stops_both_and_leaves_the_last_good_checkpoint(given):
-    """For the first, which writes the weights, in the midst of them or after; and for the second, of its own state."""
+    """Process 0 fails while it writes the weights or after that; process 1, while it writes its own state."""
     folder, everyone = given
     for latents, rank, size in ((1, 0, 1000), (2, 0, 1000), (2, 0, 12_000), (1, 1, 1000), (2, 1, 1000)):
         place = folder / f"disk {latents} {rank} {size}"
@@ -151,7 +151,7 @@ def a_disk_that_is_full_for_one_stops_both_and_leaves_the_last_good_checkpoint(g
 
 
 @check
-def checkpoints_need_a_disk_that_all_see(given):
+def checkpoints_need_a_shared_disk(given):
     folder, everyone = given
     here = folder / f"machine {everyone.rank}"
     made = trainer(here, ("gated",), 32, save_strategy="steps", save_steps=4)
@@ -164,7 +164,7 @@ def checkpoints_need_a_disk_that_all_see(given):
 
 
 @check
-def what_cannot_be_is_refused(given):
+def unsupported_settings_are_refused(given):
     folder, _ = given
     for settings, why in (
         ({"latent_parallel": 3}, "latent_parallel is 3 with 2 processes; expected a divisor of 2"),
@@ -184,7 +184,7 @@ def what_cannot_be_is_refused(given):
 
 
 @check
-def processes_that_transformers_does_not_know_are_refused(given):
+def processes_that_transformers_does_not_detect_are_refused(given):
     folder, _ = given
     with pytest.raises(InputError, match="2 processes were started, but transformers detects 1,.*use_cpu=True"):
         trainer(folder / "refused", ("gated",), use_cpu=False)

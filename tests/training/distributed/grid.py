@@ -1,4 +1,4 @@
-"""Four processes: what `data_parallel` checks of two, and what begins with more than two of them."""
+"""Four processes: some checks of `data_parallel`, and what needs more than two processes."""
 
 from contextlib import nullcontext
 
@@ -45,7 +45,7 @@ def the_cost_of_a_run_on_different_batches_is_measured(folder):
 
 
 def a_disk_that_is_full_for_one_stops_both_rows(folder):
-    """In the midst of the weights of the first of two SAEs, whose row has others to wait for it."""
+    """It is full in the middle of the weights of the first of two SAEs, for which the other processes wait."""
     everyone = Processes.all()
     settings = {"save_strategy": "steps", "save_steps": 4, "max_steps": 4, "latent_parallel": 2}
     made = trainer(folder / "disk", ("gated", "standard"), 32, **settings)

@@ -1,4 +1,4 @@
-"""What one rank checks of reductions and of SAEs in parts; every rank holds the whole SAE, too, to compare with."""
+"""What each rank checks of reductions and of SAEs in parts; it also holds the whole SAE, to compare with."""
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def close(found, expected, tolerance=EXACT):
 
 
 def part_of(whole, processes, name, tensor):
-    """Return which part of a tensor of the whole SAE this rank holds."""
+    """Return this rank's part of a tensor of the whole SAE."""
     shared = type(whole).shared_names(whole.config)
     held = latents_of(whole.config.d_sae, processes)
     return tensor if name in shared else tensor[held.start : held.stop]
@@ -98,7 +98,7 @@ def check(function):
 
 
 @check
-def reductions_are_those_of_all(given):
+def reductions_are_over_all_processes(given):
     _, everyone = given
     rank = everyone.rank
     assert torch.equal(everyone.sum(torch.tensor([1.0, rank])), torch.tensor([2.0, 1.0]))
@@ -138,7 +138,7 @@ def the_selection_is_that_of_all_values(given):
 
 
 @check
-def what_one_says_all_hear(given):
+def the_first_text_reaches_all_processes(given):
     _, everyone = given
     assert everyone.first_text(None) is None
     assert everyone.first_text("NaN" if everyone.rank == 1 else None) == "NaN (in process 1 of 2)"
@@ -189,7 +189,7 @@ def a_part_computes_its_live_latents_alone(given):
     whole = double("gated", d_in=16, d_sae=8192)
     whole.b_gate.data.fill_(-2.6)
     if everyone.rank == 1:
-        whole.b_gate.data.fill_(-1.0)  # so many that this rank takes the dense path
+        whole.b_gate.data.fill_(-1.0)  # so many latents are active that this rank takes the dense path
     distributed.broadcast(whole.b_gate.data[:4096], 0)
     distributed.broadcast(whole.b_gate.data[4096:], 1)
     part = split(whole, everyone)
