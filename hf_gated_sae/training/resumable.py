@@ -295,7 +295,8 @@ class Resumable(Trainer):
         try:
             self.optimizer.load_state_dict({"state": numbered, "param_groups": saved["param_groups"]})
         except ValueError as error:
-            raise CheckpointError(f"{checkpoint} was trained with another objective or other SAEs: {error}") from error
+            self._require_same_saes(checkpoint, read_state(Path(checkpoint), self._process_file)["saes"])
+            raise CheckpointError(f"{checkpoint} was trained with another objective: {error}") from error
         self.lr_scheduler.load_state_dict(state["scheduler"])
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
