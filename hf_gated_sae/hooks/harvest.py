@@ -53,7 +53,7 @@ class Harvest:
         if key not in self.values:
             names = [str(known) if isinstance(known, str) else type(known).__name__ for known in self.values]
             raise UnknownNameError(
-                f"{key!r} was not harvested.{did_you_mean(key, names)} There are: {', '.join(names)}."
+                f"{key!r} was not harvested.{did_you_mean(key, names)} Harvested: {', '.join(names)}."
             )
         return self.values[key]
 
@@ -117,7 +117,7 @@ def _limits(given: float | Mapping[str, float] | None, sites: Mapping[Any, list[
     limits = dict(given) if isinstance(given, Mapping) else {} if given is None else dict.fromkeys(names, given)
     for name, limit in limits.items():
         if name not in names:
-            raise unknown_name("site with a norm_limit", name, names)
+            raise unknown_name("site in norm_limit", name, names)
         if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0:
             raise InputError(f"harvest() was given norm_limit={limit!r} for {name}; expected a positive number.")
     return limits

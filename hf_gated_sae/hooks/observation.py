@@ -172,10 +172,10 @@ class CountedTokens:
         rows, columns = self.mask.shape
         # Prefix tuning has virtual tokens, too, which stand in the cache alone.
         if x.ndim < 3 or x.shape[0] != rows or x.shape[1] not in (columns, self.virtual + columns):
-            before = f", or {self.virtual} virtual tokens more," if self.virtual else ""
+            before = f", perhaps after {self.virtual} virtual tokens" if self.virtual else ""
             raise ShapeError(
-                f"The activation at {site} is {list(x.shape)}, and the batch has {rows} rows of {columns} tokens: "
-                f"expected [{rows}, {columns}, d]{before} to know which vector is of which token."
+                f"The activation at {site} is {list(x.shape)}, and the batch has {rows} rows of {columns} tokens; "
+                f"expected a vector for each token, [{rows}, {columns}, d]{before}."
             )
         return x[:, x.shape[1] - columns :]
 

@@ -178,12 +178,12 @@ def without_virtual(call: ForwardArguments, virtual: Virtual, past: int) -> Forw
     if virtual.now and past:
         raise AttachError(
             f"PEFT puts its {virtual.now} virtual tokens before every call, and the cache holds {past} columns "
-            "already, so that they would stand between tokens: use generate(), or call without a cache."
+            "already, so they would be placed between tokens: use generate(), or call without a cache."
         )
     if call.hidden:
         raise AttachError(
-            "The attention mask is not [rows, columns], and PEFT's virtual tokens leave no other way to tell "
-            "padding: use the cache that generate() uses by default."
+            "The attention mask is not [rows, columns], and nothing else shows padding beside PEFT's virtual tokens: "
+            "use generate() with its default cache."
         )
     mask = (
         torch.ones(inputs.shape[0], past + inputs.shape[1], device=inputs.device) if call.mask is None else call.mask

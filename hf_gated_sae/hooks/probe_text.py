@@ -58,15 +58,15 @@ def _tokenised(root: nn.Module) -> Tensor | str:
     except Exception as error:  # as for loading it
         return f"the tokenizer of {name!r} on this machine does not work ({type(error).__name__})"
     if len(set(ids)) < TOKENS // 8:  # where its files are missing, some are made up without a vocabulary
-        return f"the tokenizer of {name!r} makes only {len(set(ids))} different tokens of the text"
+        return f"the tokenizer of {name!r} splits the text into only {len(set(ids))} different tokens"
     first = tokenizer.bos_token_id
     if first is not None and first not in ids[:1]:
         ids = [first, *ids]
     longest = min(TOKENS, int(getattr(config, "max_position_embeddings", None) or TOKENS))
     if longest < TOKENS // 4:
-        return f"{name!r} sees {longest} tokens at a time, which are too few"
+        return f"{name!r} takes at most {longest} tokens, which are too few"
     weight = getattr(embedding_of(root), "weight", None)
     found = torch.tensor([ids[:longest]])
     if not isinstance(weight, Tensor) or int(found.max()) >= weight.shape[0]:
-        return f"the tokenizer of {name!r} has other tokens than the model"
+        return f"the tokenizer of {name!r} has token ids that the model does not have"
     return found.to("cpu" if weight.device.type == "meta" else weight.device)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # Forwards that one backward() may be about; what is kept of each are positions and ids of its tokens.
 _KEPT = 256
-_DETACHED = "of a forward that was edited by what has been detached since"
+_DETACHED = "but the edits of their forward were detached since"
 
 
 @dataclass
@@ -109,18 +109,18 @@ class Forwards:
         number = current_node_number()
         found = [each for each in self._kept if number is not None and each.start <= number < each.end]
         if len({each.thread for each in found}) > 1:
-            _refuse("and forwards in several threads may be meant")
+            _refuse("but they may belong to forwards in several threads")
         if found:  # a model called within its own forward is the shorter one
             return min(found, key=lambda each: each.end - each.start)
         if number is None or number >= self._since or number < self._dropped:
-            _refuse("of a forward that was not watched, or was too long ago")
+            _refuse("but their forward was not watched, or was too long ago")
         return None
 
 
 def _refuse(why: str) -> NoReturn:
     raise AttachError(
-        f"backward() runs layers again (gradient checkpointing), {why}, so that it is not known what to do with them: "
-        "call backward() after each forward, in the same thread, while the same things are attached."
+        f"backward() runs layers again (gradient checkpointing), {why}, so it is not known how to edit them: call "
+        "backward() after each forward, in the same thread, while the same interventions are attached."
     )
 
 

@@ -163,14 +163,14 @@ def _the_cache(call: Mapping[str, Any], names: Collection[str]) -> Any:
         if name not in names and _may_be_cache(name, value):
             raise AttachError(
                 f"The model was called with {name}=, a {type(value).__name__} that holds tensors and may be a cache. "
-                "How many tokens it holds is not known, so that positions would be wrong: use a transformers Cache, "
-                "or use_cache=False."
+                "The number of tokens in it is unknown, so positions would be wrong: use a transformers Cache, or "
+                "use_cache=False."
             )
     if len(found) > 1:
         raise AttachError(
-            f"The model was called with several caches, {', '.join(f'{name}=' for name in found)}, of which it uses "
-            "one: what is edited would be wrong. PEFT's prompt and prefix tuning do so where they do not know this "
-            "version of transformers; call generate(..., use_cache=False), or install versions that fit together."
+            f"The model was called with several caches, {', '.join(f'{name}=' for name in found)}, but uses only one, "
+            "so the wrong tokens would be edited. PEFT's prompt and prefix tuning do this if they do not support this "
+            "version of transformers: call generate(..., use_cache=False), or install compatible versions."
         )
     return next(iter(found.values()), None)
 
@@ -237,9 +237,9 @@ def _refuse_unknown(call: Mapping[str, Any], found: ForwardArguments) -> None:
         if is_mask or is_places:
             known = MASK if is_mask else PLACES
             raise AttachError(
-                f"The model was called with {name}= {list(value.shape)}, which may say "
-                f"{'which tokens are padding' if is_mask else 'where the tokens stand'}, and is not understood: "
-                f"positions could be wrong. Expected it as {known}=; newer transformers may need a newer hf-gated-sae."
+                f"The model was called with {name}= {list(value.shape)}, an unknown argument that may contain "
+                f"{'the padding mask' if is_mask else 'the positions of the tokens'}, so positions could be wrong. "
+                f"Expected it as {known}=; newer transformers may need a newer hf-gated-sae."
             )
 
 

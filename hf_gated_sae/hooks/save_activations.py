@@ -156,7 +156,7 @@ def _names(keys: Mapping[Any, Sequence[str]]) -> dict[Any, str]:
         stem = f"latents.{sites[0]}" if isinstance(key, SAEModel) else sites[0]
         taken = [name for name in names.values() if name == stem or name.startswith(f"{stem}#")]
         if taken and not isinstance(key, SAEModel):
-            raise InputError(f"{stem} was named twice.")
+            raise InputError(f"{stem} was named twice; expected each site once.")
         names[key] = f"{stem}#{len(taken) + 1}" if taken else stem
     return names
 
@@ -215,6 +215,6 @@ def _appearing_at_once(folder: Path) -> Iterator[Path]:
         staging.chmod(0o755)
         staging.replace(folder)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} cannot be written, and nothing was: {error}.") from error
+        raise CheckpointError(f"{folder} cannot be written, and nothing was kept: {error}.") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -194,13 +194,13 @@ def _judged(model: nn.Module, trial: SiteTrial, better: BetterSite | None) -> _F
         how = ", high-norm tokens counted as in its record" if trial.with_outliers else ""
         return _Found(_report(sae, measured, expected, f"it fits{how}"))
     if not trial.differences:
-        return _Found(_report(sae, measured, expected, "it explains little, but no place near it fits better"))
+        return _Found(_report(sae, measured, expected, "it explains little, but no nearby site fits better"))
     advice = (
-        "No place near it fits better: is this the model that the SAE was made for, and is the text of the kind? Pass "
-        "check=batch to try it on another text, or check=False to leave this out."
+        "No nearby site fits better: is this the model for which the SAE was trained, and the kind of text? Pass "
+        "check=batch to try it on another text, or check=False to skip this check."
     )
     return _Found(
-        _report(sae, measured, expected, "it is not as recorded, and no place near it fits better"),
+        _report(sae, measured, expected, "it differs from its record, but no nearby site fits better"),
         warning=f"{_about(model, trial)} {advice}",
     )
 
@@ -215,7 +215,7 @@ def _not_to_be_measured(sae: SAEModel, given: Mapping[str, Any] | None) -> str:
     """Return why an SAE cannot be tried, empty if it can."""
     held = sae.config.kept_latents
     if held is not None:
-        return f"{len(held)} of {sae.config.d_sae} latents are loaded, which do not make up a reconstruction"
+        return f"only {len(held)} of {sae.config.d_sae} latents are loaded, and a reconstruction needs all of them"
     if given is None and distributed.is_available() and distributed.is_initialized():
         return "several processes run this model; pass check=batch in all of them"
     return ""
@@ -267,7 +267,7 @@ def _advice(sae: SAEModel, better: BetterSite) -> str:
     what = " and ".join(f"sae.config.{key} = {name!r}" for key, name in change.items())
     return (
         f"At {where} FVU is {measured.fvu:.3g}, L0 {measured.l0:.3g} and norm {measured.norm:.3g}: did you mean that "
-        f"place? Set {what}, or pass check=False to attach it here all the same."
+        f"site? Set {what}, or pass check=False to attach it here anyway."
     )
 
 
@@ -275,9 +275,9 @@ def _what(site: Site, sae: SAEModel) -> str:
     """Return what tells a site apart from the SAE's own, with which it is easily confused."""
     [given] = sites_written(sae)
     if site.is_path and given.name.endswith("_out"):
-        return ", before what the block does to it on its way into the residual stream, such as a post-norm,"
+        return ", before the block changes it on its way into the residual stream, for example by a post-norm,"
     if site.name.endswith("_out") and given.is_path:
-        return ", what is added to the residual stream, after the post-norm if there is one,"
+        return ", which is added to the residual stream, after the post-norm if there is one,"
     return ""
 
 

@@ -126,8 +126,8 @@ def tokens_of(sae: SAEModel, seen: Seen, read: Sequence[Tensor], written: Sequen
     counted = ~seen.special
     if not all(bool(x.isfinite().all(-1).cpu()[counted].all()) for x in every):
         raise InputError(
-            f"The activations that {type(sae).__name__} was to be checked on are not finite: the model itself "
-            "overflows there in its dtype. Load it in another one, or pass check=False to attach all the same."
+            f"The activations for the check of {type(sae).__name__} are not finite: the model itself overflows there "
+            "in its dtype. Load the model in another dtype, or pass check=False to attach anyway."
         )
     limit = sae.config.norm_limit
     ordinary = counted
@@ -135,8 +135,8 @@ def tokens_of(sae: SAEModel, seen: Seen, read: Sequence[Tensor], written: Sequen
         ordinary = ordinary & are_ordinary(x, counted, limit)
     if int(ordinary.sum()) < FEWEST:
         raise InputError(
-            f"An SAE was to be checked on {int(ordinary.sum())} tokens; expected at least {FEWEST} that are neither "
-            "padding nor special."
+            f"The text for the check of an SAE has {int(ordinary.sum())} usable tokens; expected at least {FEWEST} "
+            "that are neither padding nor special."
         )
     whole = counted if sae.config.special_token_ids is not None else torch.ones_like(counted)
     finite = all(bool(x.isfinite().all()) for x in every)

@@ -83,8 +83,8 @@ class SiteTrial:
             fits = fit(self.sae, *here, sets)
             if math.isinf(fits[0].fvu):
                 raise InputError(
-                    f"What the SAE makes of the activations is not finite in {self.sae.dtype}: load it in float32, or "
-                    "look into its weights."
+                    f"The SAE's output for these activations is not finite in {self.sae.dtype}: load it in float32, "
+                    "or check its weights."
                 )
             self.with_outliers = len(fits) > 1 and self.expected.with_outliers(fits[0], fits[1])
             self._measured = fits[self.with_outliers]

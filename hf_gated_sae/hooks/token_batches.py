@@ -43,8 +43,8 @@ def model_inputs(model: PreTrainedModel, batch: TokenBatch) -> dict[str, Any]:
     ids = given.get("input_ids")
     if not isinstance(ids, Tensor):
         raise InputError(
-            f"A batch of tokens is {type(batch).__name__} with {', '.join(map(repr, given)) or 'nothing'}; expected "
-            "token ids as a tensor, or a mapping with 'input_ids' (tokenizers give one with return_tensors='pt')."
+            f"A batch of tokens is a {type(batch).__name__} with {', '.join(map(repr, given)) or 'no keys'}; expected "
+            "token ids as a tensor, or a mapping with 'input_ids' (tokenizers return one with return_tensors='pt')."
         )
     if ids.ndim == 1:
         given["input_ids"] = ids = ids.unsqueeze(0)

@@ -265,8 +265,8 @@ class TokenTracker:
         if self._facts.padding == PLACES:
             advice = "pass position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0), as generate() does"
         warnings.warn(
-            f"{type(model).__name__} was called with padding on the left, where it computes something else than for "
-            f"each row alone: {advice}.",
+            f"{type(model).__name__} was called with padding on the left, for which it computes other results than "
+            f"for each row alone: {advice}.",
             UserWarning,
             stacklevel=2,
         )
@@ -322,8 +322,8 @@ class TokenTracker:
 
 
 _UNPLACED = (
-    "the cache holds tokens, but neither it nor an earlier call tells how many, so that it is not known where this "
-    "call's tokens stand: begin with an empty cache while it is attached"
+    "the cache holds tokens, but neither the cache nor an earlier call shows how many, so the positions of this "
+    "call's tokens are unknown: attach first, then begin with an empty cache"
 )
 
 

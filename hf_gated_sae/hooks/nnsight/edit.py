@@ -76,7 +76,7 @@ class _Carrier:
         except OutOfOrderError:  # the run is over: it has no further forward, or was stopped before a site
             if self._waiting is not None and self._ended(run) > self._ended_before:
                 raise AttachError(
-                    f"The model ran, but never reached {self._waiting.site}: what was to be done there had no effect."
+                    f"The model ran, but never reached {self._waiting.site}, so interventions there had no effect."
                 ) from None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -194,7 +194,7 @@ def report(edited: Any) -> AttachReport:
             where it was.
     """
     if edited not in _CARRIERS:
-        raise InputError(f"report() was given {type(edited).__name__} that edit() has not returned.")
+        raise InputError(f"report() was given a {type(edited).__name__}; expected a model that edit() returned.")
     attachment = _CARRIERS[edited].attachment
     for slot in attachment.slots:
         for record in attachment.records.get(slot.tensor_path, ()):
@@ -210,14 +210,14 @@ def _moved(slots: Mapping[str, Slot], small: nn.Module, large: nn.Module) -> dic
     """
     if type(small) is not type(large):
         raise InputError(
-            f"proven_on is a {type(small).__name__}, and the model a {type(large).__name__}: expected the same class."
+            f"proven_on is a {type(small).__name__}, and the model a {type(large).__name__}; expected the same class."
         )
     narrow, wide = (each.config.get_text_config().hidden_size for each in (small, large))  # type: ignore[union-attr,operator]  # of transformers
     moved = {}
     for name, slot in slots.items():
         if slot.width != narrow:
             raise InputError(
-                f"{name} is {slot.width} wide in the model given as proven_on, not hidden_size, {narrow}."
+                f"{name} is {slot.width} wide in proven_on, not hidden_size = {narrow}; expected a site of that width."
             )
         moved[name] = Slot(slot.site, dataclasses.replace(slot.tensor_path, width=wide), large)
     return moved
@@ -240,7 +240,7 @@ def wrapped_model(caller: str, lm: Any, *, weights: bool = True) -> nn.Module:
     if weights and any(parameter.is_meta for parameter in model.parameters()):
         raise InputError(
             f"{caller} was given a model without weights, on which no site can be proven: load it with dispatch=True, "
-            "or, if it is only to run elsewhere, pass a small model of the same class as proven_on=."
+            "or, if it will run only on another machine, pass a small model of the same class as proven_on=."
         )
     return model
 

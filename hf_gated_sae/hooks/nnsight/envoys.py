@@ -54,7 +54,9 @@ class _Latents:
             try:
                 delta = latents.to(clean).expand_as(clean) - clean
             except RuntimeError:
-                raise ShapeError(f"Latents of {list(clean.shape)} were set to {list(latents.shape)}.") from None
+                raise ShapeError(
+                    f"Latents {list(clean.shape)} were set to {list(latents.shape)}; expected a shape that broadcasts."
+                ) from None
             changed = (delta != 0).flatten(0, -2).any(0).nonzero().flatten().tolist()
             if not changed:
                 return value
@@ -77,7 +79,7 @@ class _Latents:
         place = self.slot.tensor_path
         found = get_tensor(self._packed(value), place.keys)
         if found is None or found.ndim != place.rank or found.shape[-1] != place.width:
-            raise ShapeError(f"{place} gave another structure than when {self.slot.site} was proven.")
+            raise ShapeError(f"{place} has another structure than when {self.slot.site} was proven.")
         return found
 
     def _packed(self, value: Any) -> Any:
@@ -109,7 +111,7 @@ def sae_envoys(model: Any, *saes: SAEModel) -> dict[str, type]:
     """
     require_model("sae_envoys()", model)
     if not saes:
-        raise InputError("sae_envoys() was given no SAEs.")
+        raise InputError("sae_envoys() was given no SAEs; expected at least one.")
     found: dict[str, type] = {}
     for sae in saes:
         require_sae(sae_envoys, sae)
@@ -142,8 +144,8 @@ def _envoy_class(values: _Latents) -> type:
 
         def __reduce__(self) -> tuple[Any, ...]:
             raise AttachError(
-                "A model with sae_envoys() cannot be sent to another machine, which has no SAE: use edit() on a model "
-                "that was wrapped without them."
+                "A model with sae_envoys() cannot be sent to another machine, which does not have the SAE: use edit() "
+                "on a model that was wrapped without envoys."
             )
 
     class SAEEnvoy(Envoy):

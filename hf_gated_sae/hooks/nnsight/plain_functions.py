@@ -65,7 +65,7 @@ class _SingleTokensCall(ModelCall):
 
     def remember(self, owner: object, now: Tensor) -> Tensor:
         """Refuse."""
-        raise AttachError("it depends on the tokens before.")
+        raise AttachError("it depends on earlier tokens.")
 
 
 def portable(attachment: Attachment, slot: Slot, seen: Sequence[Slot]) -> tuple[Any, dict[str, Tensor]]:
@@ -111,8 +111,8 @@ def portable(attachment: Attachment, slot: Slot, seen: Sequence[Slot]) -> tuple[
     except RuntimeError as error:
         names = ", ".join(dict.fromkeys(type(record.intervention).__name__ for record in records))
         raise AttachError(
-            f"{names} at {slot.site} cannot be sent to another machine, where it has to be carried out token by token "
-            f"and by torch operations alone: {str(error).splitlines()[0]}"
+            f"{names} at {slot.site} cannot be sent to another machine, where it must run token by token with torch "
+            f"operations alone: {str(error).splitlines()[0]}"
         ) from error
 
 
@@ -157,10 +157,10 @@ def _call_of(node: fx.Node, text_of: Any) -> str:
         return f"{text_of(node.args[0])}[{text_of(node.args[1])}]"
     schema = getattr(node.target, "_schema", None)
     if schema is None or not str(node.target).startswith("aten."):
-        raise RuntimeError(f"{node.target} is no operation of torch alone.")
+        raise RuntimeError(f"{node.target} is not an operation of torch.")
     arguments = [text_of(each) for each in node.args]
     if schema.is_mutable and arguments[0].startswith("constants["):
-        raise RuntimeError(f"{node.target} would write into what is sent.")
+        raise RuntimeError(f"{node.target} would write into a constant.")
     arguments += [f"{name}={text_of(value)}" for name, value in node.kwargs.items()]
     return f"torch.ops.{node.target}({', '.join(arguments)})"
 
@@ -175,7 +175,7 @@ def _text_of(value: Any, text_of: Any) -> str:
         return f"float({str(value)!r})"  # infinity, too
     if value is None or isinstance(value, int | str | torch.dtype | torch.layout | torch.memory_format):
         return repr(value)
-    raise RuntimeError(f"{type(value).__name__} is no argument that can be written down.")
+    raise RuntimeError(f"an argument of type {type(value).__name__} cannot be written as source.")
 
 
 def _compiled(source: str, name: str) -> Any:
