@@ -21,7 +21,7 @@ from .edit import refuse_hooks
 
 
 class _Latents:
-    """Reads and writes the latents of one SAE in the value of one module's side.
+    """Reads and writes the latents of one SAE in the input or output of one module.
 
     Args:
         sae: the SAE.
@@ -41,10 +41,10 @@ class _Latents:
             return self._run(tensor).all_latents(self.sae)
 
     def write(self, latents: Tensor, value: Any) -> Any:
-        """Return the served value with ``x + (latents - encode(x)) @ W_dec``; itself if they are what they were.
+        """Return the served value with ``x + (latents - encode(x)) @ W_dec``; itself if the latents did not change.
 
         Raises:
-            ShapeError: if these cannot be the latents.
+            ShapeError: if the latents have the wrong shape.
         """
         tensor = self._tensor(value)
         seen = view(tensor, self.slot.tensor_path.steps)
@@ -72,7 +72,7 @@ class _Latents:
     def _run(self, tensor: Tensor) -> SiteCall:
         x = view(tensor, self.slot.tensor_path.steps).value
         index = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
-        tokens = TokenContext(index, index[:, :1], None, "mixed", x.shape[1])  # which token is which is not asked
+        tokens = TokenContext(index, index[:, :1], None, "mixed", x.shape[1])  # positions are not used
         return SiteCall(x, tokens, self._placed, call=ModelCall(tokens))
 
     def _tensor(self, value: Any) -> Tensor:
@@ -92,10 +92,10 @@ class _Latents:
 def sae_envoys(model: Any, *saes: SAEModel) -> dict[str, type]:
     """Return envoy classes for nnsight's ``envoys=``: the module at each SAE's site gets ``latents``.
 
-    In a trace they can be read and saved, changed in place and assigned. What is added to the activation ``x`` is
-    ``(latents' - latents) @ W_dec``; reading alone leaves it unchanged, bit for bit. All tokens are edited, special
-    ones too: which to change is up to the trace. The SAEs do not become part of the model. Such a model is for this
-    machine alone; what is sent with ``remote=True`` is made by `edit`.
+    In a trace they can be read and saved, changed in place and assigned. This adds ``(latents' - latents) @ W_dec`` to
+    the activation ``x``; reading alone leaves it unchanged, bit for bit. All tokens are edited, special ones included;
+    the trace decides which to change. The SAEs do not become part of the model. Such a model cannot be sent to another
+    machine; use `edit` for ``remote=True``.
 
     Args:
         model: the transformers model that will be wrapped.
@@ -105,7 +105,7 @@ def sae_envoys(model: Any, *saes: SAEModel) -> dict[str, type]:
         The class for each module path: ``TransformersModel(model, envoys=sae_envoys(model, sae))``.
 
     Raises:
-        InputError: if an SAE names no site, reads other sites than it writes, or stands on the module of another.
+        InputError: if an SAE names no site, reads other sites than it writes, or has the same module as another.
         SiteError: if a site does not exist in this model or could not be proven.
         ShapeError: if an SAE is not as wide as its site.
     """
@@ -140,7 +140,7 @@ def _envoy_class(values: _Latents) -> type:
     port = values.slot.tensor_path.port
 
     class Served(eproperty):
-        """A value that exists on this machine alone."""
+        """A value that exists only on this machine."""
 
         def __reduce__(self) -> tuple[Any, ...]:
             raise AttachError(
