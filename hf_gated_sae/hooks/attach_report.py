@@ -146,7 +146,7 @@ class Record:
         else:
             total = value.sum(dtype=wide)
         if is_functorch_wrapped(total):
-            total = untransformed(total).sum()  # over the dimension of vmap, too
+            total = untransformed(total).sum()  # also over the dimension of vmap
         if total.device.type == "cpu":
             self._require_finite(total)
         else:
@@ -248,9 +248,8 @@ class Record:
             )
         if not edited and self.tokens:
             warnings.warn(
-                f"{what} edited none of the {self.tokens} tokens of a whole generation: there was no token at these "
-                "positions, or only padding and special tokens, which are edited only with special_tokens=True. See "
-                "the attachment's report().",
+                f"{what} edited none of the {self.tokens} tokens of a whole generation: positions selected no token, "
+                "or only padding, or special tokens, which need special_tokens=True. See the attachment's report().",
                 UserWarning,
                 stacklevel=4,
             )
