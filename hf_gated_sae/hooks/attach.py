@@ -311,7 +311,7 @@ def _require_one_name(first: tuple[Intervention, Slot], second: tuple[Interventi
 
 
 def _names_of_tensor(slot: Slot) -> list[Hashable]:
-    """Return keys of a slot's tensor, its path and its step in the residual stream; slots that share one share it."""
+    """Return keys of a slot's tensor: its path, and its step in the residual stream; slots of one tensor share one."""
     place, site = slot.tensor_path, slot.site
     names: list[Hashable] = [(place.path, place.port, place.keys)]
     if site.name in ("resid_pre", "resid_post") and site.layer is not None:

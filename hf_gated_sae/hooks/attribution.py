@@ -165,9 +165,9 @@ def attribute(
     the edited activation where interventions are attached.
 
     ``"integrated"`` takes the mean derivative on the straight path from all latents at 0 to their values, for all SAEs
-    together, by the midpoint rule: the attributions then sum to the loss of metric from subtracting everything that
-    the latents of the clean run write. For several SAEs of one residual stream this differs from ablating all their
-    latents, since the later SAEs would then read another activation.
+    together, by the midpoint rule: the attributions then sum to the decrease of the metric when everything that the
+    latents of the clean run write is subtracted. For several SAEs of one residual stream this differs from ablating
+    all their latents, since the later SAEs would then read another activation.
 
     Args:
         model: any Hugging Face causal LM; its parameters need not require gradients.
@@ -407,7 +407,7 @@ def _require_graph(model: Any) -> None:
 
 
 def _require_attributable(sae: object) -> None:
-    """Raise unless each latent of an SAE writes its decoder row alone, once into the residual stream.
+    """Raise if latents of an SAE depend on other tokens, or write several sites of one residual stream.
 
     Raises:
         InputError: saying why not.
@@ -416,8 +416,8 @@ def _require_attributable(sae: object) -> None:
         raise InputError(f"attribute() was given {type(sae).__name__} as an SAE; expected SAEs.")
     if not sae.per_token:
         raise InputError(
-            f"attribute() was given a {type(sae).__name__}, whose latents depend on earlier tokens, so that a latent "
-            "writes more than its decoder row."
+            f"attribute() was given a {type(sae).__name__}, whose latents depend on earlier tokens, so that what a "
+            "latent writes is not a single decoder row."
         )
     if len(sae.config.sites_written) > 1 and not sae.config.is_transcoder:
         raise InputError(

@@ -53,7 +53,7 @@ class _Anchor:
 
     @staticmethod
     def fits(sae: SAEModel) -> bool:
-        """Whether all latents of an SAE are known before it writes, and each writes its decoder row alone."""
+        """Whether all latents of an SAE are known before it writes, and what each of them writes."""
         config = sae.config
         several = len(config.sites_written) > 1 and not config.is_transcoder
         return sae.per_token and config.kept_latents is None and len(config.sites_read) == 1 and not several
