@@ -1,8 +1,8 @@
-"""Back-ends that carry interventions out on a model that the user already holds: torch forward hooks."""
+"""Apply interventions to a causal LM through torch forward hooks, and read activations and latents from it."""
 
 from ..versions import require_supported
 
-require_supported("torch", "transformers", "accelerate")  # before their modules are asked for what may have moved
+require_supported("torch", "transformers", "accelerate")  # before importing names that other versions lack
 
 from .activation_shards import ActivationShards  # noqa: E402
 from .attach import Attachment, attach  # noqa: E402

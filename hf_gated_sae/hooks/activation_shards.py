@@ -1,7 +1,7 @@
 """A harvest on disk: safetensors shards beside an ``index.json``, read through memory maps.
 
-Activations are a tensor ``[rows, d]`` by the name of their site. Latents are those that are on, as the three tensors
-of `SparseLatents` by the name ``latents.SITE``. ``token_ids``, ``documents`` and ``positions`` stand beside them.
+Activations are a tensor ``[rows, d]`` under the name of their site; active latents are the three tensors of
+`SparseLatents` under ``latents.SITE``. ``token_ids``, ``documents`` and ``positions`` are stored for every row.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ INDEX_FILE = "index.json"
 FORMAT = "hf_gated_sae.activations"
 FORMAT_VERSION = 1
 TOKENS = {"token_ids": torch.int32, "documents": torch.int64, "positions": torch.int32}
-"""What is known of every row, and how it is stored."""
+"""The tensors that identify the token of every row, and the dtypes in which they are stored."""
 
 
 def part_names(name: str) -> tuple[str, str, str]:
@@ -34,17 +34,17 @@ def part_names(name: str) -> tuple[str, str, str]:
 
 
 class ActivationShards:
-    """A folder that `save_activations` wrote; values are read from the disk when they are asked for.
+    """A folder that `save_activations` wrote; values are read from the disk on demand.
 
     Args:
         folder: the folder.
 
     Attributes:
-        index: what ``index.json`` says: names, base model, revision, tokenizer, versions.
+        index: the content of ``index.json``: names, base model, revision, tokenizer, versions.
 
     Raises:
-        MissingFileError: if the folder, its index or one of its shards is not there.
-        CheckpointError: if the index is of another kind, or a shard is not what the index says.
+        MissingFileError: if the folder, its index or one of its shards does not exist.
+        CheckpointError: if the index has another format, or a shard contradicts it.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -56,7 +56,7 @@ class ActivationShards:
 
     @property
     def names(self) -> list[str]:
-        """What there is: sites, and ``latents.SITE``."""
+        """Names of the stored values: sites, and ``latents.SITE``."""
         return list(self.index["values"])
 
     def __len__(self) -> int:
@@ -64,11 +64,11 @@ class ActivationShards:
         return int(self._starts[-1])
 
     def rows(self, rows: Tensor | Sequence[int] | slice, names: Sequence[str] | None = None) -> Harvest:
-        """Read some tokens.
+        """Read the values of some tokens.
 
         Args:
-            rows: which, in the order in which they are wanted; or a slice.
-            names: what to read of them; all by default.
+            rows: numbers of rows, in any order, which the result keeps; or a slice.
+            names: the values to read; all by default.
 
         Returns:
             Their values by name, on the CPU.
@@ -78,7 +78,9 @@ class ActivationShards:
         """
         wanted = torch.arange(len(self))[rows] if isinstance(rows, slice) else torch.as_tensor(rows).long().reshape(-1)
         if wanted.numel() and not 0 <= int(wanted.min()) <= int(wanted.max()) < len(self):
-            raise InputError(f"There are {len(self)} rows, 0 .. {len(self) - 1}; asked for {wanted.tolist()[:8]}.")
+            raise InputError(
+                f"Given rows {wanted.tolist()[:8]}; there are {len(self)} rows, so expected 0 .. {len(self) - 1}."
+            )
         chosen = self.names if names is None else list(names)
         for name in chosen:
             if name not in self.index["values"]:
@@ -103,8 +105,8 @@ class ActivationShards:
 
         Args:
             batch_size: tokens per batch; the last one may be smaller.
-            names: what to read of them; all by default.
-            seed: of a random order over all shards; None for the order of the text.
+            names: the values to read; all by default.
+            seed: seed of a random order over all shards; None keeps the order of the text.
 
         Raises:
             InputError: if `batch_size` is less than 1, or a name is unknown.
@@ -120,7 +122,7 @@ class ActivationShards:
         """Copy into a `datasets.Dataset`, one row per token, active latents as lists of indices and values.
 
         Args:
-            names: what to copy; all by default.
+            names: the values to copy; all by default.
 
         Raises:
             InputError: if the `datasets` library is not installed, or a name is unknown.
@@ -130,7 +132,7 @@ class ActivationShards:
         except ImportError as error:
             raise InputError("to_dataset() needs the datasets library: pip install datasets.") from error
         chosen = self.names if names is None else list(names)
-        self.rows([], chosen)  # to refuse unknown names here
+        self.rows([], chosen)  # raises for unknown names
         features: dict[str, Any] = {name: datasets.Value(str(kind).split(".")[-1]) for name, kind in TOKENS.items()}
         for name in chosen:
             facts = self.index["values"][name]
@@ -138,8 +140,8 @@ class ActivationShards:
             features[name] = datasets.List(kind, length=facts["width"])
             if facts["kind"] == "latents":
                 features[name] = {"indices": datasets.List(datasets.Value("int32")), "values": datasets.List(kind)}
-        # The identity is part of the arguments, since it is by these that the library knows what it has cached. And a
-        # list among them would be taken for parts of the data, of which each worker gets some.
+        # The identity is among the arguments because the library caches by them. The names are a tuple because it
+        # divides lists among its workers.
         arguments = {"folder": str(self.folder), "names": tuple(chosen), "identity": self.index["identity"]}
         return datasets.Dataset.from_generator(_examples, features=datasets.Features(features), gen_kwargs=arguments)
 
@@ -171,12 +173,12 @@ class _Shard:
     Args:
         path: the file.
         rows: number of tokens in it.
-        facts: what the index says of the values.
+        facts: the index's entries for the values.
     """
 
     def __init__(self, path: Path, rows: int, facts: Mapping[str, Mapping[str, Any]]) -> None:
         if not path.is_file():
-            raise MissingFileError(f"{path} is not there, which the index beside it names: copy the whole folder.")
+            raise MissingFileError(f"There is no {path}, which the index beside it lists: copy the whole folder.")
         self.path, self._rows, self._facts = path, rows, facts
         self._tensors: dict[str, Tensor] = {}
 
@@ -194,7 +196,7 @@ class _Shard:
     def _mapped(self) -> dict[str, Tensor]:
         try:
             with safetensors.safe_open(self.path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.path} cannot be read ({error}): copy or write the folder again.") from error
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(TOKENS, (self._rows,))
@@ -207,8 +209,8 @@ class _Shard:
                 shapes |= {offsets: (self._rows + 1,), indices: live, values: live}
         if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != shapes:
             raise CheckpointError(
-                f"{self.path} holds {', '.join(sorted(tensors))}, which are not the {self._rows} rows of "
-                f"{', '.join(self._facts)} that the index beside it says: copy or write the folder again."
+                f"{self.path} holds {', '.join(sorted(tensors))}; expected {self._rows} rows of "
+                f"{', '.join(self._facts)}, as wide as the index beside it states: copy or write the folder again."
             )
         return tensors
 
@@ -220,7 +222,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{path} is no JSON ({error}).") from error
+        raise CheckpointError(f"{path} is not JSON ({error}).") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT or index.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} is not an index of format {FORMAT!r}, version {FORMAT_VERSION}: write the folder again with "
@@ -230,7 +232,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
 
 
 def joined(parts: Sequence[Any], order: Tensor | None) -> Any:
-    """Return the rows of all parts, in another order if one is given."""
+    """Return the rows of all parts in one value, reordered if an order is given."""
     if isinstance(parts[0], SparseLatents):
         live = SparseLatents.cat(parts, (sum(part.shape[0] for part in parts), parts[0].d_sae))
         return live if order is None else rows_of_active(live, order)

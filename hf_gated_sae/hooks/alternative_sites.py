@@ -1,4 +1,4 @@
-"""The sites that an SAE's own could be mistaken for, those first that are mistaken most easily."""
+"""List the sites with which an SAE's own is easily confused, the likeliest first."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..sites import Site, SiteMap, Slot, Transform
 from ..sites.site import GLOBAL, LAYERED
 
 MOST_FAR = 64
-"""Places that are tried at most, in the search that is made only when in doubt."""
+"""Maximum number of other sites to try."""
 
 
 class SitePair(NamedTuple):
@@ -32,7 +32,7 @@ class AlternativeSites:
 
     Attributes:
         slots: all of them by name.
-        stages: which of them to try, as pairs; a stage is tried only where none before has one that fits better.
+        stages: the pairs to try; a stage is tried only if no earlier one has a pair that fits better.
     """
 
     slots: dict[str, Slot]
@@ -66,10 +66,10 @@ def near_sites(found: SiteMap, sae: SAEModel) -> AlternativeSites:
 
 
 def far_sites(found: SiteMap, root: nn.Module, sae: SAEModel) -> AlternativeSites:
-    """Return all that a site could be mistaken for.
+    """Return all sites with which the SAE's could be confused.
 
-    These are the same site of every layer, the sites and modules of its block and of those beside it, and other views
-    of it.
+    These are the same site of every layer, the sites and modules of its block and of the adjacent ones, and the site
+    under other transforms.
 
     Args:
         found: the sites of the model.
@@ -82,7 +82,7 @@ def far_sites(found: SiteMap, root: nn.Module, sae: SAEModel) -> AlternativeSite
         same = [SitePair(name, name) for name in here]
         if sae.config.normalization != "none":
             return AlternativeSites(here, [same])
-        # Perhaps a transcoder, of which one site only was stated.
+        # It may be a transcoder whose configuration states only one of its sites.
         there = _existing(found, _names_beside(found, root, written), sae.d_out, found[written])
         beside = _existing(found, _names_beside(found, root, read), sae.config.d_in, found[read])
         return AlternativeSites(here | there | beside, [same, _one_side(read, written, beside, there)])
@@ -99,7 +99,7 @@ def _one_side(read: Site, written: Site, here: Iterable[str], there: Iterable[st
 
 
 def _existing(found: SiteMap, names: Iterable[str | None], width: int, own: Slot) -> dict[str, Slot]:
-    """Return the slots of the names that exist with that width, each site once, and not the SAE's own."""
+    """Return the slots of that width among `names`, each tensor once, without the SAE's own."""
     places = {own.tensor_path}
     slots: dict[str, Slot] = {}
     for name in names:
@@ -107,7 +107,7 @@ def _existing(found: SiteMap, names: Iterable[str | None], width: int, own: Slot
             continue
         try:
             slot = found[name]
-        except SiteError:  # that one does not exist in this model, or is refused
+        except SiteError:  # it does not exist in this model, or is refused
             continue
         if slot.width == width and slot.tensor_path not in places:
             places.add(slot.tensor_path)
@@ -121,7 +121,7 @@ def _names_far(found: SiteMap, root: nn.Module, site: Site) -> Iterator[str | No
 
 
 def _names_beside(found: SiteMap, root: nn.Module, site: Site) -> Iterator[str]:
-    """Yield other views of a site, the sites of its block and of those beside it, and its block's modules."""
+    """Yield a site under other transforms, the sites of its block and the adjacent ones, and its block's modules."""
     own, bare = found[site], str(site.bare)
     yield bare
     yield from (f"{bare}|{name}" for name in ("center", "norm_no_gain", "unit_norm"))
@@ -138,7 +138,7 @@ def _names_beside(found: SiteMap, root: nn.Module, site: Site) -> Iterator[str]:
 
 
 def _in_layer(found: SiteMap, layer: int, transforms: tuple[Transform, ...]) -> Iterator[str]:
-    """Yield the sites of a layer, and those before the first and behind the last one, seen through transforms."""
+    """Yield the sites of a layer under some transforms, with `embed` for the first, `final_norm` for the last one."""
     if layer == 0:
         yield str(Site(GLOBAL[0]).transformed(*transforms))
     yield from (str(Site(name, layer).transformed(*transforms)) for name in LAYERED)
@@ -147,13 +147,13 @@ def _in_layer(found: SiteMap, layer: int, transforms: tuple[Transform, ...]) -> 
 
 
 def _by_distance(found: SiteMap, site: Site) -> list[int]:
-    """Return by how many layers a site can be moved, the nearest first."""
+    """Return the offsets from a site's layer to every layer, the smallest first."""
     layer = _layer(site, found.n_layers)
     return sorted((other - layer for other in range(found.n_layers)), key=abs)
 
 
 def _shifted(site: Site, by: int) -> str | None:
-    """Return the name of a site some layers further on; None if it has no layer, or none is there."""
+    """Return the name of the same site `by` layers later; None if it has no layer, or that layer is negative."""
     if site.layer is not None:
         moved = site.layer + by
         return None if moved < 0 else str(dataclasses.replace(site, layer=moved))

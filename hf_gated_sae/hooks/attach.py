@@ -1,4 +1,4 @@
-"""`attach`: the only thing that touches the model."""
+"""`attach`: apply interventions while a model runs."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Attachment(Session):
     Args:
         model: the causal LM; only a weak reference is kept.
         interventions: what to do.
-        slots: the proven place of each site that they write or read, by name.
+        slots: the proven slot of each site that they write or read, by name.
         all_threads: whether calls from all threads are edited.
-        checks: what was found of each SAE.
+        checks: the result of checking each SAE.
     """
 
     def __init__(
@@ -78,8 +78,8 @@ class Attachment(Session):
         """Attach; every forward and generate of the model from this thread is now edited.
 
         Raises:
-            AttachError: if it is attached already, or the model is gone.
-            InputError: if something else that is attached replaces the same site.
+            AttachError: if it is attached already, or the model no longer exists.
+            InputError: if another attachment replaces the same site.
         """
         model = self._model()
         if model is None:
@@ -95,13 +95,13 @@ class Attachment(Session):
         return self
 
     def disable(self) -> None:
-        """Detach; nothing stays behind. Does nothing if not attached.
+        """Detach, which removes all hooks; do nothing if not attached.
 
-        While an exception is under way or being handled, as in ``finally:`` or ``except:``, it only detaches, so that
-        what it has to say never stands in place of that exception.
+        While an exception propagates or is handled, as in ``finally:`` or ``except:``, it only detaches, so that an
+        error of its own never replaces that exception.
 
         Raises:
-            AttachError: where the end of a ``with`` block would raise it.
+            AttachError: if the end of a ``with`` block would raise it.
         """
         was_enabled = self.enabled
         self._detach()
@@ -131,20 +131,20 @@ class Attachment(Session):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Detach, whatever happened.
+        """Detach.
 
         Raises:
-            AttachError: if the model ran but a site was never reached, so that an intervention had no effect, if
-                positions were named that no token stood at, if NaN or infinite numbers were put in, or numbers beyond
-                what the model's type of numbers holds.
+            AttachError: if the model ran but never reached a site, so that an intervention had no effect; if no token
+                was at a given position; or if NaN, infinite numbers or numbers beyond the range of the model's dtype
+                were put in.
         """
-        was_enabled = self.enabled  # if not, disable() has said what there was to say
+        was_enabled = self.enabled  # if not, disable() has raised these errors
         self._detach()
         if was_enabled and kind is None:
             self._require_effect()
 
     def _detach(self) -> None:
-        """Take everything off the model, without a word."""
+        """Remove all hooks from the model, without any check."""
         model = self._model() if self.enabled else None
         if model is not None:
             leave(model, self, self._slots.values())
@@ -153,14 +153,14 @@ class Attachment(Session):
         self._saes.clear()
 
     def _require_effect(self) -> None:
-        """Raise if the model ran since `enable` and what was attached did not do what it was to do."""
+        """Raise if the model ran since `enable` and an intervention did not act as intended."""
         completed, generations, calls = self._before
         model = self._model()
         if model is not None and self.completed > completed:
             self._require_on_all_ranks(model)
         if self.failure is not None:
             raise AttachError(
-                f"A call failed in another thread, where only a log may show it, while this was attached: "
+                f"A call of the attached model failed in another thread, where perhaps only a log shows it: "
                 f"{self.failure}"
             ) from self.failure
         for record in self._records:
@@ -168,14 +168,13 @@ class Attachment(Session):
         idle = {record.site for record, before in zip(self._records, calls, strict=True) if record.calls == before}
         if idle and self.completed > completed:
             raise AttachError(
-                f"The model ran, but never reached {', '.join(sorted(map(str, idle)))}: what was "
-                "attached there had no effect. Compiled and fused forwards skip hooks: run the model uncompiled, or "
-                "choose another site."
+                f"The model ran, but never reached {', '.join(sorted(map(str, idle)))}, so interventions there had no "
+                "effect. Compiled and fused forwards skip hooks: run the model uncompiled, or choose another site."
             )
         if idle and self.passed_by:
             raise AttachError(
-                "The model was called, but from another thread or task than the one that attached, where nothing is "
-                "edited: call it from the same one, or use attach(..., all_threads=True), as streamers need it."
+                "The model was called from another thread or task than the one that attached, where calls are not "
+                "edited: call it from the same one, or use attach(..., all_threads=True), which streamers need."
             )
         if self.generations > generations:
             for record in self._records:
@@ -187,8 +186,8 @@ class Attachment(Session):
         missing = absent(ranks, f"attach/{sorted(map(str, self._slots))}")
         if missing:
             raise AttachError(
-                f"Ranks {missing} of {list(ranks)} ran without these interventions, so that the ranks computed with "
-                "different activations: attach on every rank alike."
+                f"Ranks {missing} of {list(ranks)} ran without these interventions, so the ranks computed with "
+                "different activations: attach the same interventions on every rank."
             )
 
     # ------------------------------------------------------------------ for the back-ends
@@ -225,11 +224,11 @@ def attach(model: Any, *interventions: Intervention, all_threads: bool = False, 
     Args:
         model: any Hugging Face causal LM, as the user calls it.
         interventions: what to do, such as ``Splice(sae)`` or ``Ablate(sae, [123])``.
-        all_threads: act on calls from every thread, as `generate` with a streamer needs it.
-        check: try each SAE on a short text, and compare FVU, L0 and norm with what was measured when it was
-            published. The text is ours, if the model's own tokenizer is on this machine, or a batch given here: ids
-            ``[B, S]``, or what a tokenizer returns. What was found is in the attachment's `checks`; on our text an SAE
-            is tried once per model. False leaves it out.
+        all_threads: act on calls from every thread, which `generate` with a streamer needs.
+        check: run each SAE on a short text, and compare FVU, L0 and norm with what was measured when it was
+            published. True uses a built-in text, once per SAE and model, if the model's tokenizer is on this machine;
+            or give a batch: ids ``[B, S]``, or what a tokenizer returns. False skips the check. The results are in the
+            attachment's `checks`.
 
     Returns:
         A context manager, which also reports what was edited.
@@ -253,7 +252,7 @@ def sites_of(interventions: Sequence[Intervention]) -> list[str]:
     """Return the names of all sites that interventions write or read.
 
     Raises:
-        InputError: if there are none, or something else is among them.
+        InputError: if there are none, or something that is not an intervention.
     """
     if not interventions:
         raise InputError("attach() was given no interventions; pass at least one, such as Splice(sae).")
@@ -272,7 +271,7 @@ def require_fit(interventions: Sequence[Intervention], slots: Mapping[str, Slot]
 
     Raises:
         InputError: if two replace the same site, two name the same tensor differently, or a site is needed before the
-            model comes to it.
+            model computes it.
         ShapeError: if an SAE, direction or value is not as wide as the site.
     """
     replaced: dict[Hashable, Intervention] = {}
@@ -296,8 +295,8 @@ def require_fit(interventions: Sequence[Intervention], slots: Mapping[str, Slot]
 def _require_one_name(first: tuple[Intervention, Slot], second: tuple[Intervention, Slot]) -> None:
     """Raise if two interventions would act on one tensor one after the other.
 
-    What is written under one name is read under the other where the model comes to that, so that the second would not
-    see the clean activation. Names that differ in transforms alone are of one site, where both read it first.
+    The second would then read what the first wrote, not the clean activation. Names that differ only in transforms are
+    one site, where both read the clean activation.
 
     Raises:
         InputError: naming both.
@@ -306,13 +305,13 @@ def _require_one_name(first: tuple[Intervention, Slot], second: tuple[Interventi
     if other is not intervention and there.tensor_path.bare != here.tensor_path.bare:
         raise InputError(
             f"{type(other).__name__} at {there.site} and {type(intervention).__name__} at {here.site} write one "
-            "tensor under two names, one after the other, so that the second would not read the clean activation: "
-            "name the same site in both, or nest two attach() blocks to have them follow each other."
+            "tensor under two names, so the second would not read the clean activation: name the same site in both, "
+            "or nest two attach() blocks to apply them one after the other."
         )
 
 
 def _names_of_tensor(slot: Slot) -> list[Hashable]:
-    """Return what tells that two slots hold the same tensor: where it lies, and which step of the stream it is."""
+    """Return keys of a slot's tensor: its path, and its step in the residual stream; slots of one tensor share one."""
     place, site = slot.tensor_path, slot.site
     names: list[Hashable] = [(place.path, place.port, place.keys)]
     if site.name in ("resid_pre", "resid_post") and site.layer is not None:
@@ -321,11 +320,11 @@ def _names_of_tensor(slot: Slot) -> list[Hashable]:
 
 
 def _require_order(intervention: Intervention, slots: Mapping[str, Slot]) -> None:
-    """Raise unless everything that is read is read before it is needed.
+    """Raise unless the model computes every site that is read before the site where it is needed.
 
     Raises:
         ShapeError: if a site that is read has another width.
-        InputError: if the model computes a site only after the one where it is needed.
+        InputError: otherwise.
     """
     for number, site in enumerate(intervention.reads):
         slot = slots[str(site)]
@@ -335,18 +334,18 @@ def _require_order(intervention: Intervention, slots: Mapping[str, Slot]) -> Non
             base_model = None if intervention.sae_used is None else intervention.sae_used.config.base_model
             raise InputError(
                 f"{type(intervention).__name__} reads {site} to write {needed.site}, but this model computes "
-                f"{needed.site} first: the SAE (base model {base_model!r}) does not fit."
+                f"{needed.site} first: the SAE (base model {base_model!r}) does not fit this model."
             )
 
 
 def _require_splice_of_crosscoders(interventions: Sequence[Intervention]) -> None:
-    """Raise if latents of a crosscoder are edited alone.
+    """Raise if latents of a crosscoder are edited without a splice of the same SAE.
 
-    What is added at one site of a residual stream reaches the next one by itself; only where the reconstruction
-    replaces each site is there no doubt what a latent is to add there.
+    What is added at one site of a residual stream also reaches the next one, where it would be added again. A splice
+    replaces each site by the reconstruction, to which a latent contributes once.
 
     Raises:
-        InputError: saying what to attach, too.
+        InputError: naming the splice to attach as well.
     """
     whole = [
         each
@@ -360,9 +359,9 @@ def _require_splice_of_crosscoders(interventions: Sequence[Intervention]) -> Non
         covered = sae in spliced and (spliced[sae] or not each.special_tokens)
         if crosses and isinstance(each, Edit) and not covered:
             raise InputError(
-                f"{type(each).__name__} was given a crosscoder, whose latents write several sites of one stream: what "
-                "is added at one would be counted again at the next. Attach Splice of the same SAE with it, at all "
-                "positions and rows."
+                f"{type(each).__name__} was given a crosscoder, whose latents write several sites of one residual "
+                "stream: what is added at one would be counted again at the next. Attach Splice of the same SAE with "
+                "it, at all positions and rows."
             )
 
 
@@ -370,15 +369,15 @@ def require_model(caller: str, model: Any) -> None:
     """Raise unless `model` can be hooked.
 
     Raises:
-        InputError: if it is no module.
+        InputError: if it is not a module.
         AttachError: if it is compiled.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"{caller} was given {type(model).__name__} as the model; expected a transformers model.")
     if any(map(_is_compiled, model.modules())):
         raise AttachError(
-            f"{caller} was given a compiled model, and compiled code skips hooks that come later: give the model that "
-            "went into torch.compile (model._orig_mod), and call that one."
+            f"{caller} was given a compiled model, and compiled code skips hooks that are added later: pass the "
+            "uncompiled model (model._orig_mod), and call that one."
         )
 
 

@@ -21,7 +21,7 @@ from ..sites import Site
 from ..sites.transforms import Transform
 from ..upstream.torch_private import is_functorch_wrapped
 
-# What is remembered token by token; beyond it the oldest calls are counted, not listed, so that memory stays bounded.
+# How much is remembered token by token; older calls are counted, not listed, so that memory stays bounded.
 CALLS_REMEMBERED = 4096
 TOKENS_REMEMBERED = 1 << 20
 ROWS_SHOWN = 8
@@ -51,7 +51,7 @@ class InterventionReport:
 
 @dataclass(frozen=True)
 class AttachReport:
-    """What everything attached did, intervention by intervention."""
+    """What each attached intervention did."""
 
     interventions: list[InterventionReport]
 
@@ -70,43 +70,43 @@ def _line(entry: InterventionReport) -> str:
 
 @dataclass
 class Record:
-    """Collects what one intervention does; nothing is read from the device before the report is asked for."""
+    """Collects what one intervention does at one site; nothing is read from the device until the report is made."""
 
     intervention: Intervention
     output: int = 0
-    """Which of the intervention's sites this is about."""
+    """Number of the site among the intervention's sites."""
     transforms: tuple[Transform, ...] = ()
-    """What is done to the activation there before the intervention sees it."""
+    """Transforms through which the intervention sees the activation."""
     calls: int = 0
     forgotten: Tensor | int = 0
     masks: deque[tuple[Tensor, Tensor | bool]] = field(default_factory=deque)
     remembered: int = 0
     before: int | None = None
-    """How many columns the model had been through, in the cache, when it first saw any."""
+    """Smallest number of columns that were in the cache before a call."""
     tokens: int = 0
-    """How many tokens it saw, edited or not."""
+    """Number of tokens that passed the site, edited or not."""
     columns: int = 0
-    """How many columns the model has been through."""
+    """Number of columns that the model has been through."""
     lengths: Tensor | None = None
-    """How many tokens the longest row and the longest prompt had, ``[2]``; only where positions are numbers."""
+    """Numbers of tokens of the longest row and of the longest prompt, ``[2]``; only if positions are numbers."""
     taint: Tensor | None = None
-    """Zero, or NaN once something was put in that is not finite; not on a CPU, where that is told at once."""
+    """Zero, or NaN once a number that was put in was not finite; not used on a CPU, where that raises at once."""
     beyond: Tensor | None = None
-    """Whether something was put in that is beyond the model's range; not on a CPU, either."""
+    """Whether a number that was put in was beyond the range of the model's dtype; not used on a CPU."""
     dtype: torch.dtype = torch.float32
-    """The model's type of numbers there, where its range was watched."""
+    """The model's dtype at the site, if its range was watched."""
     replaces: bool = field(init=False)
-    """Whether the intervention puts something in the activation's place."""
+    """Whether the intervention replaces the activation."""
     sae: SAEModel | None = field(init=False)
-    """The SAE that the intervention reads, None if it reads none."""
+    """The SAE that the intervention uses; None if it uses none."""
 
     def __post_init__(self) -> None:
-        """Look up what does not change."""
+        """Set `sae` and `replaces`."""
         self.sae, self.replaces = self.intervention.sae_used, self.intervention.replaces
 
     @property
     def site(self) -> Site:
-        """The site that this is about."""
+        """The site of this record."""
         return self.intervention.sites[self.output]
 
     def add(self, tokens: TokenContext, mask: Tensor | bool) -> None:
@@ -128,15 +128,15 @@ class Record:
             self.forgotten = self.forgotten + (old.sum() if isinstance(old, Tensor) else index.numel())
 
     def watch(self, value: Tensor, mask: Tensor | bool) -> None:
-        """Record what is put in at meant tokens: a sum, which NaN and infinite numbers spoil.
+        """Check by its sum that what is put in at masked tokens is finite.
 
         Args:
             value: what is added or put in place, ``[B, S, d]`` or broadcastable to it.
             mask: at which tokens.
 
         Raises:
-            AttachError: if it is not finite; on another device than the CPU only `require_sound` says so, since asking
-                would hold up the model.
+            AttachError: if it is not finite; on other devices than a CPU only `require_sound` raises, since reading
+                the sum would make the model wait.
         """
         value = value.detach()
         wide = torch.promote_types(value.dtype, torch.float32)
@@ -146,30 +146,30 @@ class Record:
         else:
             total = value.sum(dtype=wide)
         if is_functorch_wrapped(total):
-            total = untransformed(total).sum()  # of all that vmap computes together
+            total = untransformed(total).sum()  # also over the dimension of vmap
         if total.device.type == "cpu":
             self._require_finite(total)
         else:
             self.taint = total * 0.0 if self.taint is None else self.taint + total * 0.0
 
     def _require_finite(self, total: Tensor) -> None:
-        """Raise if something was put in that is not finite."""
+        """Raise if a sum of what was put in is not finite."""
         if not math.isfinite(total):
-            self.taint = None  # said once
+            self.taint = None  # raise only once
             raise AttachError(
                 f"{type(self.intervention).__name__} put NaN or infinite numbers in at {self.site}: the activations "
-                "there, or the SAE's latents of them, are not finite."
+                "there, or the SAE's latents, are not finite."
             )
 
     def watch_range(self, beyond: Tensor, dtype: torch.dtype) -> None:
-        """Record whether what the model continues with has become infinite in its type of numbers.
+        """Check that the activation with which the model continues did not overflow its dtype.
 
         Args:
-            beyond: a single bool.
-            dtype: that type.
+            beyond: whether it did, a single bool.
+            dtype: that dtype.
 
         Raises:
-            AttachError: if it has; as with `watch`, only `require_sound` says so on another device than the CPU.
+            AttachError: if it did; as for `watch`, on other devices than a CPU only `require_sound` raises.
         """
         self.dtype = dtype
         if is_functorch_wrapped(beyond):
@@ -180,34 +180,34 @@ class Record:
             self.beyond = beyond if self.beyond is None else self.beyond | beyond
 
     def _require_within(self, beyond: Tensor) -> None:
-        """Raise if what was put in was beyond the model's range."""
+        """Raise if what was put in was beyond the range of the model's dtype."""
         if beyond:
-            self.beyond = None  # said once
+            self.beyond = None  # raise only once
             name = str(self.dtype).removeprefix("torch.")
             raise AttachError(
-                f"What {type(self.intervention).__name__} put in at {self.site} is beyond the model's {name}, "
-                f"which ends at {torch.finfo(self.dtype).max:g}, and became infinite: edit less strongly, or load the "
-                "model in bfloat16 or float32."
+                f"What {type(self.intervention).__name__} put in at {self.site} overflowed the model's {name}, whose "
+                f"largest number is {torch.finfo(self.dtype).max:g}: edit less strongly, or load the model in "
+                "bfloat16 or float32."
             )
 
     def _require_finite_and_within(self) -> None:
-        """Raise if something was put in that is not finite, or not in the model's type of numbers."""
+        """Raise if what was put in was not finite, or beyond the range of the model's dtype."""
         if self.taint is not None:
             self._require_finite(self.taint)
         if self.beyond is not None:
             self._require_within(self.beyond)
 
     def require_sound(self) -> None:
-        """Raise unless everything put in was finite, and there was a token at every position that was named.
+        """Raise unless everything put in was finite and there was a token at every given position.
 
         Raises:
-            AttachError: saying what was not.
+            AttachError: naming the position or the number at fault.
         """
         self._require_finite_and_within()
         if self.calls and self.intervention.columns > self.columns:
             raise AttachError(
                 f"{type(self.intervention).__name__} at {self.site} was given {self.intervention.columns} columns, "
-                f"and the model went through {self.columns}: expected no more than the batch has."
+                f"and the model went through {self.columns}; expected at most as many as the batch has."
             )
         if self.lengths is not None:
             tokens, prompt = map(int, self.lengths)
@@ -222,19 +222,19 @@ class Record:
             if self.before:
                 raise AttachError(
                     f"{named}{self.intervention.positions!r} are among the {self.before} tokens that were in the "
-                    "cache already, computed before it was attached, or special tokens or padding, which are left "
-                    "alone: begin with an empty cache, or pass special_tokens=True."
+                    "cache before it was attached, or are special tokens or padding, which are not edited: begin with "
+                    "an empty cache, or pass special_tokens=True."
                 )
             raise AttachError(
-                f"{named}{self.intervention.positions!r} are special tokens or padding, which are left alone. Pass "
-                "special_tokens=True to act on them, too."
+                f"{named}{self.intervention.positions!r} are special tokens or padding, which are not edited. Pass "
+                "special_tokens=True to edit special tokens."
             )
 
     def require_reach(self) -> None:
-        """Raise, or warn, if whole generations were not edited as `positions` say; on a GPU this waits for it.
+        """Raise or warn if generations were not edited as `positions` says; this waits for a GPU.
 
         Raises:
-            AttachError: if all tokens were edited, the prompt's and those generated, where only some are meant.
+            AttachError: if all tokens of prompt and continuation were edited, but `positions` selects only some.
         """
         meant = self.intervention
         if not self.calls or not meant.acts_at(self.output) or (isinstance(meant, Conditional) and meant.when):
@@ -242,28 +242,27 @@ class Record:
         edited, what = self._edited(), f"{type(meant).__name__} at {self.site} with positions={meant.positions!r}"
         if edited == self.tokens and isinstance(meant.positions, str) and meant.positions != "all":
             raise AttachError(
-                f"{what} edited all {edited} tokens of a generation, the prompt's and those generated, so that where "
-                "they stand was misread. Call generate() of the model that was given to attach(); if you did, please "
-                "report this with the versions of transformers and hf-gated-sae."
+                f"{what} edited all {edited} tokens of a generation, those of the prompt and the generated ones, so "
+                "their positions were misread. Call generate() of the model that was given to attach(); if you did, "
+                "please report this with the versions of transformers and hf-gated-sae."
             )
         if not edited and self.tokens:
             warnings.warn(
-                f"{what} edited none of the {self.tokens} tokens that passed in a whole generation: no such token was "
-                "among them, or those were special tokens or padding, which are left alone without "
-                "special_tokens=True. See the attachment's report().",
+                f"{what} edited none of the {self.tokens} tokens of a whole generation: positions selected no token, "
+                "or only padding, or special tokens, which need special_tokens=True. See the attachment's report().",
                 UserWarning,
                 stacklevel=4,
             )
 
     def _names_tokens(self) -> bool:
-        """Whether tokens were named one by one, and only being special could keep them from being edited."""
+        """Whether positions are given as numbers, so that only special tokens and padding are not edited."""
         meant, positions = self.intervention, self.intervention.positions
         conditional = isinstance(meant, Conditional) and bool(meant.when)
         named = isinstance(positions, int) or (isinstance(positions, tuple) and bool(positions))
         return named and not conditional and not meant.special_tokens and meant.acts_at(self.output)
 
     def _edited(self) -> int:
-        """Return how many tokens were edited; on a GPU this waits for it."""
+        """Return the number of edited tokens; this waits for a GPU."""
         listed = (mask.sum() if isinstance(mask, Tensor) else index.numel() for index, mask in self.masks)
         return int(self.forgotten) + int(sum(listed))
 
@@ -271,7 +270,7 @@ class Record:
         """Return what was collected.
 
         Raises:
-            AttachError: if something was put in that is not finite, or beyond the range of the model's numbers.
+            AttachError: if what was put in was not finite, or beyond the range of the model's dtype.
         """
         self._require_finite_and_within()
         positions: dict[int, set[int]] = {}

@@ -31,7 +31,7 @@ Metric = Callable[[Any], Tensor]
 METHODS = ("gradient", "integrated")
 
 NUMBERS_AT_ONCE = 1 << 22
-"""Numbers in the decoder rows that are gathered together."""
+"""Maximum number of values in decoder rows that are gathered at once."""
 
 
 class LatentEffect(NamedTuple):
@@ -42,7 +42,7 @@ class LatentEffect(NamedTuple):
         row: row of the batch.
         token: column of the batch.
         latent: number of the latent.
-        attribution: `activation` times `gradient`: what zero-ablating it would take from the metric, to first order.
+        attribution: `activation` times `gradient`: by how much zero-ablating it lowers the metric, to first order.
         activation: the latent's value.
         gradient: derivative of the metric with respect to it.
     """
@@ -62,11 +62,11 @@ class LatentEffect(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Attribution:
-    """What the active latents of some SAEs do to a metric; latents that are off do nothing by definition.
+    """The effect of SAEs' active latents on a metric; latents that are not active have none by definition.
 
     Attributes:
         metric: value of the metric.
-        activations: the active latents of each SAE, of ``[B, S]`` tokens, those left out having none.
+        activations: the active latents of each SAE, of ``[B, S]`` tokens; none at tokens that are left out.
         gradients: the metric's derivative with respect to each of them, ``[live]`` by SAE.
     """
 
@@ -80,10 +80,10 @@ class Attribution:
         """Return the attributions of one SAE, ``latents * gradients``, of ``[B, S]`` tokens.
 
         Raises:
-            UnknownNameError: if it was not asked for.
+            UnknownNameError: if the metric was not attributed to it.
         """
         if sae not in self.activations:
-            raise UnknownNameError("This SAE is not among those that the metric was attributed to.")
+            raise UnknownNameError("The metric was not attributed to this SAE: pass it to attribute().")
         live = self.activations[sae]
         return SparseLatents(live.offsets, live.indices, live.values * self.gradients[sae], live.shape)
 
@@ -115,7 +115,7 @@ class Attribution:
 
 
 class _Leaves(Observation):
-    """Keeps activations as what gradients are taken with respect to, and may add something behind them.
+    """Keeps activations to take gradients with respect to them, and may add to what the model continues with.
 
     Args:
         places: where to look.
@@ -133,12 +133,12 @@ class _Leaves(Observation):
         self.added = added or {}
 
     def kept(self, value: Tensor) -> Tensor:
-        """Return a leaf at the first site, so that what the model did before it is released."""
+        """Return a leaf at the first site, so that the graph before it is released."""
         first = not any(place in self.seen for place in self.grad)
         return super().kept(value.detach() if first else value)
 
     def going_on(self, place: TensorPath, kept: Tensor) -> Tensor:
-        """Return the activation, with what is added."""
+        """Return the activation with what is added there."""
         if place not in self.added:
             return super().going_on(place, kept)
         added = self.added[place]
@@ -164,30 +164,30 @@ def attribute(
     through the second. Neither the model's outputs nor its parameters' gradients are touched. Latents are those of
     the edited activation where interventions are attached.
 
-    ``"integrated"`` takes the mean derivative on the straight way from all latents at 0 to their values, all SAEs
-    together, by the midpoint rule: the attributions then sum to what subtracting everything that the latents of the
-    clean run write takes away. For several SAEs of one stream that is not what ablating all their latents does: the
-    later ones would see another activation then.
+    ``"integrated"`` takes the mean derivative on the straight path from all latents at 0 to their values, for all SAEs
+    together, by the midpoint rule: the attributions then sum to the decrease of the metric when everything that the
+    latents of the clean run write is subtracted. For several SAEs of one residual stream this differs from ablating
+    all their latents, since the later SAEs would then read another activation.
 
     Args:
         model: any Hugging Face causal LM; its parameters need not require gradients.
         saes: one or several, whose configurations name the sites; transcoders and cross-layer transcoders too.
-        metric: given the model's output; returns one number.
+        metric: takes the model's output and returns one number.
         method: ``"gradient"`` or ``"integrated"``.
-        steps: number of points on the way, each one more forward and backward; of ``"integrated"`` only.
-        special_tokens: also of special tokens, on which SAEs are usually not trained: those that an SAE has recorded,
-            or else those of the model, see `special_token_ids`.
-        **inputs: the model's inputs, such as ``input_ids`` and ``attention_mask``. Where padding stands before tokens,
+        steps: number of points on the path, each with a forward and a backward; only for ``"integrated"``.
+        special_tokens: also attribute to latents of special tokens, on which SAEs are usually not trained. These are
+            the tokens that an SAE has recorded, or else those of the model, see `special_token_ids`.
+        **inputs: the model's inputs, such as ``input_ids`` and ``attention_mask``. Where padding precedes tokens,
             ``position_ids`` are derived from the mask, unless they are given.
 
     Returns:
         Active latents, derivatives and attributions.
 
     Raises:
-        InputError: for something that is no SAE, a crosscoder, or one whose latents depend on other tokens; if the
-            metric is not one finite number that depends on what the SAEs write; and in inference mode.
+        InputError: for something that is not an SAE, a crosscoder, or an SAE whose latents depend on other tokens; if
+            the metric is not one finite number that depends on what the SAEs write; and in inference mode.
         SiteError: if a site does not exist in this model or could not be proven.
-        ShapeError: if an SAE is not as wide as a site, or what passes there has no vector for each token.
+        ShapeError: if an SAE is not as wide as a site, or the tensor there does not have a vector for each token.
         AttachError: if the forward did not reach a site, or the model is compiled, or in training mode with reentrant
             gradient checkpointing.
 
@@ -233,7 +233,7 @@ def _proven(model: Any, saes: Sequence[SAEModel]) -> tuple[dict[Any, list[str]],
 
 
 class _Pass:
-    """Forwards of one input and backwards of one metric."""
+    """Runs forwards of one input and backwards of one metric."""
 
     def __init__(
         self,
@@ -249,7 +249,7 @@ class _Pass:
     def run(
         self, added: Mapping[TensorPath, Tensor] | None = None
     ) -> tuple[float, dict[TensorPath, Tensor], dict[TensorPath, Tensor]]:
-        """Return the metric, its derivatives with respect to what is written, and all activations."""
+        """Return the metric, its derivatives with respect to the activations written, and all activations."""
         leaves = _Leaves({slot.tensor_path.bare for slot in self.slots.values()}, self.written, added)
         with torch.enable_grad():
             output = leaves.run(self.model, self.slots, self.inputs)
@@ -267,7 +267,7 @@ class _Pass:
         return float(value.detach()), dict(zip(self.written, found, strict=True)), seen
 
     def mean_gradients(self, parts: Sequence[_Part], steps: int) -> dict[TensorPath, Tensor]:
-        """Return the mean derivative on the way from all latents at 0 to their values."""
+        """Return the mean derivative on the path from all latents at 0 to their values."""
         full: dict[TensorPath, Tensor] = {}
         for part in parts:
             for place, written in part.writes():
@@ -290,8 +290,8 @@ class _Pass:
             )
         if not value.requires_grad:
             raise InputError(
-                "The metric does not depend on what the SAEs write: compute it from the output without .item(), "
-                ".detach() or torch.no_grad(), from something that the model computes after their sites."
+                "The metric does not depend on what the SAEs write: compute it without .item(), .detach() or "
+                "torch.no_grad(), from outputs that the model computes after their sites."
             )
         if not torch.isfinite(value):
             raise InputError(f"The metric is {value.item()}; expected a finite number.")
@@ -299,13 +299,13 @@ class _Pass:
 
 
 class _Part:
-    """One SAE's active latents in a pass, and how what it writes and the derivatives belong together.
+    """One SAE's active latents in a pass, what they write, and the derivatives with respect to them.
 
     Args:
         sae: the SAE.
         read: names of the sites that it reads.
         slots: of all sites.
-        seen: activations by site, ``[B, S, d]``, or with virtual tokens before.
+        seen: activations by site, ``[B, S, d]``, or with virtual tokens before the others.
         counted: which tokens count.
     """
 
@@ -327,7 +327,7 @@ class _Part:
             self.live = sae.encode_sparse(sae_input(sae, chosen))
 
     def _chosen(self, place: TensorPath, x: Tensor) -> Tensor:
-        """Return the counted tokens of what belongs to a site, on the SAE's device and in its dtype."""
+        """Return a tensor of a site at the counted tokens, on the SAE's device and in its dtype."""
         return on_device_of(self.sae, self.counted.chosen(x, str(place)))
 
     @property
@@ -339,7 +339,7 @@ class _Part:
         return SparseLatents.of(self.where[live.tokens], indices, live.values, shape)
 
     def derivatives(self, gradients: Mapping[TensorPath, Tensor]) -> Tensor:
-        """Return the derivative with respect to each active latent, ``[live]``, given those at what is written."""
+        """Return the derivative with respect to each active latent, ``[live]``, given those at the sites written."""
         total = self.live.values.new_zeros(len(self.live.values))
         for output, place in enumerate(self.written):
             gradient = self._chosen(place, gradients[place.bare] * self._factor(place)) * self._scale(output)
@@ -360,7 +360,7 @@ class _Part:
             yield place.bare, full.to(x.device) * self._factor(place)
 
     def _decoder_rows(self, output: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yield active latents in parts: which they are, their tokens, and what a unit of each writes at an output."""
+        """Yield active latents in parts: their slice, their tokens, and their decoder rows at an output."""
         size, tokens = max(1, NUMBERS_AT_ONCE // self.sae.d_out), self.live.tokens
         for start in range(0, len(tokens), size):
             some = slice(start, min(start + size, len(tokens)))
@@ -368,21 +368,21 @@ class _Part:
                 yield some, tokens[some], self.sae.rows_at(self.live.indices[some], output)
 
     def _scale(self, output: int) -> Tensor | float:
-        """Return what a unit that the decoder writes at an output is worth at each counted token, ``[n, 1]``."""
+        """Return the factor by which the decoder's output is scaled at each counted token, ``[n, 1]``."""
         place = self.written[output]
         scale = self.sae.written_scale(self._chosen(place, view(self.seen[place.bare], place.transforms).value))
         return 1.0 if scale is None else scale
 
     def _factor(self, place: TensorPath) -> Tensor | float:
-        """Return what a unit of what is read through a site's transforms is worth in the model."""
+        """Return the factor from a change seen through a site's transforms to the change of the activation."""
         return view(self.seen[place.bare], place.transforms).factor
 
 
 def _require_method(method: str, steps: int) -> None:
-    """Raise unless there is such a method, with so many steps.
+    """Raise unless the method exists and there is at least one step.
 
     Raises:
-        InputError: saying what there is.
+        InputError: naming the methods, or the least number of steps.
     """
     if method not in METHODS:
         raise unknown_name("method", method, METHODS)
@@ -394,20 +394,20 @@ def _require_graph(model: Any) -> None:
     """Raise unless a forward of the model leaves a graph without gaps.
 
     Raises:
-        InputError: if it is no model, or in inference mode.
-        AttachError: if the model is compiled, or runs layers again in the reentrant way.
+        InputError: if it is not a model, or in inference mode.
+        AttachError: if the model is compiled, or uses reentrant gradient checkpointing.
     """
     require_model("attribute()", model)
     require_autograd("attribute()")
     if any(run_again(model).values()):
         raise AttachError(
-            "The model runs with reentrant gradient checkpointing, in which no gradients with respect to activations "
-            "exist: call model.eval() first, or enable checkpointing with use_reentrant=False."
+            "The model uses reentrant gradient checkpointing, which gives no gradients with respect to activations: "
+            "call model.eval() first, or enable checkpointing with use_reentrant=False."
         )
 
 
 def _require_attributable(sae: object) -> None:
-    """Raise unless latents of an SAE write what adding them to each site by itself would.
+    """Raise if latents of an SAE depend on other tokens, or write several sites of one residual stream.
 
     Raises:
         InputError: saying why not.
@@ -416,11 +416,11 @@ def _require_attributable(sae: object) -> None:
         raise InputError(f"attribute() was given {type(sae).__name__} as an SAE; expected SAEs.")
     if not sae.per_token:
         raise InputError(
-            f"attribute() was given a {type(sae).__name__}, whose latents depend on the tokens before: what one of "
-            "them writes is not one decoder row."
+            f"attribute() was given a {type(sae).__name__}, whose latents depend on earlier tokens, so that what a "
+            "latent writes is not a single decoder row."
         )
     if len(sae.config.sites_written) > 1 and not sae.config.is_transcoder:
         raise InputError(
-            "attribute() was given a crosscoder, whose latents write several sites of one stream: what is written at "
-            "one would be counted again at the next."
+            "attribute() was given a crosscoder, whose latents write several sites of one residual stream: what is "
+            "written at one would be counted again at the next."
         )

@@ -31,10 +31,10 @@ Wanted = Site | str | SAEModel
 
 
 class _Anchor:
-    """An SAE's latents as a part of the graph: what the model computes after them depends on them.
+    """Puts an SAE's latents into the graph, so that what the model computes after them depends on them.
 
-    In the place of ``x`` stands ``x + (decode(latents) - decode(f))`` with ``latents`` a copy of ``f = encode(x)``:
-    bitwise `x`, the error term stays, and gradients with respect to `x` are what they were.
+    ``x`` is replaced by ``x + (decode(latents) - decode(f))``, where ``latents`` is a copy of ``f = encode(x)``: it is
+    bitwise equal to `x`, the error term stays, and gradients with respect to `x` do not change.
     """
 
     def __init__(self, sae: SAEModel, slots: Mapping[str, Slot]) -> None:
@@ -53,13 +53,13 @@ class _Anchor:
 
     @staticmethod
     def fits(sae: SAEModel) -> bool:
-        """Whether all latents of an SAE are known before the first of them is written, and what each writes is."""
+        """Whether all latents of an SAE are known before it writes, and what each of them writes."""
         config = sae.config
         several = len(config.sites_written) > 1 and not config.is_transcoder
         return sae.per_token and config.kept_latents is None and len(config.sites_read) == 1 and not several
 
     def at(self, place: TensorPath, x: Tensor) -> Tensor:
-        """Return what stands for the activation at a site.
+        """Return the activation with which the model continues at a site.
 
         Raises:
             InputError: if the model computes what is written before what is read.
@@ -74,7 +74,7 @@ class _Anchor:
                     if self.copy is None or self.encoded is None or self.source is None:
                         raise InputError(
                             f"This model computes {written} before {self.read}, which the SAE (base model "
-                            f"{self.sae.config.base_model!r}) reads to write it: the SAE does not belong there."
+                            f"{self.sae.config.base_model!r}) reads to write it: the SAE does not fit this model."
                         )
                     decoded = self.sae.decode_at([self.copy], output, self.source)
                     nothing = decoded - self.sae.decode_at([self.encoded], output, self.source)
@@ -83,7 +83,7 @@ class _Anchor:
 
 
 class _Differentiable(Observation):
-    """An observation with gradients everywhere, with respect to latents, too."""
+    """An observation with gradients with respect to all activations that it keeps, and to latents."""
 
     def __init__(self, places: Collection[TensorPath], anchors: Sequence[_Anchor]) -> None:
         super().__init__(places, grad=places)
@@ -111,9 +111,9 @@ def capture(
 
     With ``grad=True`` everything captured is part of one graph, in which what comes later depends on what comes
     before, and on the latents: ``torch.autograd.grad(f(found["final_norm"]), found[sae])``. The SAE's error term
-    stays, and no value changes. What comes later does not depend on latents that read several sites, or of which only
-    some were loaded; see `attribute` for them. An SAE whose latents depend on other tokens is given the real tokens of
-    each row alone: at padding its latents are 0.
+    stays, and no value changes. What comes later does not depend on the latents of SAEs that read several sites or
+    were loaded in part; use `attribute` for these. An SAE whose latents depend on other tokens gets only the real
+    tokens of each row: at padding its latents are 0.
 
     Args:
         model: any Hugging Face causal LM.
@@ -122,16 +122,16 @@ def capture(
         **inputs: the model's inputs, such as ``input_ids`` and ``attention_mask``.
 
     Returns:
-        What was asked for: ``{site: activations [B, S, d], sae: latents [B, S, d_sae]}``. They are ordinary tensors
-        even if the caller is in inference mode. A module path gives what passes there, in its own shape: the virtual
-        tokens of prompt tuning are columns of it, and what all rows share, such as rotary embeddings, has one row.
+        ``{site: activations [B, S, d], sae: latents [B, S, d_sae]}``, ordinary tensors even if the caller is in
+        inference mode. A module path gives the tensor there in its own shape: the virtual tokens of prompt tuning are
+        columns of it, and what all rows share, such as rotary embeddings, has one row.
 
     Raises:
-        InputError: if nothing is asked for, or gradients are, in inference mode.
+        InputError: if there are no sites or SAEs; with ``grad=True`` also in inference mode.
         SiteError: if a site does not exist in this model or could not be proven.
-        ShapeError: if an SAE is not as wide as its site, or what passes there has no vector for each token.
-        AttachError: if the forward did not reach a site, or the model is compiled, or gradients are asked for with
-            gradient checkpointing within a layer.
+        ShapeError: if an SAE is not as wide as its site, or the tensor there does not have a vector for each token.
+        AttachError: if the forward did not reach a site, or the model is compiled; with ``grad=True`` also if a site
+            is within a layer that gradient checkpointing runs again.
     """
     require_model("capture()", model)
     sites = sites_needed("capture()", what)
@@ -156,7 +156,7 @@ def _in_one_graph(
     slots: Mapping[str, Slot],
     inputs: Mapping[str, Any],
 ) -> dict[Any, Tensor]:
-    """Return what is wanted as parts of one graph; of the anchored SAEs, latents on which what comes later depends.
+    """Return activations and latents as parts of one graph, in which later ones depend on the anchored SAEs' latents.
 
     Raises:
         InputError: in inference mode.
@@ -179,20 +179,20 @@ def _in_one_graph(
 
 
 def sites_needed(caller: str, what: Any) -> dict[Any, list[str]]:
-    """Return the names of the sites that are needed for each thing that is wanted.
+    """Return the names of the sites that each of the sites and SAEs in `what` needs.
 
     Raises:
-        InputError: if nothing is, or something that is neither a site nor an SAE.
-        SiteError: for a name that is none.
+        InputError: if there are none, or something is neither a site nor an SAE.
+        SiteError: for a string that does not name a site.
     """
     if not isinstance(what, Iterable) and not isinstance(what, (Site, SAEModel)):
-        raise InputError(f"{caller} was asked for {shown(what)}; expected sites or SAEs, such as 'resid_post.3'.")
+        raise InputError(f"{caller} was given {shown(what)}; expected sites or SAEs, such as 'resid_post.3'.")
     keys: list[Any] = [what] if isinstance(what, (str, Site, SAEModel)) else list(what)
     if not keys:
-        raise InputError(f"{caller} was asked for nothing; name at least one site or SAE.")
+        raise InputError(f"{caller} was given no sites or SAEs; expected at least one, such as 'resid_post.3'.")
     for key in keys:
         if not isinstance(key, Hashable):
-            raise InputError(f"{caller} was asked for {type(key).__name__}; expected sites or SAEs.")
+            raise InputError(f"{caller} was given a {type(key).__name__}; expected sites or SAEs.")
     return {
         key: [str(site) for site in sites_read(key)] if isinstance(key, SAEModel) else [str(Site.parse(key))]
         for key in keys
@@ -218,13 +218,13 @@ def require_autograd(caller: str) -> None:
     """
     if torch.is_inference_mode_enabled():
         raise InputError(
-            f"{caller} was called inside torch.inference_mode(), where no gradients exist: call it outside; "
-            "torch.no_grad() around it does no harm."
+            f"{caller} was called inside torch.inference_mode(), which disables gradients: call it outside. It may "
+            "be called inside torch.no_grad()."
         )
 
 
 def run_again(model: nn.Module) -> dict[str, bool]:
-    """Return the modules whose insides backward() will run again, and whether by reentrant checkpointing, by path."""
+    """Return the modules whose insides gradient checkpointing runs again, by path, and whether it is reentrant."""
     found = {}
     for path, module in unwrap(model)[0].named_modules():
         checkpoint = getattr(module, "_gradient_checkpointing_func", None)
@@ -239,7 +239,7 @@ def _require_graph(model: nn.Module, read: Collection[TensorPath], anchored: Col
     Args:
         model: the model.
         read: where activations are kept.
-        anchored: where latents are computed, too, which is missing when layers are run again.
+        anchored: where latents are put into the graph, which does not happen when a layer is run again.
 
     Raises:
         AttachError: saying what to do.
@@ -247,17 +247,16 @@ def _require_graph(model: nn.Module, read: Collection[TensorPath], anchored: Col
     root = unwrap(model)[0]
     for path, reentrant in run_again(model).items():
         layer = root.get_submodule(path)
-        if isinstance(layer, PreTrainedModel):  # it is its layers that are run again
+        if isinstance(layer, PreTrainedModel):  # only its layers are run again
             continue
-        # Older versions of transformers run the layer's own hooks again, too: they wrap its call, not its forward.
+        # Older versions of transformers also run the layer's own hooks again: they wrap its call, not its forward.
         own = path if type(layer).__call__ is not nn.Module.__call__ else None
         concerned = read if reentrant else anchored
         within = [place for place in concerned if place.path.startswith(f"{path}.") or place.path == own]
         if within:
             raise AttachError(
-                f"capture(..., grad=True) was asked for gradients at {within[0]}, within a layer that gradient "
-                "checkpointing runs again without what was captured: call model.eval() first, or name a site between "
-                "layers"
+                f"capture(..., grad=True) was given {within[0]}, within a layer that gradient checkpointing runs "
+                "again without the captured tensors: call model.eval() first, or name a site between layers"
                 + ("." if set(within) & set(anchored) else ", or enable checkpointing with use_reentrant=False.")
             )
 
@@ -289,7 +288,7 @@ def _read(
 
 
 def _require_rows(site: str, x: Tensor, inputs: Mapping[str, Any]) -> None:
-    """Raise unless what an SAE reads has a vector for each token; virtual tokens may come before them.
+    """Raise unless a tensor that an SAE reads has a vector for each token; virtual tokens may come before them.
 
     Raises:
         ShapeError: with both shapes.
@@ -297,8 +296,8 @@ def _require_rows(site: str, x: Tensor, inputs: Mapping[str, Any]) -> None:
     given = next((inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None), None)
     if isinstance(given, Tensor) and (x.ndim < 3 or x.shape[0] != given.shape[0] or x.shape[1] < given.shape[1]):
         raise ShapeError(
-            f"What passes {site} is {list(x.shape)} for {given.shape[0]} sequences of {given.shape[1]} tokens, and so "
-            "no activation of tokens: expected [B, S, d] to encode it; name another site in the SAE's configuration."
+            f"The tensor at {site} is {list(x.shape)} for {given.shape[0]} sequences of {given.shape[1]} tokens; "
+            "expected [B, S, d], a vector for each token. Set another site in the SAE's configuration."
         )
 
 
@@ -307,7 +306,7 @@ def _encoded_by_sequence(sae: SAEModel, x: Tensor, inputs: Mapping[str, Any]) ->
     real = real_tokens(x, inputs)
     several = None if real is not None or "input_ids" not in inputs else sequences_in_rows(inputs)[0]
     if several is not None and (several.shape != x.shape[:2] or len(several.unique()) == len(several)):
-        several = None  # each row is one
+        several = None  # each row is one sequence
     if real is None and several is None:
         return sae.encode(x)
     rows = torch.arange(len(x), device=x.device)[:, None]

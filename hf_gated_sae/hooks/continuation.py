@@ -1,9 +1,9 @@
-"""Prove, once per model, how it is called: where tokens stand when it continues from a cache, and what padding does.
+"""Prove, once per model, that its calls are read correctly: positions after a cache, and the effect of padding.
 
 How a model takes and returns its cache differs between families, and between versions of transformers. A cache that is
 not recognised would make every token of a generation look like the first one. So the probe's tokens are run in two
-calls, the second of which continues from the cache of the first, and what is read off these calls is compared with
-what is known: which tokens they are, and what the model computes for them without a cache.
+calls, the second with the cache of the first. The positions read from these calls are compared with the true ones, and
+the logits with those without a cache.
 """
 
 from __future__ import annotations
@@ -27,44 +27,44 @@ from .token_tracker import TokenTracker
 NEW = 3
 """Tokens of the probe that are computed from the cache."""
 TOLERANCE, COARSE_TOLERANCE = 1e-2, 5e-2
-"""Largest difference between logits that are to be equal, relative to the largest: in float32, and in 16 bits."""
+"""Difference, relative to the largest logit, up to which logits count as equal: in float32, and in 16 bits."""
 _NO_CACHES = ("logits", "loss", "hidden_states", "attentions")
 
 _PROVEN: WeakKeyDictionary[nn.Module, CallFacts] = WeakKeyDictionary()
 
 
 def facts_of(root: nn.Module) -> CallFacts:
-    """Return what was proven of how a model, without wrappers, is called; nothing before `prove_calls`."""
+    """Return the proven facts about the calls of a model without wrappers; empty before `prove_calls`."""
     return _PROVEN.get(root, CallFacts())
 
 
 def prove_calls(model: nn.Module) -> None:
-    """Prove that a model's calls are understood; once per model.
+    """Prove that a model's calls are read correctly; once per model.
 
     Args:
         model: the causal LM as the user calls it.
 
     Raises:
-        AttachError: if tokens that continue from a cache are taken for others.
+        AttachError: if the positions of tokens after a cache are misread.
     """
     root, _ = unwrap(model)
     if root not in _PROVEN:
         _PROVEN[root] = found = _probe(model)
         if found.differs is not None:
             warnings.warn(
-                f"With its cache, {type(root).__name__} computes other logits than without one (they differ by "
+                f"{type(root).__name__} computes other logits with its cache than without one (they differ by "
                 f"{found.differs:.1g} of the largest) in transformers {transformers.__version__}, with nothing "
-                "attached. Edits reach the tokens that are meant, but what it generates with a cache is not what it "
+                "attached. Edits reach the intended tokens, but what it generates with a cache is not what it "
                 "computes without: compare with use_cache=False.",
                 UserWarning,
                 stacklevel=4,
             )
     if _PROVEN[root].wrong is not None:
         raise AttachError(
-            f"Where tokens stand could not be told in cached decoding: {type(root).__name__} was given some tokens "
-            f"and then {NEW} more with the cache of the first call, and {_PROVEN[root].wrong}. transformers "
-            f"{transformers.__version__} does this in a way that this version of hf-gated-sae does not know: update "
-            "hf-gated-sae, or install an older transformers."
+            f"The positions of tokens could not be determined in cached decoding: {type(root).__name__} was given "
+            f"some tokens and then {NEW} more with the cache of the first call, and {_PROVEN[root].wrong}. This "
+            f"version of hf-gated-sae does not know how transformers {transformers.__version__} passes the cache: "
+            "update hf-gated-sae, or install an older transformers."
         )
 
 
@@ -76,13 +76,13 @@ def _probe(model: nn.Module) -> CallFacts:
         return CallFacts()
     if subject.ids.shape[1] <= NEW:
         return CallFacts()
-    subject = replace(subject, inputs={**subject.inputs, "input_ids": subject.ids[:1]})  # one row tells as much as two
+    subject = replace(subject, inputs={**subject.inputs, "input_ids": subject.ids[:1]})  # one row is enough
     with quiet(subject.root):
         try:
             first, second, misread = _two_calls(subject, subject.ids.shape[1] - NEW)
         except AttachError as error:
-            return CallFacts(wrong=f"the call is not understood: {error}")
-        except Exception:  # a model that cannot be run so has no cached decoding that could be misread
+            return CallFacts(wrong=f"the call could not be read ({error})")
+        except Exception:  # a model that cannot be run in this way has no cached decoding to misread
             return CallFacts()
         returned = _caches_returned(subject.root, first)
         caches = tuple(name for name, value in returned.items() if not is_cache(value))
@@ -92,7 +92,7 @@ def _probe(model: nn.Module) -> CallFacts:
 
 
 def _two_calls(subject: Subject, count: int) -> tuple[Any, Any, str | None]:
-    """Return the outputs of two calls, the second None if the first gives no cache, and what was misread."""
+    """Return the outputs of two calls, the second None if the first returns no cache, and what was misread."""
     root, ids = subject.root, subject.ids
     inputs: dict[str, Any] = {"input_ids": ids[:, :count], "use_cache": True}
     first = subject.call(**inputs)
@@ -111,14 +111,14 @@ def _two_calls(subject: Subject, count: int) -> tuple[Any, Any, str | None]:
         misread = tokens.unknown_positions
     elif not torch.equal(tokens.index, expected) or tokens.phase != "generated":
         misread = (
-            f"these were taken for positions {tokens.index[0].tolist()} of the {tokens.phase}, and are "
+            f"these were read as positions {tokens.index[0].tolist()} of the phase '{tokens.phase}', but are "
             f"{expected[0].tolist()}"
         )
     return first, subject.call(**inputs), misread
 
 
 def _caches_returned(root: nn.Module, output: Any) -> dict[str, Any]:
-    """Return the caches among a model's outputs: by their type, or containers that it takes under the same name."""
+    """Return the caches among a model's outputs: by type, or containers that its forward takes by the same name."""
     if not isinstance(output, Mapping):
         return {}
     taken = inspect.signature(type(root).forward).parameters
@@ -136,18 +136,18 @@ def _caches_returned(root: nn.Module, output: Any) -> dict[str, Any]:
 
 
 def _not_taken(subject: Subject, output: Any, caches: tuple[str, ...]) -> str | None:
-    """Return what shows that the second call did not use the cache that it was given; None if nothing does."""
+    """Return evidence that the second call did not use the given cache; None if there is none."""
     cache = cache_in(output, caches)
     try:
         length = int(cache.get_seq_length())
     except (ValueError, IndexError, TypeError, AttributeError):
-        return None  # those of recurrent models do not count
+        return None  # caches of recurrent models do not count tokens
     expected = int(subject.ids.shape[1])
     return None if length == expected else f"the cache holds {length} tokens afterwards, not {expected}"
 
 
 def _compare(subject: Subject, first: Any, second: Any) -> tuple[str | None, float | None]:
-    """Return what left padding asks for, see `CallFacts.padding`, and how far cached logits are from uncached ones.
+    """Return what left padding requires, see `CallFacts.padding`, and how much cached and uncached logits differ.
 
     Args:
         subject: the model and its tokens.
@@ -155,8 +155,8 @@ def _compare(subject: Subject, first: Any, second: Any) -> tuple[str | None, flo
         second: the output of the second call, which continued from the cache; None if there was none.
 
     Returns:
-        The first; and the largest difference relative to the largest logit, None if they agree: of 16-bit numbers
-        nothing is said, since rounding alone may send a token to other experts.
+        What left padding requires; and the largest difference relative to the largest logit, None if they agree, and
+        always in 16 bits, where rounding alone may send a token to other experts.
     """
     exact = subject.root.dtype not in (torch.bfloat16, torch.float16)
     most = TOLERANCE if exact else COARSE_TOLERANCE
@@ -197,7 +197,7 @@ def _padded(subject: Subject, *, columns: int | None = None, places: bool = Fals
     Args:
         subject: the model and its tokens.
         columns: how many of the tokens; all by default.
-        places: also say where they stand.
+        places: also pass their position ids.
     """
     ids, root = subject.ids[:, :columns], subject.root
     rows, columns = ids.shape

@@ -54,7 +54,7 @@ class Dispatcher:
         return acting
 
     def enter(self, model: nn.Module, session: Session, slots: Collection[Slot]) -> None:
-        """Begin a session; if anything fails, everything is as before."""
+        """Begin a session; if that fails, nothing is changed."""
         done: list[Slot] = []
         self.sessions.append(session)
         session.begin()
@@ -70,7 +70,7 @@ class Dispatcher:
             raise
 
     def leave(self, model: nn.Module, session: Session, slots: Collection[Slot]) -> None:
-        """End a session and remove the hooks that nobody else uses."""
+        """End a session and remove the hooks that no other session uses."""
         session.active = False
         _ACTIVE.set(tuple(other for other in _ACTIVE.get() if other is not session))
         for slot in slots:
@@ -120,7 +120,7 @@ class Dispatcher:
         return hook
 
     def _apply(self, place: TensorPath, x: Tensor, sessions: Sequence[Session]) -> Tensor | None:
-        """Apply every intervention at a site; None if none of them means any token of this call."""
+        """Apply every intervention at a site; return None if the activation stays the same."""
         records = [(session, record) for session in sessions for record in session.records.get(place, ())]
         reads = dict(pair for session in sessions for pair in session.reads.get(place, ()))
         if not records and not reads:
@@ -135,32 +135,32 @@ class Dispatcher:
 
         replaying = self.tracker.replaying
         if replaying:
-            call.forget()  # what the first run computed is of another graph
+            call.forget()  # what the first run computed belongs to another graph
         return apply_interventions(x, call, [record for _, record in records], placed, replaying=replaying)
 
 
 def _raise_replaced(slot: Slot) -> NoReturn:
-    """Say that the module that carries a hook is no longer the one that the model has there.
+    """Raise because the model has another module in place of the hooked one.
 
     Raises:
-        AttachError: since a wrapper around the module, such as a LoRA layer, would read or add something else.
-        SiteError: if the model has no such module any more.
+        AttachError: since a wrapper around the module, such as a LoRA layer, may read or write another activation.
+        SiteError: if the model no longer has such a module.
     """
     raise AttachError(
-        f"The module {slot.tensor_path.path!r}, where {slot.site} is, was replaced by a {type(slot.module).__name__} "
-        "after it was attached to, as get_peft_model() and quantisation do: attach() again, afterwards."
+        f"The module {slot.tensor_path.path!r} at {slot.site} was replaced by a {type(slot.module).__name__} after "
+        "attach(), as get_peft_model() and quantisation do: call attach() again after the replacement."
     )
 
 
 def prove(model: nn.Module, sites: Iterable[str]) -> dict[str, Slot]:
-    """Prove sites, with everything that is attached standing aside while the model is probed.
+    """Prove sites, with all attached interventions paused while the model is probed.
 
     Returns:
         The slot of each site.
 
     Raises:
         SiteError: for a site that does not exist or could not be proven.
-        AttachError: if where tokens stand could not be told in cached decoding.
+        AttachError: if the positions of tokens could not be determined in cached decoding.
     """
     know_wrapper(model, unwrap(model)[0])
     with paused():
@@ -200,7 +200,7 @@ def enter(model: nn.Module, session: Session, slots: Collection[Slot]) -> None:
 
 
 def leave(model: nn.Module, session: Session, slots: Collection[Slot]) -> None:
-    """End a session; the last one takes the model's last hook with it."""
+    """End a session; the last one removes the model's last hook."""
     root, _ = unwrap(model)
     with _LOCK:
         if root in _dispatchers:

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..errors import AttachError
 
-# Reentrant: the garbage collector may let go of a model while this thread holds the lock.
+# Reentrant: the garbage collector may finalise a model while this thread holds the lock.
 _LOCK = threading.RLock()
 _holders = 0
 _stance: Any = None
@@ -24,13 +24,13 @@ _stance: Any = None
 def run_eagerly(model: nn.Module) -> weakref.finalize[Any, nn.Module]:
     """Let every compiled function of the process run eagerly until the result is called, or the model is gone.
 
-    torch knows one stance for all threads. It becomes what it was when nobody needs it any longer.
+    torch has one stance for all threads, which is restored once no model needs eager execution.
 
     Args:
-        model: what the hooks are on.
+        model: the model with the hooks.
 
     Raises:
-        AttachError: inside a compiled function, where it cannot be changed.
+        AttachError: inside a compiled function, where the stance cannot be changed.
     """
     global _holders, _stance
     with _LOCK:
@@ -49,7 +49,7 @@ def run_eagerly(model: nn.Module) -> weakref.finalize[Any, nn.Module]:
 
 
 def _release() -> None:
-    """Restore torch's stance if nobody needs another one."""
+    """Restore torch's stance if no other model needs eager execution."""
     global _holders
     with _LOCK:
         _holders -= 1

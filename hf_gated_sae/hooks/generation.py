@@ -30,7 +30,7 @@ class Generation:
         prompt: number of its prompt's columns; None until the first forward if the arguments do not say.
         batch: number of rows of its prompt; None if the arguments do not say.
         beams: whether it searches with beams, which reorders rows between calls.
-        guided: whether it also calls the model without the prompt, or with a negative one, to be guided away from it.
+        guided: whether it also calls the model without the prompt, or with a negative one (classifier-free guidance).
     """
 
     prompt: int | None
@@ -43,11 +43,11 @@ class Generation:
     _others_prompt: int | None = None
 
     def prompt_of(self, call: ForwardArguments) -> int | None:
-        """Return where the prompt of one of its calls ends; None if that is this call's end."""
+        """Return the column where the prompt of one of its calls ends; None if that is this call's end."""
         return self.prompt if self.owns(call) else self._others_prompt
 
     def learn_prompt(self, call: ForwardArguments, end: int) -> None:
-        """Record a call that ends at a column, which is its prompt's end if it is the first one."""
+        """Record a call that ends at column `end`, which for the first one is the end of the prompt."""
         own = self.owns(call)
         if own:
             self.prompt = self.prompt or end
@@ -58,10 +58,10 @@ class Generation:
         self._begun, self._others_turn = True, own
 
     def owns(self, call: ForwardArguments) -> bool:
-        """Whether a call continues from the prompt; the calls that guide it have a cache of their own."""
+        """Whether a call continues from the prompt; guidance calls have another cache."""
         if not self.guided or not self._begun:
             return True
-        # Without a cache each step is a call of its own followed by one that guides it.
+        # Without a cache, calls from the prompt and guidance calls alternate.
         return not self._others_turn if self._cache is None else call.cache is self._cache
 
 
@@ -79,19 +79,19 @@ def generating(
     beams: bool = False,
     guided: bool = False,
 ) -> Iterator[None]:
-    """Let the forwards of models within be one generation.
+    """Count the forwards of some models inside this context as one generation.
 
     Args:
-        models: the model that generates, and one that drafts for it, without wrappers.
-        prompt: number of the prompt's columns; None if it is what the first forward is given.
-        batch: number of rows of the prompt; None if that is not known.
+        models: the model that generates, and its assistant model if it has one, without wrappers.
+        prompt: number of the prompt's columns; None if the prompt is the input of the first forward.
+        batch: number of rows of the prompt; None if unknown.
         beams: whether rows are reordered between forwards.
         guided: whether some of the forwards have another prompt, or none (classifier-free guidance).
     """
     running = GENERATIONS.get()
     begun = {}
     for model in models:
-        # A model that drafts generates within a generation, from a prompt that holds what is generated.
+        # An assistant model generates within a generation, from a prompt that already has generated tokens.
         outer = running.get(id(model))
         begun[id(model)] = (
             Generation(outer.prompt, outer.batch, outer.beams) if outer else Generation(prompt, batch, beams, guided)
@@ -104,18 +104,18 @@ def generating(
 
 
 class GenerateBoundary:
-    """Stands in for a model's `generate` while something is attached, to remember where the prompt ends.
+    """Replaces a model's `generate` while something is attached, to record where the prompt ends.
 
-    It also keeps `generate` from compiling the forward, as it does on a GPU with a static cache: what was compiled
-    earlier would run without the hooks.
+    It also keeps `generate` from compiling the forward, as it does on a GPU with a static cache: code compiled earlier
+    would run without the hooks.
 
     Args:
         model: the model whose `generate` is called.
-        acting: gives what is attached and acts on a call from here; if nothing, `generate` runs as ever.
+        acting: returns the sessions that act on a call from here; if there are none, `generate` runs unchanged.
     """
 
     def __init__(self, model: nn.Module, acting: Callable[[], tuple[Session, ...]]) -> None:
-        functools.update_wrapper(self, model.generate)  # type: ignore[arg-type]  # pipelines ask for its signature
+        functools.update_wrapper(self, model.generate)  # type: ignore[arg-type]  # pipelines inspect its signature
         self._acting = acting
         self.replaced = model.__dict__.get("generate")
         self._model = model
@@ -137,20 +137,20 @@ class GenerateBoundary:
         guided = is_guided(self._model, args, kwargs)
         args, kwargs = self._uncompiled(args, kwargs)
         models, assistant = [self._model], kwargs.get("assistant_model")
-        if isinstance(assistant, nn.Module) and kwargs.get("assistant_tokenizer") is None:  # then of the same columns
+        if isinstance(assistant, nn.Module) and kwargs.get("assistant_tokenizer") is None:  # then of equal columns
             models.append(unwrap(assistant)[0])
         sessions = self._acting()
         with generating(models, columns, rows, beams=beams, guided=guided):
             result = self._generate(*args, **kwargs)
         prompt = columns if kwargs.get("inputs_embeds") is None else 0
-        if new_tokens(result, prompt) > 1:  # the last one that is generated is not computed
+        if new_tokens(result, prompt) > 1:  # the model does not run on the last one
             for session in sessions:
                 session.generations += 1
         return result
 
     def _uncompiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         parameters = list(inspect.signature(self._generate).parameters)
-        if "generation_config" not in parameters:  # not transformers' own
+        if "generation_config" not in parameters:  # not transformers' own `generate`
             return args, kwargs
         at = parameters.index("generation_config")
         config = copy.copy(args[at] if len(args) > at else kwargs.get("generation_config"))
@@ -167,7 +167,7 @@ class GenerateBoundary:
 
 
 def new_tokens(result: Any, prompt: int | None) -> int:
-    """Return how many tokens a result of `generate` has after its prompt; 0 if it does not say.
+    """Return the number of tokens after the prompt in a result of `generate`; 0 if unknown.
 
     Args:
         result: ids ``[B, prompt + new]``, or an output that holds them.
@@ -178,17 +178,17 @@ def new_tokens(result: Any, prompt: int | None) -> int:
 
 
 def has_beams(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Return whether a call of `generate` asks for beam search."""
+    """Return whether a call of `generate` uses beam search."""
     return (_setting("num_beams", model, args, kwargs) or 1) > 1
 
 
 def is_guided(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Return whether a call of `generate` asks for classifier-free guidance."""
+    """Return whether a call of `generate` uses classifier-free guidance."""
     return (_setting("guidance_scale", model, args, kwargs) or 1) != 1
 
 
 def _setting(name: str, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | float | None:
-    """Return a number that a call of `generate` is given, or falls back on."""
+    """Return a numeric setting of a call of `generate`, given or by default."""
     configs = [*args, kwargs.get("generation_config"), getattr(model, "generation_config", None)]
     named = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
     return next((number for number in named if isinstance(number, (int, float))), None)

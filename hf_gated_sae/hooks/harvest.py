@@ -23,18 +23,18 @@ from .observation import CountedTokens
 from .token_batches import TokenBatch, TokenBatches, model_inputs, sequences_in_rows
 
 TokenSource = TokenBatches | Callable[[], TokenBatches]
-"""Batches of tokens, or a function that gives them."""
+"""Batches of tokens, or a function that returns them."""
 
 
 @dataclass(frozen=True, eq=False)
 class Harvest:
-    """What some tokens gave; row by row the same tokens in everything.
+    """Activations and latents of some tokens; the rows of all tensors are the same tokens.
 
     Attributes:
-        values: activations ``[n, d]`` by site and active latents of `n` tokens by SAE, by the keys asked for.
+        values: activations ``[n, d]`` by site and active latents of `n` tokens by SAE.
         token_ids: the tokens ``[n]`` int64.
-        documents: from which sequence each is, counted over all batches from 0, ``[n]`` int64.
-        positions: where in that sequence, counted over its real tokens from 0, ``[n]`` int64.
+        documents: number of each token's sequence, from 0 on over all batches, ``[n]`` int64.
+        positions: position of each token among the real tokens of its sequence, from 0 on, ``[n]`` int64.
     """
 
     values: Mapping[Any, Tensor | SparseLatents]
@@ -53,7 +53,7 @@ class Harvest:
         if key not in self.values:
             names = [str(known) if isinstance(known, str) else type(known).__name__ for known in self.values]
             raise UnknownNameError(
-                f"{key!r} was not harvested.{did_you_mean(key, names)} There are: {', '.join(names)}."
+                f"{key!r} was not harvested.{did_you_mean(key, names)} Harvested: {', '.join(names)}."
             )
         return self.values[key]
 
@@ -72,34 +72,34 @@ def harvest(
     norm_limit: float | Mapping[str, float] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Iterator[Harvest]:
-    """Read sites and latents while a model runs through text, one forward per batch that stops after the last of them.
+    """Read sites and latents while a model runs through text, with one forward per batch that stops at the last site.
 
-    The model runs in evaluation mode, and is in the modes in which it was whenever a harvest is given. Only one batch
-    is held, and of latents only those that are on.
+    The model runs in evaluation mode, and is back in its previous mode whenever a harvest is yielded. Only one batch
+    is in memory, and only its active latents.
 
     Args:
         model: any Hugging Face causal LM.
         what: sites and SAEs, or a single one.
-        batches: token ids ``[B, S]``, or mappings with ``input_ids`` and ``attention_mask``; or a function that gives
-            an iterable of them.
-        special_tokens: keep special tokens where they are not padding; else they are left out, as padding always is.
+        batches: token ids ``[B, S]``, or mappings with ``input_ids`` and ``attention_mask``; or a function that
+            returns an iterable of them.
+        special_tokens: keep special tokens, unless they are padding, which is always left out.
         special_ids: which tokens are special. By default those that the SAEs have recorded, and for sites and SAEs
-            without a record those of the model, see `special_token_ids`; as rows are the same tokens in everything,
-            a token is left out if it is special for any of them.
+            without a record those of the model, see `special_token_ids`. Since all results have the same rows, a token
+            is left out if it is special for any of them.
         norm_limit: also leave out tokens whose activation has a larger norm at a site: one number for all sites, or
-            one by site, such as ``{sae.config.site: sae.config.norm_limit}``. None leaves none out.
-        dtype: of activations and values of latents; by default that of the model and of the SAE.
+            one by site, such as ``{sae.config.site: sae.config.norm_limit}``. None sets no limit.
+        dtype: dtype of activations and values of latents; by default that of the model and of the SAE.
 
     Yields:
-        For each batch its tokens that count.
+        The counted tokens of each batch.
 
     Raises:
-        InputError: if nothing is asked for, or a limit is no number; and, while running, for a batch without token
-            ids.
+        InputError: if there are no sites or SAEs, a limit is not a positive number, or `dtype` is not floating; and,
+            while running, for a batch without token ids.
         SiteError: if a site does not exist in this model or could not be proven.
         UnknownNameError: if there is a limit for a site that is not read.
-        ShapeError: if an SAE is not as wide as its site; and, while running, for a batch of another shape, or if what
-            passes a site has no vector for each token.
+        ShapeError: if an SAE is not as wide as its site; and, while running, for a batch of another shape, or if the
+            tensor at a site does not have a vector for each token.
     """
     require_model("harvest()", model)
     sites = sites_needed("harvest()", what)
@@ -117,7 +117,7 @@ def _limits(given: float | Mapping[str, float] | None, sites: Mapping[Any, list[
     limits = dict(given) if isinstance(given, Mapping) else {} if given is None else dict.fromkeys(names, given)
     for name, limit in limits.items():
         if name not in names:
-            raise unknown_name("site with a norm_limit", name, names)
+            raise unknown_name("site in norm_limit", name, names)
         if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0:
             raise InputError(f"harvest() was given norm_limit={limit!r} for {name}; expected a positive number.")
     return limits
@@ -133,7 +133,7 @@ def _harvests(
     dtype: torch.dtype | None,
 ) -> Iterator[Harvest]:
     documents = 0
-    # What needs whole sequences is encoded by `capture`; of the others only the tokens that count are.
+    # SAEs that need whole sequences are encoded by `capture`, the others only at the tokens that count.
     wanted = [each for key, names in sites.items() for each in ([key] if _needs_sequences(key) else names)]
     wanted = list(dict.fromkeys([*wanted, *limits]))
     for batch in _iterated(batches):
@@ -166,7 +166,7 @@ def _iterated(batches: TokenSource) -> Iterator[TokenBatch]:
 
 
 def _needs_sequences(key: Any) -> bool:
-    """Whether something is an SAE whose latents depend on other tokens."""
+    """Whether a key is an SAE whose latents depend on other tokens."""
     return isinstance(key, SAEModel) and not key.per_token
 
 
@@ -181,11 +181,11 @@ def _value(
 
 
 def active_latents(sae: SAEModel, activations: Sequence[Tensor]) -> SparseLatents:
-    """Return the latents that are on, by their numbers in the whole SAE even if only a part of it was loaded.
+    """Return the active latents, numbered as in the whole SAE even if only a part of it was loaded.
 
     Args:
         sae: the SAE.
-        activations: of each site that it reads, ``[n, d_in]``.
+        activations: those of each site that it reads, ``[n, d_in]``.
     """
     x = sae_input(sae, activations)
     with exact_dtype(x.device):
@@ -199,7 +199,7 @@ def active_latents(sae: SAEModel, activations: Sequence[Tensor]) -> SparseLatent
 
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Put modules into evaluation mode, and each of their parts back into its own."""
+    """Put modules into evaluation mode, and each of their parts back into its previous mode afterwards."""
     training = [part for module in modules for part in module.modules() if part.training]
     for part in training:
         part.training = False
@@ -214,8 +214,8 @@ def rows_of_active(live: SparseLatents, rows: Tensor) -> SparseLatents:
     """Return the active latents of some tokens, in the order given.
 
     Args:
-        live: of ``[tokens]``.
-        rows: which tokens ``[n]``.
+        live: active latents of ``[tokens]``.
+        rows: numbers of tokens ``[n]``.
     """
     counts, ends = live.offsets.diff()[rows], live.offsets.new_zeros(len(rows) + 1)
     torch.cumsum(counts, 0, out=ends[1:])

@@ -1,4 +1,4 @@
-"""What passes sites of a model, and which tokens of it count."""
+"""Observe activations at the sites of a model, and select the tokens that count."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from .token_batches import counted_positions
 
 
 class _Reached(Exception):
-    """Ends the forward once everything wanted was seen."""
+    """Ends the forward once all sites were seen."""
 
 
 class Observation(Session):
-    """A session that changes no value and keeps what it sees.
+    """A session that keeps activations and changes no value.
 
     Args:
-        places: where to look.
-        grad: at which of them the model is to continue with what was kept, so that gradients with respect to it exist;
-            where nothing before requires any, what was kept is a leaf that does.
+        places: the tensors to keep.
+        grad: those of them with which the model continues, so that gradients with respect to them exist; a tensor that
+            does not require gradients is kept as a leaf that does.
         stop: end the forward once all sites were seen.
     """
 
@@ -49,12 +49,12 @@ class Observation(Session):
         """Keep the activation."""
         if (
             place not in self.tensor_paths or place in self.seen
-        ):  # the latter where gradient checkpointing runs it again
+        ):  # seen before if gradient checkpointing runs the layer again
             return None
         if place in self.grad:
             self.seen[place] = self.kept(value)
             return self.going_on(place, self.seen[place])
-        # The model may later write into the tensor. And a caller in inference mode may want to use what it gets.
+        # A copy, since the model may write into the tensor; and an ordinary tensor, even in inference mode.
         with torch.inference_mode(False):
             self.seen[place] = value.detach().clone()
         if self.stop and len(self.seen) == len(self.tensor_paths):
@@ -62,11 +62,11 @@ class Observation(Session):
         return None
 
     def kept(self, value: Tensor) -> Tensor:
-        """Return what to keep of an activation, a part of the graph."""
+        """Return the tensor to keep of an activation, as a part of the graph."""
         return value.clone() if value.requires_grad else value.detach().clone().requires_grad_()
 
     def going_on(self, place: TensorPath, kept: Tensor) -> Tensor:
-        """Return what the model continues with, of the same value; not the object itself, which it may write into."""
+        """Return what the model continues with: a copy of the same value, since the model may write into it."""
         return kept.clone()
 
     def run(self, model: nn.Module, slots: Mapping[str, Slot], inputs: Mapping[str, Any]) -> Any:
@@ -91,7 +91,7 @@ class Observation(Session):
         return output
 
     def probe(self, subject: Subject, slots: Mapping[str, Slot]) -> None:
-        """Call a model that is probed, from this thread, while whatever is attached to it stands aside."""
+        """Call a model that is probed and keep what this thread sees; attached interventions must be paused."""
         mine = threading.get_ident()
 
         def observer(place: TensorPath) -> Callable[[Tensor], None]:
@@ -119,7 +119,7 @@ class CountedTokens:
 
     Attributes:
         mask: True at tokens that count, ``[B, S]``.
-        virtual: how many columns a wrapper of the model puts before them, as PEFT's prompt tuning does.
+        virtual: number of columns that a wrapper of the model puts before them, as PEFT's prompt tuning does.
     """
 
     mask: Tensor
@@ -147,12 +147,12 @@ class CountedTokens:
         return cls(mask, virtual_tokens(model))
 
     def within(self, limit: float | None, x: Tensor, site: str) -> CountedTokens:
-        """Return the tokens that count and whose activation is no longer than a limit; see `functional.outliers`.
+        """Return the counted tokens whose activation has at most a given norm; see `functional.outliers`.
 
         Args:
-            limit: the largest norm; None for none.
+            limit: the largest norm; None for no limit.
             x: the activation ``[B, S, d]``, or ``[B, virtual + S, d]``.
-            site: where it was seen.
+            site: its site.
 
         Raises:
             ShapeError: if it does not have one vector for each token.
@@ -160,22 +160,22 @@ class CountedTokens:
         return replace(self, mask=self.mask & ~is_outlier(self.columns(x, site), limit).to(self.mask.device))
 
     def columns(self, x: Tensor, site: str) -> Tensor:
-        """Return the part ``[B, S, d]`` of an activation that is of the batch's tokens, counted or not.
+        """Return the part ``[B, S, d]`` of an activation that belongs to the batch's tokens, counted or not.
 
         Args:
             x: the activation ``[B, S, d]``, or ``[B, virtual + S, d]``.
-            site: where it was seen.
+            site: its site.
 
         Raises:
             ShapeError: if it does not have one vector for each token.
         """
         rows, columns = self.mask.shape
-        # Prefix tuning has virtual tokens, too, which stand in the cache alone.
+        # The virtual tokens of prefix tuning are only in the cache.
         if x.ndim < 3 or x.shape[0] != rows or x.shape[1] not in (columns, self.virtual + columns):
-            before = f", or {self.virtual} virtual tokens more," if self.virtual else ""
+            before = f", perhaps after {self.virtual} virtual tokens" if self.virtual else ""
             raise ShapeError(
-                f"The activation at {site} is {list(x.shape)}, and the batch has {rows} rows of {columns} tokens: "
-                f"expected [{rows}, {columns}, d]{before} to know which vector is of which token."
+                f"The activation at {site} is {list(x.shape)}, and the batch has {rows} rows of {columns} tokens; "
+                f"expected a vector for each token, [{rows}, {columns}, d]{before}."
             )
         return x[:, x.shape[1] - columns :]
 
@@ -184,7 +184,7 @@ class CountedTokens:
 
         Args:
             x: the activation ``[B, S, d]``, or ``[B, virtual + S, d]``.
-            site: where it was seen.
+            site: its site.
 
         Raises:
             ShapeError: if it does not have one vector for each token.
@@ -193,7 +193,7 @@ class CountedTokens:
 
 
 def real_tokens(x: Tensor, inputs: Mapping[str, Any]) -> Tensor | None:
-    """Return which tokens of an activation ``[B, S, ...]`` are no padding, ``[B, S]``; None if all are.
+    """Return which tokens of an activation ``[B, S, ...]`` are not padding, ``[B, S]``; None if there is no padding.
 
     Args:
         x: the activation.

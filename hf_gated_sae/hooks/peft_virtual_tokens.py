@@ -1,7 +1,7 @@
-"""Virtual tokens: what PEFT's prompt and prefix tuning put before a prompt, which no text and no caller knows of.
+"""Find the virtual tokens that PEFT's prompt and prefix tuning put before a prompt, unknown to the caller.
 
-They are no tokens of the row: positions are counted without them, and they are left out like padding. Prompt tuning
-puts them into the call as columns of their own, prefix tuning into the cache.
+They are not tokens of the row: positions are counted without them, and they are left out like padding. Prompt tuning
+adds them to the call as columns, prefix tuning adds them to the cache.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Virtual:
     """The virtual tokens before a call's tokens.
 
     Attributes:
-        columns: how many are, or were, columns of a call.
-        cached: how many are in the cache without ever having been columns.
-        now: how many are columns of this call.
-        ids: ids of this call's real tokens ``[B, S]``; None if they are not known, or among its arguments.
+        columns: number of those that are columns of this call or were columns of an earlier one.
+        cached: number of those in the cache that never were columns.
+        now: number of those that are columns of this call.
+        ids: ids of this call's real tokens ``[B, S]``; None if they are unknown, or among its arguments.
     """
 
     columns: int = 0
@@ -44,7 +44,7 @@ class Virtual:
 
 @dataclass(frozen=True)
 class _Entered:
-    """A call of a wrapper that is running, its arguments by name, and where the interpreter runs it."""
+    """A running call of a wrapper, its arguments by name, and its interpreter frame."""
 
     wrapper: nn.Module
     arguments: Mapping[str, Any]
@@ -69,13 +69,13 @@ def virtual_tokens(model: Any) -> int:
 
 
 def takes_positions(model: Any) -> bool:
-    """Return whether a model hands ``position_ids`` on: PEFT drops them where it adds columns to the call."""
+    """Return whether a model passes ``position_ids`` on: PEFT drops them where it adds columns to the call."""
     config: Any = getattr(model, "active_peft_config", None)
     return not virtual_tokens(model) or config.peft_type in _IN_CACHE
 
 
 class VirtualTokens:
-    """Knows the virtual tokens of a model's calls.
+    """Finds the virtual tokens of a model's calls.
 
     Args:
         model: the causal LM, without wrappers.
@@ -108,8 +108,8 @@ class VirtualTokens:
         """Return the virtual tokens of a call of the model.
 
         Args:
-            call: what is known of its arguments.
-            generating: whether it is one that `generate` prepares, for which PEFT does so instead of making it.
+            call: its arguments.
+            generating: whether `generate` makes it; then PEFT prepares its arguments and does not make the call.
         """
         entered = self._entered.get()
         wrapper: Any
@@ -140,9 +140,9 @@ class VirtualTokens:
 
 
 def _calling_wrapper(model: nn.Module | None) -> tuple[nn.Module, Mapping[str, Any]] | None:
-    """Return the PEFT wrapper whose forward calls a model now, and its arguments; None if none does.
+    """Return the PEFT wrapper whose running forward calls a model, and its arguments; None if there is none.
 
-    It is not known where the model within was given to attach(), and then the wrapper is called.
+    This finds a wrapper that is not known because attach() was given the model inside it.
     """
     frame = sys._getframe(1) if "peft" in sys.modules else None
     while frame is not None:
@@ -159,12 +159,12 @@ def without_virtual(call: ForwardArguments, virtual: Virtual, past: int) -> Forw
     """Return a call's arguments as they would be if the virtual tokens were padding, or not there.
 
     Args:
-        call: what is known of the arguments of the model's forward.
+        call: the arguments of the model's forward.
         virtual: the virtual tokens.
-        past: number of columns before this call, without those that are in the cache alone.
+        past: number of columns before this call, without virtual tokens that never were columns.
 
     Raises:
-        AttachError: if virtual tokens stand between tokens, or it is not known which tokens are padding.
+        AttachError: if virtual tokens would be placed between tokens, or it is unknown which tokens are padding.
     """
     if virtual.cached:
         return replace(
@@ -178,12 +178,12 @@ def without_virtual(call: ForwardArguments, virtual: Virtual, past: int) -> Forw
     if virtual.now and past:
         raise AttachError(
             f"PEFT puts its {virtual.now} virtual tokens before every call, and the cache holds {past} columns "
-            "already, so that they would stand between tokens: use generate(), or call without a cache."
+            "already, so they would be placed between tokens: use generate(), or call without a cache."
         )
     if call.hidden:
         raise AttachError(
-            "The attention mask is not [rows, columns], and PEFT's virtual tokens leave no other way to tell "
-            "padding: use the cache that generate() uses by default."
+            "The attention mask is not [rows, columns], and nothing else shows padding beside PEFT's virtual tokens: "
+            "use generate() with its default cache."
         )
     mask = (
         torch.ones(inputs.shape[0], past + inputs.shape[1], device=inputs.device) if call.mask is None else call.mask

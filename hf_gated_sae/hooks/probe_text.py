@@ -31,10 +31,10 @@ _TOKENS: weakref.WeakKeyDictionary[nn.Module, Tensor | str] = weakref.WeakKeyDic
 
 
 def probe_tokens(root: nn.Module) -> Tensor | str:
-    """Return the text as the model's own tokenizer has it, which is looked for on this machine only, once per model.
+    """Return the text tokenised by the model's own tokenizer, if it is on this machine; cached per model.
 
-    The text begins with the beginning-of-sequence token, where there is one: models treat their first token as no
-    other.
+    The text begins with the beginning-of-sequence token, if there is one, since models treat the first token
+    differently from all others.
 
     Args:
         root: the model without wrappers.
@@ -55,18 +55,18 @@ def _tokenised(root: nn.Module) -> Tensor | str:
         return tokenizer
     try:
         ids = list(tokenizer(TEXT, verbose=False)["input_ids"])
-    except Exception as error:  # as for loading it
+    except Exception as error:  # of any kind, as when loading it
         return f"the tokenizer of {name!r} on this machine does not work ({type(error).__name__})"
-    if len(set(ids)) < TOKENS // 8:  # where its files are missing, some are made up without a vocabulary
-        return f"the tokenizer of {name!r} makes only {len(set(ids))} different tokens of the text"
+    if len(set(ids)) < TOKENS // 8:  # some tokenizers load without a vocabulary if their files are missing
+        return f"the tokenizer of {name!r} splits the text into only {len(set(ids))} different tokens"
     first = tokenizer.bos_token_id
     if first is not None and first not in ids[:1]:
         ids = [first, *ids]
     longest = min(TOKENS, int(getattr(config, "max_position_embeddings", None) or TOKENS))
     if longest < TOKENS // 4:
-        return f"{name!r} sees {longest} tokens at a time, which are too few"
+        return f"{name!r} takes at most {longest} tokens, which are too few"
     weight = getattr(embedding_of(root), "weight", None)
     found = torch.tensor([ids[:longest]])
     if not isinstance(weight, Tensor) or int(found.max()) >= weight.shape[0]:
-        return f"the tokenizer of {name!r} has other tokens than the model"
+        return f"the tokenizer of {name!r} has token ids that the model does not have"
     return found.to("cpu" if weight.device.type == "meta" else weight.device)

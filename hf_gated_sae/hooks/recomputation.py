@@ -1,7 +1,7 @@
-"""Which forward backward() is running again, where gradient checkpointing did not keep what the forward computed.
+"""Find the forward of which backward() runs a layer again for gradient checkpointing.
 
-Every node of an autograd graph carries a number that its thread counted up when the node was made. A forward is known
-by the numbers that it used, so that the node for which a layer is run again tells which forward it is of.
+Every node of an autograd graph has a number, which its thread counts up. The range of numbers that a forward used
+identifies it: the number of the node for which a layer is run again is in the range of its forward.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from ..upstream.torch_private import current_node_number, next_node_number
 if TYPE_CHECKING:
     from .session import Session
 
-# Forwards that one backward() may be about; what is kept of each are positions and ids of its tokens.
+# Maximum number of forwards that are remembered; positions and ids of the tokens of each are kept.
 _KEPT = 256
-_DETACHED = "of a forward that was edited by what has been detached since"
+_DETACHED = "but the edits of their forward were detached since"
 
 
 @dataclass
@@ -34,10 +34,10 @@ class Forward:
     Attributes:
         start: number of the first node of its graph.
         end: number after the last one.
-        thread: the thread that counted; itself, since the number of one that has ended may be used again.
-        call: what is known of its tokens; None if nothing acted on it, or that was detached.
-        sessions: what acted on it, and whether it is an edit; weak, since its graph may outlive the attachment.
-        again: the same tokens, for the run again.
+        thread: the thread that counted; the object, since the id of a thread that has ended may be reused.
+        call: its tokens; None if nothing acted on it, or everything was detached.
+        sessions: the sessions that acted on it, and whether each edits; weak, since its graph may outlive them.
+        again: the same tokens, for the layers that are run again.
     """
 
     start: int
@@ -57,7 +57,7 @@ class Forwards:
         self._since = 0
 
     def begin(self) -> None:
-        """Record the node number from which on every forward is noted; earlier ones were not edited."""
+        """Record the node number from which every forward is noted; earlier forwards were not edited."""
         self._since = next_node_number()
 
     def note(self, start: int, call: ModelCall | None, sessions: Sequence[Session]) -> None:
@@ -69,15 +69,15 @@ class Forwards:
         self._kept.append(Forward(start, end, threading.current_thread(), call, acted))
 
     def release(self) -> None:
-        """Release what is known of tokens: nothing is attached any more."""
+        """Release the tokens of all forwards, when nothing is attached any more."""
         for forward in self._kept:
             forward.call = forward.again = None
 
     def sessions(self) -> tuple[Session, ...]:
-        """Return what acts on the forward that is run again.
+        """Return the sessions that act on the forward that is run again.
 
         Raises:
-            AttachError: if it is not known which one that is, or an edit of it was detached.
+            AttachError: if that forward is unknown, or an edit of it was detached.
         """
         forward = self._running()
         if forward is None or not forward.sessions:
@@ -95,7 +95,7 @@ class Forwards:
         """Return the tokens of the forward that is run again.
 
         Raises:
-            AttachError: if it is not known which one that is.
+            AttachError: if that forward is unknown.
         """
         forward = self._running()
         if forward is None or forward.call is None:
@@ -109,18 +109,18 @@ class Forwards:
         number = current_node_number()
         found = [each for each in self._kept if number is not None and each.start <= number < each.end]
         if len({each.thread for each in found}) > 1:
-            _refuse("and forwards in several threads may be meant")
-        if found:  # a model called within its own forward is the shorter one
+            _refuse("but they may belong to forwards in several threads")
+        if found:  # of nested calls of the model, the inner one has the smaller range
             return min(found, key=lambda each: each.end - each.start)
         if number is None or number >= self._since or number < self._dropped:
-            _refuse("of a forward that was not watched, or was too long ago")
+            _refuse("but their forward was not watched, or was too long ago")
         return None
 
 
 def _refuse(why: str) -> NoReturn:
     raise AttachError(
-        f"backward() runs layers again (gradient checkpointing), {why}, so that it is not known what to do with them: "
-        "call backward() after each forward, in the same thread, while the same things are attached."
+        f"backward() runs layers again (gradient checkpointing), {why}, so it is not known how to edit them: call "
+        "backward() after each forward, in the same thread, while the same interventions are attached."
     )
 
 
@@ -128,5 +128,5 @@ _forwards: weakref.WeakKeyDictionary[nn.Module, Forwards] = weakref.WeakKeyDicti
 
 
 def forwards_of(model: nn.Module) -> Forwards:
-    """Return what is known of a model's forwards; it outlives attachments, as graphs do."""
+    """Return the record of a model's forwards; it outlives attachments, as graphs do."""
     return _forwards.setdefault(model, Forwards())

@@ -1,16 +1,16 @@
-"""What is known of a running forward call: the facts in its arguments, and whether it still runs.
+"""Read the arguments of a running forward call, and tell whether it still runs.
 
 No other file of the hooks reads arguments by name, except for the batches that we make ourselves. Libraries rename
-arguments (transformers 5.24 calls `cache` what was `past_key_values`), and an edit at a position would then reach
-another token without a word. So a cache is recognised by its type, or because the model returns it under the same
-name, and an argument that may be a cache, a padding mask or positions, but is not understood, is refused.
+arguments (transformers 5.24 calls `cache` what was `past_key_values`), and an edit at a position would then silently
+reach another token. So a cache is recognised by its type, or because the model returns it under the same name, and an
+unknown argument that may be a cache, a padding mask or positions is refused.
 
 | fact | read from |
 |---|---|
 | the tokens | ``input_ids``, else ``inputs_embeds`` |
 | padding | ``attention_mask`` ``[B, T]``; another shape hides it |
 | positions in the sequence | ``position_ids`` ``[B, S]`` |
-| what came before | a cache, under whatever name |
+| what came before | a cache, under any name |
 | several requests in one row | ``cu_seq_lens_q``, ``cu_seqlens``, ``read_index`` |
 """
 
@@ -35,17 +35,17 @@ PLACES = "position_ids"
 PACKED = ("cu_seq_lens_q", "cu_seqlens", "read_index")
 
 _OF_CACHES = ("cache", "past", "state", "mem")
-"""A container of tensors is taken for a cache that is not understood if its name has one of these."""
+"""A container of tensors is refused, as it may be a cache, if its name contains one of these."""
 _OF_OTHER_INPUTS = (
     *("encoder", "cross", "image", "audio", "video", "pixel", "vision", "visual", "speech", "feature", "mm_"),
     *("head", "label", "loss", "embed", "row", "perm"),
 )
-"""Masks, positions and containers whose name has one of these are about other inputs than the tokens."""
+"""Masks, positions and containers whose name contains one of these belong to other inputs than the tokens."""
 
 
 @dataclass(frozen=True)
 class ForwardArguments:
-    """What is known of a forward call.
+    """The arguments of a forward call that the hooks use.
 
     Attributes:
         ids: token ids ``[B, S]``; None where the model is fed embeddings.
@@ -53,8 +53,8 @@ class ForwardArguments:
         mask: 0 at padding, ``[B, T]``; None if it was left out or is `hidden`.
         hidden: whether a mask of another shape was given, which does not show padding.
         position_ids: ``[B, S]`` or ``[1, S]``; None if they were left out.
-        cache: what holds the tokens before; None if nothing does.
-        packed: whether a row holds tokens of several requests, or sequences, whose borders are given.
+        cache: the cache of earlier tokens; None if there is none.
+        packed: whether a row holds tokens of several requests or sequences, with their boundaries given.
     """
 
     ids: Tensor | None = None
@@ -67,19 +67,19 @@ class ForwardArguments:
 
     @property
     def inputs(self) -> Tensor | None:
-        """The tensor that stands for the tokens; None if there is none."""
+        """The ids, or else the embeddings; None if there are neither."""
         return self.ids if self.ids is not None else self.embeds
 
 
 @dataclass(frozen=True)
 class CallFacts:
-    """What was proven of how a model is called, see `continuation`.
+    """The proven facts about a model's calls, see `continuation`.
 
     Attributes:
-        caches: names under which it takes and returns a cache that is no transformers `Cache`, such as RWKV's state.
-        padding: what rows that are padded on the left need, to give what each gives alone: ``"position_ids"``, or
-            ``"right"`` where nothing helps but padding on that side; None if they need nothing.
-        wrong: what contradicts how its calls are read; None if nothing does, or it has no cache.
+        caches: names under which it takes and returns a cache that is not transformers' `Cache`, such as RWKV's state.
+        padding: what left-padded rows need to give the same results as each row alone: ``"position_ids"``, or
+            ``"right"`` if only padding on that side helps; None if they need nothing.
+        wrong: evidence that its calls are misread; None if there is none, or it has no cache.
         differs: how far its logits with a cache are from those without, relative to the largest; None if they agree.
     """
 
@@ -93,7 +93,7 @@ def by_name(forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> d
     """Return the arguments of a forward call by name.
 
     Args:
-        forward: the function that a class defines, with ``self`` in front.
+        forward: the function that a class defines, with ``self`` as its first parameter.
         args: positional arguments without ``self``.
         kwargs: the others.
     """
@@ -107,18 +107,18 @@ def by_name(forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> d
 
 
 def read(call: Mapping[str, Any], caches: Collection[str] = ()) -> ForwardArguments:
-    """Return the facts that the arguments of a forward call hold.
+    """Return the arguments of a forward call that the hooks use.
 
     Args:
         call: arguments by name.
-        caches: names under which the model takes a cache that is no transformers `Cache`.
+        caches: names under which the model takes a cache that is not transformers' `Cache`.
 
     Raises:
-        AttachError: if an argument may be one of these facts, but is not understood.
+        AttachError: if an unknown argument may be one of these.
     """
     ids, embeds, mask, places = (call.get(name) for name in (*TOKENS, MASK, PLACES))
     packed = any(call.get(name) is not None for name in PACKED)
-    cache = None if packed else _the_cache(call, caches)  # of an engine's cache, each request has a part
+    cache = None if packed else _the_cache(call, caches)  # requests share the cache of an engine
     found = ForwardArguments(
         ids=ids if isinstance(ids, Tensor) else None,
         embeds=embeds if isinstance(embeds, Tensor) else None,
@@ -137,7 +137,7 @@ def cache_in(values: Mapping[str, Any], names: Collection[str] = ()) -> Any:
 
     Args:
         values: arguments or outputs by name.
-        names: names under which the model takes and returns a cache that is no transformers `Cache`.
+        names: names under which the model takes and returns a cache that is not transformers' `Cache`.
     """
     return next(iter(_caches_in(values, names).values()), None)
 
@@ -156,21 +156,21 @@ def _the_cache(call: Mapping[str, Any], names: Collection[str]) -> Any:
     """Return the cache of a call; None if there is none.
 
     Raises:
-        AttachError: if there are several, or something may be one, but is not understood.
+        AttachError: if there are several, or an unknown argument may be one.
     """
     found = _caches_in(call, names)
     for name, value in call.items():
         if name not in names and _may_be_cache(name, value):
             raise AttachError(
                 f"The model was called with {name}=, a {type(value).__name__} that holds tensors and may be a cache. "
-                "How many tokens it holds is not known, so that positions would be wrong: use a transformers Cache, "
-                "or use_cache=False."
+                "The number of tokens in it is unknown, so positions would be wrong: use a transformers Cache, or "
+                "use_cache=False."
             )
     if len(found) > 1:
         raise AttachError(
-            f"The model was called with several caches, {', '.join(f'{name}=' for name in found)}, of which it uses "
-            "one: what is edited would be wrong. PEFT's prompt and prefix tuning do so where they do not know this "
-            "version of transformers; call generate(..., use_cache=False), or install versions that fit together."
+            f"The model was called with several caches, {', '.join(f'{name}=' for name in found)}, but uses only one, "
+            "so the wrong tokens would be edited. PEFT's prompt and prefix tuning do this if they do not support this "
+            "version of transformers: call generate(..., use_cache=False), or install compatible versions."
         )
     return next(iter(found.values()), None)
 
@@ -185,7 +185,7 @@ def is_cache(value: Any) -> bool:
 
 
 def _may_be_cache(name: str, value: Any) -> bool:
-    """Whether something is a container of tensors that may be a cache: by its name, or as it is nested by layers."""
+    """Whether something is a container of tensors that may be a cache, by its name or as it is nested by layers."""
     if not isinstance(value, (list, tuple, dict)) or any(part in name for part in _OF_OTHER_INPUTS) or name == MASK:
         return False
     named = any(part in name for part in _OF_CACHES)
@@ -218,7 +218,7 @@ def tensors_within(value: Any, depth: int = 3) -> Iterator[Tensor]:
 
 
 def _refuse_unknown(call: Mapping[str, Any], found: ForwardArguments) -> None:
-    """Raise if an argument may be a padding mask or position ids under a name that is not known.
+    """Raise if an argument may be a padding mask or position ids under an unknown name.
 
     Raises:
         AttachError: naming it.
@@ -237,14 +237,14 @@ def _refuse_unknown(call: Mapping[str, Any], found: ForwardArguments) -> None:
         if is_mask or is_places:
             known = MASK if is_mask else PLACES
             raise AttachError(
-                f"The model was called with {name}= {list(value.shape)}, which may say "
-                f"{'which tokens are padding' if is_mask else 'where the tokens stand'}, and is not understood: "
-                f"positions could be wrong. Expected it as {known}=; newer transformers may need a newer hf-gated-sae."
+                f"The model was called with {name}= {list(value.shape)}, an unknown argument that may contain "
+                f"{'the padding mask' if is_mask else 'the positions of the tokens'}, so positions could be wrong. "
+                f"Expected it as {known}=; newer transformers may need a newer hf-gated-sae."
             )
 
 
 def call_frame() -> FrameType | None:
-    """Return where the interpreter runs the call of the module whose hook asks; None if that is not to be found."""
+    """Return the interpreter frame of the module call whose hook is running; None if it is not found."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code is not MODULE_CALL:
         frame = frame.f_back
@@ -252,7 +252,7 @@ def call_frame() -> FrameType | None:
 
 
 def is_running(frame: FrameType | None) -> bool:
-    """Whether this thread is within the call that runs in a frame; true where the frame is not known."""
+    """Whether this thread is within the call that runs in a frame; True if the frame is unknown."""
     if frame is None:
         return True
     within: FrameType | None = sys._getframe(1)

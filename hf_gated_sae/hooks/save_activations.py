@@ -1,4 +1,4 @@
-"""`save_activations`: harvest a text to disk, at once or not at all."""
+"""`save_activations`: harvest a text to disk, as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -45,23 +45,23 @@ def save_activations(
     """Harvest a text to disk; at most one shard is in memory, and either the whole folder is written or nothing.
 
     Args:
-        folder: where to; must not exist, or be empty.
+        folder: the folder to write; must not exist, or be empty.
         model: any Hugging Face causal LM.
         what: sites and SAEs, as for `harvest`.
         batches: token ids, as for `harvest`.
-        dtype: of activations and values of latents; by default that of the model and of the SAE.
-        special_tokens: keep special tokens, too.
+        dtype: dtype of activations and values of latents; by default that of the model and of the SAE.
+        special_tokens: keep special tokens, as for `harvest`.
         special_ids: which tokens are special, as for `harvest`.
         norm_limit: leave out tokens whose activation has a larger norm, as for `harvest`.
-        tokenizer: to note its name in the index.
+        tokenizer: the tokenizer whose name is written to the index.
         rows_per_shard: tokens per file.
         progress: called with the number of tokens so far after each batch.
 
     Returns:
-        What was written.
+        The written shards.
 
     Raises:
-        InputError: if the folder holds something, or the text has no token that counts; and all that `harvest` raises.
+        InputError: if the folder is not empty, or the text has no token that counts; and whatever `harvest` raises.
         CheckpointError: if it cannot be written, as on a full disk.
     """
     if rows_per_shard < 1:
@@ -102,7 +102,7 @@ class _Writer:
         self._held_rows = 0
 
     def add(self, harvested: Harvest) -> None:
-        """Take in the tokens of one batch."""
+        """Add the tokens of one batch."""
         values: dict[str, Any] = {name: getattr(harvested, name).to("cpu", kind) for name, kind in TOKENS.items()}
         values |= {name: harvested[key].to("cpu") for key, name in self.names.items()}
         self.facts = self.facts or {name: _facts(key, values[name]) for key, name in self.names.items()}
@@ -110,7 +110,7 @@ class _Writer:
         start = 0
         while start < len(harvested):
             stop = min(len(harvested), start + self.rows_per_shard - self._held_rows)
-            # Copied, so that what is held does not keep the whole batch.
+            # A copy, since a view would keep the whole batch in memory.
             self._held.append({name: _part(value, start, stop) for name, value in values.items()})
             self._held_rows += stop - start
             if self._held_rows == self.rows_per_shard:
@@ -150,19 +150,19 @@ class _Writer:
 
 
 def _names(keys: Mapping[Any, Sequence[str]]) -> dict[Any, str]:
-    """Return under which name each thing is stored: sites by their own, SAEs by the first that they read."""
+    """Return the name under which each key is stored: a site's own, and for an SAE the first site that it reads."""
     names: dict[Any, str] = {}
     for key, sites in keys.items():
         stem = f"latents.{sites[0]}" if isinstance(key, SAEModel) else sites[0]
         taken = [name for name in names.values() if name == stem or name.startswith(f"{stem}#")]
         if taken and not isinstance(key, SAEModel):
-            raise InputError(f"{stem} was named twice.")
+            raise InputError(f"{stem} was named twice; expected each site once.")
         names[key] = f"{stem}#{len(taken) + 1}" if taken else stem
     return names
 
 
 def _facts(key: Any, value: Any) -> dict[str, Any]:
-    """Return what the index says of something."""
+    """Return the index entry of a key."""
     dtype = str(value.values.dtype if isinstance(value, SparseLatents) else value.dtype).removeprefix("torch.")
     facts = {"kind": "activations", "width": value.shape[-1], "dtype": dtype}
     if not isinstance(key, SAEModel):
@@ -177,7 +177,7 @@ def _facts(key: Any, value: Any) -> dict[str, Any]:
 
 
 def _origin(model: Any, tokenizer: Any) -> dict[str, Any]:
-    """Return what the index says of where the values come from."""
+    """Return the index entries about the origin of the values."""
     config: Any = unwrap(model)[0].config
     return {
         "base_model": config.name_or_path or None,
@@ -197,10 +197,10 @@ def _part(value: Tensor | SparseLatents, start: int, stop: int) -> Tensor | Spar
 
 @contextmanager
 def _appearing_at_once(folder: Path) -> Iterator[Path]:
-    """Give a folder to write into, which becomes `folder` if all goes well, and vanishes if not.
+    """Yield a temporary folder, which is renamed to `folder` on success and removed on failure.
 
     Raises:
-        InputError: if there is something already.
+        InputError: if `folder` exists and is not empty.
         CheckpointError: if it cannot be written.
     """
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
@@ -215,6 +215,6 @@ def _appearing_at_once(folder: Path) -> Iterator[Path]:
         staging.chmod(0o755)
         staging.replace(folder)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} cannot be written, and nothing was: {error}.") from error
+        raise CheckpointError(f"{folder} cannot be written, and nothing was kept: {error}.") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)

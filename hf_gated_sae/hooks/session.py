@@ -1,4 +1,4 @@
-"""Something attached to one model."""
+"""The base class of everything that is attached to a model."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ if TYPE_CHECKING:
 
 
 class Session:
-    """Something attached to one model: interventions to carry out, and an observer of what comes out.
+    """What is attached to one model: interventions to apply, and an observer of the edited activations.
 
     Args:
-        all_threads: whether it acts on calls of the model from every thread and task, not only from where it began.
+        all_threads: whether it acts on calls of the model from every thread and task, or only from that of `begin`.
     """
 
     interventions: tuple[Intervention, ...] = ()
-    """What it carries out; none if it only observes."""
+    """The interventions to apply; none if it only observes."""
 
     def __init__(self, *, all_threads: bool = False) -> None:
         self.all_threads = all_threads
         self.records: Mapping[TensorPath, Sequence[Record]] = {}
         """Its interventions by the tensor that they write."""
         self.reads: Mapping[TensorPath, Sequence[tuple[Site, tuple[Transform, ...]]]] = {}
-        """The names under which interventions elsewhere need a tensor, and how they see it."""
+        """By tensor, the sites and transforms under which interventions at other sites read it."""
         self.active = False
         self.completed = 0
-        """How many forwards have ended without an error while it was active."""
+        """Number of forwards that have ended without an error while it was active."""
         self.generations = 0
-        """How many calls of `generate` have computed tokens of their own while it acted."""
+        """Number of calls of `generate` that ran the model on generated tokens while it acted."""
         self.failure: Exception | None = None
-        """What was raised while it acted in another thread than its own, where perhaps only a log shows it."""
+        """An error raised while it acted in another thread than its own, where perhaps only a log shows it."""
         self._thread: int | None = None
         self.passed_by = False
         """Whether the model was called from a thread or task in which it does not act."""
@@ -63,4 +63,4 @@ class Session:
     """Whether `observe` is to be called."""
 
     def observe(self, place: TensorPath, value: Tensor) -> Tensor | None:
-        """See the activation that the model continues with, and give what is to stand for it; None for itself."""
+        """Observe the activation with which the model continues; return a replacement, or None to keep it."""

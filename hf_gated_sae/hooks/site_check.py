@@ -1,9 +1,9 @@
-"""Whether an SAE belongs where it is to be attached: what it explains of a short text there, and what it should.
+"""Check that an SAE belongs at its site, by comparing its fit to a short text there with what was recorded.
 
-An SAE at a wrong place of the right width computes something, and nothing says so. So it is run once on a text, at its
-site and at those next to it, and the numbers are compared with what was measured when it was published. Where they
-differ much, sites further away are tried in one more forward. Only a site that suits the SAE better makes an error,
-or, if it is not much better, a warning; an SAE that explains little everywhere may simply be young.
+An SAE at a wrong site of the right width computes something, without any error. So it is run once on a text, at its
+site and at those next to it, and the numbers are compared with those measured when it was published. If they differ
+much, sites further away are tried in one more forward. A site that suits the SAE better is an error, or, if it is not
+much better, a warning. It is not an error that an SAE explains little everywhere: it may be early in its training.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ Check = bool | Tensor | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class AttachCheck:
-    """What was found when an SAE was attached.
+    """The result of checking an SAE when it is attached.
 
     Attributes:
-        sae: which SAE.
-        site: where it writes.
-        tokens: number of tokens that it was tried on; 0 if it was not.
-        fvu: fraction of variance unexplained there; of the site that is worst off, where there are several.
+        sae: the SAE's class and origin.
+        site: the sites that it reads and writes.
+        tokens: number of tokens that it was tried on; 0 if it was not tried.
+        fvu: fraction of variance unexplained there; the highest, if it writes several sites.
         l0: mean number of non-zero latents per token.
         norm: root mean square of ``|x - mean x|`` of the activations.
-        expected_fvu: what was measured when the SAE was published; None if that is not known.
-        expected_l0: the same of `l0`.
-        expected_norm: the same of `norm`.
-        verdict: what follows, in a sentence.
+        expected_fvu: the `fvu` measured when the SAE was published; None if unknown.
+        expected_l0: the same for `l0`.
+        expected_norm: the same for `norm`.
+        verdict: the conclusion, in a sentence.
     """
 
     sae: str
@@ -77,7 +77,7 @@ class AttachCheck:
 
 
 class _Found(NamedTuple):
-    """A check, the error that it gives each time, and what is to be warned of once."""
+    """A check, its error, which is raised each time, and its warning, which is given once."""
 
     check: AttachCheck
     error: str | None = None
@@ -91,19 +91,19 @@ _LOCK = threading.RLock()
 
 
 def check_saes(model: nn.Module, interventions: Iterable[Intervention], check: Check) -> tuple[AttachCheck, ...]:
-    """Check every SAE among interventions, each once; what was found on our own text is remembered.
+    """Check every SAE among interventions once; results on the built-in text are cached.
 
     Args:
         model: the model as the user calls it.
-        interventions: what is to be attached, at sites that exist and are as wide as their SAEs.
-        check: whether to, or on what.
+        interventions: the interventions to attach, at sites that exist and are as wide as their SAEs.
+        check: whether to check, or the batch to check on.
 
     Returns:
-        What was found, SAE by SAE; nothing if there is to be no check.
+        The result for each SAE; empty if `check` is False.
 
     Raises:
         SiteError: if an SAE does not fit its site, but another one.
-        InputError: if what an SAE makes of the text is not finite, or the given batch cannot be used.
+        InputError: if an SAE's output is not finite, or the given batch cannot be used.
     """
     if check is False:
         return ()
@@ -124,7 +124,7 @@ def _inputs(model: nn.Module, check: Check) -> dict[str, Any]:
     """Return a given batch as keyword arguments, on the model's device.
 
     Raises:
-        InputError: if there are no ids of tokens.
+        InputError: if there are no token ids.
         ShapeError: if they are not a batch of sequences.
     """
     if not isinstance(check, (Tensor, Mapping)):
@@ -152,7 +152,7 @@ def _checked(model: nn.Module, sae: SAEModel, given: Mapping[str, Any] | None) -
 
 
 def _key(sae: SAEModel) -> _Key:
-    """Return what changes when the SAE is another one than before: its sites and its weights."""
+    """Return a key that changes with the SAE's sites and weights."""
     tensors = [*sae.parameters(), *sae.buffers()]
     written = tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
     return (tuple(sae.config.sites_read), tuple(sae.config.sites_written), sae.dtype, written)
@@ -168,7 +168,7 @@ def _measure(model: nn.Module, root: nn.Module, sae: SAEModel, given: Mapping[st
     expected = _expected(sae)
     try:
         trial = SiteTrial(model, sae, expected, inputs, near)
-    except Exception as error:  # whatever the user's model needs that our text does not give it is no fault of the SAE
+    except Exception as error:  # the model may need more than plain text, which is no fault of the SAE
         if given is not None:
             raise
         why = f"the model does not run on plain text ({type(error).__name__}: {error}); pass check=batch"
@@ -181,7 +181,7 @@ def _measure(model: nn.Module, root: nn.Module, sae: SAEModel, given: Mapping[st
 
 
 def _judged(model: nn.Module, trial: SiteTrial, better: BetterSite | None) -> _Found:
-    """Say what follows from what was measured."""
+    """Return the conclusion from the measurements."""
     sae, expected, measured = trial.sae, trial.expected, trial.measure()
     if better is not None:
         certain = better.gap >= CERTAIN
@@ -194,35 +194,35 @@ def _judged(model: nn.Module, trial: SiteTrial, better: BetterSite | None) -> _F
         how = ", high-norm tokens counted as in its record" if trial.with_outliers else ""
         return _Found(_report(sae, measured, expected, f"it fits{how}"))
     if not trial.differences:
-        return _Found(_report(sae, measured, expected, "it explains little, but no place near it fits better"))
+        return _Found(_report(sae, measured, expected, "it explains little, but no nearby site fits better"))
     advice = (
-        "No place near it fits better: is this the model that the SAE was made for, and is the text of the kind? Pass "
-        "check=batch to try it on another text, or check=False to leave this out."
+        "No nearby site fits better: is this the model for which the SAE was trained, and the kind of text? Pass "
+        "check=batch to try it on another text, or check=False to skip this check."
     )
     return _Found(
-        _report(sae, measured, expected, "it is not as recorded, and no place near it fits better"),
+        _report(sae, measured, expected, "it differs from its record, but no nearby site fits better"),
         warning=f"{_about(model, trial)} {advice}",
     )
 
 
 def _own_text(root: nn.Module) -> dict[str, Any] | str:
-    """Return our own text as keyword arguments, or why it cannot be had."""
+    """Return the built-in text as keyword arguments, or the reason why it cannot be used."""
     tokens = probe_tokens(root)
     return f"{tokens}; pass check=batch" if isinstance(tokens, str) else {"input_ids": tokens}
 
 
 def _not_to_be_measured(sae: SAEModel, given: Mapping[str, Any] | None) -> str:
-    """Return why an SAE cannot be tried, empty if it can."""
+    """Return the reason why an SAE cannot be measured; empty if it can."""
     held = sae.config.kept_latents
     if held is not None:
-        return f"{len(held)} of {sae.config.d_sae} latents are loaded, which do not make up a reconstruction"
+        return f"only {len(held)} of {sae.config.d_sae} latents are loaded, and a reconstruction needs all of them"
     if given is None and distributed.is_available() and distributed.is_initialized():
         return "several processes run this model; pass check=batch in all of them"
     return ""
 
 
 def _expected(sae: SAEModel) -> ExpectedFit:
-    """Return what is known of an SAE: from its configuration, the facts saved beside it, or the index."""
+    """Return the recorded fit of an SAE from its configuration, the facts saved beside it, or the index."""
     config, origin = sae.config, sae.checkpoint
     known = ExpectedFit(config.recorded_fvu, config.recorded_l0, config.recorded_norm)
     if origin is None or None not in known:
@@ -241,7 +241,7 @@ def _either(first: float | None, second: float | None) -> float | None:
 
 
 def _metrics(text: str) -> dict[str, float | None]:
-    """Return the numbers of a file of facts that are numbers; the file may be anybody's."""
+    """Return those metrics in a file of facts that are positive numbers; the file is not trusted."""
     try:
         content = json.loads(text)
     except ValueError:
@@ -258,7 +258,7 @@ def _metrics(text: str) -> dict[str, float | None]:
 
 
 def _advice(sae: SAEModel, better: BetterSite) -> str:
-    """Say where an SAE fits better, and what to do about it."""
+    """Return a sentence on where an SAE fits better, and what to do about it."""
     place, measured = better.sites, better.measured
     change = {"site": place.read} if place.read != sae.config.site else {}
     if place.written != (sae.config.site_out or place.read):
@@ -267,22 +267,22 @@ def _advice(sae: SAEModel, better: BetterSite) -> str:
     what = " and ".join(f"sae.config.{key} = {name!r}" for key, name in change.items())
     return (
         f"At {where} FVU is {measured.fvu:.3g}, L0 {measured.l0:.3g} and norm {measured.norm:.3g}: did you mean that "
-        f"place? Set {what}, or pass check=False to attach it here all the same."
+        f"site? Set {what}, or pass check=False to attach it here anyway."
     )
 
 
 def _what(site: Site, sae: SAEModel) -> str:
-    """Return what tells a site apart from the SAE's own, with which it is easily confused."""
+    """Return how a site differs from the SAE's own, with which it is easily confused."""
     [given] = sites_written(sae)
     if site.is_path and given.name.endswith("_out"):
-        return ", before what the block does to it on its way into the residual stream, such as a post-norm,"
+        return ", before the block changes it on its way into the residual stream, for example by a post-norm,"
     if site.name.endswith("_out") and given.is_path:
-        return ", what is added to the residual stream, after the post-norm if there is one,"
+        return ", which is added to the residual stream, after the post-norm if there is one,"
     return ""
 
 
 def _about(model: nn.Module, trial: SiteTrial, finding: str = "does not fit") -> str:
-    """Say what was measured, and what was expected."""
+    """Return a sentence on what was measured and what was expected."""
     sae, measured = trial.sae, trial.measure()
     pairs = zip(("FVU", "L0", "norm"), measured[1:], trial.expected, strict=True)
     numbers = (
@@ -300,7 +300,7 @@ def _name(sae: SAEModel) -> str:
 
 
 def _place(sae: SAEModel) -> str:
-    """Return where an SAE is attached, in words."""
+    """Return the sites at which an SAE is attached, in words."""
     read, written = _several(sae.config.sites_read), _several(sae.config.sites_written)
     return read if read == written else f"{read} to {written}"
 

@@ -1,4 +1,4 @@
-"""How well an SAE reconstructs what passes some sites of a model: one forward, and no edits."""
+"""Measure how well an SAE reconstructs the activations at some sites of a model, in one forward without edits."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from .apply import exact_dtype
 from .observation import CountedTokens, Observation
 
 FEWEST = 8
-"""Activations from which something can be told."""
+"""Minimum number of activations for a measurement."""
 
 
 class SiteFit(NamedTuple):
-    """What an SAE makes of the activations of a text.
+    """How well an SAE fits the activations of a text.
 
     Attributes:
         tokens: number of activations.
-        fvu: fraction of variance unexplained; of the output that is worst off, where there are several.
+        fvu: fraction of variance unexplained; the highest, if there are several outputs.
         l0: mean number of non-zero latents per token.
-        norm: root mean square of ``|x - mean x|``, the length of the activations without what all have in common;
-            NaN if they are reconstructed without any error.
+        norm: root mean square of ``|x - mean x|``, the norm of the activations without their mean; NaN if they are
+            reconstructed without any error.
     """
 
     tokens: int
@@ -43,7 +43,7 @@ class SiteFit(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What passed some sites of a model.
+    """Activations at some sites of a model.
 
     Attributes:
         values: activations of all tokens but padding, ``[n, width]`` by the site's name.
@@ -60,7 +60,7 @@ class Tokens(NamedTuple):
     Attributes:
         ordinary: without special tokens and outliers, or without what was left out when the SAE was recorded.
         whole: with the outliers, and also with special tokens unless those are known to have been left out; None if
-            nothing more is in it, or the record says what was left out.
+            these are the same tokens, or the record states what was left out.
     """
 
     ordinary: Tensor
@@ -74,17 +74,17 @@ def observe(
     inputs: Mapping[str, Any],
     special_ids: Sequence[int] | None,
 ) -> Seen:
-    """Run a model as far as needed, quietly, and return what passes some of its sites.
+    """Run a model as far as needed, quietly, and return the activations at some of its sites.
 
     Args:
-        model: the model as the user calls it; whatever is attached to it has to stand aside.
+        model: the model as the user calls it; attached interventions must be paused.
         own: the SAE's own sites by name.
-        others: further sites by name; one that has no vector for each token is left out of the result.
+        others: further sites by name; one without a vector for each token is left out of the result.
         inputs: keyword arguments of the forward, with ids ``[B, S]``.
-        special_ids: ids of the special tokens; None for those that the model names.
+        special_ids: ids of the special tokens; None for those of the model.
 
     Raises:
-        ShapeError: if what passes one of the SAE's own sites has no vector for each token.
+        ShapeError: if one of the SAE's own sites does not have a vector for each token.
     """
     subject = make_subject(model, inputs)
     slots = {**others, **own}
@@ -111,13 +111,13 @@ def observe(
 
 
 def tokens_of(sae: SAEModel, seen: Seen, read: Sequence[Tensor], written: Sequence[Tensor]) -> Tokens:
-    """Return on which tokens an SAE is measured, so that what was left out of its record is left out again.
+    """Return the tokens on which an SAE is measured, without those that were left out of its record.
 
     Args:
         sae: the SAE.
-        seen: what passed its sites.
-        read: what passes each site that it reads, ``[n, d_in]``.
-        written: what passes each site that it writes, ``[n, d_out]``.
+        seen: the activations at its sites.
+        read: activations at each site that it reads, ``[n, d_in]``.
+        written: activations at each site that it writes, ``[n, d_out]``.
 
     Raises:
         InputError: if there are too few tokens, or the activations are not finite.
@@ -126,8 +126,8 @@ def tokens_of(sae: SAEModel, seen: Seen, read: Sequence[Tensor], written: Sequen
     counted = ~seen.special
     if not all(bool(x.isfinite().all(-1).cpu()[counted].all()) for x in every):
         raise InputError(
-            f"The activations that {type(sae).__name__} was to be checked on are not finite: the model itself "
-            "overflows there in its dtype. Load it in another one, or pass check=False to attach all the same."
+            f"The activations for the check of {type(sae).__name__} are not finite: the model itself overflows there "
+            "in its dtype. Load the model in another dtype, or pass check=False to attach anyway."
         )
     limit = sae.config.norm_limit
     ordinary = counted
@@ -135,8 +135,8 @@ def tokens_of(sae: SAEModel, seen: Seen, read: Sequence[Tensor], written: Sequen
         ordinary = ordinary & are_ordinary(x, counted, limit)
     if int(ordinary.sum()) < FEWEST:
         raise InputError(
-            f"An SAE was to be checked on {int(ordinary.sum())} tokens; expected at least {FEWEST} that are neither "
-            "padding nor special."
+            f"The text for the check of an SAE has {int(ordinary.sum())} usable tokens; expected at least {FEWEST} "
+            "that are neither padding nor special."
         )
     whole = counted if sae.config.special_token_ids is not None else torch.ones_like(counted)
     finite = all(bool(x.isfinite().all()) for x in every)
@@ -145,17 +145,17 @@ def tokens_of(sae: SAEModel, seen: Seen, read: Sequence[Tensor], written: Sequen
 
 
 def are_ordinary(x: Tensor, counted: Tensor, limit: float | None = None) -> Tensor:
-    """Return which tokens' activations are no outliers, ``[n]`` bool, on the CPU.
+    """Return which tokens' activations are not outliers, ``[n]`` bool, on the CPU.
 
     Args:
         x: activations ``[n, d]``.
-        counted: tokens that are not special, ``[n]`` bool, which say what is usual.
-        limit: the norm above which an activation was left out when the SAE was recorded; None if it is not known.
+        counted: tokens that are not special, ``[n]`` bool, which determine the usual norm.
+        limit: the norm above which an activation was left out when the SAE was recorded; None if unknown.
     """
     if not bool(counted.any()):
         return counted
     usual = norm_limit(x[counted.to(x.device)])
-    # At a place of longer activations the recorded limit would leave most tokens out.
+    # At a site with larger norms the recorded limit would leave most tokens out.
     if limit is None or (usual is not None and limit < usual / OUTLIER_MULTIPLE):
         limit = usual
     return ~is_outlier(x, limit).cpu()
@@ -166,8 +166,8 @@ def fit(sae: SAEModel, read: Sequence[Tensor], written: Sequence[Tensor], tokens
 
     Args:
         sae: the SAE, with all of its latents.
-        read: what passes each site that it reads, ``[n, d_in]``.
-        written: what passes each site that it writes, ``[n, d_out]``.
+        read: activations at each site that it reads, ``[n, d_in]``.
+        written: activations at each site that it writes, ``[n, d_out]``.
         tokens: sets of tokens, ``[n]`` bool each.
 
     Returns:
@@ -183,7 +183,7 @@ def fit(sae: SAEModel, read: Sequence[Tensor], written: Sequence[Tensor], tokens
 
 
 def _measured(sae: SAEModel, output: SAEOutput, targets: Sequence[Tensor], tokens: Tensor) -> SiteFit:
-    """Return the numbers of one set of tokens ``[n]``, of the output that is worst off."""
+    """Return the fit on one set of tokens ``[n]``, for the output with the highest FVU."""
     rows: Any = slice(None) if bool(tokens.all()) else tokens
     assert output.reconstruction is not None and output.latents is not None
     results = []

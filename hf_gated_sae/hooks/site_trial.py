@@ -1,4 +1,4 @@
-"""What an SAE makes of its own site and of others, in one forward, and which of them suits it best."""
+"""Measure an SAE's fit at its own site and at others, in one forward, and find the site that suits it best."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .expected_fit import ExpectedFit
 from .site_fit import FEWEST, SiteFit, are_ordinary, fit, observe, tokens_of
 
 MOST_LATENTS = 2**24
-"""Other sites are tried on the first tokens of a batch: so many that they have this many latents, zeros included."""
+"""Other sites are tried on the first tokens of a batch, as many as have this many latents, zeros included."""
 TOKENS = 64, 1024
-"""How many tokens these are at least and at most."""
+"""Minimum and maximum number of these tokens."""
 ALIKE = 0.02
-"""Places whose gaps differ by less suit an SAE equally well; one tensor may have several names."""
+"""Sites whose gaps differ by less suit an SAE equally well; one tensor may have several names."""
 
 
 class BetterSite(NamedTuple):
@@ -29,8 +29,8 @@ class BetterSite(NamedTuple):
 
     Attributes:
         sites: where it reads and writes.
-        gap: by how much, see `judgement`.
-        measured: what the SAE makes of it.
+        gap: by how much, see `ExpectedFit.gap`.
+        measured: the SAE's fit there.
     """
 
     sites: SitePair
@@ -39,17 +39,17 @@ class BetterSite(NamedTuple):
 
 
 class SiteTrial:
-    """One forward, and what an SAE makes of what passed its own and some other sites.
+    """One forward, and an SAE's fit at its own and some other sites.
 
     Args:
         model: the model as the user calls it.
         sae: the SAE, with all of its latents.
-        expected: what was recorded of it.
+        expected: its recorded fit.
         inputs: keyword arguments of a forward.
         others: the other sites.
 
     Raises:
-        ShapeError: if what passes one of the SAE's own sites has no vector for each token.
+        ShapeError: if one of the SAE's own sites does not have a vector for each token.
     """
 
     def __init__(
@@ -69,9 +69,9 @@ class SiteTrial:
         self.with_outliers = False
 
     def measure(self) -> SiteFit:
-        """Return what the SAE makes of its own site.
+        """Return the SAE's fit at its own site.
 
-        Outliers and special tokens are counted where its recorded norm says that they were counted then.
+        Outliers and special tokens are counted if its recorded norm shows that they were counted for the record.
 
         Raises:
             InputError: if there are too few tokens, or something is not finite.
@@ -83,8 +83,8 @@ class SiteTrial:
             fits = fit(self.sae, *here, sets)
             if math.isinf(fits[0].fvu):
                 raise InputError(
-                    f"What the SAE makes of the activations is not finite in {self.sae.dtype}: load it in float32, or "
-                    "look into its weights."
+                    f"The SAE's output for these activations is not finite in {self.sae.dtype}: load it in float32, "
+                    "or check its weights."
                 )
             self.with_outliers = len(fits) > 1 and self.expected.with_outliers(fits[0], fits[1])
             self._measured = fits[self.with_outliers]
@@ -92,12 +92,12 @@ class SiteTrial:
 
     @property
     def in_doubt(self) -> bool:
-        """Whether sites further away are to be tried."""
+        """Whether sites further away should be tried."""
         return self.expected.in_doubt(self.measure(), with_outliers=self.with_outliers)
 
     @property
     def differences(self) -> list[str]:
-        """Which numbers are far from what was recorded, whatever the text."""
+        """Names of the numbers that are further from the record than another text explains."""
         return self.expected.differences(self.measure(), with_outliers=self.with_outliers)
 
     def better(self) -> BetterSite | None:
@@ -113,7 +113,7 @@ class SiteTrial:
         return None
 
     def _better_of(self, pairs: Sequence[SitePair]) -> list[BetterSite]:
-        """Return those of some sites that suit the SAE better than its own."""
+        """Return the sites among `pairs` that suit the SAE better than its own."""
         sets = {pair: tokens for pair in pairs if (tokens := self._shared_tokens(pair)) is not None}
         if not sets:
             return []
@@ -124,7 +124,7 @@ class SiteTrial:
         for pair, tokens in sets.items():
             there = fit(self.sae, self._values([pair.read]), self._values([pair.written]), [tokens])[0]
             own_fit = here[tuple(tokens.nonzero().flatten().tolist())]
-            # Many transforms give all activations one length, which is the recorded norm only by chance.
+            # Many transforms give all activations one norm, which equals the recorded one only by chance.
             without_norm = self.with_outliers or self._is_other_view(pair)
             gap = self.expected.gap(own_fit, there, without_norm=without_norm)
             if gap > 0:
@@ -132,7 +132,7 @@ class SiteTrial:
         return found
 
     def _shared_tokens(self, pair: SitePair) -> Tensor | None:
-        """Return on which tokens a site is compared with the SAE's own, ``[n]`` bool; None if it cannot be."""
+        """Return the tokens on which a pair is compared with the SAE's own, ``[n]`` bool; None if it cannot be."""
         values = self._values(pair)
         tokens = self._ordinary
         if self.with_outliers:

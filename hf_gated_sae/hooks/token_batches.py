@@ -32,8 +32,8 @@ def model_inputs(model: PreTrainedModel, batch: TokenBatch) -> dict[str, Any]:
         batch: token ids, or a mapping as tokenizers return it; labels in it are left out.
 
     Returns:
-        Keyword arguments on the model's device, ``input_ids [B, S]`` among them; with ``position_ids`` where padding
-        stands before tokens, see `with_positions`.
+        Keyword arguments on the model's device, ``input_ids [B, S]`` among them; with ``position_ids`` if padding
+        precedes tokens, see `with_positions`.
 
     Raises:
         InputError: if there are no token ids.
@@ -43,8 +43,8 @@ def model_inputs(model: PreTrainedModel, batch: TokenBatch) -> dict[str, Any]:
     ids = given.get("input_ids")
     if not isinstance(ids, Tensor):
         raise InputError(
-            f"A batch of tokens is {type(batch).__name__} with {', '.join(map(repr, given)) or 'nothing'}; expected "
-            "token ids as a tensor, or a mapping with 'input_ids' (tokenizers give one with return_tensors='pt')."
+            f"A batch of tokens is a {type(batch).__name__} with {', '.join(map(repr, given)) or 'no keys'}; expected "
+            "token ids as a tensor, or a mapping with 'input_ids' (tokenizers return one with return_tensors='pt')."
         )
     if ids.ndim == 1:
         given["input_ids"] = ids = ids.unsqueeze(0)
@@ -65,7 +65,7 @@ def model_inputs(model: PreTrainedModel, batch: TokenBatch) -> dict[str, Any]:
 
 
 def with_positions(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a call's arguments with the positions of its tokens, if padding stands before some of them.
+    """Add ``position_ids`` to a call's arguments if padding precedes some of its tokens.
 
     Without ``position_ids`` most models count positions over columns, padding included, so that a row that is padded
     on its left gets other activations than the same row alone. `generate` derives them from the mask; so does this.
@@ -75,8 +75,8 @@ def with_positions(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
         inputs: keyword arguments of its forward.
 
     Returns:
-        The arguments; unchanged where no padding stands before a token, where positions are given, or where the
-        forward takes none ``[B, S]``: such models go by the mask.
+        The arguments; unchanged if no padding precedes a token, if positions are given, or if the forward does not
+        take them as ``[B, S]``, in which case the model uses the mask.
     """
     given = dict(inputs)
     mask = given.get("attention_mask")
@@ -104,9 +104,9 @@ def _first_position(root: nn.Module) -> int | None:
     if root not in _FIRST:
         first: int | None = 0 if "position_ids" in inspect.signature(type(root).forward).parameters else None
         for module in root.modules() if first is not None else ():
-            if hasattr(module, "create_position_ids_from_input_ids"):  # RoBERTa and its kin leave room for padding
+            if hasattr(module, "create_position_ids_from_input_ids"):  # RoBERTa reserves positions for padding
                 first = int(module.padding_idx) + 1  # type: ignore[arg-type]  # nn.Module says Tensor
-            elif hasattr(module, "get_rope_index"):  # positions of text and images in several dimensions, of its own
+            elif hasattr(module, "get_rope_index"):  # it computes its own, in several dimensions
                 first = None
                 break
         _FIRST[root] = first
@@ -144,10 +144,10 @@ def counted_positions(
 
 
 def sequences_in_rows(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Return which sequence of the batch each token is of, and where in it, counted over real tokens from 0.
+    """Return the number of each token's sequence, and its position among that sequence's real tokens, both from 0 on.
 
-    A row is one sequence, unless its `position_ids` begin anew within it and there is no mask, as transformers packs
-    several into one.
+    A row is one sequence, unless there is no mask and its `position_ids` restart within it, as where transformers
+    packs several sequences into one row.
 
     Args:
         inputs: from `model_inputs`.

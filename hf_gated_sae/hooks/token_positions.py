@@ -1,4 +1,4 @@
-"""Where each token of a forward call stands in its row, worked out from the call's arguments."""
+"""Compute the position of each token of a forward call in its row, from the call's arguments."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def describe_tokens(
     virtual: int = 0,
     unknown_positions: str | None = None,
 ) -> TokenContext:
-    """Work out the positions of a call's tokens from its arguments.
+    """Compute the positions of a call's tokens from its arguments.
 
     Args:
         model: the causal LM.
-        call: what is known of the arguments of its forward.
+        call: the arguments of its forward.
         past: number of columns before this call.
         previous: the call that ended with those columns, if it is known.
         prompt: number of columns of the prompt in `generate`; None elsewhere, where the first call is the prompt.
         batch: number of rows that `generate` was given; None elsewhere.
-        special_ids: the model's special tokens ``[n]``, where they are known already.
+        special_ids: the model's special tokens ``[n]``, if they are known already.
         beams: whether `generate` reorders rows between calls.
-        virtual: number of the row's first columns that are virtual tokens; the mask says that they are padding.
-        unknown_positions: why it is not known how many columns come before this call; None if it is known.
+        virtual: number of the row's first columns that are virtual tokens; the mask marks them as padding.
+        unknown_positions: why the number of columns before this call is unknown; None if it is known.
 
     Returns:
         The context of the call.
@@ -76,7 +76,7 @@ def describe_tokens(
 
 @dataclass(frozen=True)
 class _Numbered:
-    """Where the tokens of a call stand; see `TokenContext`, and whether some may be padding."""
+    """Positions of the tokens of a call, see `TokenContext`, and whether some may be padding."""
 
     index: Tensor
     count: Tensor
@@ -88,7 +88,7 @@ class _Numbered:
 def _numbered(
     call: ForwardArguments, inputs: Tensor, past: int, previous: TokenContext | None, prompt: int, generating: bool
 ) -> _Numbered:
-    """Return where the tokens of a call stand."""
+    """Return the positions of the tokens of a call."""
     step = _next_step(call, inputs, past, previous, prompt) if generating else None
     if step is not None and previous is not None:
         index, count, padded = step
@@ -107,15 +107,15 @@ def _numbered(
     )
     count = index.amax(-1, keepdim=True) + 1
     if previous is not None and previous.count is not None and previous.count.shape == count.shape:
-        count = torch.maximum(count, previous.count.to(count.device))  # this call may hold padding alone
+        count = torch.maximum(count, previous.count.to(count.device))  # this call may hold only padding
     return _Numbered(index, count, prompt - absent, padded)
 
 
 def number_sequences(places: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return where tokens stand in rows that hold several sequences one after the other; None if none does.
+    """Return the positions of tokens in rows that hold several sequences one after the other; None if no row does.
 
-    As transformers does where it is given neither mask nor cache (`find_packed_sequence_indices`): a sequence begins
-    wherever a position id is not the one after its predecessor's.
+    As in transformers without mask and cache (`find_packed_sequence_indices`), a sequence begins wherever a position
+    id is not its predecessor plus one.
 
     Args:
         places: `position_ids` ``[B, S]``.
@@ -139,15 +139,15 @@ def _next_step(
 ) -> tuple[Tensor, Tensor, bool] | None:
     """Return the positions of one more token per row of a generation, the rows' numbers of real tokens, and a flag.
 
-    The flag says whether the new tokens may be padding. None where this is not such a step. `number_tokens` says the
-    same, of every call, in several times the operations.
+    The flag says whether the new tokens may be padding. None if the call is not such a step. `number_tokens` gives the
+    same for every call, but takes several times the operations.
     """
     if previous is None or previous.count is None or previous.count.device != inputs.device:
         return None
     if inputs.shape[1] != 1 or not previous.end == past >= prompt or previous.count.shape[0] != inputs.shape[0]:
         return None
     mask = call.mask
-    if mask is None:  # left out, or hidden by a static cache: what is new is real
+    if mask is None:  # left out, or hidden by a static cache: new tokens are real
         return previous.count, previous.count + 1, False
     if mask.shape[1] <= past:
         return None
@@ -171,7 +171,7 @@ def number_tokens(
     Positions count from 0 even where the position ids begin elsewhere.
 
     Args:
-        mask: 0 at padding ``[B, T]``; None if it is not known.
+        mask: 0 at padding ``[B, T]``; None if it is unknown.
         places: `position_ids` ``[B, S]``; None if they were left out.
         hidden: whether there is a mask that does not show padding.
         inputs: ids or embeddings ``[B, S, ...]``.
@@ -189,7 +189,7 @@ def number_tokens(
         absent = past - 1 - previous.index[:, -1:].to(inputs.device)
     if mask is not None:
         real = (mask != 0).to(inputs.device).long()
-        if real.shape[1] < end:  # of the new tokens only
+        if real.shape[1] < end:  # it covers only the new tokens
             before, now = past - absent, real
             absent = absent + (1 - real).sum(-1, keepdim=True)
         else:
@@ -197,7 +197,7 @@ def number_tokens(
             absent = (1 - real[:, :prompt]).sum(-1, keepdim=True)
         return (before + now.cumsum(-1) - 1).masked_fill(now == 0, -1), absent, True
     if places is not None and places.shape[1] == columns and (generating or hidden or (past and not padded)):
-        # A static cache hides the mask, and padding is on the left: as many position ids are missing.
+        # A static cache hides the mask. Padding is then on the left, and reduces the position ids by its length.
         absent = (end - 1 - places.to(inputs.device).expand(rows, columns)[:, -1:]).clamp(min=0)
         padded = True
     return (column - absent).clamp(min=-1), absent, padded

@@ -1,7 +1,7 @@
-"""What the tokens of a forward call are: their positions, which are prompt, which are special.
+"""Track the tokens of a forward call: their positions, which belong to the prompt, which are special.
 
-Sites only see a tensor ``[B, S, d]``; in cached decoding `S` is 1 and says nothing about where the token stands. So
-the model's own forward is watched for its arguments, and `generate` for where the prompt ends.
+A hook at a site gets only a tensor ``[B, S, d]``; in cached decoding `S` is 1, which does not show the token's
+position. So the model's own forward is watched for its arguments, and `generate` for where the prompt ends.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class _Ignore:
-    """Stands where a hook was on the model that was copied."""
+    """Replaces a hook in a copy of the model, and does nothing."""
 
     def __call__(self, *_: object) -> None:
         return None
@@ -70,11 +70,11 @@ class _Running:
     """One call that is running.
 
     Attributes:
-        sessions: what acts on it.
+        sessions: the sessions that act on it.
         start: number of the first node of its graph.
         backward: the backward() within which it runs; -1 if none.
-        frame: where the interpreter runs it; None if that is not known.
-        call: what is known of it; None if it failed early.
+        frame: its interpreter frame; None if unknown.
+        call: its tokens; None before they are described, or if that failed.
     """
 
     sessions: tuple[Session, ...]
@@ -85,12 +85,12 @@ class _Running:
 
 
 class TokenTracker:
-    """Knows the tokens of the forward call that is running.
+    """Tracks the tokens of the running forward call.
 
     Args:
         model: the causal LM, without wrappers.
-        acting: gives what is attached and acts on a call from here.
-        facts: what was proven of the model's calls.
+        acting: returns the sessions that act on a call from here.
+        facts: the proven facts about the model's calls.
     """
 
     def __init__(self, model: nn.Module, acting: Callable[[], tuple[Session, ...]], facts: CallFacts) -> None:
@@ -142,7 +142,7 @@ class TokenTracker:
 
     @property
     def replaying(self) -> bool:
-        """Whether backward() is running a layer again that gradient checkpointing did not keep."""
+        """Whether backward() is running a layer again for gradient checkpointing."""
         backward = current_backward()
         if backward == -1:
             return False
@@ -151,12 +151,12 @@ class TokenTracker:
 
     @property
     def sessions(self) -> tuple[Session, ...]:
-        """What acts on the running call.
+        """The sessions that act on the running call.
 
         Raises:
             AttachError: if a forward is run again, and it is not clear which one.
         """
-        if self.replaying:  # on a GPU in a thread of its own, which does not know what was attached where
+        if self.replaying:  # on a GPU in another thread, whose context does not have the attached sessions
             return self._forwards.sessions()
         running = self._innermost()
         return running.sessions if running else self._acting()
@@ -180,7 +180,7 @@ class TokenTracker:
         return running.call
 
     def _innermost(self) -> _Running | None:
-        """Return the call that is running; torch does not tell the hook after a call that it was interrupted."""
+        """Return the innermost running call; drop interrupted ones, whose end torch does not report to hooks."""
         before = running = self._running.get()
         while running and not is_running(running[-1].frame):
             running = running[:-1]
@@ -200,11 +200,11 @@ class TokenTracker:
             model: the model.
             args: of its forward.
             kwargs: of its forward.
-            frame: where the interpreter runs the call; None if it is sure that `end` is called, whatever happens.
+            frame: the interpreter frame of the call; None if `end` is certain to be called.
         """
         self._innermost()
         running = _Running(self._acting(), next_node_number(), current_backward(), frame)
-        # First, since the hook after the call always takes one off.
+        # Before anything can fail, since the hook after the call always removes an entry.
         self._running.set((*self._running.get(), running))
         if not running.sessions:
             return
@@ -217,16 +217,16 @@ class TokenTracker:
         self._running.set((*self._running.get()[:-1], dataclasses.replace(running, call=described)))
 
     def describe(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
-        """Return what is known of a call's tokens, given its arguments before it runs.
+        """Return the tokens of a call that is about to run, given its arguments.
 
         Raises:
-            AttachError: if an argument is not understood.
+            AttachError: if an unknown argument may be a cache, a padding mask or positions.
         """
         call = read(by_name(self._forward, args, kwargs), self._caches)
         generation = GENERATIONS.get().get(id(model))
         if self._facts.padding and generation is None:
             self._warn_of_padding(model, call)
-        # Calls that guide a generation are not prepared by a wrapper, and so have none.
+        # Guidance calls of a generation are not prepared by a wrapper, and so have no virtual tokens.
         guided = generation is not None and not generation.owns(call)
         virtual = (
             self._virtual.of(call, generating=generation is not None and not guided) if "peft" in sys.modules else NONE
@@ -234,7 +234,7 @@ class TokenTracker:
         history = self._history(call.cache, virtual.cached)
         call = call if virtual is NONE else without_virtual(call, virtual, history.past)
         if not history.past:
-            self._special = None  # looked up for each prompt; a decoding step has no time for that
+            self._special = None  # looked up for each prompt, not for each decoding step
         elif self._special is None:
             self._special = torch.tensor(special_token_ids(model))
         prompt = generation.prompt_of(call) if generation else None
@@ -255,7 +255,7 @@ class TokenTracker:
         return ModelCall(tokens, history.kept)
 
     def _warn_of_padding(self, model: nn.Module, call: ForwardArguments) -> None:
-        """Warn, once per model, if a batch is padded on the left and the model takes the padding for text."""
+        """Warn, once per model, if a batch is padded on the left and the model treats the padding as text."""
         if call.mask is None or model in _warned or (call.position_ids is not None and self._facts.padding == PLACES):
             return
         if bool((call.mask[:, 0] != 0).all()):
@@ -265,14 +265,14 @@ class TokenTracker:
         if self._facts.padding == PLACES:
             advice = "pass position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0), as generate() does"
         warnings.warn(
-            f"{type(model).__name__} was called with padding on the left, where it computes something else than for "
-            f"each row alone: {advice}.",
+            f"{type(model).__name__} was called with padding on the left, for which it computes other results than "
+            f"for each row alone: {advice}.",
             UserWarning,
             stacklevel=2,
         )
 
     def end(self, model: nn.Module, args: Any, output: Any) -> None:
-        """Record that it has ended, with this output; None if it failed."""
+        """Record that the running call has ended; `output` is None if it failed."""
         running = self._innermost()
         if running is None:
             return
@@ -297,7 +297,7 @@ class TokenTracker:
             self._last = weakref.ref(first), call
 
     def _history(self, cache: Any, virtual: int) -> _History:
-        """Return what is known of the columns that a call's cache holds, virtual tokens left out."""
+        """Return what is known of the columns in a call's cache, without virtual tokens."""
         if cache is None:
             return _History()
         held = self._call_before(cache)
@@ -314,7 +314,7 @@ class TokenTracker:
         )
 
     def _call_before(self, cache: Any) -> ModelCall | None:
-        """Return the call that gave a cache, if it was watched."""
+        """Return the call that returned a cache, if it was watched."""
         if _can_be_key(cache):
             return self._held.get(cache)
         first = next(tensors_within(cache), None)
@@ -322,8 +322,8 @@ class TokenTracker:
 
 
 _UNPLACED = (
-    "the cache holds tokens, but neither it nor an earlier call tells how many, so that it is not known where this "
-    "call's tokens stand: begin with an empty cache while it is attached"
+    "the cache holds tokens, but neither the cache nor an earlier call shows how many, so the positions of this "
+    "call's tokens are unknown: attach first, then begin with an empty cache"
 )
 
 
@@ -332,10 +332,10 @@ class _History:
     """What is known of the columns before a call.
 
     Attributes:
-        past: how many there are.
+        past: number of columns.
         previous: the call that ended with them, if it is known.
         kept: the histories of that call, see `ModelCall.remember`.
-        unknown: why it is not known how many there are; None if it is.
+        unknown: why that number is unknown; None if it is known.
     """
 
     past: int = 0
@@ -345,12 +345,12 @@ class _History:
 
 
 def _holds_anything(cache: Any) -> bool:
-    """Whether a cache that does not know its length has been written to; an empty one holds zeros, or nothing."""
+    """Whether a cache of unknown length has been written to; an empty one holds zeros, or nothing."""
     return any(bool(tensor.any()) for tensor in tensors_within(cache))
 
 
 def _can_be_key(cache: Any) -> bool:
-    """Whether something can be the key of a dictionary that does not keep it alive; lists and None cannot."""
+    """Whether something can be the key of a weak dictionary; lists and None cannot."""
     try:
         weakref.ref(cache)
         hash(cache)

@@ -199,7 +199,7 @@ def _cut(path):
     ("file", "damage", "error", "message"),
     [
         ("index.json", lambda path: path.unlink(), MissingFileError, "index.json"),
-        ("index.json", _cut, CheckpointError, "no JSON"),
+        ("index.json", _cut, CheckpointError, "not JSON"),
         ("index.json", lambda path: path.write_text('{"format": "other"}'), CheckpointError, "format"),
         ("activations-00000-of-00001.safetensors", lambda path: path.unlink(), MissingFileError, "00000-of-00001"),
         ("activations-00000-of-00001.safetensors", _cut, CheckpointError, "cannot be read"),

@@ -326,7 +326,7 @@ def _item(output):
         (make_sae(site="resid_post.9"), logit_difference, {}, SiteError, "resid_post.9"),
         (make_sae(d_in=16), logit_difference, {}, ShapeError, "16"),
         (make_cross_layer(("resid_post.0", "resid_post.1"), None), logit_difference, {}, InputError, "crosscoder"),
-        ([], logit_difference, {}, InputError, "nothing"),
+        ([], logit_difference, {}, InputError, "no sites or SAEs"),
         (["resid_post.1"], logit_difference, {}, InputError, "expected SAEs"),
     ],
 )  # fmt: skip

@@ -42,7 +42,7 @@ def unrecorded(name, site):
 )
 def test_a_place_that_the_sae_explains_a_little_less_well_than_its_own_is_an_error(language_model, name, given):
     sae, right = bundled(name, given), name.split("/")[0]
-    with pytest.raises(SiteError, match=f"does not fit {given}: .*At '{right}' FVU is .*did you mean that place"):
+    with pytest.raises(SiteError, match=f"does not fit {given}: .*At '{right}' FVU is .*did you mean that site"):
         attach(language_model, Splice(sae))
     sae.config.site = right
     with warnings.catch_warnings():
@@ -82,7 +82,7 @@ def test_a_view_of_the_own_place_does_not_suit_better_because_of_its_length(lang
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         [check] = attach(language_model, Splice(sae), check=text).checks
-    assert check.fvu > 1.5 * check.expected_fvu and "no place near it fits better" in check.verdict
+    assert check.fvu > 1.5 * check.expected_fvu and "no nearby site fits better" in check.verdict
 
 
 def test_the_same_text_gives_the_same_numbers(language_model):

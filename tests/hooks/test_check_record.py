@@ -98,7 +98,7 @@ def test_with_a_recorded_limit_a_norm_that_only_the_sink_explains_is_warned_of(m
     x = activations(model)
     sae = recorded(half_known(model), x)
     sae.config.norm_limit = norm_limit(x)
-    with pytest.warns(UserWarning, match=r"norm .* \(recorded: .*No place near it fits better"):
+    with pytest.warns(UserWarning, match=r"norm .* \(recorded: .*No nearby site fits better"):
         attach(model, Splice(sae), check=TOKENS)
 
 

@@ -265,7 +265,7 @@ def test_harvests_of_inference_mode_are_ordinary_tensors():
 @pytest.mark.parametrize(
     ("what", "batches", "error", "message"),
     [
-        ([], [], InputError, "nothing"),
+        ([], [], InputError, "no sites or SAEs"),
         ("resid_pots.1", [], SiteError, "resid_post"),
         ("resid_post.9", [], SiteError, r"resid_post\.9"),
         (make_sae(d_in=16), [], ShapeError, "16"),

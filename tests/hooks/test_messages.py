@@ -200,7 +200,7 @@ WRONG = {
     "capture of nothing": (
         lambda m: capture(m, [], input_ids=IDS),
         ValueError,
-        ["asked for nothing", "at least one site"],
+        ["given no sites or SAEs", "expected at least one"],
     ),
     "capture without a model": (lambda m: capture("gpt2", "embed", input_ids=IDS), ValueError, ["capture()", "str"]),
     "capture of a mistyped site": (

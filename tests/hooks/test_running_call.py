@@ -39,8 +39,8 @@ def test_a_cache_is_recognised_whatever_it_is_called():
 @pytest.mark.parametrize(
     ("name", "value", "match"),
     [
-        ("padding_mask", torch.ones(2, 6), "padding_mask= .* which tokens are padding"),
-        ("positions", torch.arange(6).expand(2, 6), "positions= .* where the tokens stand"),
+        ("padding_mask", torch.ones(2, 6), "padding_mask= .* the padding mask"),
+        ("positions", torch.arange(6).expand(2, 6), "positions= .* the positions of the tokens"),
         ("past", ((torch.ones(2, 4, 3, 8), torch.ones(2, 4, 3, 8)),) * 3, "past=, a tuple .* may be a cache"),
         ("layers", [[torch.ones(2, 4, 3, 8)] * 2] * 3, "layers=, a list .* may be a cache"),
     ],
@@ -96,7 +96,7 @@ class Miscounting(DynamicCache):
 def test_what_contradicts_the_reading_of_cached_calls_is_an_error_when_attaching(monkeypatch):
     model = tiny_model("llama")
     monkeypatch.setattr("transformers.models.llama.modeling_llama.DynamicCache", Miscounting)
-    with pytest.raises(AttachError, match=r"taken for positions .* and are \[4, 5, 6\].*update hf-gated-sae"):
+    with pytest.raises(AttachError, match=r"read as positions .* but are \[4, 5, 6\].*update hf-gated-sae"):
         attach(model, steer())
 
 
@@ -124,7 +124,7 @@ def test_a_model_whose_cache_changes_what_it_computes_is_told_of_once(monkeypatc
 
     model = tiny_model("llama")
     model.__class__ = Forgetful
-    with pytest.warns(UserWarning, match="computes other logits than without one"):
+    with pytest.warns(UserWarning, match="computes other logits with its cache than without one"):
         attach(model, steer())
     with warnings.catch_warnings():
         warnings.simplefilter("error")

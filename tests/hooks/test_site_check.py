@@ -103,12 +103,12 @@ def test_at_a_wrong_place_the_right_one_is_named(language_model, source, name, g
     sae.config.site = given
     right = name.split("/")[0]
     same = {right, "resid_pre.2"} if right == "resid_post.1" else {right}  # one tensor, two names
-    with pytest.raises(SiteError, match="did you mean that place") as error:
+    with pytest.raises(SiteError, match="did you mean that site") as error:
         attach(language_model, Splice(sae))
     assert any(f"At '{place}'" in str(error.value) for place in same)
     assert f"does not fit {given}" in str(error.value) and "check=False" in str(error.value)
     attach(language_model, Splice(sae), check=False).enable().disable()
-    with pytest.raises(SiteError, match="did you mean that place"):  # what was found is not forgotten
+    with pytest.raises(SiteError, match="did you mean that site"):  # what was found is not forgotten
         attach(language_model, Splice(sae))
 
 
@@ -184,12 +184,12 @@ def test_an_sae_that_is_not_as_recorded_and_fits_nowhere_is_warned_of_once(langu
     ) as seen:
         attach(language_model, Splice(sae))
     assert [Path(each.filename).name for each in seen] == [Path(__file__).name]
-    assert "not as recorded" in attached(language_model, sae).verdict
+    assert "differs from its record" in attached(language_model, sae).verdict
 
 
 def test_an_sae_that_fits_nowhere_and_promises_nothing_is_attached_in_silence(language_model):
     check = attached(language_model, make_sae(d_in=language_model.config.hidden_size))
-    assert check.fvu > 1 and "no place near it fits" in check.verdict
+    assert check.fvu > 1 and "no nearby site fits" in check.verdict
 
 
 # ------------------------------------------------------------------ models without a tokenizer
@@ -242,7 +242,7 @@ def gemma_with_wild_post_norms():
     ("trained", "given", "what"),
     [
         ("mlp_out.1", "model.layers.1.mlp.output", "after the post-norm"),
-        ("model.layers.1.mlp.output", "mlp_out.1", "before what the block does to it"),
+        ("model.layers.1.mlp.output", "mlp_out.1", "before the block changes it"),
     ],
 )
 def test_both_sides_of_a_post_norm_are_told_apart(trained, given, what):

@@ -4,7 +4,7 @@ nnsight is imported when one of these functions is called, never before: its imp
 gets a ``save``, and `torch.Tensor.backward` is replaced).
 
     lm = TransformersModel(model, tokenizer=tokenizer, task="text-generation")
-    edited = edit(lm, Ablate(sae, [123]))          # holds in every trace and generate of `edited`, not of `lm`
+    edited = edit(lm, Ablate(sae, [123]))          # acts in every trace and generate of `edited`, not of `lm`
     with edited.trace("The Eiffel Tower"):
         logits = edited.lm_head.output.save()
 

@@ -29,10 +29,10 @@ from ..token_tracker import TokenTracker
 
 
 class _Carrier:
-    """Carries interventions out in the forwards of one run, as a block of a trace.
+    """Applies interventions in the forwards of one run, as a block of a trace.
 
-    nnsight runs a block beside the model and hands it the values that it waits for, in the order in which the model
-    comes to them. What is done with a value is what the hooks do with it.
+    nnsight runs a block beside the model and passes it the values that it waits for, in the order in which the model
+    computes them. Each value is edited by the same code as in the hooks.
 
     Args:
         lm: the envoy of the whole model.
@@ -58,10 +58,10 @@ class _Carrier:
         self._ended_before = 0
 
     def __call__(self) -> None:
-        """Carry the interventions out in every forward of the run.
+        """Apply the interventions in every forward of the run.
 
         Raises:
-            AttachError: if a forward passed over a site, or hooks are attached to the model as well.
+            AttachError: if a forward skipped a site, or hooks are attached to the model as well.
         """
         from nnsight.intervention.interleaver import Mediator, OutOfOrderError
         from nnsight.intervention.iterator import Iterations
@@ -76,11 +76,11 @@ class _Carrier:
         except OutOfOrderError:  # the run is over: it has no further forward, or was stopped before a site
             if self._waiting is not None and self._ended(run) > self._ended_before:
                 raise AttachError(
-                    f"The model ran, but never reached {self._waiting.site}: what was to be done there had no effect."
+                    f"The model ran, but never reached {self._waiting.site}, so interventions there had no effect."
                 ) from None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Be sent to another machine as plain functions of torch operations."""
+        """Pickle as plain functions of torch operations, to be sent to another machine."""
         from .remote_source import as_sent, to_send  # here, because torch's recorder takes a second to import
 
         parameters = inspect.signature(type(self.root._module).forward).parameters.values()
@@ -112,16 +112,16 @@ class _Carrier:
         return int(run.counts.get(f"{self.root.path}.output", 0))
 
     def _rows(self, batcher: Any) -> int | None:
-        """Return how many rows the run was given; None for models of which nnsight does not know it."""
+        """Return the number of rows of the run; None for models for which nnsight does not count them."""
         return batcher.total if self._counts_rows else None
 
     def _asks_for(self, what: Callable[..., bool], batcher: Any) -> bool:
-        """Return whether the run is a generation that was asked for something: `has_beams`, `is_guided`."""
+        """Return whether the run is a generation for which `what` is true: `has_beams`, `is_guided`."""
         given = [batcher.kwargs, batcher.extra_kwargs, *(kwargs for _, kwargs in batcher.invokes)]
         return what(self.root._module, (), {name: value for each in given for name, value in each.items()})
 
     def _act(self, place: TensorPath, x: Tensor) -> Tensor | None:
-        """Carry out what is to be done at one site."""
+        """Apply the interventions at one site."""
         call = self._tracker.current
         for site, transforms in self.attachment.reads.get(place, ()):
             call.see(site, view(x, transforms).value)
@@ -136,32 +136,32 @@ _CARRIERS: WeakKeyDictionary[Any, _Carrier] = WeakKeyDictionary()
 def edit(lm: Any, *interventions: Intervention, proven_on: nn.Module | None = None, check: Check = True) -> Any:
     """Return a copy of an nnsight model in whose traces interventions act; the model itself stays unchanged.
 
-    They act in every forward of ``trace`` and ``generate``, on the tokens that `attach` would edit, to the bit, before
-    what the trace itself does at the same site; with several invokes, on the rows of all of them. In a generation,
-    the prompt is what its first forward is given. The copy shares modules and weights, and can be edited again;
-    called as a module, ``edited(ids)``, it does what the model does, as ever in nnsight.
+    They act in every forward of ``trace`` and ``generate``, before the trace's own operations at the same site, with
+    bitwise the results of `attach`; with several invokes, on the rows of all of them. In a generation, the prompt is
+    the input of its first forward. The copy shares modules and weights, and can be edited again; called as a module,
+    ``edited(ids)``, it does what the unedited model does, as always in nnsight.
 
-    With ``trace(..., remote=True)`` nnsight sends source and tensors: for each site a function that consists of torch
-    operations, and of each SAE what they need, which for edits of n latents of element-wise architectures is n rows
-    of the encoder and of the decoder, and for `Splice` all of it. The other machine needs torch and nnsight, not this
-    package. It computes the edits on its CPU, in float32; nothing is reported back. What depends on more than each
-    token itself (``rows=``, masks, `Patch`, windows, resampling) is refused when it is to be sent.
+    With ``trace(..., remote=True)`` nnsight sends source and tensors: for each site a function of torch operations,
+    and the parts of each SAE that it needs. For edits of n latents of element-wise architectures these are n rows of
+    the encoder and of the decoder, for `Splice` the whole SAE. The other machine needs torch and nnsight, not this
+    package. It computes the edits on its CPU, in float32; nothing is reported back. Edits that depend on more than
+    each token itself (``rows=``, masks, `Patch`, windows, resampling) are refused when they are sent.
 
     Args:
         lm: an nnsight model, such as ``TransformersModel(model, tokenizer=tokenizer)``.
         *interventions: what to do, such as ``Splice(sae)`` or ``Ablate(sae, [123])``.
-        proven_on: where the weights of `lm` are only on the other machine, a model of the same class and number of
-            layers that is here, such as one of random weights and small width. Sites are proven on it; only such of
-            the residual stream's width can be named, and no SAE can be checked.
+        proven_on: if the weights of `lm` are only on the other machine, a local model of the same class and number of
+            layers, such as a narrow one with random weights. Sites are proven on it; they must be as wide as the
+            residual stream, and SAEs are not checked.
         check: see `attach`.
 
     Returns:
         The edited copy.
 
     Raises:
-        InputError: if it is no nnsight model or holds no weights yet; and whatever `attach` raises.
-        AttachError: if the model is split over ranks. And, from the trace: if a forward passes over a site, or hooks
-            are attached to the model as well.
+        InputError: if `lm` is not an nnsight model or has no weights yet; and whatever `attach` raises.
+        AttachError: if a site is split over ranks; and, from the trace, if a forward skips a site, or hooks are
+            attached to the model as well.
     """
     if proven_on is None:
         model = wrapped_model("edit()", lm)
@@ -189,12 +189,12 @@ def report(edited: Any) -> AttachReport:
 
     Raises:
         InputError: if it is something else.
-        AttachError: if positions were named that no token stood at in any trace so far, or if NaN or infinite numbers
-            were put in, as at the end of a block of `attach`. A trace alone does not say so: the next one may go on
-            where it was.
+        AttachError: as at the end of a block of `attach`, if no token was at a given position in any trace so far, or
+            if NaN or infinite numbers were put in. A single trace does not raise this, since the next one may continue
+            its sequence.
     """
     if edited not in _CARRIERS:
-        raise InputError(f"report() was given {type(edited).__name__} that edit() has not returned.")
+        raise InputError(f"report() was given a {type(edited).__name__}; expected a model that edit() returned.")
     attachment = _CARRIERS[edited].attachment
     for slot in attachment.slots:
         for record in attachment.records.get(slot.tensor_path, ()):
@@ -210,14 +210,14 @@ def _moved(slots: Mapping[str, Slot], small: nn.Module, large: nn.Module) -> dic
     """
     if type(small) is not type(large):
         raise InputError(
-            f"proven_on is a {type(small).__name__}, and the model a {type(large).__name__}: expected the same class."
+            f"proven_on is a {type(small).__name__}, and the model a {type(large).__name__}; expected the same class."
         )
     narrow, wide = (each.config.get_text_config().hidden_size for each in (small, large))  # type: ignore[union-attr,operator]  # of transformers
     moved = {}
     for name, slot in slots.items():
         if slot.width != narrow:
             raise InputError(
-                f"{name} is {slot.width} wide in the model given as proven_on, not hidden_size, {narrow}."
+                f"{name} is {slot.width} wide in proven_on, not hidden_size = {narrow}; expected a site of that width."
             )
         moved[name] = Slot(slot.site, dataclasses.replace(slot.tensor_path, width=wide), large)
     return moved
@@ -227,7 +227,7 @@ def wrapped_model(caller: str, lm: Any, *, weights: bool = True) -> nn.Module:
     """Return the model in an nnsight model.
 
     Raises:
-        InputError: if it is no nnsight model, or one without weights.
+        InputError: if it is not an nnsight model, or one without weights.
     """
     from nnsight.intervention.envoy import Envoy
 
@@ -240,13 +240,13 @@ def wrapped_model(caller: str, lm: Any, *, weights: bool = True) -> nn.Module:
     if weights and any(parameter.is_meta for parameter in model.parameters()):
         raise InputError(
             f"{caller} was given a model without weights, on which no site can be proven: load it with dispatch=True, "
-            "or, if it is only to run elsewhere, pass a small model of the same class as proven_on=."
+            "or, if it will run only on another machine, pass a small model of the same class as proven_on=."
         )
     return model
 
 
 def refuse_hooks(model: nn.Module) -> None:
-    """Raise if something is attached to a model by hooks, too.
+    """Raise if something is attached to a model by hooks.
 
     Raises:
         AttachError: since nnsight would see the activations before those hooks.

@@ -21,7 +21,7 @@ from .edit import refuse_hooks
 
 
 class _Latents:
-    """Reads and writes the latents of one SAE in the value of one module's side.
+    """Reads and writes the latents of one SAE in the input or output of one module.
 
     Args:
         sae: the SAE.
@@ -41,10 +41,10 @@ class _Latents:
             return self._run(tensor).all_latents(self.sae)
 
     def write(self, latents: Tensor, value: Any) -> Any:
-        """Return the served value with ``x + (latents - encode(x)) @ W_dec``; itself if they are what they were.
+        """Return the served value with ``x + (latents - encode(x)) @ W_dec``; itself if the latents did not change.
 
         Raises:
-            ShapeError: if these cannot be the latents.
+            ShapeError: if the latents have the wrong shape.
         """
         tensor = self._tensor(value)
         seen = view(tensor, self.slot.tensor_path.steps)
@@ -54,7 +54,9 @@ class _Latents:
             try:
                 delta = latents.to(clean).expand_as(clean) - clean
             except RuntimeError:
-                raise ShapeError(f"Latents of {list(clean.shape)} were set to {list(latents.shape)}.") from None
+                raise ShapeError(
+                    f"Latents {list(clean.shape)} were set to {list(latents.shape)}; expected a shape that broadcasts."
+                ) from None
             changed = (delta != 0).flatten(0, -2).any(0).nonzero().flatten().tolist()
             if not changed:
                 return value
@@ -70,14 +72,14 @@ class _Latents:
     def _run(self, tensor: Tensor) -> SiteCall:
         x = view(tensor, self.slot.tensor_path.steps).value
         index = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
-        tokens = TokenContext(index, index[:, :1], None, "mixed", x.shape[1])  # which token is which is not asked
+        tokens = TokenContext(index, index[:, :1], None, "mixed", x.shape[1])  # positions are not used
         return SiteCall(x, tokens, self._placed, call=ModelCall(tokens))
 
     def _tensor(self, value: Any) -> Tensor:
         place = self.slot.tensor_path
         found = get_tensor(self._packed(value), place.keys)
         if found is None or found.ndim != place.rank or found.shape[-1] != place.width:
-            raise ShapeError(f"{place} gave another structure than when {self.slot.site} was proven.")
+            raise ShapeError(f"{place} has another structure than when {self.slot.site} was proven.")
         return found
 
     def _packed(self, value: Any) -> Any:
@@ -90,10 +92,10 @@ class _Latents:
 def sae_envoys(model: Any, *saes: SAEModel) -> dict[str, type]:
     """Return envoy classes for nnsight's ``envoys=``: the module at each SAE's site gets ``latents``.
 
-    In a trace they can be read and saved, changed in place and assigned. What is added to the activation ``x`` is
-    ``(latents' - latents) @ W_dec``; reading alone leaves it unchanged, bit for bit. All tokens are edited, special
-    ones too: which to change is up to the trace. The SAEs do not become part of the model. Such a model is for this
-    machine alone; what is sent with ``remote=True`` is made by `edit`.
+    In a trace they can be read and saved, changed in place and assigned. This adds ``(latents' - latents) @ W_dec`` to
+    the activation ``x``; reading alone leaves it unchanged, bit for bit. All tokens are edited, special ones included;
+    the trace decides which to change. The SAEs do not become part of the model. Such a model cannot be sent to another
+    machine; use `edit` for ``remote=True``.
 
     Args:
         model: the transformers model that will be wrapped.
@@ -103,13 +105,13 @@ def sae_envoys(model: Any, *saes: SAEModel) -> dict[str, type]:
         The class for each module path: ``TransformersModel(model, envoys=sae_envoys(model, sae))``.
 
     Raises:
-        InputError: if an SAE names no site, reads other sites than it writes, or stands on the module of another.
+        InputError: if an SAE names no site, reads other sites than it writes, or has the same module as another.
         SiteError: if a site does not exist in this model or could not be proven.
         ShapeError: if an SAE is not as wide as its site.
     """
     require_model("sae_envoys()", model)
     if not saes:
-        raise InputError("sae_envoys() was given no SAEs.")
+        raise InputError("sae_envoys() was given no SAEs; expected at least one.")
     found: dict[str, type] = {}
     for sae in saes:
         require_sae(sae_envoys, sae)
@@ -138,12 +140,12 @@ def _envoy_class(values: _Latents) -> type:
     port = values.slot.tensor_path.port
 
     class Served(eproperty):
-        """A value that exists on this machine alone."""
+        """A value that exists only on this machine."""
 
         def __reduce__(self) -> tuple[Any, ...]:
             raise AttachError(
-                "A model with sae_envoys() cannot be sent to another machine, which has no SAE: use edit() on a model "
-                "that was wrapped without them."
+                "A model with sae_envoys() cannot be sent to another machine, which does not have the SAE: use edit() "
+                "on a model that was wrapped without envoys."
             )
 
     class SAEEnvoy(Envoy):

@@ -1,9 +1,9 @@
 """Interventions as plain functions of torch operations, which run where this package is not installed.
 
 A server that runs a trace rebuilds functions from their source, and offers them little more than torch and Python's
-own types. So what the interventions do at a site is recorded as the torch operations on which it comes down, for a
-block of tokens; operations on constants are done here and now, so that of an SAE only the rows that the edited latents
-need remain. The equations stay where they are: what is recorded is what the hooks run.
+own types. So what the interventions do at a site is recorded as torch operations on a block of tokens. Operations on
+constants are computed while recording, so that only those rows of an SAE remain that the edited latents need. No
+equation is written twice: the recorded operations are those that the hooks run.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class _Unwatched(Record):
 
 
 class _SingleTokens(TokenContext):
-    """Tokens of which nobody knows where in the batch they are."""
+    """Tokens whose rows and columns in the batch are unknown."""
 
     @property
     def batch_rows(self) -> int:
@@ -61,15 +61,15 @@ class _SingleTokens(TokenContext):
 
 
 class _SingleTokensCall(ModelCall):
-    """A forward of which nothing is kept for the next one."""
+    """A forward that keeps nothing for the next one."""
 
     def remember(self, owner: object, now: Tensor) -> Tensor:
         """Refuse."""
-        raise AttachError("it depends on the tokens before.")
+        raise AttachError("it depends on earlier tokens.")
 
 
 def portable(attachment: Attachment, slot: Slot, seen: Sequence[Slot]) -> tuple[Any, dict[str, Tensor]]:
-    """Record what is done at one site.
+    """Record the interventions at one site as a function of torch operations.
 
     Args:
         attachment: the interventions.
@@ -77,12 +77,12 @@ def portable(attachment: Attachment, slot: Slot, seen: Sequence[Slot]) -> tuple[
         seen: the sites before it whose activations are read.
 
     Returns:
-        A function of constants; the raw activation ``[BLOCK, 1, width]`` in float32; index, prompt length, mask of
-        special tokens and ids, ``[BLOCK, 1]`` each; and the raw activations at `seen`. It returns the new activation,
-        and uses torch alone. And the constants.
+        A function that uses torch alone and returns the new activation, and its constants. It takes the constants; the
+        raw activation ``[BLOCK, 1, width]`` in float32; index, prompt length, mask of special tokens and ids,
+        ``[BLOCK, 1]`` each; and the raw activations at `seen`.
 
     Raises:
-        AttachError: if what is done to a token depends on other tokens, rows or columns, or is decided by values.
+        AttachError: if the edit of a token depends on other tokens, rows or columns, or Python branches on values.
     """
     records = [
         _Unwatched(each.intervention, each.output, each.transforms)
@@ -99,20 +99,20 @@ def portable(attachment: Attachment, slot: Slot, seen: Sequence[Slot]) -> tuple[
         new = apply_interventions(here.value, call, records, attachment.placed, replaying=True)
         return x if new is None else here.written(new) if slot.tensor_path.steps else new
 
-    # Where gradients are wanted, no shorter way is chosen by looking at values.
+    # With gradients, no shortcut is chosen by looking at values.
     floats = [torch.zeros(BLOCK, 1, each.width, requires_grad=True) for each in (slot, *seen)]
     numbers = [torch.zeros(BLOCK, 1, dtype=dtype) for dtype in (torch.int64, torch.int64, torch.bool, torch.int64)]
     try:
         with torch.enable_grad():
             inputs = (floats[0], *numbers, *floats[1:])
-            act(*inputs)  # what is looked up once is then known, and not looked up on the other machine
+            act(*inputs)  # fills caches, so that the look-ups are not recorded
             module = make_fx(act)(*inputs)
         return _function_of(module, f"at_{slot.site.name}".replace(".", "_"))
     except RuntimeError as error:
         names = ", ".join(dict.fromkeys(type(record.intervention).__name__ for record in records))
         raise AttachError(
-            f"{names} at {slot.site} cannot be sent to another machine, where it has to be carried out token by token "
-            f"and by torch operations alone: {str(error).splitlines()[0]}"
+            f"{names} at {slot.site} cannot be sent to another machine, where it must run token by token with torch "
+            f"operations alone: {str(error).splitlines()[0]}"
         ) from error
 
 
@@ -127,7 +127,7 @@ def _function_of(module: fx.GraphModule, name: str) -> tuple[Any, dict[str, Tens
     def text_of(value: Any) -> str:
         if isinstance(value, fx.Node) and value not in written:  # a constant that is needed now
             key = f"c{len(constants)}"
-            # As it lies in memory, which decides in what order a product is summed.
+            # The clone keeps the memory layout, which determines the order of summation in a product.
             constants[key] = known[value].detach().clone()
             written[value] = f"constants[{key!r}]"
         return written[value] if isinstance(value, fx.Node) else _text_of(value, text_of)
@@ -157,32 +157,32 @@ def _call_of(node: fx.Node, text_of: Any) -> str:
         return f"{text_of(node.args[0])}[{text_of(node.args[1])}]"
     schema = getattr(node.target, "_schema", None)
     if schema is None or not str(node.target).startswith("aten."):
-        raise RuntimeError(f"{node.target} is no operation of torch alone.")
+        raise RuntimeError(f"{node.target} is not an operation of torch.")
     arguments = [text_of(each) for each in node.args]
     if schema.is_mutable and arguments[0].startswith("constants["):
-        raise RuntimeError(f"{node.target} would write into what is sent.")
+        raise RuntimeError(f"{node.target} would write into a constant.")
     arguments += [f"{name}={text_of(value)}" for name, value in node.kwargs.items()]
     return f"torch.ops.{node.target}({', '.join(arguments)})"
 
 
 def _text_of(value: Any, text_of: Any) -> str:
-    """Return the source of an argument that is no result of an operation."""
+    """Return the source of an argument that is not the result of an operation."""
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(text_of, value)) + "]"
     if isinstance(value, torch.device):
         return f"torch.device({str(value)!r})"
     if isinstance(value, float):
-        return f"float({str(value)!r})"  # infinity, too
+        return f"float({str(value)!r})"  # also infinity
     if value is None or isinstance(value, int | str | torch.dtype | torch.layout | torch.memory_format):
         return repr(value)
-    raise RuntimeError(f"{type(value).__name__} is no argument that can be written down.")
+    raise RuntimeError(f"an argument of type {type(value).__name__} cannot be written as source.")
 
 
 def _compiled(source: str, name: str) -> Any:
-    """Return the function of a source, which `inspect` finds, and which is pickled by it."""
+    """Compile a function from source that `inspect` finds, so that it is pickled by source."""
     file = f"<{name} {hashlib.sha256(source.encode()).hexdigest()[:16]}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
-    space: dict[str, Any] = {"torch": torch, "__name__": "__main__"}  # what is of no module is sent, not looked up
+    space: dict[str, Any] = {"torch": torch, "__name__": "__main__"}  # functions of no module are pickled by source
     exec(compile(source, file, "exec"), space)
     return space[name]
 

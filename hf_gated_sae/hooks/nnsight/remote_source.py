@@ -1,4 +1,4 @@
-"""What is carried out on a server: sent as source, so that it may use torch, builtins and what it is sent with."""
+"""Functions that run on a server, sent as source: they may use only torch, builtins and what is sent with them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .plain_functions import BLOCK, by_value, portable
 
 
 def sent(root: Any, stops: Any, special: Any, steps: Any, names: Any, caches: Any, get: Any, put: Any) -> Any:
-    """Return the function that carries recorded interventions out in every forward of a run.
+    """Return the function that applies recorded interventions in every forward of a run.
 
     Args:
         root: the envoy of the causal LM.
@@ -50,7 +50,7 @@ def sent(root: Any, stops: Any, special: Any, steps: Any, names: Any, caches: An
                 if recorded is None:
                     continue
                 new = in_blocks(recorded, constants, [x, *tokens, *(seen[other] for other in before)])
-                if raw.dtype == torch.float64:  # of which float32 does not hold everything
+                if raw.dtype == torch.float64:  # float32 would round it
                     delta = torch.where(new == x, torch.zeros_like(x), new - x).to(raw.dtype)
                     new = raw + delta.reshape(raw.shape).to(raw.device)
                 new = new.to(raw.dtype).reshape(raw.shape).to(raw.device)
@@ -66,7 +66,7 @@ def sent(root: Any, stops: Any, special: Any, steps: Any, names: Any, caches: An
 
 
 def tokens_of(call: Any, prompt: Any, special: Any, caches: Any) -> Any:
-    """Return what is known of each token of a call, and where the prompt ends.
+    """Return the position and id of each token of a call, and where the prompt ends.
 
     Args:
         call: the call's arguments by name.
@@ -99,12 +99,12 @@ def tokens_of(call: Any, prompt: Any, special: Any, caches: Any) -> Any:
 
 
 def in_blocks(recorded: Any, constants: Any, inputs: Any) -> Any:
-    """Return what a recorded function, which takes `BLOCK` tokens at once, gives for any number of them.
+    """Apply a recorded function, which takes `BLOCK` tokens at once, to any number of them.
 
     Args:
         recorded: the function.
         constants: its constants.
-        inputs: all that it takes, ``[n, ...]`` each.
+        inputs: its other arguments, ``[n, ...]`` each.
     """
     count, done = inputs[0].shape[0], []
     for start in range(0, count, BLOCK):
@@ -117,7 +117,7 @@ def in_blocks(recorded: Any, constants: Any, inputs: Any) -> Any:
 
 
 def to_send(root: Any, envoys: Any, names: list[str], attachment: Attachment) -> Any:
-    """Return what stands for interventions where they are sent: a function without arguments.
+    """Return a function without arguments that applies the interventions on another machine.
 
     Raises:
         AttachError: if they cannot be carried out by torch operations alone.
@@ -158,5 +158,5 @@ def to_send(root: Any, envoys: Any, names: list[str], attachment: Attachment) ->
 
 
 def as_sent(function: Any) -> tuple[Any, tuple[Any, ...]]:
-    """Return how a pickle states that a function stands for something."""
+    """Return the `__reduce__` value of an object that is unpickled as `function`."""
     return operator.getitem, ([function], 0)
