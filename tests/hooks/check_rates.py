@@ -1,8 +1,8 @@
-"""Count how often the check of attach() is wrong: python -m tests.hooks.check_rates MODEL SAES.
+"""Measure the error rates of attach()'s site check: python -m tests.hooks.check_rates MODEL SAES.
 
-MODEL is the folder of a model with its tokenizer, SAES one with SAEs anywhere below. Each SAE is attached at each site
-of its width, on several texts. An error or a warning at its own place is a false alarm; neither at another place is a
-miss. A name that holds the same tensor as the SAE's own site is its own place.
+MODEL is a folder with a model and its tokenizer, SAES a folder with SAEs at any depth. Each SAE is checked on several
+texts at every site of its width. An error or a warning at the SAE's own site is a false alarm; neither at another site
+is a miss. Other names of the tensor at the SAE's own site are skipped.
 """
 
 import collections
@@ -26,7 +26,7 @@ from hf_gated_sae.hooks.site_check import check_saes
 
 @dataclasses.dataclass
 class Rates:
-    """How many checks there were, and which of them were wrong, counted by SAE and place."""
+    """Numbers of checks at right and at wrong sites, with false alarms and misses counted by SAE and site."""
 
     right: int = 0
     wrong: int = 0
@@ -56,7 +56,7 @@ class Rates:
 
 
 def texts(tokenizer, *, lengths=(48, 128, 256), seeds=(0, 1)):
-    """Return the text of attach() itself, and pieces of Python code and of English prose, as ids [1, S]."""
+    """Return attach()'s own text and pieces of Python code and English prose, as token ids [1, S]."""
     sources = {
         "code": "\n".join(itertools.islice(corpus.texts("held_out"), 8)),
         "prose": "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)),
@@ -83,13 +83,13 @@ def complains(model, sae, ids):
 
 
 def count(model, saes, batches, sites=None):
-    """Attach SAEs at all sites of their width on all texts.
+    """Check SAEs at all sites of their width, on all texts.
 
     Args:
         model: the model.
         saes: SAEs by name, each with its own site.
         batches: token ids ``[1, S]``.
-        sites: at which sites; all of the model by default.
+        sites: sites to check at; all of the model's by default.
     """
     slots, rates = resolve(model), Rates()
     for name, sae in saes.items():

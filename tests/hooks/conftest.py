@@ -1,4 +1,4 @@
-"""After every test, the shared models are as they were."""
+"""Checks after every test that the shared models are unchanged."""
 
 import pytest
 

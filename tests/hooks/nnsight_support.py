@@ -1,4 +1,4 @@
-"""nnsight models for the tests: of their own, since nnsight leaves its controllers on what it has wrapped."""
+"""nnsight models for the tests, separate from the shared ones: nnsight leaves its controllers on what it wraps."""
 
 import functools
 
@@ -23,5 +23,5 @@ def wrap(model, **settings):
 
 @functools.cache
 def wrapped(family, dtype="float32"):
-    """A model as users of nnsight hold it, with the weights of `model_of`."""
+    """An nnsight model with the same weights as `model_of`."""
     return wrap(tiny_model(family).to(getattr(torch, dtype)))

@@ -1,4 +1,4 @@
-"""Runs traces that were sent, as a server does: in a process of its own that has no `hf_gated_sae`."""
+"""Runs received traces as a server does, in a separate process that cannot import `hf_gated_sae`."""
 
 import pickle
 import sys
@@ -25,7 +25,7 @@ def run(family, blob):
 
 if __name__ == "__main__":
     assert "hf_gated_sae" not in sys.modules
-    sys.modules["hf_gated_sae"] = None  # importing it from now on fails
+    sys.modules["hf_gated_sae"] = None  # makes importing it fail
     torch.set_num_threads(1)
     requests = pickle.loads(sys.stdin.buffer.read())
     torch.save([run(family, blob) for family, blob in requests], sys.argv[1])

@@ -1,4 +1,4 @@
-"""What the tests of the hooks share: models, SAEs of every architecture, and a reference written by hand."""
+"""Shared by the tests of hooks: models, SAEs of every architecture, and a hand-written reference."""
 
 import contextlib
 import inspect
@@ -10,7 +10,7 @@ from hf_gated_sae.architectures import architectures
 from hf_gated_sae.architectures.cross_layer import CrossLayerSAE, CrossLayerSAEConfig
 from tests.support.tiny_models import HIDDEN, tiny_model
 
-# Where each family keeps its blocks, written down by hand: the reference does not ask the code that it checks.
+# Paths of each family's blocks, written by hand so that the reference does not use the code under test.
 BLOCKS = {
     "bloom": "transformer.h",
     "falcon": "transformer.h",
@@ -35,7 +35,7 @@ ARCHITECTURES = sorted(
 SITE = "resid_post.1"
 D_SAE = 64
 
-# No padding (0), beginning (1) or end (2) among them.
+# Without padding (0), BOS (1) and EOS (2).
 IDS = torch.tensor([[11, 54, 33, 78, 90, 17], [60, 41, 22, 13, 5, 44]])
 
 
@@ -43,14 +43,14 @@ SHARED = {}
 
 
 def model_of(family, dtype=torch.float32):
-    """A model that tests share: each leaves it as it was."""
+    """A model that tests share, and must leave unchanged."""
     if (family, dtype) not in SHARED:
         SHARED[family, dtype] = tiny_model(family).to(dtype)
     return SHARED[family, dtype]
 
 
 def make_sae(architecture="gated", *, site=SITE, seed=0, d_in=HIDDEN, dtype=torch.float32, recorded=True, **settings):
-    """An SAE whose latents are on for a part of the tokens, with random biases, so that no term can be left out."""
+    """An SAE with latents active at some tokens and random biases, so that leaving out any term shows."""
     cls = architectures[architecture]
     if "k" in cls.config_class.__dataclass_fields__:
         settings.setdefault("k", 12)
@@ -74,7 +74,7 @@ def steer(strength=6.0, site="resid_post.1", **settings):
 
 
 def active_latents(model, sae, ids=IDS, count=4):
-    """Latents that are on somewhere: an edit of them does something."""
+    """Latents that are active at about half of the tokens, so that editing them has an effect."""
     latents = capture(model, sae, input_ids=ids)[sae]
     order = (latents > 0).float().mean((0, 1)).sub(0.5).abs().argsort()
     chosen = order[:count].tolist()
@@ -88,7 +88,7 @@ def block(model, family, layer=1):
 
 @contextlib.contextmanager
 def hand_made(module, edit):
-    """Replace what a module gives by ``edit(x)``, with a plain torch hook."""
+    """Replace a module's output `x` by ``edit(x)``, with a plain torch hook."""
 
     def hook(_, __, output):
         return edit(output) if isinstance(output, torch.Tensor) else (edit(output[0]), *output[1:])
@@ -101,7 +101,7 @@ def hand_made(module, edit):
 
 
 def full_path(sae, edit):
-    """The slow way: encode everything, edit, decode everything, add what the SAE does not explain."""
+    """Return a function that encodes all latents, edits them, decodes all and adds the error."""
 
     def run(x):
         latents = sae.encode(x)
@@ -119,19 +119,19 @@ def logits_of(model, ids=IDS, **inputs):
 
 
 def cache_name(model):
-    """What this version of transformers calls a model's cache."""
+    """The name that this version of transformers gives to a model's cache."""
     names = inspect.signature(type(model).forward).parameters
     return next(name for name in ("cache", "past_key_values", "cache_params", "state") if name in names)
 
 
 def continuing(model, cache):
-    """The keyword argument with which a model continues from a cache, or from that of an output."""
+    """The keyword argument that passes a cache, or the cache of an output, to a model."""
     name = cache_name(model)
     return {name: cache[name] if name in getattr(cache, "keys", tuple)() else cache}
 
 
 def checkpoint_layers(model, *, reentrant):
-    """Let backward() run layers again; transformers renamed the method."""
+    """Enable gradient checkpointing, under either name that transformers has given the method."""
     name = "activation_checkpointing_enable"
     enable = getattr(model, name) if hasattr(model, name) else model.gradient_checkpointing_enable
     enable({"use_reentrant": reentrant})
@@ -144,7 +144,7 @@ def close(value, expected, relative):
 
 
 def hooks_on(model):
-    """How many hooks each module carries, and what shadows the model's methods."""
+    """Numbers of hooks of each module that has any, and names of attributes that shadow the model's methods."""
     counts = {
         name: (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks))
         for name, m in model.named_modules()
@@ -160,7 +160,7 @@ def is_clean(model, clean):
 def make_cross_layer(
     sites=("mlp_in.0", "mlp_in.1"), sites_out=("mlp_out.0", "mlp_out.1"), *, dtype=torch.float32, **settings
 ):
-    """A cross-layer transcoder, or a crosscoder with ``sites_out=None``; latents are on for a part of the tokens."""
+    """A cross-layer transcoder, or a crosscoder with ``sites_out=None``; latents are active at some tokens."""
     parts = [D_SAE // len(sites)] * len(sites)
     config = CrossLayerSAEConfig(
         d_in=HIDDEN,
@@ -182,7 +182,7 @@ def make_cross_layer(
 
 
 def padded_batches(count=3, rows=4, columns=7, side="left"):
-    """Rows of several lengths, with BOS (1) in front, EOS (2) in some, and padding (0)."""
+    """Batches with rows of several lengths: BOS (1) first, EOS (2) in one row, and padding (0)."""
     generator = torch.Generator().manual_seed(0)
     batches = []
     for number in range(count):
@@ -199,7 +199,7 @@ def padded_batches(count=3, rows=4, columns=7, side="left"):
 
 
 def placed(batch):
-    """The batch with positions that are counted over real tokens."""
+    """The batch with position ids that count real tokens only."""
     return {**batch, "position_ids": (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)}
 
 

@@ -1,4 +1,4 @@
-"""What was harvested to disk is read back as it was, or refused; nothing is left half-written."""
+"""Activation shards are read back as they were written, or refused; no half-written files are left."""
 
 import json
 import resource
@@ -55,7 +55,7 @@ def check(found, rows, expected, names=None):
         assert torch.equal(getattr(found, name), value[rows])
 
 
-def test_what_was_written_is_read(shards, expected):
+def test_shards_are_read_back_as_written(shards, expected):
     written, _ = shards
     read = ActivationShards(written.folder)
     assert len(read) == len(expected[1]["token_ids"]) == read.index["rows"]
@@ -84,7 +84,7 @@ def test_a_seed_shuffles_over_all_shards_and_loses_nothing(shards):
     assert torch.equal(places(1).sort().values, in_order.sort().values) and len(in_order.unique()) == len(read)
 
 
-def test_the_folder_says_what_it_is(shards):
+def test_the_index_describes_the_folder(shards):
     folder, index = shards[0].folder, json.loads((shards[0].folder / "index.json").read_text())
     count = len(index["shards"])
     assert count > 3 and [shard["rows"] for shard in index["shards"][:-1]] == [13] * (count - 1)
@@ -96,12 +96,12 @@ def test_the_folder_says_what_it_is(shards):
     assert index["model_type"] == "llama" and index["special_tokens"] is False
     assert index["special_token_ids"] == [0, 1, 2] and index["norm_limit"] is None
     assert set(index["versions"]) == {"hf-gated-sae", "torch", "transformers"}
-    tensors = load_file(folder / files[0])  # nothing of ours is needed to read it
+    tensors = load_file(folder / files[0])  # readable without this package
     assert tensors["resid_post.0"].shape == (13, HIDDEN) and tensors["latents.resid_post.1.offsets"].shape == (14,)
     assert len(tensors["latents.resid_post.1.values"]) < 13 * D_SAE
 
 
-def test_the_source_of_the_text_is_noted(tmp_path):
+def test_model_and_tokenizer_are_recorded(tmp_path):
     model, folder = tiny_model("gpt2"), tmp_path / "model"
     model.save_pretrained(folder)
     again = type(model).from_pretrained(folder)
@@ -114,7 +114,7 @@ def test_the_source_of_the_text_is_noted(tmp_path):
 
 
 def test_values_are_mapped_not_read(tmp_path):
-    """What is changed in the file shows, and only there."""
+    """A later change of the file shows in the rows that it changes."""
     read = save_activations(tmp_path / "x", model_of("llama"), SITES, padded_batches(), dtype=torch.bfloat16)
     first, sixth = read.rows([0])[SITES[0]], read.rows([5])[SITES[0]]
     assert first.dtype == torch.bfloat16
@@ -142,14 +142,14 @@ def interrupted(batches):
         (interrupted(padded_batches()), KeyboardInterrupt),
     ],
 )
-def test_a_harvest_that_does_not_come_to_its_end_leaves_nothing(tmp_path, batches, error):
+def test_an_unfinished_harvest_leaves_no_files(tmp_path, batches, error):
     with pytest.raises(error):
         save_activations(tmp_path / "x", model_of("llama"), SITES, batches, rows_per_shard=5)
     assert contents(tmp_path) == []
 
 
-def test_a_full_disk_leaves_nothing(tmp_path):
-    """Stood in for by the limit that the system puts on the size of a file."""
+def test_a_full_disk_leaves_no_files(tmp_path):
+    """Simulated by the system's limit on the size of a file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
@@ -162,7 +162,7 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     assert contents(tmp_path) == []
 
 
-def test_what_is_there_is_never_written_over(tmp_path):
+def test_existing_files_are_never_overwritten(tmp_path):
     (tmp_path / "empty").mkdir()
     save_activations(tmp_path / "empty", model_of("llama"), SITES, padded_batches(1))
     (tmp_path / "file").write_text("mine")
@@ -225,7 +225,7 @@ def test_rows_and_names_that_do_not_exist(shards):
     assert len(shards[0].rows([])) == 0
 
 
-def test_a_dataset_holds_the_same(shards, expected, tmp_path, monkeypatch):
+def test_to_dataset_gives_the_same_values(shards, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     dataset = shards[0].to_dataset()
     values, tokens = expected
@@ -241,7 +241,7 @@ def test_a_dataset_holds_the_same(shards, expected, tmp_path, monkeypatch):
         assert torch.equal(torch.tensor(latents["values"]), dense[dense != 0])
 
 
-def test_a_dataset_needs_its_library(shards, monkeypatch):
+def test_to_dataset_needs_the_datasets_library(shards, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
     with pytest.raises(InputError, match="pip install datasets"):
         shards[0].to_dataset()

@@ -1,4 +1,4 @@
-"""`report()` tells exactly what was edited."""
+"""`report()` lists exactly the tokens that were edited."""
 
 import torch
 
@@ -8,7 +8,7 @@ from tests.hooks.support import IDS, logits_of, make_sae, model_of
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
 
 
-def test_before_anything_ran():
+def test_the_report_before_the_model_ran():
     with attach(model_of("llama"), Splice(make_sae())) as handle:
         (entry,) = handle.report().interventions
     assert (entry.calls, entry.edited, entry.positions) == (0, 0, {})
@@ -33,7 +33,7 @@ def test_each_intervention_has_its_entry_in_the_order_given():
     assert (third.edited, third.positions) == (0, {})
 
 
-def test_conditions_count_where_they_were_met():
+def test_only_tokens_that_meet_the_condition_are_counted():
     model, sae = model_of("llama"), make_sae()
     latents = capture(model, sae, input_ids=IDS)[sae]
     latent = int((latents > 0).float().mean((0, 1)).sub(0.5).abs().argmin())
@@ -59,6 +59,6 @@ def test_a_generation_lists_prompt_and_new_tokens_once_each():
     with attach(model, Steer(make_sae(), 3, special_tokens=True)) as handle:
         model.generate(IDS, attention_mask=MASK, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     (entry,) = handle.report().interventions
-    # The last new token is never an input; the mask leaves out two places of the second row.
+    # The last new token is never an input. The second row's two padding tokens are both reported as position -1.
     assert entry.positions == {0: list(range(9)), 1: [-1, *range(7)]}
     assert (entry.calls, entry.edited) == (4, 18)

@@ -1,4 +1,4 @@
-"""`attribute` gives the derivative that autograd, and a small change of a latent, give; and changes nothing."""
+"""`attribute` agrees with autograd and with finite differences of latents, and leaves the model unchanged."""
 
 import copy
 
@@ -40,7 +40,7 @@ def dense_gradients(found, sae):
 
 
 def by_autograd(model, sae, x, module, metric=logit_difference):
-    """The textbook way: x = decode(latents) + error, with a leaf for the latents, and the model run from there."""
+    """Reference: splice decode(latents) + error into the model, with the latents as a leaf of autograd."""
     latents = sae.encode(x).detach().requires_grad_()
     error = (x - sae.decode(latents, x)).detach()
 
@@ -69,7 +69,7 @@ def test_derivatives_are_those_of_autograd_through_the_spliced_sae(architecture)
 
 
 @pytest.mark.parametrize("normalization", ["center", "layer_norm", "rms_norm", "unit_norm", "standardize"])
-def test_normalised_saes_write_in_units_of_the_token(normalization):
+def test_derivatives_of_normalised_saes_are_those_of_autograd(normalization):
     model, sae = model_of("gpt2", F64), make_sae(normalization=normalization, dtype=F64)
     x = capture(model, "resid_post.1", input_ids=IDS)["resid_post.1"]
     latents, gradient = by_autograd(model, sae, x, block(model, "gpt2"))
@@ -98,7 +98,7 @@ SAES = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", SAES)
-def test_a_small_change_of_a_latent_changes_the_metric_as_said(name):
+def test_gradients_agree_with_finite_differences(name):
     model, sae, step = model_of("gpt2", F64), SAES[name], 1e-5
     with torch.enable_grad():
         effects = attribute(model, sae, logit_difference, input_ids=IDS).top(4)
@@ -109,7 +109,7 @@ def test_a_small_change_of_a_latent_changes_the_metric_as_said(name):
         assert effect.attribution == pytest.approx(effect.activation * effect.gradient, rel=1e-12)
 
 
-def test_small_latents_are_attributed_what_ablating_them_takes_away():
+def test_attributions_of_small_latents_are_the_effects_of_ablating_them():
     model, sae = model_of("gpt2", F64), copy.deepcopy(SAES["resid_post.1"])
     sae.W_dec.mul_(1e-6)  # so that ablation is a small change
     clean = logit_difference(model(input_ids=IDS)).item()
@@ -117,7 +117,7 @@ def test_small_latents_are_attributed_what_ablating_them_takes_away():
         assert clean - changed(model, sae, effect, -effect.activation) == pytest.approx(effect.attribution, rel=1e-3)
 
 
-def test_several_saes_in_one_backward_are_each_what_it_is_alone():
+def test_several_saes_in_one_backward_give_the_same_as_each_alone():
     model = model_of("gpt2", F64)
     saes = [SAES[name] for name in ("mlp_out.0", "resid_post.1", "with a transform", "transcoder")]
     together = attribute(model, saes, logit_difference, input_ids=IDS)
@@ -130,7 +130,7 @@ def test_several_saes_in_one_backward_are_each_what_it_is_alone():
     assert len({id(effect.sae) for effect in together.top(60)}) > 1
 
 
-def test_entries_say_where_they_are():
+def test_top_effects_name_row_token_and_latent():
     model, sae = model_of("gpt2", F64), SAES["resid_post.1"]
     found = attribute(model, sae, logit_difference, input_ids=IDS)
     dense = found[sae].dense()
@@ -150,13 +150,13 @@ def test_entries_say_where_they_are():
         ["cross-layer transcoder"],
     ],
 )
-def test_integrated_attributions_sum_to_what_subtracting_all_that_is_written_takes_away(names):
+def test_integrated_attributions_sum_to_the_effect_of_removing_all_latents(names):
     model, saes = model_of("gpt2", F64), [SAES[name] for name in names]
     with torch.no_grad():
         clean = logit_difference(model(input_ids=IDS)).item()
         seen = capture(model, saes, input_ids=IDS)
         steers = []
-        for sae in saes:  # take away what the latents of the clean run write, at every site
+        for sae in saes:  # subtract what the latents of the clean run write, at every site
             for output, site in enumerate(sae.config.sites_written):
                 rows = sae.rows_at(torch.arange(D_SAE), output)
                 steers.append((site, seen[sae] @ rows))
@@ -185,7 +185,7 @@ def minus(output, written):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "granite", "gpt_oss", "mamba", "llama4_text"])
-def test_nothing_changes(family):
+def test_attribute_leaves_the_model_unchanged(family):
     model, sae = model_of(family), make_sae()
     before = logits_of(model)
     seen = []
@@ -204,7 +204,7 @@ def test_frozen_checkpointed_and_trained_models_agree(site):
     frozen, checkpointed = tiny_model("llama").requires_grad_(False), tiny_model("llama").train()
     checkpoint_layers(checkpointed, reentrant=False)
     for model in (frozen, checkpointed):
-        with torch.no_grad():  # around it, it does no harm
+        with torch.no_grad():  # no_grad around attribute() has no effect
             found = attribute(model, sae, logit_difference, input_ids=IDS)
         assert torch.equal(found.gradients[sae], expected.gradients[sae])
     checkpoint_layers(checkpointed, reentrant=True)
@@ -215,9 +215,9 @@ def test_frozen_checkpointed_and_trained_models_agree(site):
     )
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft reads it
 @pytest.mark.parametrize("method", ["gradient", "integrated"])
-def test_virtual_tokens_are_none_of_the_batch(method):
+def test_virtual_tokens_are_left_out(method):
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     model, sae = peft.get_peft_model(tiny_model("llama"), config).eval(), make_sae()
     x = capture(model, "resid_post.1", input_ids=IDS)["resid_post.1"]
@@ -229,7 +229,7 @@ def test_virtual_tokens_are_none_of_the_batch(method):
     (gradient,) = torch.autograd.grad(last, latents[sae])
     if method == "gradient":
         close(found[sae].dense(), (gradient * latents[sae])[:, 4:], 1e-4)
-    else:  # taking it away at these tokens, and nowhere before
+    else:  # the effect of removing the latents at the tokens of the text only
         written = torch.nn.functional.pad(sae.encode(x[:, 4:]) @ sae.W_dec, (0, 0, 4, 0))
         handle = block(model.base_model, "llama").register_forward_hook(lambda _, __, out: minus(out, written))
         without = model(input_ids=IDS).logits[0, -1, 7].item()
@@ -237,7 +237,7 @@ def test_virtual_tokens_are_none_of_the_batch(method):
         assert found[sae].values.sum().item() == pytest.approx(found.metric - without, rel=1e-2)
 
 
-def test_what_has_no_vector_for_each_token_is_refused():
+def test_a_site_without_one_vector_per_token_is_refused():
     model, sae = model_of("llama"), make_sae(site="model.rotary_emb.output", d_in=8)
     with pytest.raises(ShapeError, match=r"\[1, 6, 8\].*2 rows of 6 tokens"):
         attribute(model, sae, logit_difference, input_ids=IDS)
@@ -274,7 +274,7 @@ def test_embeddings_as_input():
     assert torch.equal(found[sae].values, attribute(model, sae, logit_difference, input_ids=IDS)[sae].values)
 
 
-def test_a_slice_of_an_sae_gives_its_latents_by_their_own_numbers(tmp_path):
+def test_a_slice_of_an_sae_keeps_the_indices_of_its_latents(tmp_path):
     model, sae = model_of("llama"), make_sae()
     whole = attribute(model, sae, logit_difference, input_ids=IDS)
     sae.save_pretrained(tmp_path)
@@ -286,7 +286,7 @@ def test_a_slice_of_an_sae_gives_its_latents_by_their_own_numbers(tmp_path):
     assert found[some].values.numel() == (whole.activations[sae].dense()[..., [5, 11, 58]] != 0).sum()
 
 
-def test_what_is_attached_shows():
+def test_attribution_includes_attached_interventions():
     model, sae = model_of("llama"), make_sae()
     direction = torch.nn.functional.normalize(torch.randn(HIDDEN, generator=torch.Generator().manual_seed(0)), dim=0)
     with attach(model, Steer(sae, 3), ProjectOut("resid_post.0", direction)):
@@ -330,7 +330,7 @@ def _item(output):
         (["resid_post.1"], logit_difference, {}, InputError, "expected SAEs"),
     ],
 )  # fmt: skip
-def test_an_error_leaves_nothing(saes, metric, settings, error, message):
+def test_an_error_leaves_no_hooks(saes, metric, settings, error, message):
     model = model_of("llama")
     with pytest.raises(error, match=message) as caught:
         attribute(model, saes, metric, input_ids=IDS, **settings)
@@ -338,8 +338,8 @@ def test_an_error_leaves_nothing(saes, metric, settings, error, message):
     assert hooks_on(model) == ({}, [])
 
 
-def test_a_metric_of_what_comes_before_is_refused():
-    model = tiny_model("llama")  # since transformers leaves its own hooks there, to collect hidden states
+def test_a_metric_computed_before_the_site_is_refused():
+    model = tiny_model("llama")  # not shared: transformers leaves hooks on it to collect hidden states
     saes = [make_sae(site="resid_post.0"), make_sae(site="resid_post.2")]
     with pytest.raises(InputError, match=r"resid_post\.2"):
         attribute(model, saes, lambda o: o.hidden_states[2].sum(), input_ids=IDS, output_hidden_states=True)
@@ -350,7 +350,7 @@ def test_inference_mode_is_refused():
         attribute(model_of("llama"), make_sae(), logit_difference, input_ids=IDS)
 
 
-def test_an_sae_that_was_not_asked_for():
+def test_an_sae_that_was_not_attributed_is_an_error():
     found = attribute(model_of("llama"), make_sae(), logit_difference, input_ids=IDS)
     with pytest.raises(UnknownNameError):
         found[make_sae(seed=1)]

@@ -1,4 +1,4 @@
-"""`capture` gives what a hand-made hook sees, and runs no more of the model than it needs."""
+"""`capture` returns what a hand-written hook sees, and runs no more of the model than it needs."""
 
 import pytest
 import torch
@@ -76,7 +76,7 @@ def test_saes_give_their_latents(architecture):
     assert (found[sae] > 0).any()
 
 
-def test_a_single_thing_needs_no_list():
+def test_a_single_site_or_sae_needs_no_list():
     model, sae = model_of("llama"), make_sae()
     assert list(capture(model, sae, input_ids=IDS)) == [sae]
     assert list(capture(model, "resid_post.1", input_ids=IDS)) == ["resid_post.1"]
@@ -107,7 +107,7 @@ def test_autocast_does_not_reach_the_latents():
     assert torch.equal(found[sae], sae.encode(found["resid_post.1"].float()))
 
 
-def test_what_is_attached_shows():
+def test_captures_include_attached_interventions():
     model, sae = model_of("llama", torch.float64), make_sae(dtype=torch.float64)
 
     def edit(latents):
@@ -124,7 +124,7 @@ def test_what_is_attached_shows():
     assert torch.equal(capture(model, "resid_post.1", input_ids=IDS)["resid_post.1"], clean)
 
 
-def test_later_writes_of_the_model_do_not_reach_what_was_captured():
+def test_later_in_place_writes_do_not_change_what_was_captured():
     model = tiny_model("llama")
     expected = capture(model, "resid_post.0", input_ids=IDS)["resid_post.0"]
 
@@ -153,14 +153,14 @@ def test_gradients():
 
 
 def by_hand(model, sae, x, metric):
-    """Latents as a leaf before what comes later, the error term kept."""
+    """Reference for the gradient of a metric: the latents are a leaf of autograd, and the error is kept."""
     latents = sae.encode(x).detach().requires_grad_()
     with hand_made(block(model, "gpt2"), lambda _: sae.decode(latents) + (x - sae.decode(latents.detach()))):
         return torch.autograd.grad(metric(model(IDS).logits), latents)[0]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_gradients_flow_to_latents_and_on_to_what_is_before(architecture):
+def test_gradients_flow_to_latents_and_to_earlier_sites(architecture):
     model, sae = model_of("gpt2", torch.float64), make_sae(architecture, dtype=torch.float64)
     wanted = ["resid_post.0", "resid_post.1", sae, "resid_post.2", "lm_head.output"]
     clean = capture(model, wanted, input_ids=IDS)
@@ -171,7 +171,7 @@ def test_gradients_flow_to_latents_and_on_to_what_is_before(architecture):
     gradient = torch.autograd.grad(metric(found["lm_head.output"]), found[sae], retain_graph=True)[0]
     close(gradient, by_hand(model, sae, clean["resid_post.1"], metric), 1e-11)
 
-    # To what is before the SAE, the gradient is the model's own: the error term has its part in it.
+    # At earlier sites the gradient is the model's own: it also flows through the error.
     [through] = torch.autograd.grad(metric(found["lm_head.output"]), found["resid_post.0"])
     plain = capture(model, ["resid_post.0", "lm_head.output"], grad=True, input_ids=IDS)
     [expected] = torch.autograd.grad(metric(plain["lm_head.output"]), plain["resid_post.0"])
@@ -196,7 +196,7 @@ def test_gradients_of_a_frozen_model_begin_at_the_first_site():
     assert torch.autograd.grad(found["resid_post.2"].sum(), found["resid_post.0"])[0].abs().max() > 0
 
 
-def test_gradients_are_of_what_was_captured_whatever_the_model_writes_into_it():
+def test_gradients_are_right_if_the_model_writes_into_what_was_captured():
     model = tiny_model("llama")
     plain = capture(model, ["resid_post.0", "resid_post.1"], grad=True, input_ids=IDS)
     expected = torch.autograd.grad(plain["resid_post.1"].sum(), plain["resid_post.0"])[0]
@@ -208,7 +208,7 @@ def test_gradients_are_of_what_was_captured_whatever_the_model_writes_into_it():
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("what", ["attn_out.1", make_sae(site="attn_out.1"), "resid_post.1", make_sae()])
-def test_gradients_within_layers_that_are_run_again_are_right_or_refused(what, reentrant):
+def test_gradients_within_checkpointed_layers_are_right_or_refused(what, reentrant):
     def gradient(model):
         found = capture(model, [what, "final_norm"], grad=True, input_ids=IDS)
         found[what].retain_grad()
@@ -219,7 +219,7 @@ def test_gradients_within_layers_that_are_run_again_are_right_or_refused(what, r
     expected = gradient(model)
     checkpoint_layers(model, reentrant=reentrant)
     hooks = hooks_on(model)
-    # Older versions of transformers wrap a layer's call, hooks included, and not its forward.
+    # Older versions of transformers checkpoint a layer's call, hooks included, instead of its forward.
     all_of_it = type(block(model, "llama")).__call__ is not torch.nn.Module.__call__
     within = all_of_it or (what.config.site if isinstance(what, SAEModel) else what) == "attn_out.1"
     if within and (reentrant or isinstance(what, SAEModel)):
@@ -257,11 +257,11 @@ def test_inside_inference_mode():
             capture(model, sae, grad=True, input_ids=IDS)
     for key, value in found.items():
         assert torch.equal(value, expected[key])
-        (value.requires_grad_() * 2).sum().backward()  # an ordinary tensor, of which more can be made
+        (value.requires_grad_() * 2).sum().backward()  # an ordinary tensor, which autograd can use
         value.detach().zero_()
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # of the checkpoints, while capturing
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # raised by checkpointing while capturing
 def test_a_forward_that_was_stopped_leaves_nothing_behind():
     model = tiny_model("gpt2").train()
     checkpoint_layers(model, reentrant=True)
@@ -295,7 +295,7 @@ def test_a_cache_that_is_given_is_filled_in_every_layer():
     )
 
 
-def test_train_mode_and_dropout_are_the_models_own():
+def test_train_mode_and_dropout_are_kept():
     model = tiny_model("gpt2", resid_pdrop=0.5)
     model.train()
     torch.manual_seed(3)
@@ -321,7 +321,7 @@ def test_train_mode_and_dropout_are_the_models_own():
         (make_sae(site="model.rotary_emb.output", d_in=8), {"input_ids": IDS}, ShapeError),
     ],
 )
-def test_an_error_leaves_nothing(wanted, inputs, error):
+def test_an_error_leaves_no_hooks(wanted, inputs, error):
     model = model_of("llama")
     clean = logits_of(model)
     with pytest.raises(error):
@@ -330,7 +330,7 @@ def test_an_error_leaves_nothing(wanted, inputs, error):
     assert torch.equal(logits_of(model), clean)
 
 
-def test_what_all_rows_share_is_given_as_it_is_but_not_encoded():
+def test_a_tensor_shared_by_all_rows_is_captured_but_not_encoded():
     model, site = model_of("llama"), "model.rotary_emb.output"
     assert capture(model, site, input_ids=IDS)[site].shape == (1, 6, 8)
     with pytest.raises(ShapeError, match=r"\[1, 6, 8\] for 2 sequences of 6 tokens"):
@@ -338,13 +338,13 @@ def test_what_all_rows_share_is_given_as_it_is_but_not_encoded():
 
 
 class Pairs(nn.Module):
-    """Pools every two tokens, beside the model's own way."""
+    """Pools every two tokens; the model does not use the output."""
 
     def forward(self, x):
         return x[:, : x.shape[1] // 2 * 2].unflatten(1, (-1, 2)).mean(2)
 
 
-def test_what_has_fewer_vectors_than_tokens_is_not_encoded():
+def test_a_site_with_fewer_vectors_than_tokens_is_not_encoded():
     model = tiny_model("llama")
     model.model.register_module("pooled", Pairs())
     model.model.norm.register_forward_hook(lambda module, args, output: (model.model.pooled(output), None)[1])
@@ -362,7 +362,7 @@ def test_a_site_that_is_not_reached_is_an_error():
         capture(model, ["resid_post.0", "resid_post.2"], input_ids=IDS)
 
 
-def test_a_capture_within_a_block_takes_only_its_own_hooks_away():
+def test_a_capture_within_a_block_removes_only_its_own_hooks():
     model = model_of("llama")
     with attach(model, Steer(make_sae(), 3), Splice(make_sae(site="mlp_out.2"))):
         expected = logits_of(model)

@@ -1,4 +1,4 @@
-"""The check of attach() tells an SAE's own place from those next to it, which it explains nearly as well."""
+"""The check of attach() distinguishes an SAE's own site from nearby sites, where FVU is nearly as low."""
 
 import warnings
 
@@ -24,7 +24,7 @@ def bundled(name, site):
 
 
 def unrecorded(name, site):
-    """The SAE as if it were built here: nothing is known of what it should do."""
+    """A copy of the SAE without its checkpoint, and so without recorded metrics."""
     sae = bundled(name, site)
     copy = type(sae)(type(sae.config).from_dict(sae.config.to_dict())).eval()
     copy.load_state_dict(sae.state_dict())
@@ -34,13 +34,13 @@ def unrecorded(name, site):
 @pytest.mark.parametrize(
     ("name", "given"),
     [
-        ("resid_post.1/gated", "resid_post.0"),  # where FVU is 0.14, and 0.09 was recorded
+        ("resid_post.1/gated", "resid_post.0"),  # FVU is 0.14; 0.09 was recorded
         ("resid_post.1/standard", "resid_mid.1"),
-        ("mlp_out.2/standard", "mlp_out.0"),  # two layers off, where FVU is 0.80, and 0.33 was recorded
+        ("mlp_out.2/standard", "mlp_out.0"),  # two layers away; FVU is 0.80, and 0.33 was recorded
         ("mlp_out.2/gated", "mlp_out.0"),
     ],
 )
-def test_a_place_that_the_sae_explains_a_little_less_well_than_its_own_is_an_error(language_model, name, given):
+def test_a_nearby_site_with_higher_fvu_is_an_error(language_model, name, given):
     sae, right = bundled(name, given), name.split("/")[0]
     with pytest.raises(SiteError, match=f"does not fit {given}: .*At '{right}' FVU is .*did you mean that site"):
         attach(language_model, Splice(sae))
@@ -50,9 +50,9 @@ def test_a_place_that_the_sae_explains_a_little_less_well_than_its_own_is_an_err
         assert attach(language_model, Splice(sae)).checks[0].verdict == "it fits"
 
 
-def test_a_place_that_is_hardly_worse_is_warned_of_once(language_model):
+def test_a_nearby_site_with_hardly_higher_fvu_is_warned_about_once(language_model):
     sae = unrecorded("resid_post.1/gated", "resid_post.0")
-    sae.config.recorded_fvu = 0.094  # and nothing of the norm, which would tell more
+    sae.config.recorded_fvu = 0.094  # without a norm, which would be stronger evidence
     with pytest.warns(UserWarning, match=r"may not belong at resid_post.0: .*At 'resid_post.1' .*Set sae.config.site"):
         attach(language_model, Splice(sae))
     with warnings.catch_warnings():
@@ -62,7 +62,7 @@ def test_a_place_that_is_hardly_worse_is_warned_of_once(language_model):
 
 
 @pytest.mark.parametrize("given", ["resid_post.0", "resid_mid.1"])
-def test_without_a_record_a_place_where_the_sae_explains_much_is_taken(language_model, given):
+def test_without_recorded_metrics_a_site_with_low_fvu_is_accepted(language_model, given):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert attach(language_model, Splice(unrecorded("resid_post.1/gated", given))).checks[0].verdict == "it fits"
@@ -75,8 +75,8 @@ SHORT_IN_NORM = """<|endoftext|>   take baz.take as the   # baz, baz.take, and t
    """
 
 
-def test_a_view_of_the_own_place_does_not_suit_better_because_of_its_length(language_model):
-    """On this text FVU is 0.31 and the norm 8.4, where 0.18 and 10.3 were recorded; unit_norm brings it near that."""
+def test_a_transform_of_the_own_site_is_not_preferred_for_its_norm(language_model):
+    """On this text FVU is 0.31 (recorded: 0.18) and the norm 8.4 (recorded: 10.3); with unit_norm it is near 10.3."""
     sae = bundled("mlp_out.2/gated", "mlp_out.2")
     text = AutoTokenizer.from_pretrained(MODEL)(SHORT_IN_NORM, return_tensors="pt")["input_ids"][:, :127]
     with warnings.catch_warnings():
@@ -92,7 +92,7 @@ def test_the_same_text_gives_the_same_numbers(language_model):
     assert first == second and first is not second
 
 
-def test_near_places_are_the_layers_beside_and_the_sites_of_the_layer():
+def test_near_sites_are_in_adjacent_layers_or_the_same_layer():
     near = near_sites(resolve(model_of("llama")), make_sae(site="resid_post.1"))
     assert set(near.slots) == {
         *("resid_post.0", "resid_post.2"),
@@ -101,7 +101,7 @@ def test_near_places_are_the_layers_beside_and_the_sites_of_the_layer():
     assert all(pair.read == pair.written for [stage] in [near.stages] for pair in stage)
 
 
-def test_near_places_of_a_path_and_of_a_view_are_of_their_kind():
+def test_near_sites_of_a_module_path_or_a_transform_are_of_the_same_kind():
     found = resolve(model_of("llama"))
     path = near_sites(found, make_sae(site="model.layers.1.self_attn.output")).slots
     assert {"model.layers.0.self_attn.output", "model.layers.2.self_attn.output", "mlp_out.1"} <= set(path)
@@ -110,7 +110,7 @@ def test_near_places_of_a_path_and_of_a_view_are_of_their_kind():
     assert all(name.endswith("|center") for name in view)
 
 
-def test_a_transcoder_is_moved_with_both_of_its_sites():
+def test_both_sites_of_a_transcoder_are_varied():
     found = resolve(model_of("llama"))
     sae = make_sae(site="mlp_in.0", site_out="mlp_out.0")
     [near] = near_sites(found, sae).stages
@@ -119,7 +119,7 @@ def test_a_transcoder_is_moved_with_both_of_its_sites():
     assert ("mlp_in.2", "mlp_out.2") in far
 
 
-def test_far_places_are_those_of_every_layer():
+def test_far_sites_are_in_every_layer():
     model = model_of("llama")
     far = far_sites(resolve(model), model, make_sae(site="mlp_out.0")).slots
     assert {"mlp_out.1", "mlp_out.2", "resid_post.1", "embed"} <= set(far)

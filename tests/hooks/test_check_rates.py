@@ -1,4 +1,4 @@
-"""How often the check of attach() is wrong about trained SAEs, on three kinds of text and at every site."""
+"""Error rates of attach()'s site check for trained SAEs, on three kinds of text and at every site."""
 
 import functools
 
@@ -33,7 +33,7 @@ def texts():
 
 
 def freshly_trained(model, site, folder):
-    """An SAE of some seconds of training, on a few files, with the record that the trainer makes."""
+    """An SAE trained for a few seconds on a few files, with the metrics that the trainer records."""
     tokens = pack(token_stream(AutoTokenizer.from_pretrained(MODEL), list(corpus.texts("training"))[:8]), 256)[:100]
     x = collect(model, [site], tokens.split(10))[site]
     with torch.random.fork_rng(devices=[]):
@@ -58,7 +58,7 @@ def freshly_trained(model, site, folder):
 
 @pytest.fixture(scope="module")
 def rates_of(language_model, texts, tmp_path_factory):
-    """The rates of one SAE, counted once."""
+    """A function that returns the rates of one SAE, measured once."""
 
     @functools.cache
     def rates_of(name):
@@ -81,12 +81,12 @@ def test_false_alarms_and_misses_are_few(rates_of, name):
 
 
 def test_a_freshly_trained_sae_gives_no_false_alarm(rates_of):
-    """It explains other text much worse than what it was trained on, which its record is of."""
+    """Its recorded FVU is that on its training text; on other text FVU is much higher."""
     rates = rates_of(FRESH)
     assert not rates.false_alarms, str(rates)
 
 
-def test_the_rates_of_all_together_are_low(rates_of):
+def test_the_total_rates_are_low(rates_of):
     every = [rates_of(name) for name in (*BUNDLED, FRESH)]
     total = sum(every[1:], start=every[0])
     assert total.false_alarm_rate <= MOST_FALSE_ALARMS, str(total)

@@ -1,4 +1,4 @@
-"""The check of attach() counts the tokens that were counted when the SAE was recorded."""
+"""The check of attach() measures the same kinds of tokens as the SAE's recorded metrics."""
 
 import warnings
 
@@ -13,7 +13,7 @@ from tests.support.tiny_models import HIDDEN, VOCAB, tiny_model
 
 SINK = 5
 BOS = 1
-# 90 different tokens, one of them the sink, and two that the model's configuration calls special.
+# 90 different tokens, one of them the sink; none is special.
 TOKENS = torch.arange(3, 93).view(3, 30)
 WITH_SPECIAL = torch.cat([torch.full((3, 1), BOS), TOKENS], 1)
 assert int(TOKENS.max()) < VOCAB and (TOKENS == SINK).sum() == 1
@@ -21,7 +21,7 @@ assert int(TOKENS.max()) < VOCAB and (TOKENS == SINK).sum() == 1
 
 @pytest.fixture(scope="module")
 def model():
-    """A model one of whose tokens has an activation as an attention sink has, of another order than all others."""
+    """A model with one token whose activation is far larger than all others, as at an attention sink."""
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.embed_tokens.weight[SINK] *= 300
@@ -33,7 +33,7 @@ def activations(model, ids=TOKENS):
 
 
 def half_known(model):
-    """An SAE that knows half of the tokens by heart, the sink among them."""
+    """An SAE with one latent for every second token, the sink among them."""
     x = activations(model)[::2]
     sae = TopKSAE(TopKSAEConfig(d_in=HIDDEN, d_sae=len(x), k=4, site="embed", apply_b_dec_to_input=False))
     with torch.no_grad():
@@ -43,7 +43,7 @@ def half_known(model):
 
 
 def recorded(sae, x):
-    """The SAE with the record of some activations."""
+    """Record the SAE's metrics on some activations, and return it."""
     accumulator = FidelityAccumulator(sae.config.d_sae, sae.b_dec)
     with torch.no_grad():
         output = sae(x)
@@ -62,11 +62,11 @@ def test_a_record_that_counts_the_sink_gives_no_alarm(model):
     x = activations(model)
     sae = recorded(half_known(model), x)
     usual = float((x - x.mean(0))[~is_outlier(x, norm_limit(x))].square().sum(-1).mean().sqrt())
-    assert sae.config.recorded_norm > 5 * usual  # which was far more than is seen without the sink
+    assert sae.config.recorded_norm > 5 * usual  # far more than without the sink
     found = check(model, sae)
     assert found.verdict == "it fits, high-norm tokens counted as in its record"
     assert found.tokens == len(x) and found.norm == pytest.approx(sae.config.recorded_norm, rel=1e-4)
-    short = check(model, sae, TOKENS[:, :15])  # the sink is one of fewer tokens: the norm is another one
+    short = check(model, sae, TOKENS[:, :15])  # the sink is one of fewer tokens, so the norm is larger
     assert short.norm > 1.2 * sae.config.recorded_norm and short.verdict.startswith("it fits")
 
 
@@ -80,7 +80,7 @@ def test_a_record_that_leaves_the_sink_out_is_compared_without_it(model):
         assert found.fvu == pytest.approx(sae.config.recorded_fvu, rel=1e-4)
 
 
-def test_the_recorded_limit_is_the_limit(model):
+def test_the_recorded_norm_limit_is_used(model):
     x = activations(model)
     limit = float(x.norm(dim=-1).quantile(0.8))
     sae = recorded(half_known(model), x[~is_outlier(x, limit)])
@@ -88,13 +88,13 @@ def test_the_recorded_limit_is_the_limit(model):
     assert check(model, sae).tokens == int((x.norm(dim=-1) <= limit).sum()) < len(x) - 1
 
 
-def test_a_limit_for_activations_of_another_size_is_none(model):
+def test_a_norm_limit_for_activations_of_another_size_is_ignored(model):
     sae = half_known(model)
     sae.config.norm_limit = 1e-3
     assert check(model, sae).tokens == TOKENS.numel() - 1
 
 
-def test_with_a_recorded_limit_a_norm_that_only_the_sink_explains_is_warned_of(model):
+def test_with_a_recorded_limit_a_norm_that_only_the_sink_explains_is_warned_about(model):
     x = activations(model)
     sae = recorded(half_known(model), x)
     sae.config.norm_limit = norm_limit(x)
@@ -110,8 +110,8 @@ def test_the_recorded_special_tokens_are_left_out_and_no_others(model):
         assert check(model, sae, WITH_SPECIAL).tokens == WITH_SPECIAL.numel() - left_out
 
 
-def test_special_tokens_of_unknown_treatment_are_counted_where_the_record_counts_them(model):
-    """A first token that is special and of another order than the others, recorded before it was left out."""
+def test_whether_special_tokens_count_is_inferred_from_the_recorded_norm(model):
+    """The first token is special, and its activation is far larger than the others."""
     sink = tiny_model("llama")
     with torch.no_grad():
         sink.model.embed_tokens.weight[BOS] *= 300

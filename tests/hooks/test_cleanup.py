@@ -1,4 +1,4 @@
-"""Whatever happens inside the block, the model is afterwards as it was; and what nests does so in any order."""
+"""Whatever happens inside a block, the model is restored afterwards; blocks nest in any order."""
 
 import copy
 import gc
@@ -41,7 +41,7 @@ class Fails(Edit):
 
 @pytest.mark.parametrize("error", [Boom(), KeyboardInterrupt(), SystemExit(), GeneratorExit()], ids=repr)
 @pytest.mark.parametrize("where", ["block", "forward", "intervention", "generate"])
-def test_an_exception_leaves_nothing(where, error):
+def test_an_exception_leaves_no_hooks(where, error):
     model = model_of("llama")
     clean = logits_of(model)
 
@@ -59,13 +59,13 @@ def test_an_exception_leaves_nothing(where, error):
     if handle:
         handle.remove()
     assert is_clean(model, clean)
-    with attach(model, steer()) as again:  # and attaching works as ever
+    with attach(model, steer()) as again:  # attaching still works
         assert not torch.equal(logits_of(model), clean)
         assert again.report().interventions[0].calls == 1
     assert is_clean(model, clean)
 
 
-def test_after_an_exception_inside_the_forward_the_block_goes_on():
+def test_interventions_stay_attached_after_an_exception_in_the_forward():
     model = model_of("llama")
     with attach(model, steer()):
         expected = logits_of(model)
@@ -170,7 +170,7 @@ def test_handles_may_be_disabled_in_any_order():
     assert torch.equal(logits_of(model), only_second)
     assert second.enabled and not first.enabled
     second.disable()
-    second.disable()  # once more does nothing
+    second.disable()  # the second time does nothing
     assert is_clean(model, clean)
 
 
@@ -261,7 +261,7 @@ def test_a_model_compiled_beside_the_attached_one_is_edited_or_reported():
 
 @pytest.mark.parametrize("given", ["keywords", "config", "positional config"])
 def test_a_generation_does_not_run_code_that_was_compiled_without_the_edits(given):
-    """As transformers does by itself on a GPU with a static cache."""
+    """transformers compiles by itself on a GPU with a static cache."""
     model = tiny_model("llama")
     compilation = CompileConfig(backend="eager", fullgraph=False)
     compilation._compile_all_devices = True
@@ -282,7 +282,7 @@ def test_a_generation_does_not_run_code_that_was_compiled_without_the_edits(give
         with attach(model, steer(positions="generated")):
             assert torch.equal(generate(), expected)
         assert torch.equal(generate(), clean)
-        assert not config.disable_compile  # the user's own
+        assert not config.disable_compile  # the user's config is unchanged
     finally:
         torch._dynamo.reset()
 
@@ -291,7 +291,7 @@ def test_a_generation_does_not_run_code_that_was_compiled_without_the_edits(give
 
 
 class Bare(nn.Module):
-    """So little of a model that ten thousand calls of it take a second."""
+    """A model so small that ten thousand calls take a second."""
 
     def __init__(self):
         super().__init__()
@@ -330,10 +330,10 @@ def test_large_calls_are_counted_but_not_all_listed():
             model(late)
         entry = handle.report().interventions[0]
     assert entry.edited == 512 + 1200 * 512
-    assert list(entry.positions) == [0]  # the first call's rows are forgotten
+    assert list(entry.positions) == [0]  # the first call's rows are no longer listed
 
 
-def test_an_enabled_handle_that_is_forgotten_does_not_keep_the_model():
+def test_an_enabled_handle_does_not_keep_the_model_alive():
     model = tiny_model("llama")
     handle = attach(model, steer()).enable()
     gone = weakref.ref(model)
@@ -347,8 +347,8 @@ def test_an_enabled_handle_that_is_forgotten_does_not_keep_the_model():
         handle.enable()
 
 
-def test_clamping_twice_in_nested_blocks_is_a_sum_of_both_differences():
-    """Both read the clean activation, so that neither order is special."""
+def test_clamps_in_nested_blocks_add_up():
+    """Both read the clean activation, so their order does not matter."""
     model, sae = model_of("llama", torch.float64), make_sae(dtype=torch.float64)
     with attach(model, Clamp(sae, {3: 2.0}), Clamp(sae, {3: 5.0})):
         expected = logits_of(model)

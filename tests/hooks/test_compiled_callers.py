@@ -1,4 +1,4 @@
-"""Functions that were compiled around a model are edited by what is attached to it, as if they were not compiled."""
+"""Interventions attached to a model also act in compiled functions that call it."""
 
 import gc
 import threading
@@ -33,7 +33,7 @@ def caller_of(model):
 
 
 def is_compiling_again():
-    """Whether a function is compiled when it is called now."""
+    """Whether torch.compile compiles a function that is called now."""
     graphs = []
 
     def backend(graph, inputs):
@@ -45,7 +45,7 @@ def is_compiling_again():
 
 
 @torch.no_grad()
-def test_a_function_compiled_before_is_edited_inside_and_only_there():
+def test_a_function_compiled_before_the_block_is_edited_only_inside_it():
     model = model_of("llama")
     call = caller_of(model)
     clean = call(IDS)
@@ -54,11 +54,11 @@ def test_a_function_compiled_before_is_edited_inside_and_only_there():
         expected = logits_of(model, IDS)
     assert torch.equal(edited, expected) and not torch.allclose(edited, clean, atol=1e-3)
     assert [entry.calls for entry in handle.report().interventions] == [2]
-    assert torch.equal(call(IDS), clean)  # the code that was compiled before
+    assert torch.equal(call(IDS), clean)  # runs the code that was compiled before
 
 
 @torch.no_grad()
-def test_a_function_that_is_first_called_inside_keeps_nothing_of_the_edit():
+def test_a_function_first_called_inside_the_block_keeps_no_edit():
     model = model_of("llama")
     clean, call = logits_of(model, IDS), caller_of(model)
     with attach(model, Splice(make_sae()), check=False):
@@ -77,7 +77,7 @@ def test_a_compiled_part_of_the_model_is_edited():
 
 
 @torch.no_grad()
-def test_it_holds_between_enable_and_disable_in_any_order():
+def test_compiled_functions_are_edited_between_enable_and_disable_in_any_order():
     model = model_of("llama")
     call = caller_of(model)
     clean = call(IDS)
@@ -118,7 +118,7 @@ def test_calls_from_other_threads_are_edited_with_all_threads():
     assert torch.equal(run(), clean)
 
 
-def test_the_stance_is_what_it_was_whatever_happened():
+def test_the_compiler_stance_is_always_restored():
     model = model_of("llama")
     with pytest.raises(ZeroDivisionError), attach(model, steer(), check=False):
         _ = 1 / 0
@@ -134,7 +134,7 @@ def test_the_stance_is_what_it_was_whatever_happened():
     assert is_compiling_again()
 
 
-def test_a_model_that_is_gone_leaves_nothing_behind():
+def test_the_compiler_stance_is_restored_when_the_model_is_deleted():
     model = tiny_model("llama")
     handle = attach(model, steer(), check=False).enable()
     assert not is_compiling_again()
@@ -145,7 +145,7 @@ def test_a_model_that_is_gone_leaves_nothing_behind():
     assert is_compiling_again()
 
 
-def test_attaching_inside_of_a_compiled_function_is_refused():
+def test_attaching_inside_a_compiled_function_is_refused():
     model = model_of("llama")
     handle = attach(model, steer(), check=False)
 

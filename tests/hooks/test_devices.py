@@ -1,4 +1,4 @@
-"""Models over several devices, and with weights that are elsewhere until they are needed."""
+"""Models on several devices, and models with offloaded weights."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def blocks(model):
 
 
 def device_map(model, *places):
-    """Put each block at a place, and whatever is in no block on the CPU."""
+    """Return a device map with each block at its place and everything else on the CPU."""
     inside = [name for name, module in model.named_modules() if any(module is each for each in blocks(model))]
     leaves = [name for name, module in model.named_modules() if name and not module._modules]
     around = [name for name in leaves if not name.startswith(tuple(f"{path}." for path in inside))]
@@ -26,7 +26,7 @@ def device_map(model, *places):
 
 
 def by_map(model, folder):
-    """As ``device_map="auto"`` does where not all weights fit."""
+    """Dispatch a model as ``device_map="auto"`` does if not all weights fit."""
     where = device_map(model, "cpu", "disk", "cpu")
     return dispatch_model(model, where, main_device="cpu", offload_dir=folder, force_hooks=True)
 
@@ -58,7 +58,7 @@ def edits():
     ]
 
 
-def away(model):
+def offloaded(model):
     return sorted(name for name, value in model.named_parameters() if value.is_meta)
 
 
@@ -66,12 +66,12 @@ def away(model):
 def test_sites_activations_and_edits_are_those_of_the_whole_model(offload, family):
     plain = model_of(family)
     model = offload(tiny_model(family))
-    assert away(model), "nothing is offloaded"
-    hooks, elsewhere = hooks_on(model), away(model)
+    assert offloaded(model), "nothing is offloaded"
+    hooks, elsewhere = hooks_on(model), offloaded(model)
     found, expected = resolve(model), resolve(plain)
     assert found.names() == expected.names()
     assert [found[name].width for name in found.names()] == [expected[name].width for name in found.names()]
-    names = [*found.names(), "resid_mid.1|norm_no_gain"]  # the norm's weights are away, too
+    names = [*found.names(), "resid_mid.1|norm_no_gain"]  # reads the norm's weights, which may be offloaded
     seen, wanted = capture(model, names, input_ids=IDS), capture(plain, names, input_ids=IDS)
     assert all(torch.equal(seen[name], wanted[name]) for name in names)
     clean = logits_of(plain)
@@ -82,26 +82,26 @@ def test_sites_activations_and_edits_are_those_of_the_whole_model(offload, famil
         assert all(entry.calls == 1 for entry in handle.report().interventions)
     assert not torch.equal(edited, clean)
     assert torch.equal(logits_of(model), clean)
-    assert away(model) == elsewhere
+    assert offloaded(model) == elsewhere
     assert hooks_on(model) == hooks
 
 
-def test_a_capture_lets_offloaded_weights_go_again(offload):
+def test_weights_are_offloaded_again_after_a_capture(offload):
     model = offload(tiny_model("llama"))
-    elsewhere = away(model)
+    elsewhere = offloaded(model)
     assert must_finish(model)
     for site in ("embed", "attn_z.0", "resid_post.1"):
         capture(model, site, input_ids=IDS)
-        assert away(model) == elsewhere
+        assert offloaded(model) == elsewhere
 
 
 def test_a_capture_stops_early_where_weights_stay_on_their_devices():
-    """As on several GPUs: there, hooks only move what is passed on, and nothing has to be put away."""
+    """As on several GPUs, where accelerate's hooks only move activations and offload no weights."""
     model, ran = tiny_model("llama"), []
     dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
     assert hasattr(model, "_hf_hook")
     assert not must_finish(model)
-    capture(model, "resid_post.1", input_ids=IDS)  # which proves sites and calls
+    capture(model, "resid_post.1", input_ids=IDS)  # proves sites and calls
     block(model, "llama", 2).register_forward_hook(lambda *_: ran.append(2))
     found = capture(model, "resid_post.1", input_ids=IDS)["resid_post.1"]
     assert not ran
@@ -110,7 +110,7 @@ def test_a_capture_stops_early_where_weights_stay_on_their_devices():
     assert ran
 
 
-def test_nothing_edited_changes_no_bit_of_an_offloaded_model(offload):
+def test_idle_interventions_change_no_bit_of_an_offloaded_model(offload):
     model = offload(tiny_model("gemma2"))
     clean = logits_of(model)
     idle = Ablate(make_sae(), [1, 2], positions=[]), Steer(make_sae(site="mlp_out.1"), 3, when={5: 1e9})
@@ -118,7 +118,7 @@ def test_nothing_edited_changes_no_bit_of_an_offloaded_model(offload):
         assert torch.equal(logits_of(model), clean)
 
 
-def test_the_sae_stays_where_it_is_though_the_weights_are_on_meta(offload):
+def test_the_sae_stays_on_its_device_though_weights_are_on_meta(offload):
     model, sae = offload(tiny_model("llama")), make_sae()
     before = {name: (value.device, value.data_ptr()) for name, value in sae.named_parameters()}
     with attach(model, Splice(sae), Steer(sae, 3)):
@@ -160,7 +160,7 @@ def test_gradients_flow_through_an_offloaded_model(tmp_path):
 @pytest.mark.parametrize(
     "use", [lambda model: attach(model, Splice(make_sae())), lambda model: capture(model, "embed")]
 )
-def test_data_parallel_is_refused_with_a_sentence(use):
+def test_data_parallel_is_refused(use):
     model = model_of("llama")
     clean = logits_of(model)
     with pytest.raises(SiteError, match=r"DataParallel runs hooks in several threads at once; use DDP or device_map"):
@@ -169,7 +169,7 @@ def test_data_parallel_is_refused_with_a_sentence(use):
     assert torch.equal(logits_of(model), clean)
 
 
-def test_pipeline_stages_are_refused_with_a_sentence():
+def test_pipeline_stages_are_refused():
     model = tiny_model("llama")
     model.config.distributed_config = {"pp_size": 2}
     with pytest.raises(SiteError, match="split into 2 pipeline stages"):

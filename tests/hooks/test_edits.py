@@ -1,4 +1,4 @@
-"""Every edit equals the slow way: a hand-made hook that encodes all, edits, decodes all and adds the error term."""
+"""Every edit equals a hand-written hook that encodes all latents, edits them, decodes all and adds the error."""
 
 import itertools
 
@@ -34,7 +34,7 @@ def put(latents, values):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_edits_equal_the_full_path_in_each_family(family):
-    # torch's grouped matrix product, with which these run their experts, has no float64.
+    # These run their experts with torch's grouped matrix product, which has no float64.
     dtype, exact = (torch.float32, 1e-4) if family in ("gpt_oss", "qwen3_moe") else (DOUBLE, EXACT)
     model, sae = model_of(family, dtype), make_sae(dtype=dtype)
     a, b = active_latents(model, sae)[:2]
@@ -49,7 +49,7 @@ def test_edits_equal_the_full_path_in_each_family(family):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("family", ["gpt2", "opt", "mpt", "mamba"])
-def test_splice_is_the_models_run_on_the_reconstruction(family, architecture):
+def test_splice_runs_the_model_on_the_reconstruction(family, architecture):
     model = model_of(family, DOUBLE)
     sae = make_sae(architecture, dtype=DOUBLE)
     with hand_made(block(model, family), lambda x: sae(x).reconstruction):
@@ -78,8 +78,8 @@ def test_a_float32_sae_computes_in_float32_whatever_the_models_dtype(dtype):
 
 
 @pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if architectures[name].elementwise])
-def test_an_edit_of_a_few_latents_needs_nothing_of_the_others(architecture):
-    """Where latents do not depend on each other, ruining all others must not matter."""
+def test_an_edit_of_a_few_latents_does_not_use_the_others(architecture):
+    """Where latents do not depend on each other, NaN in the rows of all others has no effect."""
     model = model_of("llama", DOUBLE)
     sae = make_sae(architecture, dtype=DOUBLE)
     a, b = active_latents(model, sae)[:2]
@@ -102,7 +102,7 @@ def test_an_edit_of_a_few_latents_needs_nothing_of_the_others(architecture):
 def test_an_edit_of_n_latents_costs_n_encoder_and_n_decoder_rows(architecture, count):
     model, sae = model_of("llama"), make_sae(architecture)
 
-    def product(x, weight, *_, **__):  # of oneDNN, which the counter does not know
+    def product(x, weight, *_, **__):  # oneDNN's product, which the counter does not know
         return 2 * x[0] * x[1] * weight[0]
 
     known = {torch.ops.mkldnn._linear_pointwise: product}
@@ -112,8 +112,8 @@ def test_an_edit_of_n_latents_costs_n_encoder_and_n_decoder_rows(architecture, c
             logits_of(model)
         return counter.get_total_flops()
 
-    nothing = Steer(sae, 0, positions=[])  # adds a row, multiplies nothing
-    operations(nothing)  # the first time, the site is proven
+    nothing = Steer(sae, 0, positions=[])  # adds a decoder row without a product
+    operations(nothing)  # the first call also proves the site
     plain = operations(nothing)
     row = 2 * IDS.numel() * 32
     assert operations(Ablate(sae, range(count))) - plain == 2 * count * row
@@ -172,7 +172,7 @@ def test_edits_beside_a_splice_act_on_the_reconstruction(splice_first):
         close(logits_of(model), expected, EXACT)
 
 
-def test_several_sites_each_see_what_the_earlier_ones_left():
+def test_later_sites_see_the_edits_at_earlier_ones():
     model = model_of("llama", DOUBLE)
     early, late = make_sae(site="resid_post.0", dtype=DOUBLE), make_sae(site="mlp_out.2", seed=2, dtype=DOUBLE)
     with hand_made(block(model, "llama", 0), lambda x: early(x).reconstruction):
@@ -184,8 +184,8 @@ def test_several_sites_each_see_what_the_earlier_ones_left():
         close(logits_of(model), expected, EXACT)
 
 
-def test_two_names_of_one_place_are_one_site():
-    """What is attached under either name reads the clean activation."""
+def test_two_names_of_one_tensor_are_one_site():
+    """Interventions under either name read the clean activation."""
     model = model_of("llama", DOUBLE)
     named, by_path = make_sae(dtype=DOUBLE), make_sae(site="model.layers.1.output", seed=3, dtype=DOUBLE)
     a, b = active_latents(model, named)[0], active_latents(model, by_path)[0]
@@ -202,7 +202,7 @@ def test_two_names_of_one_place_are_one_site():
 
 
 def test_a_scaled_contribution_is_edited_in_the_units_of_the_stream():
-    """Granite adds 0.22 times what its MLP gives; mlp_out is what is added."""
+    """Granite adds 0.22 times its MLP's output; mlp_out is the scaled output."""
     model = model_of("granite", DOUBLE)
     sae = make_sae(site="mlp_out.1", dtype=DOUBLE)
     factor = model.config.residual_multiplier
@@ -263,7 +263,7 @@ def test_the_sae_may_be_changed_while_it_is_attached():
         assert not torch.equal(logits_of(model), before)
 
 
-def test_data_given_to_an_intervention_may_be_changed_afterwards_without_effect():
+def test_changing_the_arguments_of_an_intervention_afterwards_has_no_effect():
     model, sae = model_of("llama"), make_sae()
     latents, values, factors, places, bounds = [1, 2], {3: 4.0}, {7: 3.0}, [1], {3: -1.0}
     edits = [Ablate(sae, latents, positions=places), Clamp(sae, values), Scale(sae, factors, when=bounds)]
@@ -287,7 +287,7 @@ def test_an_iterator_of_latents_or_positions_works_like_a_list():
         assert torch.equal(logits_of(model), expected)
 
 
-def test_ids_given_as_embeddings_are_edited_alike():
+def test_embeddings_as_input_are_edited_as_ids_are():
     model, sae = model_of("llama", DOUBLE), make_sae(dtype=DOUBLE)
     with attach(model, Ablate(sae, active_latents(model, sae))):
         expected = logits_of(model)

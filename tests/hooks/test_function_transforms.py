@@ -1,4 +1,4 @@
-"""A spliced model under `torch.func` has the derivatives that backward gives, and values to the bit."""
+"""Under `torch.func` a spliced model has the derivatives of backward(), and bit-identical values."""
 
 import copy
 
@@ -11,14 +11,14 @@ from hf_gated_sae import Splice, attach
 from hf_gated_sae.errors import AttachError
 from tests.hooks.support import IDS, make_sae, model_of
 
-CLOSE = {"rtol": 1e-3, "atol": 1e-3}  # sums are rounded in another order
+CLOSE = {"rtol": 1e-3, "atol": 1e-3}  # sums are computed in a different order
 
 
-@pytest.fixture(params=[True, False], ids=["with error", "without"])
+@pytest.fixture(params=[True, False], ids=["with error", "without error"])
 def spliced(request):
-    """A model in which everything has derivatives, an SAE attached to it, and embeddings; no weight needs one."""
+    """A spliced model as a function of embeddings, some embeddings, and the model, whose weights are frozen."""
     model = copy.deepcopy(model_of("llama")).requires_grad_(False)
-    model.set_attn_implementation("eager")  # fused attention has no forward derivative
+    model.set_attn_implementation("eager")  # fused attention has no forward-mode derivative
     sae = make_sae().requires_grad_(False)
     embeddings = model.get_input_embeddings()(IDS).detach()
     with attach(model, Splice(sae, error=request.param), check=False):
@@ -42,7 +42,7 @@ def test_grad_vjp_and_jacobians(spliced):
     torch.testing.assert_close(jacrev(lambda each: run(each).sum())(x), expected, **CLOSE)
 
 
-def test_forward_derivatives_are_those_of_backward(spliced):
+def test_forward_mode_derivatives_are_those_of_backward(spliced):
     run, x, _ = spliced
     direction = torch.randn_like(x)
     expected = (gradient(run, x) * direction).sum()
@@ -72,7 +72,7 @@ def test_gradients_of_the_models_weights(spliced):
     torch.testing.assert_close(found, model.get_parameter(name).grad, **CLOSE)
 
 
-def test_what_is_not_finite_is_found_under_vmap():
+def test_activations_that_are_not_finite_are_found_under_vmap():
     model, sae = model_of("llama"), make_sae()
     embeddings = model.get_input_embeddings()(IDS).detach()
     with attach(model, Splice(sae), check=False):

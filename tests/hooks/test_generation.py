@@ -43,8 +43,8 @@ def same(one, other, relative=1e-4):
         close(a[finite], b[finite], relative)
 
 
-def meant(positions, prompt, index):
-    """Whether a token is meant, written plainly."""
+def selected(positions, prompt, index):
+    """Reference: whether `positions` select the token at an index of its row."""
     if isinstance(positions, str):
         return {
             "all": True,
@@ -60,12 +60,12 @@ def edit_of(sae, positions="generated"):
 
 
 def step_by_step(model, family, sae, positions, ids=IDS, steps=NEW):
-    """Greedy decoding without a cache, the edits made by a hand-made hook: what must come out."""
+    """Reference: greedy decoding without a cache, edited by a hand-written hook."""
     prompt = ids.shape[1]
     scores = []
     for _ in range(steps):
         length = ids.shape[1]
-        where = torch.tensor([meant(positions, prompt, index) for index in range(length)])
+        where = torch.tensor([selected(positions, prompt, index) for index in range(length)])
         with hand_made(block(model, family), lambda x: x + where[:, None] * 6.0 * sae.W_dec[3]):
             logits = logits_of(model, ids)[:, -1]
         logits[:, model.generation_config.eos_token_id] = -torch.inf  # as min_new_tokens does
@@ -76,7 +76,7 @@ def step_by_step(model, family, sae, positions, ids=IDS, steps=NEW):
 
 @pytest.mark.parametrize("positions", POSITIONS, ids=str)
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mamba", "mpt", "recurrent_gemma"])
-def test_generation_edits_exactly_the_tokens_that_are_meant(family, positions):
+def test_generation_edits_exactly_the_selected_tokens(family, positions):
     model, sae = model_of(family), make_sae()
     ids, scores = step_by_step(model, family, sae, positions)
     with attach(model, edit_of(sae, positions)):
@@ -113,20 +113,20 @@ def test_text_longer_than_the_attention_window(family):
 
 @pytest.mark.parametrize("positions", POSITIONS, ids=str)
 def test_a_model_whose_cache_is_a_list_of_tensors(positions):
-    """RWKV hands its state on as a list that knows no positions. (With two rows it mixes up their states.)"""
+    """RWKV's cache is a list of states without positions. (One row: with two, RWKV mixes up their states.)"""
     config = RwkvConfig(vocab_size=97, hidden_size=32, num_hidden_layers=3, attention_hidden_size=32)
     config.eos_token_id = 2
     torch.manual_seed(0)
     model, sae = RwkvForCausalLM(config).eval(), make_sae(site="rwkv.blocks.1.output")
     with attach(model, edit_of(sae, positions)) as handle:
         same(generate(model, IDS[:1]), generate(model, IDS[:1], use_cache=False))
-    expected = [index for index in range(PROMPT + NEW - 1) if meant(positions, PROMPT, index)]
+    expected = [index for index in range(PROMPT + NEW - 1) if selected(positions, PROMPT, index)]
     assert handle.report().interventions[0].positions[0] == expected
 
 
 @pytest.mark.parametrize("positions", POSITIONS, ids=str)
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "bloom", "opt", "mamba"])
-def test_left_padding_is_as_no_padding(family, positions):
+def test_left_padding_changes_no_token(family, positions):
     model, sae = model_of(family), make_sae()
     edit = Steer(sae, 3, strength=6.0, unit="raw", positions=positions)
     with attach(model, edit) as handle:
@@ -154,9 +154,9 @@ def test_left_padding_is_as_no_padding(family, positions):
     ],
     ids=str,
 )
-def test_ways_of_decoding_are_the_same(settings, positions):
+def test_all_ways_of_decoding_give_the_same(settings, positions):
     model, sae = model_of("llama"), make_sae()
-    # Prompt lookup takes one row, and needs text that repeats to look anything up.
+    # Prompt lookup takes one row, and finds drafts only in text that repeats.
     ids = torch.tensor([[11, 54, 33, 11, 54, 33, 11, 54]]) if "prompt_lookup_num_tokens" in settings else IDS
     with attach(model, edit_of(sae, positions)):
         same(generate(model, ids, **settings), generate(model, ids))
@@ -185,7 +185,7 @@ def test_prompt_lookup_with_accepted_and_rejected_drafts():
     assert calls <= 12
 
 
-def test_assisted_decoding_leaves_the_assistant_alone_and_the_text_as_it_is():
+def test_assisted_decoding_does_not_edit_the_assistant_or_change_the_text():
     model, assistant, sae = model_of("llama"), tiny_model("llama", seed=1), make_sae()
     with attach(model, edit_of(sae)):
         same(generate(model, IDS[:1], assistant_model=assistant), generate(model, IDS[:1]))
@@ -211,7 +211,7 @@ def test_beams(positions, settings):
     assert torch.equal(cached.sequences, uncached.sequences)
     close(cached.sequences_scores, uncached.sequences_scores, 1e-4)
     assert sorted(rows) == list(range(2 * settings["num_beams"]))
-    expected = [index for index in range(PROMPT + NEW - 1) if meant(positions, PROMPT, index)]
+    expected = [index for index in range(PROMPT + NEW - 1) if selected(positions, PROMPT, index)]
     assert all(places == expected for places in rows.values())
 
 
@@ -226,7 +226,7 @@ def test_sampling_with_a_seed_and_several_sequences():
         same(generate(model, use_cache=False, **settings), cached)
     torch.manual_seed(5)
     clean = generate(model, **settings)
-    assert torch.equal(clean.scores[0], cached.scores[0])  # the first new token is the prompt's last token's work
+    assert torch.equal(clean.scores[0], cached.scores[0])  # the first new token comes from the unedited prompt
     assert not torch.equal(clean.scores[1], cached.scores[1])
 
 
@@ -253,7 +253,7 @@ def test_without_a_prompt_everything_after_the_first_token_is_generated(use_cach
 
 
 @pytest.mark.parametrize("family", ["gpt2", "mamba"])
-def test_a_decoding_loop_of_ones_own(family):
+def test_a_custom_decoding_loop(family):
     model, sae = model_of(family), make_sae()
     ids, scores = step_by_step(model, family, sae, "generated")
     with attach(model, edit_of(sae)) as handle, torch.no_grad():
@@ -279,8 +279,8 @@ def test_a_conversation_continued_from_its_cache():
         assert torch.equal(model.generate(ids, **settings).sequences, second.sequences)
 
 
-def test_a_model_that_generates_while_it_generates_keeps_both_prompts():
-    """The first prompt counts: drafting from what is generated does not turn that into prompt."""
+def test_nested_generations_of_one_model_keep_both_prompts():
+    """The outer prompt counts: drafting from generated tokens does not make them part of it."""
     model, sae = model_of("llama"), make_sae()
 
     class Drafts(LogitsProcessor):
@@ -311,7 +311,7 @@ def test_continuous_batching_takes_global_edits_and_refuses_those_that_need_the_
 
     singly = []
     with pytest.raises(AttachError, match="another thread"), attach(model, edit_of(sae, "all")):
-        batch()  # transformers runs it in a thread of its own
+        batch()  # transformers runs it in another thread
     with attach(model, edit_of(sae, "all"), all_threads=True):
         together = batch()
         for prompt in prompts:
@@ -334,7 +334,7 @@ def test_a_spliced_model_generates_the_same_with_and_without_cache(architecture)
 
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("negative", [None, IDS[:, :3], torch.cat([IDS, IDS], 1), torch.cat([IDS, IDS[:, :1]], 1)])
-def test_the_calls_that_guide_a_generation_have_a_prompt_of_their_own(negative, use_cache):
+def test_the_guidance_calls_of_a_generation_have_their_own_prompt(negative, use_cache):
     """Classifier-free guidance: half of the calls begin with the negative prompt, or the prompt's last token."""
     model = model_of("llama")
     sizes = []
@@ -359,7 +359,7 @@ def test_the_calls_that_guide_a_generation_have_a_prompt_of_their_own(negative, 
     assert sizes[1] == 4 and sizes[-1] == (4 if use_cache else 16)  # two rows each, once or in each of four steps
 
 
-def test_another_model_that_is_called_while_one_generates_has_its_own_prompt_and_rows():
+def test_another_model_called_during_a_generation_has_its_own_prompt_and_rows():
     model, other, sae = model_of("llama"), tiny_model("gpt2"), make_sae()
 
     class Asks(LogitsProcessor):
@@ -374,15 +374,15 @@ def test_another_model_that_is_called_while_one_generates_has_its_own_prompt_and
     assert handle.report().interventions[0].positions == {0: [3]}
 
 
-def test_a_generation_in_which_no_token_was_edited_is_told_of():
+def test_a_generation_without_edited_tokens_is_warned_about():
     model, sae = model_of("llama"), make_sae()
     absent = Steer(sae, 3, strength=6.0, unit="raw", positions=TokenIds([96]))
     with pytest.warns(UserWarning, match="edited none of the 16 tokens"), attach(model, absent):
         generate(model, IDS, max_new_tokens=3, min_new_tokens=3, suppress_tokens=[96])
 
 
-def test_a_generation_in_which_all_tokens_were_edited_though_some_are_meant_is_an_error(monkeypatch):
-    """As when every step of a generation is taken for its prompt."""
+def test_a_generation_that_edits_all_tokens_instead_of_some_is_an_error(monkeypatch):
+    """Simulates that every step of a generation is mistaken for its prompt."""
     model, sae = model_of("llama"), make_sae()
     monkeypatch.setattr("hf_gated_sae.hooks.token_positions.ForwardArguments.inputs", property(lambda call: call.ids))
     with (
@@ -395,7 +395,7 @@ def test_a_generation_in_which_all_tokens_were_edited_though_some_are_meant_is_a
 
 
 def test_an_error_in_another_thread_is_raised_at_the_end():
-    """Continuous batching runs in a thread of its own and writes errors to a log."""
+    """Continuous batching runs in another thread and only logs errors."""
     model = tiny_model("llama")
     config = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=0)
     small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=16, block_size=16)

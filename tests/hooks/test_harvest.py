@@ -1,4 +1,4 @@
-"""A harvest holds what `capture` gives of the tokens that count, each with its origin."""
+"""A harvest holds the values of `capture` at the tokens that count, each with its document and position."""
 
 import weakref
 
@@ -27,7 +27,7 @@ from tests.support.tiny_models import HIDDEN, TINY_NAMES, tiny_model
 
 SITES = ["resid_post.0", "mlp_out.1"]
 WITHOUT_PADDING = ("deepseek_v4", "recurrent_gemma", "rwkv")
-"""Families of which padding changes the other tokens, whatever they are called with."""
+"""Families in which padding changes the other tokens, whatever the inputs."""
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -43,7 +43,7 @@ def test_each_row_can_be_traced_back(side):
             ids, mask = documents[document]
             real = ids[mask == 1]
             assert real[position] == token and token > 2
-            alone = capture(model, SITES, input_ids=real[None])  # of the document by itself, without padding
+            alone = capture(model, SITES, input_ids=real[None])  # the document alone, without padding
             for site in SITES:
                 assert torch.allclose(each[site][number], alone[site][0, position], atol=1e-5)
             seen += 1
@@ -56,7 +56,7 @@ def test_padding_changes_no_activation(family, side):
     model = tiny_model(family)
     if family == "doge" and Version(transformers.__version__) < Version("5.20"):
         pytest.skip(
-            "this transformers computes something else for doge with padding, or a cache, with nothing attached"
+            "in this version of transformers, padding or a cache changes doge's activations, with nothing attached"
         )
     site, [batch] = "resid_post.2", padded_batches(1, side=side)
     [each] = harvest(model, site, [batch], special_tokens=True)
@@ -66,18 +66,18 @@ def test_padding_changes_no_activation(family, side):
     assert torch.allclose(each[site], alone, atol=1e-4 * float(alone.abs().max()))
 
 
-def test_positions_that_are_given_are_kept():
+def test_given_position_ids_are_kept():
     model, [batch] = tiny_model("gpt2"), padded_batches(1)
     places = torch.arange(7).expand(4, -1)
     [each] = harvest(model, SITES, [{**batch, "position_ids": places}])
-    expected = capture(model, SITES, **batch)  # which counts columns, as the model's own forward does
+    expected = capture(model, SITES, **batch)  # without position ids, the model counts columns
     assert all(torch.equal(each[site], expected[site][counted(batch)]) for site in SITES)
     [derived] = harvest(model, SITES, [batch])
     assert not torch.allclose(derived[SITES[0]], each[SITES[0]], atol=0.1)
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
-@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")  # and passes this
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft reads it
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")  # peft passes it
 def test_padding_changes_no_activation_behind_a_prefix_in_the_cache():
     config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     model, [batch] = peft.get_peft_model(tiny_model("gpt2"), config).eval(), padded_batches(1)
@@ -100,7 +100,7 @@ def test_values_are_those_of_capture():
                 assert len(each[key].values) == (expected != 0).sum() < expected.numel()
 
 
-def test_a_slice_of_an_sae_gives_its_latents_by_their_own_numbers(tmp_path):
+def test_a_slice_of_an_sae_keeps_the_indices_of_its_latents(tmp_path):
     model, sae, batches = model_of("llama"), make_sae(), padded_batches(1)
     sae.save_pretrained(tmp_path)
     some = SAEModel.from_pretrained(tmp_path, latents=[5, 11, 58])
@@ -112,10 +112,10 @@ def test_a_slice_of_an_sae_gives_its_latents_by_their_own_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_latents_that_depend_on_other_tokens_are_those_of_each_document_by_itself(side):
+def test_latents_that_depend_on_other_tokens_are_computed_per_document(side):
     model, sae, [batch] = model_of("llama"), make_sae("temporal"), padded_batches(1, side=side)
     ids, mask = batch["input_ids"], batch["attention_mask"].clone()
-    ids[3], mask[3] = 0, 0  # a row of padding alone
+    ids[3], mask[3] = 0, 0  # a row of nothing but padding
     batch["attention_mask"] = mask
     [each] = harvest(model, [SITES[0], sae], [batch])
     dense, row = each[sae].dense(), 0
@@ -130,7 +130,7 @@ def test_latents_that_depend_on_other_tokens_are_those_of_each_document_by_itsel
     assert torch.equal(capture(model, sae, **placed(batch))[sae][counted(batch)], dense)
 
 
-def test_autocast_reaches_no_latents():
+def test_autocast_does_not_reach_the_latents():
     model, saes, [batch] = model_of("llama"), [make_sae("temporal"), make_sae()], padded_batches(1)
     with torch.autocast("cpu", torch.bfloat16):
         [each] = harvest(model, saes, [batch["input_ids"]])
@@ -140,12 +140,12 @@ def test_autocast_reaches_no_latents():
         assert torch.allclose(each[sae].dense(), expected, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft reads it
 @pytest.mark.parametrize("settings", [peft.PromptTuningConfig, peft.PrefixTuningConfig])
 def test_virtual_tokens_are_left_out(settings):
     config = settings(task_type="CAUSAL_LM", num_virtual_tokens=4)
     model, sae, [batch] = peft.get_peft_model(tiny_model("llama"), config).eval(), make_sae(), padded_batches(1)
-    given = batch if settings is peft.PromptTuningConfig else placed(batch)  # of which PEFT would drop positions
+    given = batch if settings is peft.PromptTuningConfig else placed(batch)  # PEFT drops position ids in prompt tuning
     expected = capture(model, ["resid_post.1", sae], **given)
     [each] = harvest(model, ["resid_post.1", sae], [batch])
     assert torch.equal(each["resid_post.1"], expected["resid_post.1"][:, -7:][counted(batch)])
@@ -153,7 +153,7 @@ def test_virtual_tokens_are_left_out(settings):
     assert not torch.allclose(each["resid_post.1"], next(harvest(tiny_model("llama"), SITE, [batch]))[SITE])
 
 
-def test_what_has_no_vector_for_each_token_is_refused():
+def test_a_site_without_one_vector_per_token_is_refused():
     rotations = "model.rotary_emb.output"
     for what in (rotations, make_sae(site=rotations, d_in=8)):
         with pytest.raises(ShapeError, match=r"\[1, 7, 8\].*4 rows of 7 tokens"):
@@ -167,7 +167,7 @@ def test_special_tokens_can_be_kept_but_never_padding():
     assert any((each.token_ids == 1).any() for each in kept) and all((each.token_ids != 0).all() for each in kept)
 
 
-def test_tokens_can_be_left_out_for_the_norm_of_their_activation():
+def test_tokens_can_be_left_out_by_the_norm_of_their_activation():
     model, sae, [batch] = model_of("llama"), make_sae(), padded_batches(1)
     [every] = harvest(model, [*SITES, sae], [batch])
     length = {site: every[site].norm(dim=-1) for site in SITES}
@@ -183,12 +183,12 @@ def test_tokens_can_be_left_out_for_the_norm_of_their_activation():
         assert torch.equal(some[SITES[1]], every[SITES[1]][kept])
         assert torch.allclose(some[sae].dense(), every[sae].dense()[kept], atol=1e-6)
     x = next(harvest(model, SITE, [batch]))[SITE].norm(dim=-1)
-    for each in (sae, make_sae("temporal")):  # one number is for all sites that are read
+    for each in (sae, make_sae("temporal")):  # a single number applies to all sites that are read
         [some] = harvest(model, each, [batch], norm_limit=float(x.median()))
         assert torch.equal(some.token_ids, every.token_ids[x <= x.median()])
 
 
-def test_which_tokens_are_special_can_be_said():
+def test_special_ids_can_be_given():
     [batch] = padded_batches(1)
     [some] = harvest(model_of("llama"), SITES, [batch], special_ids=[2])
     real = batch["input_ids"][batch["attention_mask"] == 1]
@@ -203,7 +203,7 @@ def test_which_tokens_are_special_can_be_said():
         ({"resid_post.0": True}, InputError, "positive"),
     ],
 )
-def test_limits_that_mean_nothing_are_refused(limit, error, message):
+def test_invalid_norm_limits_are_refused(limit, error, message):
     with pytest.raises(error, match=message):
         harvest(model_of("llama"), SITES, [], norm_limit=limit)
 
@@ -230,7 +230,7 @@ def test_only_one_batch_is_held():
     assert released == [True] * 4
 
 
-def test_the_model_runs_in_evaluation_mode_and_gets_its_modes_back():
+def test_the_model_runs_in_evaluation_mode_and_its_modes_are_restored():
     model, batches = tiny_model("gpt2", resid_pdrop=0.5), padded_batches(2)
     expected = [each[SITES[0]] for each in harvest(model, SITES, batches)]
     model.train()
@@ -255,7 +255,7 @@ def test_dtype():
         harvest(model_of("llama"), SITES, [], dtype=torch.int8)
 
 
-def test_harvests_of_inference_mode_are_ordinary_tensors():
+def test_harvests_in_inference_mode_are_ordinary_tensors():
     sae = make_sae()
     with torch.inference_mode():
         [each] = harvest(model_of("llama"), [SITES[0], sae], padded_batches(1))
@@ -290,19 +290,19 @@ def test_a_batch_that_cannot_be_run_is_an_error(batch, error, message):
         list(harvest(model_of("llama"), SITES, [batch]))
 
 
-def test_one_batch_in_place_of_several_is_an_error():
+def test_one_batch_instead_of_several_is_an_error():
     with pytest.raises(InputError, match="expected batches"):
         list(harvest(model_of("llama"), SITES, padded_batches()[0]))
 
 
-def test_what_was_not_harvested():
+def test_a_site_that_was_not_harvested_is_an_error():
     [each] = harvest(model_of("llama"), SITES, padded_batches(1))
     with pytest.raises(UnknownNameError, match=r"mlp_out\.1"):
         each["mlp_out.0"]
 
 
-def test_sequences_packed_into_one_row_are_documents_of_their_own():
-    """Told apart by their positions alone, as `DataCollatorWithFlattening` gives them."""
+def test_sequences_packed_into_one_row_are_separate_documents():
+    """Only position ids separate them, as `DataCollatorWithFlattening` gives them."""
     model = model_of("llama")
     one, two = torch.tensor([[11, 54, 33, 78]]), torch.tensor([[60, 41, 22]])
     packed = {"input_ids": torch.cat([one, two], 1), "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2]])}

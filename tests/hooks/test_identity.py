@@ -11,7 +11,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def idle(sae, latents):
-    """Interventions that must not change anything, by what they are."""
+    """Interventions that must not change anything, by the reason."""
     return {
         "scale by one": Scale(sae, dict.fromkeys(latents, 1.0)),
         "no positions": Ablate(sae, latents, positions=[]),
@@ -79,7 +79,7 @@ def test_a_call_without_edited_tokens_passes_the_very_same_tensor(family, name):
     assert any(each is given[-1] for each in taken[-1])
 
 
-def test_the_families_cover_all_ways_in_which_blocks_pack_their_output():
+def test_the_families_cover_blocks_that_return_tensors_and_tuples():
     kinds = set()
     for family in BLOCKS:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Wrong calls: the class of each error, and what its one sentence says."""
+"""Errors of wrong calls: their class, and what their messages say."""
 
 import pytest
 import torch
@@ -34,9 +34,9 @@ def generate(*interventions, ids):
     return call
 
 
-# What is called, the builtin class that a caller would expect, and what the message must say.
+# The call, the builtin class that a caller would expect, and phrases that the message must contain.
 WRONG = {
-    # --- what is attached, and to what
+    # --- arguments of attach()
     "no model": (
         lambda m: attach("gpt2", Splice(SAE)),
         ValueError,
@@ -188,7 +188,7 @@ WRONG = {
         ValueError,
         ["AblateSite", "0.0", "None for zeros"],
     ),
-    # --- what the model is called with
+    # --- inputs of the model
     "empty prompt": (run(Splice(SAE), ids=IDS[:, :0]), ValueError, ["empty prompt", "[2, 0]", "at least one token"]),
     "empty prompt of a generation": (
         generate(Splice(SAE), ids=IDS[:, :0]),

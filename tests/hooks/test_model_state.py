@@ -1,4 +1,4 @@
-"""The model stays the user's own: copies, checkpoints, gradients, autocast, training, offloading."""
+"""Attached models still work as usual: copies, checkpoints, gradients, autocast, training, offloading."""
 
 import copy
 import io
@@ -68,7 +68,7 @@ def test_a_copy_of_an_attached_model_has_nothing_attached(family, tmp_path):
             assert torch.equal(logits_of(other), clean)
             assert torch.equal(other.generate(IDS, **settings), text)
             assert handle.report().interventions[0].calls == calls
-            with attach(other, Steer(make_sae(), 3, strength=5.0, positions="generated")) as own:  # a model as any
+            with attach(other, Steer(make_sae(), 3, strength=5.0, positions="generated")) as own:  # works on a copy
                 other.generate(IDS, **settings)
                 assert own.report().interventions[0].positions == {0: [6, 7], 1: [6, 7]}
             assert torch.equal(copy.deepcopy(other).generate(IDS, **settings), text)
@@ -144,20 +144,20 @@ def test_an_sae_can_be_trained_through_the_model():
     model.zero_grad()
 
 
-def test_inference_mode_and_what_is_cached_in_it():
+def test_training_works_after_inference_mode():
     model, sae = model_of("llama"), make_sae().requires_grad_(True)
     with attach(model, Splice(sae)) as handle:
         expected = logits_of(model)
         with torch.inference_mode():
             assert torch.equal(model(IDS).logits, expected)
-        model(IDS, labels=IDS).loss.backward()  # what inference mode left behind must not matter
+        model(IDS, labels=IDS).loss.backward()  # tensors cached in inference mode must not matter
         assert handle.report().interventions[0].edited == 36
     model.zero_grad()
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("site", ["resid_post.1", "mlp_out.1", "attn_out.0"])
-def test_gradient_checkpointing_trains_as_without(site, reentrant):
+def test_gradient_checkpointing_gives_the_same_gradients(site, reentrant):
     def gradients(checkpointing, steps=2):
         model, sae = tiny_model("llama").train(), make_sae(site=site)
         if checkpointing:
@@ -165,7 +165,7 @@ def test_gradient_checkpointing_trains_as_without(site, reentrant):
             model.enable_input_require_grads()
         edit = Clamp(sae, {3: 4.0, 5: 0.0}, positions=[1, -1])
         with attach(model, edit, Steer(sae, 7, strength=2.0, positions=range(3))) as handle:
-            for step in range(steps):  # one batch has another shape and padding than the other
+            for step in range(steps):  # the two batches differ in shape
                 ids = IDS if step else IDS[:1, :5]
                 model(ids, labels=ids, attention_mask=torch.ones_like(ids)).loss.backward()
             report = handle.report()
@@ -174,10 +174,10 @@ def test_gradient_checkpointing_trains_as_without(site, reentrant):
     (plain, reported), (checkpointed, again) = gradients(False), gradients(True)
     for name, value in plain.items():
         close(checkpointed[name], value, 1e-5)
-    assert again == reported  # what backward() runs again is not counted again
+    assert again == reported  # recomputation in backward() is not counted
 
 
-def test_training_mode_and_its_random_numbers_are_the_models_own():
+def test_training_mode_and_random_numbers_are_kept():
     model = tiny_model("gpt2").train()
     torch.manual_seed(11)
     expected = logits_of(model)
@@ -191,7 +191,7 @@ def test_training_mode_and_its_random_numbers_are_the_models_own():
 
 
 def test_recorded_hidden_states_are_the_edited_ones():
-    """Also when the model has recorded before: its own recorders stay on it for good."""
+    """Also if the model has recorded before, which leaves its own hooks on it."""
     model = tiny_model("llama")
     logits_of(model, output_hidden_states=True)
     with attach(model, Steer(make_sae(), 3, strength=5.0)), torch.no_grad():
@@ -226,7 +226,7 @@ def test_a_forward_that_is_interrupted_leaves_nothing_running():
     assert torch.equal(logits_of(model), clean)
 
 
-# ------------------------------------------------------------------ where the weights are
+# ------------------------------------------------------------------ offloading and wrappers
 
 
 @pytest.mark.parametrize("attach_first", [True, False])
@@ -253,8 +253,8 @@ def test_offloaded_weights_make_no_difference(place, attach_first, tmp_path):
     assert torch.equal(logits_of(model), clean)
 
 
-def test_wrapped_in_data_parallel_for_several_processes():
-    """DDP and its like call the model they hold; the sites are the model's own."""
+def test_a_model_wrapped_as_by_ddp():
+    """DDP and similar wrappers call the model that they hold; the sites are those of that model."""
 
     class Wrapper(torch.nn.Module):
         def __init__(self, module):
@@ -273,14 +273,14 @@ def test_wrapped_in_data_parallel_for_several_processes():
         assert handle.report().interventions[0].calls == 2
 
 
-def test_these_tests_share_models_of_every_dtype():
-    """If nothing were shared, the check after every test would check nothing."""
+def test_shared_models_are_checked():
+    """If SHARED were empty, the check in conftest.py after every test would check nothing."""
     model_of("llama")
     assert ("llama", torch.float32) in SHARED
 
 
 class Adapter(torch.nn.Module):
-    """Calls the model that it holds as PEFT does: `generate` goes past the wrapper's own forward."""
+    """Wraps a model as PEFT does: `generate` bypasses the wrapper's own forward."""
 
     def __init__(self, inner):
         super().__init__()
@@ -297,7 +297,7 @@ class Adapter(torch.nn.Module):
 
 
 @pytest.mark.parametrize("given", ["wrapper", "inner"])
-def test_wrappers_that_hand_generate_on(given):
+def test_wrappers_that_delegate_generate(given):
     model = model_of("llama")
     wrapper = Adapter(model)
     target = wrapper if given == "wrapper" else model
@@ -308,7 +308,7 @@ def test_wrappers_that_hand_generate_on(given):
         assert handle.report().interventions[0].edited == 8
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft reads it
 def test_peft():
     model = peft.get_peft_model(
         tiny_model("llama"), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
@@ -320,10 +320,10 @@ def test_peft():
     assert torch.equal(logits_of(model), clean)
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft reads it
 @pytest.mark.parametrize("site", ["attn_z.1", "model.layers.1.self_attn.o_proj.output"])
-def test_a_module_that_is_wrapped_while_it_is_attached_to_is_told_of(site):
-    """What LoRA adds beside the module would not see the edit, or not be seen."""
+def test_replacing_a_module_while_it_is_attached_to_is_an_error(site):
+    """LoRA's branch would not read the edited input, or its output would not be edited."""
     model = tiny_model("llama")
     with attach(model, steer(site=site), check=False):
         peft.get_peft_model(model, peft.LoraConfig(target_modules=["o_proj"]))

@@ -1,4 +1,4 @@
-"""In nnsight's traces interventions do what the hooks do, to the bit, and nothing is left behind."""
+"""In nnsight's traces interventions give the same bits as with hooks, and nothing is left behind."""
 
 import subprocess
 import sys
@@ -53,7 +53,7 @@ EXAMPLES = every_example()
 def traced(lm, ids=IDS, **inputs):
     with torch.no_grad(), lm.trace(ids, **inputs):
         logits = lm.output.logits.save()
-    return logits  # noqa: RET504  # the block runs when it is left
+    return logits  # noqa: RET504  # the trace runs when its block ends
 
 
 def generated(generate, ids=IDS, **settings):
@@ -62,24 +62,24 @@ def generated(generate, ids=IDS, **settings):
 
 
 @pytest.mark.parametrize("case", [*EXAMPLES, *SETTINGS])
-def test_every_verb_gives_the_logits_that_hooks_give(case):
+def test_every_verb_gives_the_same_logits_as_hooks(case):
     model, sae = model_of("llama"), make_sae()
     latents, example = active_latents(model, sae), EXAMPLES.get(case)
     interventions = SETTINGS[case](sae, latents) if example is None else [example.make(sae, *latents[:2], model)]
     with attach(model, *interventions) as handle:
         expected = logits_of(model)
-        told = handle.report()
+        reported = handle.report()
     assert torch.equal(expected, logits_of(model)) == (example is not None and not example.changes)
     edited = edit(wrapped("llama"), *interventions)
     assert torch.equal(traced(edited), expected)
-    assert report(edited) == told
+    assert report(edited) == reported
 
 
 @pytest.mark.parametrize(
     "family", ["bloom", "falcon", "gemma2", "gpt2", "gpt_oss", "gpt_neo", "llama", "mamba", "opt"]
 )
-def test_every_family_and_site_gives_the_logits_that_hooks_give(family):
-    """Tensors and tuples, inputs and outputs, scaled and flattened places, and those that are written in place."""
+def test_every_family_and_site_gives_the_same_logits_as_hooks(family):
+    """Sites in tensors and tuples, inputs and outputs, scaled, flattened, and written in place."""
     model, lm = model_of(family), wrapped(family)
     with torch.no_grad():
         checked = 0
@@ -105,19 +105,19 @@ def test_generation_edits_the_same_tokens(family, positions):
         settings = {} if mask is None else {"attention_mask": mask}
         with attach(model, *held) as handle:
             expected = generated(model.generate, ids, **settings)
-            told = handle.report()
+            reported = handle.report()
         edited = edit(wrapped(family), *held)
         with edited.generate(ids, **settings, max_new_tokens=4, min_new_tokens=4, do_sample=False, **SCORES) as tracer:
             out = tracer.result.save()
         assert torch.equal(out.sequences, expected.sequences)
         assert all(torch.equal(one, other) for one, other in zip(out.scores, expected.scores, strict=True))
-        assert report(edited) == told
+        assert report(edited) == reported
 
 
 SCORES = {"output_scores": True, "return_dict_in_generate": True}
 
 
-def test_rows_are_those_that_generate_was_given():
+def test_rows_are_those_of_the_prompt():
     model, sae = model_of("llama"), make_sae()
     held = Steer(sae, 3, strength=6.0, unit="raw", rows=1)
     with attach(model, held):
@@ -132,18 +132,18 @@ def test_rows_are_those_that_generate_was_given():
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_the_calls_that_guide_a_generation_have_a_prompt_of_their_own(use_cache):
+def test_the_guidance_calls_of_a_generation_have_their_own_prompt(use_cache):
     model, held = model_of("llama"), steer(positions="last_prompt")
     settings = {"guidance_scale": 2.0, "negative_prompt_ids": IDS[:, :3], "use_cache": use_cache}
     with attach(model, held) as handle:
         expected = generated(model.generate, **settings)
-        told = handle.report()
+        reported = handle.report()
     edited = edit(wrapped("llama"), held)
     with edited.generate(IDS, max_new_tokens=4, min_new_tokens=4, do_sample=False, **settings, **SCORES) as tracer:
         out = tracer.result.save()
     assert all(torch.equal(one, other) for one, other in zip(out.scores, expected.scores, strict=True))
-    assert report(edited) == told
-    assert told.interventions[0].positions == {row: [2, 5] for row in range(2)}
+    assert report(edited) == reported
+    assert reported.interventions[0].positions == {row: [2, 5] for row in range(2)}
 
 
 def test_a_condition_on_earlier_tokens_remembers_them_between_steps():
@@ -152,20 +152,20 @@ def test_a_condition_on_earlier_tokens_remembers_them_between_steps():
     held = Clamp(sae, {one: 9.0}, when={other: 0.1}, window=3)
     with attach(model, held) as handle:
         expected = generated(model.generate)
-        told = handle.report()
+        reported = handle.report()
     edited = edit(wrapped("llama"), held)
     with edited.generate(IDS, max_new_tokens=4, min_new_tokens=4, do_sample=False) as tracer:
         ids = tracer.result.save()
     assert torch.equal(ids, expected.sequences)
-    assert report(edited) == told and told.interventions[0].edited
+    assert report(edited) == reported and reported.interventions[0].edited
 
 
-def test_a_decoding_loop_of_ones_own_goes_on_where_it_was():
+def test_a_custom_decoding_loop_continues_from_its_cache():
     model, sae = model_of("llama"), make_sae()
     held = Steer(sae, 3, strength=6.0, unit="raw", positions="generated")
     edited, one, other = edit(wrapped("llama"), held), DynamicCache(), DynamicCache()
     for start, end in ((0, 4), (4, 5), (5, 6)):
-        # nnsight makes up a mask of the new tokens alone, by which transformers 5.24 leaves out what is in the cache.
+        # nnsight's default mask covers only the new tokens, so that transformers 5.24 ignores the cache.
         step, mask = IDS[:, start:end], torch.ones_like(IDS[:, :end])
         with attach(model, held):
             expected = logits_of(model, step, attention_mask=mask, **continuing(model, one))
@@ -204,7 +204,7 @@ def test_gradients_are_those_of_the_hooks():
     assert torch.equal(one.grad, other.grad)
 
 
-def test_the_trace_sees_what_was_edited_and_may_go_on():
+def test_the_trace_sees_edited_values():
     model, sae = model_of("llama"), make_sae()
     edited = edit(wrapped("llama"), Splice(sae))
     with torch.no_grad(), edited.trace(IDS):
@@ -244,19 +244,19 @@ def test_a_stopped_trace_is_no_error_and_the_next_one_works():
     assert torch.equal(traced(edited), expected)
 
 
-def test_the_report_says_what_was_never_reached():
+def test_positions_that_were_never_reached_are_an_error_in_the_report():
     edited = edit(wrapped("llama"), Steer(make_sae(), 3, strength=6.0, unit="raw", positions=[2, 5]))
     traced(edited, IDS[:, :4])
     with pytest.raises(AttachError, match=r"positions \[5\] of Steer at resid_post.1 were never reached"):
         report(edited)
-    traced(edited)  # in another trace they are
+    traced(edited)  # this trace reaches them
     assert report(edited).interventions[0].positions == {0: [2, 5], 1: [2, 5]}
 
 
-def test_a_site_that_is_passed_over_is_an_error():
+def test_a_site_that_is_not_reached_is_an_error():
     lm = wrap(tiny_model("llama"))
     edited = edit(lm, ProjectOut(SITE, direction()))
-    lm._module.model.layers[1].forward = lambda x, **_: x  # takes nnsight's place at this layer
+    lm._module.model.layers[1].forward = lambda x, **_: x  # replaces nnsight's forward at this layer
     with pytest.raises(AttachError, match="never reached resid_post.1"):
         traced(edited)
 
@@ -302,7 +302,7 @@ def test_errors_are_those_of_attach():
     assert torch.equal(traced(lm), logits_of(model))
 
 
-def test_an_error_of_an_intervention_is_raised_as_it_is():
+def test_an_error_of_an_intervention_is_raised_unchanged():
     edited = edit(wrapped("llama"), Steer(make_sae(), 3, strength=1.0, unit="raw", rows=7))
     with pytest.raises(InputError, match="row"):
         traced(edited)

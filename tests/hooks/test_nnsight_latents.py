@@ -15,7 +15,7 @@ FAMILIES = {"llama": "resid_post.1", "bloom": "resid_post.1", "gpt2": "attn_z.1"
 
 @pytest.fixture(params=FAMILIES)
 def held(request):
-    """The envoy of the SAE's module, the wrapped model, the model for hooks, and the SAE."""
+    """The envoy of the module at the SAE's site, the wrapped model, the model for hooks, and the SAE."""
     family = request.param
     sae, inner = make_sae(site=FAMILIES[family]), tiny_model(family)
     lm = wrap(inner, envoys=sae_envoys(inner, sae))
@@ -82,7 +82,7 @@ def test_in_generation_each_step_has_its_latents(held):
         assert torch.equal(ids, model.generate(IDS, max_new_tokens=3, min_new_tokens=3, do_sample=False))
 
 
-def test_the_sae_is_no_part_of_the_model(held):
+def test_the_sae_is_not_part_of_the_model(held):
     _, lm, model, _ = held
     assert sorted(lm._module.state_dict()) == sorted(model.state_dict())
 
@@ -99,7 +99,7 @@ def test_gradients_reach_latents():
     assert gradient.shape == (2, 6, D_SAE) and gradient.abs().sum() > 0
 
 
-def test_what_does_not_fit_is_refused():
+def test_saes_and_latents_that_do_not_fit_are_refused():
     model, sae = model_of("llama"), make_sae()
     with pytest.raises(InputError, match="no SAEs"):
         sae_envoys(model)

@@ -1,4 +1,4 @@
-"""An edited trace can be sent to a machine that has torch and nnsight only, and comes to the same there."""
+"""An edited trace gives the same results on a machine that has only torch and nnsight."""
 
 import pickle
 import subprocess
@@ -36,7 +36,7 @@ class Outbox(Backend):
 def payload(edited, ids=IDS, **inputs):
     outbox = Outbox()
     with edited.trace(ids, backend=outbox, **inputs):
-        result = edited.output.logits.save()  # noqa: F841  # by this name the receiver finds it
+        result = edited.output.logits.save()  # noqa: F841  # the receiver looks it up by this name
     return outbox.blob
 
 
@@ -56,14 +56,14 @@ def payload_of_a_model_without_weights(held):
     return outbox.blob
 
 
-def test_a_model_with_latents_is_not_sent():
+def test_a_trace_with_sae_envoys_is_not_sent():
     inner = tiny_model("llama")
     lm = wrap(inner, envoys=sae_envoys(inner, make_sae()))
     with pytest.raises(AttachError, match=r"use edit\(\)"):
         payload(lm)
 
 
-def test_a_model_of_another_class_proves_nothing():
+def test_proven_on_needs_a_model_of_the_same_class_and_widths():
     with torch.device("meta"):
         lm = NNsight(tiny_model("llama"))
     with pytest.raises(InputError, match="same class"):
@@ -75,7 +75,7 @@ def test_a_model_of_another_class_proves_nothing():
 
 
 def cases():
-    """What is held, by family; among them places in inputs, in tuples, scaled, flattened, and with transforms."""
+    """Families and interventions, also at sites in inputs, in tuples, scaled, flattened, and with transforms."""
     sae = make_sae()
     one, other, third, _ = active_latents(model_of("llama"), sae)
     yield "llama", [Clamp(sae, {one: 5.0, other: 0.0}, when={third: 0.01}, positions=[0, -1, 3])]
@@ -87,7 +87,7 @@ def cases():
     yield "granite", [ProjectOut("mlp_out.1", torch.ones(HIDDEN))]
 
 
-def test_what_is_sent_does_the_same_on_a_machine_without_this_package(tmp_path):
+def test_a_sent_trace_gives_the_same_without_this_package(tmp_path):
     requests, expected = [], []
     for family, held in cases():
         requests.append((family, payload(edit(wrapped(family), *held))))
@@ -110,10 +110,10 @@ def test_what_is_sent_does_the_same_on_a_machine_without_this_package(tmp_path):
     subprocess.run(command, input=pickle.dumps(requests), check=True, cwd=Path(__file__).parents[2])
     *results, wide = torch.load(out)
     for result, wanted in zip(results, expected, strict=True):
-        # Of a product, MKL rounds the last bit by where in memory its operands lie, which is elsewhere there.
+        # The last bit of MKL's products depends on the memory addresses of the operands, which differ there.
         torch.testing.assert_close(result, wanted, rtol=1e-6, atol=1e-5)
     model = model_of("llama", torch.float64)
-    assert torch.equal(wide[:, :3], logits_of(model)[:, :3])  # tokens that are left alone are not rounded
+    assert torch.equal(wide[:, :3], logits_of(model)[:, :3])  # other tokens are bit-identical
     with attach(model, held):
         close(wide, logits_of(model), 1e-6)
     assert (wide[:, 3:] != logits_of(model)[:, 3:]).any(-1).all()
@@ -122,7 +122,7 @@ def test_what_is_sent_does_the_same_on_a_machine_without_this_package(tmp_path):
 def test_only_the_rows_of_edited_latents_are_sent():
     sae = make_sae()
     sizes = [len(payload(edit(wrapped("llama"), Ablate(sae, list(range(count)))))) for count in (1, 2, 34)]
-    row = 4 * (2 * HIDDEN + 3)  # the encoder's and the decoder's, and what the architecture has for each latent
+    row = 4 * (2 * HIDDEN + 3)  # bytes per latent: encoder row, decoder row, and three scalars
     assert abs(sizes[2] - sizes[1] - 32 * row) < 0.1 * 32 * row
     assert len(payload(edit(wrapped("llama"), Splice(sae)))) > D_SAE * row
     assert sizes[0] < 40_000
@@ -138,7 +138,7 @@ def test_only_the_rows_of_edited_latents_are_sent():
         Ablate(make_sae(), [3], mode="resample", samples=torch.ones(5, 1)),
     ],
 )
-def test_what_depends_on_more_than_the_token_is_refused(held):
+def test_edits_that_depend_on_more_than_the_token_are_refused(held):
     edited = edit(wrapped("llama"), held)
     with pytest.raises(AttachError, match="cannot be sent"):
         payload(edited)

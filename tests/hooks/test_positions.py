@@ -1,4 +1,4 @@
-"""Which tokens are meant in a plain forward: padding on either side, special tokens, packed rows."""
+"""Which tokens `positions` select in a plain forward: padding on either side, special tokens, packed rows."""
 
 import inspect
 
@@ -19,7 +19,7 @@ from tests.hooks.support import (
     model_of,
 )
 
-# One row of 6 real tokens, one of 4; 1 begins and 2 ends a text, 0 pads.
+# One row of 6 real tokens, one of 4; 0 is padding, 1 is BOS, 2 is EOS.
 LONG, SHORT = [1, 54, 33, 78, 90, 17], [60, 41, 2, 13]
 LEFT = torch.tensor([[0, *LONG], [0, 0, 0, *SHORT]])
 RIGHT = torch.tensor([[*LONG, 0], [*SHORT, 0, 0, 0]])
@@ -27,7 +27,7 @@ REAL = {"left": (LEFT != 0).long(), "right": (RIGHT != 0).long()}
 IDS = {"left": LEFT, "right": RIGHT}
 START = {"left": [1, 3], "right": [0, 0]}
 
-# What is edited by default: token positions per row, counted over real tokens.
+# Positions that are edited by default, without special tokens, by row; they count real tokens.
 CHOSEN = {
     "all": {0: [1, 2, 3, 4, 5], 1: [0, 1, 3]},
     "prompt": {0: [1, 2, 3, 4, 5], 1: [0, 1, 3]},
@@ -46,7 +46,7 @@ def edit_of(positions, **settings):
 
 @pytest.mark.parametrize("side", IDS)
 @pytest.mark.parametrize("positions", CHOSEN, ids=str)
-def test_the_report_names_the_tokens_that_are_meant(positions, side):
+def test_the_report_lists_the_selected_tokens(positions, side):
     model = model_of("llama")
     with attach(model, edit_of(positions)) as handle:
         logits_of(model, IDS[side], attention_mask=REAL[side])
@@ -57,7 +57,7 @@ def test_the_report_names_the_tokens_that_are_meant(positions, side):
 
 @pytest.mark.parametrize("side", IDS)
 @pytest.mark.parametrize("positions", CHOSEN, ids=str)
-def test_exactly_those_tokens_are_edited(positions, side):
+def test_exactly_the_selected_tokens_are_edited(positions, side):
     model, sae = model_of("llama"), make_sae()
     where = torch.zeros(2, 7, dtype=torch.bool)
     for row, places in CHOSEN[positions].items():
@@ -71,11 +71,11 @@ def test_exactly_those_tokens_are_edited(positions, side):
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "recurrent_gemma"])
 def test_padding_on_the_left_changes_no_real_token(family):
-    """(recurrent_gemma runs its state through padding, with and without edits.)"""
+    """Except in recurrent_gemma, whose state runs through padding with and without edits."""
     model = model_of(family)
     sae = make_sae()
     latents = active_latents(model, sae)
-    # As `generate` does: some models take padding for text unless they are told where each token stands.
+    # As `generate` does: without position ids, some models treat padding as text.
     places = {"position_ids": (REAL["left"].cumsum(-1) - 1).clamp(min=0)}
     if "position_ids" not in inspect.signature(model.forward).parameters:
         places = {}
@@ -87,7 +87,7 @@ def test_padding_on_the_left_changes_no_real_token(family):
 
 
 @pytest.mark.parametrize("side", IDS)
-def test_special_tokens_and_padding_are_edited_when_asked_for(side):
+def test_special_tokens_and_padding_are_edited_on_request(side):
     model, sae = model_of("llama"), make_sae()
     with hand_made(block(model, "llama"), lambda x: x + 6.0 * sae.W_dec[3]):
         expected = logits_of(model, IDS[side], attention_mask=REAL[side])
@@ -100,7 +100,7 @@ def test_special_tokens_and_padding_are_edited_when_asked_for(side):
 
 
 @pytest.mark.parametrize("side", IDS)
-def test_a_negative_position_before_the_beginning_is_not_padding(side):
+def test_a_negative_position_before_the_first_token_does_not_select_padding(side):
     model = model_of("llama")
     with attach(model, edit_of([-5, -6], special_tokens=True)) as handle:
         logits_of(model, IDS[side], attention_mask=REAL[side])
@@ -114,16 +114,16 @@ def test_without_a_mask_every_token_is_real():
     assert handle.report().interventions[0].positions == {0: [0, 2], 1: [0, 2]}
 
 
-def test_padding_is_left_out_of_embeddings_too():
+def test_padding_is_left_out_with_embeddings_as_input():
     model = model_of("llama")
     with torch.no_grad(), attach(model, edit_of("all")) as handle:
         model(inputs_embeds=model.get_input_embeddings()(LEFT), attention_mask=REAL["left"])
-    # What the ids would say, begin or end of a text, is not known.
+    # Without ids, BOS and EOS are not recognised.
     assert handle.report().interventions[0].positions == {0: [0, 1, 2, 3, 4, 5], 1: [0, 1, 2, 3]}
 
 
-def test_a_mask_that_is_wider_than_the_call_is_read_where_the_call_stands():
-    """A cached call with embeddings: the mask covers the cache, too."""
+def test_a_mask_that_covers_the_cache_is_read_at_the_columns_of_the_call():
+    """A cached call with embeddings, whose mask also covers the cache."""
     model = model_of("llama")
     embeds = model.get_input_embeddings()(LEFT).detach()
     with torch.no_grad(), attach(model, edit_of("all")) as handle:
@@ -132,7 +132,7 @@ def test_a_mask_that_is_wider_than_the_call_is_read_where_the_call_stands():
     assert handle.report().interventions[0].positions == {0: [0, 1, 2, 3, 4, 5], 1: [0, 1, 2, 3]}
 
 
-def test_a_mask_as_wide_as_a_static_cache_is_read_where_the_call_stands():
+def test_a_mask_as_wide_as_a_static_cache_is_read_at_the_columns_of_the_call():
     model = model_of("llama")
     mask = torch.cat([REAL["left"], torch.zeros(2, 5, dtype=torch.long)], dim=1)
     cache = StaticCache(config=model.config, max_cache_len=12)
@@ -151,8 +151,7 @@ def test_packed_sequences_count_by_their_position_ids():
     assert entry.edited == 2 and entry.positions == {0: [1]}
 
 
-# Two sequences of 4 and 3 tokens in one row, told apart by their places alone, as DataCollatorWithFlattening gives
-# them.
+# Two sequences of 4 and 3 tokens in one row, separated only by position ids, as by DataCollatorWithFlattening.
 PACKED = torch.tensor([[11, 54, 33, 78, 60, 41, 22]])
 PLACES = torch.tensor([[0, 1, 2, 3, 0, 1, 2]])
 
@@ -181,10 +180,10 @@ def test_packed_sequences_are_separate(positions, columns):
         close(logits_of(model, PACKED, position_ids=PLACES), expected, 1e-5)
 
 
-def test_a_window_does_not_reach_into_the_sequence_before():
+def test_a_window_does_not_reach_into_the_next_sequence():
     model, sae = model_of("llama"), make_sae()
     kept = capture(model, sae, input_ids=PACKED, position_ids=PLACES)[sae][0]
-    # On at the end of the first sequence, off in the second.
+    # Active at the end of the first sequence, inactive in the second.
     latent = int((kept[3] > 0).logical_and((kept[4:] == 0).all(0)).nonzero()[0])
     edit = Clamp(sae, {7: 9.0}, when={latent: 0.0}, window=4)
     with attach(model, edit, check=False) as handle:
@@ -194,14 +193,14 @@ def test_a_window_does_not_reach_into_the_sequence_before():
     assert record.edited == len(first) and record.positions == {0: first}
 
 
-def test_places_that_begin_elsewhere_count_from_0():
+def test_position_ids_that_do_not_start_at_0_are_counted_from_0():
     model = model_of("llama")
     with attach(model, edit_of([0, -1])) as handle:
         logits_of(model, PACKED, position_ids=torch.arange(5, 12)[None])
     assert handle.report().interventions[0].positions == {0: [0, 6]}
 
 
-def test_the_models_own_special_tokens_count_not_fixed_numbers():
+def test_special_tokens_are_those_of_the_models_config():
     model = model_of("llama")
     before = model.config.bos_token_id
     model.config.bos_token_id, generation = 54, model.generation_config.bos_token_id

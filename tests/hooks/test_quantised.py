@@ -1,4 +1,4 @@
-"""Models with quantised weights: what passes between their modules are ordinary numbers, so all is as elsewhere."""
+"""Models with quantised weights, whose activations are ordinary tensors: hooks work as in other models."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ KINDS = {
         "Params4bit",
     ),
     "torchao weights": (lambda: torchao("Int8WeightOnlyConfig"), torch.float32, "Int8Tensor"),
-    "torchao activations, too": (
+    "torchao weights and activations": (
         lambda: torchao("Int8DynamicActivationInt8WeightConfig"),
         torch.float32,
         "Int8Tensor",
@@ -42,7 +42,7 @@ KINDS = {
 
 @pytest.fixture(scope="module", params=[(kind, family) for kind in KINDS for family in FAMILIES], ids="-".join)
 def quantised(request, tmp_path_factory):
-    """A quantised model, its family, and the model before."""
+    """A quantised model, its family, and the model before quantisation."""
     kind, family = request.param
     make, dtype, weight = KINDS[kind]
     plain = tiny_model(family, **WIDE).to(dtype)
@@ -59,7 +59,7 @@ def sae_at(model, site, **settings):
     return make_sae(site=site, d_in=resolve(model)[site].width, **settings)
 
 
-def test_the_sites_are_those_of_the_model_before(quantised):
+def test_the_sites_are_those_of_the_unquantised_model(quantised):
     model, _, plain = quantised
     found, expected = resolve(model), resolve(plain)
     assert found.names() == expected.names() and "attn_z.1" in found and "mlp_neurons.1" in found
@@ -69,7 +69,7 @@ def test_the_sites_are_those_of_the_model_before(quantised):
     assert [found[name].width for name in found.names()] == [expected[name].width for name in found.names()]
 
 
-def test_activations_are_ordinary_numbers_near_those_of_the_model_before(quantised):
+def test_activations_are_ordinary_tensors_near_those_of_the_unquantised_model(quantised):
     model, _, plain = quantised
     names = resolve(model).names()
     found, expected = (capture(each, names, input_ids=IDS) for each in (model, plain))
@@ -81,7 +81,7 @@ def test_activations_are_ordinary_numbers_near_those_of_the_model_before(quantis
     close(found["attn_out.0"].float(), expected["attn_out.0"].float(), 0.3)
 
 
-def test_nothing_edited_changes_no_bit(quantised):
+def test_idle_interventions_change_no_bit(quantised):
     model, _, _ = quantised
     clean = logits_of(model)
     for site in ("resid_post.1", "attn_z.1", "mlp_neurons.0"):
@@ -95,7 +95,7 @@ def test_nothing_edited_changes_no_bit(quantised):
     assert torch.equal(logits_of(model), clean)
 
 
-def test_a_splice_gives_what_it_gives_by_hand(quantised):
+def test_a_splice_equals_a_hand_written_hook(quantised):
     model, family, _ = quantised
     sae = sae_at(model, "resid_post.1")
     with hand_made(block(model, family), lambda x: sae(x.float()).reconstruction.to(x.dtype)):
@@ -106,7 +106,7 @@ def test_a_splice_gives_what_it_gives_by_hand(quantised):
 
 
 @pytest.mark.parametrize(("site", "reader"), [("attn_z.1", "self_attn.o_proj"), ("mlp_neurons.1", "mlp.down_proj")])
-def test_what_a_quantised_projection_reads_can_be_edited(quantised, site, reader):
+def test_the_input_of_a_quantised_projection_can_be_edited(quantised, site, reader):
     model, family, _ = quantised
     sae = sae_at(model, site)
     step = 4.0 * sae.W_dec[3]
@@ -122,7 +122,7 @@ def test_what_a_quantised_projection_reads_can_be_edited(quantised, site, reader
     assert not torch.equal(expected, logits_of(model))
 
 
-def test_generation_with_a_cache_is_that_without(quantised):
+def test_generation_is_the_same_with_and_without_cache(quantised):
     model, _, _ = quantised
     sae = sae_at(model, "resid_post.1")
     settings = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False)

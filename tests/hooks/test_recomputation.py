@@ -1,4 +1,4 @@
-"""Gradient checkpointing runs layers again in backward(): each with what acted on the forward that it belongs to."""
+"""Gradient checkpointing recomputes each forward in backward() with the interventions that acted on it."""
 
 import gc
 import threading
@@ -25,7 +25,7 @@ def loss(model, ids=IDS):
 
 
 def train(step, checkpointing):
-    """Return the gradients that a step of training leaves in a model."""
+    """Return a model's gradients after a training step."""
     model = tiny_model("llama").train()
     if checkpointing is not None:
         checkpoint_layers(model, reentrant=checkpointing)
@@ -52,7 +52,7 @@ def several_in_one_block(model):
         (loss(model) + loss(model, OTHER) + loss(model, IDS[:, :3])).backward()
 
 
-def one_after_the_other_in_reverse(model):
+def two_backwards_in_reverse_order(model):
     with attach(model, steer(positions=[-1])):
         first, second = loss(model), loss(model, OTHER)
         second.backward()
@@ -81,7 +81,7 @@ def with_a_capture_between(model):
         steered.backward()
 
 
-def plain_from_an_earlier_time(model):
+def plain_from_an_earlier_block(model):
     with attach(model, steer()):
         with paused():
             plain = loss(model)
@@ -93,17 +93,17 @@ STEPS = [
     plain_before,
     plain_before_and_steered,
     several_in_one_block,
-    one_after_the_other_in_reverse,
+    two_backwards_in_reverse_order,
     paused_within,
     nested_blocks,
     with_a_capture_between,
-    plain_from_an_earlier_time,
+    plain_from_an_earlier_block,
 ]
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.__name__)
-def test_each_forward_is_run_again_as_it_was(step, reentrant):
+def test_each_forward_is_recomputed_as_it_was(step, reentrant):
     expected, found = train(step, None), train(step, reentrant)
     assert expected.keys() == found.keys()
     for name, value in expected.items():
@@ -111,7 +111,7 @@ def test_each_forward_is_run_again_as_it_was(step, reentrant):
 
 
 def in_threads(model, count):
-    """Return the losses of forwards that each run in a thread of their own."""
+    """Return the losses of forwards that each run in another thread."""
     found = []
     for _ in range(count):
         thread = threading.Thread(target=lambda: found.append(loss(model)))
@@ -120,7 +120,7 @@ def in_threads(model, count):
     return found
 
 
-def test_a_plain_forward_of_another_thread_is_run_again_plainly():
+def test_a_plain_forward_of_another_thread_is_recomputed_without_edits():
     def step(model):
         with attach(model, steer()):
             (plain,) = in_threads(model, 1)
@@ -165,7 +165,7 @@ def test_too_many_forwards_before_one_backward_are_refused():
     train(step, False)
 
 
-def test_an_ended_attachment_is_not_kept_alive_by_one_that_goes_on():
+def test_an_ended_attachment_is_not_kept_alive_by_an_outer_one():
     model = tiny_model("llama").train()
     with attach(model, steer()):
         with attach(model, Splice(make_sae())) as inner:

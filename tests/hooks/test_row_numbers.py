@@ -1,4 +1,4 @@
-"""One number for each row of the batch: every row is edited as it would be alone with its own number."""
+"""One number per row of the batch: every row is edited as it would be if its number were given for all."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_each_row_is_edited_with_its_own_number(verb, kind):
     with attach(model, VERBS[verb](sae, kind(PAIR)), check=False):
         together = logits_of(model, IDS)
     close(together, torch.stack(alone), 1e-6)
-    assert (together - plain).abs().amax((1, 2)).min() > 1e-4, "both rows are edited"
+    assert (together - plain).abs().amax((1, 2)).min() > 1e-4, "a row was not edited"
 
 
 @pytest.mark.parametrize("way", [{}, {"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}], ids=str)
@@ -59,14 +59,14 @@ def test_in_a_generation_all_sequences_of_a_row_have_its_number(way):
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_another_number_of_rows_is_refused(verb):
+def test_a_wrong_number_of_rows_is_refused(verb):
     model, sae = model_of("llama"), make_sae()
     with attach(model, VERBS[verb](sae, [1.0, 2.0, 3.0]), check=False):
         with pytest.raises(InputError, match="3 numbers, and the batch has 2 rows"):
             model(IDS)
 
 
-def test_sequences_packed_into_one_row_have_no_numbers_of_their_own():
+def test_numbers_per_row_are_refused_for_packed_sequences():
     model = model_of("llama")
     packed = {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]]), "cu_seq_lens_q": torch.tensor([0, 3, 6])}
     with attach(model, Steer(make_sae(), 3, strength=[1.0]), check=False):
@@ -76,7 +76,7 @@ def test_sequences_packed_into_one_row_have_no_numbers_of_their_own():
 
 @pytest.mark.parametrize("number", [[], [1.0, float("nan")], [1.0, "2"], [True, 1.0], [[1.0], [2.0]], "12"])
 @pytest.mark.parametrize("verb", ["Steer raw", "Clamp", "Scale"])
-def test_what_is_no_list_of_numbers_is_refused(verb, number):
+def test_values_that_are_not_numbers_or_lists_of_numbers_are_refused(verb, number):
     with pytest.raises(InputError, match="expected"):
         VERBS[verb](make_sae(), number)
 
@@ -91,7 +91,7 @@ def test_a_condition_has_one_number():
         Clamp(make_sae(), {3: 1.0}, when={4: [1.0, 2.0]})
 
 
-def test_they_are_kept_in_a_plan(tmp_path):
+def test_a_plan_keeps_numbers_per_row(tmp_path):
     make_sae().save_pretrained(tmp_path / "sae")
     sae = SAEModel.from_pretrained(tmp_path / "sae")
     InterventionPlan([VERBS[verb](sae, PAIR) for verb in VERBS]).save(tmp_path / "plan.json")

@@ -1,4 +1,4 @@
-"""Which tokens of which rows: spans, token ids, masks and rows, in plain forwards and in `generate`."""
+"""Which tokens and rows are edited: spans, token ids, masks and rows, in plain forwards and in `generate`."""
 
 import pytest
 import torch
@@ -7,14 +7,14 @@ from hf_gated_sae import Clamp, Splice, Steer, TokenIds, attach
 from hf_gated_sae.errors import AttachError, InputError
 from tests.hooks.support import IDS, active_latents, block, close, hand_made, logits_of, make_sae, model_of
 
-# One row of 6 real tokens, one of 4; 1 begins and 2 ends a text, 0 pads.
+# One row of 6 real tokens, one of 4; 0 is padding, 1 is BOS, 2 is EOS.
 LONG, SHORT = [1, 54, 33, 78, 90, 17], [60, 41, 2, 13]
 LEFT = torch.tensor([[0, *LONG], [0, 0, 0, *SHORT]])
 MASK = (LEFT != 0).long()
 COLUMNS = torch.tensor([[1, 1, 1, 0, 0, 1, 0], [1, 1, 0, 1, 0, 0, 1]]) > 0
 NEW = 4
 
-# What is edited by default in the left-padded prompts, and then in the 3 generated tokens that the model is given.
+# The positions, what they edit by default in the left-padded prompts, and in the 3 generated tokens that are inputs.
 CHOSEN = {
     "span": (slice(1, 3), {0: [1, 2], 1: [1]}, []),
     "span without an end": (slice(2, None), {0: [2, 3, 4, 5], 1: [3]}, [0, 1, 2]),
@@ -38,7 +38,7 @@ def edit_of(positions, **settings):
 
 
 @pytest.mark.parametrize("case", CHOSEN)
-def test_exactly_those_tokens_are_edited(case):
+def test_exactly_the_selected_tokens_are_edited(case):
     positions, chosen, _ = CHOSEN[case]
     model, sae = model_of("llama"), make_sae()
     where = torch.zeros(2, 7, dtype=torch.bool)
@@ -69,7 +69,7 @@ def test_the_same_tokens_are_edited_in_a_generation(case, way):
         for copy in range(times)
     }
     found = handle.report().interventions[0].positions
-    # What is generated may be an end of text, which is left out.
+    # A generated token may be EOS, which is left out.
     for row, places in expected.items():
         prompt = len((LONG, SHORT)[row // times])
         assert [place for place in found.get(row, []) if place < prompt] == [p for p in places if p < prompt]
@@ -107,7 +107,7 @@ def test_each_row_gets_its_own_edits():
     [{}, {"use_cache": False}, {"num_return_sequences": 3, "do_sample": True}, {"num_beams": 3}],
     ids=str,
 )
-def test_all_copies_of_a_row_are_that_row(settings):
+def test_rows_include_all_sequences_generated_from_them(settings):
     model, sae = model_of("gpt2"), make_sae()
     with attach(model, edit_of("all", rows=1), Splice(sae, rows=(0,)), check=False) as handle:
         model.generate(IDS, max_new_tokens=3, **settings)
@@ -117,7 +117,7 @@ def test_all_copies_of_a_row_are_that_row(settings):
 
 
 @pytest.mark.parametrize("rows", [-1, [], [0, -2], 0.5, "0", True])
-def test_rows_are_numbers(rows):
+def test_invalid_rows_are_refused(rows):
     with pytest.raises(InputError, match="rows is"):
         edit_of("all", rows=rows)
 
@@ -125,18 +125,18 @@ def test_rows_are_numbers(rows):
 @pytest.mark.parametrize(
     "positions", [slice(0, 5, 2), slice(0.5, 2), slice("a"), slice(3, 3), slice(4, 2), slice(-1, -3), slice(True, 3)]
 )
-def test_spans_that_mean_nothing_are_refused(positions):
+def test_invalid_spans_are_refused(positions):
     with pytest.raises(InputError, match="positions is slice"):
         edit_of(positions)
 
 
 @pytest.mark.parametrize("ids", [[], [-1], [0.5], "the", None, True])
-def test_token_ids_are_numbers(ids):
+def test_invalid_token_ids_are_refused(ids):
     with pytest.raises(InputError, match="TokenIds was given"):
         TokenIds(ids)
 
 
-def test_token_ids_need_ids():
+def test_token_ids_are_refused_with_embeddings_as_input():
     model = model_of("llama")
     embeds = model.get_input_embeddings()(IDS).detach()
     with attach(model, edit_of(TokenIds([33])), check=False), pytest.raises(AttachError, match="with embeddings"):
@@ -144,7 +144,7 @@ def test_token_ids_need_ids():
             model(inputs_embeds=embeds)
 
 
-def test_what_is_given_by_columns_is_refused_where_rows_are_packed():
+def test_masks_and_spans_from_the_prompts_end_are_refused_for_packed_rows():
     model = model_of("llama")
     packed = {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]]), "cu_seq_lens_q": torch.tensor([0, 3, 6])}
     for positions in (COLUMNS[0, :6], slice(-2, None)):
@@ -155,7 +155,7 @@ def test_what_is_given_by_columns_is_refused_where_rows_are_packed():
     assert handle.report().interventions[0].edited == 4
 
 
-def test_a_mask_may_be_changed_afterwards_without_effect():
+def test_changing_a_mask_afterwards_has_no_effect():
     model, mask = model_of("llama"), torch.tensor([True, False] * 3)
     with attach(model, edit_of(mask), check=False):
         before = logits_of(model)
@@ -175,6 +175,6 @@ def test_positions_that_were_never_reached_are_an_error_at_the_end(positions):
     assert handle.report().interventions[0].positions == {0: [8]}
     with pytest.raises(KeyError), attach(model, edit_of(positions), check=False):
         logits_of(model)
-        raise KeyError  # the first error is the one to be seen
+        raise KeyError  # the first error must not be hidden
     with attach(model, edit_of(positions), check=False):
         pass  # nothing ran

@@ -1,4 +1,4 @@
-"""How the arguments of a model's call are read: what is known by its type or proven, and what is refused."""
+"""Which arguments of a model's call are recognised, by their type or by proof, and which are refused."""
 
 import functools
 import warnings
@@ -16,7 +16,7 @@ from tests.support.tiny_models import TINY_NAMES, tiny_model
 
 
 def renamed(model, **names):
-    """A model of a later release, which calls arguments something else."""
+    """Rename arguments of a model, as a later release may."""
     forward = type(model).forward
 
     @functools.wraps(forward)
@@ -27,7 +27,7 @@ def renamed(model, **names):
     return model
 
 
-def test_a_cache_is_recognised_whatever_it_is_called():
+def test_a_cache_is_recognised_under_any_argument_name():
     model = renamed(tiny_model("llama"), memory_bank=cache_name(tiny_model("llama")))
     with torch.no_grad(), attach(model, steer(positions=[4, 5])) as handle:
         cache = DynamicCache()
@@ -45,13 +45,13 @@ def test_a_cache_is_recognised_whatever_it_is_called():
         ("layers", [[torch.ones(2, 4, 3, 8)] * 2] * 3, "layers=, a list .* may be a cache"),
     ],
 )
-def test_what_may_be_a_cache_a_mask_or_positions_is_refused_where_it_is_not_understood(name, value, match):
+def test_unknown_arguments_that_may_be_a_cache_a_mask_or_positions_are_refused(name, value, match):
     model = renamed(tiny_model("llama"), **{name: "ignored"})
     with torch.no_grad(), attach(model, steer()), pytest.raises(AttachError, match=match):
         model(IDS, **{name: value})
 
 
-def test_arguments_about_other_inputs_are_let_through():
+def test_arguments_about_other_inputs_are_accepted():
     called = {"input_ids": IDS, "encoder_hidden_states": (torch.ones(2, 3, 4),), "image_mask": torch.ones(2, 9)}
     assert running_call.read(called).cache is None
     assert running_call.read({**called, "logits_to_keep": 1, "cross_attention_mask": torch.ones(2, 9)}).mask is None
@@ -65,21 +65,21 @@ def test_two_caches_are_refused_and_one_under_two_names_is_one():
 
 
 @pytest.mark.parametrize("family", TINY_NAMES)
-def test_what_is_proven_of_a_call_holds_for_every_family(family):
+def test_facts_proven_about_calls_hold_for_every_family(family):
     try:
         model = tiny_model(family)
     except ValueError:
         pytest.skip("this transformers does not have the family")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # doge computes something else with a cache in transformers 5.16
+        warnings.simplefilter("ignore")  # in transformers 5.16, a cache changes doge's logits
         try:
             capture(model, "resid_post.0", input_ids=IDS)
         except LookupError:
-            pass  # there is no such site; calls are proven all the same
+            pass  # there is no such site; calls are proven anyway
     facts = facts_of(model)
     assert facts.wrong is None
     assert facts.caches == (("state",) if family == "rwkv" else ())
-    if facts.padding is None:  # then rows that are padded on the left are as they are alone
+    if facts.padding is None:  # then padding on the left changes no logits
         mask = torch.ones(2, 8, dtype=torch.long)
         mask[:, :2] = 0
         padded = logits_of(model, torch.cat([torch.zeros_like(IDS[:, :2]), IDS], 1), attention_mask=mask)
@@ -87,13 +87,13 @@ def test_what_is_proven_of_a_call_holds_for_every_family(family):
 
 
 class Miscounting(DynamicCache):
-    """A cache of a later release that counts something else."""
+    """A cache of a later release that counts something other than tokens."""
 
     def get_seq_length(self, *args, **kwargs):
         return super().get_seq_length(*args, **kwargs) // 2
 
 
-def test_what_contradicts_the_reading_of_cached_calls_is_an_error_when_attaching(monkeypatch):
+def test_a_cache_that_miscounts_tokens_is_an_error_when_attaching(monkeypatch):
     model = tiny_model("llama")
     monkeypatch.setattr("transformers.models.llama.modeling_llama.DynamicCache", Miscounting)
     with pytest.raises(AttachError, match=r"read as positions .* but are \[4, 5, 6\].*update hf-gated-sae"):
@@ -114,7 +114,7 @@ def test_a_cache_that_is_silently_dropped_is_an_error_when_attaching():
         attach(model, steer())
 
 
-def test_a_model_whose_cache_changes_what_it_computes_is_told_of_once(monkeypatch):
+def test_a_model_whose_cache_changes_its_logits_is_warned_about_once(monkeypatch):
     class Forgetful(LlamaForCausalLM):
         def forward(self, input_ids=None, **kwargs):
             output = super().forward(input_ids, **kwargs)
@@ -132,8 +132,8 @@ def test_a_model_whose_cache_changes_what_it_computes_is_told_of_once(monkeypatc
 
 
 @pytest.mark.parametrize("family", ["mamba", "rwkv"])
-def test_a_step_whose_place_cannot_be_told_is_refused(family):
-    """The caches of recurrent models do not know how many tokens they hold."""
+def test_a_cached_step_of_unknown_position_is_refused(family):
+    """The caches of recurrent models do not say how many tokens they hold."""
     model = model_of(family)
     with torch.no_grad():
         before = model(IDS[:, :4], use_cache=True)
@@ -145,7 +145,7 @@ def test_a_step_whose_place_cannot_be_told_is_refused(family):
     assert handle.report().interventions[0].positions == {0: [4], 1: [4]}
 
 
-def test_padding_on_the_left_is_told_of_where_it_changes_what_is_computed():
+def test_padding_on_the_left_is_warned_about_where_it_changes_the_logits():
     ids, mask = torch.cat([IDS[:, :1] * 0, IDS], 1), torch.ones(2, 7, dtype=torch.long)
     mask[:, 0] = 0
     for family, places in (
@@ -154,11 +154,11 @@ def test_padding_on_the_left_is_told_of_where_it_changes_what_is_computed():
         ("llama", {}),
     ):
         model = tiny_model(family)
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             with attach(model, Steer(make_sae(), 3, strength=1.0, unit="raw")):
                 for _ in range(2):
                     logits_of(model, ids, attention_mask=mask, **places)
-        told = [str(each.message) for each in told if "padding on the left" in str(each.message)]
-        assert len(told) == (1 if family == "gpt2" and not places else 0)
-        assert all("pass position_ids=" in each for each in told)
+        seen = [str(each.message) for each in seen if "padding on the left" in str(each.message)]
+        assert len(seen) == (1 if family == "gpt2" and not places else 0)
+        assert all("pass position_ids=" in each for each in seen)

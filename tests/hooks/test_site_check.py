@@ -1,4 +1,4 @@
-"""What attach() finds out about an SAE before it is attached."""
+"""The check that attach() makes of an SAE before attaching it."""
 
 import warnings
 from pathlib import Path
@@ -24,7 +24,7 @@ TOKENS = torch.arange(3, 3 + 3 * 12).remainder(VOCAB).view(3, 12)
 @pytest.fixture(scope="module")
 def language_model():
     model = AutoModelForCausalLM.from_pretrained(MODEL).eval()
-    resolve(model)  # so that tests can count the forwards that are left
+    resolve(model)  # so that tests count only the forwards of the check
     return model
 
 
@@ -33,7 +33,7 @@ def bundled(name):
 
 
 def unrecorded(name):
-    """The SAE as if it were built here: nothing is known of what it should do."""
+    """A copy of the SAE without its checkpoint, and so without recorded metrics."""
     sae = bundled(name)
     copy = type(sae)(type(sae.config).from_dict(sae.config.to_dict())).eval()
     copy.load_state_dict(sae.state_dict())
@@ -59,7 +59,7 @@ class Forwards:
 
 
 def attached(model, sae, **options):
-    """The one check of an SAE, where warnings are errors."""
+    """Return the check of one SAE; warnings are errors."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         [check] = attach(model, Splice(sae), **options).checks
@@ -71,7 +71,7 @@ def attached(model, sae, **options):
 
 
 @pytest.mark.parametrize("name", BUNDLED)
-def test_an_sae_fits_where_it_was_trained_and_is_as_its_facts_say(language_model, name):
+def test_an_sae_fits_where_it_was_trained_with_the_recorded_metrics(language_model, name):
     check = attached(language_model, bundled(name))
     assert check.verdict == "it fits" and check.site == name.split("/")[0] and check.tokens > 100
     assert check.fvu == pytest.approx(check.expected_fvu, rel=0.3)
@@ -80,7 +80,7 @@ def test_an_sae_fits_where_it_was_trained_and_is_as_its_facts_say(language_model
 
 
 @pytest.mark.parametrize("name", BUNDLED)
-def test_an_sae_of_which_nothing_is_recorded_fits_there_too(language_model, name):
+def test_an_sae_without_recorded_metrics_fits_where_it_was_trained(language_model, name):
     check = attached(language_model, unrecorded(name))
     assert check.verdict == "it fits" and (check.expected_fvu, check.expected_l0, check.expected_norm) == (None,) * 3
 
@@ -98,7 +98,7 @@ def test_an_sae_of_which_nothing_is_recorded_fits_there_too(language_model, name
         ("mlp_out.2/standard", "model.layers.2.self_attn.output"),
     ],
 )
-def test_at_a_wrong_place_the_right_one_is_named(language_model, source, name, given):
+def test_at_a_wrong_site_the_error_names_the_right_one(language_model, source, name, given):
     sae = source(name)
     sae.config.site = given
     right = name.split("/")[0]
@@ -108,18 +108,18 @@ def test_at_a_wrong_place_the_right_one_is_named(language_model, source, name, g
     assert any(f"At '{place}'" in str(error.value) for place in same)
     assert f"does not fit {given}" in str(error.value) and "check=False" in str(error.value)
     attach(language_model, Splice(sae), check=False).enable().disable()
-    with pytest.raises(SiteError, match="did you mean that site"):  # what was found is not forgotten
+    with pytest.raises(SiteError, match="did you mean that site"):  # the result is remembered
         attach(language_model, Splice(sae))
 
 
-def test_a_view_that_the_sae_was_not_trained_on_is_found(language_model):
+def test_a_transform_that_the_sae_was_not_trained_on_is_an_error(language_model):
     sae = bundled("resid_post.1/gated")
     sae.config.site = "resid_post.1|unit_norm"
     with pytest.raises(SiteError, match="At 'resid_post.1' FVU is 0.1"):
         attach(language_model, Splice(sae))
 
 
-def test_what_follows_from_the_message_works(language_model):
+def test_the_change_that_the_message_proposes_works(language_model):
     sae = bundled("mlp_out.2/gated")
     sae.config.site = "mlp_out.1"
     with pytest.raises(SiteError, match="Set sae.config.site = 'mlp_out.2'"):
@@ -128,7 +128,7 @@ def test_what_follows_from_the_message_works(language_model):
     assert attached(language_model, sae).verdict == "it fits"
 
 
-def test_one_forward_that_ends_at_the_next_layer_and_none_again(language_model):
+def test_the_check_runs_one_forward_up_to_the_next_layer_and_only_once(language_model):
     sae = bundled("resid_post.1/gated")
     with Forwards(language_model) as whole, Forwards(language_model.model.layers[3]) as beyond:
         first = attached(language_model, sae)
@@ -137,11 +137,11 @@ def test_one_forward_that_ends_at_the_next_layer_and_none_again(language_model):
         attach(language_model, Ablate(sae, [1]), Splice(sae))
         assert whole.count == 1
         with torch.no_grad():
-            sae.b_dec.add_(0.1)  # another SAE now
+            sae.b_dec.add_(0.1)  # changes the SAE
         assert attached(language_model, sae).fvu != first.fvu and whole.count == 2
 
 
-def test_nothing_is_changed(language_model):
+def test_the_check_changes_nothing(language_model):
     sae = bundled("resid_post.1/gated")
     sae.config.site = "mlp_out.1"
     language_model.train()
@@ -158,7 +158,7 @@ def test_nothing_is_changed(language_model):
     assert not sae.training
 
 
-def test_what_is_attached_neither_acts_nor_counts(language_model):
+def test_attached_interventions_neither_act_nor_count_during_the_check(language_model):
     first, second = bundled("resid_post.1/gated"), bundled("mlp_out.2/gated")
     expected = attached(language_model, bundled("mlp_out.2/gated"))
     with attach(language_model, Ablate(first, range(500)), all_threads=True) as handle:
@@ -176,7 +176,7 @@ def test_a_batch_can_be_given(language_model):
     assert attach(language_model, Splice(sae), check=False).checks == ()
 
 
-def test_an_sae_that_is_not_as_recorded_and_fits_nowhere_is_warned_of_once(language_model):
+def test_an_sae_that_is_not_as_recorded_and_fits_nowhere_is_warned_about_once(language_model):
     sae = make_sae(d_in=language_model.config.hidden_size)
     sae.config.base_model, sae.config.recorded_fvu, sae.config.recorded_l0 = "some/other-model", 0.1, 900.0
     with pytest.warns(
@@ -187,7 +187,7 @@ def test_an_sae_that_is_not_as_recorded_and_fits_nowhere_is_warned_of_once(langu
     assert "differs from its record" in attached(language_model, sae).verdict
 
 
-def test_an_sae_that_fits_nowhere_and_promises_nothing_is_attached_in_silence(language_model):
+def test_an_sae_without_recorded_metrics_that_fits_nowhere_gives_no_warning(language_model):
     check = attached(language_model, make_sae(d_in=language_model.config.hidden_size))
     assert check.fvu > 1 and "no nearby site fits" in check.verdict
 
@@ -195,9 +195,9 @@ def test_an_sae_that_fits_nowhere_and_promises_nothing_is_attached_in_silence(la
 # ------------------------------------------------------------------ models without a tokenizer
 
 
-def test_without_a_tokenizer_nothing_runs_and_the_attachment_says_so(tmp_path):
+def test_without_a_tokenizer_nothing_runs_and_the_verdict_says_so(tmp_path):
     model, sae = tiny_model("llama"), make_sae()
-    attach(model, Splice(sae), check=False)  # which proves sites and calls
+    attach(model, Splice(sae), check=False)  # proves sites and calls
     with Forwards(model) as forwards:
         check = attached(model, sae)
     assert forwards.count == 0
@@ -209,7 +209,7 @@ def test_without_a_tokenizer_nothing_runs_and_the_attachment_says_so(tmp_path):
     assert "not measured" in check.verdict and str(tmp_path) in check.verdict
 
 
-def test_a_few_latents_are_not_measured(tmp_path):
+def test_an_sae_loaded_in_part_is_not_measured(tmp_path):
     make_sae().save_pretrained(tmp_path)
     few = SAEModel.from_pretrained(tmp_path, latents=[3, 5])
     [check] = attach(model_of("llama"), Ablate(few, [3]), check=IDS).checks
@@ -217,7 +217,7 @@ def test_a_few_latents_are_not_measured(tmp_path):
 
 
 def memory(x, y, site, **place):
-    """A TopK SAE with one latent per token: it turns those activations `x` into `y`, and no others."""
+    """A TopK SAE with one latent per token, which maps each activation in `x` to that in `y`."""
     n, d_in = x.shape
     sae = TopKSAE(
         TopKSAEConfig(d_in=d_in, d_sae=n, d_out=y.shape[-1], k=1, site=site, apply_b_dec_to_input=False, **place)
@@ -230,7 +230,7 @@ def memory(x, y, site, **place):
 
 
 def gemma_with_wild_post_norms():
-    """Each post-norm's gain is of both signs, so that what it gives looks elsewhere than what it takes."""
+    """The post-norms' gains have both signs, so their outputs and inputs differ in direction."""
     model = tiny_model("gemma2")
     with torch.no_grad():
         for block in model.model.layers:
@@ -245,7 +245,7 @@ def gemma_with_wild_post_norms():
         ("model.layers.1.mlp.output", "mlp_out.1", "before the block changes it"),
     ],
 )
-def test_both_sides_of_a_post_norm_are_told_apart(trained, given, what):
+def test_the_two_sides_of_a_post_norm_are_distinguished(trained, given, what):
     model = gemma_with_wild_post_norms()
     x = capture(model, trained, input_ids=TOKENS)[trained].flatten(0, 1)
     assert attached(model, memory(x, x, trained), check=TOKENS).verdict == "it fits"
@@ -291,7 +291,7 @@ def test_no_untrained_sae_of_a_random_model_gives_an_alarm(architecture):
             assert attached(model_of(family), sae, check=TOKENS).tokens > 0
 
 
-def test_tokens_of_another_order_are_left_out():
+def test_tokens_with_a_far_larger_norm_are_left_out():
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.embed_tokens.weight[TOKENS[0, 0]] *= 1000
@@ -308,24 +308,24 @@ def test_what_was_measured_is_recorded_saved_and_expected(tmp_path):
     assert check.fvu == pytest.approx(check.expected_fvu) and check.l0 == pytest.approx(check.expected_l0)
     x = capture(model, sae.config.site, input_ids=TOKENS)[sae.config.site].flatten(0, 1)
     assert check.expected_norm == pytest.approx(float((x - x.mean(0)).square().sum(-1).mean().sqrt()), rel=1e-4)
-    sae.record_statistics(sae.max_activation, sae.mean_activation, 5)  # of which nothing else is known
+    sae.record_statistics(sae.max_activation, sae.mean_activation, 5)  # on tokens where nothing else was measured
     assert sae.config.recorded_fvu is sae.config.recorded_norm is None
 
 
-def test_dropout_takes_no_part():
+def test_the_check_runs_without_dropout():
     model, sae = tiny_model("gpt2"), make_sae()
     still = attached(model, sae, check=TOKENS)
     assert attached(model.train(), sae, check=TOKENS) == still and model.training
 
 
-def test_what_others_state_of_their_saes_is_expected():
+def test_l0_stated_by_other_publishers_is_expected():
     sae = make_sae()
     sae._origin = Origin("google/gemma-scope-2b-pt-res", "layer_12/width_16k/average_l0_82", format="gemma_scope")
     assert attached(model_of("llama"), sae, check=TOKENS).expected_l0 == 82
 
 
 @pytest.mark.parametrize("facts", ["{", "[]", '{"metrics": 5}', '{"metrics": {"fvu": "low", "l0": NaN, "mse": -1}}'])
-def test_facts_that_say_nothing_are_no_trouble(tmp_path, facts):
+def test_unusable_metrics_files_are_ignored(tmp_path, facts):
     make_sae().save_pretrained(tmp_path)
     (tmp_path / "sae_metrics.json").write_text(facts)
     check = attached(model_of("llama"), SAEModel.from_pretrained(tmp_path), check=TOKENS)
@@ -333,13 +333,13 @@ def test_facts_that_say_nothing_are_no_trouble(tmp_path, facts):
 
 
 @pytest.mark.parametrize("given", ["yes", 1.5, None, {"ids": TOKENS}, TOKENS.float(), TOKENS[:, :2]])
-def test_a_batch_that_is_none_is_refused(given):
+def test_a_check_that_is_not_a_batch_is_refused(given):
     with pytest.raises((InputError, ValueError)) as error:
         attach(model_of("llama"), Splice(make_sae()), check=given)
     assert type(error.value).__module__ == "hf_gated_sae.errors"
 
 
-def test_weights_that_give_no_number_are_refused():
+def test_weights_that_are_not_finite_are_refused():
     sae = make_sae()
     with torch.no_grad():
         sae.W_dec[:, 0] = float("inf")

@@ -1,4 +1,4 @@
-"""An SAE of which a few latents were loaded acts in every edit of those exactly as the full one."""
+"""An SAE loaded with only a few latents edits them exactly as the full SAE does."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VERBS = {
     "ablate": lambda sae, a, b, c: Ablate(sae, [a, b]),
     "ablate to the mean": lambda sae, a, b, c: Ablate(sae, [a, b], mode="mean"),
     "clamp": lambda sae, a, b, c: Clamp(sae, {a: 3.5, b: 0.25}),
-    "clamp where another is on": lambda sae, a, b, c: Clamp(sae, {a: 3.5}, when={c: 0.1}),
+    "clamp where another is active": lambda sae, a, b, c: Clamp(sae, {a: 3.5}, when={c: 0.1}),
     "clamp generated tokens": lambda sae, a, b, c: Clamp(sae, {a: 3.5}, positions="generated"),
     "scale": lambda sae, a, b, c: Scale(sae, {a: 2.0, b: -0.5}),
     "steer by maxima": lambda sae, a, b, c: Steer(sae, a, strength=-1.5),
@@ -43,7 +43,7 @@ def saved(tmp_path: Path) -> Any:
 
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("architecture", SLICEABLE)
-def test_an_edit_with_a_slice_is_that_with_the_full_sae(architecture: str, verb: str, saved: Any) -> None:
+def test_an_edit_with_a_slice_equals_that_with_the_full_sae(architecture: str, verb: str, saved: Any) -> None:
     model, full = model_of("llama", DOUBLE), make_sae(architecture, dtype=DOUBLE)
     a, b, c = active_latents(model, full)[:3]
     some = SAEModel.from_pretrained(saved(full), latents=[c, 50, a, 3, b])
@@ -57,7 +57,7 @@ def test_an_edit_with_a_slice_is_that_with_the_full_sae(architecture: str, verb:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_what_is_generated_with_a_slice(verb: str, saved: Any) -> None:
+def test_generation_with_a_slice_equals_that_with_the_full_sae(verb: str, saved: Any) -> None:
     model, full = model_of("llama", DOUBLE), make_sae(dtype=DOUBLE)
     a, b, c = active_latents(model, full)[:3]
     some = SAEModel.from_pretrained(saved(full), latents=[b, c, a])
@@ -103,14 +103,14 @@ def test_a_slice_of_a_slice_and_one_that_was_saved(saved: Any, tmp_path: Path) -
     lambda sae: Steer(sae, 7), lambda sae: Clamp(sae, {5: 1.0}, when={7: 0.0}),
     lambda sae: sae.encode(torch.zeros(32), [7]),
 ])  # fmt: skip
-def test_a_latent_that_was_not_loaded(make: Any, saved: Any) -> None:
+def test_a_latent_that_was_not_loaded_is_refused(make: Any, saved: Any) -> None:
     some = SAEModel.from_pretrained(saved(make_sae()), latents=[5])
     with pytest.raises(LatentIndexError, match=r"Latent 7 was not loaded: .*1 of its 64 .*latents=\[..., 7\]"):
         make(some)
 
 
 @pytest.mark.parametrize("latents", [[64], [-1], [3, 3], [2**40], [1.5], ["x"], [None], "12", [True]])
-def test_latents_that_do_not_exist(latents: Any, saved: Any) -> None:
+def test_latents_that_do_not_exist_are_refused(latents: Any, saved: Any) -> None:
     with pytest.raises(SAEError):
         SAEModel.from_pretrained(saved(make_sae()), latents=latents)
 
@@ -137,7 +137,7 @@ def test_a_splice_is_refused_before_anything_is_hooked(saved: Any) -> None:
 
 
 @pytest.mark.parametrize("architecture", [name for name in architectures if not architectures[name].sliceable])
-def test_what_cannot_be_held_in_part(architecture: str, saved: Any) -> None:
+def test_architectures_that_cannot_be_loaded_in_part_are_refused(architecture: str, saved: Any) -> None:
     with pytest.raises(InputError, match="cannot be held alone: load it without latents="):
         SAEModel.from_pretrained(saved(example(architecture)), latents=[1])
 

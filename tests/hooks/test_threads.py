@@ -1,4 +1,4 @@
-"""What is attached acts on calls from where it was attached, and on no others."""
+"""Interventions act only on calls from the thread or task that attached them, and from tasks begun there."""
 
 import asyncio
 import threading
@@ -13,7 +13,7 @@ from tests.hooks.support import IDS, hooks_on, is_clean, logits_of, model_of, st
 from tests.support.tiny_models import tiny_model
 
 
-def test_threads_that_attach_at_once_leave_nothing():
+def test_threads_that_attach_at_once_leave_no_hooks():
     model = model_of("llama")
     clean = logits_of(model)
     failures = []
@@ -23,7 +23,7 @@ def test_threads_that_attach_at_once_leave_nothing():
             for _ in range(20):
                 with attach(model, steer(strength)):
                     assert torch.isfinite(logits_of(model)).all()
-        except BaseException as error:  # a thread's error would be lost
+        except BaseException as error:  # pytest would not see an error in a thread
             failures.append(error)
 
     threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
@@ -36,7 +36,7 @@ def test_threads_that_attach_at_once_leave_nothing():
 
 
 def in_thread(function):
-    """Return what a function gives that runs in a thread of its own."""
+    """Run a function in another thread and return its result."""
     results = []
     thread = threading.Thread(target=lambda: results.append(function()))
     thread.start()
@@ -92,7 +92,7 @@ def test_a_task_begun_inside_is_edited_and_one_begun_before_is_not():
     assert torch.equal(outside, clean)
 
 
-def test_generate_in_a_thread_as_streamers_need_it_is_edited():
+def test_generate_in_a_thread_as_for_streamers_is_edited():
     model = model_of("llama")
     settings = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False)
     with attach(model, steer(positions="generated"), all_threads=True):
@@ -101,14 +101,14 @@ def test_generate_in_a_thread_as_streamers_need_it_is_edited():
     assert not torch.equal(model.generate(IDS, **settings), expected)
 
 
-def test_edits_that_only_other_threads_could_have_used_are_reported():
+def test_an_error_reports_that_only_other_threads_called_the_model():
     model = model_of("llama")
     with pytest.raises(AttachError, match="another thread.*all_threads=True"), attach(model, steer()):
         in_thread(lambda: logits_of(model))
     assert hooks_on(model) == ({}, [])
 
 
-def test_a_model_that_refuses_to_be_watched_is_left_as_it_was():
+def test_a_failed_enable_leaves_the_model_unchanged():
     class Closed(type(model_of("llama"))):
         def __setattr__(self, name, value):
             if name == "generate":

@@ -1,4 +1,4 @@
-"""Several interventions, sites, sessions and calls: what one does never changes what another one means."""
+"""Several interventions, sites, blocks and calls do not interfere with each other."""
 
 import gc
 import threading
@@ -28,8 +28,8 @@ def bits(tensor):
     return tensor.contiguous().view(torch.int32)
 
 
-def test_a_condition_on_a_later_source_is_looked_at_where_it_is_known():
-    """The first site that the SAE writes comes before the condition's own activation."""
+def test_a_condition_on_a_later_source_is_evaluated_where_it_is_known():
+    """The first site that the SAE writes comes before the activation that the condition needs."""
     model, sae = model_of("llama"), make_cross_layer()
     latents = capture(model, sae, input_ids=IDS)[sae]
     later = sae.latents_per_site[0] + int((latents[..., sae.latents_per_site[0] :] > 0).float().mean((0, 1)).argmax())
@@ -40,7 +40,7 @@ def test_a_condition_on_a_later_source_is_looked_at_where_it_is_known():
     with attach(model, Ablate(sae, [later], when={later: 0.0})) as handle:
         assert torch.equal(logits_of(model), expected)
     first, second = handle.report().interventions
-    assert (first.calls, first.edited) == (1, 0), "nothing is written there"
+    assert (first.calls, first.edited) == (1, 0), "the first site was edited"
     assert second.edited == int((latents[..., later] > 0).sum())
 
 
@@ -51,7 +51,7 @@ def test_a_condition_on_a_later_source_is_looked_at_where_it_is_known():
         ("granite", ("attn_out.1", "model.layers.1.self_attn.output")),
     ],
 )
-def test_two_names_of_one_tensor_are_replaced_once(family, names):
+def test_replacing_one_tensor_under_two_names_is_refused(family, names):
     first, second = (Splice(make_sae(site=name)) for name in names)
     with pytest.raises(InputError, match="Both Splice and Splice replace"):
         attach(model_of(family), first, second)
@@ -62,11 +62,11 @@ def test_two_names_of_one_tensor_are_replaced_once(family, names):
     [
         ("llama", ("resid_post.0", "resid_pre.1")),
         ("llama", ("resid_pre.1", "resid_post.0|center")),
-        ("granite", ("attn_out.1", "model.layers.1.self_attn.output")),  # which is scaled before it is added
+        ("granite", ("attn_out.1", "model.layers.1.self_attn.output")),  # scaled before it is added
     ],
 )
 @pytest.mark.parametrize("verb", [steer, lambda site: AblateSite(site)])
-def test_two_names_of_one_tensor_are_not_edited_one_after_the_other(family, names, verb):
+def test_editing_one_tensor_under_two_names_is_refused(family, names, verb):
     model = model_of(family)
     with pytest.raises(InputError, match="one tensor under two names") as caught:
         attach(model, verb(site=names[0]), steer(site=names[1]))
@@ -74,8 +74,8 @@ def test_two_names_of_one_tensor_are_not_edited_one_after_the_other(family, name
     attach(model, steer(site=names[0]), steer(site=f"{names[0]}|scale=2"))
 
 
-def test_names_that_differ_in_a_transform_alone_are_edited_together():
-    """Both read the clean activation: in whatever order they are given, the sum of both differences is added."""
+def test_names_that_differ_only_in_a_transform_are_edited_together():
+    """Both read the clean activation: the sum of both differences is added, in any order."""
     model, site = model_of("llama"), "resid_post.0"
     edits = [Clamp(make_sae(site=f"{site}{transform}"), {3: 4.0}) for transform in ("", "|scale=2")]
     clean = capture(model, site, input_ids=IDS)[site]
@@ -89,14 +89,14 @@ def test_names_that_differ_in_a_transform_alone_are_edited_together():
         close(together, alone[0] + alone[1], 1e-5)
 
 
-def test_a_history_is_not_inherited_by_an_intervention_that_comes_later():
+def test_a_later_intervention_does_not_inherit_a_history():
     model, sae = model_of("llama"), make_sae()
     gates = dict.fromkeys(active_latents(model, sae, count=1), 0.0)
-    with attach(model, steer()), torch.no_grad():  # keeps what watches the model
+    with attach(model, steer()), torch.no_grad():  # keeps the model's tracker alive
         with attach(model, Steer(sae, 3, unit="raw", when=gates, window=3)):
             cache = model(IDS, use_cache=True)
         gc.collect()
-        later = [Steer(sae, 3, unit="raw", when=gates, window=3) for _ in range(50)]  # some where the first one was
+        later = [Steer(sae, 3, unit="raw", when=gates, window=3) for _ in range(50)]  # some at the first one's address
         for edit in later:
             with attach(model, edit), pytest.raises(AttachError, match="begin with an empty cache"):
                 model(IDS[:, :1], **continuing(model, cache))
@@ -113,14 +113,14 @@ def test_edits_of_a_crosscoder_need_its_splice_everywhere(part):
         attach(model, Splice(sae), Ablate(sae, [3], special_tokens=True))
 
 
-def test_a_forward_that_was_compiled_by_itself_is_refused():
+def test_a_model_whose_forward_was_compiled_is_refused():
     model = tiny_model("llama")
     model.forward = torch.compile(model.forward, backend="eager")
     with pytest.raises(AttachError, match="compiled"):
         attach(model, steer())
 
 
-def test_a_replacement_for_all_threads_meets_those_of_any_thread():
+def test_a_replacement_for_all_threads_conflicts_with_those_of_any_thread():
     model, failures = model_of("llama"), []
 
     def elsewhere():
@@ -137,7 +137,7 @@ def test_a_replacement_for_all_threads_meets_those_of_any_thread():
     assert hooks_on(model) == ({}, [])
 
 
-def test_negative_zeros_of_tokens_that_are_not_meant_stay_negative():
+def test_negative_zeros_of_tokens_that_are_not_selected_stay_negative():
     model, site, seen = model_of("llama"), "resid_post.1", []
     zero = -torch.zeros(32)
     with attach(model, AblateSite(site, zero)):
@@ -147,7 +147,7 @@ def test_negative_zeros_of_tokens_that_are_not_meant_stay_negative():
     assert not torch.equal(seen[0][:, 0], zero.expand(2, 32))
 
 
-def test_an_sae_is_trained_after_it_was_used_in_inference_mode():
+def test_an_sae_can_be_trained_after_use_in_inference_mode():
     model, sae = model_of("llama"), make_sae()
     sae.requires_grad_(True)
     with torch.inference_mode(), attach(model, Ablate(sae, [3, 5])):
@@ -157,10 +157,10 @@ def test_an_sae_is_trained_after_it_was_used_in_inference_mode():
     assert sae.W_dec.grad[[3, 5]].abs().sum() > 0
 
 
-def test_positions_of_special_tokens_alone_are_reported():
+def test_positions_that_select_only_special_tokens_are_an_error():
     model = model_of("llama")
     ids = IDS.clone()
-    ids[:, 0] = 1  # the beginning
+    ids[:, 0] = 1  # BOS
     with pytest.raises(AttachError, match="special_tokens=True"), attach(model, steer(positions=[0])):
         logits_of(model, ids)
     with attach(model, steer(positions=[0], special_tokens=True)) as handle:

@@ -19,10 +19,10 @@ def test_a_site_that_the_forward_does_not_reach_is_reported():
     prepared = attach(model, steer(), steer(site="resid_post.2"))
     skipped = model.model.layers[2]
     skipped.forward, forward = lambda hidden_states, **_: hidden_states, skipped.forward
-    with prepared:  # the module still runs: nothing to complain of
+    with prepared:  # the module still runs, so there is no error
         logits_of(model)
     skipped.forward = forward
-    model.model.config.num_hidden_layers = 2  # llama runs the first so many layers
+    model.model.config.num_hidden_layers = 2  # llama then runs only the first two layers
     with pytest.raises(AttachError, match=r"never reached resid_post\.2"):
         with prepared:
             logits_of(model)
@@ -31,7 +31,7 @@ def test_a_site_that_the_forward_does_not_reach_is_reported():
         pass  # the model did not run
 
 
-def test_a_model_of_which_no_site_is_reached_is_reported_too():
+def test_a_forward_that_reaches_no_site_is_reported():
     model = tiny_model("llama")
     prepared = attach(model, steer(site="resid_post.2"))
     model.model.config.num_hidden_layers = 2
@@ -41,20 +41,20 @@ def test_a_model_of_which_no_site_is_reached_is_reported_too():
     with pytest.raises(AttachError, match="never reached"):
         with prepared:
             model.generate(IDS, max_new_tokens=2)
-    with pytest.raises(Boom):  # a real error is not hidden by this one
+    with pytest.raises(Boom):  # an earlier error is not hidden by this one
         with prepared:
             logits_of(model)
             raise Boom
 
 
-def test_disabling_says_what_the_end_of_a_block_says():
+def test_disable_raises_the_same_errors_as_the_end_of_a_block():
     model = model_of("llama")
     handle = attach(model, steer(positions=[0, 500])).enable()
     logits_of(model)
     with pytest.raises(AttachError, match=r"positions \[500\] .* never reached"):
         handle.disable()
     assert not handle.enabled and hooks_on(model) == ({}, [])
-    handle.disable()  # once more does nothing
+    handle.disable()  # the second time does nothing
     with pytest.raises(AttachError, match=r"positions \[500\]"):
         with handle:
             logits_of(model)
@@ -74,7 +74,7 @@ def test_disabling_does_not_hide_an_exception():
     assert caught.value.__context__ is None and hooks_on(model) == ({}, [])
     try:
         raise Boom
-    except Boom:  # a block that ends well says what it has to say wherever it stands
+    except Boom:  # a block that ends normally raises its error even inside `except`
         with pytest.raises(AttachError, match=r"positions \[500\]"), handle:
             logits_of(model)
 
@@ -87,13 +87,13 @@ def test_probing_and_stopped_captures_do_not_count_as_running():
         attach(model, steer(site="embed"))
 
 
-def test_a_part_of_the_model_that_is_called_by_itself_is_refused():
+def test_calling_only_a_part_of_the_attached_model_is_refused():
     model = model_of("llama")
     with pytest.raises(AttachError, match="was not called"), attach(model, steer()), torch.no_grad():
         model.model(IDS)
 
 
-def test_attaching_to_the_part_that_is_called():
+def test_attaching_to_the_part_that_is_called_works():
     model = model_of("llama")
     with attach(model, steer()):
         expected = logits_of(model)

@@ -1,4 +1,4 @@
-"""Each verb equals a hook written by hand, whatever way the model computes."""
+"""Each verb equals a hand-written hook, however the model computes."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def test_each_verb_equals_the_full_path_for_each_architecture(architecture, verb
 
 @pytest.mark.parametrize("site", ["resid_post.1", "mlp_out.1", "resid_post.1|center"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_with_its_error_a_splice_changes_no_bit_with_and_without_gradients(dtype, site):
+def test_a_splice_with_its_error_changes_no_bit_with_and_without_gradients(dtype, site):
     model, sae = model_of("gpt2", dtype), make_sae(site=site)
     clean = logits_of(model)
     with attach(model, Splice(sae, error=True), check=False) as handle:
@@ -65,7 +65,7 @@ def test_with_its_error_a_splice_changes_no_bit_with_and_without_gradients(dtype
     assert handle.report().interventions[0].edited == 2 * IDS.numel()
 
 
-def test_with_its_error_a_splice_computes_nothing_without_gradients():
+def test_a_splice_with_its_error_computes_nothing_without_gradients():
     model, sae = model_of("llama"), make_sae()
     with torch.no_grad():
         sae.W_dec.fill_(torch.nan)
@@ -74,7 +74,7 @@ def test_with_its_error_a_splice_computes_nothing_without_gradients():
         assert torch.equal(logits_of(model), clean)
         embeds = model.get_input_embeddings()(IDS).detach().requires_grad_()
         [gradient] = torch.autograd.grad(model(inputs_embeds=embeds).logits.sum(), embeds)
-        assert gradient.isnan().any()  # so it does read the SAE when they are wanted
+        assert gradient.isnan().any()  # with gradients, it does use the SAE
 
 
 @pytest.mark.parametrize("positions", ["all", [1, 3]])
@@ -128,7 +128,7 @@ def test_every_token_gets_a_sample_that_depends_on_seed_row_and_position_alone()
     samples = torch.arange(1.0, 101.0, dtype=DOUBLE)[:, None]
 
     def drawn(ids, mask=None, **settings):
-        """Which sample each token got, read off what was added."""
+        """Return which sample each token got, computed from what was added."""
         edit = Ablate(sae, [latent], mode="resample", samples=samples, **settings)
         inputs = {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
         clean = capture(model, [SITE, sae], **inputs)
@@ -139,8 +139,8 @@ def test_every_token_gets_a_sample_that_depends_on_seed_row_and_position_alone()
         return (added + clean[sae][..., latent]).round().long()
 
     first = drawn(IDS)
-    assert 1 <= first.min() and first.max() <= 100 and len(first.unique()) >= 8  # of 12
-    assert torch.equal(drawn(IDS.flip(1)), first)  # whatever the tokens are
+    assert 1 <= first.min() and first.max() <= 100 and len(first.unique()) >= 8  # of 12 tokens
+    assert torch.equal(drawn(IDS.flip(1)), first)  # independent of the tokens
     assert torch.equal(drawn(PADDED, MASK)[:, 3:], first)
     assert not torch.equal(drawn(IDS, seed=1), first)
     assert torch.equal(drawn(IDS, seed=1), drawn(IDS, seed=1))
@@ -161,7 +161,7 @@ def test_samples_are_the_same_with_and_without_cache(settings):
     assert torch.equal(texts[0], texts[1]) and torch.equal(texts[0], texts[2])
 
 
-def test_samples_may_be_given_for_the_latents_or_for_all():
+def test_samples_may_be_given_for_the_edited_latents_or_for_all():
     model, sae = model_of("llama", DOUBLE), make_sae(dtype=DOUBLE)
     a, b = active_latents(model, sae)[:2]
     every = samples_of(model, sae)
@@ -176,7 +176,7 @@ def test_samples_may_be_given_for_the_latents_or_for_all():
 
 
 @pytest.mark.parametrize("unit", [None, "raw", "norm"])
-def test_a_vector_is_added_as_it_is_or_by_the_activations_norm(unit):
+def test_a_vector_is_added_as_it_is_or_scaled_by_the_activations_norm(unit):
     model, vector = model_of("gpt2", DOUBLE), torch.linspace(-1, 2, 32)
 
     def by_hand(x):
@@ -193,7 +193,7 @@ def test_a_vector_is_added_as_it_is_or_by_the_activations_norm(unit):
 
 
 def test_a_vector_is_added_in_its_own_precision():
-    """A step too small for bfloat16 by itself counts with others: what is added is summed, then rounded once."""
+    """Steps that are too small for bfloat16 alone still count: they are summed, then rounded once."""
     model, vector = model_of("llama", torch.bfloat16), torch.full((32,), 1e-3)
     with hand_made(block(model, "llama"), lambda x: (x.float() + 40 * vector).bfloat16()):
         expected = logits_of(model)
@@ -205,20 +205,14 @@ def test_a_vector_is_added_in_its_own_precision():
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mpt"])
-def test_a_patched_site_is_that_of_the_other_run_to_the_bit(family):
+def test_a_patched_site_is_bit_identical_to_that_of_the_other_run(family):
     model = model_of(family)
     other = capture(model, SITE, input_ids=OTHER)[SITE]
     with attach(model, Patch(SITE, other)):
-        assert torch.equal(logits_of(model), logits_of_other(model))
+        assert torch.equal(logits_of(model), logits_of(model, OTHER))
 
 
-def logits_of_other(model):
-    with attach(model, Steer(SITE, torch.ones(32), positions=[])):  # inside a block, as the other run
-        pass
-    return logits_of(model, OTHER)
-
-
-def test_a_patch_acts_at_the_columns_that_it_has():
+def test_a_patch_acts_only_at_its_columns():
     model = model_of("llama", DOUBLE)
     other = capture(model, SITE, input_ids=OTHER)[SITE]
 
@@ -272,7 +266,7 @@ def test_padding_that_is_not_finite_does_not_matter():
         assert torch.equal(logits_of(model, PADDED, **inputs), expected)
 
 
-def test_a_slice_of_an_sae_patches_as_the_whole(tmp_path):
+def test_a_slice_of_an_sae_patches_as_the_full_sae(tmp_path):
     model, sae = model_of("llama", DOUBLE), make_sae(dtype=DOUBLE)
     a, b = active_latents(model, sae)[:2]
     sae.save_pretrained(tmp_path)

@@ -12,7 +12,7 @@ from hf_gated_sae.errors import AttachError
 from tests.hooks.support import IDS, continuing, hooks_on, steer
 from tests.support.tiny_models import tiny_model
 
-# PEFT asks for what transformers renamed, and is given positions by generate() that it does not use.
+# PEFT reads an attribute that transformers renamed, and ignores the position ids that generate() passes.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning"),
@@ -33,7 +33,7 @@ def wrapped(method):
 
 @functools.cache
 def knows_the_cache():
-    """Whether PEFT puts its virtual tokens before a generation once, and not before every token of it."""
+    """Whether PEFT inserts its virtual tokens once per generation, and not before every token."""
     model, count = wrapped("prompt"), []
     made = model.get_prompt
     model.get_prompt = lambda *args, **kwargs: (count.append(1), made(*args, **kwargs))[1]
@@ -42,7 +42,7 @@ def knows_the_cache():
 
 
 def right_or_refused(use_cache=True):
-    """What PEFT gets wrong under a transformers that it does not know is refused; elsewhere positions are right."""
+    """Expect an error where PEFT misuses the cache of this version of transformers, and none elsewhere."""
     if knows_the_cache() or not use_cache:
         return contextlib.nullcontext()
     return pytest.raises(AttachError, match="several caches|between tokens")
@@ -104,7 +104,7 @@ def test_positions_of_a_generation(method, use_cache, positions, expected):
 
 
 @pytest.mark.parametrize(("method", "use_cache"), [("prompt", True), ("prompt", False), ("prefix", True)])
-def test_the_calls_that_guide_a_generation_have_no_virtual_tokens(method, use_cache):
+def test_the_guidance_calls_of_a_generation_have_no_virtual_tokens(method, use_cache):
     """Classifier-free guidance calls the model itself, beginning with the negative prompt."""
     model = wrapped(method)
     negative = IDS[:, :3]
@@ -124,11 +124,11 @@ def test_the_calls_that_guide_a_generation_have_no_virtual_tokens(method, use_ca
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_patch_is_of_the_columns_of_the_text(method):
+def test_the_columns_of_a_patch_are_those_of_the_text(method):
     model, site = wrapped(method), "resid_post.1"
     value = torch.arange(2 * 4 * 32.0).reshape(2, 4, 32)
     clean = capture(model, site, input_ids=IDS)[site]
-    for special_tokens in (False, True):  # virtual tokens have no value
+    for special_tokens in (False, True):  # a patch has no values for virtual tokens
         with attach(model, Patch(site, value, special_tokens=special_tokens)) as handle:
             found = capture(model, site, input_ids=IDS)[site]
             model(input_ids=IDS)
@@ -140,14 +140,14 @@ def test_a_patch_is_of_the_columns_of_the_text(method):
             model(input_ids=IDS)
 
 
-def test_a_patch_goes_on_in_a_generation():
+def test_a_patch_continues_into_a_generation():
     model, site = wrapped("prompt"), "resid_post.1"
     with right_or_refused(), attach(model, Patch(site, torch.ones(2, 7, 32))) as handle:
         model.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=3, min_new_tokens=3)
         assert handle.report().interventions[0].positions == {row: [0, 1, 2, 3, 4, 5, 6] for row in range(2)}
 
 
-def test_the_model_within_called_by_itself_has_no_virtual_tokens():
+def test_the_wrapped_model_called_directly_has_no_virtual_tokens():
     model = wrapped("prompt")
     with torch.no_grad(), attach(model, steer(positions=[0, -1])) as handle:
         model(input_ids=IDS)
@@ -156,7 +156,7 @@ def test_the_model_within_called_by_itself_has_no_virtual_tokens():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_wrapper_may_be_called_where_what_it_wraps_was_attached_to(method):
+def test_the_wrapper_may_be_called_if_the_wrapped_model_was_attached_to(method):
     model = wrapped(method)
     with torch.no_grad(), attach(model.get_base_model(), steer(positions=[0, -1])) as handle:
         model(input_ids=IDS, attention_mask=MASK)
@@ -171,14 +171,14 @@ def test_virtual_tokens_between_tokens_are_refused():
             model(input_ids=IDS[:, :1], **continuing(model.get_base_model(), cache))
 
 
-def test_nothing_stays_on_the_wrapper():
+def test_no_hooks_are_left_on_the_wrapper():
     model = wrapped("prompt")
     with attach(model, steer()):
         assert hooks_on(model)[0].keys() >= {"", "base_model"}
     assert hooks_on(model) == ({}, [])
 
 
-def test_the_wrapper_may_be_attached_to_after_what_it_wraps():
+def test_the_wrapper_may_be_attached_to_after_the_wrapped_model():
     model = wrapped("prompt")
     with torch.no_grad(), attach(model.get_base_model(), steer()), attach(model, steer(positions=[0])) as handle:
         model(input_ids=IDS)

@@ -1,4 +1,4 @@
-"""Conditions that were met a moment ago: the same tokens are edited however the model computes them."""
+"""Conditions that hold for a window of tokens: the same tokens are edited however the model computes them."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tests.hooks.support import IDS, block, close, continuing, hand_made, logits
 from tests.support.tiny_models import tiny_model
 
 DOUBLE = torch.float64
-# Longer, so that windows end; 1 begins a text, which is special.
+# Longer, so that windows end; 1 is BOS, a special token.
 LONG = torch.randint(3, 97, (2, 14), generator=torch.Generator().manual_seed(3))
 LONG[:, 0] = 1
 PADDED = torch.cat([torch.zeros(2, 3, dtype=torch.long), LONG], dim=1)
@@ -19,7 +19,7 @@ NEW = 6
 
 
 def rare(model, sae, ids=LONG, start=1):
-    """A latent, and a bound that it exceeds at three tokens from a column on."""
+    """A latent, and a bound that it exceeds at three tokens from column `start` on."""
     latents = capture(model, sae, input_ids=ids)[sae][:, start:]
     top = latents.flatten(0, 1).sort(0, descending=True).values
     latent = int(((top[2] - top[3]) * (top[3] > 0)).argmax())
@@ -27,7 +27,7 @@ def rare(model, sae, ids=LONG, start=1):
 
 
 def opened(met, window):
-    """Written plainly, for one row."""
+    """Reference for one row: whether a window that was opened at or before each token is still open."""
     return [any(met[max(0, at - window + 1) : at + 1]) for at in range(len(met))]
 
 
@@ -68,10 +68,10 @@ def test_all_of_a_condition_must_be_met_at_one_token():
         assert bool(handle.report().interventions[0].edited) is edited
 
 
-def test_a_special_token_opens_nothing():
+def test_a_special_token_opens_no_window():
     model, sae = model_of("llama"), make_sae()
     latents = capture(model, sae, input_ids=LONG)[sae]
-    # On at the first token, which begins the text, and nowhere else above the bound.
+    # Above the bound at BOS, and nowhere else.
     latent = int((latents[:, 0].amin(0) - latents[:, 1:].amax((0, 1))).argmax())
     bound = float(latents[:, 1:, latent].max()) + 1e-3
     assert (latents[:, 0, latent] > bound).any()
@@ -97,14 +97,14 @@ WAYS = {
 
 @pytest.mark.parametrize("positions", ["all", "generated", "prompt", slice(3, None)], ids=str)
 @pytest.mark.parametrize("way", WAYS)
-def test_ways_of_decoding_are_the_same(way, positions):
+def test_all_ways_of_decoding_give_the_same(way, positions):
     model, sae = model_of("llama"), make_sae()
     latent, bound = rare(model, sae)
     edit = Steer(sae, 7, strength=6.0, unit="raw", when={latent: bound}, window=8, positions=positions)
     with attach(model, edit, check=False) as handle:
         expected = generate(model)
         edited = handle.report().interventions[0]
-    assert edited.edited > 0, "or the test would say nothing"
+    assert edited.edited > 0, "no token was edited, so the test compares nothing"
     with attach(model, edit, check=False) as handle:
         found = generate(model, **WAYS[way])
         assert handle.report().interventions[0].positions == edited.positions
@@ -115,7 +115,7 @@ def test_ways_of_decoding_are_the_same(way, positions):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mamba"])
-def test_left_padding_is_as_no_padding(family):
+def test_left_padding_changes_no_token(family):
     model, sae = model_of(family), make_sae()
     latent, bound = rare(model, sae, PADDED[:, 3:])
     edit = Steer(sae, 7, strength=6.0, unit="raw", when={latent: bound}, window=4)
@@ -132,7 +132,7 @@ def test_left_padding_is_as_no_padding(family):
 
 
 @pytest.mark.parametrize("drafts", ["prompt lookup", "assistant"])
-def test_drafts_that_are_dropped_are_forgotten(drafts):
+def test_rejected_drafts_are_forgotten(drafts):
     model, sae = model_of("gpt2"), make_sae()
     ids = torch.tensor([[11, 54, 33, 78, 11, 54, 33, 78, 11, 54, 33]])
     settings = dict(max_new_tokens=16, min_new_tokens=16)
@@ -146,7 +146,7 @@ def test_drafts_that_are_dropped_are_forgotten(drafts):
     assert torch.equal(found.sequences, expected.sequences)
 
 
-def test_a_decoding_loop_of_ones_own():
+def test_a_custom_decoding_loop():
     model, sae = model_of("llama"), make_sae()
     latent, bound = rare(model, sae)
     edit = Steer(sae, 7, strength=6.0, unit="raw", when={latent: bound}, window=6)
@@ -160,7 +160,7 @@ def test_a_decoding_loop_of_ones_own():
     close(torch.cat(parts, 1), expected, 1e-4)
 
 
-def test_several_sequences_of_each_row_keep_their_own_memory():
+def test_several_sequences_of_each_row_keep_their_own_history():
     model, sae = model_of("llama"), make_sae()
     latent, bound = rare(model, sae)
     edit = Steer(sae, 7, strength=6.0, unit="raw", when={latent: bound}, window=3)
@@ -172,7 +172,7 @@ def test_several_sequences_of_each_row_keep_their_own_memory():
     assert torch.equal(*texts)
 
 
-def test_beams_are_refused_with_a_cache_alone():
+def test_beams_are_refused_only_with_a_cache():
     model, sae = model_of("gpt2"), make_sae()
     edit = Clamp(sae, {7: 9.0}, when={3: 0.0}, window=4)
     for settings in ({"num_beams": 3}, {"generation_config": beams(model)}):
@@ -191,7 +191,7 @@ def beams(model):
     return type(model.generation_config)(num_beams=2, pad_token_id=0, eos_token_id=2)
 
 
-def test_a_cache_from_before_is_refused_and_packed_rows_too():
+def test_earlier_caches_and_packed_rows_are_refused():
     model, sae = model_of("llama"), make_sae()
     edit = Clamp(sae, {7: 9.0}, when={3: 0.0}, window=4)
     with torch.no_grad():
@@ -204,7 +204,7 @@ def test_a_cache_from_before_is_refused_and_packed_rows_too():
 
 
 @pytest.mark.parametrize("window", [0, -1, 2.5, None, True, [1, 2]])
-def test_windows_are_numbers_of_tokens(window):
+def test_invalid_windows_are_refused(window):
     with pytest.raises(InputError, match=r"Ablate was given window=.*1 or more"):
         Ablate(make_sae(), [1], when={3: 0.0}, window=window)
 
@@ -214,7 +214,7 @@ def test_a_window_needs_a_condition():
         Ablate(make_sae(), [1], window=3)
 
 
-def test_padding_whose_latents_are_no_numbers_opens_nothing_and_is_no_error():
+def test_nan_latents_of_padding_open_no_window_and_are_not_an_error():
     model, sae = model_of("llama"), make_sae()
     edit = Clamp(sae, {7: 9.0}, when={3: 1e9}, window=50)
 

@@ -1,4 +1,4 @@
-"""SAEs that write elsewhere than they read, or at several sites: against hooks written by hand."""
+"""SAEs that write at other sites than they read, or at several, compared with hand-written hooks."""
 
 import contextlib
 
@@ -43,7 +43,7 @@ STREAM = ["resid_post.0", "resid_post.1", "resid_post.2"]
 
 @contextlib.contextmanager
 def mlp_by_hand(model, compute, *, layer=1, norm=None):
-    """Replace what an MLP adds by ``compute(what it is given)``; with a norm behind it, what that one gives."""
+    """Replace an MLP's output, or that of the norm after it, by ``compute(the MLP's input)``."""
     mlp, seen = block(model, "llama", layer).mlp, {}
     handles = [mlp.register_forward_pre_hook(lambda module, args: seen.update(x=args[0]))]
     handles.append((norm or mlp).register_forward_hook(lambda *_: compute(seen["x"])))
@@ -59,8 +59,8 @@ def mlp_by_hand(model, compute, *, layer=1, norm=None):
 
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_a_transcoder_replaces_the_mlp_by_what_it_makes_of_its_input(family, skip):
-    """Gemma 2 normalises what the MLP gives before adding it: that is mlp_out."""
+def test_a_transcoder_replaces_the_mlp(family, skip):
+    """Gemma 2 normalises the MLP's output before adding it; mlp_out is the normalised output."""
     model, sae = model_of(family, DOUBLE), transcoder(skip_connection=skip)
     norm = block(model, family).post_feedforward_layernorm if family == "gemma2" else None
     with mlp_by_hand(model, lambda x: sae(x).reconstruction, norm=norm):
@@ -74,7 +74,7 @@ EDITS = {
     "ablate": (lambda s, a: Ablate(s, [a]), lambda f, s, a: 0 * f),
     "clamp": (lambda s, a: Clamp(s, {a: 4.0}), lambda f, s, a: 0 * f + 4),
     "steer": (lambda s, a: Steer(s, a, strength=-2.0), lambda f, s, a: f - 2 * s.max_activation[a].double()),
-    "scale where it is on": (lambda s, a: Scale(s, {a: 3.0}, when={a: 0.0}), lambda f, s, a: 3 * f),
+    "scale where it is active": (lambda s, a: Scale(s, {a: 3.0}, when={a: 0.0}), lambda f, s, a: 3 * f),
 }
 
 
@@ -170,7 +170,7 @@ def test_a_transcoder_trains_through_gradient_checkpointing():
 
 @contextlib.contextmanager
 def each_mlp(model, compute):
-    """Replace what each MLP adds by ``compute(number, inputs so far, what it would have added)``."""
+    """Replace each MLP's output by ``compute(layer, inputs so far, output)``."""
     seen, handles = [], []
 
     def before(module, args):
@@ -195,7 +195,7 @@ def each_mlp(model, compute):
 
 
 def pieces(sae, inputs):
-    """Latents of each source so far, each by its own equations."""
+    """Latents of each source so far, from their equations."""
     first, found = 0, []
     for source, x in enumerate(inputs):
         n = sae.latents_per_site[source]
@@ -229,7 +229,7 @@ def test_a_cross_layer_transcoder_replaces_all_mlps(activation, skip):
 
 @pytest.mark.parametrize("spliced", [False, True])
 @pytest.mark.parametrize("latents", [[2], [9, 3], [20, 1, 12]], ids=str)
-def test_edits_of_a_cross_layer_transcoder_write_at_every_output_from_their_own_on(latents, spliced):
+def test_edits_of_a_cross_layer_transcoder_write_at_every_output_from_their_own_layer_on(latents, spliced):
     model, sae = model_of("llama", DOUBLE), cross_layer(*CLT, activation="relu")
 
     def by_hand(number, inputs, output):
@@ -261,7 +261,7 @@ def test_a_latent_of_the_last_layer_leaves_the_earlier_outputs_alone():
 
 @contextlib.contextmanager
 def each_block(model, compute):
-    """Replace what each block gives by ``compute(number, activations so far)``."""
+    """Replace each block's output by ``compute(layer, outputs so far)``."""
     seen, handles = [], []
     for number in range(3):
 
@@ -326,7 +326,7 @@ def test_generation_is_the_same_with_and_without_cache(case):
     assert not torch.equal(model.generate(IDS, **settings).scores[-1], cached.scores[-1])
 
 
-# ------------------------------------------------------------------ what cannot be
+# ------------------------------------------------------------------ refused
 
 
 def test_edits_of_a_crosscoder_need_its_splice():
@@ -341,7 +341,7 @@ def test_edits_of_a_crosscoder_need_its_splice():
 
 
 @pytest.mark.parametrize(("site", "site_out"), [("mlp_in.2", "mlp_out.1"), ("resid_post.1", "mlp_out.1")])
-def test_what_is_read_too_late_is_refused(site, site_out):
+def test_reading_after_the_site_that_is_written_is_refused(site, site_out):
     with pytest.raises(InputError, match=rf"Splice reads {site} to write {site_out}.*computes.*first"):
         attach(model_of("llama"), Splice(transcoder(site, site_out, dtype=torch.float32)), check=False)
 

@@ -1,4 +1,4 @@
-"""Verbs with wrong settings, edits outside of the batch, numbers that are not finite: one sentence each."""
+"""Errors of verbs: edits outside the batch, and numbers that are not finite or too large for the model."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ SAE = make_sae()
         (lambda: Splice(SAE, positions=[-7]), ["(-7,)", "6 tokens"]),
     ],
 )
-def test_what_lies_outside_of_the_batch_is_an_error(edit, phrases):
+def test_edits_outside_the_batch_are_an_error(edit, phrases):
     model = model_of("llama")
     clean = logits_of(model)
     with pytest.raises(SAEError) as caught, attach(model, edit(), check=False):
@@ -52,7 +52,7 @@ def broken(**settings):
         lambda: Clamp(broken(), {3: 1.0}),
         lambda: Splice(broken()),
         lambda: Patch(SITE, torch.full((2, 6, 32), torch.inf)),
-        lambda: Clamp(SAE, {3: 1.0}, when={4: 1e30}, rows=0),  # of an activation that is not finite itself
+        lambda: Clamp(SAE, {3: 1.0}, when={4: 1e30}, rows=0),  # the activation itself is not finite
     ],
 )
 def test_numbers_that_are_not_finite_are_an_error(edit):
@@ -69,17 +69,17 @@ def test_numbers_that_are_not_finite_are_an_error(edit):
     assert torch.equal(logits_of(model), clean)
 
 
-def test_numbers_that_are_not_finite_do_not_matter_where_nothing_is_meant():
+def test_numbers_that_are_not_finite_do_not_matter_where_nothing_is_edited():
     model = model_of("llama")
     with attach(model, Patch(SITE, torch.full((2, 6, 32), torch.nan), positions=[])):
         assert torch.isfinite(logits_of(model)).all()
 
 
-# ------------------------------------------------------------------ numbers beyond what the model's type holds
+# ------------------------------------------------------------------ numbers too large for the model's dtype
 
 
 @pytest.mark.parametrize("edit", [Steer(SITE, torch.ones(32), strength=1e5), Patch(SITE, torch.full((2, 6, 32), 1e5))])
-def test_numbers_that_the_model_cannot_hold_are_an_error(edit):
+def test_numbers_too_large_for_the_models_dtype_are_an_error(edit):
     model = model_of("llama", torch.float16)
     clean = logits_of(model)
     handle = attach(model, edit)
@@ -93,15 +93,15 @@ def test_numbers_that_the_model_cannot_hold_are_an_error(edit):
         logits_of(model_of("llama", torch.bfloat16))
 
 
-def test_numbers_that_were_infinite_already_are_no_fault_of_an_edit():
+def test_activations_that_were_already_infinite_are_not_blamed_on_an_edit():
     model = model_of("llama", torch.float16)
     with attach(model, Steer(SITE, torch.ones(32))), hand_made(block(model, "llama"), lambda x: x * torch.inf):
         logits_of(model)
 
 
-def test_on_another_device_numbers_that_cannot_be_held_are_told_of_at_the_end():
+def test_on_another_device_numbers_too_large_are_reported_at_the_end():
     record = Record(Steer(SITE, torch.ones(32)))
-    record.beyond, record.dtype = torch.tensor(True), torch.float16  # as it is kept there
+    record.beyond, record.dtype = torch.tensor(True), torch.float16  # as recorded on another device
     with pytest.raises(AttachError, match="float16"):
         record.require_sound()
-    record.require_sound()  # said once
+    record.require_sound()  # raised only once

@@ -1,6 +1,6 @@
-"""What every registered verb has to do; a new file in `interventions/` brings its examples and is tested here.
+"""What every registered verb must do. A new file in `interventions/` is tested here through its examples.
 
-That each equals a hook written by hand, for every architecture, is in `tests/hooks/test_verbs.py`; plans are in
+`tests/hooks/test_verbs.py` compares each verb with a hand-written hook for every architecture; plans are in
 `test_plan.py`.
 """
 
@@ -21,7 +21,7 @@ from .examples import VERBS, Example, every_example, every_refusal, examples_of
 EXAMPLES = every_example()
 SAE = make_sae()
 SPECIAL = IDS.clone()
-SPECIAL[:, 0], SPECIAL[1, 4] = 1, 2  # beginnings, and an end
+SPECIAL[:, 0], SPECIAL[1, 4] = 1, 2  # BOS in both rows, EOS in the second
 POSITIONS = {
     "some": ({"positions": [1, -2]}, [1, 4], [0, 1]),
     "a slice": ({"positions": slice(2, 4)}, [2, 3], [0, 1]),
@@ -35,7 +35,7 @@ every_case = pytest.mark.parametrize("name", EXAMPLES)
 
 
 def is_edited_where(example: Example, settings: dict, where: torch.Tensor, ids: torch.Tensor = IDS) -> None:
-    """Compare a verb with a hook that changes the tokens of a mask ``[B, S]``."""
+    """Fail unless a verb equals a hook that changes only the tokens of a mask ``[B, S]``."""
     model, sae = model_of("llama", torch.float64), make_sae(dtype=torch.float64)
     a, b = active_latents(model, sae)[:2]
     edit, plain = dataclasses.replace(example.make(sae, a, b, model), **settings), example.plain(sae, a, b, model)
@@ -76,7 +76,7 @@ def test_it_acts_at_the_positions_and_rows_that_it_is_given(name: str, case: str
 
 @pytest.mark.parametrize("special_tokens", [True, False])
 @every_case
-def test_it_leaves_special_tokens_alone_unless_told(name: str, special_tokens: bool) -> None:
+def test_it_leaves_special_tokens_alone_by_default(name: str, special_tokens: bool) -> None:
     where = (SPECIAL > 2) | torch.tensor(special_tokens)
     is_edited_where(EXAMPLES[name], {"special_tokens": special_tokens}, where, SPECIAL)
 
@@ -99,7 +99,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 @every_case
-def test_it_refuses_settings_that_cannot_be(name: str, case: str) -> None:
+def test_it_refuses_invalid_settings(name: str, case: str) -> None:
     settings, phrases = REFUSED[case]
     edit = EXAMPLES[name].make(SAE, 3, 5, model_of("llama"))
     refuses(lambda: dataclasses.replace(edit, **settings), phrases)
@@ -114,7 +114,7 @@ OUTSIDE = {
 
 @pytest.mark.parametrize("case", OUTSIDE)
 @every_case
-def test_it_refuses_what_lies_outside_of_the_batch_and_leaves_nothing_behind(name: str, case: str) -> None:
+def test_it_refuses_edits_outside_the_batch_and_leaves_no_hooks(name: str, case: str) -> None:
     settings, phrases = OUTSIDE[case]
     model = model_of("llama")
     clean = logits_of(model)
@@ -130,7 +130,7 @@ def test_it_refuses_what_lies_outside_of_the_batch_and_leaves_nothing_behind(nam
 
 @every_case
 def test_it_refuses_a_model_without_its_site(name: str) -> None:
-    """Of which the tiny model has three layers: `SITE` is in the second."""
+    """`SITE` is in the second layer; the model is cut to one."""
     edit = EXAMPLES[name].make(SAE, 3, 5, model_of("llama"))
     assert str(edit.first_site) == SITE
     model = model_of("llama")

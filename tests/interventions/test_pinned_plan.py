@@ -63,7 +63,7 @@ def test_another_configuration_in_the_folder_is_refused(folder, tmp_path):
         InterventionPlan.load(file)
 
 
-def test_what_is_measured_later_changes_nothing(folder, tmp_path):
+def test_metrics_and_a_card_written_later_change_nothing(folder, tmp_path):
     file = tmp_path / "work" / "plan.json"
     saved(SAEModel.from_pretrained(folder), file)
     (folder / "sae_metrics.json").write_text("{}")
@@ -88,7 +88,7 @@ def test_a_plan_and_its_sae_are_moved_together(folder, tmp_path, monkeypatch):
     assert len(InterventionPlan.from_dict(content, folder=moved.parent)) == 2
 
 
-def test_a_plan_without_its_sae_says_where_it_was_looked_for(folder, tmp_path):
+def test_the_error_for_a_missing_sae_names_the_folder(folder, tmp_path):
     file = tmp_path / "work" / "plan.json"
     saved(SAEModel.from_pretrained(folder), file)
     shutil.move(file, tmp_path / "plan.json")
@@ -123,7 +123,7 @@ def trained(sae):
 
 
 def through_data(sae):
-    sae.W_dec.data[3] *= 2  # which torch does not count as a version
+    sae.W_dec.data[3] *= 2  # not counted by the tensor's version
 
 
 def replaced(sae):
@@ -152,7 +152,7 @@ def test_an_sae_that_was_changed_is_refused(folder, tmp_path, change):
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in sae.state_dict().items())
 
 
-def test_weights_that_were_overwritten_on_disk_are_refused_too(folder, tmp_path):
+def test_weights_that_were_overwritten_on_disk_are_refused(folder, tmp_path):
     sae = SAEModel.from_pretrained(folder)
     make_sae(seed=1).save_pretrained(folder)
     with pytest.raises(InputError, match="is not the one at"):
@@ -181,7 +181,7 @@ CASTS = {
 
 @pytest.mark.parametrize("case", CASTS)
 @pytest.mark.parametrize("architecture", ["gated", "jumprelu"])
-def test_what_is_no_change_of_the_weights_is_saved(tmp_path, case, architecture):
+def test_saes_with_unchanged_weights_are_saved(tmp_path, case, architecture):
     example(architecture, d_in=32, site="resid_post.1").save_pretrained(tmp_path / "sae")
     sae = CASTS[case](tmp_path / "sae")
     saved(sae, tmp_path / "plan.json")
@@ -190,7 +190,7 @@ def test_what_is_no_change_of_the_weights_is_saved(tmp_path, case, architecture)
     assert torch.equal(again.W_dec, sae.W_dec)
 
 
-@pytest.mark.parametrize("name", sorted(set(formats) - {"temporal"}))  # which no verb takes
+@pytest.mark.parametrize("name", sorted(set(formats) - {"temporal"}))  # no verb takes it
 def test_every_layout_on_disk_can_be_pinned(name, tmp_path):
     for found in formats[name].examples(tmp_path)[:2]:
         path = tmp_path / found.repo

@@ -1,4 +1,4 @@
-"""A plan is written and read again without loss; a file that holds anything else is an error, never a surprise."""
+"""A plan is saved and loaded without loss; a file that holds anything else is an error."""
 
 import copy
 import json
@@ -41,7 +41,7 @@ def sae(folder):
 
 
 def same(one, other):
-    """Whether two values are equal to the bit, and of one type."""
+    """Whether two values are bit-identical and of the same type."""
     if isinstance(one, torch.Tensor):
         bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(one.dtype.itemsize, one.dtype)
         return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one.view(bits), other.view(bits))
@@ -50,7 +50,7 @@ def same(one, other):
     return type(one) is type(other) and repr(one) == repr(other)
 
 
-def test_every_verb_is_the_same_after_a_file(sae, folder, tmp_path):
+def test_every_verb_is_the_same_after_saving_and_loading(sae, folder, tmp_path):
     plan = InterventionPlan(every_plan(sae))
     plan.save(tmp_path / "plan.json")
     again = InterventionPlan.load(tmp_path / "plan.json")
@@ -63,14 +63,14 @@ def test_every_verb_is_the_same_after_a_file(sae, folder, tmp_path):
                 saes.add(right)
             elif not isinstance(left, tuple) or not field.name.startswith("_"):
                 assert same(left, right), (type(one).__name__, field.name)
-    [loaded] = saes  # once, for all of them
+    [loaded] = saes  # loaded once, for all interventions
     assert loaded is not sae
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in sae.state_dict().items())
     assert again.to_dict() == plan.to_dict()
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
-def test_a_plan_does_the_same_again(sae, tmp_path):
+def test_a_loaded_plan_gives_the_same_logits(sae, tmp_path):
     model = model_of("llama")
     plan = InterventionPlan([Clamp(sae, {3: 8.0}, when={5: 0.0}, window=3), Steer(SITE, torch.ones(32))])
     plan.save(tmp_path / "plan.json")
@@ -115,7 +115,7 @@ def test_an_sae_of_several_sites_acts_where_it_did(tmp_path):
     again = InterventionPlan.from_dict(content)[0]
     assert again.sae.config.sites_read == ["resid_post.1", "resid_post.2"]
     assert list(map(str, again.sites)) == ["mlp_out.1", "mlp_out.2"]
-    for name in ("sites", "sites_out", "files"):  # as plans were that did not have them
+    for name in ("sites", "sites_out", "files"):  # as in older plans, which do not have them
         del content["saes"][0][name]
     assert list(map(str, InterventionPlan.from_dict(content)[0].sites)) == ["resid_post.0", "resid_post.1"]
 
@@ -134,7 +134,7 @@ def test_an_sae_of_the_hub_is_pinned_to_its_commit(hub, repo_id, cache_dir):
     assert not torch.equal(SAEModel.from_pretrained(repo_id, "a", cache_dir=cache_dir).W_dec, first.W_dec)
 
 
-def test_an_sae_from_nowhere_cannot_be_referred_to(tmp_path):
+def test_an_sae_that_was_never_saved_is_refused(tmp_path):
     plan = InterventionPlan([Ablate(make_sae(), [3])])
     with pytest.raises(InputError, match=r"GatedSAE at resid_post.1 was not loaded .*save_pretrained or push_to_hub"):
         plan.save(tmp_path / "plan.json")
@@ -150,7 +150,7 @@ def test_a_failed_save_leaves_the_file_as_it_was(sae, tmp_path):
     assert file.read_text() == before and len(list(tmp_path.iterdir())) == 1
 
 
-def test_something_else_in_a_plan_is_refused(sae):
+def test_a_plan_of_anything_but_interventions_is_refused(sae):
     with pytest.raises(InputError, match="InterventionPlan was given GatedSAE"):
         InterventionPlan([Ablate(sae, [3]), sae])
 
@@ -158,7 +158,7 @@ def test_something_else_in_a_plan_is_refused(sae):
 # ------------------------------------------------------------------ what files may hold
 
 
-def test_files_that_are_no_plan(tmp_path):
+def test_files_that_are_not_plans_are_refused(tmp_path):
     with pytest.raises(MissingFileError, match="There is no file"):
         InterventionPlan.load(tmp_path / "none.json")
     with pytest.raises(InputError, match="is a folder"):
@@ -223,14 +223,14 @@ def test_wrong_content_says_what_is_wrong(case, sae):
 
 
 @pytest.mark.parametrize("key", ["version", "saes", "interventions"])
-def test_a_key_that_lacks(key, sae):
+def test_a_missing_key_is_refused(key, sae):
     content = InterventionPlan(every_plan(sae)).to_dict()
     del content[key]
     with pytest.raises(InputError, match=f"lacks {key}"):
         InterventionPlan.from_dict(content)
 
 
-def test_tensors_whose_bytes_do_not_fit(sae):
+def test_tensors_whose_bytes_do_not_fit_are_refused(sae):
     content = InterventionPlan([AblateSite(SITE, torch.ones(3))]).to_dict()
     for changes in (
         {"shape": [4]},
@@ -281,7 +281,7 @@ def paths(content, here=()):
 @settings(
     max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_anything_in_place_of_anything_is_a_plan_or_an_error_of_ours(data, sae):
+def test_a_fuzzed_plan_loads_or_raises_an_sae_error(data, sae):
     content = FUZZED.setdefault("content", InterventionPlan(every_plan(sae)[:6]).to_dict())
     places = [path for path in paths(content) if path and path[:1] != ("saes",)]
     changed = content
@@ -289,7 +289,7 @@ def test_anything_in_place_of_anything_is_a_plan_or_an_error_of_ours(data, sae):
         path = data.draw(st.sampled_from(places))
         try:
             changed = put(changed, path, data.draw(json_values))
-        except (TypeError, KeyError, IndexError):  # what the first change took away
+        except (TypeError, KeyError, IndexError):  # the first change removed the place
             continue
     try:
         InterventionPlan.from_dict(changed)
@@ -302,7 +302,7 @@ FUZZED = {}
 
 @given(content=json_values)
 @settings(max_examples=100, deadline=None, derandomize=True)
-def test_anything_as_a_plan_is_an_error_of_ours(content):
+def test_arbitrary_json_raises_an_sae_error(content):
     with pytest.raises(SAEError):
         InterventionPlan.from_dict(content)
     with pytest.raises(SAEError):

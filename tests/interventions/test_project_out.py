@@ -1,4 +1,4 @@
-"""`ProjectOut` removes what lies along the directions, all of it and nothing else."""
+"""`ProjectOut` removes the whole component along the directions, and nothing else."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def directions(draw):
     """Independent directions of very different lengths, and activations."""
     count = draw(st.integers(1, WIDTH))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    # A random orthogonal basis, sheared a little: independent whatever the numbers are.
+    # A random orthogonal basis, sheared a little: always independent.
     basis = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64)).Q[:count]
     shear = torch.eye(count, dtype=torch.float64) + 0.3 * torch.rand(count, count, generator=generator).double().tril(
         -1
@@ -84,7 +84,7 @@ def test_all_directions_leave_nothing():
     assert projected(torch.randn(WIDTH, WIDTH), x).abs().max() < 1e-10
 
 
-def test_the_directions_may_be_changed_afterwards_without_effect():
+def test_changing_the_directions_afterwards_has_no_effect():
     x, direction = torch.randn(2, 3, WIDTH), torch.ones(WIDTH)
     intervention = ProjectOut("resid_post.0", direction)
     run = SiteCall(x, tokens=None, sae_on={})
@@ -94,8 +94,8 @@ def test_the_directions_may_be_changed_afterwards_without_effect():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_gradients_are_to_be_had_after_inference(dtype):
-    """What inference mode makes cannot be saved for a gradient, so that a kept basis must not be made in it."""
+def test_gradients_work_after_inference_mode(dtype):
+    """Autograd cannot save inference tensors, so the cached basis must not be one."""
     model = tiny_model("llama").to(dtype)
     direction = torch.linspace(-1, 1, 32)
     with attach(model, ProjectOut(SITE, direction), check=False):
@@ -107,7 +107,7 @@ def test_gradients_are_to_be_had_after_inference(dtype):
     assert model.model.embed_tokens.weight.grad is not None
 
 
-def test_each_dtype_has_a_basis_of_its_own():
+def test_each_dtype_has_its_own_basis():
     direction = torch.linspace(-1, 1, 32, dtype=torch.float64)
     project = ProjectOut(SITE, direction)
     for dtype in (torch.float32, torch.float64, torch.float32):

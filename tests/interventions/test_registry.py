@@ -1,4 +1,4 @@
-"""A verb is one file, or one class of the user's own."""
+"""A verb is one file of the package, or one class that a user defines."""
 
 from dataclasses import dataclass
 

@@ -27,7 +27,7 @@ def model(tmp_path):
     return AutoModelForCausalLM.from_pretrained(tmp_path).eval()
 
 
-def test_the_tokenizer_says_what_the_configurations_do_not(model):
+def test_special_tokens_of_the_tokenizer_are_added(model):
     assert special_token_ids(model) == [0, 1, 2, 70, 71]
     assert special_token_ids(tiny_model("llama", bos_token_id=None, pad_token_id=None)) == [2]
 
@@ -46,8 +46,8 @@ def test_the_tokenizer_is_looked_for_once_and_on_this_machine_only(model, monkey
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "bert"])
-def test_a_tokenizer_that_is_made_up_for_want_of_files_says_nothing(tmp_path, family):
-    """Its few tokens would have the ids of other ones."""
+def test_a_tokenizer_that_transformers_makes_up_without_files_is_ignored(tmp_path, family):
+    """Its few tokens have ids that belong to other tokens of the model."""
     tiny_model(family).save_pretrained(tmp_path)
     made_up = AutoTokenizer.from_pretrained(tmp_path)
     assert len(made_up) < 10 and made_up.all_special_ids
@@ -76,14 +76,14 @@ def test_training_measuring_harvesting_and_attribution_leave_out_the_same_tokens
     assert stream.special_ids == (0, 1, 2, 70, 71)
     assert torch.equal(next(stream.sample(100))[SITE], found[SITE])
     text = TextTokens(["w5 w70 w6"], word_tokenizer(extra_special_tokens=["w5"]), context_length=3)
-    assert ModelActivations(model, SITE, text).special_ids == (0, 1, 2, 5, 70, 71)  # both tokenizers'
+    assert ModelActivations(model, SITE, text).special_ids == (0, 1, 2, 5, 70, 71)  # of both tokenizers
     report = evaluate(model, sae, [IDS])
     assert report.tokens == 5 and report.tokens_left_out == 5
     attributed = attribute(model, sae, lambda output: output.logits[0, -1, 5], input_ids=IDS)
     assert attributed.activations[sae].dense().any(-1).nonzero()[:, 1].tolist() == [1, 3, 5, 7, 8]
 
 
-def test_an_sae_is_measured_on_the_tokens_that_it_recorded(model):
+def test_evaluation_leaves_out_the_special_tokens_that_the_sae_recorded(model):
     sae = make_sae()
     sae.config.special_token_ids = [5, 70]
     report = evaluate(model, sae, [IDS])
@@ -102,7 +102,7 @@ def edited(model, intervention, ids=IDS, **inputs):
     return (after != before).any(-1).nonzero()[:, 1].tolist()
 
 
-def test_edits_leave_out_what_the_sae_recorded(model):
+def test_edits_leave_out_the_special_tokens_that_the_sae_recorded(model):
     sae = make_sae()
     assert edited(model, Splice(sae)) == [1, 3, 5, 7, 8]
     assert edited(model, ProjectOut(SITE, torch.ones(32))) == [1, 3, 5, 7, 8]
@@ -112,23 +112,23 @@ def test_edits_leave_out_what_the_sae_recorded(model):
     assert edited(model, Splice(sae, special_tokens=True)) == list(range(10))
     assert edited(model, ProjectOut(SITE, torch.ones(32))) == [1, 3, 5, 7, 8]
     mask = torch.tensor([[0, 0, 0, *[1] * 7]])
-    assert edited(model, Splice(sae), attention_mask=mask) == [3, 4, 5, 6, 7, 8, 9]  # and never padding
+    assert edited(model, Splice(sae), attention_mask=mask) == [3, 4, 5, 6, 7, 8, 9]  # padding is never edited
     sae.config.special_token_ids = []
     assert edited(model, Splice(sae)) == list(range(10))
 
 
-def test_a_condition_is_not_met_at_tokens_that_the_sae_recorded(model):
+def test_a_condition_is_not_met_at_special_tokens_that_the_sae_recorded(model):
     sae = make_sae()
     latents = capture(model, sae, input_ids=IDS)[sae][0]
     gate = int(latents[3].argmax())
     changed = int(latents[3].topk(2).indices[1])
     clamp = Clamp(sae, {changed: 50.0}, when={gate: float(latents[3, gate]) * 0.999}, window=3)
     assert 4 not in edited(model, clamp) and {3, 5} <= set(edited(model, clamp))
-    sae.config.special_token_ids = [6]  # which stands at 3
+    sae.config.special_token_ids = [6]  # token 6 is at position 3
     assert not {3, 5} & set(edited(model, clamp))
 
 
-def test_a_call_looks_up_recorded_tokens_once():
+def test_a_call_looks_up_special_tokens_once():
     ids = torch.tensor([[5, 6, 7, 5]])
     context = TokenContext(torch.arange(4)[None], torch.tensor([[4]]), None, "prompt", 4, ids=ids)
     assert context.special_among((5,)) is context.special_among([5])

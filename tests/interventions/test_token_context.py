@@ -72,8 +72,8 @@ ends = st.none() | st.integers(-8, 11)
 
 @given(layouts(), ends, ends)
 @settings(max_examples=200, deadline=None)
-def test_a_span_is_pythons_own_slice_whatever_the_cut(layout, first, last):
-    """Of the row's real tokens; ends count from the prompt's, beyond which the row goes on."""
+def test_a_span_selects_as_a_python_slice_whatever_the_cut(layout, first, last):
+    """Spans count real tokens; negative ends count from the end of the prompt, after which the row may continue."""
     pads, prompt, start, end = layout
     try:
         span = check_positions(slice(first, last))

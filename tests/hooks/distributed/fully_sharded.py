@@ -1,4 +1,4 @@
-"""What one rank of fully sharded data parallelism checks, beside a model of its own that is not sharded."""
+"""Checks of fully sharded data parallelism, run on every rank and compared with a model that is not sharded."""
 
 import copy
 
@@ -17,7 +17,7 @@ from tests.hooks.support import IDS, active_latents, close, hooks_on, logits_of,
 from tests.support.tiny_models import tiny_model
 
 FAMILIES = ("llama", "gpt2")
-OWN = torch.roll(IDS, 1)  # what the second rank reads where each has a batch of its own
+OWN = torch.roll(IDS, 1)  # the second rank's batch where ranks have different batches
 
 
 def blocks(model):
@@ -25,7 +25,7 @@ def blocks(model):
 
 
 def shard(model, **policy):
-    """Wrap in place, as is usual: each block, then what is left."""
+    """Shard a model in place, as usual: each block, then the rest."""
     for block in blocks(model):
         fully_shard(block, **policy)
     return fully_shard(model, **policy)
@@ -43,7 +43,7 @@ def edits():
 
 
 def is_sharded(model):
-    """Whether the blocks hold only this rank's parts of their weights, as between two forwards."""
+    """Whether the blocks hold only this rank's shards of their weights, as they do between forwards."""
     return all(isinstance(value, DTensor) for block in blocks(model) for value in block.parameters())
 
 
@@ -89,7 +89,7 @@ def edits_and_captures_are_those_of_one_process(models):
 
 
 @check
-def sharding_may_come_after_the_proof_and_the_attachment(models):
+def a_model_may_be_sharded_while_attached(models):
     model, plain = tiny_model("llama"), models["llama"][1]
     sites = resolve(model)
     with attach(plain, *edits()):
@@ -103,7 +103,7 @@ def sharding_may_come_after_the_proof_and_the_attachment(models):
 
 
 @check
-def a_capture_lets_the_model_put_its_weights_away(models):
+def weights_are_sharded_again_after_a_capture(models):
     for family in FAMILIES:
         sharded, plain = models[family]
         assert is_sharded(sharded)
@@ -115,7 +115,7 @@ def a_capture_lets_the_model_put_its_weights_away(models):
 
 
 @check
-def the_sae_stays_whole_and_outside(models):
+def the_sae_is_neither_sharded_nor_part_of_the_model(models):
     sharded, _ = models["llama"]
     sae = make_sae()
     names = [name for name, _ in sharded.named_parameters()]
@@ -125,7 +125,7 @@ def the_sae_stays_whole_and_outside(models):
     assert not any(isinstance(value, DTensor) for value in sae.parameters())
     assert tuple(sae.W_dec.shape) == (64, 32)
     assert multi_rank.ranks_of(sharded) == (0, 1)
-    assert multi_rank.tensor_ranks(sharded) == ()  # ranks may attach what they like
+    assert multi_rank.tensor_ranks(sharded) == ()  # ranks may attach different interventions
 
 
 @check
@@ -197,7 +197,7 @@ def mixed_precision(models):
 
 
 @check
-def replicas_run_without_each_other(models):
+def replicas_run_independently(models):
     plain = models["llama"][1]
     mesh = init_device_mesh("cpu", (RANKS, 1), mesh_dim_names=("replicate", "shard"))
     model = shard(tiny_model("llama"), mesh=mesh)
@@ -223,13 +223,13 @@ def sharded_by_transformers(models):
 
 
 @check
-def the_older_wrapper(models):
+def the_older_fsdp_wrapper(models):
     plain = models["llama"][1]
     model = copy.deepcopy(plain)
     wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
     with attach(plain, *edits()):
         expected = logits_of(plain)
-    # It flattens weights between forwards, so that no projection is known as one: what it reads is refused by name.
+    # It flattens weights between forwards: projections are not recognised, and sites at their inputs are refused.
     inner = {name for name in resolve(plain).names() if name.startswith(("attn_z", "mlp_neurons"))}
     assert set(resolve(plain).names()) - set(resolve(wrapped).names()) <= inner
     with attach(wrapped, *edits()):

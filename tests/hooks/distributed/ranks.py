@@ -1,4 +1,4 @@
-"""Run checks on two ranks of this machine, each a process of its own, and tell how every check ended on each rank."""
+"""Run checks on two ranks, each a process on this machine, and report how every check ended on each rank."""
 
 import json
 import multiprocessing
@@ -15,24 +15,24 @@ from torch import distributed
 
 RANKS = 2
 PASSED = "passed"
-SOON = timedelta(seconds=120)  # a rank that waits longer than this for the others waits for ever
+SOON = timedelta(seconds=120)  # a rank that waits longer for the others has hung
 
 
 def launch(module, folder, timeout=900, count=RANKS):
     """Run the checks of a module on all ranks.
 
-    Returns what became of each check, by name and rank. Nothing of a check that is missing is known: an earlier one
-    failed or hung.
+    Returns the outcome of each check, by name and rank. A check is missing if it hung, or if an earlier one failed or
+    hung.
     """
-    context = multiprocessing.get_context("forkserver")  # which imports torch and transformers once for all
+    context = multiprocessing.get_context("forkserver")  # imports torch and transformers once for all ranks
     context.set_forkserver_preload(["tests.training.runs"])
-    ranks = [context.Process(target=_be, args=(rank, count, module, str(folder))) for rank in range(count)]
+    ranks = [context.Process(target=_run_rank, args=(rank, count, module, str(folder))) for rank in range(count)]
     for rank in ranks:
         rank.start()
     until = time.monotonic() + timeout
     try:
         while any(rank.is_alive() for rank in ranks) and time.monotonic() < until:
-            if any(rank.exitcode for rank in ranks):  # one has failed: the others may wait for it in vain
+            if any(rank.exitcode for rank in ranks):  # the others may be waiting for the one that failed
                 until = min(until, time.monotonic() + 30)
             time.sleep(0.05)
     finally:
@@ -49,13 +49,13 @@ def launch(module, folder, timeout=900, count=RANKS):
     return ended
 
 
-def _be(rank, count, module, folder):
+def _run_rank(rank, count, module, folder):
     """Run a module in this process as one of several ranks."""
     log = os.open(Path(folder) / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-    # As torchrun sets them; the processes have found each other already.
+    # As torchrun sets them; nothing connects to this address, since the ranks meet through a file.
     os.environ |= {"LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "TQDM_DISABLE": "1"}
     sys.argv = [module, folder]
@@ -72,7 +72,7 @@ def require_passed(ended, check, count=RANKS):
 
 
 def run(checks, prepare):
-    """Run the checks on this rank, up to the first that fails; what `prepare` returns is given to each."""
+    """Run the checks on this rank, up to the first failure; each is given what `prepare` returns."""
     torch.set_num_threads(1)
     folder, rank, count = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = f"file://{folder / 'store'}"
@@ -82,7 +82,7 @@ def run(checks, prepare):
     for name, check in checks.items():
         try:
             check(given)
-            distributed.barrier()  # no rank goes on before all have passed
+            distributed.barrier()  # no rank continues before all have passed
             ended[name] = PASSED
         except BaseException:
             ended[name] = traceback.format_exc()
@@ -93,13 +93,13 @@ def run(checks, prepare):
 
 
 def gathered(value):
-    """Return what every rank holds."""
+    """Return the values of all ranks."""
     every = [None] * distributed.get_world_size()
     distributed.all_gather_object(every, value)
     return every
 
 
 def require_alike(value):
-    """Fail unless all ranks hold the same bits."""
+    """Fail unless the tensor is bit-identical on all ranks."""
     first, *others = gathered(value)
     assert all(torch.equal(first, other) for other in others), "the ranks differ"

@@ -1,4 +1,4 @@
-"""What one rank of tensor parallelism checks; every rank holds the undivided model, too, to compare with."""
+"""Checks of tensor parallelism, run on every rank and compared with the undivided model."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ MODELS = {
 }
 SPLIT = {"attn_z.1": "o_proj.input", "mlp_neurons.0": "down_proj.input"}
 WHOLE = ["embed", "resid_pre.1", "attn_out.0", "resid_mid.1", "mlp_out.2", "resid_post.1", "final_norm"]
-ROUNDING = 2e-5  # ranks sum their parts in another order than one process does
+ROUNDING = 2e-5  # ranks sum in a different order than one process
 
 
 def family(name):
@@ -75,7 +75,7 @@ def the_sites_are_those_of_the_undivided_model(pairs):
 
 
 @check
-def only_what_projections_read_is_split(pairs):
+def only_inputs_of_projections_are_split(pairs):
     split, _ = pairs["llama"]
     sites = resolve(split)
     assert all(sites[name].tensor_path.shards is None for name in WHOLE)
@@ -87,7 +87,7 @@ def only_what_projections_read_is_split(pairs):
 
 
 @check
-def activations_are_whole_and_alike_on_all_ranks(pairs):
+def activations_are_whole_and_identical_on_all_ranks(pairs):
     for split, plain in pairs.values():
         names = [*resolve(plain).names(), "resid_post.1|center", "attn_z.1|scale=0.5", "resid_post.0|norm_no_gain"]
         found, expected = (capture(model, names, input_ids=IDS) for model in (split, plain))
@@ -98,7 +98,7 @@ def activations_are_whole_and_alike_on_all_ranks(pairs):
 
 
 @check
-def nothing_edited_changes_no_bit(pairs):
+def idle_interventions_change_no_bit(pairs):
     for split, _ in pairs.values():
         clean = logits_of(split)
         for site in ("resid_post.1", "attn_z.1", "mlp_out.0"):
@@ -137,7 +137,7 @@ def edits_on_all_ranks_are_those_of_one_process(pairs):
 
 
 @check
-def generation_goes_on_from_the_edited_text(pairs):
+def generation_continues_from_the_edited_text(pairs):
     split, plain = pairs["llama"]
     settings = dict(max_new_tokens=5, min_new_tokens=5, do_sample=False)
     settings |= dict(output_scores=True, return_dict_in_generate=True)
@@ -150,7 +150,7 @@ def generation_goes_on_from_the_edited_text(pairs):
         found = split.generate(IDS, **settings)
         assert handle.report().interventions[0].positions == {0: [6, 7, 8, 9], 1: [6, 7, 8, 9]}
     assert torch.equal(found.sequences, expected.sequences)
-    # The end of the text, which has not come yet, has a score of minus infinity.
+    # min_new_tokens sets the score of EOS to minus infinity, so special tokens are not compared.
     found, expected, clean = (torch.stack(each.scores)[..., 3:] for each in (found, expected, clean))
     close(found, expected, ROUNDING)
     assert not torch.allclose(expected, clean)
@@ -175,7 +175,7 @@ def gradients_flow_through_a_split_site(pairs):
 
 
 @check
-def module_paths_are_whole_or_refused(pairs):
+def module_paths_give_whole_tensors_or_are_refused(pairs):
     split, plain = pairs["llama"]
     path = "model.layers.1.self_attn.q_proj.output"
     found, expected = (capture(model, path, input_ids=IDS)[path] for model in (split, plain))
@@ -195,7 +195,7 @@ def an_sae_as_wide_as_one_part_is_refused(pairs):
 
 
 @check
-def a_stopped_capture_leaves_the_ranks_in_step(pairs):
+def a_stopped_capture_leaves_the_ranks_in_sync(pairs):
     split, _ = pairs["llama"]
     clean, ran = logits_of(split), []
     handle = split.model.layers[1].register_forward_hook(lambda *_: ran.append(1))
@@ -206,7 +206,7 @@ def a_stopped_capture_leaves_the_ranks_in_step(pairs):
 
 
 @check
-def a_rank_that_asks_alone_is_told(pairs):
+def attaching_on_one_rank_only_is_an_error(pairs):
     split = AutoModelForCausalLM.from_pretrained(
         pairs["llama"][0].config._name_or_path, distributed_config=DistributedConfig(tp_size=RANKS)
     )
@@ -220,7 +220,7 @@ def a_rank_that_asks_alone_is_told(pairs):
 
 
 @check
-def ranks_that_come_together_are_not_kept(pairs):
+def absent_names_the_ranks_that_did_not_arrive(pairs):
     for model in pairs["llama"]:
         ranks = multi_rank.tensor_ranks(model)
         assert ranks == ((0, 1) if model is pairs["llama"][0] else ())

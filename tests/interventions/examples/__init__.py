@@ -1,13 +1,13 @@
-"""Examples of every verb; one file for each file of ``hf_gated_sae/interventions`` that defines one, of its name.
+"""Examples of every verb; each file has the name of the file in ``hf_gated_sae/interventions`` that defines the verb.
 
 Such a file has
 
-* ``EXAMPLES``: `Example` by a name that begins with the verb's: how it is made for an SAE and two of its latents, for
-  all positions, and what becomes of the activations, written without the verb;
-* ``plans(sae)``: instances with every kind of setting, which a plan has to hold without loss;
-* ``REFUSED``: calls that take an SAE and have to fail, by what is wrong, with phrases of the message.
+* ``EXAMPLES``: `Example` by a name that begins with the verb's. Each makes the verb for an SAE and two of its
+  latents, at all positions, and computes the resulting activations without the verb;
+* ``plans(sae)``: instances with every kind of setting, which a plan must keep without loss;
+* ``REFUSED``: calls that take an SAE and must fail, by what is wrong, with phrases of the message.
 
-The suites that go through all verbs read them: `tests/interventions` and `tests/hooks`.
+The tests of all verbs in `tests/interventions` and `tests/hooks` use them.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from hf_gated_sae.interventions import Intervention, interventions
 from tests.hooks.support import full_path
 
 OTHER = torch.tensor([[70, 9, 25, 31, 66, 80], [12, 88, 50, 7, 42, 19]])
-"""Another batch, of the shape of `tests.hooks.support.IDS`."""
+"""Another batch, with the shape of `tests.hooks.support.IDS`."""
 
 VERBS = [name for name, verb in interventions.items() if verb.__module__.startswith("hf_gated_sae.")]
-"""Those of the package; what other packages and tests register is theirs to test."""
+"""The verbs of this package, without those that other packages or tests register."""
 
 
 class Example(NamedTuple):
-    """A verb, and what it does.
+    """A verb, and a reference for its effect.
 
     Attributes:
         make: ``make(sae, a, b, model)`` returns the verb for latents `a` and `b`.
@@ -48,7 +48,7 @@ class Example(NamedTuple):
 
 
 def of_latents(change: Callable[..., dict[int, Callable[[Tensor], Tensor]]]) -> Callable[..., Any]:
-    """Return what becomes of activations if latents are changed: encode and decode everything.
+    """Return a `plain` for changed latents, which encodes and decodes everything.
 
     Args:
         change: ``change(sae, a, b, model)`` returns a function of the values of each latent that changes.
@@ -86,7 +86,7 @@ def examples_of(verb: str) -> ModuleType:
 
 
 def _all() -> list[ModuleType]:
-    """Return the modules that there are: a missing one is a test that fails, and not all of them."""
+    """Return the modules that exist: a missing one fails its own test, not all tests."""
     names = sorted({f"{__name__}.{module_name(verb)}" for verb in VERBS})
     return [importlib.import_module(name) for name in names if importlib.util.find_spec(name)]
 
@@ -102,7 +102,7 @@ def every_plan(sae: Any) -> list[Intervention]:
 
 
 def every_refusal() -> dict[str, tuple[Callable[[Any], Any], list[str]]]:
-    """Return what has to be refused, by its verb's file and what is wrong."""
+    """Return the calls that must fail, by the verb's file and what is wrong."""
     return {
         f"{module.__name__.rpartition('.')[2]}: {case}": refusal
         for module in _all()

@@ -1,4 +1,4 @@
-"""Cap: latents are held at most at a value."""
+"""Cap: latents are limited to at most a value."""
 
 from hf_gated_sae import Cap
 

@@ -1,4 +1,4 @@
-"""Floor: latents are held at least at a value."""
+"""Floor: latents are raised to at least a value."""
 
 from hf_gated_sae import Floor
 

@@ -1,4 +1,4 @@
-"""Patch: the activation, or some latents, of another run are put in."""
+"""Patch: the activation, or some latents, are replaced by those of another run."""
 
 import torch
 

@@ -12,7 +12,7 @@ VECTOR = torch.linspace(-1, 1, HIDDEN)
 
 
 def removed(directions):
-    """Return a function that takes the span of some directions ``[n, d]`` out."""
+    """Return a function that removes the span of some directions ``[n, d]``."""
     unit = torch.linalg.qr(directions.T).Q
     return lambda x: x - (x @ unit.to(x)) @ unit.T.to(x)
 

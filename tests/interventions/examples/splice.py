@@ -1,4 +1,4 @@
-"""Splice: the reconstruction takes the activation's place."""
+"""Splice: the activation is replaced by its reconstruction."""
 
 import torch
 
