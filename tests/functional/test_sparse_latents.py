@@ -63,7 +63,7 @@ def test_tokens_that_do_not_exist(start: int, stop: int) -> None:
 @pytest.mark.parametrize("share", [0.01, 1.0])
 def test_a_decoder_of_another_dtype(share: float) -> None:
     live = SparseLatents.from_dense(latents_of([3, 200], share))
-    with pytest.raises(InputError, match=r"float64, the decoder is of torch.float32"):
+    with pytest.raises(InputError, match=r"float64, but the decoder is torch.float32"):
         sparse_decode.decode(live, torch.ones(200, 4))
     assert sparse_decode.decode(live.to(torch.float32), torch.ones(200, 4)).dtype == torch.float32
 
