@@ -78,7 +78,7 @@ class TemporalSAEConfig(SAEConfig):
     def validate_one_width(self) -> None:
         """Check that input and output have one width: what is predicted is subtracted from the input."""
         if self.d_out not in (None, self.d_in):
-            raise InputError(f"d_out is {self.d_out} and d_in is {self.d_in}; a temporal SAE needs one width for both.")
+            raise InputError(f"d_out is {self.d_out} and d_in is {self.d_in}; a temporal SAE needs one width.")
 
 
 class ContextAttention(nn.Module):

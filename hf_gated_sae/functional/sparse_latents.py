@@ -147,7 +147,7 @@ class SparseLatents:
         tokens = self.offsets.shape[0] - 1
         if not 0 <= start <= stop <= tokens:
             raise ShapeError(
-                f"Given the tokens {start} : {stop}, expected a range within 0 : {tokens}, the number of tokens."
+                f"Given the tokens {start} : {stop}, expected a range from 0 to {tokens}, the number of tokens."
             )
         first, last = (int(end) for end in self.offsets[[start, stop]])
         offsets = self.offsets[start : stop + 1] - first

@@ -1,7 +1,7 @@
 """Private names of huggingface_hub, seen in 1.31 and 2.4.
 
-With these, range requests retry, authenticate and fail as the client's own downloads do; `get_session` alone does not
-do that. Whether `HfFileSystem` could replace them without more requests has not been measured.
+Range requests retry, authenticate and fail as the client's own downloads do, which `get_session` alone does not.
+Whether `HfFileSystem` could take their place at no more requests has not been measured.
 """
 
 from huggingface_hub.utils._headers import build_hf_headers

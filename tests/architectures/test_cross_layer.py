@@ -223,7 +223,7 @@ def test_wrong_input_says_what_is_wrong() -> None:
         ({"sites": None}, "sites is missing"),
         ({"sites": []}, "expected names of sites, at least one"),
         ({"sites": ["a.input", 3]}, "expected names of sites"),
-        ({"sites_out": OUT[:2]}, "no fewer written than read"),
+        ({"sites_out": OUT[:2]}, "at least as many written as read"),
         ({"latents_per_site": [6, 7]}, "expected 3 positive numbers that add up to d_sae = 22"),
         ({"latents_per_site": [6, 7, 10]}, "add up to d_sae"),
         ({"latents_per_site": [-1, 7, 16]}, "positive numbers"),

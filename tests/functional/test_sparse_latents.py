@@ -80,7 +80,7 @@ def test_autocast_makes_dtypes_the_same(share: float) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             found, wanted = sparse_decode.decode(latents, decoder), latents.dense() @ decoder
         assert found.dtype == torch.bfloat16 and torch.equal(found, wanted)
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(InputError, match="are of torch.float64"):
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(InputError, match="are torch.float64"):
         sparse_decode.decode(live, weight)  # which no autocast touches
 
 
