@@ -19,7 +19,7 @@ class ModelSettings:
             loses nothing, as on many CPUs.
         device: where it runs, such as cuda:1; by default with the SAE.
         device_map: how to spread it over several devices, as in transformers, such as auto.
-        hub_id: for a model in a folder, its Hub id, to be stated in cards; leave it out if the model has none.
+        hub_id: for a model in a folder, its Hub id, which cards state; the word none if it has no such id.
         quantization: as in transformers, such as {quant_method: bitsandbytes, load_in_8bit: true}.
     """
 
