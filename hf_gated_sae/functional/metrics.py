@@ -24,8 +24,8 @@ class FidelityMetrics:
         fvu: fraction of variance unexplained, ``sum |x - x^|^2 / sum |x - mean x|^2``.
         mse: mean of ``|x - x^|^2`` per token (a sum over the width, not a mean).
         relative_reconstruction_bias: gamma of the paper; 1 is unbiased, below 1 is shrinkage.
-        relative_reconstruction_bias_centred: the same on ``x - b_dec`` and ``x^ - b_dec`` (or without another
-            constant part), so that the constant part cannot hide shrinkage.
+        relative_reconstruction_bias_centred: the same on ``x - b_dec`` and ``x^ - b_dec`` (or with another
+            constant part subtracted), so that the constant part cannot hide shrinkage.
         cosine: mean cosine between activation and reconstruction.
         norm_ratio: mean of ``|x^| / |x|`` over the tokens whose activation is not zero; NaN if there are none.
         dead_fraction: share of latents that never fired on these tokens.

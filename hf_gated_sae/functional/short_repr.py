@@ -15,7 +15,7 @@ _ITEMS, _CHARACTERS = 4, 200
 
 
 def few_lines(parts: Iterable[str]) -> str:
-    """Join texts, each on a line of its own, into at most 10 lines of 119 columns.
+    """Join texts, each starting on a new line, into at most 10 lines of 119 columns.
 
     Args:
         parts: the texts; if there are too many, the last line states how many were left out.

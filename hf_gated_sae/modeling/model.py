@@ -170,7 +170,7 @@ class SAEModel(ArchitectureContract):
         return None if name == "none" else NORMALIZATIONS[name](x, self.config.normalization_eps)
 
     def written_scale(self, x: Tensor) -> Tensor | None:
-        """Return the factor on the decoder's output at each token of `x`, ``[..., 1]``; None for 1."""
+        """Return the factor that scales the decoder's output at each token of `x`, ``[..., 1]``; None for 1."""
         token_normalization = self._output_normalization(x)
         return None if token_normalization is None else token_normalization.scale
 
@@ -322,7 +322,7 @@ class SAEModel(ArchitectureContract):
         return chosen.loss(self, x, target, Sparsity(sparsity_coefficient, sparsity_power))
 
     def forget_statistics(self) -> None:
-        """Discard what `record_statistics` recorded, which is wrong once the weights change."""
+        """Discard what `record_statistics` recorded, which no longer holds once the weights change."""
         self.record_statistics(torch.zeros_like(self.max_activation), torch.zeros_like(self.mean_activation), 0)
 
     def training_obstacle(self) -> str:

@@ -73,11 +73,10 @@ class DataSettings:
             such kind or of plain text with any file names.
         shards: folder that save_activations() wrote.
         text_column: column with the text; by default text, else the only column of strings.
-        documents: for plain text, what one document is: a file, a paragraph or a line.
+        documents: what one document of plain text is: file, paragraph or line.
         context_length: tokens per sequence; by default the model's maximum, at most 1024.
         packing: fill every sequence with as many documents as fit, rather than one each.
-        bos: whether a BOS token precedes each document, each sequence, or none; by default sequence, if the tokenizer
-            has one.
+        bos: what a BOS token precedes: document, sequence or none; by default sequence, if the tokenizer has one.
         eos: whether an EOS token follows each document; by default between packed documents that no BOS separates.
         special_tokens: also train on the activations of special tokens.
         sequences_per_batch: sequences per forward of the model; by default at most 32, fewer in a short run.
