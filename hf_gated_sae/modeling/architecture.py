@@ -55,7 +55,7 @@ class ArchitectureContract(PretrainedSAE):
     """Whether the encoder is the decoder's transpose: there is no `W_enc_T`, and `d_out` is `d_in`."""
 
     encoder_names: ClassVar[tuple[str, ...]] = ("W_enc_T",)
-    """Matrices ``[d_sae, d_in]`` whose rows are the directions that are read; a new latent gets the same row in each."""
+    """Matrices ``[d_sae, d_in]`` whose rows are the directions to read; a new latent gets the same row in each."""
 
     homogeneous: ClassVar[bool] = True
     """Whether input, biases and thresholds times a positive factor give latents and output times that factor."""
