@@ -1,8 +1,8 @@
 """The names that users import from `hf_gated_sae`, and the module of each.
 
-A new architecture or verb is exported by its file: nothing here is edited. An architecture's file in `architectures/`
-defines a class ``...SAE`` and its ``...SAEConfig``; a verb's file in `interventions/` defines the class that it is
-named after. Files are scanned, not imported, since importing them would import torch and transformers.
+A new architecture or intervention is exported by its file: nothing here is edited. An architecture's file in
+`architectures/` defines a class ``...SAE`` and its ``...SAEConfig``; a file in `interventions/` defines the class that
+it is named after. Files are scanned, not imported, since importing them would import torch and transformers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FIXED = {
     "modeling": ("SAEConfig", "SAEModel", "SAEOutput"),
     "sites": ("Site", "resolve"),
 }
-"""Names that are no plug-ins, by the module that has them."""
+"""Names that are not plug-ins, by module."""
 
 _CLASS = re.compile(r"^class (\w+)\(", re.MULTILINE)
 

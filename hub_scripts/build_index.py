@@ -246,7 +246,11 @@ def described(sae: Facts, release: Facts) -> Facts:
     if "neuronpedia" in sae:
         if contradiction := contradicted(sae["neuronpedia"], known):
             log.warning(
-                "%s is not used for %s of %s: %s.", sae["neuronpedia"], sae["id"], release["repo_id"], contradiction
+                "dashboards %s are not used for %s of %s: %s.",
+                sae["neuronpedia"],
+                sae["id"],
+                release["repo_id"],
+                contradiction,
             )
         else:
             made["neuronpedia"] = sae["neuronpedia"]
@@ -264,15 +268,15 @@ def contradicted(dashboards: str, known: Facts) -> str | None:
     # Some name the end of a block as the beginning of the next.
     layers = (layer, layer + 1) if layer is not None and site.startswith("resid_post.") else (layer,)
     if (stated := re.match(r"(\d+)-", name)) and layer is not None and int(stated[1]) not in layers:
-        return f"it states layer {stated[1]}"
+        return f"their name states layer {stated[1]}"
     if (stated := re.search(r"-(res|att|mlp)(?=[-_]|$)", name)) and not site.startswith(KINDS[stated[1]]):
-        return f"it states {stated[1]}, and the site is {site}"
+        return f"their name states {stated[1]}, but the site is {site}"
     if (stated := re.search(r"-(\d+[km])(?:__|$)", name)) and size_of(stated[1]) != size_of(
         str(known.get("d_sae") or stated[1])
     ):
-        return f"it states width {stated[1]}"
+        return f"their name states width {stated[1]}"
     if (stated := re.search(r"__l0-(\d+)$", name)) and stated[1] != known.get("l0"):
-        return f"it states L0 {stated[1]}"
+        return f"their name states L0 {stated[1]}"
     return None
 
 

@@ -49,7 +49,7 @@ class AbsTopKSAE(TopKBaseSAE):
 
     @property
     def latents_per_token(self) -> int:
-        """Number of latents that are kept of a token."""
+        """Number of latents kept per token."""
         return self.config.k
 
     def _choose(self, values: Tensor) -> tuple[Tensor, Tensor]:

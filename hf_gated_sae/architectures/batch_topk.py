@@ -18,18 +18,18 @@ from ..functional.tensor_checks import is_transformed
 from ..modeling import SAEConfig, SAEModel, Sparsity, TopKObjective, TrainingLoss
 
 SAMPLE = 64
-"""Tokens of a batch from which it is guessed how small the smallest latent is that the batch keeps."""
+"""Number of tokens from which the smallest latent that the batch keeps is guessed."""
 
 MARGIN = 1.25
-"""Times as many latents as are kept lie above the guess."""
+"""Number of latents above the guess, as a multiple of those that are kept."""
 
 
 @dataclass(frozen=True)
 class BatchTopKObjective(TopKObjective):
     """``|y - y^|^2`` on the batch's largest latents.
 
-    Where gradients are recorded it also moves the running threshold; nothing is learnt where they are not, or where
-    `torch.func` wants a function without such effects.
+    Where gradients are recorded it also moves the running threshold, except under `torch.func`, which needs a function
+    without side effects.
     """
 
     def loss(self, sae: BatchTopKSAE, x: Tensor, target: Tensor, sparsity: Sparsity) -> TrainingLoss:
@@ -102,19 +102,19 @@ class BatchTopKSAE(SAEModel):
         return self._project(x, latents) + self._take(self.b_enc, latents)
 
     def largest(self, x: Tensor) -> tuple[Support, Tensor, Tensor]:
-        """Return the support of the objective, the batch's ``k * tokens`` largest latents on it, and their lowest.
+        """Return the support of the objective, the batch's ``k * tokens`` largest latents on it, and their minimum.
 
         Args:
             x: activations ``[..., d_in]``.
         """
         wanted = self.config.k * math.prod(x.shape[:-1])
-        alone = self.data_group is None  # others may have their share of the largest below what is guessed here
+        alone = self.data_group is None  # in other processes some of the largest may be below what is guessed here
         few = self.config.k <= cpu.DENSEST * self.config.d_sae
         guess = self._guess(x) if alone and few and cpu.serves_sparse_step(x, self.W_enc_T) else None
         support = self._support(x, None if guess is None else lowest_projection(guess, self.b_enc))
         pre_latents = support.projection + self._take(self.b_enc, support.latents)
         if guess is not None and support.latents is not None and int((pre_latents > guess).sum()) < wanted:
-            # More lie below the guess.
+            # Some of the largest are below the guess.
             support = self._support(x, None)
             pre_latents = support.projection + self.b_enc
         if self.data_group is None:
@@ -126,15 +126,15 @@ class BatchTopKSAE(SAEModel):
 
     @torch.no_grad()
     def move_threshold(self, lowest: Tensor) -> None:
-        """Let the running threshold follow the smallest latent that a batch kept, ``[]``; 0 if it kept none."""
+        """Move the running threshold towards the smallest latent that a batch kept, ``[]``; 0 if it kept none."""
         lowest = lowest.to(self.threshold.dtype)
         moved = self.threshold.lerp(lowest, 1 - self.config.threshold_momentum)
-        moved = torch.where(self.threshold > 0, moved, lowest)  # a mean that began at 0 would lag for long
+        moved = torch.where(self.threshold > 0, moved, lowest)  # a mean that started at 0 would lag for long
         self.threshold.copy_(torch.where(lowest > 0, moved, self.threshold))
 
     @torch.no_grad()
     def _guess(self, x: Tensor) -> Tensor | None:
-        """Return what the batch's smallest kept latent is hardly ever below, ``[]``; None if that might be zero."""
+        """Return a value that the batch's smallest kept latent is rarely below, ``[]``; None if that might be 0."""
         flat = x.reshape(-1, x.shape[-1])
         sample = flat[:: max(1, len(flat) // SAMPLE)]
         pre_latents = (self._project(sample, None) + self.b_enc).reshape(-1)

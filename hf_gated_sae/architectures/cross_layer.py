@@ -35,8 +35,8 @@ class CrosscoderObjective(Objective):
         """
         if sae.config.is_transcoder:
             raise InputError(
-                "This SAE writes elsewhere than it reads; training a cross-layer transcoder is not supported yet. "
-                "Train a crosscoder (sites_out equal to sites), or load a trained transcoder."
+                "This SAE writes to other sites than it reads; training a cross-layer transcoder is not supported "
+                "yet. Train a crosscoder (sites_out equal to sites), or load a trained transcoder."
             )
         latents = sae.encode(x)
         reconstruction = sae.decode(latents, x)
@@ -52,12 +52,11 @@ class CrosscoderObjective(Objective):
 class CrossLayerSAEConfig(StraightThroughConfig, SAEConfig):
     """Configuration of a `CrossLayerSAE`.
 
-    `site` and `site_out`, which name one place, are filled only if nothing but them was given; `sites` and
-    `sites_out` always hold.
+    `site` and `site_out` are set only if they were given instead of `sites` and `sites_out`, which are always set.
 
     Attributes:
-        sites: the places that are read, in the order in which the base model computes them; by default `site` alone.
-        sites_out: the places that are written, in that order; `sites` by default.
+        sites: the sites that are read, in the order in which the base model computes them; by default `site` alone.
+        sites_out: the sites that are written, in that order; `sites` by default.
         latents_per_site: number of latents that read each site, ``d_sae`` in total; equally many by default.
         activation: ``"jumprelu"`` or ``"relu"``.
         bandwidth: width of the straight-through estimator's kernel, in units of the pre-latents.
@@ -73,11 +72,11 @@ class CrossLayerSAEConfig(StraightThroughConfig, SAEConfig):
     bandwidth: float = 1e-3
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Fill what follows from the rest."""
+        """Fill defaults that follow from other fields."""
         self._check_types()
         if self.sites is None:
             if self.site is None:
-                raise InputError("sites is missing; expected the places that are read, such as ['resid_mid.0', ...].")
+                raise InputError("sites is missing; expected the sites that are read, such as ['resid_mid.0', ...].")
             self.sites = [self.site]
             self.sites_out = self.sites_out or [self.site_out or self.site]
         if self.sites_out is None:
@@ -92,12 +91,12 @@ class CrossLayerSAEConfig(StraightThroughConfig, SAEConfig):
         return self.sites != self.sites_out
 
     def validate_sites(self) -> None:
-        """Check that every site that is read has places to write to, and its share of the latents."""
+        """Check that every site that is read has an output to write to, and latents."""
         sites, sites_out, latents = self.sites or [], self.sites_out or [], self.latents_per_site or []
         if not all(isinstance(site, str) for site in (*sites, *sites_out)) or not 1 <= len(sites) <= len(sites_out):
             raise InputError(
-                f"sites is {shown(sites)} and sites_out {shown(sites_out)}; expected names of places, at least "
-                "one, and no fewer written than read."
+                f"sites is {shown(sites)} and sites_out {shown(sites_out)}; expected names of sites, at least "
+                "one, and at least as many written as read."
             )
         whole = all(type(number) is int and number >= 1 for number in latents)
         if not whole or len(latents) != len(sites) or sum(latents) != self.d_sae:
@@ -107,8 +106,8 @@ class CrossLayerSAEConfig(StraightThroughConfig, SAEConfig):
             )
         if self.apply_b_dec_to_input and len(sites) != len(sites_out):
             raise InputError(
-                f"apply_b_dec_to_input is true with {len(sites)} sites read and {len(sites_out)} written; expected as "
-                "many."
+                f"apply_b_dec_to_input is true with {len(sites)} sites read and {len(sites_out)} written; expected "
+                "equal numbers, or false."
             )
 
     def validate_activation(self) -> None:
@@ -119,31 +118,31 @@ class CrossLayerSAEConfig(StraightThroughConfig, SAEConfig):
     def validate_all_held(self) -> None:
         """Check that all latents are held."""
         if self.kept_latents is not None:
-            raise InputError("kept_latents is given; a cross-layer SAE holds all of its latents: load it without.")
+            raise InputError("kept_latents is given, but a cross-layer SAE holds all of its latents: leave it out.")
 
 
 class CrossLayerSAE(SAEModel):
-    r"""Every site has latents of its own, which write to that site's output and to all later ones.
+    r"""An SAE in which every site has its own latents, which write to that site's output and to all later ones.
 
-    With ``x [..., n_sites, d_in]`` and source sites ``l``, of which site ``l`` writes to the outputs ``m >= l``:
+    With ``x [..., n_sites, d_in]`` and source sites ``l``, each of which writes to the outputs ``m >= l``:
 
     ``latents_l = activation(x_l @ W_enc_l + b_enc_l)``;
     ``y_m = sum_{l <= m} latents_l @ W_dec_{l,m} + b_dec_m (+ x_m @ W_skip_m.T)``.
 
     A cross-layer transcoder reads the MLPs' inputs and writes their outputs; a weakly causal crosscoder writes where
-    it reads. One layer of a transcoder alone is an SAE with one source site and several outputs, of which only its own
-    has a skip connection. The latents of all
-    sites are concatenated, ``[..., d_sae]``; the output is ``[..., n_sites_out, d_out]``.
+    it reads. One layer of a transcoder alone is an SAE with one source site and several outputs; only the output of
+    the same number has a skip connection. The latents of all sites are concatenated, ``[..., d_sae]``; the output is
+    ``[..., n_sites_out, d_out]``.
 
-    The matrices of each site are parameters of their own, so that only pairs ``l <= m`` are stored, and a checkpoint
-    with one file per layer is used as it lies on disk; there is no `W_enc` and no `W_dec`.
+    The matrices of each site are separate parameters, so that only pairs ``l <= m`` are stored, and a checkpoint with
+    one file per layer is used as it is on disk; there is no `W_enc` and no `W_dec`.
 
     Attributes:
         encoders: of each source site ``[latents_per_site[l], d_in]``.
-        decoders: of each source site ``[latents_per_site[l], n_sites_out - l, d_out]``, own output first.
+        decoders: of each source site ``[latents_per_site[l], n_sites_out - l, d_out]``, the site's own output first.
         b_enc: encoder bias ``[d_sae]``.
         b_dec: decoder bias ``[n_sites_out, d_out]``.
-        threshold: ``[d_sae]`` in float32; only of a JumpReLU.
+        threshold: ``[d_sae]`` in float32; only with JumpReLU.
         skips: of each site ``W_skip [d_out, d_in]``; only with ``config.skip_connection``.
 
     Source: transformer-circuits.pub, "Circuit Tracing" (2025), section 3, and "Sparse Crosscoders" (2024).
@@ -174,12 +173,12 @@ class CrossLayerSAE(SAEModel):
 
     @property
     def sites(self) -> list[str]:
-        """The places that are read."""
+        """The sites that are read."""
         return self.config.sites or []
 
     @property
     def sites_out(self) -> list[str]:
-        """The places that are written."""
+        """The sites that are written."""
         return self.config.sites_out or []
 
     @property
@@ -194,7 +193,7 @@ class CrossLayerSAE(SAEModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Unit-norm decoder vectors for every output, encoders that read their own, everything else zero."""
+        """Unit-norm decoder vectors for every output, encoders equal to those of their own, everything else zero."""
         if module is not self:
             return
         for encoder, decoder in zip(self.encoders, self.decoders, strict=True):
@@ -246,7 +245,7 @@ class CrossLayerSAE(SAEModel):
         return jumprelu(pre_latents, self.threshold[rows], bandwidth=self.config.bandwidth)
 
     def _written_at(self, latents: Sequence[Tensor], output: int) -> Tensor:
-        """Add up what the sources up to an output write there; one product each, which needs no copy of a decoder."""
+        """Sum what the sources up to an output write there; one product per source avoids a copy of the decoders."""
         written = self.b_dec[output]
         for source, own in enumerate(latents):
             written = written + own @ self.decoders[source][:, output - source]
@@ -327,6 +326,6 @@ class CrossLayerSAE(SAEModel):
 
     @classmethod
     def shared_names(cls, config: SAEConfig) -> frozenset[str]:
-        """Return the names of all tensors: none is read in part."""
+        """Return the names of all tensors, as none is read in part."""
         with torch.device("meta"):
             return frozenset(cls(config).state_dict())

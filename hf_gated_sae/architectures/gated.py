@@ -24,16 +24,16 @@ SAE = TypeVar("SAE", bound=SAEModel)
 class GateObjective(Objective):
     """``|y - y^|^2 + lambda |relu(gate)|_1 + |y - decode_frozen(relu(gate))|^2``.
 
-    The auxiliary term sees copies of what writes that receive no gradient; without the term nothing would hold the
-    gate open. The decoder's rows are expected to have unit norm. With the defaults every gradient flows as in the
-    paper's appendix G; each flag is a variant that was compared with it.
+    The auxiliary term decodes with copies of the decoder and its bias that receive no gradient; without the term
+    nothing would hold the gate open. The decoder's rows are expected to have unit norm. With the defaults every
+    gradient flows as in the paper's appendix G; each flag is a variant that was compared with it.
 
     Attributes:
-        frozen_decoder: whether the auxiliary term leaves the decoder alone.
-        auxiliary: whether there is the auxiliary term.
-        weighted_by_decoder_norm: pay for ``|W_dec[i]| relu(gate_i)``, what each open gate would write, rather than
-            for ``relu(gate_i)``; for decoders without unit norm, whatever the power of the penalty. The norm is as
-            frozen as the decoder is in the auxiliary term.
+        frozen_decoder: whether the auxiliary term gives the decoder no gradient.
+        auxiliary: whether there is an auxiliary term.
+        weighted_by_decoder_norm: penalise ``|W_dec[i]| relu(gate_i)``, what each open gate would write, rather than
+            ``relu(gate_i)``; for decoders without unit norm, whatever the power of the penalty. The norm receives a
+            gradient only without `frozen_decoder`.
 
     Source: arXiv 2404.16014, section 3.2.2 and appendix G; section 5.1 for the variants.
     """
@@ -73,9 +73,10 @@ class GatedObjective(GateObjective):
 
     Attributes:
         learn_r_mag: whether the magnitudes have a scale of their own, beside a bias of their own.
-        tied_b_mag: keep ``b_mag = exp(r_mag) * b_gate``, with which both halves are on together: a ReLU times a scale
-            that the penalty does not see, without any jump.
-        rescale_and_shift: only `r_mag` and `b_mag` learn, from the reconstruction alone; for `GatedSAE.from_standard`.
+        tied_b_mag: keep ``b_mag = exp(r_mag) * b_gate``, with which both halves turn on at the same point: a ReLU
+            times a scale that is not penalised, without a jump.
+        rescale_and_shift: train only `r_mag` and `b_mag`, from the reconstruction alone; for
+            `GatedSAE.from_standard`.
 
     Source: arXiv 2404.16014, sections 5.1 and 5.2.
     """
@@ -88,8 +89,8 @@ class GatedObjective(GateObjective):
         """Refuse flags that contradict each other."""
         if self.rescale_and_shift and replace(self, rescale_and_shift=False) != GatedObjective():
             raise InputError(
-                "rescale_and_shift=True learns r_mag and b_mag from the reconstruction and nothing else; leave the "
-                "other flags as they are."
+                "rescale_and_shift=True trains only r_mag and b_mag, from the reconstruction alone, which excludes "
+                "the other flags: leave them at their defaults."
             )
 
     def _halves(self, sae: GatedSAE, x: Tensor) -> tuple[Support, Tensor, Tensor]:
@@ -106,7 +107,7 @@ class GatedObjective(GateObjective):
         return TrainingLoss.of(terms, loss.reconstruction, loss.latents)
 
     def frozen(self, sae: SAEModel) -> frozenset[str]:
-        """Return the names of the parameters that do not learn."""
+        """Return the names of the parameters that are not trained."""
         if self.rescale_and_shift:
             return frozenset(name for name, _ in sae.named_parameters()) - {"r_mag", "b_mag"}
         fixed = {"r_mag": not self.learn_r_mag, "b_mag": self.tied_b_mag}
@@ -114,7 +115,7 @@ class GatedObjective(GateObjective):
 
     @torch.no_grad()
     def constrain(self, sae: GatedSAE) -> None:
-        """Write down `b_mag` where it is tied."""
+        """Set `b_mag` to its tied value if it is tied."""
         if self.tied_b_mag:
             sae.b_mag.copy_(sae.r_mag.exp() * sae.b_gate)
 
@@ -127,7 +128,7 @@ class GatedSAEConfig(SAEConfig):
 
 
 class GatedSAE(SAEModel):
-    r"""Which latents are on, and how strongly, are decided by two halves of one encoder.
+    r"""An SAE in which two halves of one encoder decide which latents are on, and how strongly.
 
     ``gate = (x - b_dec) @ W_enc + b_gate``;
     ``magnitude = relu(exp(r_mag) * ((x - b_dec) @ W_enc) + b_mag)``;
@@ -200,8 +201,8 @@ class GatedSAE(SAEModel):
     def from_standard(cls, sae: StandardSAE) -> GatedSAE:
         """Return the Gated SAE that computes the same function: ``r_mag = 0``, both biases `b_enc`.
 
-        Trained on with ``GatedObjective(rescale_and_shift=True)`` it is the paper's "rescale & shift", which shows how
-        much of the Gated SAE's gain is the cure of shrinkage alone.
+        Trained further with ``GatedObjective(rescale_and_shift=True)`` it is the paper's "rescale & shift", which
+        shows how much of the Gated SAE's gain is due to curing shrinkage alone.
 
         Source: arXiv 2404.16014, section 5.2.
         """
@@ -234,9 +235,9 @@ def shared_settings(config: SAEConfig) -> dict[str, Any]:
 
 
 def converted(target: SAE, source: SAEModel, **tensors: Tensor) -> SAE:
-    """Fill `target` with the given tensors and those that both have under the same meaning.
+    """Fill `target` with the given tensors and those that have the same meaning in both.
 
-    All are of the dtype of the source's decoder; what is kept in float32 is no narrower than that.
+    All get the dtype of the source's decoder, except that tensors kept in float32 are never narrower.
     """
     names = (
         "W_dec",

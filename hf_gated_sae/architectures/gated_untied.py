@@ -1,4 +1,4 @@
-"""The Gated SAE whose two halves have an encoder each (Rajamanoharan et al. 2024, arXiv 2404.16014)."""
+"""The Gated SAE whose two halves have separate encoders (Rajamanoharan et al. 2024, arXiv 2404.16014)."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class UntiedGatedSAEConfig(SAEConfig):
 
 
 class UntiedGatedSAE(SAEModel):
-    """Which latents are on, and how strongly, are decided by two encoders.
+    """An SAE in which two encoders decide which latents are on, and how strongly.
 
     ``gate = (x - b_dec) @ W_enc + b_gate``; ``magnitude = relu((x - b_dec) @ W_mag + b_mag)``;
     ``latents = [gate > 0] * magnitude``.
 
-    The paper found no gain over the tied `GatedSAE`, for half as many parameters again.
+    The paper found no gain over the tied `GatedSAE`, with 50 % more parameters.
 
     Attributes:
         W_mag_T: the magnitudes' encoder ``[d_sae, d_in]``.
@@ -68,7 +68,7 @@ class UntiedGatedSAE(SAEModel):
             init.copy_(self.W_mag_T, self.W_enc_T.detach())
 
     def magnitudes(self, projection: Tensor, latents: Tensor | None) -> Tensor:
-        """Return what the latents are where their gates are open.
+        """Return the values of the latents where their gates are open.
 
         Args:
             projection: ``(x - b_dec) @ W_mag``, ``[..., d_sae]``, or of the selected latents.

@@ -29,7 +29,7 @@ class GLUSAEConfig(StraightThroughConfig, SAEConfig):
 
 
 class GLUSAE(SAEModel):
-    """A second encoder scales every pre-latent between 0 and 1 before the activation function.
+    """An SAE in which a second encoder scales every pre-latent by a factor between 0 and 1.
 
     ``c = x - b_dec``; ``z = (c @ W_enc + b_enc) * sigmoid(c @ W_glu + b_glu)``;
     ``latents = relu(z) * [z > threshold]``, which with a threshold of zero is a ReLU.

@@ -23,7 +23,7 @@ class GroupMaxSAEConfig(SAEConfig):
     groups: int = 8
 
     def validate_groups(self) -> None:
-        """Check that the latents can be divided."""
+        """Check that the latents can be divided into groups."""
         if self.groups < 1 or self.d_sae % self.groups:
             raise InputError(f"groups is {self.groups}, expected a divisor of d_sae = {self.d_sae}.")
 
@@ -44,7 +44,7 @@ class GroupMaxSAE(TopKBaseSAE):
 
     @property
     def latents_per_token(self) -> int:
-        """Number of latents that are kept of a token: one of each group."""
+        """Number of latents kept per token: one of each group."""
         return self.config.groups
 
     def _choose(self, values: Tensor) -> tuple[Tensor, Tensor]:

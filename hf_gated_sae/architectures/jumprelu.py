@@ -25,10 +25,10 @@ INITIAL_THRESHOLD = 1e-3
 
 @dataclass(frozen=True)
 class JumpReLUObjective(Objective):
-    """``|y - y^|^2 + lambda L0``, the threshold learning by straight-through gradients.
+    """``|y - y^|^2 + lambda L0``, with straight-through gradients for the threshold.
 
     Attributes:
-        tanh_scale: if given, ``sum_i tanh(tanh_scale |W_dec[i]| latents_i)`` stands for L0; then sparsity has a
+        tanh_scale: if given, ``sum_i tanh(tanh_scale |W_dec[i]| latents_i)`` replaces L0; then sparsity has a
             gradient everywhere, and the decoder need not have unit norm.
 
     Source: arXiv 2407.14435, section 3; Conerly et al. 2025 (Anthropic's update of January 2025) for the tanh.
@@ -57,7 +57,7 @@ class JumpReLUObjective(Objective):
 
     @torch.no_grad()
     def constrain(self, sae: JumpReLUSAE | GLUSAE) -> None:
-        """Raise negative thresholds to 0, below which they change no latent.
+        """Raise negative thresholds to 0, which changes no latent.
 
         With `tanh_scale` a threshold of 0 stays there, as its derivative is proportional to it; the plain penalty
         moves it away again.
@@ -66,7 +66,7 @@ class JumpReLUObjective(Objective):
 
 
 class StraightThroughConfig:
-    """The part of a configuration that thresholds need which learn by straight-through gradients."""
+    """The part of a configuration for thresholds that are trained by straight-through gradients."""
 
     bandwidth: float
 

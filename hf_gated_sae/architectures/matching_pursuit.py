@@ -21,7 +21,7 @@ class MatchingPursuitSAEConfig(SAEConfig):
     Attributes:
         residual_threshold: a token is done when the norm of its residual is below this; 0 turns the rule off.
         max_iterations: largest number of steps per token; `d_in` by default.
-        stop_on_duplicate_support: a token is done when a step has turned on no other latent.
+        stop_on_duplicate_support: a token is done when a step has turned on no new latent.
     """
 
     model_type = "matching_pursuit_sae"
@@ -31,23 +31,23 @@ class MatchingPursuitSAEConfig(SAEConfig):
     stop_on_duplicate_support: bool = True
 
     def validate_stopping(self) -> None:
-        """Check that the pursuit ends, and begins."""
+        """Check the settings of the stopping rules."""
         if self.max_iterations is not None and self.max_iterations < 1:
             raise InputError(f"max_iterations is {self.max_iterations}, expected at least 1.")
         if not (math.isfinite(self.residual_threshold) and self.residual_threshold >= 0):
-            raise InputError(f"residual_threshold is {self.residual_threshold}, expected a norm.")
+            raise InputError(f"residual_threshold is {self.residual_threshold}, expected a finite number >= 0.")
 
     def validate_tied(self) -> None:
         """Check that input and output have one width, as encoder and decoder are the same vectors."""
         if self.d_out not in (None, self.d_in):
             raise InputError(
-                f"d_out is {self.d_out} and d_in is {self.d_in}; expected one width, as the latents are chosen by "
-                "the decoder's own rows."
+                f"d_out is {self.d_out} and d_in is {self.d_in}; expected one width for both, as the decoder's rows "
+                "are also the encoder's."
             )
 
 
 class MatchingPursuitSAE(SAEModel):
-    """Latents are chosen one after the other, each by what those before it have left over.
+    """An SAE that chooses latents one after the other, each from what those before it have left over.
 
     ``r = x - b_dec``; then, until done: ``j = argmax(relu(W_dec @ r))``; ``v = relu(r . W_dec[j])``;
     ``latents[j] += v``; ``r -= v * W_dec[j]``. Expects decoder rows of about unit norm.
@@ -57,7 +57,7 @@ class MatchingPursuitSAE(SAEModel):
 
     config: MatchingPursuitSAEConfig
     config_class = MatchingPursuitSAEConfig
-    elementwise: ClassVar[bool] = False  # each latent sees what the others have left over
+    elementwise: ClassVar[bool] = False  # each latent depends on what the others have left over
     tied: ClassVar[bool] = True
     homogeneous: ClassVar[bool] = False  # residual_threshold, in the configuration, is measured in activations
 

@@ -20,8 +20,8 @@ class StandardObjective(Objective):
     """``|y - y^|^2 + lambda |latents|_1``; the decoder's rows are expected to have unit norm.
 
     Attributes:
-        weighted_by_decoder_norm: pay for ``|W_dec[i]| latents_i``, what each latent writes, rather than for
-            ``latents_i``; for decoders that are free to grow, whatever the power of the penalty.
+        weighted_by_decoder_norm: penalise ``|W_dec[i]| latents_i``, what each latent writes, rather than
+            ``latents_i``; for decoders without unit norm, whatever the power of the penalty.
 
     Source: Bricken et al. 2023; Conerly et al. 2024 for the weights.
     """

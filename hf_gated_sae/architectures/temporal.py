@@ -21,10 +21,10 @@ LARGEST_ATTENTION = 64
 
 @dataclass(frozen=True)
 class TemporalObjective(Objective):
-    """None: it is learned from whole sequences, which the activation stream, a shuffle of tokens, does not give."""
+    """A placeholder that raises: training needs whole sequences, and the activation stream gives shuffled tokens."""
 
     def loss(self, sae: SAEModel, x: Tensor, target: Tensor, sparsity: Sparsity) -> TrainingLoss:
-        """Raise.
+        """Raise an error that says why there is no objective.
 
         Raises:
             InputError: always.
@@ -109,7 +109,7 @@ class ContextAttention(nn.Module):
 
 
 class TemporalSAE(SAEModel):
-    """Attention predicts a part of each activation from those before it; the latents are sparse codes of the rest.
+    """An SAE whose attention predicts part of each activation from earlier ones; latents are sparse codes of the rest.
 
     ``r = scaling_factor * x - b_dec``, ``E = W_enc / (4 d_in)``. Each layer:
     ``p = relu(attention(relu(r @ E)))``; ``s = <p @ W_dec, r> / (|p @ W_dec| + 1e-6)^2``; ``predicted += s * p``;
@@ -117,7 +117,7 @@ class TemporalSAE(SAEModel):
     ``reconstruction = ((latents + predicted) @ W_dec + b_dec) / scaling_factor``.
 
     A token's latents depend on all tokens before it: give whole sequences ``[..., seq, d_in]``, from the first
-    position on. The predicted part is no latent, as nothing in it is sparse; `decode` computes it from the
+    position on. The predicted part is not sparse, and not among the latents; `decode` computes it from the
     activations, which it therefore needs. Edits of latents change what is written as in any other SAE.
 
     Attributes:
@@ -141,7 +141,7 @@ class TemporalSAE(SAEModel):
         self.post_init()
 
     def token_normalization(self, x: Tensor) -> TokenNormalization:
-        """Return the scale, and what the configuration says of normalisation."""
+        """Return the configuration's normalisation combined with its `scaling_factor`."""
         one = torch.ones_like(x[..., :1])
         token_normalization = super().token_normalization(x) or TokenNormalization(torch.zeros_like(one), one, one)
         factor = self.config.scaling_factor
@@ -172,7 +172,7 @@ class TemporalSAE(SAEModel):
         return novel if latents is None else novel[..., latents]
 
     def _predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Split framed activations into what context does not predict ``[..., d_in]`` and the predicted codes."""
+        """Split normalised activations into what context does not predict ``[..., d_in]`` and the predicted codes."""
         if x.ndim < 2:
             raise ShapeError(
                 f"Given activations {list(x.shape)}, but a temporal SAE reads whole sequences: expected "
@@ -212,7 +212,7 @@ class TemporalSAE(SAEModel):
         """
         if isinstance(latents, SparseLatents):
             latents = latents.dense()
-        if latents.shape[-1:] == (self.config.d_sae,):  # else the base class says what is wrong
+        if latents.shape[-1:] == (self.config.d_sae,):  # else the base class raises
             latents = latents + self.codes(self._needed(x))[1]
         return super().decode(latents, x)
 

@@ -53,7 +53,7 @@ class TopKSAE(TopKBaseSAE):
     def __init__(self, config: TopKSAEConfig) -> None:
         """Allocate the parameters."""
         super().__init__(config)
-        self.signed = not config.rectified  # type: ignore[misc]  # of this class it is a matter of the configuration
+        self.signed = not config.rectified  # type: ignore[misc]  # here it depends on the configuration
 
     def _activate(self, projection: Tensor, latents: Tensor | None) -> Tensor:
         pre_latents = projection + self._take(self.b_enc, latents)
@@ -61,7 +61,7 @@ class TopKSAE(TopKBaseSAE):
 
     @property
     def latents_per_token(self) -> int:
-        """Number of latents that are kept of a token."""
+        """Number of latents kept per token."""
         return self.config.k
 
     def _choose(self, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -61,13 +61,13 @@ def _window(pre_latents: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
 
 
 def _estimate(slope: Tensor | float, pre_latents: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-    """Return zeros whose derivative in the threshold is a slope inside the kernel, in the shape of the pre-latents.
+    """Return zeros, in the shape of the pre-latents, with derivative `slope` in the threshold inside the kernel.
 
-    Made of operations that every transformation knows, which costs passes over the pre-latents that `backward` of an
-    operation of our own does not.
+    Uses only operations that every transformation supports, which takes more passes over the pre-latents than the
+    `backward` of the classes above.
     """
     window = _window(pre_latents.detach(), threshold.detach(), bandwidth)
-    # A threshold may be infinite: then the slope is too, and differences are no numbers.
+    # For an infinite threshold the slope is infinite and the difference is NaN.
     moved = torch.where(window, threshold - threshold.detach(), 0.0)
     return (torch.where(window, slope, 0.0) * moved).to(pre_latents.dtype)
 
@@ -78,11 +78,11 @@ def _sum_to(gradient: Tensor, parameter: Tensor) -> Tensor:
 
 
 def jumprelu(pre_latents: Tensor, threshold: Tensor, *, bandwidth: float = 1e-3) -> Tensor:
-    r"""Return ``relu(z) * [z > threshold]``, the comparison being strict.
+    r"""Return ``relu(z) * [z > threshold]``; the comparison is strict.
 
     The gradient with respect to the threshold is the straight-through estimate
-    ``-(threshold / bandwidth) * rectangle((z - threshold) / bandwidth)``, for `torch.func`, forward derivatives and
-    compilers as well.
+    ``-(threshold / bandwidth) * rectangle((z - threshold) / bandwidth)``, also under `torch.func`, forward-mode
+    derivatives and compilers.
 
     Args:
         pre_latents: ``[..., d_sae]``.
@@ -102,7 +102,7 @@ def jumprelu(pre_latents: Tensor, threshold: Tensor, *, bandwidth: float = 1e-3)
 
 
 def above_threshold(pre_latents: Tensor, threshold: Tensor, *, bandwidth: float = 1e-3) -> Tensor:
-    """Return ``[z > threshold]``, of which the sum over latents is L0, differentiable in the threshold.
+    """Return ``[z > threshold]``, differentiable in the threshold; its sum over latents is L0.
 
     Args:
         pre_latents: ``[..., d_sae]``; receives no gradient.
@@ -126,7 +126,7 @@ def topk(pre_latents: Tensor, k: int, *, rectified: bool = True, weights: Tensor
 
     Args:
         pre_latents: ``[..., d_sae]``.
-        k: how many to keep, ``1 <= k <= d_sae``.
+        k: number to keep, ``1 <= k <= d_sae``.
         rectified: whether there is a ReLU; without one negative values are kept where fewer than `k` are positive.
         weights: ``[d_sae]``; if given, the latents with the largest ``value * weight`` are kept, at their own value.
 
@@ -147,7 +147,7 @@ def topk(pre_latents: Tensor, k: int, *, rectified: bool = True, weights: Tensor
 def topk_indices(
     pre_latents: Tensor, k: int, *, rectified: bool = True, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return which latents `topk` keeps, and their values, ``[..., k]`` each; arguments as for `topk`."""
+    """Return the indices and values of the latents that `topk` keeps, ``[..., k]`` each; arguments as for `topk`."""
     if not 1 <= k <= pre_latents.shape[-1]:
         raise InputError(f"k is {k}, expected 1 .. d_sae = {pre_latents.shape[-1]}.")
     values = torch.relu(pre_latents) if rectified else pre_latents
@@ -162,11 +162,11 @@ def scattered(indices: Tensor, values: Tensor, d_sae: int) -> Tensor:
 
 
 def largest(pre_latents: Tensor, count: int) -> Tensor:
-    """Keep the `count` largest of some pre-latents, after a ReLU.
+    """Keep the `count` largest pre-latents of a tensor, after a ReLU.
 
     Args:
         pre_latents: any shape.
-        count: how many to keep, or all if there are fewer.
+        count: number to keep; all if there are fewer.
 
     Returns:
         Latents of the same shape.
@@ -179,14 +179,14 @@ def largest(pre_latents: Tensor, count: int) -> Tensor:
 def lowest_projection(threshold: Tensor, bias: Tensor) -> Tensor:
     """Return a cut: a projection at or below it stays at or below the threshold when the bias is added.
 
-    However the sum is rounded, in the biases' dtype or a wider one.
+    This holds however the sum is rounded, in the dtype of the bias or a wider one.
 
     Args:
         threshold: ``[d_sae]`` or a scalar, not negative.
         bias: ``[d_sae]``.
 
     Returns:
-        ``threshold - bias`` and a margin, ``[d_sae]`` in the dtype of the bias.
+        ``threshold - bias`` minus a margin, ``[d_sae]`` in the dtype of the bias.
     """
     margin = 4 * torch.finfo(bias.dtype).eps
     wide = torch.promote_types(bias.dtype, torch.float32)

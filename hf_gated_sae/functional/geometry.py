@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_ROWS_AT_ONCE = 1024  # which stay in a cache; the whole matrix would be fetched once more for every operation
+_ROWS_AT_ONCE = 1024  # these stay in a cache; the whole matrix would be fetched again for every operation
 
 
 @torch.no_grad()
@@ -37,7 +37,7 @@ def remove_parallel_component(gradient: Tensor, rows: Tensor) -> Tensor:
 
     Source: Bricken et al. 2023, used by Rajamanoharan et al. 2024 (arXiv 2404.16014), appendix D.
     """
-    several = _ROWS_AT_ONCE // 4  # beside their own gradients and products
+    several = _ROWS_AT_ONCE // 4  # fewer, as their gradients and products share the cache
     for part, own in zip(gradient.split(several), rows.split(several), strict=True):
         part.addcmul_((part * own).sum(dim=-1, keepdim=True), own, value=-1)
     return gradient
@@ -45,14 +45,14 @@ def remove_parallel_component(gradient: Tensor, rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def geometric_median(x: Tensor, *, iterations: int = 100) -> Tensor:
-    """Return the point with the least summed distance to others, by Weiszfeld's iteration.
+    """Return the geometric median, the point with the least summed distance to others, by Weiszfeld's iteration.
 
     Args:
         x: points ``[n, d]`` with ``n >= 1``, finite.
-        iterations: the largest number of them.
+        iterations: maximum number of iterations.
 
     Returns:
-        ``[d]``; of points that are all the same, that point to the bit.
+        ``[d]``; if all points are equal, exactly that point.
     """
     if bool((x == x[0]).all()):
         return x[0].clone()

@@ -1,4 +1,4 @@
-"""Indices of what is true in a mask."""
+"""Indices of the true values of a mask."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def true_indices(mask: Tensor) -> Tensor:
-    """Return the places of what is true in ``mask [...]``, counted through all axes, in order, ``[n]`` int64.
+    """Return the flat indices of the true values of ``mask [...]``, ascending, ``[n]`` int64.
 
-    Eight places at once are skipped where all are false, which most are.
+    Most values are false, so eight at a time are tested and skipped.
     """
     flat = mask.reshape(-1)
     if flat.numel() % 8 or mask.device.type != "cpu" or flat.storage_offset() % 8:

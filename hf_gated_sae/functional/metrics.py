@@ -24,14 +24,14 @@ class FidelityMetrics:
         fvu: fraction of variance unexplained, ``sum |x - x^|^2 / sum |x - mean x|^2``.
         mse: mean of ``|x - x^|^2`` per token (a sum over the width, not a mean).
         relative_reconstruction_bias: gamma of the paper; 1 is unbiased, below 1 is shrinkage.
-        relative_reconstruction_bias_centred: the same on ``x - b_dec`` and ``x^ - b_dec`` (or on what is left of
-            another constant part), where the constant part cannot hide shrinkage.
+        relative_reconstruction_bias_centred: the same on ``x - b_dec`` and ``x^ - b_dec`` (or with another
+            constant part subtracted), so that the constant part cannot hide shrinkage.
         cosine: mean cosine between activation and reconstruction.
         norm_ratio: mean of ``|x^| / |x|`` over the tokens whose activation is not zero; NaN if there are none.
         dead_fraction: share of latents that never fired on these tokens.
         dense_fraction: share of latents that fired on more than a tenth of the tokens.
-        outliers: number of further activation vectors, which were left out for their norm; see `functional.outliers`.
-        outlier_variance: share of the variance of all activations that is gone without the outliers.
+        outliers: number of activation vectors that were left out because of their norm; see `functional.outliers`.
+        outlier_variance: share of the variance of all activations that disappears without the outliers.
         fvu_with_outliers: `fvu` of all activations.
         relative_reconstruction_bias_with_outliers: `relative_reconstruction_bias` of all activations.
     """
@@ -55,7 +55,7 @@ class FidelityMetrics:
 
     @property
     def centred_norm(self) -> float:
-        """Root mean square of ``|x - mean x|``; NaN where it does not follow, as nothing was left unexplained."""
+        """Root mean square of ``|x - mean x|``; NaN if nothing is unexplained, as it follows from `mse` and `fvu`."""
         return centred_norm(self.mse, self.fvu)
 
 
@@ -89,7 +89,7 @@ class FidelityAccumulator:
         self._sum_x = torch.zeros_like(self.b_dec)
         # |x|^2, |x^|^2, x.x^, |x-x^|^2, centred |x^|^2, centred x.x^, cosine, norm ratio, its tokens, active latents
         self._sums = torch.zeros(10, dtype=torch.float64, device=device)
-        # Of outliers, for the numbers that they are part of: the sum of x, |x|^2, |x^|^2, x.x^, |x-x^|^2
+        # Sums over outliers, for the metrics that include them: x, |x|^2, |x^|^2, x.x^, |x-x^|^2
         self.outliers = 0
         self._outlier_sum_x = torch.zeros_like(self.b_dec)
         self._outlier_sums = torch.zeros(4, dtype=torch.float64, device=device)
@@ -107,13 +107,13 @@ class FidelityAccumulator:
             constant: what the SAE writes at each token when no latent is on, ``[..., d_out]``; `b_dec` by default.
 
         Raises:
-            ShapeError: if the three do not belong together.
+            ShapeError: if their shapes do not fit each other.
         """
         if x.shape != reconstruction.shape or latents.shape != (*x.shape[:-1], self.d_sae):
             raise ShapeError(
                 f"Given x {list(x.shape)}, reconstruction {list(reconstruction.shape)}, "
                 f"latents {list(latents.shape)}; "
-                f"expected [..., {self.b_dec.numel()}] twice and [..., {self.d_sae}]."
+                f"expected [..., {self.b_dec.numel()}] for the first two and [..., {self.d_sae}] for the latents."
             )
         x = x.reshape(-1, x.shape[-1]).double()
         y = reconstruction.reshape(x.shape).double()
@@ -121,7 +121,7 @@ class FidelityAccumulator:
         offset = self.b_dec if constant is None else constant.reshape(x.shape).double()
         y_centred = y - offset
         tiny = torch.finfo(torch.float64).tiny
-        has_norm = x_sq != 0  # what is not a number is counted, and stays visible
+        has_norm = x_sq != 0  # NaN is counted, so that it stays visible
         self.tokens += x.shape[0]
         live = self._count_active(latents) if isinstance(latents, SparseLatents) else self._count(latents)
         self._sum_x += x.sum(0)
@@ -142,19 +142,19 @@ class FidelityAccumulator:
 
     @torch.no_grad()
     def update_outliers(self, x: Tensor, reconstruction: Tensor) -> None:
-        """Add activations that count for the numbers with outliers alone.
+        """Add outliers, which only count in the metrics that include them.
 
         Args:
             x: activations ``[..., d_out]``.
             reconstruction: ``[..., d_out]``.
 
         Raises:
-            ShapeError: if the two do not belong together.
+            ShapeError: if their shapes do not fit each other.
         """
         if x.shape != reconstruction.shape or x.shape[-1:] != self.b_dec.shape:
             raise ShapeError(
                 f"Given x {list(x.shape)} and reconstruction {list(reconstruction.shape)}; expected "
-                f"[..., {self.b_dec.numel()}] twice."
+                f"[..., {self.b_dec.numel()}] for both."
             )
         x = x.reshape(-1, x.shape[-1]).double()
         y = reconstruction.reshape(x.shape).double()
@@ -163,7 +163,7 @@ class FidelityAccumulator:
         self._outlier_sums += torch.stack([x.square().sum(), y.square().sum(), (x * y).sum(), (x - y).square().sum()])
 
     def _count(self, latents: Tensor) -> Tensor:
-        """Take in the values of all latents ``[..., d_sae]`` and return how many are not zero, ``[]``."""
+        """Add the values of all latents ``[..., d_sae]`` to the sums; return how many are not zero, ``[]``."""
         latents = latents.reshape(-1, self.d_sae)
         fired = (latents != 0).sum(0)
         self.fired += fired
@@ -173,7 +173,7 @@ class FidelityAccumulator:
         return fired.sum()
 
     def _count_active(self, latents: SparseLatents) -> Tensor:
-        """Take in the values of the latents that are on and return how many these are, ``[]``."""
+        """Add the values of the active latents to the sums; return their number, ``[]``."""
         fired = torch.bincount(latents.indices, minlength=self.d_sae)
         self.fired += fired
         self.max_activation.scatter_reduce_(0, latents.indices, latents.values.float(), "amax")
@@ -182,7 +182,7 @@ class FidelityAccumulator:
 
     @torch.no_grad()
     def pool(self, total: Callable[[Tensor], Tensor], largest: Callable[[Tensor], Tensor]) -> None:
-        """Take in what the accumulators of other processes have seen, each of which calls this at the same time.
+        """Add the sums of the accumulators of all other processes, each of which must call this at the same time.
 
         Args:
             total: returns the sum of a tensor over the processes.
@@ -211,10 +211,10 @@ class FidelityAccumulator:
         """Return the metrics of everything seen so far.
 
         Raises:
-            InputError: if nothing was seen.
+            InputError: if there were no tokens.
         """
         if not self.tokens:
-            raise InputError("No activations were seen: update() the accumulator with at least one token first.")
+            raise InputError("No activations were seen: call update() with at least one token first.")
         x_sq, y_sq, dot, error, y_sq_c, dot_c, cosine, norm_ratio, nonzero, live = self._sums.tolist()
         n = self.tokens
         variance = x_sq - self._sum_x.square().sum().item() / n
@@ -240,7 +240,7 @@ class FidelityAccumulator:
 
 
 def _ratio(numerator: float, denominator: float) -> float:
-    """Divide; undefined ratios are NaN rather than an error, because an all-dead SAE is a result too."""
+    """Divide; undefined ratios are NaN rather than an error, because an SAE with only dead latents is a result."""
     return numerator / denominator if denominator else float("nan")
 
 

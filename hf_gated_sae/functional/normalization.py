@@ -1,8 +1,8 @@
 """Per-token normalisations that SAEs were trained behind, and how they are undone.
 
-Each is affine, ``normalised = (x - shift) / divisor``, with a shift and a divisor that depend on
-the token; what the decoder writes is brought back as ``written * scale + shift``. Scale and divisor are the same up to
-the small number that keeps a division finite.
+Each is affine, ``normalised = (x - shift) / divisor``, with a shift and a divisor that depend on the token. The
+decoder's output is transformed back as ``written * scale + shift``. Scale and divisor differ only by the small number
+that keeps the division finite.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class TokenNormalization(NamedTuple):
 
 
 def center(x: Tensor, eps: float) -> TokenNormalization:
-    """Subtract each token's mean: the residual stream of a TransformerLens model with centred writing weights."""
+    """Subtract each token's mean, as in the residual stream of TransformerLens models with centred writing weights."""
     mean = x.mean(-1, keepdim=True)
     one = torch.ones_like(mean)
     return TokenNormalization(mean, one, one)
@@ -50,14 +50,14 @@ def layer_norm(x: Tensor, eps: float) -> TokenNormalization:
 
 
 def unit_norm(x: Tensor, eps: float) -> TokenNormalization:
-    """Bring each token to the norm ``sqrt(d_in)`` (SAELens's ``constant_norm_rescale``)."""
+    """Scale each token to the norm ``sqrt(d_in)`` (SAELens's ``constant_norm_rescale``)."""
     scale = x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
     scale = scale.clamp_min(torch.finfo(x.dtype).tiny)  # a token of zeros stays one
     return TokenNormalization(torch.zeros_like(scale), scale, scale)
 
 
 def rms_norm(x: Tensor, eps: float) -> TokenNormalization:
-    """Divide by the root mean square: what a model's RMS norm gives before its gain."""
+    """Divide by the root mean square: a model's RMS norm before its gain."""
     scale = (_wide(x).square().mean(-1, keepdim=True) + eps).sqrt().to(x.dtype)
     return TokenNormalization(torch.zeros_like(scale), scale, scale)
 
@@ -70,7 +70,7 @@ def standardize(x: Tensor, eps: float) -> TokenNormalization:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Return the activations in float32 at least, as models compute their norms."""
+    """Return the activations in float32 or wider, in which models compute their norms."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

@@ -1,7 +1,7 @@
 """High-norm tokens: a few activations, such as those at attention sinks, that hold most of the variance of a text.
 
-Metrics that average over tokens, and an SAE trained on them, say little about the other tokens where such activations
-are counted. One rule says everywhere which they are: a norm above a multiple of the median norm.
+If they are included, metrics that average over tokens say little about all other tokens, and so does an SAE trained on
+them. One rule identifies them everywhere: a norm above a multiple of the median norm.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ def norms(x: Tensor) -> Tensor:
 
 
 def norm_limit(x: Tensor, multiple: float = OUTLIER_MULTIPLE) -> float | None:
-    """Return the norm above which an activation is an outlier; None where the median is 0 or no number.
+    """Return the norm above which an activation is an outlier; None if the median is 0, infinite or NaN.
 
     Args:
-        x: activations ``[..., d]`` of text of the kind; at least one.
-        multiple: how many times the median norm.
+        x: activations ``[..., d]`` of similar text; at least one.
+        multiple: multiple of the median norm.
 
     >>> import torch
     >>> norm_limit(torch.tensor([[3.0, 4.0], [0.0, 5.0], [0.0, 900.0]]))
@@ -36,11 +36,11 @@ def norm_limit(x: Tensor, multiple: float = OUTLIER_MULTIPLE) -> float | None:
 
 
 def largest_share(x: Tensor, tokens: float = 0.01) -> float:
-    """Return which share of the variance the few tokens that are farthest from the mean hold.
+    """Return the share of the variance that the few tokens farthest from the mean account for.
 
     Args:
         x: activations ``[n, d]``.
-        tokens: how many tokens are few, as a share of all; at least one.
+        tokens: share of the tokens that counts as few; at least one token is used.
 
     Returns:
         From 0 to 1; NaN if there is no variance.
@@ -55,7 +55,7 @@ def largest_share(x: Tensor, tokens: float = 0.01) -> float:
 
 
 def is_outlier(x: Tensor, limit: float | None) -> Tensor:
-    """Return which activations are outliers, ``[..., d] -> [...]`` bool; none are where there is no limit."""
+    """Return which activations are outliers, ``[..., d] -> [...]`` bool; none are without a limit."""
     if limit is None:
         return torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
     return norms(x) > limit

@@ -1,4 +1,4 @@
-"""What an SAE needs of other processes where they hold the rest of its latents, or of a batch."""
+"""Interfaces to other processes that hold the rest of an SAE's latents, or of a batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class LatentParallelGroup(ABC):
 
     @abstractmethod
     def alike(self, value: Tensor) -> Tensor:
-        """Return a value that is the same in all processes; its gradient is the sum of theirs."""
+        """Return a value that is the same in all processes; its gradient is summed over them."""
 
 
 class DataParallelGroup(ABC):
@@ -35,17 +35,17 @@ class DataParallelGroup(ABC):
         """Return the smallest of the largest positive values of all processes, ``[]``; 0 if there are none.
 
         Args:
-            values: this process's, any shape.
-            count: how many are among the largest, times the number of processes.
+            values: of this process, any shape.
+            count: number of largest values to select, per process.
         """
 
 
 class LatentParallelSupport(Support):
-    """The support of an objective in one process that holds some of the latents; sums over latents are over all.
+    """The support of an objective in a process that holds some of the latents; sums over latents are over all.
 
     Args:
-        own: the support made of the process's own latents.
-        others: who holds the rest.
+        own: the support of the process's own latents.
+        others: the processes that hold the rest.
     """
 
     def __init__(self, own: Support, others: LatentParallelGroup) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def sums_rows(W_dec: Tensor) -> bool:
-    """Whether rows of this matrix can be summed as exactly as a product sums them."""
+    """Whether rows of this matrix can be summed as exactly as in a matrix product."""
     if W_dec.dtype in (torch.float32, torch.float64):
         return W_dec.is_contiguous()
     return W_dec.dtype in _SUMMED_IN_FLOAT32 and W_dec.device.type == "cpu" and W_dec.is_contiguous()
@@ -17,9 +17,9 @@ def sum_rows(indices: Tensor, offsets: Tensor, weights: Tensor, rows: Tensor) ->
     """Return weighted sums of some rows.
 
     Args:
-        indices: numbers of rows, sum after sum, ``[n]`` int64.
-        offsets: where each sum begins among them, and the end, ``[sums + 1]`` int64.
-        weights: of each, ``[n]``.
+        indices: rows to sum, one sum after the other, ``[n]`` int64.
+        offsets: start of each sum in `indices`, and the end, ``[sums + 1]`` int64.
+        weights: weight of each row in its sum, ``[n]``.
         rows: ``[m, d]``.
 
     Returns:
@@ -31,7 +31,7 @@ def sum_rows(indices: Tensor, offsets: Tensor, weights: Tensor, rows: Tensor) ->
 
 
 def _summed_in_float32() -> frozenset[torch.dtype]:
-    """Return the halves of which this build of torch adds up rows in float32; others it rounds at every step."""
+    """Return the 16-bit dtypes whose rows this build of torch sums in float32; in others it rounds at every step."""
     ones, bag = torch.arange(2000) % 7, torch.tensor([0])
     return frozenset(
         dtype

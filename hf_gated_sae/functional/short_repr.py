@@ -1,4 +1,4 @@
-"""What a report shows of itself: a few lines, however large it is; the data is in its attributes."""
+"""Reprs of reports that fit a few lines, however large the report is; the data is in its attributes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _ITEMS, _CHARACTERS = 4, 200
 
 
 def few_lines(parts: Iterable[str]) -> str:
-    """Return texts, each beginning a line, in at most 10 lines of 119 columns.
+    """Join texts, each starting on a new line, into at most 10 lines of 119 columns.
 
     Args:
-        parts: what there is to say; of too many, it is said how many were left out.
+        parts: the texts; if there are too many, the last line states how many were left out.
     """
     lines: list[str] = []
     several = list(parts)
@@ -32,7 +32,7 @@ def few_lines(parts: Iterable[str]) -> str:
 
 
 def short_repr(report: Any) -> str:
-    """Return the name of a dataclass's class and its fields; to be its ``__repr__``.
+    """Return the class name and the fields of a dataclass; for use as its ``__repr__``.
 
     >>> from dataclasses import dataclass
     >>> @dataclass
@@ -53,7 +53,7 @@ def _fields(report: Any, depth: int) -> str:
 
 
 def _short(value: Any, depth: int = 0) -> str:
-    """Return a value, or what kind of thing it is and how large."""
+    """Return a value's repr, or its type and size if that would be long."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     if isinstance(value, nn.Module):

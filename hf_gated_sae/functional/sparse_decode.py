@@ -12,17 +12,17 @@ from .sparse_latents import SparseLatents
 from .tensor_checks import is_plain
 
 DENSEST = 1 / 16
-"""Share of latents that are on up to which summing their rows takes less time than the dense product."""
+"""Share of active latents up to which summing their rows takes less time than the dense product."""
 
 SMALLEST = 1 << 16
-"""Number of latent values below which looking for those that are on does not pay."""
+"""Number of latent values below which searching for active ones does not pay."""
 
 TOKENS_AT_ONCE = 256
-"""Tokens whose latents are made dense at once, where many are on."""
+"""Number of tokens whose latents are made dense at once, where many are active."""
 
 
 def decode(latents: Tensor | SparseLatents, W_dec: Tensor) -> Tensor:
-    """Return ``latents @ W_dec``, reading only decoder rows of latents that are on where they are few.
+    """Return ``latents @ W_dec``; where few latents are active, only their decoder rows are read.
 
     Equal to the dense product up to the order of the sum. Where gradients or a compiler need the product, and away
     from a CPU, dense latents take the dense product.
@@ -49,17 +49,17 @@ def decode(latents: Tensor | SparseLatents, W_dec: Tensor) -> Tensor:
 
 
 def _decode_sparse(latents: SparseLatents, W_dec: Tensor) -> Tensor:
-    """Sum rows, or multiply a few tokens at a time where many latents are on.
+    """Sum rows, or multiply a few tokens at a time where many latents are active.
 
     Raises:
-        InputError: if latents and rows are of different dtypes, and no autocast makes them the same.
+        InputError: if latents and rows have different dtypes, which autocast does not make equal.
     """
     given, held = latents.values.dtype, W_dec.dtype
     # Autocast rounds the operands of a product, but not float64.
     rounds = torch.is_autocast_enabled(W_dec.device.type) and torch.float64 not in (given, held)
     if given != held and not rounds:
         raise InputError(
-            f"The active latents are of {given}, the decoder is of {held}: convert them, live.to({held})."
+            f"The active latents are {given}, but the decoder is {held}: convert them with latents.to({held})."
         )
     tokens = len(latents.offsets) - 1
     if given == held and sums_rows(W_dec) and len(latents.indices) <= DENSEST * tokens * latents.d_sae:
@@ -77,7 +77,7 @@ def _sum_active(latents: SparseLatents, W_dec: Tensor) -> Tensor:
 
 
 def _few_may_be_on(latents: Tensor, W_dec: Tensor) -> bool:
-    """Whether it is worth looking, and rows can be summed."""
+    """Whether searching for active latents may pay, and rows can be summed."""
     if latents.numel() < SMALLEST or latents.dtype != W_dec.dtype or not sums_rows(W_dec):
         return False
     return is_plain(latents, W_dec)

@@ -1,4 +1,4 @@
-"""The latents that are on, and nothing else: what a sparse code is worth keeping of ``[tokens, d_sae]``."""
+"""Sparse latents: the active latents of ``[tokens, d_sae]`` alone."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class SparseLatents:
     """The non-zero latents of some tokens, token by token.
 
     Those of token ``t``, counted through all leading axes, are ``offsets[t] : offsets[t + 1]`` of `indices` and
-    `values`. A latent that is not a number is among them.
+    `values`. NaN counts as non-zero.
 
     Attributes:
         offsets: ``[tokens + 1]`` int64, beginning with 0.
-        indices: number of each active latent ``[live]`` int64.
+        indices: index of each active latent ``[live]`` int64.
         values: its value ``[live]``.
         shape: of the dense latents, ``(..., d_sae)``.
     """
@@ -54,7 +54,7 @@ class SparseLatents:
 
     @classmethod
     def from_dense(cls, latents: Tensor) -> SparseLatents:
-        """Keep what is not zero.
+        """Return the non-zero latents of a dense tensor.
 
         Args:
             latents: ``[..., d_sae]``.
@@ -66,7 +66,7 @@ class SparseLatents:
 
     @classmethod
     def from_indices(cls, indices: Tensor, values: Tensor, d_sae: int) -> SparseLatents:
-        """Keep what is not zero of as many latents for every token.
+        """Return the non-zero latents, given `k` latents for every token.
 
         Args:
             indices: latents ``[..., k]``, none of them twice for one token.
@@ -79,7 +79,7 @@ class SparseLatents:
 
     @classmethod
     def cat(cls, parts: Sequence[SparseLatents], shape: Sequence[int]) -> SparseLatents:
-        """Join the tokens of several, of which there must be one at least, under common leading axes."""
+        """Concatenate the tokens of one or more parts; `shape` gives the leading axes of the result."""
         ends = [0]
         for part in parts:
             ends.append(ends[-1] + part.indices.shape[0])
@@ -123,7 +123,7 @@ class SparseLatents:
             ``[..., n]``.
 
         Raises:
-            InputError: if they are anything else than integers.
+            InputError: if they are not integers.
             ShapeError: if a latent is out of range.
         """
         wanted = latent_numbers(latents)
@@ -147,7 +147,7 @@ class SparseLatents:
         tokens = self.offsets.shape[0] - 1
         if not 0 <= start <= stop <= tokens:
             raise ShapeError(
-                f"Given the tokens {start} : {stop}, expected a range from 0 to {tokens}, how many there are."
+                f"Given the tokens {start} : {stop}, expected a range from 0 to {tokens}, the number of tokens."
             )
         first, last = (int(end) for end in self.offsets[[start, stop]])
         offsets = self.offsets[start : stop + 1] - first
@@ -160,10 +160,10 @@ class SparseLatents:
 
 
 def latent_numbers(latents: object) -> Tensor:
-    """Return numbers of latents ``[n]`` int64, on whatever device they are.
+    """Return indices of latents as a tensor ``[n]`` int64, on the device that they are on.
 
     Raises:
-        InputError: if they are anything else than integers; a mask is not taken for its zeros and ones.
+        InputError: if they are not integers; a mask is refused, not read as zeros and ones.
     """
     try:
         found = torch.as_tensor(latents).reshape(-1)

@@ -15,10 +15,10 @@ from .sparse_latents import SparseLatents
 
 
 class Support(ABC):
-    """The projections that an objective is computed from, and what it does with values of the same shape.
+    """The projections that an objective is computed from, and the operations on values of the same shape.
 
     Attributes:
-        projection: ``(x - shift) @ W_enc``, ``[..., d_sae]`` or, of a few of them, ``[live]``.
+        projection: ``(x - shift) @ W_enc``, ``[..., d_sae]``, or ``[live]`` if only a few of them are held.
         latents: the latent of each value ``[live]`` int64; None where there is one value for every latent.
     """
 
@@ -39,7 +39,7 @@ class Support(ABC):
         Args:
             values: each in the shape of `projection`.
             W_dec: ``[d_sae, d_out]``.
-            frozen: of each, whether its gradient leaves the decoder alone.
+            frozen: for each, whether the decoder gets no gradient from it.
 
         Returns:
             ``values @ W_dec`` of each, ``[..., d_out]``.

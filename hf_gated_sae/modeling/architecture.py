@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class ArchitectureContract(PretrainedSAE):
     """The properties and equations by which architectures differ; `SAEModel` is built on them.
 
-    The defaults are those of the paper's SAE. An architecture with one encoder product, of which each latent is a
+    The defaults are those of the paper's SAE. An architecture with one encoder product, where each latent is a
     function of its own projection, defines `_activate`; with `_cut` its active latents are found without computing the
     others. One that selects a number of latents defines `_select`, all others `_encode`.
     """
@@ -55,40 +55,41 @@ class ArchitectureContract(PretrainedSAE):
     """Whether the encoder is the decoder's transpose: there is no `W_enc_T`, and `d_out` is `d_in`."""
 
     encoder_names: ClassVar[tuple[str, ...]] = ("W_enc_T",)
-    """Matrices ``[d_sae, d_in]`` of which a row is a direction that is read; a new latent's are all the same."""
+    """Matrices ``[d_sae, d_in]`` whose rows are the directions to read; a new latent gets the same row in each."""
 
     homogeneous: ClassVar[bool] = True
     """Whether input, biases and thresholds times a positive factor give latents and output times that factor."""
 
     objective_class: ClassVar[type[Objective]] = Objective
-    """What the architecture is trained with; its fields are the variants."""
+    """The training objective; its fields select variants."""
 
     latent_group: LatentParallelGroup | None = None
-    """Where other processes hold the rest of the latents, of which this is then a part."""
+    """The processes that hold the rest of the latents, if this SAE holds a part of them."""
 
     data_group: DataParallelGroup | None = None
-    """Where other processes train the same SAE on the rest of a batch, for what is decided by a batch as a whole."""
+    """The processes that train the same SAE on the rest of a batch, if any; for what depends on the whole batch."""
 
     # ------------------------------------------------------------------ equations
 
     def _encode(self, x: Tensor, latents: Tensor | None) -> Tensor:
-        """Encode framed activations; `latents` selects rows, None means all. Here it is `_activate` of `_project`."""
+        """Encode normalised activations by `_activate` of `_project`; `latents` selects rows, None means all."""
         activated: Tensor = self._activate(self._project(x, latents), latents)
         return activated
 
     def _activate(self, projection: Tensor, latents: Tensor | None) -> Tensor:
-        """Turn projections into latents, of all rows or of those given; `latents` may be as long as `projection`."""
+        """Turn projections into latents; `latents` has the row of each projection, None means all rows in order."""
         raise NotImplementedError(f"{type(self).__name__} must define _encode or _activate.")
 
     def _cut(self) -> Tensor | None:
-        """Return ``[d_sae]`` so that `_activate` gives 0 for a projection at or below it; None if there is no such.
+        """Return the cut ``[d_sae]``: `_activate` gives 0 for a projection at or below it; None if there is no cut.
 
-        However sums and products are rounded: too low a value costs time, too high a one costs latents.
+        This must hold however sums and products are rounded: a cut that is too low costs time, one that is too high
+        loses latents.
         """
         return None
 
     def _select(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return which latents may be on and their values, ``[..., k]`` each; None where no number of them is kept."""
+        """Return the indices and values of the selected latents, ``[..., k]`` each; None without a selection."""
         return None
 
     def _centred(self, x: Tensor) -> Tensor:
@@ -127,7 +128,7 @@ class ArchitectureContract(PretrainedSAE):
 
         Args:
             x: activations ``[..., d_in]``.
-            cut: ``[d_sae]``; what is at or below it has no part in the objective. None if everything may have.
+            cut: ``[d_sae]``; projections at or below it do not affect the objective. None if all may affect it.
         """
         shift = self._shift()
         live = None if cut is None else cpu.support_above(x, shift, self.W_enc_T, cut.detach())
@@ -144,7 +145,7 @@ class ArchitectureContract(PretrainedSAE):
             latents: rows ``[m]``.
 
         Returns:
-            ``[n, m]``, with gradients to the encoder and to what decides that point.
+            ``[n, m]``, with gradients to the encoder and to the parameters that determine that point.
         """
         cut = self._cut()
         if cut is None:

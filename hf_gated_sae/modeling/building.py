@@ -22,7 +22,7 @@ STATISTICS = ("max_activation", "mean_activation")
 
 @contextmanager
 def ordinary_tensors() -> Iterator[None]:
-    """Make ordinary tensors inside ``torch.inference_mode()``, too, whose own can be neither trained nor changed."""
+    """Make ordinary tensors even in ``torch.inference_mode()``, whose own can be neither trained nor changed."""
     if not torch.is_inference_mode_enabled():
         yield
         return
@@ -36,7 +36,7 @@ def unrecorded(rows: int) -> dict[str, Tensor]:
 
 
 def require_complete(where: str, info: Mapping[str, Any], expected: list[str]) -> None:
-    """Raise unless every tensor was there, none was left over and all shapes fit.
+    """Raise unless every tensor was found, none was left over and all shapes fit.
 
     Args:
         where: the checkpoint's name for messages.
@@ -63,7 +63,7 @@ def require_complete(where: str, info: Mapping[str, Any], expected: list[str]) -
 
 
 def largest(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Return the tensor with the most values, whose dtype is that of the SAE: small ones may be kept more exactly."""
+    """Return the tensor with the most values; its dtype is the SAE's, as small tensors may have a wider one."""
     return max(tensors.values(), key=lambda tensor: tensor.numel())
 
 
@@ -83,7 +83,7 @@ def chosen_dtype(given: Mapping[str, Any], stored: torch.dtype) -> torch.dtype:
 def assembled(
     model_class: type[SAEModel], where: str, config: SAEConfig, state_dict: Mapping[str, Tensor], **dtypes: Any
 ) -> tuple[SAEModel, dict[str, Any]]:
-    """Build an SAE around the tensors, cast where another dtype is asked for.
+    """Build an SAE around the tensors, cast if another dtype is given.
 
     Args:
         model_class: the architecture's class.
@@ -117,9 +117,7 @@ def assembled(
     config.dtype = chosen_dtype(dtypes, config.dtype or largest(state_dict).dtype)
     exact = model_class._keep_in_fp32_modules_strict
     tensors = {
-        name: (tensor.clone() if tensor.is_inference() else tensor).to(
-            torch.float32 if name in exact else config.dtype
-        )
+        name: _ordinary(tensor).to(torch.float32 if name in exact else config.dtype)
         for name, tensor in state_dict.items()
     }
     model.load_state_dict(tensors, assign=True)

@@ -32,13 +32,13 @@ class Checkpoint:
     Attributes:
         model_class: the architecture's class.
         config: its complete configuration.
-        origin: where it lies.
+        origin: where it is.
         stored: its tensors, known by their headers; one row per latent (transposed lazily where the file has columns).
         shared: names among them of tensors that are not one row per latent.
         finish: turns the tensors read into those of the architecture. It must be row-wise in the latents, may write
             into its input, and must work on the meta device, where shapes are tried before anything is read.
-        unsaid: keys of the configuration that the SAE cannot do without and its files do not say, each with the error
-            to raise if the user does not say it either.
+        unsaid: required keys of the configuration that its files do not state, each with the error to raise if the
+            user does not give it either.
     """
 
     model_class: type[SAEModel]
@@ -54,7 +54,7 @@ class Checkpoint:
         return str(self.origin)
 
     def shapes(self, config: SAEConfig) -> Tensors:
-        """Return the finished tensors on the meta device, for an SAE that holds the latents `config` says.
+        """Return the finished tensors on the meta device, for an SAE that holds the latents that `config` lists.
 
         Raises:
             CheckpointError: if the stored shapes do not fit each other.
@@ -75,12 +75,12 @@ class Checkpoint:
             ) from error
 
     def read(self, config: SAEConfig, dtype: torch.dtype | None = None) -> Tensors:
-        """Return the finished tensors; of an SAE that holds only some latents, only their rows are read.
+        """Return the finished tensors; for an SAE that holds only some latents, only their rows are read.
 
         Args:
             config: says which latents are held.
-            dtype: the one that is wanted. A wider one than the stored is taken before the layout's arithmetic, which
-                would otherwise be rounded to the stored one.
+            dtype: the dtype to load in. If it is wider than the stored one, tensors are cast before the layout's
+                arithmetic, which would otherwise be rounded to the stored one.
         """
         rows = self._rows(config)
         read = {}

@@ -32,9 +32,9 @@ _TRANSFORMERS_TYPES: dict[str, tuple[type, ...]] = {
     "architectures": (list,),
     "chunk_size_feed_forward": (int,),
 }
-"""What transformers writes under its own keys; it would fail on other values in its own way, or much later."""
+"""Types of what transformers writes under its own keys; other values would fail inside transformers, or much later."""
 LARGEST_WIDTH = 2**31 - 1
-LARGEST_MATRIX = 2**50  # what lies above is a mistake, and torch could not even name its length
+LARGEST_MATRIX = 2**50  # anything larger is a mistake, and torch could not even represent its size
 
 
 @strict
@@ -57,7 +57,7 @@ class SAEConfig(PreTrainedConfig):
             after decoding; a transcoder, whose output lies elsewhere, does not.
         normalization_eps: added to the mean square in ``"rms_norm"`` and ``"standardize"``.
         trained_on_bos: whether the beginning-of-sequence token was among the training activations; None if unknown.
-        kept_latents: the latents that are held, by their number in the full SAE; None for all of them.
+        kept_latents: the latents that are held, by their index in the full SAE; None for all of them.
         recorded_tokens: number of tokens on which `max_activation` and `mean_activation` were measured; 0 if never.
         recorded_fvu: fraction of variance unexplained there; None if it was not measured.
         recorded_l0: mean number of non-zero latents per token there; None if it was not measured.
@@ -110,7 +110,7 @@ class SAEConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         try:
             self.validate()
-        except StrictDataclassClassValidationError as error:  # which hides our own error, and is no ValueError
+        except StrictDataclassClassValidationError as error:  # hides our own error, and is not a ValueError
             raise (error.__cause__ or error) from None
 
     def _check_types(self) -> None:
@@ -139,16 +139,16 @@ class SAEConfig(PreTrainedConfig):
             raise InputError(
                 f"{cls.__name__} lacks {', '.join(missing)}; expected at least {', '.join(_required_fields(cls))}."
             )
-        for key in ("attn_implementation", "experts_implementation"):  # a repository's name here is code to be run
+        for key in ("attn_implementation", "experts_implementation"):  # a repository id here runs code from the Hub
             if config_dict.get(key) not in (None, "eager"):
                 raise InputError(
-                    f"{key} is {shown(config_dict[key])}, expected none: an SAE has nothing to run it on."
+                    f"{key} is {shown(config_dict[key])}, expected none: an SAE does not use it, so remove it."
                 )
         for key, kinds in _TRANSFORMERS_TYPES.items():
             value = config_dict.get(key)
             several = value if isinstance(value, list) else []
             if not isinstance(value, (*kinds, types.NoneType)) or not all(isinstance(name, str) for name in several):
-                raise InputError(f"{key} is {shown(value)}, which is nothing that transformers writes; remove it.")
+                raise InputError(f"{key} is {shown(value)}, which transformers never writes: remove it.")
         try:
             return super().from_dict(config_dict, **kwargs)
         except (TypeError, AttributeError, LookupError, ArithmeticError, ValueError) as error:
@@ -194,21 +194,21 @@ class SAEConfig(PreTrainedConfig):
 
     @property
     def sites_read(self) -> list[str]:
-        """Places that are read: `site`, or all of an architecture that reads several; none if it is not known."""
+        """Sites that are read: `site`, or all of an architecture that reads several; empty if unknown."""
         several = getattr(self, "sites", None)
         return list(several or ([self.site] if self.site else []))
 
     @property
     def sites_written(self) -> list[str]:
-        """Places that are written: those that are read, unless the SAE is a transcoder."""
+        """Sites that are written: those that are read, unless the SAE is a transcoder."""
         several = getattr(self, "sites_out", None)
         return list(several or ([self.site_out] if self.site_out else self.sites_read))
 
     def record(self, tokens: int, metrics: FidelityMetrics | None) -> None:
-        """Remember what was measured.
+        """Record what was measured.
 
         Args:
-            tokens: on how many tokens.
+            tokens: number of tokens.
             metrics: the numbers; None if only the latents' statistics are known.
         """
         self.recorded_tokens = tokens
@@ -233,7 +233,7 @@ class SAEConfig(PreTrainedConfig):
             )
 
     def validate_left_out(self) -> None:
-        """Check that what was left out is given by ids of tokens and by norms."""
+        """Check the token ids and norms that describe which activations were left out."""
         ids = self.special_token_ids
         if ids is not None and not all(type(number) is int and number >= 0 for number in ids):
             raise InputError(f"special_token_ids is {shown(ids)}; expected token ids, such as [0, 50256].")

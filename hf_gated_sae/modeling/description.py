@@ -1,4 +1,4 @@
-"""What a user says of a home-made checkpoint: one in no known layout."""
+"""The user's description of a home-made checkpoint: one in no known layout."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class CheckpointDescription:
 
     Attributes:
         model_class: the architecture's class.
-        names: for each of our tensors the file's, such as ``{"W_enc": "encoder.weight"}``. ``_T`` at the end of ours,
-            or ``.T`` at the end of the file's, states which of the two is transposed; that counts where a matrix is
-            square, since otherwise its shape decides. None: the file has no such vector, and zeros are used.
+        names: the file's name of each of our tensors, such as ``{"W_enc": "encoder.weight"}``. ``_T`` at the end of
+            our name, or ``.T`` at the end of the file's, states which of the two is transposed; that counts where a
+            matrix is square, since otherwise its shape decides. None: the file has no such vector, and zeros are used.
         ignore: names of tensors that are left out, perhaps with ``*`` and ``?``.
         options: keys of the configuration.
     """
@@ -46,16 +46,16 @@ def describe_checkpoint(
     ignore: str | Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
 ) -> CheckpointDescription | None:
-    """Return what was stated; None if no architecture was.
+    """Return the description that arguments of `from_pretrained` give; None without an architecture.
 
     Args:
         architecture: short name, such as ``"standard"``.
         names: as in `CheckpointDescription`.
         ignore: as in `CheckpointDescription`; one name alone may be a string.
-        options: arguments of which the keys of the configuration are taken.
+        options: further arguments; those that are keys of the configuration are kept.
 
     Raises:
-        InputError: if names are given without an architecture, or are no names.
+        InputError: if names are given without an architecture, or are not strings.
         UnknownNameError: if there is no such architecture.
     """
     if architecture is None:

@@ -15,25 +15,25 @@ EQUATIONS = frozenset(
     {"encode", "decode", "forward", "encode_sparse", "reconstruct", "encode_source", "decode_at"}
     | {"training_loss", "constant", "margins", "codes"}
 )
-"""Methods that compute with activations, in this package and in architectures of others."""
+"""Methods that compute with activations, in this package and in architectures of other packages."""
 
 
 def compute_in_widest_dtype(cls: type) -> None:
-    """Let the equations that a class itself defines compute in the widest dtype of the SAE and of what they are given.
+    """Let the equations that a class itself defines compute in the widest dtype of the SAE and of their arguments.
 
     Float32 activations given to a bfloat16 SAE are computed with float32 copies of its weights, which are exact, and
-    gradients reach the weights through them. The copies are made for each call: load the SAE in the wider dtype to do
-    without. Where autocast is on, it decides instead.
+    gradients reach the weights through them. The copies are made for each call: load the SAE in the wider dtype to
+    avoid them. Where autocast is on, it decides instead.
 
     Args:
-        cls: `SAEModel` or an architecture; those of `EQUATIONS` in its own body are wrapped.
+        cls: `SAEModel` or an architecture; the methods in `EQUATIONS` that its own body defines are wrapped.
     """
     for name in EQUATIONS & set(vars(cls)):
         setattr(cls, name, _in_widest(vars(cls)[name]))
 
 
 def _in_widest(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a method that is computed in the widest dtype."""
+    """Wrap a method so that it computes in the widest dtype."""
 
     @functools.wraps(method)
     def computed(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -56,7 +56,7 @@ def _in_widest(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _dtypes(values: Iterable[Any]) -> Iterator[torch.dtype]:
-    """Go through the dtypes of all activations and latents; numbers of latents have none."""
+    """Yield the dtypes of all activations and latents; indices of latents are skipped."""
     for value in values:
         if isinstance(value, Tensor):
             if value.is_floating_point():
@@ -76,9 +76,9 @@ def _converted(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _twin(module: Any, dtype: torch.dtype) -> Any:
-    """Return a module that shares everything with another one but its numbers, which are cast, with their gradients.
+    """Return a module that shares everything with another one but its parameters and buffers, which are cast.
 
-    What is kept in a wider dtype stays in it.
+    Gradients reach the originals. Tensors in a wider dtype keep it.
     """
     twin = object.__new__(type(module))
     twin.__dict__.update(module.__dict__)
@@ -97,10 +97,10 @@ def _twin(module: Any, dtype: torch.dtype) -> Any:
 
 @torch.no_grad()
 def _take_over(module: nn.Module, twin: nn.Module) -> None:
-    """Take over what was written into the buffers of a twin, such as a threshold that follows the batches."""
+    """Copy back what was written into the buffers of a twin, such as a running threshold."""
     for name, written in twin._buffers.items():
         own = module._buffers[name]
         if own is None or written is None or written is own or written.is_inference():
             continue
-        if written._version:  # of one that was only cast it is 0
+        if written._version:  # 0 for a tensor that was only cast
             own.copy_(written)

@@ -1,4 +1,4 @@
-"""The rows of per-latent tensors that belong to latents, of SAEs that hold all of their latents or some."""
+"""The rows of per-latent tensors that belong to given latents, for SAEs that hold all of their latents or some."""
 
 from __future__ import annotations
 

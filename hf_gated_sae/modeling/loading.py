@@ -1,4 +1,4 @@
-"""Read a checkpoint that was found: which latents, with which configuration, in which dtype."""
+"""Read a checkpoint that was found: all or some of its latents, with a configuration, in a dtype."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 
 COMPUTED = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
-"""Types of weights that can be computed with; numbers of 8 bits are for storage alone."""
+"""Dtypes of weights that can be computed with; 8-bit dtypes are for storage alone."""
 
 
-# Say what a checkpoint is, and where: used up once its files are on this machine.
+# Arguments that say what a checkpoint is, and where; they are not needed once it was found.
 OPENING_ARGUMENTS = ("format", "architecture", "names", "ignore")
 PLACE_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "variant")
 
@@ -46,9 +46,9 @@ def named_place(
     """Return repository and subfolder, which SAELens calls ``release`` and ``sae_id``.
 
     Args:
-        repo: as given, if it was.
-        subfolder: likewise.
-        arguments: what else `from_pretrained` was given; those two are taken out.
+        repo: the repository, if given.
+        subfolder: the folder in it, or an empty string.
+        arguments: the other arguments of `from_pretrained`; ``release`` and ``sae_id`` are removed from it.
 
     Raises:
         InputError: if one of them is given under both names.
@@ -56,9 +56,9 @@ def named_place(
     release, sae_id = arguments.pop("release", None), arguments.pop("sae_id", None)
     for name, theirs, ours in (("release", release, repo), ("sae_id", sae_id, subfolder or None)):
         if theirs is not None and ours is not None:
-            raise InputError(f"Given {name}={theirs!r} and {os.fspath(ours)!r}, which both say where it is: pass one.")
+            raise InputError(f"Given {name}={theirs!r} and {os.fspath(ours)!r} for the same argument: pass only one.")
     if sae_id is not None and repo is None and release is None:
-        raise InputError(f"Given sae_id={sae_id!r} alone; pass the release= that has it, too.")
+        raise InputError(f"Given sae_id={sae_id!r} without release=; pass the release= that contains it as well.")
     place = repo if release is None else release
     return None if place is None else os.fspath(place), subfolder if sae_id is None else sae_id
 
@@ -71,10 +71,10 @@ def effective_config(
     Args:
         checkpoint: what is loaded.
         config: the configuration that the user gave, if any.
-        arguments: what else `from_pretrained` was given, values for keys of the configuration among it.
+        arguments: the other arguments of `from_pretrained`, including keys of the configuration.
 
     Raises:
-        CheckpointError: if neither the checkpoint nor the user says something that is needed.
+        CheckpointError: if neither the checkpoint nor the user gives a key that is needed.
         InputError: if the given configuration is of another architecture, or a given value cannot be used.
     """
     config_class = checkpoint.model_class.config_class
@@ -83,8 +83,8 @@ def effective_config(
     if latents is not None:
         if not checkpoint.model_class.sliceable:
             raise InputError(
-                f"{checkpoint} is a {checkpoint.model_class.__name__}, whose latents cannot be held alone: load it "
-                "without latents=."
+                f"{checkpoint} is a {checkpoint.model_class.__name__}, which cannot hold only some of its latents: "
+                "load it without latents=."
             )
         settings["kept_latents"] = _existing(latents, checkpoint)
     given = {name: settings.pop(name) for name in config_class.own_fields() if name in settings}
@@ -94,7 +94,7 @@ def effective_config(
             f"config= is a {type(chosen).__name__}, but {checkpoint} is a {checkpoint.model_class.__name__}: expected "
             f"a {config_class.__name__}."
         )
-    # A copy in any case: the dtype is written into it, and the user's own stays unchanged.
+    # Always a copy: the dtype is written into it, and the user's own stays unchanged.
     made = config_class.from_dict({**chosen.to_dict(), **given}) if given else copy.copy(chosen)
     for name, why in checkpoint.unsaid.items():
         if getattr(made, name) is None:
@@ -103,10 +103,10 @@ def effective_config(
 
 
 def _existing(latents: Any, checkpoint: Checkpoint) -> list[int]:
-    """Return latent indices, each of which the SAE has.
+    """Return the latent indices after checking that the SAE has them.
 
     Raises:
-        InputError: if one is given twice, or is no whole number.
+        InputError: if one is given twice, or is not a whole number.
         LatentIndexError: naming the first one that is out of range.
     """
     wanted, d_sae = _whole_numbers(latents), checkpoint.config.d_sae
@@ -121,10 +121,10 @@ def _existing(latents: Any, checkpoint: Checkpoint) -> list[int]:
 
 
 def _whole_numbers(latents: Any) -> list[int]:
-    """Return latent indices as they were given.
+    """Return latent indices in the order in which they were given.
 
     Raises:
-        InputError: if they are anything else than whole numbers.
+        InputError: if they are not whole numbers.
     """
     try:
         several = latents.tolist() if isinstance(latents, Tensor) else list(latents)
@@ -137,7 +137,7 @@ def _whole_numbers(latents: Any) -> list[int]:
 
 @contextmanager
 def explained(config_class: type[SAEConfig]) -> Iterator[None]:
-    """Turn what transformers and safetensors raise about arguments and files into a sentence of ours."""
+    """Turn the TypeError that transformers raises for an unknown argument into an InputError."""
     try:
         yield
     except TypeError as error:
@@ -152,13 +152,13 @@ def explained(config_class: type[SAEConfig]) -> Iterator[None]:
             *("subfolder", "latents", "config", "dtype", "device_map"),
         ]
         raise InputError(
-            f"from_pretrained has no argument {unexpected[1]!r}.{did_you_mean(unexpected[1], known)} It takes those "
-            f"of transformers, and the configuration's keys {', '.join(fields)}."
+            f"from_pretrained has no argument {unexpected[1]!r}.{did_you_mean(unexpected[1], known)} It takes the "
+            f"arguments of transformers' from_pretrained, and the configuration's keys {', '.join(fields)}."
         ) from error
 
 
 def require_headers(checkpoint: Checkpoint, config: SAEConfig) -> None:
-    """Raise unless the stored tensors are those of the architecture; before anything of their size is read.
+    """Raise unless the stored tensors are those of the architecture, before any of them is read.
 
     Raises:
         CheckpointError: naming every tensor at fault.
@@ -217,7 +217,7 @@ def load(checkpoint: Checkpoint, config: SAEConfig | None, arguments: Mapping[st
     Args:
         checkpoint: what was found.
         config: the configuration that the user gave, if any.
-        arguments: what else `from_pretrained` was given.
+        arguments: the other arguments of `from_pretrained`.
 
     Returns:
         The SAE, and transformers' loading info.
@@ -251,8 +251,8 @@ def from_tensors(
     Args:
         cls: the class that `from_pretrained` was called on.
         config: its configuration; None if the tensors are described by `description`.
-        stated: what the user says of tensors with names of their own.
-        arguments: what else `from_pretrained` was given.
+        description: the user's description of a home-made checkpoint's tensors, if any.
+        arguments: the other arguments of `from_pretrained`.
 
     Returns:
         The SAE, and transformers' loading info.
@@ -264,7 +264,7 @@ def from_tensors(
     settings = dict(arguments)
     if description is not None:
         if config is not None:
-            raise InputError("Given both config= and architecture=; pass one: config= says the architecture, too.")
+            raise InputError("Given both config= and architecture=; pass one, as config= includes the architecture.")
         config, settings["state_dict"] = _described_tensors(settings.get("state_dict"), description)
         settings = {name: value for name, value in settings.items() if name not in description.options}
     elif config is None:
@@ -296,15 +296,15 @@ def require_class(wanted: type[SAEModel], found: type[SAEModel], what: str) -> N
 def load_strictly(
     model_class: type[SAEModel], where: str, arguments: dict[str, Any]
 ) -> tuple[SAEModel, dict[str, Any]]:
-    """Build an SAE around its tensors, and raise for all that transformers would only have warned of.
+    """Build an SAE around its tensors, and raise for everything that transformers would only warn about.
 
-    transformers itself is called for what it alone can do, such as quantising or dispatching; it first prepares for
-    the checkpoints of every model that it knows.
+    transformers itself is called only for what it alone can do, such as quantising or dispatching, since it first
+    prepares for the checkpoints of every model that it knows.
     """
     if set(arguments) <= {"config", "state_dict", "dtype", "torch_dtype"}:
         model, info = assembled(model_class, where, **arguments)
     else:
-        from_pretrained = PreTrainedModel.from_pretrained.__func__  # that of SAEModel would come back here
+        from_pretrained = PreTrainedModel.from_pretrained.__func__  # that of SAEModel would call this function again
         with quiet_transformers():
             model, info = from_pretrained(
                 model_class, None, output_loading_info=True, **{**arguments, "ignore_mismatched_sizes": True}

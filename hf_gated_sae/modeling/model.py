@@ -31,7 +31,7 @@ class SAEModel(ArchitectureContract):
     """An SAE: ``latents = encode(x)``, ``reconstruction = latents @ W_dec + b_dec``.
 
     A new architecture is one file in `architectures/`: a configuration class, and a subclass of this one that names
-    the configuration as its ``config_class``, adds its parameters, names what it is trained with as its
+    the configuration as its ``config_class``, adds its parameters, names its training objective as its
     ``objective_class``, and defines `_encode`, or `_activate` and `_cut` where each latent is a function of its own
     projection.
 
@@ -39,10 +39,10 @@ class SAEModel(ArchitectureContract):
     byte ranges of every tensor; `W_enc` is the usual orientation of the same memory.
 
     Attributes:
-        W_enc_T: encoder ``[d_sae, d_in]``; not of a `tied` architecture.
+        W_enc_T: encoder ``[d_sae, d_in]``; absent in a `tied` architecture.
         W_dec: decoder ``[d_sae, d_out]``.
         b_dec: decoder bias ``[d_out]``.
-        W_skip: ``[d_out, d_in]``; only of a transcoder with ``config.skip_connection``.
+        W_skip: ``[d_out, d_in]``; only in a transcoder with ``config.skip_connection``.
         max_activation: largest value of each latent on the recorded text, ``[d_sae]`` float32.
         mean_activation: mean value of each latent on the recorded text, zeros included, ``[d_sae]`` float32.
             Both mean something only if ``config.recorded_tokens`` is not 0; `record_statistics` fills them.
@@ -79,7 +79,7 @@ class SAEModel(ArchitectureContract):
         self.register_buffer("mean_activation", torch.empty(config.rows, dtype=torch.float32))
 
     def __repr__(self) -> str:
-        """Return what it is, where it belongs, how large it is and where it is from, in a few lines."""
+        """Return class, site, sizes and origin in a few lines."""
         return summary(self)
 
     # ------------------------------------------------------------------ the equations
@@ -97,22 +97,22 @@ class SAEModel(ArchitectureContract):
 
         Raises:
             ShapeError: if the last axis of `x` is not `d_in` wide.
-            InputError: if the indices are anything else than integers, such as a mask.
+            InputError: if the indices are not integers, but for example a mask.
             LatentIndexError: if an index is outside ``0 .. d_sae - 1``.
         """
         self.require_encodable()
         return self._encode(self._normalized(x), None if latents is None else self.latent_indices(latents))
 
     def require_encodable(self) -> None:
-        """Raise unless everything is held that encoding needs.
+        """Raise unless the SAE holds all latents that encoding needs.
 
         Raises:
             LatentIndexError: if only some latents were loaded, and whether they are on depends on the others.
         """
         if not self.elementwise and self.config.kept_latents is not None:
             raise LatentIndexError(
-                f"Whether a latent of a {type(self).__name__} is on depends on all of them, and only "
-                f"{self.config.rows} of {self.config.d_sae} were loaded: load it without latents=."
+                f"Whether a latent of a {type(self).__name__} is on depends on all of its latents, and only "
+                f"{self.config.rows} of {self.config.d_sae} were loaded: load the SAE without latents=."
             )
 
     def _normalized(self, x: Tensor) -> Tensor:
@@ -120,8 +120,8 @@ class SAEModel(ArchitectureContract):
         if x.shape[-1:] != (self.config.d_in,):
             raise ShapeError(
                 f"Given activations {list(x.shape)}, but this SAE reads d_in = {self.config.d_in}: expected "
-                f"[..., {self.config.d_in}]. Check that site {self.config.site!r} of {self.config.base_model!r} is "
-                "meant."
+                f"[..., {self.config.d_in}]. Check that they are from site {self.config.site!r} of "
+                f"{self.config.base_model!r}."
             )
         token_normalization = self.token_normalization(x)
         return x if token_normalization is None else token_normalization.apply(x)
@@ -144,8 +144,8 @@ class SAEModel(ArchitectureContract):
         """
         if self.config.kept_latents is not None:
             raise LatentIndexError(
-                f"Only {self.config.rows} of {self.config.d_sae} latents were loaded, which do not make up a "
-                "reconstruction: load the SAE without latents=."
+                f"Only {self.config.rows} of {self.config.d_sae} latents were loaded, and a reconstruction needs all: "
+                "load the SAE without latents=."
             )
         if latents.shape[-1:] != (self.config.d_sae,):
             raise ShapeError(f"Given latents {list(latents.shape)}, expected [..., d_sae = {self.config.d_sae}].")
@@ -170,7 +170,7 @@ class SAEModel(ArchitectureContract):
         return None if name == "none" else NORMALIZATIONS[name](x, self.config.normalization_eps)
 
     def written_scale(self, x: Tensor) -> Tensor | None:
-        """Return what one unit that the decoder writes is worth at each token of `x`, ``[..., 1]``; None for 1."""
+        """Return the factor that scales the decoder's output at each token of `x`, ``[..., 1]``; None for 1."""
         token_normalization = self._output_normalization(x)
         return None if token_normalization is None else token_normalization.scale
 
@@ -208,13 +208,13 @@ class SAEModel(ArchitectureContract):
     def encode_sparse(self, x: Tensor) -> SparseLatents:
         """Turn activations into the latents that are on.
 
-        Equal to ``encode(x)`` to rounding. Where no gradients are wanted, a few tokens are encoded at a time.
+        Equal to ``encode(x)`` to rounding. Where no gradients are needed, a few tokens are encoded at a time.
 
         Args:
             x: activations ``[..., d_in]``; computed in the wider of their dtype and the SAE's.
 
         Returns:
-            Those latents of ``encode(x)`` that are not zero.
+            The latents of ``encode(x)`` that are not zero.
 
         Raises:
             ShapeError: if the last axis of `x` is not `d_in` wide.
@@ -226,8 +226,9 @@ class SAEModel(ArchitectureContract):
     def reconstruct(self, x: Tensor) -> Tensor:
         """Encode and decode, keeping no latents.
 
-        Equal to ``sae(x).reconstruction`` to rounding. Where gradients, `torch.func` or a compiler need it, and away
-        from a CPU, it is that very call; else latents exist for a few tokens at a time, and only those that are on.
+        Equal to ``sae(x).reconstruction`` to rounding, and computed by that call where gradients, `torch.func` or a
+        compiler need it, or on another device than a CPU. Otherwise only active latents are kept, of a few tokens at a
+        time.
 
         Args:
             x: activations ``[..., d_in]``; computed in the wider of their dtype and the SAE's.
@@ -242,8 +243,8 @@ class SAEModel(ArchitectureContract):
         return reconstruct(self, x)
 
     # ------------------------------------------------------------------ sites that are read and written
-    # Latents of a source are computed from that site's activation alone, and write to outputs of its number and
-    # above. Here there is one source and one output; an architecture with several overrides these methods.
+    # Latents of a source are computed from that site's activation alone, and write to the output of the same number
+    # and to later ones. Here there is one source and one output; an architecture with several overrides these methods.
 
     def sources_of(self, rows: Tensor) -> list[int]:
         """Return which source each latent reads, given the latents' rows ``[n]``."""
@@ -301,14 +302,14 @@ class SAEModel(ArchitectureContract):
     ) -> TrainingLoss:
         """Return the objective that the architecture is trained with, term by term.
 
-        Where few latents are on, on a CPU, the memory of the large gradients stays with the weights once they are
-        cleared, for the next step; ``functional.cpu.forget(sae.parameters())`` lets go of it.
+        On a CPU, where few latents are active, the memory of the large gradients is kept for the next step after they
+        are cleared; ``functional.cpu.forget(sae.parameters())`` releases it.
 
         Args:
             x: activations ``[..., d_in]``.
             target: what is to be written, ``[..., d_out]``; `x` itself by default.
             sparsity_coefficient: weight of the sparsity term, in units of a squared error summed over the width.
-            sparsity_power: power of the latents in it, for objectives that anneal it.
+            sparsity_power: power of the latents in that term, for objectives that anneal it.
             objective: a variant; ``objective_class()`` by default.
 
         Raises:
@@ -321,11 +322,11 @@ class SAEModel(ArchitectureContract):
         return chosen.loss(self, x, target, Sparsity(sparsity_coefficient, sparsity_power))
 
     def forget_statistics(self) -> None:
-        """Forget what `record_statistics` remembered: of other weights it would be wrong."""
+        """Discard what `record_statistics` recorded, which no longer holds once the weights change."""
         self.record_statistics(torch.zeros_like(self.max_activation), torch.zeros_like(self.mean_activation), 0)
 
     def training_obstacle(self) -> str:
-        """Return why no objective can be computed of this SAE; empty if one can."""
+        """Return why this SAE cannot be trained; empty if it can."""
         return training_obstacle(self.config)
 
     def constant(self, x: Tensor) -> Tensor:
@@ -367,7 +368,7 @@ class SAEModel(ArchitectureContract):
             Rows ``[n]``, int64: the indices themselves, unless only some latents were loaded.
 
         Raises:
-            InputError: if they are anything else than integers, such as a mask.
+            InputError: if they are not integers, but for example a mask.
             LatentIndexError: naming the first index that is out of range or was not loaded.
         """
         return held_rows(self.config, latents).to(self.b_dec.device, non_blocking=True)
@@ -376,13 +377,13 @@ class SAEModel(ArchitectureContract):
     def record_statistics(
         self, max_activation: Tensor, mean_activation: Tensor, tokens: int, *, metrics: FidelityMetrics | None = None
     ) -> None:
-        """Remember how strongly each latent fires; steering and mean ablation measure in these units.
+        """Record how strongly each latent fires; steering and mean ablation use these values as units.
 
         Args:
             max_activation: largest value of each latent, ``[d_sae]``.
             mean_activation: mean value of each latent, zeros included, ``[d_sae]``.
             tokens: number of tokens they were measured on.
-            metrics: what else was measured there, with which `attach` compares; forgotten if None.
+            metrics: other numbers measured on them, which `attach` compares with; earlier ones are discarded if None.
         """
         self.max_activation.copy_(max_activation)
         self.mean_activation.copy_(mean_activation)
@@ -414,7 +415,7 @@ class SAEModel(ArchitectureContract):
 
     @classmethod
     def shared_names(cls, config: SAEConfig) -> frozenset[str]:
-        """Return the names of the tensors that are not one row per latent: those that stay when no latent is held."""
+        """Return the names of the tensors that are not one row per latent: their shape is the same without latents."""
         none_held = copy.deepcopy(config)
         none_held.kept_latents = []
         with torch.device("meta"):

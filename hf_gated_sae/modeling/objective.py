@@ -1,4 +1,4 @@
-"""What an architecture is trained to minimise; its fields are the variants that are known of it."""
+"""What an architecture is trained to minimise; the fields of an objective select its variants."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sparsity:
-    """How sparsity is paid for at one step of a run.
+    """The weight and power of the sparsity penalty at one step of a run.
 
     Attributes:
         coefficient: lambda, in units of a squared error summed over the width.
@@ -44,20 +44,20 @@ class Sparsity:
 
 @dataclass(frozen=True)
 class Objective:
-    """Here: ``|y - y^|^2``, all there is to it where an architecture is sparse by construction.
+    """``|y - y^|^2``, the whole objective of architectures that are sparse by construction.
 
-    An architecture with another objective has a subclass beside it, and names it as its `objective_class`. Every term
-    is a mean over tokens; squared errors are summed over the width.
+    An architecture with another objective defines a subclass beside it, and names it as its `objective_class`. Every
+    term is a mean over tokens; squared errors are summed over the width.
     """
 
     anneals: ClassVar[bool] = False
-    """Whether the sparsity's power has a meaning."""
+    """Whether the objective uses the power of `Sparsity`."""
 
     penalises: ClassVar[bool] = False
-    """Whether the sparsity's coefficient has a meaning."""
+    """Whether the objective uses the coefficient of `Sparsity`."""
 
     competes: ClassVar[bool] = False
-    """Whether a latent that is above the point where it turns on may still be left out for others."""
+    """Whether a latent above the point where it turns on may still be left out in favour of others."""
 
     def loss(self, sae: SAEModel, x: Tensor, target: Tensor, sparsity: Sparsity) -> TrainingLoss:
         """Return the objective on some activations.
@@ -66,7 +66,7 @@ class Objective:
             sae: the SAE.
             x: activations ``[..., d_in]``.
             target: what is to be written, ``[..., d_out]``: `x` itself unless the SAE is a transcoder.
-            sparsity: how sparsity is paid for.
+            sparsity: weight and power of the penalty.
         """
         latents = sae.encode(x)
         reconstruction = sae.decode(latents, x)
@@ -74,20 +74,20 @@ class Objective:
         return TrainingLoss.of(terms, reconstruction, latents.detach())
 
     def frozen(self, sae: SAEModel) -> frozenset[str]:
-        """Return the names of the SAE's parameters that do not learn."""
+        """Return the names of the SAE's parameters that are not trained."""
         return frozenset()
 
     def constrain(self, sae: SAEModel) -> None:
-        """Bring the parameters back to what the objective takes them for; to be called after every step."""
+        """Restore the constraints on parameters that the objective assumes; to be called after every step."""
 
 
 @dataclass(frozen=True)
 class TopKObjective(Objective):
-    """``|y - y^|^2`` of architectures that select latents per token, and of nested parts of their dictionary.
+    """``|y - y^|^2`` for architectures that select latents per token, and for nested parts of their dictionary.
 
     Attributes:
-        prefixes: shares of the latents, each between 0 and 1; each share of the first latents has to reconstruct alone
-            as well, one term for each, which makes a Matryoshka SAE.
+        prefixes: shares of the latents, each between 0 and 1. For each there is a further term, the squared error with
+            only that share of the first latents, which makes a Matryoshka SAE.
 
     Source: Gao et al. 2024 (arXiv 2406.04093), section 2; Bussmann et al. 2025 (arXiv 2503.17547) for the prefixes.
     """
@@ -110,7 +110,7 @@ class TopKObjective(Objective):
     def _reconstruction(
         self, sae: SAEModel, x: Tensor, target: Tensor, support: Support, latents: Tensor
     ) -> TrainingLoss:
-        """Return the terms of latents that were kept, given as values of a support."""
+        """Return the objective's terms for kept latents, given as values of a support."""
         constant = sae.constant(x)
         reconstruction = support.decode(latents, sae.W_dec) + constant
         terms = {"reconstruction": squared_error(target, reconstruction)}
@@ -118,8 +118,8 @@ class TopKObjective(Objective):
         widths = [max(1, round(share * d_sae)) for share in self.prefixes]
         if len({*widths, d_sae}) <= len(widths):
             raise InputError(
-                f"Of {d_sae} latents the prefixes {list(self.prefixes)} are the first {widths}; expected different "
-                "numbers, each less than all."
+                f"Of {d_sae} latents the prefixes {list(self.prefixes)} select the first {widths}; expected different "
+                "numbers, each less than all latents."
             )
         numbers = torch.arange(d_sae, device=x.device) if support.latents is None else support.latents
         for first in widths:

@@ -65,16 +65,16 @@ class PretrainedSAE(PreTrainedModel):
                 SAE keeps their numbers and acts in interventions on them exactly as the full one does.
             config: use this configuration instead of the stored one.
             format: name of the layout, where several share a folder, such as ``"native"``.
-            architecture: of a home-made checkpoint, such as ``"standard"``: tensors in no known layout, in
+            architecture: for a home-made checkpoint, such as ``"standard"``: tensors in no known layout, in
                 safetensors, npz or torch files. Widths are read from the shapes; ``k=``, ``site=`` and other keys of
                 the configuration are given by name.
-            names: of a home-made checkpoint, its name of each tensor of ours, where it is not a usual one:
-                ``{"W_enc": "encode.matrix"}``. A matrix is transposed as its shape demands; of a square one, the
+            names: for a home-made checkpoint, its name for each of our tensors, unless it is a common one:
+                ``{"W_enc": "encode.matrix"}``. A matrix is transposed if its shape requires it; for a square one, the
                 ``_T`` of ``{"W_enc_T": "encode.matrix"}`` says that one row is one latent (``"encode.matrix.T"``: one
                 column is). None means that there is no such vector: zeros.
-            ignore: of a home-made checkpoint, tensors to leave out, perhaps with ``*``.
+            ignore: for a home-made checkpoint, tensors to leave out, perhaps with ``*``.
             output_loading_info: also return transformers' loading info.
-            **kwargs: keys of the configuration, and as for any transformers model: ``revision``, ``token``,
+            **kwargs: keys of the configuration, and the arguments of any transformers model: ``revision``, ``token``,
                 ``cache_dir``, ``local_files_only``, ``dtype``, ``device_map``, ``state_dict`` ...
 
         Returns:
@@ -103,7 +103,7 @@ class PretrainedSAE(PreTrainedModel):
         """Where this SAE was loaded from, with the commit; None for one that was built or trained here."""
         return self._origin
 
-    def save_pretrained(  # what else there is goes through kwargs
+    def save_pretrained(  # transformers' other arguments go through kwargs
         self, save_directory: str | os.PathLike[str], *, push_to_hub: bool = False, **kwargs: Any
     ) -> None:
         """Write ``config.json`` and ``model.safetensors``; either all files are replaced or none.
@@ -111,7 +111,7 @@ class PretrainedSAE(PreTrainedModel):
         Args:
             save_directory: folder, created if need be.
             push_to_hub: also publish, with ``repo_id=`` among `kwargs` (the folder's name by default).
-            **kwargs: as for any transformers model: ``max_shard_size``, ``state_dict``, ``variant`` ...
+            **kwargs: the arguments of any transformers model: ``max_shard_size``, ``state_dict``, ``variant`` ...
         """
         publish = {key: kwargs.pop(key) for key in _PUBLISH_ARGUMENTS if key in kwargs}
         with written_together(Path(save_directory)) as staging, quiet_transformers():

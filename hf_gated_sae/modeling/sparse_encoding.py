@@ -24,10 +24,10 @@ LATENTS_AT_ONCE = {"cpu": 1 << 22}
 """Latents, zeros included, that exist at once where an architecture computes them all: 16 MB stay in a cache."""
 
 LATENTS_AT_ONCE_ELSEWHERE = 1 << 28
-"""The same on other devices, where only memory is the reason."""
+"""The same on other devices, where only memory limits it."""
 
 FEWEST_TOKENS = 64
-"""Tokens that are encoded together however many latents there are."""
+"""Minimum number of tokens that are encoded together, however many latents there are."""
 
 
 def encode_sparse(sae: SAEModel, x: Tensor) -> SparseLatents:
@@ -66,7 +66,7 @@ def reconstruct(sae: SAEModel, x: Tensor) -> Tensor:
 def _few(sae: SAEModel, x: Tensor, most: float) -> SparseLatents | None:
     """Return the active latents of normalised activations ``[tokens, d_in]`` without computing the others.
 
-    None if the architecture has no way to, or if more than about this share of the latents is active.
+    None if the architecture cannot do that, or if more than about the share `most` of the latents is active.
     """
     cut = sae._cut() if sae.encodes_projections else None
     if cut is None:
@@ -95,14 +95,14 @@ def select_sparse(sae: SAEModel, x: Tensor) -> SparseLatents | None:
 
 
 def _leading(sae: SAEModel, x: Tensor) -> tuple[int, ...]:
-    """Return the axes of activations that count tokens."""
+    """Return the sizes of the axes of activations that count tokens."""
     return tuple(x.shape[: x.ndim - len(sae.input_shape)])
 
 
 def _in_parts(sae: SAEModel, x: Tensor) -> bool:
-    """Whether activations may be encoded part by part: tokens alone, and nothing wanted but values."""
+    """Whether activations may be encoded part by part: tokens are independent, and only values are needed."""
     if not sae.per_token or x.shape[-len(sae.input_shape) :] != sae.input_shape or not x.numel():
-        return False  # `encode` says what is wrong, if anything
+        return False  # if anything is wrong, `encode` raises
     if x.device.type == "meta" or torch.is_autocast_enabled(x.device.type):
         return False
     if sae.latent_group is not None:
@@ -116,7 +116,7 @@ def latent_chunks(sae: SAEModel, x: Tensor) -> Iterator[Tensor]:
 
 
 def _chunks(x: Tensor, numbers: int, each: int = 0) -> Iterator[Tensor]:
-    """Split tokens evenly into parts of about `numbers` values, of which a token has its own number, or `each`."""
+    """Split tokens evenly into parts of about `numbers` values; a token has `each`, or by default its own number."""
     most = max(FEWEST_TOKENS, numbers // (each or math.prod(x.shape[1:])))
     size = math.ceil(len(x) / math.ceil(len(x) / most))
     yield from x.split(size)

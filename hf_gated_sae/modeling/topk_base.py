@@ -1,4 +1,4 @@
-"""The base of architectures that select a number of latents for every token."""
+"""The base class of architectures that select a number of latents for every token."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class TopKBaseSAE(SAEModel):
     @property
     @abstractmethod
     def latents_per_token(self) -> int:
-        """Number of latents that are kept of a token."""
+        """Number of latents kept per token."""
 
     @abstractmethod
     def _choose(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return which latents are kept of activated projections ``[..., d_sae]``, and their values."""
+        """Return the indices and values of the latents to keep of activated projections ``[..., d_sae]``."""
 
     def margins(self, x: Tensor, latents: Tensor) -> Tensor:
         """Return the pre-latents of some latents; see `SAEModel.margins`."""
@@ -61,7 +61,7 @@ class TopKBaseSAE(SAEModel):
         return kept if latents is None else kept[..., latents]
 
     def _highest(self, x: Tensor, *, rounding: bool = False) -> tuple[Tensor, Tensor] | None:
-        """Return which latents are kept, and their projections, without computing those of all others.
+        """Return the latents to keep, and their projections, without computing all others.
 
         Args:
             x: activations ``[tokens, d_in]``.
@@ -81,7 +81,7 @@ class TopKBaseSAE(SAEModel):
         return SparseLatents.from_indices(indices, values.view_as(indices), self.config.d_sae)
 
     def _sparse_support(self, x: Tensor, shift: Tensor | None) -> cpu.SparseSupport | None:
-        """Return the projections of what is kept alone; None where a dense step is faster, or needed."""
+        """Return the projections of the kept latents alone; None where a dense step is faster, or needed."""
         few = self.latents_per_token <= cpu.DENSEST * self.config.d_sae
         if not few or not cpu.serves_sparse_step(x, self.W_enc_T):
             return None

@@ -1,4 +1,4 @@
-"""Whether an SAE has a training loss, and whether activations fit it."""
+"""Checks that an SAE can be trained, and that activations fit it."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 
 
 def training_obstacle(config: SAEConfig) -> str:
-    """Return why no objective can be computed of an SAE; empty if one can."""
+    """Return why an SAE cannot be trained, to follow "it" in a message; empty if it can."""
     if config.kept_latents is not None:
         return f"holds only {config.rows} of its {config.d_sae} latents: load it without latents="
     if config.normalization != "none":
         return (
-            f"normalises each token ({config.normalization}), and is therefore no homogeneous function of its "
-            "input, as the training in another unit needs: train one with normalization='none', scaled by "
+            f"normalises each token ({config.normalization}), so it is not a homogeneous function of its input, "
+            "which training on scaled activations needs: train one with normalization='none', scaled by "
             "activation_scale="
         )
     return ""
 
 
 def require_trainable_input(sae: SAEModel, x: Tensor, target: Tensor) -> None:
-    """Raise unless an objective can be computed of these activations.
+    """Raise unless an objective can be computed from these activations.
 
     Raises:
         InputError: if the SAE normalises its input, or holds only some of its latents.

@@ -1,4 +1,4 @@
-"""Using transformers' own loading and saving: without its remarks, and by one thread at a time."""
+"""Use transformers' loading and saving without its log messages, and by one thread at a time."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _one_at_a_time = threading.RLock()
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' progress bar and load report: what they would say is raised instead.
+    """Silence transformers' progress bar and load report: the problems that it would report are raised instead.
 
-    These are settings of the process, and `from_pretrained` of transformers changes more of them (two at once leave
-    torch building every later model on the meta device), so that other threads of ours wait.
+    These settings are global to the process, and transformers' `from_pretrained` changes more of them (two at once
+    leave torch building every later model on the meta device), so our other threads wait.
     """
     with _one_at_a_time:
         verbosity = transformers_logging.get_verbosity()
@@ -31,13 +31,13 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Keep transformers' own progress bars out of what is shown."""
+    """Disable transformers' own progress bars."""
     enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         if enabled:
-            with warnings.catch_warnings():  # the Hub's client says each time that the environment forbids its own
+            with warnings.catch_warnings():  # the Hub's client warns each time that the environment disables its bars
                 warnings.simplefilter("ignore", UserWarning)
                 transformers_logging.enable_progress_bar()

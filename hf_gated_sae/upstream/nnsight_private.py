@@ -6,7 +6,7 @@ from typing import Any
 
 
 def counts_rows(wrapper: Any) -> bool:
-    """Whether an nnsight wrapper counts the rows of an invoke; the base class says one for whatever it is given."""
+    """Whether an nnsight wrapper counts the rows of an invoke; the base class returns 1 for any input."""
     from nnsight.intervention.envoy import Envoy
 
     return type(wrapper)._batch_size is not Envoy._batch_size

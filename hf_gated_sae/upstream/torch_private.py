@@ -2,7 +2,7 @@
 
 Operations that exist for speed (`onednn_linear`, `pair_dots`, `storage_holders`) are None where this build of torch
 lacks them or computes something else; callers then take the public way. The others are needed to know which forward
-is running: without them hooks could edit the wrong call, so a missing one raises when it is first used.
+is running: without them hooks could edit the wrong call, so a missing one raises, at the latest when it is first used.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 
 def _onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Return ``x @ weight.T`` by oneDNN, ``[n, d] -> [n, m]``; torch's own `linear` takes BLAS in float32."""
+    """Return ``x @ weight.T`` by oneDNN, ``[n, d] -> [n, m]``; torch's own `linear` uses BLAS in float32."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
@@ -41,7 +41,7 @@ def _pair_dots(rows: Tensor, others: Tensor, row: Tensor, other: Tensor) -> Tens
 
 
 def _storage_holders(tensor: Tensor) -> tuple[int, int]:
-    """Return how many hold a tensor's memory: as Python storage objects, and as tensors."""
+    """Return the number of references to a tensor's memory: to its storage object in Python, and from tensors."""
     storage = tensor.untyped_storage()
     return sys.getrefcount(storage), torch._C._storage_Use_Count(storage._cdata)
 
@@ -88,7 +88,7 @@ storage_holders = _checked_storage_holders()
 
 
 is_functorch_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
-"""Whether a transformation of `torch.func` wraps a tensor, which may then not be written elsewhere."""
+"""Whether a transformation of `torch.func` wraps a tensor, which must then not be written into another one."""
 
 functorch_unwrapped: Callable[[Tensor], Tensor] = torch._C._functorch.get_unwrapped
 """Returns the tensor that a transformation of `torch.func` wraps."""
@@ -97,8 +97,8 @@ functorch_unwrapped: Callable[[Tensor], Tensor] = torch._C._functorch.get_unwrap
 # ---------------------------------------------------------------- which forward runs
 
 MODULE_CALL: CodeType = nn.Module._call_impl.__code__
-"""The code of a module's call. torch runs no hook after a call that KeyboardInterrupt ended, so that whether it still
-runs has to be seen on the stack."""
+"""The code of a module's call. torch runs no hook after a call that KeyboardInterrupt ended, so the stack is inspected
+to see whether the call is still running."""
 
 
 next_node_number: Callable[[], int] = torch._C._autograd._get_sequence_nr

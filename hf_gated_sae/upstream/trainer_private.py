@@ -2,14 +2,14 @@
 
 Its public hooks cannot resume a run bit for bit. What is missing upstream, by reason:
 
-* nothing public replaces how a checkpoint is written and read. Callbacks hear of a save when it is done, so that they
-  can neither make it whole or absent, nor leave out pickles, nor split the optimiser's state over processes;
-* the loss summed since the last log, and its total, are no part of `TrainerState`; a resumed run would log another
+* no public hook replaces how a checkpoint is written and read. Callbacks are called after a save, so they can neither
+  make it atomic, nor leave out pickles, nor split the optimiser's state over processes;
+* the loss summed since the last log, and its total, are not in `TrainerState`; a resumed run would log a different
   first mean;
-* training begins by reading the data loader forward to where it was. Our streams go there at once, and a run that was
-  finished would take one more step.
+* training resumes by reading the data loader up to where it was. Our streams seek there directly. A finished run would
+  take one more step.
 
-`require_trainer` raises where a name is gone, before a run begins: an override of a method that is no longer called
+`require_trainer` raises before a run begins if a name is missing: an override of a method that is no longer called
 would silently do nothing.
 """
 
@@ -60,7 +60,7 @@ def require_trainer(trainer: type[Any]) -> None:
         trainer: `transformers.Trainer`.
 
     Raises:
-        VersionError: naming those that are gone.
+        VersionError: naming those that are missing.
     """
     missing = [name for name in OVERRIDDEN if not inspect.isfunction(getattr(trainer, name, None))]
     source = inspect.getsource(inspect.getmodule(trainer) or trainer)

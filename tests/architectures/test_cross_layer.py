@@ -135,7 +135,7 @@ def test_saved_is_loaded_bit_by_bit(case: str, dtype: torch.dtype, tmp_path: Pat
     assert_same(loaded, again)
     assert again.config.sites_read == sae.sites and again.config.base_model == "acme/lm"
     assert sae.config.is_transcoder == (sae.sites != sae.sites_out)
-    with pytest.raises(InputError, match="cannot be held alone: load it without latents="):
+    with pytest.raises(InputError, match="cannot hold only some of its latents: load it without latents="):
         SAEModel.from_pretrained(tmp_path / "first", latents=[1])
     assert_same(sae, copy.deepcopy(sae))
 
@@ -221,9 +221,9 @@ def test_wrong_input_says_what_is_wrong() -> None:
     "settings, message",
     [
         ({"sites": None}, "sites is missing"),
-        ({"sites": []}, "expected names of places, at least one"),
-        ({"sites": ["a.input", 3]}, "expected names of places"),
-        ({"sites_out": OUT[:2]}, "no fewer written than read"),
+        ({"sites": []}, "expected names of sites, at least one"),
+        ({"sites": ["a.input", 3]}, "expected names of sites"),
+        ({"sites_out": OUT[:2]}, "at least as many written as read"),
         ({"latents_per_site": [6, 7]}, "expected 3 positive numbers that add up to d_sae = 22"),
         ({"latents_per_site": [6, 7, 10]}, "add up to d_sae"),
         ({"latents_per_site": [-1, 7, 16]}, "positive numbers"),
@@ -233,7 +233,7 @@ def test_wrong_input_says_what_is_wrong() -> None:
         ({"kept_latents": [1]}, "holds all of its latents"),
         (
             {"sites_out": [*OUT, "mlp_out.4"], "apply_b_dec_to_input": True},
-            "3 sites read and 4 written; expected as many",
+            "3 sites read and 4 written; expected equal numbers",
         ),
         ({"sites": "resid_mid.0"}, "sites is 'resid_mid.0'"),
     ],

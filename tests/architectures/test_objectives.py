@@ -314,7 +314,7 @@ def test_rescale_and_shift_starts_as_the_baseline_and_moves_nothing_else() -> No
     assert {name for name, _ in sae.named_parameters()} - objective.frozen(sae) == {"r_mag", "b_mag"}
     loss = sae.training_loss(activations(), sparsity_coefficient=0.3, objective=objective)
     assert set(loss.terms) == {"reconstruction"}
-    with pytest.raises(InputError, match="learns r_mag and b_mag from the reconstruction and nothing else"):
+    with pytest.raises(InputError, match="trains only r_mag and b_mag, from the reconstruction alone"):
         GatedObjective(rescale_and_shift=True, tied_b_mag=True)
 
 

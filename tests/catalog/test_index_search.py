@@ -299,9 +299,9 @@ def test_saelens_words_for_a_place_are_understood(gemma_scope: str, cache_dir: s
 @pytest.mark.parametrize(
     ("given", "phrase"),
     [
-        ({"release": "a", "pretrained_model_name_or_path": "b"}, "release='a' and 'b', which both say where"),
+        ({"release": "a", "pretrained_model_name_or_path": "b"}, "release='a' and 'b' for the same argument"),
         ({"sae_id": "a", "subfolder": "b", "release": "c"}, "sae_id='a' and 'b'"),
-        ({"sae_id": "a"}, "sae_id='a' alone; pass the release="),
+        ({"sae_id": "a"}, "sae_id='a' without release=; pass the release="),
         ({}, "neither a checkpoint nor config="),
     ],
 )

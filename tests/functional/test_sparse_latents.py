@@ -63,7 +63,7 @@ def test_tokens_that_do_not_exist(start: int, stop: int) -> None:
 @pytest.mark.parametrize("share", [0.01, 1.0])
 def test_a_decoder_of_another_dtype(share: float) -> None:
     live = SparseLatents.from_dense(latents_of([3, 200], share))
-    with pytest.raises(InputError, match=r"float64, the decoder is of torch.float32"):
+    with pytest.raises(InputError, match=r"float64, but the decoder is torch.float32"):
         sparse_decode.decode(live, torch.ones(200, 4))
     assert sparse_decode.decode(live.to(torch.float32), torch.ones(200, 4)).dtype == torch.float32
 
@@ -80,7 +80,7 @@ def test_autocast_makes_dtypes_the_same(share: float) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             found, wanted = sparse_decode.decode(latents, decoder), latents.dense() @ decoder
         assert found.dtype == torch.bfloat16 and torch.equal(found, wanted)
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(InputError, match="are of torch.float64"):
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(InputError, match="are torch.float64"):
         sparse_decode.decode(live, weight)  # which no autocast touches
 
 

@@ -138,7 +138,7 @@ def test_a_splice_is_refused_before_anything_is_hooked(saved: Any) -> None:
 
 @pytest.mark.parametrize("architecture", [name for name in architectures if not architectures[name].sliceable])
 def test_architectures_that_cannot_be_loaded_in_part_are_refused(architecture: str, saved: Any) -> None:
-    with pytest.raises(InputError, match="cannot be held alone: load it without latents="):
+    with pytest.raises(InputError, match="cannot hold only some of its latents: load it without latents="):
         SAEModel.from_pretrained(saved(example(architecture)), latents=[1])
 
 

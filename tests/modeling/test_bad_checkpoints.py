@@ -134,7 +134,7 @@ CORRUPTIONS: dict[str, tuple[Corruption, type[SAEError], str]] = {
     "negative width": (put(d_sae=-16), CheckpointError, "d_sae is -16, expected a positive number"),
     "unknown dtype": (put(dtype=" float32"), CheckpointError, "dtype is ' float32', expected one of torch"),
     "a kernel to be downloaded": (put(attn_implementation="owner/kernel"), CheckpointError, "attn_implementation is"),
-    "dtype that is a list": (put(dtype=["float32"]), CheckpointError, "dtype is .*nothing that transformers writes"),
+    "dtype that is a list": (put(dtype=["float32"]), CheckpointError, "dtype is .*which transformers never writes"),
     "labels that are none": (put(id2label="x"), CheckpointError, "id2label is 'x'"),
     "impossible matrix": (put(d_in=2**31 - 1, d_out=2**31 - 1, d_sae=2**31 - 1), CheckpointError, "matrices of at"),
     "wrong d_in": (put(d_in=7, d_out=7), CheckpointError, r"W_enc_T with shape \[16, 6\] where.*\[16, 7\]"),

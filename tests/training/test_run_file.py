@@ -151,7 +151,7 @@ def test_merging_replaces_what_is_given_and_nothing_else(base: dict, over: dict)
         ("--data.dataset wikitext", "data.dataset and data.files"),
         ("--data.shards there", "data.files and data.shards"),
         ("--data.split test", "data.split means nothing with data.files"),
-        (f"--data.dataset {__file__} --data.files null", "_file.py, a file here, and no id of the Hub: give it as"),
+        (f"--data.dataset {__file__} --data.files null", "_file.py, a file and not a Hub id: give it as"),
         ("--training.seed 3", "training.seed is given as seed, beside training"),
         ("--training.sparsity_coefficient 3", "is given as sae.sparsity_coefficient"),
         ("--training.per_device_train_batch_size 3", "is given as training.activation_batch_size"),
@@ -166,7 +166,7 @@ def test_merging_replaces_what_is_given_and_nothing_else(base: dict, over: dict)
         ('--saes {"../esc":{}}', "The SAE's name '../esc' cannot be used as the folder"),
         ('--saes {"a":{"d_sae":3,"expansion_factor":2}}', "both saes.a.d_sae and saes.a.expansion_factor"),
         ('--saes {"a":{"d_sae":3,"d_sae":4}}', "the key 'd_sae' is given twice"),
-        ("--sae.site_out resid_post.1", "sae.site_out is resid_post.1, where it reads"),
+        ("--sae.site_out resid_post.1", "sae.site_out is resid_post.1, the site that it reads: remove it"),
         ("--sae.dtype float64", "sae.dtype is 'float64'; expected float32 or bfloat16"),
         ("--sae.dtype float16", "sae.dtype is 'float16'; expected float32 or bfloat16"),
         ("--sae.sparsity_coefficient -1", "sparsity_coefficient is -1; expected 0 or a positive number"),
@@ -285,7 +285,7 @@ def test_files_that_are_not_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MissingFileError, match="no file"):
         read_run(tmp_path / "none.yaml")
     (tmp_path / "broken.yaml").write_text("a: [")
-    with pytest.raises(InputError, match="is no YAML"):
+    with pytest.raises(InputError, match="is not valid YAML"):
         read_run(tmp_path / "broken.yaml")
     (tmp_path / "list.yaml").write_text("- a")
     with pytest.raises(InputError, match="expected a mapping"):

@@ -42,13 +42,13 @@ _enabled = os.environ.get("HF_GATED_SAE_PLAIN", "0") != "1"  # not a ContextVar,
 
 
 def enabled() -> bool:
-    """Whether the fast ways may be taken."""
+    """Whether the fast paths may be used."""
     return _enabled
 
 
 @contextmanager
 def plain() -> Iterator[None]:
-    """Compute everything in this process the plain way, for comparison or to rule out an error here."""
+    """Compute everything in this process the plain way, for comparison or to rule out an error in this package."""
     global _enabled
     before, _enabled = _enabled, False
     try:
@@ -100,7 +100,7 @@ def highest(
 
 
 def serves_sparse_step(x: Tensor, W_enc_T: Tensor) -> bool:
-    """Whether a training step on active latents alone computes what is wanted, and may be the faster one."""
+    """Whether a training step on active latents alone gives all that is needed, and may be faster."""
     return enabled() and SparseSupport.serves(x, W_enc_T)
 
 

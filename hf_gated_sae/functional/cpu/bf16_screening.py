@@ -1,11 +1,11 @@
-"""Screening in bfloat16: which projections may be above their cut, in less than half the time; these are then exact.
+"""Screening in bfloat16: find the projections that may be above their cut, and compute only these in full precision.
 
-Rounding changes a projection by at most ``|x^ - x| |w^| + |x| |w^ - w|``, hats for what is rounded to bfloat16. That
-bound, and the cut, are columns of the rounded matrices themselves: the product of ``[x^, |x^ - x|, |x|, 1]`` and
-``[w^, |w^|, |w^ - w|, -cut]`` is negative only where the exact projection is below the cut. No pass over the result
-is needed but for its signs.
+Rounding changes a projection by at most ``|x^ - x| |w^| + |x| |w^ - w|``, where a hat means rounded to bfloat16. That
+bound and the cut are further columns of the rounded matrices: the product of ``[x^, |x^ - x|, |x|, 1]`` and
+``[w^, |w^|, |w^ - w|, -cut]`` is negative only where the exact projection is below the cut. So one pass over the
+signs of the result is enough, and screening takes less than half the time of a product in float32.
 
-Where autocast asks for products in bfloat16, the rounded product itself decides, and is used unchanged.
+Where autocast selects bfloat16 for products, the rounded product is itself compared with the cut, and used unchanged.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from .reused_memory import ReusedMemory
 from .threshold_search import MEMBERS, ThresholdSearch
 
 UP = 1 + 2**-7
-"""Times this, a positive number rounds to no less than itself in bfloat16."""
+"""A positive number times this is no less than the number after rounding to bfloat16."""
 
 MOST = 1e37
-"""Above this a product is left to float32: bounds and sums might no longer be finite."""
+"""Limit above which a product is computed in float32, as bounds and sums might not be finite."""
 
 TINY = 1e-16
-"""Longer than any vector of numbers so small that their squares vanish, and their norm with them."""
+"""Larger than the norm of any vector whose computed norm is 0 because the squares underflow."""
 
 DENSEST = 1 / 32
-"""Share of candidates above which computing each by itself takes longer than a product in float32."""
+"""Share of candidates above which computing them one by one takes longer than a product in float32."""
 
 FEWEST_TOKENS = 384
-"""Tokens below which rounding the weights takes longer than a product in bfloat16 saves."""
+"""Number of tokens below which rounding the weights takes more time than a product in bfloat16 saves."""
 
 _BLOCKS_PER_KEPT = 4  # with fewer blocks their k-th highest maximum lies further below the k-th highest of all
 _TOKENS_AT_ONCE = 512
 
 ROUNDED = ReusedMemory()
-"""Of matrices that are rounded whole at every step; those of their parts go with the parts."""
+"""Memory for rounded weights; that of a slice of a matrix is released with the slice."""
 
 _ZERO = torch.tensor(0, dtype=torch.int16)
 
 BLOCK = 128
-"""Rows whose rounding errors are computed at once: few enough to stay in a core's own cache."""
+"""Number of rows whose rounding errors are computed at once, few enough to stay in a core's own cache."""
 
 
 def serves(x: Tensor, weight: Tensor, cut: Tensor) -> bool:
@@ -56,33 +56,33 @@ def serves(x: Tensor, weight: Tensor, cut: Tensor) -> bool:
 
 
 def autocast_rounds(x: Tensor) -> bool:
-    """Whether autocast asks for products in bfloat16 where `x` is."""
+    """Whether autocast selects bfloat16 for products on the device of `x`."""
     kind = x.device.type
     return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
 
 
 class Screen:
-    """Some tokens, and estimates of their projections by a product of rounded matrices.
+    """Estimates the projections of some tokens by a product of rounded matrices.
 
     Args:
         x: ``[tokens, d_in]`` float32.
     """
 
     def __init__(self, x: Tensor) -> None:
-        """Round them."""
+        """Round the tokens."""
         self.x = x
         self.rounded, self.largest = self._round(x)
         self.reaching = ThresholdSearch()
 
     def _round(self, x: Tensor) -> tuple[Tensor, float]:
-        """Return the matrix that stands for the tokens, and what bounds it: here, its largest number."""
+        """Return the rounded tokens with further columns, and a bound on them: here, the largest absolute value."""
         rounded = _with_room(x, 2)
         rounded[:, :-2].copy_(x)
         rounded[:, -2:] = 1
         return rounded, _largest(rounded)
 
     def columns(self, weight: Tensor, bias: Tensor) -> Tensor | None:
-        """Return the matrix whose product with the rounded tokens is compared: here, the projections plus a bias.
+        """Return the matrix whose product with the rounded tokens gives estimates: here, of projections plus a bias.
 
         Args:
             weight: ``[n, d_in]``.
@@ -93,18 +93,18 @@ class Screen:
         """
         columns = ROUNDED.of(weight, (len(weight), weight.shape[1] + 2), torch.bfloat16)
         columns[:, :-2].copy_(weight)
-        columns[:, -2] = bias  # in two parts: rounded in one, it would move a latent at all tokens by the same amount
+        columns[:, -2] = bias  # in two parts: one part's rounding error would shift a latent equally at all tokens
         columns[:, -1] = bias - columns[:, -2]
         return columns if self.largest * _largest(columns) * columns.shape[1] < MOST else None
 
     def least(self, kth: Tensor, columns: Tensor, bias: Tensor, tokens: slice) -> Tensor:
-        """Return the least estimate of a projection plus bias that is not below one whose estimate is `kth`.
+        """Return the lowest estimate of a projection plus bias that is not below one whose estimate is `kth`.
 
         Args:
-            kth: of each token ``[n]``.
+            kth: an estimate for each token ``[n]``.
             columns: of all latents.
             bias: of all latents ``[d_sae]``.
-            tokens: which of the tokens these are.
+            tokens: the slice of the screen's tokens that `kth` is for.
         """
         return kth
 
@@ -123,7 +123,7 @@ class Screen:
         if columns is None:
             return None
         estimates = torch.nn.functional.linear(columns, self.rounded)
-        # Groups of tokens, so that the latents of what is found ascend.
+        # Grouped by token, so that the results are in ascending order of latents.
         tile = estimates.view(torch.int16).unflatten(1, (ThresholdSearch.members(len(self.x)), -1))
         indices = self.reaching.find(tile, self.reaching.largest(tile), _ZERO)
         if len(indices) > DENSEST * estimates.numel():
@@ -141,17 +141,17 @@ class Screen:
 
         Args:
             estimates: ``[n, tokens]``.
-            indices: which of these, ``[found]``.
+            indices: flat indices of estimates, ``[found]``.
             weight: ``[n, d_in]``.
             bias: ``[n]``.
-            tokens: of each place ``[found]``, counted from the first one of the screen.
-            latents: of each place ``[found]``.
+            tokens: token of each index ``[found]``, counted from the first one of the screen.
+            latents: latent of each index ``[found]``.
         """
         return estimates.view(-1).index_select(0, indices) - bias.index_select(0, latents)
 
 
 class BoundedScreen(Screen):
-    """The same, telling upper limits, so that no projection is lost.
+    """A screen whose estimates are upper bounds, so that no projection is missed.
 
     Args:
         x: ``[tokens, d_in]`` float32.
@@ -159,7 +159,7 @@ class BoundedScreen(Screen):
 
     @property
     def summing(self) -> float:
-        """Error of sums in float32, of all columns; twice the usual, as hardware may round both products and sums."""
+        """Relative error of a float32 sum over all columns; twice the usual, as products may be rounded as well."""
         return 2 * self.rounded.shape[1] * 2**-24
 
     def _round(self, x: Tensor) -> tuple[Tensor, float]:
@@ -170,17 +170,17 @@ class BoundedScreen(Screen):
         return rounded, float(length.max()) if len(x) else 0.0
 
     def columns(self, weight: Tensor, bias: Tensor) -> Tensor | None:
-        """Return the matrix whose product with the rounded tokens is an upper limit; see `Screen.columns`."""
+        """Return the matrix whose product with the rounded tokens is an upper bound; see `Screen.columns`."""
         columns, lost, length = _measured(weight)
         if not bool((self.largest * length + bias.abs() < MOST).all()):
             return None
-        columns[:, -3] = (length * UP + TINY) * UP  # rounded, a vector may be longer
+        columns[:, -3] = (length * UP + TINY) * UP  # rounding may make a vector longer
         columns[:, -2] = ((lost + self.summing * length) * UP + TINY) * UP
         columns[:, -1] = bias.abs() * (UP - 1 + self.summing) + bias
         return columns
 
     def least(self, kth: Tensor, columns: Tensor, bias: Tensor, tokens: slice) -> Tensor:
-        """Return `kth` less what limits and values can differ by; see `Screen.least`."""
+        """Return `kth` minus the largest difference of bounds and values; see `Screen.least`."""
         wide = columns[:, -3:-1].amax(0).float()
         slack = 2 * (self.rounded[tokens, -3:-1].float() @ wide) + 4 * bias.abs().max() * (UP - 1 + self.summing)
         return kth - slack - 4 * (UP - 1) * (kth.abs() + slack)
@@ -194,29 +194,29 @@ class BoundedScreen(Screen):
 
 
 def screen_of(x: Tensor, *, rounding: bool) -> Screen:
-    """Return the screen for some tokens; with `rounding`, what is lost by rounding is not missed."""
+    """Return the screen for some tokens; with `rounding`, one that may miss projections by rounding errors."""
     return Screen(x) if rounding else BoundedScreen(x)
 
 
 def highest(
     x: Tensor, weight: Tensor, bias: Tensor, k: int, *, rounding: bool = False
 ) -> tuple[Tensor, Tensor] | None:
-    """Return the `k` highest of ``x @ weight.T + bias`` of each token, the others never being computed exactly.
+    """Return the `k` highest of ``x @ weight.T + bias`` of each token without computing the others exactly.
 
-    The product of the rounded matrices, with the bound and the bias as columns, gives upper limits. At least k of them
-    reach the k-th highest of the maxima of more than k blocks; what lies below that by more than limits and values can
-    differ is not among the k highest.
+    The product of the rounded matrices, with the bound and the bias as columns, gives upper bounds. Take the maxima of
+    more than k blocks of latents: at least k upper bounds reach the k-th highest maximum. A latent that is below it by
+    more than bounds and values can differ is not among the k highest.
 
     Args:
         x: ``[tokens, d_in]``.
         weight: ``[d_sae, d_in]``.
         bias: ``[d_sae]``.
-        k: how many.
+        k: number to return per token.
         rounding: whether rounding may decide between those that are close to the k-th highest.
 
     Returns:
-        Latents and their projections, without the bias, ``[tokens, k]`` each; None where `serves` says no, where
-        numbers are not finite, or where too many are close to the k-th highest.
+        Latents and their projections, without the bias, ``[tokens, k]`` each; None if `serves` is False, if values
+        are not finite, or if too many are close to the k-th highest.
     """
     blocks = _BLOCKS_PER_KEPT * k
     screen = screen_of(x, rounding=rounding) if len(weight) >= blocks and serves(x, weight, bias) else None
@@ -244,18 +244,18 @@ def highest(
 def _candidates(
     estimates: Tensor, k: int, blocks: int, reaching: ThresholdSearch, least: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Return the indices of what may be among the `k` highest of its column, of which each has at least as many.
+    """Return the flat indices of estimates that may be among the `k` highest of their column, at least `k` for each.
 
     Args:
         estimates: ``[n, columns]`` bfloat16.
-        k: how many.
-        blocks: of how many blocks, at least, the maxima are taken that tell how high the highest are.
-        reaching: what finds them.
-        least: of the k-th highest maximum of each column, the least estimate of a candidate, ``[columns]`` each.
+        k: number of highest values.
+        blocks: minimum number of blocks whose maxima are compared.
+        reaching: the search to use.
+        least: maps the k-th highest maximum of each column to the lowest estimate of a candidate, ``[columns]`` each.
     """
     members = ThresholdSearch.members(len(estimates)) if len(estimates) >= MEMBERS * blocks else 1
     block = len(estimates) // (members * blocks)
-    # As integers, which are compared faster, numbers above 0 are in the same order.
+    # Positive floats are in the same order as their bits read as integers, which are compared faster.
     for numbers in (estimates.view(torch.int16), estimates):
         tile = numbers.unflatten(0, (-1, members))
         largest = reaching.largest(tile)
@@ -270,7 +270,7 @@ def _candidates(
 def _highest_of(
     tokens: Tensor, latents: Tensor, projections: Tensor, bias: Tensor, k: int, count: int
 ) -> tuple[Tensor, Tensor]:
-    """Return which latents are the `k` highest of each of `count` tokens, of which each has at least as many."""
+    """Return the `k` highest candidates of each of `count` tokens, their latents and projections."""
     order = tokens.to(torch.int32).argsort(stable=True)
     counts = torch.bincount(tokens, minlength=count)
     tokens = tokens.index_select(0, order)
@@ -289,7 +289,7 @@ def _with_room(rows: Tensor, columns: int) -> Tensor:
 
 
 def _measured(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return rows ``[n, d]`` in bfloat16 with room for three more columns, the norms of what that lost, and theirs."""
+    """Return rows ``[n, d]`` in bfloat16 with three empty columns, and the norms of rounding errors and of rows."""
     rounded, lost = _with_room(rows, 3), torch.empty(len(rows))
     for first in range(0, len(rows), BLOCK):
         block, own = rows[first : first + BLOCK], rounded[first : first + BLOCK, :-3]
@@ -299,7 +299,7 @@ def _measured(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _largest(rounded: Tensor) -> float:
-    """Return the largest absolute number of a matrix that lies in a cache; NaN if there is one in it."""
+    """Return the largest absolute value of a matrix that is in a cache; NaN if it contains one."""
     return float(torch.stack(rounded.aminmax()).float().abs().max()) if rounded.numel() else 0.0
 
 

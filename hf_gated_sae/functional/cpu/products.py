@@ -1,4 +1,4 @@
-"""Dense products on a CPU: through oneDNN, and with gradients that take no product more than they need."""
+"""Dense products on a CPU: through oneDNN, and with gradients that take no more products than needed."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ...upstream.torch_private import onednn_linear
 from ..tensor_checks import by_hand, is_plain
 
 SMALLEST = 1 << 22
-"""Multiplications below which it does not matter who does them."""
+"""Number of multiplications below which both libraries take the same time."""
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor | None:
-    """Return ``x @ weight.T`` computed by oneDNN; None where that does not serve.
+    """Return ``x @ weight.T`` computed by oneDNN; None where that is impossible or not faster.
 
-    In float32 torch's own `linear` goes through BLAS, which took up to twice as long for these shapes as oneDNN, by
-    which torch itself compiles this operation. On Intel's CPUs the two take the same time, except that oneDNN first
-    copies a matrix of other strides, which BLAS reads in place.
+    In float32 torch's own `linear` calls BLAS, which took up to twice as long for these shapes as oneDNN, which torch
+    uses when it compiles this operation. On Intel CPUs both take the same time, except that oneDNN first copies a
+    matrix of other strides, which BLAS reads in place.
     """
     if not _onednn_serves(x, weight):
         return None
@@ -29,14 +29,15 @@ def linear(x: Tensor, weight: Tensor) -> Tensor | None:
 
 
 def multiply(x: Tensor, weight: Tensor) -> Tensor:
-    """Return ``x @ weight.T``, by oneDNN where it serves."""
+    """Return ``x @ weight.T``, by oneDNN where that is faster."""
     fast = linear(x, weight)
     return nn.functional.linear(x, weight) if fast is None else fast
 
 
 def project(x: Tensor, shift: Tensor, weight: Tensor) -> Tensor | None:
-    """Return ``(x - shift) @ weight.T``, with a gradient of `shift` that takes no product of its own; None where
-    derivatives of that gradient, a transformation or a compiler may need the plain operations.
+    """Return ``(x - shift) @ weight.T``, whose gradient for `shift` takes no further product of matrices.
+
+    None where derivatives of that gradient, a transformation or a compiler may need the plain operations.
     """
     if not by_hand(x, shift, weight):
         return None
@@ -45,7 +46,7 @@ def project(x: Tensor, shift: Tensor, weight: Tensor) -> Tensor | None:
 
 
 def decode(values: Tensor, W_dec: Tensor) -> Tensor | None:
-    """Return ``values @ W_dec`` whose gradients are products by oneDNN, too; None as for `project`."""
+    """Return ``values @ W_dec``, whose gradients also use oneDNN; None as for `project`."""
     if not by_hand(values, W_dec):
         return None
     decoded: Tensor = _Decoded.apply(values, W_dec)
@@ -53,9 +54,9 @@ def decode(values: Tensor, W_dec: Tensor) -> Tensor | None:
 
 
 def squared_error(target: Tensor, reconstruction: Tensor) -> Tensor | None:
-    """Return the mean over tokens of the squared error, with one matrix of errors each way where five would be made.
+    """Return the mean over tokens of the squared error, with one matrix of errors in each direction instead of five.
 
-    None where that does not serve. Most of the time of the plain operations is spent getting memory.
+    The plain operations spend most of their time on allocating memory. None where they are needed.
     """
     wide = target.dtype == reconstruction.dtype and target.dtype in (torch.float32, torch.float64)
     if not (wide and target.shape == reconstruction.shape and by_hand(target, reconstruction, autocast=True)):
@@ -65,7 +66,7 @@ def squared_error(target: Tensor, reconstruction: Tensor) -> Tensor | None:
 
 
 def _onednn_serves(x: Tensor, weight: Tensor) -> bool:
-    """Whether the product may go through oneDNN."""
+    """Whether to compute the product by oneDNN."""
     if x.numel() * weight.shape[0] < SMALLEST or onednn_linear is None or not x.dtype == weight.dtype == torch.float32:
         return False
     if x.numel() == x.shape[-1] and weight.stride(0) == 1:
@@ -76,7 +77,7 @@ def _onednn_serves(x: Tensor, weight: Tensor) -> bool:
 
 
 class _Projection(torch.autograd.Function):
-    """``(x - shift) @ W_enc``; the gradient of the shift takes no product of its own."""
+    """``(x - shift) @ W_enc``; the gradient of the shift takes no further product of matrices."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shift: Tensor, W_enc_T: Tensor) -> Tensor:
@@ -115,7 +116,7 @@ class _Decoded(torch.autograd.Function):
 
 
 class _SquaredError(torch.autograd.Function):
-    """The same with one matrix of errors each way, where five would be made: most of its time is getting memory."""
+    """The squared error with one matrix of errors in each direction."""
 
     @staticmethod
     def forward(ctx: Any, target: Tensor, reconstruction: Tensor) -> Tensor:
@@ -133,7 +134,7 @@ class _SquaredError(torch.autograd.Function):
 
 
 def _blas_is_fast() -> bool:
-    """Whether BLAS is Intel's, on a CPU of Intel's."""
+    """Whether BLAS is MKL and the CPU is Intel's."""
     try:
         return torch.backends.mkl.is_available() and "intel" in torch.cpu.get_capabilities()["cpu_name"].lower()
     except (AttributeError, KeyError):  # another version of torch

@@ -1,8 +1,8 @@
-"""Large memory that is needed at every step: gradients, rounded weights, batches.
+"""Reuse of large memory that is needed at every step: gradients, rounded weights, batches.
 
-Memory of that size goes back to the system when nobody holds it any more, and comes again page by page, each of them
-cleared: more work than what is written into it where few latents are on. So it is kept for as long as that lives which
-it belongs to, and given out again once nobody can see what is in it any more, whoever it was that held it.
+Memory of that size is returned to the system when it is freed, and is allocated again page by page, each page cleared.
+Where few latents are active, that takes longer than writing the values. So it is kept for as long as its owner exists,
+and handed out again once no other object refers to it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class ReusedMemory:
     """Memory for one purpose.
 
     Args:
-        several: how much of it is kept for each tensor: as many as are in use at a time.
+        several: number of buffers kept for each owner: as many as are in use at a time.
     """
 
     def __init__(self, several: int = 1) -> None:
@@ -33,21 +33,21 @@ class ReusedMemory:
         """Return uninitialised memory on the CPU; autograd can take it as a gradient without a copy.
 
         Args:
-            owner: what it belongs to.
-            shape: of what is to be written; the owner's by default.
-            dtype: likewise.
+            owner: the tensor for which the memory is kept.
+            shape: of the result; the owner's by default.
+            dtype: of the result; the owner's by default.
 
         Returns:
-            A contiguous tensor, seen by nobody else.
+            A contiguous tensor whose memory no other object uses.
         """
         shape, dtype = owner.shape if shape is None else torch.Size(shape), dtype or owner.dtype
-        with _ONE_AT_A_TIME, torch.inference_mode(False):  # in that mode, nobody could write to it any more later
+        with _ONE_AT_A_TIME, torch.inference_mode(False):  # an inference tensor could not be written to later
             kept = [each for each in self.kept.get(owner, ()) if (each.shape, each.dtype) == (shape, dtype)]
             for each in kept:
                 if _is_unseen(each):
                     return each.detach()
             fresh = torch.empty(shape, dtype=dtype)
-            if _ALONE is None or len(kept) == self.several:  # all of it is in use: parts of a batch are added up, say
+            if _ALONE is None or len(kept) == self.several:  # all in use, such as when gradients are accumulated
                 return fresh
             self.kept[owner] = [*kept, fresh]
             return fresh.detach()
@@ -65,7 +65,7 @@ def forget(owners: Iterable[Tensor]) -> None:
 
 
 def _is_unseen(tensor: Tensor) -> bool:
-    """Whether this tensor object is all that there is to its memory: no view, no detached tensor, no array."""
+    """Whether nothing but this tensor object refers to its memory: no view, no detached tensor, no array."""
     return storage_holders is not None and storage_holders(tensor) == _ALONE
 
 

@@ -1,4 +1,4 @@
-"""Which latents of which tokens matter, and sums of rows over these alone."""
+"""The pairs of token and latent that matter to an objective, and sums of rows over these alone."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ..sparse_latents import SparseLatents
 from .reused_memory import ReusedMemory
 
 LATENTS_AT_ONCE = 1024
-"""Rows of a gradient that are computed together: they are still in a cache when they are written where they belong."""
+"""Rows of a gradient that are computed together, few enough to be still in a cache when they are copied into it."""
 
 GRADIENTS = ReusedMemory()
 
 
 class SparsePairs:
-    """Some latents of some tokens, in the order of the latents; a value of each pair is one number.
+    """Pairs of a token and a latent, in the order of the latents.
 
-    They hold no value that has a gradient, so that derivatives can hold them without holding themselves.
+    No tensor with a gradient is stored here, so that autograd functions can keep the pairs without a reference cycle.
 
     Args:
         tokens: of each pair ``[live]`` int64.
@@ -99,7 +99,7 @@ class SparsePairs:
 
         Args:
             values: without a gradient.
-            leading: axes of the tokens, which ``count`` is the product of.
+            leading: axes of the tokens, with product ``count``.
         """
         order, shape = self._order, (*leading, self.d_sae)
         values = values.index_select(0, order)
@@ -111,7 +111,7 @@ class SparsePairs:
 
 
 def _offsets(owners: Tensor, count: int) -> Tensor:
-    """Return where the values of each owner begin once they are in order, and the end, ``[count + 1]`` int64."""
+    """Return where the values of each owner begin once they are sorted, and the end, ``[count + 1]`` int64."""
     offsets = owners.new_zeros(count + 1)
     torch.cumsum(torch.bincount(owners, minlength=count), 0, out=offsets[1:])
     return offsets

@@ -1,6 +1,6 @@
 """A training step that works on exactly the latents that matter to the objective.
 
-Its gradients are the same sums as those of `DenseSupport` without the terms that are zero, and no approximation.
+Its gradients are the same sums as those of `DenseSupport` without the terms that are zero; nothing is approximated.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from .sparse_pairs import SparsePairs
 from .tiled_projection import above
 
 DENSEST = 1 / 16
-"""Share of active latents above which a dense training step is the faster one."""
+"""Share of active latents above which a dense training step is faster."""
 
 SAMPLE = 64, 1024
 """Tokens and latents on which the share of active latents is estimated."""
 
 FEWEST = 1 << 20
-"""Projections below which it does not matter."""
+"""Number of projections below which a sparse step saves no time."""
 
 
 class SparseSupport(Support):
@@ -70,7 +70,7 @@ class SparseSupport(Support):
         self.projection = self.project(W_enc_T, projections)
 
     def project(self, W_enc_T: Tensor, projections: Tensor | None = None) -> Tensor:
-        """Return the projections through another encoder ``[d_sae, d_in]``, ``[live]``; perhaps known already."""
+        """Return the projections through another encoder ``[d_sae, d_in]``, ``[live]``; their values may be given."""
         if projections is None:
             with torch.no_grad():
                 projections = self._pairs.dots(W_enc_T, self._centred)
@@ -87,7 +87,7 @@ class SparseSupport(Support):
             x: activations ``[..., d_in]``.
             shift: what is subtracted from them, ``[d_in]``; None for nothing.
             W_enc_T: encoder ``[d_sae, d_in]``.
-            cut: ``[d_sae]``; what is at or below it has no part in the objective.
+            cut: ``[d_sae]``; projections at or below it do not affect the objective.
 
         Returns:
             None where a dense step is faster, or needed for its derivatives.
@@ -104,13 +104,13 @@ class SparseSupport(Support):
                 return None
             tokens, latents, projections = found
             on = true_indices((projections <= cut.index_select(0, latents)).logical_not_())
-            if len(on) < len(projections):  # those that only might have been are dropped here
+            if len(on) < len(projections):  # candidates that are not above the cut are dropped
                 tokens, latents, projections = (each.index_select(0, on) for each in found)
         return cls(x, shift, W_enc_T, tokens, latents, projections, centred)
 
     @staticmethod
     def serves(x: Tensor, W_enc_T: Tensor) -> bool:
-        """Whether a live step computes what is wanted, and may be the faster one: in full precision on a CPU."""
+        """Whether a sparse step gives all that is needed, and may be faster: in full precision on a CPU."""
         wide = x.dtype == W_enc_T.dtype and x.dtype in (torch.float32, torch.float64)
         many = math.prod(x.shape[:-1]) * len(W_enc_T) >= FEWEST
         return (
@@ -141,7 +141,7 @@ class SparseSupport(Support):
 
 
 class _SparseProjection(torch.autograd.Function):
-    """``(x - shift) @ W_enc`` where it was computed already."""
+    """``(x - shift) @ W_enc`` with values that were computed already, and the gradient of them."""
 
     @staticmethod
     def forward(
@@ -169,7 +169,7 @@ class _SparseProjection(torch.autograd.Function):
 
 
 class _SparseDecoded(torch.autograd.Function):
-    """``values @ W_dec`` for the values of a few latents, where it was computed already."""
+    """``values @ W_dec`` for the values of a few latents, computed already, and the gradient of it."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, W_dec: Tensor, written: Tensor, pairs: SparsePairs) -> Tensor:
@@ -194,8 +194,8 @@ def _centred(x: Tensor, shift: Tensor | None) -> Tensor:
 
 
 def _sampled_share(centred: Tensor, W_enc_T: Tensor, cut: Tensor) -> float:
-    """Return the share of projections above their cut, on a few: to search them all in vain would cost more."""
+    """Estimate the share of projections above their cut from a sample, which costs less than a search in vain."""
     both = zip((centred, W_enc_T), SAMPLE, strict=True)
-    tokens, latents = (slice(None, None, max(1, len(each) // few)) for each, few in both)  # most are not even read
+    tokens, latents = (slice(None, None, max(1, len(each) // few)) for each, few in both)  # most are never read
     projections = multiply(centred[tokens], W_enc_T[latents].contiguous())
     return int((projections > cut[latents]).sum()) / max(1, projections.numel())

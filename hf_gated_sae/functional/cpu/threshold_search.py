@@ -1,4 +1,4 @@
-"""Finding, among very many numbers, the few that matter."""
+"""Search among very many values for the few that reach a level."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor
 from ..indices import true_indices
 
 MEMBERS = 8
-"""Numbers in a group, whose largest is looked at first: with so few, most groups have none that matters."""
+"""Values in a group, of which the largest is tested first; groups are small, so that most have none that matters."""
 
 DENSEST = 1 / 4
-"""Share of groups with one that matters above which it is faster to look at all numbers at once."""
+"""Share of groups with a value that matters above which it is faster to test all values at once."""
 
 
 class ThresholdSearch:
-    """Finds what reaches a level, in one tile after another.
+    """Finds the values that reach a level, in one tile after another.
 
-    Of each group of numbers the largest is looked at first. That, and the answer, lie in memory that the next tile
-    uses again: it would take longer to get it from the system than to do what is done in it.
+    The largest value of each group is tested first. These values and the results of the test are in memory that the
+    next tile uses again, as allocating it would take longer than the test.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class ThresholdSearch:
         return math.gcd(MEMBERS, count)
 
     def largest(self, tile: Tensor) -> Tensor:
-        """Return the largest number of every group, ``[groups, columns]``, to be seen until the next tile comes.
+        """Return the largest value of every group, ``[groups, columns]``, valid until the next call.
 
         Args:
             tile: ``[groups, members, columns]``, contiguous.
@@ -44,7 +44,7 @@ class ThresholdSearch:
         return torch.amax(tile, 1, out=self._largest)
 
     def find(self, tile: Tensor, largest: Tensor, level: Tensor) -> Tensor:
-        """Return the places of what is not below a level; what is not a number is not.
+        """Return the flat indices of the values that are not below a level; NaN is not below any.
 
         Args:
             tile: ``[groups, members, columns]``, contiguous.
@@ -52,7 +52,7 @@ class ThresholdSearch:
             level: ``[columns]``, or ``[]``.
 
         Returns:
-            Places, counted through all axes, ``[found]`` int64; group by group, in each in no order.
+            Flat indices ``[found]`` int64, group by group, in no order within a group.
         """
         _, members, columns = tile.shape
         find = true_indices(torch.lt(largest, level, out=self._on).logical_not_())

@@ -1,4 +1,4 @@
-"""Finding the projections above a cut, tile by tile, so that ``[tokens, d_sae]`` never exists."""
+"""Find the projections above a cut tile by tile, so that ``[tokens, d_sae]`` never exists."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from .products import multiply
 from .threshold_search import ThresholdSearch
 
 FEW = 64
-"""Tokens up to which a product with strided weights is faster than a copy of them and a product."""
+"""Number of tokens up to which a product with strided weights is faster than copying the weights first."""
 
 TILE = 1 << 21
-"""Projections computed at once: few enough to stay in a cache, where memory is used again before it is lost."""
+"""Number of projections computed at once, few enough that their memory stays in a cache and is reused there."""
 
 
 def above(
@@ -36,7 +36,7 @@ def above(
     """
     tokens, d_sae = x.shape[0], weight.shape[0]
     screened = bf16_screening.screen_of(x, rounding=rounding) if bf16_screening.serves(x, weight, cut) else None
-    # Of the numbers that a screen looks at twice as many fit the same cache.
+    # A screen's estimates are half as wide, so that twice as many fit the same cache.
     width = max(1, TILE * (1 if screened is None else 2) // max(tokens, 1))
     reaching = ThresholdSearch()
     parts, left = [], most * tokens * d_sae
@@ -44,7 +44,7 @@ def above(
         rows, cuts = weight[first : first + width], cut[first : first + width]
         found = screened.above(rows, cuts) if screened is not None else None
         if found is None:
-            screened = None  # where one tile is dense, or not finite, others will be
+            screened = None  # if one tile is dense, or not finite, others will be as well
             found = _multiplied(x, rows, cuts, reaching)
         left -= len(found[0])
         if left < 0:
@@ -59,8 +59,8 @@ def above(
 
 def _multiplied(x: Tensor, weight: Tensor, cut: Tensor, reaching: ThresholdSearch) -> tuple[Tensor, Tensor, Tensor]:
     """Search one tile by computing all of it."""
-    # The product that encoding takes, so that both come to the same bits. Weights that lie the other way, as mapped
-    # from a file, are read in place for few tokens, and copied for many.
+    # The same product as in encoding, so that both results have the same bits. Transposed weights, as mapped from a
+    # file, are read in place for few tokens, and copied for many.
     projections = multiply(x, weight if weight.stride(-1) == 1 or len(x) <= FEW else weight.contiguous())
     members = ThresholdSearch.members(len(x))
     tile = projections.reshape(len(x) // members, members, len(weight))

@@ -1,4 +1,4 @@
-"""From a YAML file, flags and a preset to one run that does not contradict itself."""
+"""Combine a YAML file, flags and a preset into one run, and check that its settings are consistent."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .run_config import DataSettings, RunConfig, SAESettings
 from .strict_yaml import hints_of, leaves, merged, read_section, read_value, read_yaml, unknown_key
 
 RUN_DEFAULTS: dict[str, Any] = {"training": {"save_strategy": "steps", "save_steps": 1000, "save_total_limit": 2}}
-"""What a run does and a bare trainer does not: it can be resumed."""
+"""Defaults of a run where they differ from the trainer's, so that a run can be resumed."""
 
 DECIDED_BY_THE_RUN = frozenset(
     {"d_in", "d_out", "d_sae", "site", "site_out", "base_model", "base_model_revision", "kept_latents"}
@@ -43,7 +43,7 @@ ELSEWHERE = {
 """Arguments of the trainer that a run states in another place."""
 
 ALTERNATIVES = (("sae.d_sae", "sae.expansion_factor"), ("model.device", "model.device_map"))
-"""Of these at most one can be given; one that is given replaces the other in what lies below it."""
+"""Pairs of which at most one can be given; it replaces the other one in the settings that it overrides."""
 
 SOURCES = ("dataset", "files", "shards")
 NOT_OF_SHARDS = (
@@ -55,19 +55,19 @@ FOREIGN = {
     "files": ("config", "split", "revision"),
     "shards": ("config", "split", "revision", "streaming", *NOT_OF_SHARDS),
 }
-"""Settings of the data that mean nothing for a source."""
+"""Settings of the data that do not apply to a source."""
 OF_REMEDIES = {
     "resample": ("resample_steps", "resample_inputs", "lr_dip", "lr_dip_steps"),
     "auxk": ("auxk_latents", "auxk_coefficient"),
     "pre_activation_pull": ("pull_coefficient",),
 }
-"""Arguments of the trainer that mean something with one remedy for dead latents only."""
+"""Arguments of the trainer that apply to one remedy for dead latents only."""
 
 DTYPES = ("float32", "bfloat16")
-"""What the weights of an SAE can be trained in: float16 has no room for its moments, and float64 no use."""
+"""Dtypes that SAEs can be trained in: the range of float16 is too small for the moments, and float64 has no use."""
 
 NOTHING = (None, "null", "~")
-"""What stands for no value, in a file or as the text of a flag."""
+"""What means no value, in a file or as the text of a flag."""
 
 _SHARE = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 
@@ -81,7 +81,7 @@ def read_run(path: str | Path | None = None, flags: Mapping[str, Any] | None = N
 
     Raises:
         MissingFileError: if there is no such file.
-        InputError: for an unknown key, a wrong value, or two that contradict each other; the message says where.
+        InputError: for an unknown key, a wrong value, or two that contradict each other; the message has their keys.
     """
     return assemble({} if path is None else read_yaml(path), flags)
 
@@ -104,7 +104,7 @@ def assemble(given: Mapping[str, Any], flags: Mapping[str, Any] | None = None) -
     config = _at_home(read_section(RunConfig, whole))
     _check_data(config.data, explicit)
     if config.model is None and config.data.shards is None:
-        raise InputError("model.name is missing: text becomes activations only in a model.")
+        raise InputError("model.name is missing: give the model that computes activations from the text.")
     if config.saes:
         require_names(config.saes)
     config = _checked_saes(config)
@@ -112,7 +112,7 @@ def assemble(given: Mapping[str, Any], flags: Mapping[str, Any] | None = None) -
         named = {"name": config.license_name, "link": config.license_link}
         config = dataclasses.replace(config, license=normalise(config.license or "", **named))
     config = dataclasses.replace(config, training=_read_training(config.training))
-    args = arguments(config)  # what it refuses is refused now
+    args = arguments(config)  # raises now for what the trainer would refuse
     buffer = config.data.buffer_size
     if buffer is not None and buffer < 2 * args.activation_batch_size:
         raise InputError(
@@ -123,7 +123,7 @@ def assemble(given: Mapping[str, Any], flags: Mapping[str, Any] | None = None) -
 
 
 def plain(config: RunConfig) -> dict[str, Any]:
-    """Return a run as it would stand in a YAML file, complete, with what its preset says; `assemble` reads it back."""
+    """Return a run as the content of a complete YAML file, its preset's settings included; see `assemble`."""
     whole = {name: value for name, value in asdict(config).items() if value is not None and name != "preset"}
     if config.saes:
         whole["saes"] = {name: _flat(section) for name, section in whole["saes"].items()}
@@ -147,7 +147,7 @@ def arguments(config: RunConfig, **changes: Any) -> SAETrainingArguments:
 
     Args:
         config: the run.
-        **changes: arguments that are laid over it.
+        **changes: arguments that replace those of the run.
 
     Raises:
         InputError: if the trainer, or transformers, refuses them.
@@ -168,7 +168,7 @@ def arguments(config: RunConfig, **changes: Any) -> SAETrainingArguments:
 
 
 def _by_sae(argument: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an argument of the trainer that each SAE has its own value of: one, or a mapping; none without values."""
+    """Return an argument of the trainer with one value, or one per SAE as a mapping; empty without any value."""
     if not any(value not in (None, {}) for value in given.values()):
         return {}
     default = SAETrainingArguments.sparsity_coefficient
@@ -177,7 +177,7 @@ def _by_sae(argument: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def setting_names(sae_class: type[SAEModel]) -> list[str]:
-    """Return the fields of an architecture's configuration that a run states."""
+    """Return the fields of an architecture's configuration that a run can set."""
     return [name for name in sae_class.config_class.own_fields() if name not in DECIDED_BY_THE_RUN]
 
 
@@ -201,7 +201,7 @@ def _sections(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _over(below: Mapping[str, Any], above: Mapping[str, Any], place: str = "sae.") -> dict[str, Any]:
-    """Return settings laid over others, of which they replace alternatives as well.
+    """Return settings laid over others, where they also replace their alternatives.
 
     Args:
         below: nested mapping.
@@ -228,7 +228,7 @@ def _under_flags(given: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str
     """Return the settings of a file with flags laid over them.
 
     Raises:
-        UnknownNameError: for a flag of an SAE that the file does not name, among others that it does.
+        UnknownNameError: for a flag of an SAE that is not in the file's section saes.
         InputError: as for `_over`.
     """
     found, saes = _over(given, flags), given.get("saes") or {}
@@ -240,11 +240,11 @@ def _under_flags(given: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str
 
 
 def _over_preset(preset: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of an SAE over those of a preset, without what these say of another architecture."""
+    """Return the settings of an SAE over those of a preset that apply to its architecture."""
     whole = _over({"sae": preset}, {"sae": section})["sae"]
     name = whole.get("architecture", SAESettings.architecture)
     if not isinstance(name, str) or name not in architectures:
-        return whole  # which is refused later, in the words for it
+        return whole  # refused later, with a better message
     sae_class = architectures[name]
     variants = {each.name for each in fields(sae_class.objective_class)}
     known = {each.name for each in fields(SAESettings)} | set(setting_names(sae_class))
@@ -257,7 +257,7 @@ def _over_preset(preset: Mapping[str, Any], section: Mapping[str, Any]) -> dict[
 
 
 def _at_home(config: RunConfig) -> RunConfig:
-    """Return a run with the user's own folder for ~, which would else be another folder for each who reads it."""
+    """Return a run with ~ expanded, which would otherwise be another folder for everyone who reads the run."""
     if not config.output_dir:
         raise InputError("output_dir is empty; expected a folder.")
     data, model, files = config.data, config.model, config.data.files
@@ -278,16 +278,16 @@ def _home(path: str) -> str:
     try:
         return str(Path(path).expanduser())
     except RuntimeError as error:
-        raise InputError(f"Given {path!r}, and there is no such home folder ({error}).") from error
+        raise InputError(f"Given {path!r}, but there is no such home folder ({error}).") from error
 
 
 def _preset(name: Any) -> dict[str, Any]:
-    """Return what a preset lays under a run."""
+    """Return the settings of a preset."""
     return presets[str(name)].settings if name is not None else {}
 
 
 def _settle_remedy(explicit: Mapping[str, Any], preset: dict[str, Any]) -> None:
-    """Raise for a setting of another remedy than the chosen one; of a preset's, drop it."""
+    """Raise for a given setting of another remedy than the chosen one; drop such settings of the preset."""
     chosen = read_value(
         str | None,
         explicit.get("training.dead_latent_remedy", preset.get("dead_latent_remedy", "resample")),
@@ -312,7 +312,7 @@ def _check_data(data: DataSettings, explicit: Mapping[str, Any]) -> None:
         given = " and ".join(f"data.{name}" for name in chosen) or "none"
         raise InputError(f"Activations come from one of data.dataset, data.files and data.shards; given {given}.")
     if data.dataset is not None and Path(data.dataset).is_file():
-        raise InputError(f"data.dataset is {data.dataset}, a file here, and no id of the Hub: give it as data.files.")
+        raise InputError(f"data.dataset is {data.dataset}, a file and not a Hub id: give it as data.files.")
     for name, least in (("sequences_per_batch", 1), ("held_out_tokens", 0), ("context_length", 1)):
         value = getattr(data, name)
         if value is not None and value < least:
@@ -326,13 +326,13 @@ def _check_data(data: DataSettings, explicit: Mapping[str, Any]) -> None:
 
 
 def _foreign(data: DataSettings) -> tuple[str, ...]:
-    """Return the settings of the data that mean nothing for its source."""
+    """Return the settings of the data that do not apply to its source."""
     source = next(name for name in SOURCES if getattr(data, name) is not None)
     given = data.files or []
     kinds = {kind_of(Path(each)) for each in ([given] if isinstance(given, str) else given)}
     if kinds & set(BUILDERS.values()):
         of_files: tuple[str, ...] = ("documents",)
-    else:  # what has no known ending, one by one, is plain text, unless it is a pattern or a folder
+    else:  # files without a known ending that are named one by one are plain text
         unknown = isinstance(given, str) or any(set("*?[") & set(each) for each in given)
         of_files = () if None in kinds and unknown else ("text_column",)
     return FOREIGN[source] + (of_files if source == "files" else ())
@@ -379,15 +379,16 @@ def _check_sae(sae: SAESettings, place: str) -> None:
             "remove it."
         )
     if sae.site is None:
-        raise InputError(f"{place}site is missing: where in the model is it to read? Such as resid_post.6.")
+        raise InputError(f"{place}site is missing: give the site that the SAE reads, such as resid_post.6.")
     if sae.site_out == sae.site:
         raise InputError(
-            f"{place}site_out is {sae.site_out}, where it reads: remove it for an SAE; a transcoder writes elsewhere."
+            f"{place}site_out is {sae.site_out}, the site that it reads: remove it, or give another site for a "
+            "transcoder."
         )
     if sae.dtype not in DTYPES:
         raise InputError(f"{place}dtype is {sae.dtype!r}; expected {' or '.join(DTYPES)}.")
     if sae.d_sae is None and sae.expansion_factor is None:
-        raise InputError(f"{place}d_sae is missing: how many latents? Or give {place}expansion_factor.")
+        raise InputError(f"{place}d_sae is missing: give the number of latents, or {place}expansion_factor.")
     variants = [each.name for each in fields(sae_class.objective_class)]
     for name in sae.objective:
         if name not in variants:

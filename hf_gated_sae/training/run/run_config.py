@@ -1,4 +1,4 @@
-"""What a run is: a model, SAEs, activations and a recipe, as they stand in a YAML file."""
+"""The settings of a run, as in its YAML file: a model, SAEs, activations and a recipe."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from .strict_yaml import REST
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """The causal LM whose activations are learned.
+    """The causal LM whose activations the SAEs are trained on.
 
     Attributes:
         name: Hub id, or folder.
-        revision: branch, tag or commit; the commit that it leads to is recorded.
+        revision: branch, tag or commit; the commit that it resolves to is recorded.
         dtype: of its weights, such as bfloat16; auto is that of the checkpoint, or float32 where that is faster and
             loses nothing, as on many CPUs.
         device: where it runs, such as cuda:1; by default with the SAE.
-        device_map: spreads it over several devices, as in transformers, such as auto.
-        hub_id: of a model in a folder, the id under which others find it, which cards name; none if it has no such id.
-        quantization: as transformers takes it, such as {quant_method: bitsandbytes, load_in_8bit: true}.
+        device_map: how to spread it over several devices, as in transformers, such as auto.
+        hub_id: for a model in a folder, its Hub id, which cards state; the word none if it has no such id.
+        quantization: as in transformers, such as {quant_method: bitsandbytes, load_in_8bit: true}.
     """
 
     name: str
@@ -34,14 +34,14 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class SAESettings:
-    """One SAE; any field of its architecture's configuration, such as k, stands beside these.
+    """One SAE. Other fields of its architecture's configuration, such as k, are given beside these.
 
     Attributes:
         architecture: such as gated, standard, jumprelu, topk, batch_topk.
         site: where it reads, such as resid_post.12.
         site_out: for a transcoder, where it writes.
         d_sae: number of latents.
-        expansion_factor: the same as a multiple of the width of the site.
+        expansion_factor: number of latents as a multiple of the width of the site, instead of d_sae.
         sparsity_coefficient: lambda, in units of a squared error summed over the width.
         objective: variants of the architecture's objective, such as {frozen_decoder: false}.
         dtype: of its weights.
@@ -67,25 +67,24 @@ class DataSettings:
         dataset: Hub id of a data set.
         config: its configuration.
         split: its split.
-        revision: branch, tag or commit of it; the commit that it leads to is recorded.
-        streaming: read a data set as it comes, rather than download it first.
+        revision: branch, tag or commit of it; the commit that it resolves to is recorded.
+        streaming: stream a data set, rather than download it first.
         files: a file or folder of .txt, JSON (lines), Parquet, CSV or Arrow; or a list of paths and patterns, of one
-            such kind or of plain text, whatever it is called.
+            such kind or of plain text with any file names.
         shards: folder that save_activations() wrote.
-        text_column: column with the text; by default text, else the only one of strings.
-        documents: of plain text, what is one document, file, paragraph or line.
-        context_length: tokens per sequence; by default what the model takes, at most 1024.
+        text_column: column with the text; by default text, else the only column of strings.
+        documents: what one document of plain text is: file, paragraph or line.
+        context_length: tokens per sequence; by default the model's maximum, at most 1024.
         packing: fill every sequence with as many documents as fit, rather than one each.
-        bos: where a BOS token stands, before each document, before each sequence, or none; by default sequence, if the
-            tokenizer has one.
-        eos: whether an EOS token follows each document; by default between packed ones that no BOS separates.
-        special_tokens: learn the activations of special tokens, too.
+        bos: what a BOS token precedes: document, sequence or none; by default sequence, if the tokenizer has one.
+        eos: whether an EOS token follows each document; by default between packed documents that no BOS separates.
+        special_tokens: also train on the activations of special tokens.
         sequences_per_batch: sequences per forward of the model; by default at most 32, fewer in a short run.
         buffer_size: activations held for shuffling; by default a tenth of the run, at most a million.
-        save_buffer: keep them in checkpoints, so that a resumed run goes on bit by bit.
-        held_out: other text that the SAEs are measured on while they learn, a file, folder or data set's Hub id; by
-            default the first sequences of the data, which are not learned.
-        held_out_tokens: tokens of it; by default 0.5 % of the run, from 1,024 to 16,384. 0 measures nothing.
+        save_buffer: store them in checkpoints, so that a resumed run continues bit for bit.
+        held_out: other text that the SAEs are measured on during training, a file, folder or data set's Hub id; by
+            default the first sequences of the data, which are then not trained on.
+        held_out_tokens: number of its tokens; by default 0.5 % of the run, from 1,024 to 16,384. 0 measures nothing.
     """
 
     dataset: str | None = None
@@ -110,26 +109,26 @@ class DataSettings:
 
     @property
     def name(self) -> str:
-        """What it is called."""
+        """Name of the data: Hub id, folder of shards, or files."""
         files = [self.files] if isinstance(self.files, str) else self.files or []
         return self.dataset or self.shards or ", ".join(files)
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run.
+    """A training run.
 
     Attributes:
         output_dir: folder for checkpoints, the trained SAEs and run.yaml.
         model: the causal LM.
         data: where activations come from.
-        sae: the SAE; with saes, what they have in common.
+        sae: the SAE; with saes, the settings that they have in common.
         saes: several SAEs by name, trained on the same activations; each a section like sae.
-        preset: a recipe that everything given here is laid over; see --presets.
+        preset: a recipe, which all other settings override; see --presets.
         training: any field of SAETrainingArguments.
-        license: of the trained SAEs, for their cards, such as apache-2.0; other needs the next two.
-        license_name: what a licence is called that the Hub's list does not have.
-        license_link: where it is, LICENSE for a file beside the card, or an address.
+        license: of the trained SAEs, for their cards, such as apache-2.0; other requires the next two settings.
+        license_name: name of a licence that is not in the Hub's list.
+        license_link: LICENSE for a file beside the card, or a URL.
         seed: of the initial weights, the shuffling and the resampling.
     """
 
@@ -147,5 +146,5 @@ class RunConfig:
 
     @property
     def named(self) -> dict[str, SAESettings]:
-        """The SAEs by name; the only one of a run without `saes` is named by an empty text."""
+        """The SAEs by name; the only one of a run without `saes` has the empty name."""
         return self.saes or {"": self.sae}

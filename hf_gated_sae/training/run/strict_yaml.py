@@ -1,8 +1,8 @@
-"""Strict reading: nested mappings, from YAML and from flags, into dataclasses, with the key path of everything wrong.
+"""Strict reading of nested mappings, from YAML and from flags, into dataclasses; errors state the path of the key.
 
-Not by a configuration library, which would accept what this refuses: OmegaConf makes text of 3, true of `on`, and a
-reference of `${...}`; jsonargparse takes a key that is given twice, and a `class_path` to import. pydantic can be as
-strict, once every type is rewritten and every error translated for it, in more lines than these.
+This is not done by a configuration library, which would accept what is refused here: OmegaConf converts 3 to text,
+`on` to true and `${...}` to a reference; jsonargparse accepts a key that is given twice, and a `class_path` to import.
+pydantic can be as strict, but rewriting every type and translating every error for it takes more lines than this file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ...errors import InputError, MissingFileError, did_you_mean, shown
 
 Section = TypeVar("Section")
 REST = {"rest": True}
-"""Metadata of the field that takes the keys which no other field has."""
+"""Metadata of the field for all keys that are not names of fields."""
 
 _WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", types.NoneType: "null"}
 
@@ -32,7 +32,7 @@ class _GivenTwice(yaml.constructor.ConstructorError):
 
 
 class _Strict(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML would silently drop the first."""
+    """Refuses a key that is given twice; YAML would silently drop the first one."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -53,7 +53,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
     Raises:
         MissingFileError: if there is no such file.
-        InputError: if it is no YAML, or no mapping.
+        InputError: if it is not YAML, or not a mapping.
     """
     file = Path(path)
     if not file.is_file():
@@ -61,7 +61,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         content = _loaded(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{file} is no YAML ({' '.join(str(error).split())}).") from error
+        raise InputError(f"{file} is not valid YAML ({' '.join(str(error).split())}).") from error
     if not isinstance(content, dict):
         raise InputError(f"{file} holds {shown(content)}; expected a mapping such as 'model: ...'.")
     return content
@@ -78,7 +78,7 @@ def read_flags(words: Sequence[str]) -> dict[str, Any]:
         words: of the command line; a flag without a value means true.
 
     Raises:
-        InputError: for a word that is no flag, or one that contradicts another.
+        InputError: for a word that is not a flag, or one that contradicts another.
 
     >>> read_flags(["--seed", "3", "--training.bf16"])
     {'seed': '3', 'training': {'bf16': 'true'}}
@@ -105,7 +105,7 @@ def read_flags(words: Sequence[str]) -> dict[str, Any]:
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested mappings laid over each other; what is no mapping in both is replaced.
+    """Return nested mappings laid over each other; values that are not mappings in both are replaced.
 
     >>> merged({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}})
     {'a': {'b': 3, 'c': 2}}
@@ -118,7 +118,7 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def leaves(values: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted place and the value of everything that is no mapping.
+    """Yield the dotted place and the value of everything that is not a mapping.
 
     >>> dict(leaves({"a": {"b": 1}, "c": 2}))
     {'a.b': 1, 'c': 2}
@@ -142,9 +142,9 @@ def read_section(cls: type[Section], values: Mapping[str, Any], place: str = "")
     """Build a dataclass from a mapping.
 
     Args:
-        cls: the dataclass; its fields may be dataclasses, and mappings of them, again.
+        cls: the dataclass; its fields may in turn be dataclasses, or mappings of them.
         values: what is given.
-        place: where that stands in the whole, such as ``"data."``.
+        place: where it is in the whole, such as ``"data."``.
 
     Raises:
         InputError: for a key that no field has, with close matches; a value of another type; a value that is missing.
@@ -171,7 +171,7 @@ def unknown_key(name: object, place: str, known: Sequence[str]) -> InputError:
 
 
 def read_value(hint: Any, value: Any, place: str) -> Any:
-    """Return a value as the type of its field wants it.
+    """Convert a value to the type of its field.
 
     Args:
         hint: the type.
@@ -191,25 +191,25 @@ def read_value(hint: Any, value: Any, place: str) -> Any:
 
 
 def _candidates(value: Any, place: str) -> list[Any]:
-    """Return what a value can stand for: a flag's text is YAML, or else itself."""
+    """Return the possible readings of a value: the text of a flag is read as YAML, or else as text."""
     if not isinstance(value, FlagText):
         return [value]
     try:
         return [_loaded(value), str(value)]
     except _GivenTwice as error:
-        raise InputError(f"{place} is no YAML ({' '.join(str(error).split())}).") from error
+        raise InputError(f"{place} is not valid YAML ({' '.join(str(error).split())}).") from error
     except (yaml.YAMLError, RecursionError):
         return [str(value)]
 
 
 def _options(hint: Any) -> list[Any]:
-    """Return the members of a union; what is read from text comes last."""
+    """Return the members of a union; text comes last."""
     union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     return sorted(typing.get_args(hint) if union else [hint], key=lambda option: option is str)
 
 
 def _fit(option: Any, value: Any, place: str) -> tuple[bool, Any]:
-    """Return whether a value can be of a type, and what it is then."""
+    """Return whether a value fits a type, and the value converted to it."""
     origin = typing.get_origin(option) or option
     if is_dataclass(option) and isinstance(value, Mapping):
         return True, read_section(option, value, f"{place}.")  # type: ignore[arg-type]  # a class, not an instance
@@ -231,14 +231,14 @@ def _fit(option: Any, value: Any, place: str) -> tuple[bool, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value with the texts of flags in it read."""
+    """Return a value with the texts of flags in it read as YAML."""
     if isinstance(value, Mapping):
         return {name: _plain(each) for name, each in value.items()}
     return _candidates(value, "")[0]
 
 
 def _number(value: Any, kind: type) -> Any:
-    """Return a number; YAML takes ``1e-4``, which has no point, for text. None if it is none."""
+    """Return a number, None for anything else; YAML reads ``1e-4``, which has no point, as text."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -250,7 +250,7 @@ def _number(value: Any, kind: type) -> Any:
 
 
 def _choices(option: Any) -> tuple[Any, ...]:
-    """Return the values of a Literal or an enumeration; none of another type."""
+    """Return the values of a Literal or an enumeration; empty for another type."""
     if isinstance(option, type) and issubclass(option, Enum):
         return tuple(each.value for each in option)
     return typing.get_args(option) if typing.get_origin(option) is Literal else ()
