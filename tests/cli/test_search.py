@@ -53,7 +53,7 @@ def test_results_beyond_the_limit_are_counted():
     assert len(calls(every.output)) == 14 and "more:" not in every.output
 
 
-def test_without_a_model_it_is_shown():
+def test_without_a_model_each_row_shows_its_model():
     done = run("--architecture", "gated", "--limit", "2")
     assert "pythia-70m" in done.output and "gated" in done.output
     assert max(len(line) for line in done.output.splitlines() if "SAEModel" not in line and '"' not in line) <= 80

@@ -189,7 +189,7 @@ def test_a_forgotten_bracket_does_not_swallow_the_next_definition():
     assert marked(text, "indent_0")[-1] == "def g():"
 
 
-def test_a_closing_bracket_too_many_is_survived():
+def test_an_extra_closing_bracket_is_tolerated():
     assert marked("x = 1))\ndef g(): pass\n", "function_name") == ["g"]
 
 
@@ -209,7 +209,7 @@ def test_source_cut_anywhere_is_labelled_and_settled_lines_keep_their_labels(cut
 
 @settings(max_examples=300, deadline=None)
 @given(text=st.text(alphabet="ab_1.0 \n\t\f\r\\'\"#@(){}[]:;=f$é\0", max_size=60))
-def test_no_text_at_all_breaks_the_labels(text):
+def test_any_text_is_labelled(text):
     concepts = Concepts(text)
     assert concepts.characters.shape == (len(CONCEPTS), len(text))
     tokens = lex(text).tokens
