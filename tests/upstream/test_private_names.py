@@ -1,6 +1,6 @@
 """Private names of other libraries are used in `hf_gated_sae/upstream/` only, and behave as expected.
 
-Checked with torch 2.9 and 2.13, transformers 5.16 and 5.24, huggingface_hub 1.31 and 2.4, nnsight 0.8.
+Seen in torch 2.9 and 2.13, transformers 5.16 and 5.24, huggingface_hub 1.31 and 2.4, nnsight 0.8.
 """
 
 from __future__ import annotations
