@@ -1,4 +1,4 @@
-"""What users get shows itself in a few lines, however large it is."""
+"""Results and reports have a repr of a few lines, however large they are."""
 
 import copy
 import dataclasses
@@ -69,8 +69,8 @@ def site_map(layers=1000):
 LARGE = {
     "attachment": lambda folder: attached(),
     "attach report": lambda folder: attached().report(),
-    "attach report of much": lambda folder: AttachReport([entry(number) for number in range(100)]),
-    "attach report of nothing": lambda folder: AttachReport([]),
+    "large attach report": lambda folder: AttachReport([entry(number) for number in range(100)]),
+    "empty attach report": lambda folder: AttachReport([]),
     "intervention report": lambda folder: entry(0),
     "check": lambda folder: AttachCheck("GatedSAE", "resid_post.1", 10, 0.1, 5.0, 3.0, None, None, None, LONG),
     "fidelity": lambda folder: dataclasses.replace(
@@ -96,7 +96,7 @@ LARGE = {
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_what_users_get_shows_itself_in_a_few_lines(name, tmp_path):
+def test_reprs_are_a_few_lines(name, tmp_path):
     report = LARGE[name](tmp_path)
     for text in (repr(report), str(report)) if name != "check" else (repr(report),):
         assert 10 < len(text) <= LINES * (COLUMNS + 1)
@@ -104,7 +104,7 @@ def test_what_users_get_shows_itself_in_a_few_lines(name, tmp_path):
         assert "tensor(" not in text
 
 
-def test_the_essential_numbers_are_there():
+def test_reprs_have_the_essential_numbers():
     text = repr(attached().report())
     assert "Steer at resid_post.1: 2560 tokens edited in 1 calls, rows [0, 1, 2, 3, 4, 5, 6, 7, ... 64 in all]" in text
     assert text.endswith("... and 31 more")
@@ -119,7 +119,7 @@ def test_the_essential_numbers_are_there():
     assert len(report.density) == 64
 
 
-def test_lines_that_are_left_out_are_counted():
+def test_omitted_lines_are_counted():
     assert few_lines(["one", "two"]) == "one\ntwo"
     assert few_lines([]) == ""
     assert few_lines(str(number) for number in range(10)).splitlines()[-1] == "9"

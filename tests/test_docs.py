@@ -1,4 +1,4 @@
-"""The code of the documents runs, in order, a process for each page; the Hub in it is the loopback one."""
+"""The code in the documentation runs, page by page and in order, with the loopback Hub."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_the_training_run_trains_and_is_resumed(tmp_path, monkeypatch, capsys):
     small = (
         "--sae.site resid_post.1 --sae.expansion_factor 1 --data.buffer_size 256 --training.activation_batch_size 64"
     )
-    small += " --model.hub_id openai-community/gpt2"  # which a folder does not tell
+    small += " --model.hub_id openai-community/gpt2"  # a local folder does not state it
     small += " --training.max_steps 4 --training.save_steps 2 --training.recorded_activations 100 --training.use_cpu"
     for command in commands:
         monkeypatch.setattr(sys, "argv", [*command, *small.split(), "--training.statistics_activations", "100"])
@@ -111,7 +111,7 @@ def test_links_lead_somewhere(path: Path):
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
-def test_files_that_are_named_exist(path: Path):
+def test_named_files_exist(path: Path):
     text = path.read_text(encoding="utf-8")
     for name in re.findall(r"`((?:hf_gated_sae|hub_scripts|model_cards|tests)/[\w/.-]*)`", text):
         assert (DOCS.parent / name).exists(), name

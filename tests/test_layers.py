@@ -35,7 +35,7 @@ def room_of(path: Path) -> str:
 
 
 def imported_rooms(path: Path) -> set[str]:
-    """Rooms of this package that a file imports, wherever in the file, type-checking imports left out."""
+    """Return the rooms of this package that a file imports anywhere, except for type checking."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
@@ -64,7 +64,7 @@ def test_every_room_has_a_floor():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_point_down(path):
     here = FLOOR_OF[room_of(path)]
-    # auto.py is the door through which transformers reaches the architectures; it opens it only when asked.
+    # transformers reaches the architectures through auto.py, which imports them only when they are used.
     allowed = {"architectures"} if path.name == "auto.py" else set()
     up = {room for room in imported_rooms(path) - allowed if FLOOR_OF.get(room, -1) > here}
     assert not up, f"{path.relative_to(PACKAGE)} (floor {here}) imports from a higher floor: {sorted(up)}"
@@ -75,17 +75,17 @@ UPWARD = {
     ("modeling/loading.py", "hf_gated_sae.formats", "described_tensors"),
     ("modeling/pretrained.py", "hf_gated_sae.publishing.push", "push_to_hub"),
 }
-"""What a lower floor calls in a higher one, by name: what users look for on the model, although it is done above."""
+"""Calls from a lower floor to a higher one, by name: users look for them on the model, which is below their code."""
 
 
 def late_bound(tree: ast.AST) -> set[tuple[str, str]]:
-    """Names that a file imports by string when they are called."""
+    """Return the module and name of each `LateBound` in a file."""
     calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
     named = (call for call in calls if getattr(call.func, "id", "") == "LateBound")
     return {(call.args[0].value, call.args[1].value) for call in named}
 
 
-def test_names_that_are_bound_late_are_few_and_known():
+def test_late_bound_names_are_the_listed_ones():
     found = {
         (str(path.relative_to(PACKAGE)), *names)
         for path in FILES
@@ -95,7 +95,7 @@ def test_names_that_are_bound_late_are_few_and_known():
 
 
 def imported_files(path: Path) -> set[Path]:
-    """Files of this package that a file imports, wherever in it, type-checking imports left out."""
+    """Return the files of this package that a file imports anywhere, except for type checking."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
@@ -112,10 +112,10 @@ def imported_files(path: Path) -> set[Path]:
 
 
 CIRCLES = [{"hub/location.py", "hub/repository.py"}]
-"""A local folder may be a clone of a repository, whose client is imported only then: said in `hub/location.py`."""
+"""The one exception: a local folder may be a clone; `hub/location.py` imports the repository client only then."""
 
 
-def test_files_import_each_other_without_circles():
+def test_there_are_no_other_import_circles():
     graph = networkx.DiGraph()
     for path in PACKAGE.rglob("*.py"):
         graph.add_edges_from((path, each) for each in imported_files(path) if each.name != "__init__.py")
@@ -128,15 +128,15 @@ def test_files_import_each_other_without_circles():
 
 
 SAME_JOB = {"__init__", "base", "saelens", "sparsify", "circuit_tracer", "temporal"}
-"""Base names of files in several rooms: the base class of a registry, and what belongs to one other library."""
+"""File names that several rooms may have: base classes of registries, and files about one other library."""
 
 
-def test_no_two_files_have_one_name():
+def test_file_names_are_unique():
     names = Counter(path.stem for path in PACKAGE.rglob("*.py"))
     assert {name for name, count in names.items() if count > 1} <= SAME_JOB
 
 
-def test_nothing_else_is_at_the_top():
+def test_the_repository_root_has_no_other_files():
     if not (ROOT / ".git").exists():
         pytest.skip("not a clone")
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -1,4 +1,4 @@
-"""The names that users import, and the root that all errors share."""
+"""The names that users import, and the base class of all errors."""
 
 import inspect
 import subprocess
@@ -17,7 +17,7 @@ STUB = Path(hf_gated_sae.__file__).with_suffix(".pyi")
 
 
 @pytest.mark.parametrize("name", hf_gated_sae.__all__)
-def test_what_editors_see_is_there_at_run_time(name):
+def test_names_in_all_exist_at_run_time(name):
     assert getattr(hf_gated_sae, name).__name__ == name
 
 
@@ -25,13 +25,13 @@ def test_the_stub_is_what_is_exported():
     assert STUB.read_text(encoding="utf-8") == exports.stub(), "run make stub"
 
 
-def test_every_plug_in_of_ours_is_exported_and_completes_on_tab():
+def test_every_built_in_plug_in_is_exported_and_in_dir():
     models = [cls for model in architectures.values() for cls in (model, model.config_class)]
     ours = {cls.__name__ for cls in [*models, *interventions.values()] if cls.__module__.startswith("hf_gated_sae.")}
     assert ours <= set(hf_gated_sae.__all__) <= set(dir(hf_gated_sae))
 
 
-def test_a_new_file_is_exported_without_another_being_edited(tmp_path, monkeypatch):
+def test_a_new_file_is_exported_without_editing_another(tmp_path, monkeypatch):
     for room in ("architectures", "interventions"):
         (tmp_path / room).mkdir()
     (tmp_path / "architectures" / "their.py").write_text(
@@ -61,7 +61,7 @@ ERRORS = [error for _, error in inspect.getmembers(errors, inspect.isclass) if e
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)
-def test_every_error_has_our_root_and_a_builtin_one(error):
+def test_every_error_derives_from_sae_error_and_a_builtin_error(error):
     assert issubclass(error, errors.SAEError)
     if error is not errors.SAEError:
         builtin = (ValueError, IndexError, LookupError, RuntimeError, FileNotFoundError, ImportError)
@@ -73,7 +73,7 @@ def test_close_names_are_suggested_and_others_listed():
     assert "Known: gated, topk" in str(errors.unknown_name("architecture", "llama", ["gated", "topk"]))
 
 
-def test_a_name_can_be_taken_once():
+def test_a_name_can_be_registered_once():
     registry: Registry = Registry("thing", "hf_gated_sae.functional")
     registry.register("a", int)
     registry.register("a", int)  # a module imported twice is no conflict
@@ -82,7 +82,7 @@ def test_a_name_can_be_taken_once():
 
 
 def test_an_architecture_of_another_package_is_found(tmp_path):
-    """A third party's architecture is one file and one entry point; nothing of ours is edited."""
+    """A third-party architecture needs one file and one entry point, and no change in this package."""
     package = tmp_path / "their_sae"
     package.mkdir()
     (package / "__init__.py").write_text(

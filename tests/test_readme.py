@@ -1,4 +1,4 @@
-"""The README's code runs, in order, in one process; the Hub in it is the loopback one."""
+"""The README's code runs, in order, in one process, with the loopback Hub."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_code_runs_and_says_what_its_comments_say(tmp_path, monkeypatch, hub):
+def test_the_code_runs_and_does_what_its_comments_say(tmp_path, monkeypatch, hub):
     monkeypatch.chdir(tmp_path)
     names = run(ROOT / "README.md", tmp_path)
     config = names["sae"].config

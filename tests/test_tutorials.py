@@ -1,4 +1,4 @@
-"""The code of the tutorials runs, and gives what their text says; the Hub in it is the loopback one."""
+"""The code in the tutorials runs and gives the results that their text states, with the loopback Hub."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def test_engineer(tmp_path, monkeypatch, capsys):
     assert all(each.sae_used.config.kept_latents for each in names["pinned"])  # only the latents that are needed
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
-@pytest.mark.timeout(900)  # a minute on a core of its own
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT uses it
+@pytest.mark.timeout(900)  # takes a minute on an idle core
 def test_fine_tuning_with_a_concept_ablated(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = run(TUTORIALS / "fine_tuning_with_a_concept_ablated.md", tmp_path)

@@ -1,4 +1,4 @@
-"""The ranges of supported versions: stated once for pip and once for the program, and refused outside."""
+"""Supported versions: pyproject.toml and the package state the same ranges, and other versions are refused."""
 
 import subprocess
 import sys
@@ -15,27 +15,27 @@ from hf_gated_sae.versions import SUPPORTED, require_supported
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 
 
-def test_pip_and_the_program_know_the_same_ranges():
+def test_pyproject_and_the_package_state_the_same_ranges():
     extras = [each for several in PROJECT["optional-dependencies"].values() for each in several]
     stated = {each.name: each.specifier for each in map(Requirement, [*PROJECT["dependencies"], *extras])}
     for library, accepted in SUPPORTED.items():
         assert stated[library] == Requirement(f"x{accepted}").specifier
 
 
-def test_the_oldest_versions_that_are_tested_are_the_oldest_that_are_promised():
+def test_the_oldest_tested_versions_are_the_oldest_supported():
     lines = (Path(__file__).parent / "matrix" / "oldest.txt").read_text().splitlines()
     pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
     promised = {library: accepted.split(",")[0].removeprefix(">=") for library, accepted in SUPPORTED.items()}
-    del promised["torch"]  # whose old builds are too large to be installed each time
+    del promised["torch"]  # its old builds are too large to install each time
     assert {library: pinned[library].removesuffix(".0") for library in promised} == promised
 
 
-def test_what_is_installed_is_supported():
+def test_installed_versions_are_supported():
     require_supported(*SUPPORTED)
 
 
 @pytest.mark.parametrize("version", ["6.0.0", "6.0.0.dev0", "5.15.1", "4.57.6"])
-def test_other_versions_are_refused_with_what_to_install(monkeypatch, version):
+def test_other_versions_are_refused_with_an_install_command(monkeypatch, version):
     monkeypatch.setattr(metadata, "version", lambda library: version)
     with pytest.raises(VersionError, match=rf"transformers {version} .* pip install 'transformers<6,>=5.16'"):
         require_supported("transformers")

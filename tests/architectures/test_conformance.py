@@ -1,6 +1,6 @@
-"""What every registered architecture has to do; a new file in `architectures/` is tested without touching this one.
+"""Conformance tests of every registered architecture; a new file in `architectures/` needs no change here.
 
-Those that read several sites at once have matrices of other shapes, and are tested in `test_cross_layer.py`.
+Architectures that read several sites have matrices of other shapes and are tested in `test_cross_layer.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def activations(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor
     return torch.randn(*shape, D_IN, generator=torch.Generator().manual_seed(7)).to(dtype)
 
 
-def test_the_paper_and_its_baselines_are_there() -> None:
+def test_the_gated_sae_and_its_baselines_are_registered() -> None:
     assert {"gated", "standard", "jumprelu", "topk", "batch_topk"} <= set(architectures)
 
 
@@ -53,7 +53,9 @@ def test_leading_axes_do_not_matter(architecture: str, shape: tuple[int, ...]) -
         return
     latents = sae.encode(x)
     assert latents.shape == (*shape, D_SAE)
-    unit = x.shape[-1:] if sae.per_token else x.shape[-2:]  # what is encoded by itself: a token, or a sequence
+    unit = (
+        x.shape[-1:] if sae.per_token else x.shape[-2:]
+    )  # the unit that is encoded independently: a token, or a sequence
     flat = x.reshape(-1, *unit) if x.numel() else []
     one_by_one = [sae.encode(row) for row in flat]
     if one_by_one:
@@ -63,7 +65,7 @@ def test_leading_axes_do_not_matter(architecture: str, shape: tuple[int, ...]) -
 
 @every_architecture
 def test_a_token_does_not_depend_on_its_neighbours(architecture: str) -> None:
-    """Nor on those after it; on those before it only if the architecture says so."""
+    """It never depends on later tokens, and on earlier ones only if the architecture declares so."""
     sae, x = example(architecture).double(), activations(6, dtype=torch.float64)
     before, middle, after = x.clone(), 3, x.clone()
     before[:middle] *= 100
@@ -104,7 +106,7 @@ def test_decode_is_affine(architecture: str) -> None:
 
 @every_architecture
 def test_an_elementwise_latent_reads_its_own_row_only(architecture: str) -> None:
-    """The promise behind `elementwise`: other rows of every per-latent tensor may be anything."""
+    """What `elementwise` promises: other rows of the per-latent tensors do not matter."""
     sae, x = example(architecture).double(), activations(9, dtype=torch.float64)
     before = sae.encode(x)[..., 3]
     with torch.no_grad():
@@ -137,7 +139,7 @@ def test_wrong_input_says_what_is_wrong(architecture: str) -> None:
 @pytest.mark.parametrize(
     "architecture", [name for name, each in architectures.items() if "bandwidth" in each.config_class.own_fields()]
 )
-def test_a_kernel_without_a_width_is_refused(architecture: str, bandwidth: float) -> None:
+def test_an_invalid_bandwidth_is_refused(architecture: str, bandwidth: float) -> None:
     with pytest.raises(InputError, match=rf"bandwidth is {float(bandwidth)}, expected a finite positive number"):
         build(architecture, bandwidth=bandwidth)
 
@@ -152,7 +154,7 @@ def test_the_base_class_cannot_be_built() -> None:
 
 @every_architecture
 def test_no_parameter_is_left_uninitialised(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever memory holds when a tensor is allocated, nothing of it may remain."""
+    """No value that was in a tensor's memory before initialisation may remain."""
     empty = torch.empty
 
     def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -257,15 +259,15 @@ def test_a_few_steps_lower_the_loss(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", list(architectures))
-def test_derivatives_are_the_same_whichever_way_they_are_taken(architecture: str) -> None:
-    """By the tape, by `torch.func` in both directions, one in the other, and for a single token of a batch."""
+def test_derivatives_by_all_methods_are_equal(architecture: str) -> None:
+    """By autograd, by `torch.func` in reverse and forward mode, nested, and under `vmap`."""
     sae = example(architecture).double()
     x = torch.randn(3, *sae.input_shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     wanted = torch.autograd.functional.jacobian(sae.encode, x)
     for jacobian in (torch.func.jacrev, torch.func.jacfwd):
         torch.testing.assert_close(jacobian(sae.encode)(x), wanted, rtol=1e-12, atol=1e-12)
     assert torch.func.jacfwd(torch.func.jacrev(sae.encode))(x).isfinite().all()
-    if sae.per_token and architecture != "matching_pursuit":  # which asks its tokens whether they are done
+    if sae.per_token and architecture != "matching_pursuit":  # its loop depends on the values of the tokens
         single = torch.func.vmap(torch.func.jacrev(sae.encode))(x)
         torch.testing.assert_close(single, torch.stack([each[:, at] for at, each in enumerate(wanted)]))
         torch.testing.assert_close(torch.func.vmap(sae.encode)(x), sae.encode(x), rtol=1e-12, atol=1e-12)

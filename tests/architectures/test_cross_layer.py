@@ -1,4 +1,4 @@
-"""The cross-layer SAE against its equations, and what the other architectures' conformance tests ask of one site."""
+"""The cross-layer SAE: its equations, and for several sites what `test_conformance.py` tests for one."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_the_layers_of_a_transcoder_add_up_to_it() -> None:
 
 @every_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_saved_is_loaded_bit_by_bit(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_saving_and_loading_is_bit_exact(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
     sae = example(case, base_model="acme/lm")
     sae.save_pretrained(tmp_path / "first")
     loaded = SAEModel.from_pretrained(tmp_path / "first", dtype=dtype)
@@ -213,7 +213,7 @@ def test_wrong_input_says_what_is_wrong() -> None:
         sae.decode(torch.zeros(D_SAE))
     with pytest.raises(LatentIndexError, match="Latent 22 does not exist"):
         sae.encode(torch.zeros(3, 5), [22])
-    splice = Splice(sae)  # which knows all of its sites
+    splice = Splice(sae)
     assert ([str(site) for site in splice.reads], [str(site) for site in splice.sites]) == (sae.sites, sae.sites_out)
 
 
@@ -238,7 +238,7 @@ def test_wrong_input_says_what_is_wrong() -> None:
         ({"sites": "resid_mid.0"}, "sites is 'resid_mid.0'"),
     ],
 )
-def test_configurations_that_cannot_be(settings: dict[str, Any], message: str) -> None:
+def test_invalid_configurations_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         build(**settings)
 

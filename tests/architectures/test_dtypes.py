@@ -1,4 +1,4 @@
-"""Whatever the dtypes of activations and SAE: it is computed in the wider one, as if the SAE had been cast to it."""
+"""Activations and SAE of different dtypes: results are computed as if the SAE had been cast to the promoted dtype."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def given_to(sae: SAEModel, dtype: torch.dtype) -> torch.Tensor:
 
 
 def everything(sae: SAEModel, x: torch.Tensor, latents: torch.Tensor) -> dict[str, Any]:
-    """Return what the SAE computes of activations and of latents."""
+    """Return all results of the SAE for activations and latents, by name."""
     source = x if sae.one_site else x[..., 0, :].contiguous()
     of_source = sae.encode_source(source, 0)
     found: dict[str, Any] = {
@@ -42,14 +42,14 @@ def everything(sae: SAEModel, x: torch.Tensor, latents: torch.Tensor) -> dict[st
         "keyword": sae.encode(x=x),
         "forward": sae(x).reconstruction,
         "reconstruct": sae.reconstruct(x),
-        "live": sae.encode_sparse(x).dense(),
+        "encode_sparse": sae.encode_sparse(x).dense(),
         "decode": sae.decode(latents, x),
-        "decode of live": sae.decode(SparseLatents.from_dense(latents), x),
+        "decode of sparse latents": sae.decode(SparseLatents.from_dense(latents), x),
         "encode_source": of_source,
         "decode_at": sae.decode_at([of_source], 0, source),
         "constant": sae.constant(x),
     }
-    if sae.config.architecture != "temporal":  # which is not trained here
+    if sae.config.architecture != "temporal":  # cannot be trained
         loss = sae.training_loss(x, sparsity_coefficient=0.5)
         found |= {"loss": loss.total, "training reconstruction": loss.reconstruction}
     return found
@@ -57,7 +57,7 @@ def everything(sae: SAEModel, x: torch.Tensor, latents: torch.Tensor) -> dict[st
 
 @every_case
 @every_architecture
-def test_it_is_computed_as_if_the_sae_had_been_cast(architecture: str, case: str) -> None:
+def test_results_are_those_of_the_cast_sae(architecture: str, case: str) -> None:
     given, own, wide = CASES[case]
     sae = example(architecture).to(own)
     cast = copy.deepcopy(sae).to(wide)
@@ -73,7 +73,7 @@ def test_it_is_computed_as_if_the_sae_had_been_cast(architecture: str, case: str
 
 
 @pytest.mark.parametrize("normalization", ["center", "layer_norm", "unit_norm", "rms_norm", "standardize"])
-def test_normalised_and_skipping_saes_too(normalization: str) -> None:
+def test_normalisation_and_skip_connections(normalization: str) -> None:
     for settings in ({}, {"skip_connection": True, "site": "mlp_in.1", "site_out": "mlp_out.1"}):
         sae = example("gated", normalization=normalization, **settings).bfloat16()
         x = given_to(sae, torch.float32)
@@ -98,7 +98,7 @@ def test_gradients_reach_weights_and_activations(architecture: str) -> None:
             torch.testing.assert_close(mine.grad.float(), theirs.grad, rtol=1e-2, atol=1e-5)
 
 
-def test_a_threshold_that_follows_the_batches_is_kept() -> None:
+def test_the_running_threshold_is_updated() -> None:
     sae = example("batch_topk", k=4).bfloat16().train()
     cast = copy.deepcopy(sae).float()
     before, x = sae.threshold.clone(), given_to(sae, torch.float32)
@@ -108,7 +108,7 @@ def test_a_threshold_that_follows_the_batches_is_kept() -> None:
     assert torch.equal(sae.threshold, cast.threshold.bfloat16())
 
 
-def test_transformations_of_functions_work() -> None:
+def test_function_transforms_work() -> None:
     sae = example("gated").bfloat16()
     cast, x = copy.deepcopy(sae).float(), given_to(sae, torch.float32).reshape(12, -1)
     for transformed in (
@@ -135,17 +135,17 @@ def test_nothing_is_cast_where_the_dtypes_agree(architecture: str) -> None:
     assert casts == []
 
 
-def test_autocast_decides_where_it_is_on() -> None:
+def test_autocast_takes_precedence() -> None:
     sae = example("gated")
     x = given_to(sae, torch.bfloat16)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(sae.encode(x), type(sae).encode.__wrapped__(sae, x))
 
 
-def test_an_architecture_of_somebody_else_need_not_know_of_it() -> None:
+def test_a_third_party_encode_is_promoted_without_code_for_it() -> None:
     class Halved(architectures["gated"]):  # type: ignore[misc,name-defined]
         def encode(self, x: torch.Tensor, latents: Any = None) -> torch.Tensor:
-            """Return half of what is usual."""
+            """Return half of the usual latents."""
             return super().encode(x, latents) / 2
 
     sae = Halved(architectures["gated"].config_class(d_in=6, d_sae=D_SAE)).bfloat16()
@@ -153,6 +153,6 @@ def test_an_architecture_of_somebody_else_need_not_know_of_it() -> None:
     assert torch.equal(sae.encode(x), copy.deepcopy(sae).float().encode(x))
 
 
-def test_every_equation_that_is_named_exists() -> None:
+def test_every_name_in_equations_exists() -> None:
     defined = {name for cls in (SAEModel, *architectures.values()) for name in EQUATIONS if hasattr(cls, name)}
     assert defined == EQUATIONS

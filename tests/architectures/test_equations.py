@@ -43,8 +43,8 @@ def reference_of(architecture: str) -> ModuleType:
     name = f"{references.__name__}.{architecture}"
     if importlib.util.find_spec(name) is None:
         pytest.fail(
-            f"The architecture {architecture!r} has no equations to be compared with: write "
-            f"tests/architectures/references/{architecture}.py, as the docstring of its __init__.py says."
+            f"The architecture {architecture!r} has no reference to compare with: write "
+            f"tests/architectures/references/{architecture}.py as described in the __init__.py beside it."
         )
     return importlib.import_module(name)
 
@@ -54,7 +54,7 @@ def numpy_parameters(sae: SAEModel) -> dict[str, Array]:
 
 
 def built(architecture: str, random: Random, d_sae: int, **common: Any) -> SAEModel:
-    """Return an SAE with common settings and its own, which decide where they meet."""
+    """Return an SAE with common settings, overridden by those of its architecture."""
     own = getattr(reference_of(architecture), "settings", lambda random, d_sae: {})(random, d_sae)
     common = {
         **{"k": random.randint(1, d_sae), "d_out": random.choice([None, None, 1, 9])},
@@ -64,7 +64,7 @@ def built(architecture: str, random: Random, d_sae: int, **common: Any) -> SAEMo
         **own,
     }
     if common["d_out"] not in (None, common["d_in"]):
-        common["apply_b_dec_to_input"] = False  # a decoder bias of another width
+        common["apply_b_dec_to_input"] = False  # the decoder bias has another width
     return randomised(build(architecture, d_sae=d_sae, **common), random.randrange(1 << 20)).double()
 
 
@@ -74,7 +74,7 @@ def drawn(shape: tuple[int, ...], random: Random) -> Array:
 
 @every_architecture
 def test_encode_and_decode_are_the_equations(architecture: str) -> None:
-    """Behind every normalisation of tokens, and with a skip connection, too."""
+    """With every normalisation of tokens, with and without a skip connection."""
     reference = reference_of(architecture)
     for seed in range(120):
         random, normalization = Random(seed), ["none", *NORMALIZATIONS][seed % (1 + len(NORMALIZATIONS))]
@@ -97,7 +97,7 @@ def test_encode_and_decode_are_the_equations(architecture: str) -> None:
 
 @every_architecture
 def test_the_training_objective_is_the_equations(architecture: str) -> None:
-    """Every variant term by term; where the reference has none, training is refused."""
+    """Every variant, term by term; training is refused where the reference returns None."""
     reference, objective_class = reference_of(architecture), architectures[architecture].objective_class
     variants = getattr(reference, "VARIANTS", [{}])
     for seed in range(20 * len(variants)):
@@ -124,13 +124,13 @@ def test_the_training_objective_is_the_equations(architecture: str) -> None:
 
 
 @every_architecture
-def test_a_reference_knows_every_variant_of_the_objective(architecture: str) -> None:
+def test_the_variants_of_a_reference_set_every_field_of_the_objective(architecture: str) -> None:
     fields = {field.name for field in dataclasses.fields(architectures[architecture].objective_class)}
     missing = fields - {name for variant in getattr(reference_of(architecture), "VARIANTS", [{}]) for name in variant}
     assert not missing, f"name {sorted(missing)} in VARIANTS of tests/architectures/references/{architecture}.py"
 
 
-def test_architectures_and_their_references_have_the_names_of_their_files() -> None:
+def test_architectures_and_references_are_named_like_their_files() -> None:
     ours = {name for name, each in architectures.items() if each.__module__.startswith(f"{package.__name__}.")}
     assert ours == set(ARCHITECTURES) == {module.name for module in pkgutil.iter_modules(references.__path__)}
 
@@ -151,7 +151,7 @@ def test_comparisons_are_strict() -> None:
             if off:
                 sae.state_dict()[off].fill_(2.0)
             if name == "gated":
-                sae.b_gate.fill_(-2.0)  # the magnitude at the border is 2
+                sae.b_gate.fill_(-2.0)  # the magnitude is 2 where the gate is zero
         at = 2.0 if name != "standard" else 0.0
         x = torch.tensor([[at], [np.nextafter(at, 9.0)]], dtype=torch.float64)
         assert (sae.encode(x) != 0).tolist() == [[False], [True]], name
@@ -167,7 +167,7 @@ def test_topk_keeps_fewer_where_fewer_are_positive() -> None:
 
 
 def test_batch_topk_trains_on_the_largest_of_the_batch() -> None:
-    """``k * tokens`` latents are kept in all, wherever they are; the threshold follows the smallest of them."""
+    """``k * tokens`` latents are kept in the whole batch; the threshold follows the smallest of them."""
     sae = randomised(build("batch_topk", d_in=4, d_sae=12, k=2)).double()
     x = torch.randn(6, 4, dtype=torch.float64)
     z = reference_of("standard").encode(x.numpy(), numpy_parameters(sae), sae.config)
@@ -179,7 +179,7 @@ def test_batch_topk_trains_on_the_largest_of_the_batch() -> None:
     assert sae.threshold.item() == pytest.approx(momentum * before + (1 - momentum) * kept[-1])
 
 
-def test_an_edit_of_latents_of_a_temporal_sae_writes_what_any_other_does() -> None:
+def test_changing_a_latent_of_a_temporal_sae_adds_its_decoder_row() -> None:
     sae = randomised(build("temporal", d_in=5, d_sae=12, scaling_factor=0.03)).double()
     x = 100 * torch.randn(2, 7, 5, dtype=torch.float64)
     with torch.no_grad():
@@ -195,7 +195,7 @@ def test_matching_pursuit_stops(rule: str) -> None:
     """Each rule on its own, on orthonormal rows where the pursuit can be followed by hand."""
     off = {"residual_threshold": 0.0, "stop_on_duplicate_support": False}
     on = {
-        "threshold": {"residual_threshold": 1.2},  # what is left after 5, 2 and 1 has norm 1
+        "threshold": {"residual_threshold": 1.2},  # the residual after 5, 2 and 1 has norm 1
         "steps": {"max_iterations": 2},
         "support": {"stop_on_duplicate_support": True},
     }[rule]
@@ -235,7 +235,7 @@ def test_gated_to_jumprelu_and_back_computes_the_same(seed: int, centred: bool) 
 
 
 def test_conversion_is_exact_where_arithmetic_is() -> None:
-    """With r_mag = 0 and small whole numbers nothing is rounded, and the difference is zero in float32 too."""
+    """With r_mag = 0 and small whole numbers nothing is rounded, so results are equal in float32."""
     sae = gated_sae(0)
     with torch.no_grad():
         for parameter in sae.parameters():
@@ -255,12 +255,12 @@ def test_conversion_in_float32_differs_by_rounding_only() -> None:
     with torch.no_grad():
         left, right = sae.encode(x), sae.to_jumprelu().encode(x)
     both = (left > 0) == (right > 0)
-    assert both.float().mean() > 0.9999  # within rounding of the threshold either side is right
+    assert both.float().mean() > 0.9999  # within rounding of the threshold, on and off are both right
     torch.testing.assert_close(left[both], right[both], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_conversion_keeps_dtype_place_and_records(dtype: torch.dtype) -> None:
+def test_conversion_keeps_dtype_site_and_statistics(dtype: torch.dtype) -> None:
     sae = gated_sae(2, dtype=dtype)
     sae.config.site, sae.config.base_model = "resid_post.4", "acme/lm"
     for other in (sae.to_jumprelu(), GatedSAE.from_jumprelu(sae.to_jumprelu())):
@@ -270,7 +270,7 @@ def test_conversion_keeps_dtype_place_and_records(dtype: torch.dtype) -> None:
         assert torch.equal(other.W_dec, sae.W_dec)
 
 
-def test_conversion_of_halves_rounds_neither_thresholds_nor_records(tmp_path: Path) -> None:
+def test_conversion_in_half_precision_rounds_neither_thresholds_nor_statistics(tmp_path: Path) -> None:
     gated_sae(2).save_pretrained(tmp_path)
     sae: Any = SAEModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
     jump = sae.to_jumprelu()
@@ -310,7 +310,7 @@ def gradients(sae: SAEModel, term: str, x: torch.Tensor) -> dict[str, torch.Tens
 
 @pytest.mark.parametrize("term", ["reconstruction", "sparsity", "auxiliary"])
 @pytest.mark.parametrize("parameter", list(ROUTING))
-def test_gated_gradients_take_the_paper_s_routes(parameter: str, term: str) -> None:
+def test_gated_gradients_reach_the_parameters_that_the_paper_states(parameter: str, term: str) -> None:
     sae = gated_sae(4, dtype=torch.float64)
     gradient = gradients(sae, term, torch.randn(50, 5, dtype=torch.float64))[parameter]
     reached = gradient is not None and bool((gradient != 0).any())
@@ -354,13 +354,15 @@ def test_auxiliary_gradient_is_that_of_a_frozen_decoder() -> None:
 
 
 def test_jumprelu_threshold_learns_by_the_rectangle_estimate() -> None:
-    """Its gradient is ``-lambda / bandwidth`` where the pre-latent is within half a bandwidth of it, else zero."""
+    """The gradient is ``-lambda / bandwidth`` where the pre-latent is within half a bandwidth, else zero."""
     sae = build("jumprelu", d_in=1, d_sae=3, bandwidth=0.2).double()
     with torch.no_grad():
         for tensor in (sae.W_enc_T, sae.b_dec, sae.W_dec):
             tensor.zero_()
         sae.threshold.fill_(1.0)
-        sae.b_enc.copy_(torch.tensor([1.05, 1.15, 0.95]))  # inside above, outside, inside below
+        sae.b_enc.copy_(
+            torch.tensor([1.05, 1.15, 0.95])
+        )  # within half a bandwidth above, outside, within half a bandwidth below
     sae.training_loss(torch.zeros(4, 1, dtype=torch.float64), sparsity_coefficient=0.6).terms["sparsity"].backward()
     assert sae.threshold.grad is not None
     np.testing.assert_allclose(sae.threshold.grad.numpy(), [-3.0, 0.0, -3.0])

@@ -1,4 +1,4 @@
-"""Copies, files and Auto classes of every registered architecture; a new one is tested without touching this file."""
+"""Copies, files and Auto classes of every registered architecture; a new one needs no change here."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_every_tensor_is_contiguous(architecture: str) -> None:
 
 @every_architecture
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_saved_is_loaded_bit_by_bit(architecture: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_saving_and_loading_is_bit_exact(architecture: str, dtype: torch.dtype, tmp_path: Path) -> None:
     sae = example(architecture, site="resid_post.3", base_model="acme/lm", base_model_revision="1" * 40)
     sae.save_pretrained(tmp_path / "first")
     sae = SAEModel.from_pretrained(tmp_path / "first", dtype=dtype)
@@ -79,8 +79,8 @@ def test_sharded(architecture: str, tmp_path: Path) -> None:
     sae.save_pretrained(tmp_path, max_shard_size=200)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1 and not (tmp_path / "model.safetensors").exists()
     assert_same(sae, SAEModel.from_pretrained(tmp_path))
-    (tmp_path / "model-notes.safetensors").touch()  # somebody else's
-    sae.save_pretrained(tmp_path)  # over the shards: none may stay
+    (tmp_path / "model-notes.safetensors").touch()  # not a shard of ours
+    sae.save_pretrained(tmp_path)  # replaces the shards
     names = ["config.json", "model-notes.safetensors", "model.safetensors"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert_same(sae, SAEModel.from_pretrained(tmp_path))
@@ -121,7 +121,7 @@ def test_auto_classes(architecture: str, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def loaded_in_a_fresh_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What AutoModel makes of every architecture in a process that has only imported the package."""
+    """What AutoModel loads for every architecture in a process that has only imported the package."""
     folder = tmp_path_factory.mktemp("all")
     for name in ONE_SITE:
         example(name).save_pretrained(folder / name)

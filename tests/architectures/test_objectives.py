@@ -1,4 +1,4 @@
-"""What is minimised: gradients flow where they should, and a step over the active latents is the dense step."""
+"""Training objectives: each term moves the right parameters, and sparse training steps equal dense ones."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from hf_gated_sae.training.take_rows import take_rows
 
 D_IN, D_SAE, TOKENS = 24, 2048, 520
 FEW = 2.2
-"""Standard deviations above which a projection is on: about 1.4 % of them."""
+"""Threshold in standard deviations, which about 1.4 % of the projections exceed."""
 
 
 def example(architecture: str, dtype: torch.dtype = torch.float64, **settings: Any) -> SAEModel:
-    """Return an SAE of which few latents are on for standard normal activations, none of its vectors being special."""
+    """Return an SAE with random tensors and few active latents on standard normal activations."""
     generator = torch.Generator().manual_seed(0)
     sae_class = architectures[architecture]
     if "k" in sae_class.config_class.__annotations__:
@@ -67,7 +67,7 @@ def dense(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def screens(monkeypatch: pytest.MonkeyPatch, available: bool) -> list[Any]:
-    """Let there be screens or none, and return those made; a CPU without bfloat16 only takes longer for them."""
+    """Turn screens on or off, and return those that are made; on a CPU without bfloat16 they only take longer."""
     made: list[Any] = []
     of = bf16_screening.screen_of
     monkeypatch.setattr(bf16_screening, "_AVAILABLE", available)
@@ -114,7 +114,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     [(torch.float64, 1e-12, False), (torch.float32, 1e-6, False), (torch.float32, 1e-6, True)],
 )
 @pytest.mark.parametrize("architecture, settings, options", CASES)
-def test_a_step_over_the_live_latents_is_the_dense_step(
+def test_a_sparse_step_equals_the_dense_step(
     architecture: str,
     settings: dict[str, Any],
     options: dict[str, Any],
@@ -125,7 +125,7 @@ def test_a_step_over_the_live_latents_is_the_dense_step(
 ) -> None:
     used = screens(monkeypatch, screened)
     if options.get("sparsity_power") and dtype == torch.float32:
-        tolerance *= 20  # the slope of a root magnifies how the projections themselves are rounded
+        tolerance *= 20  # the slope of the root magnifies rounding errors of the projections
     x = activations(dtype)
     target = {"target": x.roll(1, 0) @ x.new_ones(D_IN, D_IN)} if options.get("target") else {}
     live, found = step(example(architecture, dtype, **settings), x, **{**options, **target})
@@ -146,10 +146,8 @@ def test_a_step_over_the_live_latents_is_the_dense_step(
 
 
 @pytest.mark.parametrize("architecture, settings, options", CASES)
-def test_a_batch_is_let_go_of_with_its_loss(
-    architecture: str, settings: dict[str, Any], options: dict[str, Any]
-) -> None:
-    """At once, and not when Python next looks for cycles: a batch may be large."""
+def test_a_batch_is_freed_with_its_loss(architecture: str, settings: dict[str, Any], options: dict[str, Any]) -> None:
+    """Immediately, not at the next garbage collection: a batch may be large."""
     sae, held, places = example(architecture, **settings), activations(), []
     gc.disable()
     try:
@@ -168,7 +166,7 @@ def test_a_batch_is_let_go_of_with_its_loss(
 def test_no_activations_give_zero_gradients(
     architecture: str, settings: dict[str, Any], options: dict[str, Any]
 ) -> None:
-    """As one process of several may have, or a caller who filters."""
+    """A process of several may have none, or a caller may filter all of them out."""
     x = activations()[:0]
     loss, found = step(
         example(architecture, **settings), x, **{**options, **({"target": x} if options.get("target") else {})}
@@ -179,10 +177,10 @@ def test_no_activations_give_zero_gradients(
 
 @pytest.mark.parametrize("screened", [False, True])
 @pytest.mark.parametrize("architecture", ["gated", "standard", "jumprelu", "topk", "batch_topk"])
-def test_under_autocast_rounding_may_decide_which_latents_are_on(
+def test_under_autocast_only_screened_projections_are_rounded(
     architecture: str, screened: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What follows is not rounded, so that all comes closer than by rounded products, some by chance hardly so."""
+    """Later operations are not rounded, so errors are below those of rounded products, up to chance."""
     used = screens(monkeypatch, screened)
     x, settings = activations(torch.float32), {"bandwidth": 0.2} if architecture == "jumprelu" else {}
 
@@ -203,13 +201,13 @@ def test_under_autocast_rounding_may_decide_which_latents_are_on(
         assert error <= (1.2 * products[name] if screened else 1e-6), name
 
 
-def test_many_live_latents_take_the_dense_step() -> None:
+def test_many_active_latents_take_the_dense_step() -> None:
     sae = example("gated")
     sae.b_gate.data.zero_()
     assert isinstance(sae.training_loss(activations(), sparsity_coefficient=1.0).latents, Tensor)
 
 
-def test_no_live_latent_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_active_latents(monkeypatch: pytest.MonkeyPatch) -> None:
     sae = example("gated")
     sae.b_gate.data.fill_(-100.0)
     loss, found = step(sae, activations())
@@ -262,10 +260,10 @@ def test_gradients_of_the_gated_objective_flow_as_in_the_paper(
 
 
 @pytest.mark.parametrize("live", [True, False])
-def test_the_decoder_bias_moves_in_sparsity_and_auxiliary_by_centring_alone(
+def test_sparsity_and_auxiliary_move_the_decoder_bias_only_by_centring(
     live: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without centring these terms leave `b_dec` alone: in them the decoder's own copy is frozen."""
+    """Without centring these terms do not move `b_dec`, because they use a frozen decoder."""
     if not live:
         dense(monkeypatch)
     for term in ("sparsity", "auxiliary"):
@@ -288,7 +286,7 @@ def test_only_open_gates_with_a_magnitude_move_the_encoder_by_reconstruction() -
     assert torch.equal(sae.W_enc_T.grad.any(-1), loss.fired)
 
 
-def test_a_tied_magnitude_bias_is_written_down_and_does_not_learn_by_itself() -> None:
+def test_a_tied_magnitude_bias_is_stored_and_not_trained() -> None:
     sae, objective = example("gated"), GatedObjective(tied_b_mag=True)
     sae.training_loss(activations(), sparsity_coefficient=0.3, objective=objective).terms["reconstruction"].backward()
     assert sae.b_mag.grad is None and sae.b_gate.grad.any() and sae.r_mag.grad.any()
@@ -299,7 +297,7 @@ def test_a_tied_magnitude_bias_is_written_down_and_does_not_learn_by_itself() ->
     assert objective.frozen(sae) == {"b_mag"} and GatedObjective(learn_r_mag=False).frozen(sae) == {"r_mag"}
 
 
-def test_an_untied_sae_starts_as_the_gated_one_and_its_magnitudes_learn_alone() -> None:
+def test_an_untied_sae_starts_as_the_gated_one_and_trains_its_magnitudes_separately() -> None:
     gated, x = example("gated"), activations()
     sae = UntiedGatedSAE.from_gated(gated)
     torch.testing.assert_close(sae(x).latents, gated(x).latents)
@@ -307,7 +305,7 @@ def test_an_untied_sae_starts_as_the_gated_one_and_its_magnitudes_learn_alone() 
     assert sae.W_mag_T.grad.any() and sae.W_enc_T.grad is None and sae.b_gate.grad is None
 
 
-def test_rescale_and_shift_starts_as_the_baseline_and_moves_nothing_else() -> None:
+def test_rescale_and_shift_starts_as_the_baseline_and_trains_nothing_else() -> None:
     baseline = example("standard")
     sae, objective = GatedSAE.from_standard(baseline), GatedObjective(rescale_and_shift=True)
     torch.testing.assert_close(sae(activations()).latents, baseline(activations()).latents)
@@ -330,8 +328,10 @@ def test_negative_thresholds_become_zero_which_changes_no_latent(architecture: s
 
 @pytest.mark.parametrize("power", [1.0, 0.5])
 @pytest.mark.parametrize("architecture, objective", [("gated", GatedObjective), ("standard", StandardObjective)])
-def test_weighted_sparsity_sees_what_is_written_and_not_how(architecture: str, objective: Any, power: float) -> None:
-    """What the encoder gains and the decoder loses costs nothing; without weights it does."""
+def test_weighted_sparsity_is_invariant_to_the_scale_of_latents(
+    architecture: str, objective: Any, power: float
+) -> None:
+    """Scaling encoder rows up and decoder rows down changes only the unweighted penalty."""
     sae, x = example(architecture), activations()
     scaled = example(architecture)
     factor = 0.5 + torch.rand(D_SAE, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -350,7 +350,7 @@ def test_weighted_sparsity_sees_what_is_written_and_not_how(architecture: str, o
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_the_weights_of_the_sparsity_are_as_frozen_as_the_decoder(frozen: bool) -> None:
+def test_the_weights_of_the_sparsity_are_frozen_with_the_decoder(frozen: bool) -> None:
     sae, objective = example("gated"), GatedObjective(weighted_by_decoder_norm=True, frozen_decoder=frozen)
     terms = sae.training_loss(activations(), sparsity_coefficient=0.3, sparsity_power=0.5, objective=objective).terms
     terms["sparsity"].backward()
@@ -381,7 +381,7 @@ def test_prefixes_reconstruct_alone() -> None:
             sae.training_loss(x, objective=TopKObjective(prefixes=alike))
 
 
-def test_a_batchs_threshold_begins_with_the_first_batch() -> None:
+def test_the_running_threshold_starts_with_the_first_batch() -> None:
     sae = example("batch_topk")
     sae.threshold.zero_()
     latents = sae.training_loss(activations()).latents
@@ -393,11 +393,11 @@ def test_many_kept_latents_take_the_dense_step(architecture: str) -> None:
     assert isinstance(example(architecture, k=D_SAE // 8).training_loss(activations()).latents, Tensor)
 
 
-def test_a_batch_keeps_its_largest_however_wrong_the_guess(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_topk_keeps_the_largest_whatever_the_guess(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sample of the tokens narrows the search and never changes the result."""
     sae, x = example("batch_topk"), activations()
     found = sae.training_loss(x).latents
-    x[::2] *= 1e-3  # of these the sample consists, as good as alone
+    x[::2] *= 1e-3  # nearly all tokens in the sample
     misled = sae.training_loss(x).latents
     monkeypatch.setattr(type(sae), "_guess", lambda self, x: torch.tensor(1e3, dtype=x.dtype))
     refused = sae.training_loss(x).latents
@@ -410,7 +410,7 @@ def test_a_batch_keeps_its_largest_however_wrong_the_guess(monkeypatch: pytest.M
         torch.testing.assert_close(whole, wanted, rtol=1e-12, atol=1e-12)
 
 
-def test_every_architecture_has_an_objective_with_terms_by_name() -> None:
+def test_every_architecture_has_an_objective() -> None:
     for name, sae_class in architectures.items():
         assert issubclass(sae_class.objective_class, Objective), name
 
@@ -428,7 +428,7 @@ def test_a_target_of_another_width_is_refused() -> None:
         ({"kept_latents": [3, 5]}, "holds only 2 of its 2048 latents"),
     ],
 )
-def test_an_sae_that_an_objective_would_take_for_another_is_refused(change: dict[str, Any], said: str) -> None:
+def test_normalised_and_partly_loaded_saes_cannot_be_trained(change: dict[str, Any], said: str) -> None:
     for architecture in ("gated", "standard", "jumprelu", "topk", "batch_topk"):
         with pytest.raises(InputError, match=re.escape(said)):
             example(architecture, **change).training_loss(activations())

@@ -1,4 +1,4 @@
-"""Active latents and reconstructions, a few tokens at a time, are those of every architecture's equations."""
+"""Active latents and reconstructions, computed a few tokens at a time, equal the plain equations."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def activations(sae: SAEModel, *shape: int, dtype: torch.dtype = torch.float64) 
 
 
 def assert_the_same(sae: SAEModel, x: torch.Tensor, **tolerance: float) -> SparseLatents:
-    """Check what is found against the plain equations; under `no_grad`, where it is found part by part."""
+    """Compare sparse results with the plain equations; under `no_grad` they are computed in parts."""
     latents, live = sae.encode(x), sae.encode_sparse(x)
     assert live.shape == tuple(latents.shape)
     torch.testing.assert_close(live.dense(), latents, **tolerance)
@@ -82,7 +82,7 @@ def test_a_skip_transcoder(architecture: str) -> None:
 
 @pytest.mark.parametrize("settings", [{"rectified": False}, {"rank_by_decoder_norm": True}, {"k": D_SAE}])
 @torch.no_grad()
-def test_top_k_in_all_its_ways(settings: dict[str, Any]) -> None:
+def test_topk_options(settings: dict[str, Any]) -> None:
     sae = example("topk", **settings).double()
     assert_the_same(sae, activations(sae, 9), **TIGHT)
 
@@ -102,7 +102,7 @@ def test_all_off_and_all_on(architecture: str, shift: float) -> None:
 
 @every_width_of_one
 @torch.no_grad()
-def test_what_is_not_a_number_stays_visible(architecture: str) -> None:
+def test_nan_stays_visible(architecture: str) -> None:
     sae = example(architecture).double()
     x = activations(sae, 12)
     x[5, 2] = float("nan")
@@ -129,7 +129,7 @@ def test_other_dtypes(architecture: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("architecture", ["gated", "standard", "jumprelu", "batch_topk", "tanh_relu"])
 @torch.no_grad()
 def test_screened_latents_are_the_plain_ones(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With float64 as the judge; what lies within rounding of zero may be on or off."""
+    """Compared with float64; latents within rounding of zero may be on or off."""
     monkeypatch.setattr(bf16_screening, "_AVAILABLE", True)  # a CPU without bfloat16 only takes longer
     monkeypatch.setattr(bf16_screening, "FEWEST_TOKENS", 1)
     monkeypatch.setattr(bf16_screening, "DENSEST", 1.0)
@@ -175,7 +175,7 @@ def test_gradients_are_those_of_the_plain_equations(architecture: str) -> None:
 
 @pytest.mark.parametrize("architecture", ["gated", "jumprelu"])
 @torch.no_grad()
-def test_a_slice_finds_its_own_latents(architecture: str) -> None:
+def test_a_partly_loaded_sae_finds_its_own_latents(architecture: str) -> None:
     sae = build(architecture, kept_latents=[3, 9, 1])
     randomised(sae.double())
     live = assert_the_same(sae, activations(sae, 9), **TIGHT)
@@ -193,8 +193,8 @@ def test_wrong_widths_are_refused(architecture: str) -> None:
 
 
 @torch.no_grad()
-def test_an_architecture_that_encodes_in_its_own_way_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cut that was inherited says nothing about an `_encode` that was not."""
+def test_an_overridden_encode_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An inherited cut does not apply to an overridden `_encode`."""
     sae = example("standard").double()
 
     def encode(self: SAEModel, x: torch.Tensor, latents: torch.Tensor | None) -> torch.Tensor:
@@ -205,7 +205,7 @@ def test_an_architecture_that_encodes_in_its_own_way_is_believed(monkeypatch: py
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the largest tensor that any operation returned."""
+    """Records the size of the largest tensor that any operation returned."""
 
     numbers = 0
 
@@ -219,7 +219,7 @@ class Largest(TorchDispatchMode):
 
 @every_width_of_one
 @torch.no_grad()
-def test_dense_latents_of_all_tokens_never_exist(architecture: str) -> None:
+def test_dense_latents_of_all_tokens_are_never_allocated(architecture: str) -> None:
     sae = build(architecture)
     if not sae.per_token:
         pytest.skip("encoded by whole sequences")

@@ -1,4 +1,4 @@
-"""TopK without a ReLU, and ranked by what would be written; against numpy in float64."""
+"""TopK without a ReLU, and ranked by latent times decoder norm, compared with numpy in float64."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def example(rectified: bool, by_norm: bool, seed: int = 0, **settings: Any) -> S
 
 @settings(max_examples=40, deadline=None)
 @given(option=st.sampled_from(OPTIONS), seed=st.integers(0, 2**20), d_sae=st.integers(1, 24), share=st.floats(0, 1))
-def test_every_combination_is_its_equation(option: tuple[bool, bool], seed: int, d_sae: int, share: float) -> None:
+def test_every_combination_equals_numpy(option: tuple[bool, bool], seed: int, d_sae: int, share: float) -> None:
     sae = example(*option, seed, d_sae=d_sae, k=1 + int(share * (d_sae - 1)))
     x = np.random.default_rng(seed).normal(size=(5, sae.config.d_in))
     latents = reference.encode(x, {name: tensor.numpy() for name, tensor in sae.state_dict().items()}, sae.config)
@@ -45,7 +45,7 @@ def test_negative_latents_are_kept_where_fewer_are_positive() -> None:
     assert topk(z, 3).tolist() == [[3.0, 0.0, 2.0, 0.0]]
 
 
-def test_a_weight_decides_what_is_kept_and_not_its_value() -> None:
+def test_weights_affect_the_selection_and_not_the_values() -> None:
     z = torch.tensor([[3.0, 2.0, 1.0, -9.0]])
     assert topk(z, 1, weights=torch.tensor([0.1, 0.1, 5.0, 9.0])).tolist() == [[0.0, 0.0, 1.0, 0.0]]
 

@@ -1,9 +1,9 @@
-"""One way to encode and decode, in a process of its own: `python kernels.py WHAT FOLDER`.
+"""Measure one way to encode and decode in its own process: `python kernels.py WHAT FOLDER`.
 
-Run by the interpreter of the library that is measured. The folder holds the weights and the activations, the same for
-all. Every line on standard input runs it once and is answered by one of JSON, beginning with `RESULT`; so runs of
-several processes can take turns. The lines are `run`, answered with seconds, also of the CPU; `check`, answered with
-a few values of the reconstruction; and `memory`, with the bytes by which the process grew at its peak.
+Run by the interpreter of the library that is measured. The folder holds the weights and the activations, which are the
+same for all. Each line on standard input is a command that runs it once and is answered by one line of JSON, beginning
+with `RESULT`, so that several processes can take turns. `run` gives seconds, also of CPU time; `check` gives a few
+values of the reconstruction; `memory` gives the bytes by which the process grew at its peak.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def ours_topk(w: dict[str, torch.Tensor]) -> Run:
 
 
 def torch_jumprelu(w: dict[str, torch.Tensor]) -> Run:
-    """The plain dense path: two products of torch's own, and the activation between them."""
+    """The plain dense path: two torch products, and the activation between them."""
 
     def run(x: torch.Tensor) -> torch.Tensor:
         z = torch.nn.functional.linear(x - w["b_dec"], w["W_enc_T"], w["b_enc"])
@@ -145,7 +145,7 @@ def answer(command: str, run: Run, x: torch.Tensor) -> dict[str, Any]:
         return {"values": run(x)[:: TOKENS // 8, :8].double().reshape(-1).tolist()}
     if command == "memory":
         run(x[:8])
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = status("VmRSS")
         kept = run(x)
         return {"bytes": status("VmHWM") - before, "result": kept.numel() * kept.element_size()}

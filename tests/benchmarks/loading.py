@@ -1,8 +1,8 @@
-"""One load, measured in a process of its own: `python loading.py WHAT PATH [LATENTS]` prints JSON.
+"""Measure one load in its own process: `python loading.py WHAT PATH [LATENTS]` prints JSON.
 
-Run by the interpreter of the library that is measured, so that every library has its own environment. Seconds are
-those of the CPU from after the imports: `load` to where the SAE is there, `encode` to the end of the first encoding,
-of a prompt of 128 tokens; `process` includes the imports.
+Run by the interpreter of the library that is measured, so that every library has its own environment. Times are CPU
+seconds since the end of the imports: `load` until the SAE is loaded, `encode` until a first prompt of 128 tokens is
+encoded. `process` includes the imports.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def resident() -> int:
 
 
 def read_bytes(path: Path) -> None:
-    """The floor: the file's bytes, read once."""
+    """The lower bound: the file's bytes, read once."""
     with path.open("rb", buffering=0) as file:
         buffer = bytearray(1 << 22)
         while file.readinto(buffer):
@@ -72,14 +72,14 @@ IMPORTS = {
     "saelens_npz": ("sae_lens", "sae_lens.loading.pretrained_sae_loaders"),
     "dictionary_learning": ("dictionary_learning.dictionary",),
 }
-"""What each load imports first, so that it can be left out of its time."""
+"""What each load imports first, outside the measured time."""
 
 
 def main(what: str, path: Path, latents: list[int] | None) -> dict[str, float]:
     start = time.process_time()
     for module in IMPORTS[what]:
         importlib.import_module(module)
-    if what == "ours":  # the registries import their modules when first asked
+    if what == "ours":  # the registries import their modules on first use
         from hf_gated_sae.architectures import architectures
         from hf_gated_sae.formats import formats
 

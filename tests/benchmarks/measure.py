@@ -22,7 +22,7 @@ def ratio(candidate: Callable[[], object], reference: Callable[[], object], *, r
 
 
 def turns(runs: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[str, float]:
-    """Median seconds of several runs that take turns, each in every place of the order, after one warm-up each."""
+    """Median seconds of several runs that take turns in rotating order, after one warm-up each."""
     names = list(runs)
     times: dict[str, list[float]] = {name: [] for name in names}
     for run in runs.values():

@@ -14,7 +14,7 @@ def gpt2_small() -> Any:
 
 
 def llama_1b() -> Any:
-    """16 layers of 2048 in bfloat16, as Llama 3.2 1B, with a small vocabulary: what is compared with is the blocks."""
+    """16 layers of 2048 in bfloat16, as Llama 3.2 1B; the vocabulary is small because only the blocks matter."""
     config = LlamaConfig(
         hidden_size=2048,
         intermediate_size=8192,
@@ -31,7 +31,7 @@ def llama_1b() -> Any:
     model.to_empty(device="cpu")
     values = torch.empty(1 << 22, dtype=torch.bfloat16).normal_(std=0.02, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        for name, parameter in model.named_parameters():  # as many normal numbers of their own would take a minute
+        for name, parameter in model.named_parameters():  # drawing them all would take a minute
             repeated = values.repeat(-(-parameter.numel() // len(values)))[: parameter.numel()]
             parameter.fill_(1.0) if "norm" in name else parameter.copy_(repeated.view_as(parameter))
         rotary = model.model.rotary_emb

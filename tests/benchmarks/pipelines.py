@@ -1,9 +1,9 @@
-"""One library's whole way from tokens to a trained SAE, in a process of its own: `python pipelines.py WHAT FOLDER`.
+"""Measure one library from tokens to a trained SAE in its own process: `python pipelines.py WHAT FOLDER`.
 
-Run by the interpreter of the library that is measured. The folder holds a causal LM, the weights that the SAEs begin
-with and the token ids, the same for all. Every line on standard input, `run N`, trains for N steps from the beginning
-and is answered by one line of JSON, beginning with `RESULT`: the seconds of the run. The difference of two lengths is
-what the steps between them cost, without loading, the filling of the buffer and the last checkpoint.
+Run by the interpreter of the library that is measured. The folder holds a causal LM, the initial weights of the SAEs
+and the token ids, which are the same for all. Each line on standard input is `run N`, which trains for N steps from
+the beginning and is answered by one line of JSON, beginning with `RESULT`, with the seconds of the run. The difference
+between two lengths is the time of the steps between them, without loading, filling the buffer and the last checkpoint.
 
 Each library runs its own trainer on its own source of activations: after the second of four layers, in batches of 16
 sequences, with equally large shuffle buffers where it has one. sparsify has none, and runs the whole model.
@@ -27,7 +27,7 @@ from torch import Tensor
 
 D_IN, D_SAE, K, LAYER = 256, 8192, 64, 1
 CONTEXT, ROWS, BUFFER = 128, 16, 8
-"""Tokens of a sequence, sequences of a batch, and batches of the shuffle buffer, of which half is served at a time."""
+"""Tokens per sequence, sequences per batch, and batches in the shuffle buffer, half of which is served at a time."""
 TOKENS = CONTEXT * ROWS
 COEFFICIENT, RATE = 1.0, 1e-6
 
@@ -49,7 +49,7 @@ def language_model(folder: Path) -> Any:
 
 
 def bare_run(folder: str, steps: int, tokens: int, rate: float = RATE) -> dict[str, Any]:
-    """Return arguments of a run that does nothing but steps."""
+    """Return arguments of a run that only takes steps."""
     return {
         "output_dir": folder,
         "use_cpu": True,

@@ -1,8 +1,8 @@
-"""GPT-2-small with an SAE in it, in a process of its own: `python splicing.py WHAT FOLDER`.
+"""Measure GPT-2-small with an SAE attached in its own process: `python splicing.py WHAT FOLDER`.
 
-Run by the interpreter of the library that is measured. The folder holds the model, the SAE's weights and the ids, the
-same for all. Every line on standard input names a forward, ``plain``, ``splice`` or ``error``, which is run once and
-answered by one line of JSON, beginning with `RESULT`: seconds, and a few of the logits.
+Run by the interpreter of the library that is measured. The folder holds the model, the SAE's weights and the ids,
+which are the same for all. Each line on standard input names a forward, ``plain``, ``splice`` or ``error``, which is
+run once and answered by one line of JSON, beginning with `RESULT`, with seconds and a few of the logits.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What interventions cost a GPT-2-small-sized model and a Llama of the 1B class, in a forward and in decoding."""
+"""Time that interventions add to GPT-2-small and a Llama of the size of 1B, in a forward and in decoding."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NONE = float("nan")
 
 
 def realistic(x: torch.Tensor, d_sae: int) -> dict[str, torch.Tensor]:
-    """Weights of a Gated SAE of which about `L0` latents are on at each of some activations ``[..., d_in]``."""
+    """Return weights of a Gated SAE with about `L0` active latents at each of the activations ``[..., d_in]``."""
     x = x.float().reshape(-1, x.shape[-1])
     W_dec = torch.nn.functional.normalize(torch.randn(d_sae, x.shape[-1]), dim=-1)
     projections = (x[:256] - x.mean(0)) @ W_dec.T
@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = gpt2_small()
     model.save_pretrained(path)
-    AutoTokenizer.from_pretrained(bundled.MODEL).save_pretrained(path)  # which the peer asks for
+    AutoTokenizer.from_pretrained(bundled.MODEL).save_pretrained(path)  # the peer loads it
     ids = torch.randint(0, 50_000, (ROWS, COLUMNS))
     site = f"resid_post.{LAYER}"
     tensors = realistic(capture(model, site, input_ids=ids)[site], D_SAE)
@@ -57,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def added(worker: Worker) -> Callable[[str], float]:
-    """Return a function that measures what a forward takes longer than the plain one beside it."""
+    """Return a function that measures how much longer a forward takes than a plain one just before it."""
 
     def measure(command: str) -> float:
         plain, attached = worker.ask("plain"), worker.ask(command)
@@ -80,11 +80,11 @@ def test_splice_against_saelens(folder: Path) -> None:
                 times.setdefault((name, "plain"), []).append(float(worker.ask("plain")["seconds"]))
     median = {key: statistics.median(several) for key, several in times.items()}
     rows = [
-        (f"added by Splice{how}, of SAELens's", median["ours", command] / median["theirs", command], limit)
+        (f"time added by Splice{how} / by SAELens", median["ours", command] / median["theirs", command], limit)
         for command, how, limit in (("splice", "", 0.3), ("error", " with the error term", 0.15))
     ]
     shares = [
-        (f"{name}: forward with {command}, of its plain one", 1 + median[name, command] / median[name, "plain"], NONE)
+        (f"{name}: forward with {command} / plain forward", 1 + median[name, command] / median[name, "plain"], NONE)
         for name in ("ours", "theirs")
         for command in ("splice", "error")
     ]
@@ -92,7 +92,7 @@ def test_splice_against_saelens(folder: Path) -> None:
     assert not any(measured > limit for _, measured, limit in rows)
 
 
-MODELS = {"GPT-2-small": (gpt2_small, 24_576, 21), "a Llama of 1B in bfloat16": (llama_1b, 32_768, 5)}
+MODELS = {"GPT-2-small": (gpt2_small, 24_576, 21), "Llama 1B in bfloat16": (llama_1b, 32_768, 5)}
 
 
 @pytest.fixture(scope="module", params=MODELS)

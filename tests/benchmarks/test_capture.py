@@ -1,4 +1,4 @@
-"""What `capture` at layer L of N costs: within a tenth of (L + 1) / N of a forward."""
+"""`capture` at layer L of N takes at most (L + 1) / N of a forward and a tenth of that more."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ ALLOWANCE = 1.10
 @pytest.mark.parametrize(
     ("build", "batch", "layers", "rounds"), [(gpt2_small, 4, (0, 5, 11), 9), (llama_1b, 1, (0, 7, 15), 5)]
 )
-def test_capture_costs_its_part_of_a_forward(build, batch, layers, rounds):
+def test_capture_costs_its_share_of_a_forward(build, batch, layers, rounds):
     model = build()
     ids = torch.randint(3, 30_000, (batch, 128))
     count = model.config.num_hidden_layers

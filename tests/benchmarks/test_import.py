@@ -1,4 +1,4 @@
-"""What `import hf_gated_sae` costs a program that imports torch and transformers' AutoModel anyway."""
+"""Time that `import hf_gated_sae` adds to a program that imports torch and transformers' AutoModel."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ def test_import_costs_little():
 
 
 def test_the_slow_modules_are_not_imported():
-    """What makes the import cheap: nothing above the floor of names is loaded before it is used."""
+    """The import is cheap because it loads only the lowest floor; other modules are loaded on first use."""
     slow = ["transformers.modeling_utils", "nnsight", "rich", "typer", "matplotlib", "jinja2"]
     code = (
         f"{REFERENCE}; import sys; before = set(sys.modules); import hf_gated_sae; "

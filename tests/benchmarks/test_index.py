@@ -1,4 +1,4 @@
-"""What it takes to have the index of known SAEs at hand, in a fresh process."""
+"""Time to load the index of known SAEs in a fresh process."""
 
 import statistics
 import subprocess

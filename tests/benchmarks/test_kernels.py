@@ -1,7 +1,7 @@
-"""What encoding and decoding cost: 4,096 tokens, 2,304 x 16,384, about 64 active latents, against the peers' own code.
+"""Time and memory of encoding and decoding, beside the peers: 4,096 tokens, 2,304 x 16,384, about 64 active latents.
 
-Every way runs in a process of its own with the same weights; two at a time take turns. The peers run in the
-environment that `make test-peers` makes; without it their rows are skipped, the others are not.
+Each implementation runs in its own process with the same weights; two at a time take turns. The peers run in the
+environment that `make test-peers` makes; without it only their rows are skipped.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NONE = float("nan")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights that turn on 64 of 16,384 latents: projections are normal, and so is their tail above 2.66."""
+    """Weights for 64 active latents of 16,384: projections are standard normal, and that share exceeds 2.66."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def compare(folder: Path) -> Iterator[Any]:
-    """Median time of one way over that of another, taking turns, after seeing that they compute the same."""
+    """Return a function for the ratio of two implementations' median times, which checks that their results agree."""
 
     def compared(candidate: str, reference: str, tolerance: float = 1e-4) -> float:
         with Worker(SCRIPT, candidate, folder) as ours, Worker(SCRIPT, reference, folder) as theirs:
@@ -89,12 +89,12 @@ def test_encode_and_decode(compare: Any, candidate: str, reference: str, limit: 
 
 
 def test_bfloat16_and_the_screen(compare: Any) -> None:
-    """The screen multiplies in bfloat16, too, so that SAEs in bfloat16 gain less over it than over the product."""
+    """The screen also multiplies in bfloat16, so SAEs in bfloat16 gain less over it than over the full product."""
     rows = [
-        ("bfloat16, of float32 by its product", compare("ours_gated_bf16", "ours_gated_unscreened", 0.15), 0.6),
-        ("bfloat16, of float32", compare("ours_gated_bf16", "ours_gated", 0.15), NONE),
-        ("float32, of itself by its product", compare("ours_gated", "ours_gated_unscreened"), 1.0),
-        ("sae.reconstruct(x), of sae(x)", compare("ours_gated", "ours_gated_whole"), 1.0),
+        ("bfloat16 / float32 without screen", compare("ours_gated_bf16", "ours_gated_unscreened", 0.15), 0.6),
+        ("bfloat16 / float32", compare("ours_gated_bf16", "ours_gated", 0.15), NONE),
+        ("float32 / float32 without screen", compare("ours_gated", "ours_gated_unscreened"), 1.0),
+        ("sae.reconstruct(x) / sae(x)", compare("ours_gated", "ours_gated_whole"), 1.0),
     ]
     show(TITLE, rows)
     assert not any(measured > limit for _, measured, limit in rows)
@@ -110,5 +110,5 @@ def test_memory(folder: Path) -> None:
     ]:
         with Worker(SCRIPT, what, folder) as way:
             rows.append((f"{what}: peak extra memory, result included", way.ask("memory")["bytes"] / DENSE, limit))
-    show(f"of a dense [{TOKENS}, {D_SAE}]", rows)
+    show(f"memory / a dense [{TOKENS}, {D_SAE}]", rows)
     assert not any(measured > limit for _, measured, limit in rows)

@@ -1,6 +1,6 @@
-"""What loading costs: 1.2 GB checkpoints of 2,304 x 65,536, every load in a process of its own, in turns.
+"""Time and memory of loading 1.2 GB checkpoints of 2,304 x 65,536, each load in its own process, in turns.
 
-The peers run in the environment that `make test-peers` makes; without it their rows are skipped, the others are not.
+The peers run in the environment that `make test-peers` makes; without it only their rows are skipped.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def tensors() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the large files lie, for as long as these tests run."""
+    """Folder of the large files while these tests run."""
     return tmp_path_factory.mktemp("large")
 
 
@@ -138,11 +138,11 @@ def test_load_to_first_encode(
     )
     weights = path.stat().st_size
     rows = [
-        (f"load + first encode, CPU, of {peer}", us["encode"] / them["encode"], limit),
-        ("whole process, CPU, of the peer", us["process"] / them["process"], whole),
-        ("load alone, of reading the bytes once", us["load"] / floor["load"], float("nan")),
-        ("load alone of the peer, of reading the bytes once", them["load"] / floor["load"], float("nan")),
-        ("anonymous memory, of the weights", us["memory"] / weights, 1.1),
+        (f"load + first encode, CPU time / {peer}", us["encode"] / them["encode"], limit),
+        ("whole process, CPU time / peer", us["process"] / them["process"], whole),
+        ("load alone / reading the bytes once", us["load"] / floor["load"], float("nan")),
+        ("peer's load alone / reading the bytes once", them["load"] / floor["load"], float("nan")),
+        ("anonymous memory / size of the file", us["memory"] / weights, 1.1),
     ]
     path.unlink()
     show(f"{path.name}, 1.2 GB", rows)

@@ -1,4 +1,4 @@
-"""What surrounds a training step costs: the trainer, the reading of activations, and a whole run beside the peers'."""
+"""Time around a training step: the trainer, reading activations, and a whole run beside the peers."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ MILLISECONDS = 5.0
 
 
 class Steps(TrainerCallback):
-    """Times whole steps, from the end of one to that of the next, and in them the parts that a bare step has, too.
+    """Times whole steps, from the end of one to the end of the next, and their parts that a bare step also has.
 
-    What is left is what the trainer adds: a small difference of two long runs would drown in the noise of both.
+    The difference is what the trainer adds. As the difference of two long runs it would be lost in their noise.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class Steps(TrainerCallback):
         self.steps: list[tuple[float, float]] = []
 
     def counted(self, part: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function whose time counts as that of a bare step."""
+        """Return the function with its time added to that of the bare step."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
@@ -68,7 +68,7 @@ class Steps(TrainerCallback):
 def test_what_the_trainer_adds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, d_in: int, d_sae: int, tokens: int, steps: int
 ) -> None:
-    """To objective, backward pass, constraint, optimiser and the clearing of gradients; logging is off."""
+    """Time beyond objective, backward pass, constraint, optimiser and clearing of gradients; logging is off."""
     w = weights("sparse", d_in, d_sae, 4 * tokens)
     args = SAETrainingArguments(**pipelines.bare_run(str(tmp_path), steps, tokens, RATE))
     clock = Steps()
@@ -110,7 +110,7 @@ def test_harvest_costs_the_bare_layers(layer: int) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of 4 layers with random weights, ids, and the weights of SAEs of which about 64 latents are on."""
+    """A Llama of 4 layers with random weights, ids, and weights of SAEs with about 64 active latents."""
     path = tmp_path_factory.mktemp("pipelines")
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -127,7 +127,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     model = LlamaForCausalLM(config).eval()
     model.save_pretrained(path / "model")
-    AutoTokenizer.from_pretrained(bundled.MODEL).save_pretrained(path / "model")  # which a peer asks for
+    AutoTokenizer.from_pretrained(bundled.MODEL).save_pretrained(path / "model")  # a peer loads it
     ids = torch.randint(3, 1024, (64 * pipelines.ROWS, pipelines.CONTEXT))
     site = f"resid_post.{pipelines.LAYER}"
     with torch.no_grad():
@@ -137,8 +137,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tokens_per_second(folder: Path, ways: Sequence[str], rounds: int) -> dict[str, float]:
-    """Medians over runs that take turns, each the difference of a long and a short one."""
-    served = pipelines.BUFFER // 2  # so that both end where a buffer has been served
+    """Return medians over runs that take turns, from the difference of a long and a short run."""
+    served = pipelines.BUFFER // 2  # both lengths end when a served half of the buffer does
     short, long = served, 3 * served
     times: dict[str, list[float]] = {way: [] for way in ways}
     for turn in range(rounds):
@@ -157,7 +157,7 @@ def test_from_tokens_to_a_trained_sae(folder: Path, candidate: str, peers: list[
     measured = tokens_per_second(folder, [candidate, *peers], rounds=3)
     better = max(peers, key=lambda peer: measured[peer])
     gain = measured[candidate] / measured[better]
-    rows = [(f"{candidate}, tokens/s, of {better}'s (at least)", gain, 2.0)]
+    rows = [(f"{candidate} / {better}, tokens/s (limit: minimum)", gain, 2.0)]
     rows += [(f"{way}: thousand tokens/s", value / 1000, NONE) for way, value in measured.items()]
     show(f"a whole run, Llama of 4 layers of {pipelines.D_IN}, SAE {pipelines.D_IN} x {pipelines.D_SAE}", rows)
     assert gain >= 2.0

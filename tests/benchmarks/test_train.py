@@ -1,7 +1,7 @@
-"""What one training step costs: 768 x 24,576, about 64 active latents, against the peers' own loops and its floor.
+"""Time and memory of a training step of 768 x 24,576, about 64 active latents, beside peers and a lower bound.
 
-Every way runs in a process of its own with the same weights; all of a table take turns. The peers run in the
-environment that `make test-peers` makes; without it what compares with them is skipped.
+Each implementation runs in its own process with the same weights; all in a table take turns. The peers run in the
+environment that `make test-peers` makes; without it the comparisons with them are skipped.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ EXACT, HALF = 1e-4, 0.02
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Weights by case: about 64 latents on at each activation, or an eighth of all."""
+    """Weights by case: about 64 active latents per activation, or an eighth of all."""
     found = {case: tmp_path_factory.mktemp(case) for case in ON}
     for case, path in found.items():
         save_file(weights(case), path / "weights.safetensors")
@@ -45,12 +45,12 @@ def expected(architecture: str, case: str) -> dict[str, float]:
 
 
 def medians(folder: Path, ways: Sequence[str], tokens: int) -> dict[str, float]:
-    """Median seconds of a step of several ways that take turns, each in every place of the order."""
+    """Return median seconds of a step of several implementations that take turns in rotating order."""
     times: dict[str, list[float]] = {way: [] for way in ways}
     with ExitStack() as running:
         workers = {way: running.enter_context(Worker(SCRIPT, way, folder)) for way in ways}
         for worker in workers.values():
-            worker.ask(f"run {tokens}")  # makes the moments
+            worker.ask(f"run {tokens}")  # allocates the optimiser's moments
         for turn in range(ROUNDS):
             first = turn % len(ways)
             for way in (*ways[first:], *ways[:first]):
@@ -66,7 +66,7 @@ def compare(title: str, measured: dict[str, float], limits: Sequence[tuple[str, 
 
 
 def title(tokens: int, case: str = "sparse") -> str:
-    on = "L0 64" if case == "sparse" else "an eighth of all latents on"
+    on = "L0 64" if case == "sparse" else "an eighth of all latents active"
     return f"a training step, {tokens} tokens, {D_IN} x {D_SAE}, {on}"
 
 
@@ -84,7 +84,7 @@ THEIRS = ("saelens_gated", "dictionary_learning_gated", "sparsify_topk", "saelen
     ],
 )
 def test_all_compute_the_plain_equations(folders: dict[str, Path], way: str, case: str, tolerance: float) -> None:
-    """Ours in every term and in the norm of every gradient; the peers in the terms that they have."""
+    """Compares every term and gradient norm of ours, and the terms that the peers have."""
     architecture = next(name for name in sorted(PLAIN, key=len, reverse=True) if name in way)
     wanted = expected(architecture, case)
     with Worker(SCRIPT, way, folders[case]) as worker:
@@ -116,7 +116,7 @@ def test_gated(folders: dict[str, Path], tokens: int) -> None:
 @pytest.mark.parametrize("tokens", SIZES)
 @pytest.mark.parametrize("ours, peers", [("ours_gated", ["saelens_gated_bf16"]), ("ours_topk", [])])
 def test_in_bfloat16(folders: dict[str, Path], ours: str, peers: list[str], tokens: int) -> None:
-    """Weights and moments in float32, products in bfloat16; the other peers have no such way on a CPU."""
+    """Weights and moments in float32, products in bfloat16; the other peers do not support it on a CPU."""
     candidate, product = f"{ours}_bf16", "torch_product_bf16"
     compare(
         f"{title(tokens)}, bfloat16 autocast",
@@ -171,7 +171,7 @@ def test_early_in_training(folders: dict[str, Path], tokens: int) -> None:
     ],
 )
 def test_memory(folders: dict[str, Path], candidate: str, peers: Sequence[str], tokens: int) -> None:
-    """By what a process grows at its peak, with weights, gradients and moments; of TopK it is only shown."""
+    """Growth of the process at its peak, with weights, gradients and moments; TopK has no limit."""
     measured = {}
     for way in (candidate, *peers):
         with Worker(SCRIPT, way, folders["sparse"]) as worker:

@@ -1,14 +1,14 @@
-"""One way to take a training step, in a process of its own: `python train.py WHAT FOLDER`.
+"""Measure one way to take a training step in its own process: `python train.py WHAT FOLDER`.
 
-Run by the interpreter of the library that is measured. The folder holds the weights and the activations, the same for
-all. A step is the forward and backward pass, the decoder's constraint where the library has one, the optimiser's step
-and the clearing of gradients, as the library's own loop does them; what it counts at every step (which latents fired)
-is part of it. The learning rate is so low that every step meets the same latents.
+Run by the interpreter of the library that is measured. The folder holds the weights and the activations, which are the
+same for all. A step is the forward and backward pass, the decoder's constraint where the library has one, the
+optimiser's step and the clearing of gradients, as in the library's own loop, including its count of which latents
+fired. The learning rate is so low that every step has the same active latents.
 
-Every line on standard input names a number of tokens and is answered by one line of JSON, beginning with `RESULT`:
-`run N` takes one step and gives its seconds; `check N` gives the terms of the objective, and of our own ways the norms
-of the gradients; `memory N` takes two steps and gives the bytes by which the process has grown at its peak since the
-library was imported, weights and moments included.
+Each line on standard input has a command and a number of tokens and is answered by one line of JSON, beginning with
+`RESULT`: `run N` takes one step and gives its seconds; `check N` gives the terms of the objective, and for our own
+implementations the norms of the gradients; `memory N` takes two steps and gives the bytes by which the process has
+grown at its peak since the library was imported, weights and moments included.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ LIBRARIES = {
     "dictionary_learning": "dictionary_learning.trainers",
     "sparsify": "sparsify",
 }
-"""What a way imports before it is built, by the beginning of its name."""
+"""What an implementation imports before it is built, by the prefix of its name."""
 
 
 @torch.no_grad()
 def filled(module: torch.nn.Module, tensors: Mapping[str, Tensor]) -> Any:
-    """Write parameters by name, each of them staying laid out in memory as its owner made it."""
+    """Set parameters by name, keeping the memory layout that the library gave them."""
     for name, tensor in tensors.items():
         module.get_parameter(name).copy_(tensor)
     return module.train()
@@ -131,7 +131,7 @@ def ours_batch_topk(w: Weights) -> tuple[Step, Terms]:
     return ours(our_sae("batch_topk", w, k=K))
 
 
-# ---------------------------------------------------------------------- floors: one product of the encoder
+# ---------------------------------------------------------------------- lower bounds: one product of the encoder
 
 
 @torch.no_grad()
@@ -216,10 +216,10 @@ def saelens_topk(w: Weights) -> tuple[Step, Terms]:
 
 
 def dictionary_learning(trainer: Any, w: Weights, names: Mapping[str, str]) -> tuple[Step, Terms]:
-    """A trainer's `update`, which its `trainSAE` calls; on a CPU that never autocasts."""
+    """A trainer's `update`, which its `trainSAE` calls; it never autocasts on a CPU."""
     filled(trainer.ae, {"encoder.weight": w["W_enc_T"], "decoder.weight": w["W_dec"].T})
     filled(trainer.ae, {theirs: w[own] for theirs, own in names.items()})
-    steps = iter(range(2000, 10**9))  # later than the first ones, which initialise
+    steps = iter(range(2000, 10**9))  # after the first steps, which initialise
 
     @torch.no_grad()
     def terms(x: Tensor) -> dict[str, float]:
@@ -303,7 +303,7 @@ def sparsify(w: Weights, optimiser_of: Callable[[Any], Any]) -> tuple[Step, Term
 
 
 def sparsify_topk(w: Weights) -> tuple[Step, Terms]:
-    """With the optimiser of its default configuration: sign descent with momentum, free of schedules."""
+    """With the optimiser of its default configuration: schedule-free sign descent with momentum."""
     from schedulefree import ScheduleFreeWrapper
     from sparsify.sign_sgd import SignSGD
 
@@ -341,7 +341,7 @@ def answer(command: str, step: Step, terms: Terms, x: Tensor, imported: int) -> 
     if what == "check":
         return terms(some)
     if what == "memory":
-        step(some), step(some)  # the second meets the moments that the first has made
+        step(some), step(some)  # the second step has the moments that the first allocated
         return {"bytes": status("VmHWM") - imported}
     start = time.perf_counter()
     step(some)
@@ -358,7 +358,7 @@ def main(what: str, folder: Path) -> None:
         step, terms = WAYS[what](tensors)
     del tensors
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew, without the file
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, without the file
     for line in sys.stdin:
         sys.stdout.write("RESULT " + json.dumps(answer(line.strip(), step, terms, x, imported)) + "\n")
         sys.stdout.flush()

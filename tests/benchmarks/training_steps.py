@@ -10,14 +10,14 @@ from torch import Tensor
 from tests.benchmarks.train import COEFFICIENT, D_IN, D_SAE, TOKENS, K
 
 ON = {"sparse": 2.8, "early": 1.15}
-"""Where normal projections turn a latent on: 64 of 24,576 lie above the first, an eighth of all above the second."""
+"""Thresholds of standard normal projections: 64 of 24,576 exceed the first, an eighth of all the second."""
 BANDWIDTH = 1e-3
 
 Terms = dict[str, Tensor]
 
 
 def weights(case: str, d_in: int = D_IN, d_sae: int = D_SAE, tokens: int = TOKENS) -> dict[str, Tensor]:
-    """Return activations, and weights that turn on as large a part of the latents as the case says.
+    """Return activations, and weights with the share of active latents that the case has.
 
     Args:
         case: a name in `ON`.
@@ -103,7 +103,7 @@ PLAIN: dict[str, tuple[Callable[[Tensor, Mapping[str, Tensor]], tuple[Terms, Ten
     "topk": (topk, {"b_enc": "b_enc"}),
     "batch_topk": (batch_topk, {"b_enc": "b_enc"}),
 }
-"""The equations of an architecture, and which of the stored vectors its parameters are."""
+"""The equations of each architecture, and which of the stored tensors are its parameters."""
 
 
 def plain(architecture: str, tensors: Mapping[str, Tensor], tokens: int) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Processes that run one library each when asked: every library in its own environment, all taking turns."""
+"""Processes that run one library each on request, every library in its own environment, in turns."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ ROUNDS = int(os.environ.get("HF_GATED_SAE_BENCHMARK_ROUNDS", "7"))
 
 
 class Worker:
-    """A process of `script WHAT FOLDER` that answers each line with one of JSON, beginning with `RESULT`.
+    """A process of `script WHAT FOLDER` that answers each line with one line of JSON after `RESULT`.
 
     Args:
         script: what to run.
-        what: which way; names that begin with "ours" or "torch" run in this environment, others in the peers'.
+        what: implementation; names with prefix "ours" or "torch" run in this environment, others in the peers'.
         folder: where its weights are.
     """
 

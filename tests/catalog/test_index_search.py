@@ -24,7 +24,7 @@ from tests.support.mini_hub import MiniHub
 GEMMA = "google/gemma-2-2b"
 
 
-def test_it_is_there_for_users():
+def test_search_is_exported():
     assert hf_gated_sae.search is search
 
 
@@ -50,7 +50,7 @@ def test_results_are_facts():
 def test_every_sae_once():
     found = search(live=False)
     assert len({(result.repo, result.subfolder) for result in found}) == len(found)
-    assert len(found) == 13_857 - 429  # ids of canonical releases name SAEs that another release lists
+    assert len(found) == 13_857 - 429  # ids of canonical releases refer to SAEs that other releases list
 
 
 @pytest.mark.parametrize("name", ["gemma-2-2b", "Google/Gemma-2-2B"])
@@ -73,19 +73,19 @@ def test_the_nearest_l0_of_each_kind():
     for result in found:
         alike = [o for o in every if (o.repo, o.site, o.d_sae) == (result.repo, result.site, result.d_sae)]
         assert abs(result.l0 - 80) == min(abs(other.l0 - 80) for other in alike)
-    # Of one publisher repositories may differ in nothing but their L0.
+    # This publisher's repositories differ only in their L0.
     assert [one.l0 for one in search("Qwen/Qwen3-8B-Base", layer=3, near_l0=90, live=False)] == [100]
 
 
-def test_targets_of_gemma_scope_2_are_near_or_far():
+def test_near_l0_compares_targets_of_gemma_scope_2():
     found = search("google/gemma-3-4b-pt", layer=17, near_l0=60, live=False)
     assert {(result.l0, result.l0_kind) for result in found} == {(60, "target")} and len(found) == 13
     assert all("_l0_medium" in result.subfolder for result in found)
     [small] = search("google/gemma-3-4b-pt", site="resid_post.17", width="16k", near_l0=30, live=False)
-    assert small.l0 == 20  # 20, 60, 120 and 150 there are
+    assert small.l0 == 20  # the targets are 20, 60, 120 and 150
 
 
-def test_a_release_and_dashboards_lead_to_their_own_saes(hub: MiniHub):
+def test_releases_and_dashboard_names_find_their_saes(hub: MiniHub):
     canonical = search("gemma-scope-2b-pt-res-canonical")
     assert len(canonical) == 58 and {result.release for result in canonical} == {"gemma-scope-2b-pt-res-canonical"}
     for name in ("gemma-2-2b/12-gemmascope-res-16k", "neuronpedia:gemma-2-2b/12-gemmascope-res-16k"):
@@ -95,7 +95,7 @@ def test_a_release_and_dashboards_lead_to_their_own_saes(hub: MiniHub):
     assert hub.requests == []
 
 
-def test_the_residual_stream_first_and_what_was_saved_during_training_last():
+def test_the_residual_stream_is_first_and_training_checkpoints_are_last():
     found = search(GEMMA, layer=12, live=False)
     assert found[0].site == "resid_post.12" and found[0].l0 is not None
     halfway = ["_step_" in result.subfolder for result in found]
@@ -142,7 +142,7 @@ def test_code():
     assert SearchResult("a/b", "c/d", "main").code == 'SAEModel.from_pretrained("a/b", "c/d", revision="main")'
 
 
-def test_without_live_nothing_is_asked(hub: MiniHub):
+def test_without_live_no_request_is_made(hub: MiniHub):
     search(GEMMA, live=False)
     assert hub.requests == []
 
@@ -212,13 +212,13 @@ def test_repositories_of_the_index_are_not_listed_twice(hub: MiniHub):
     )
 
 
-def test_offline_means_the_index(hub: MiniHub, monkeypatch):
+def test_offline_only_the_index_is_searched(hub: MiniHub, monkeypatch):
     monkeypatch.setattr("hf_gated_sae.catalog.hub_listing.is_offline_mode", lambda: True)
     assert search(GEMMA, layer=12) == search(GEMMA, layer=12, live=False)
     assert hub.requests == []
 
 
-def test_without_a_network_the_index_is_searched_and_that_is_said(monkeypatch, caplog):
+def test_without_a_network_only_the_index_is_searched_with_a_warning(monkeypatch, caplog):
     monkeypatch.setattr("hf_gated_sae.catalog.hub_listing.HfApi", lambda token: HfApi(endpoint="http://127.0.0.1:9"))
     with caplog.at_level(logging.WARNING):
         assert search(GEMMA, layer=12) == search(GEMMA, layer=12, live=False)
@@ -240,7 +240,7 @@ def gemma_scope(hub: MiniHub, tmp_path):
     api.delete_repo(repo)
 
 
-def test_an_alias_loads_what_it_stands_for(gemma_scope: str, cache_dir: str):
+def test_an_alias_loads_its_sae(gemma_scope: str, cache_dir: str):
     sae = SAEModel.from_pretrained(
         "gemma-scope-2b-pt-res-canonical", "layer_12/width_16k/canonical", cache_dir=cache_dir
     )
@@ -261,7 +261,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_name_of_dashboards_loads_their_sae(gemma_scope: str, cache_dir: str, name: str):
+def test_a_dashboard_name_loads_its_sae(gemma_scope: str, cache_dir: str, name: str):
     sae = SAEModel.from_pretrained(name, cache_dir=cache_dir)
     assert (sae.checkpoint.repo, sae.checkpoint.subfolder) == (gemma_scope, "layer_12/width_16k/average_l0_82")
     pinned = SAEModel.from_pretrained(f"{name}@{sae.checkpoint.revision}", cache_dir=cache_dir)
@@ -269,7 +269,7 @@ def test_the_name_of_dashboards_loads_their_sae(gemma_scope: str, cache_dir: str
 
 
 @pytest.mark.parametrize("name", [*NAMES, "gemma-scope-2b-pt-res-canonical layer_12/width_16k/canonical"])
-def test_info_of_the_name_of_dashboards_and_of_a_release(gemma_scope: str, name: str):
+def test_info_of_a_dashboard_name_and_of_a_release(gemma_scope: str, name: str):
     done = CliRunner().invoke(app, ["info", *name.split()], env={"COLUMNS": "120", "NO_COLOR": "1"})
     assert done.exit_code == 0, done.output
     said = " ".join(done.output.split())
@@ -277,7 +277,7 @@ def test_info_of_the_name_of_dashboards_and_of_a_release(gemma_scope: str, name:
     assert "L0 82 (measured)" in said and "neuronpedia.org/gemma-2-2b/12-gemmascope-res-16k" in said
 
 
-def test_what_is_not_in_the_index_loads_just_as_well(gemma_scope: str, cache_dir: str):
+def test_an_sae_that_is_not_in_the_index_loads(gemma_scope: str, cache_dir: str):
     sae = SAEModel.from_pretrained(gemma_scope, "layer_12/width_16k/average_l0_7", cache_dir=cache_dir)
     assert sae.config.site == "resid_post.12"
 
@@ -288,7 +288,7 @@ def test_a_local_folder_of_that_name_wins(tmp_path, monkeypatch):
     assert_same(example(), SAEModel.from_pretrained("gemma-scope-2b-pt-res", "a"))
 
 
-def test_saelens_words_for_a_place_are_understood(gemma_scope: str, cache_dir: str):
+def test_saelens_arguments_are_understood(gemma_scope: str, cache_dir: str):
     given = {"release": "gemma-scope-2b-pt-res-canonical", "sae_id": "layer_12/width_16k/canonical"}
     sae = SAEModel.from_pretrained(**given, cache_dir=cache_dir)
     assert (sae.checkpoint.repo, sae.checkpoint.subfolder) == (gemma_scope, "layer_12/width_16k/average_l0_82")
@@ -305,22 +305,22 @@ def test_saelens_words_for_a_place_are_understood(gemma_scope: str, cache_dir: s
         ({}, "neither a checkpoint nor config="),
     ],
 )
-def test_one_place_under_one_name(given, phrase):
+def test_contradicting_or_missing_arguments_are_refused(given, phrase):
     with pytest.raises(InputError, match=phrase):
         SAEModel.from_pretrained(**given)
 
 
-def test_a_misspelt_name_of_dashboards_gets_close_matches(hub: MiniHub, cache_dir: str):
+def test_a_misspelt_dashboard_name_gets_close_matches(hub: MiniHub, cache_dir: str):
     hub.requests.clear()
     with pytest.raises(UnknownNameError, match="Did you mean 'gemma-2-2b/12-gemmascope-res-16k'"):
         SAEModel.from_pretrained("neuronpedia:gemma-2-2b/12-gemmascope-res-17k", cache_dir=cache_dir)
     assert hub.requests == []
-    # Without the mark it may be a repository: the Hub is asked, and has none.
+    # Without the prefix it may be a repository, which the Hub does not have.
     with pytest.raises(MissingFileError, match="Did you mean 'gemma-2-2b/12-gemmascope-res-16k'"):
         SAEModel.from_pretrained("gemma-2-2b/12-gemmascope-res-17k", cache_dir=cache_dir)
 
 
-def test_dashboards_and_a_subfolder_contradict_each_other(hub: MiniHub, cache_dir: str):
+def test_a_dashboard_name_and_a_subfolder_contradict_each_other(hub: MiniHub, cache_dir: str):
     with pytest.raises(InputError, match="subfolder 'layer_3': omit the subfolder"):
         SAEModel.from_pretrained("gemma-2-2b/12-gemmascope-res-16k", "layer_3", cache_dir=cache_dir)
 

@@ -21,7 +21,7 @@ WEIGHTS = (".npz", ".safetensors")
 
 @pytest.fixture
 def scope(hub: MiniHub, request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A repository whose name says what Gemma Scope's names say; 12 layers, two SAEs each."""
+    """A repository named like one of Gemma Scope's, with 12 layers and two SAEs at each."""
     repo_id = f"acme{abs(hash(request.node.name))}/gemma-scope-2b-pt-res"
     seed_gemma_scope(hub, repo_id, tmp_path / "theirs", layers=12)
     hub.requests.clear()
@@ -29,7 +29,7 @@ def scope(hub: MiniHub, request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def downloads(hub: MiniHub) -> list[str]:
-    """Whole tensor files that were asked for."""
+    """Return the requests for whole tensor files."""
     return [
         path for method, path, _, span, _ in hub.requests
         if method == "GET" and path.split("?")[0].endswith(WEIGHTS) and span is None and path.startswith("/cdn")
@@ -41,7 +41,7 @@ def listings(hub: MiniHub, repo_id: str) -> int:
 
 
 def local_set(root: Path) -> None:
-    """Write SAEs at three sites, two of them at one."""
+    """Write two SAEs at one site, one at another, and one without a site."""
     for place, architecture, site in (
         ("resid_post.1/gated", "gated", "resid_post.1"),
         ("resid_post.1/topk", "topk", "resid_post.1"),
@@ -88,7 +88,7 @@ def test_sites_filter(scope: str, cache_dir: str, hub: MiniHub, sites: str, expe
     assert not downloads(hub)
     before = len(hub.requests)
     assert found.sites and all(found.describe(address).config.site in found.sites for address in found)
-    assert len(hub.requests) == before, "what the filter read is not asked for again"
+    assert len(hub.requests) == before, "what the filter read is not requested again"
 
 
 def test_a_folder_is_not_an_sae(scope: str, cache_dir: str) -> None:
@@ -108,7 +108,7 @@ def test_a_description_costs_headers(hub: MiniHub, scope: str, cache_dir: str) -
     assert not downloads(hub)
 
 
-def test_one_object_while_it_is_held(tmp_path: Path) -> None:
+def test_an_sae_is_one_object_while_it_is_referenced(tmp_path: Path) -> None:
     local_set(tmp_path)
     found = SAESet.from_pretrained(tmp_path)
     sae = found["mlp_out.0"]
@@ -132,7 +132,7 @@ def test_options_reach_every_sae(tmp_path: Path) -> None:
     assert other.dtype == torch.float32 and other.config.kept_latents is None
 
 
-def test_several_saes_at_one_site_are_not_guessed_between(tmp_path: Path) -> None:
+def test_a_site_with_several_saes_is_ambiguous(tmp_path: Path) -> None:
     local_set(tmp_path)
     found = SAESet.from_pretrained(tmp_path)
     with pytest.raises(InputError, match="2 SAEs .* 'resid_post.1': 'resid_post.1/gated', 'resid_post.1/topk'"):
@@ -173,7 +173,7 @@ def test_an_unknown_name(tmp_path: Path, key: str, phrase: str) -> None:
     ],
 )
 def test_wrong_arguments(tmp_path: Path, options: dict[str, object], phrase: str) -> None:
-    """A key of the configuration given for all SAEs would be wrong for most."""
+    """Includes keys of the configuration: one value for all SAEs would be wrong for most."""
     local_set(tmp_path)
     with pytest.raises(InputError, match=phrase):
         SAESet.from_pretrained(tmp_path, **options)
@@ -192,12 +192,12 @@ def test_nothing_there(tmp_path: Path, hub: MiniHub, repo_id: str) -> None:
 def test_a_broken_member_is_named_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     local_set(tmp_path)
     (tmp_path / "nameless" / "config.json").write_text("{}")
-    found = SAESet.from_pretrained(tmp_path, sites="mlp_out.0")  # it spoils no other one
+    found = SAESet.from_pretrained(tmp_path, sites="mlp_out.0")  # the others load
     assert len(found) == 1
     assert "nameless" in caplog.text and "addresses=" in caplog.text
     whole = SAESet.from_pretrained(tmp_path)
     assert "mlp_out.0" in whole.sites and len(whole) == 4
-    for key in ("nameless", "resid_post.77"):  # what is looked for may be the broken one
+    for key in ("nameless", "resid_post.77"):  # the broken SAE may be the requested one
         with pytest.raises(CheckpointError, match="nameless.*addresses="):
             whole[key]
     with pytest.raises(CheckpointError, match="nameless.*addresses="):
@@ -214,7 +214,7 @@ def test_a_set_of_one(tmp_path: Path) -> None:
     assert found.addresses == [""] and found[""] is found["resid_post.0"]
 
 
-def test_what_we_published_ourselves(hub: MiniHub, repo_id: str, cache_dir: str) -> None:
+def test_a_set_that_we_published(hub: MiniHub, repo_id: str, cache_dir: str) -> None:
     saes = {site: example(site=site) for site in ("resid_post.10", "resid_post.2")}
     for site, sae in saes.items():
         push_to_hub(sae, repo_id, subfolder=site)

@@ -1,4 +1,4 @@
-"""What the tests of the command line share: its subcommands, and running one as a shell would."""
+"""Helpers for tests of the command line: its subcommands, and running one as a shell would."""
 
 from __future__ import annotations
 

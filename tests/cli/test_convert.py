@@ -130,7 +130,7 @@ def test_a_home_made_checkpoint(home_made, tmp_path: Path, monkeypatch, capsys) 
     torch.testing.assert_close(sae(x).reconstruction, (pre_latents * kept) @ held["right"].T)
 
 
-def test_the_printed_command_of_a_home_made_one_runs(home_made, tmp_path: Path, monkeypatch) -> None:
+def test_the_printed_command_for_a_home_made_checkpoint_runs(home_made, tmp_path: Path, monkeypatch) -> None:
     assert run(monkeypatch, home_made[0], "--out", str(tmp_path / "ours"), *DESCRIBED) == 0
     card = (tmp_path / "ours" / "README.md").read_text()
     command = next(line for line in card.splitlines() if line.startswith("hf-gated-sae convert"))

@@ -51,10 +51,10 @@ def test_one_sae(hub: MiniHub, repo_id: str):
     assert f'revision="{commit.oid}"' in done.output
     assert max(map(len, done.output.splitlines())) <= 120
     weights = [request for request in hub.requests if request[0] == "GET" and "model.safetensors" in request[1]]
-    assert all(request[3] for request in weights), "only ranges of the weights are asked for"
+    assert all(request[3] for request in weights), "only ranges of the weights are requested"
 
 
-def test_what_is_not_known_is_said(hub: MiniHub, tmp_path):
+def test_unknown_facts_are_shown_as_such(hub: MiniHub, tmp_path):
     written = formats["gemma_scope"].examples(tmp_path)[0]
     done = run(str(tmp_path / written.repo), written.address)
     said = facts(done.output)
@@ -76,7 +76,7 @@ def test_the_l0_that_the_index_has(hub: MiniHub, tmp_path, layout, number, said)
     assert facts(run(str(tmp_path / written.repo), written.address).output).get("L0") == said
 
 
-def test_a_repository_of_many(hub: MiniHub, tmp_path):
+def test_a_repository_of_several_saes(hub: MiniHub, tmp_path):
     written = [made for made in formats["gemma_scope"].examples(tmp_path) if made.repo.endswith("2b-pt-res")]
     done = run(str(tmp_path / written[0].repo))
     assert done.exit_code == 0, done.output
@@ -129,7 +129,7 @@ def test_licences(tmp_path, card, expected):
     ],
 )
 def test_offline_the_row_of_the_index_is_shown(words, rows, tmp_path):
-    """A process of its own: the Hub's client reads the environment when it is imported."""
+    """Needs its own process: the Hub's client reads the environment when it is imported."""
     code = "from hf_gated_sae.cli import main; main()"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "COLUMNS": "80", "NO_COLOR": "1"}
     done = subprocess.run(
@@ -142,7 +142,7 @@ def test_offline_the_row_of_the_index_is_shown(words, rows, tmp_path):
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
-def test_offline_the_revision_that_was_asked_for_is_in_the_code(hub: MiniHub):
+def test_offline_the_requested_revision_is_in_the_code(hub: MiniHub):
     done = run("gpt2-small-res-jb", "blocks.5.hook_resid_pre", "--revision", "v1")
     assert done.exit_code == 0 and 'revision="v1"' in done.output
 

@@ -26,7 +26,7 @@ def lines(done):
 
 
 def rows(done, site):
-    """What the table says of a site, with folded cells joined."""
+    """Return the table's rows of a site, with wrapped cells joined."""
     found, inside = [], False
     for line in lines(done):
         cells = re.split(r"\s{2,}", line.strip())
@@ -52,7 +52,7 @@ def test_the_bundled_model():
     assert 'capture(model, "resid_post.3", **batch)' in done.stdout
 
 
-def test_what_is_refused_is_there_with_its_reason(tmp_path):
+def test_refused_sites_are_shown_with_their_reason(tmp_path):
     tiny_model("gpt_neox").save_pretrained(tmp_path)
     done = run("--model", str(tmp_path))
     text = " ".join(done.stdout.split())
@@ -96,7 +96,7 @@ def test_scaled_contributions_are_shown_as_such():
 
 def test_a_model_without_a_chain_of_blocks_says_why():
     model = tiny_model("llama")
-    model.model.layers[1] = model.model.layers[0]  # runs twice
+    model.model.layers[1] = model.model.layers[0]  # one block runs twice
     sites = resolve(model)
     assert not sites.names() and not any(row.proven for row in sites.rows())
 
@@ -108,7 +108,7 @@ def test_exactly_one_of_repository_and_model(arguments):
     assert "hf-gated-sae info --model MODEL" in str(done.exception)
 
 
-def test_what_is_no_causal_language_model(tmp_path):
+def test_a_model_that_is_no_causal_language_model(tmp_path):
     for name in (tmp_path, tmp_path / "none"):
         done = run("--model", str(name))
         assert isinstance(done.exception, InputError)

@@ -17,7 +17,7 @@ from tests.support.foreign import example_files
 pytestmark = pytest.mark.slow
 
 MAIN = "from hf_gated_sae.cli import main\nmain()\n"
-# The weights lie in the staging folder, and nothing has taken their place yet.
+# Waits when the weights are in the staging folder and have not been moved to their destination.
 SLOW = """
 import sys, time
 from hf_gated_sae.modeling import SAEModel
@@ -34,7 +34,7 @@ SAEModel.save_pretrained = slow
 def interrupted(
     words: list[str], ready: Callable[[str, int], bool], tmp_path: Path, code: str = MAIN
 ) -> tuple[int, str, str]:
-    """Run a command, press Ctrl-C when it is ready, given stderr so far and its process, and return how it ends."""
+    """Run a command, send Ctrl-C when `ready(stderr, pid)` is true, and return its status, stdout and stderr."""
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     errors = tmp_path / "stderr"
@@ -46,7 +46,7 @@ def interrupted(
             stderr=stderr,
             text=True,
             env=environment,
-            # What runs in the background of a shell ignores Ctrl-C, and so would its children.
+            # Background processes of a shell ignore Ctrl-C, and so would their children.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         deadline = time.monotonic() + 800
@@ -84,7 +84,7 @@ def test_the_demo_while_it_publishes(tmp_path):
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
 
 
-def test_without_a_folder_of_its_own_no_temporary_one_stays(tmp_path):
+def test_the_demo_without_out_leaves_no_temporary_folder(tmp_path):
     status, _, errors = interrupted(["demo"], said("3/7 splice"), tmp_path)
     assert status == 130 and "Interrupted. Nothing was published;" in errors
 
@@ -98,7 +98,7 @@ def test_convert(tmp_path):
     assert f"Interrupted. Nothing was written to {out}; the same command starts again" in errors
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks at what a process has loaded")
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc to see what a process has loaded")
 @pytest.mark.parametrize("words", [["search", "-m", "gpt2", "--no-live"], ["info", "nobody/nothing"], ["demo"]])
 def test_while_torch_is_imported(words, tmp_path):
     def importing(errors: str, process: int) -> bool:

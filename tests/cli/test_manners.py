@@ -1,4 +1,4 @@
-"""What holds for every subcommand: help, version, quiet, JSON, completion, and what is said of bad input."""
+"""Common to all subcommands: help, version, quiet, JSON, completion, and errors for bad input."""
 
 from __future__ import annotations
 
@@ -106,12 +106,15 @@ RUN = shlex.split(
 DOCUMENTS = {
     "search": (("search", "-m", "gpt2", "--no-live", "--limit", "2"), {"found", "saes"}),
     "info of an SAE": (("info", *SAE), {"architecture", "sites", "d_sae", "code", "license", "commit"}),
-    "info of many": (("info", SAE[0]), {"saes", "kinds", "addresses"}),
-    "info of what is out of reach": (("info", "gpt2-small-res-jb", "blocks.5.hook_resid_pre"), {"source", "saes"}),
+    "info of a set": (("info", SAE[0]), {"saes", "kinds", "addresses"}),
+    "info of an unreachable repository": (
+        ("info", "gpt2-small-res-jb", "blocks.5.hook_resid_pre"),
+        {"source", "saes"},
+    ),
     "info of a model": (("info", "--model", str(bundled.MODEL)), {"class", "sites"}),
     "convert": (("convert", "{theirs}", ADDRESS, "--out", "{tmp}/ours"), {"written", "layout", "license"}),
-    "train, its presets": (("train", "--presets"), {"gated-paper", "topk"}),
-    "train, a dry run": (("train", *RUN, "--dry-run"), {"tokens", "time", "total", "seconds"}),
+    "train, presets": (("train", "--presets"), {"gated-paper", "topk"}),
+    "train, dry run": (("train", *RUN, "--dry-run"), {"tokens", "time", "total", "seconds"}),
     "train": (("train", *RUN), {"SAE"}),
     "demo": ((*DEMO, "--out", "{tmp}/out"), {"fidelity", "target", "ablation", "steering", "published"}),
 }
@@ -187,7 +190,7 @@ def test_names_are_completed_without_torch():
     assert done.returncode == 0, done.stderr
 
 
-def test_what_is_completed_is_what_there_is():
+def test_completions_are_the_known_names():
     assert set(complete.architectures("")) == set(architectures)
     assert set(complete.presets("")) == set(presets)
     assert set(complete.sites("")) <= {*SITES, "attn_in"}
@@ -276,8 +279,8 @@ def test_bad_input_is_one_sentence_before_a_model_is_loaded(words, phrase, their
     assert sorted(tmp_path.rglob("*")) == before, "nothing is left behind"
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device without room")
-def test_a_system_that_says_no_is_one_sentence(monkeypatch, capsys):
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_system_error_is_one_sentence(monkeypatch, capsys):
     def full(*_, **__):
         Path("/dev/full").write_text("x" * 10_000)
 

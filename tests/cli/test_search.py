@@ -19,7 +19,7 @@ def run(*arguments):
 
 
 def calls(output):
-    """The lines of code, put together again and parsed."""
+    """Return the arguments of the printed calls, with wrapped lines joined."""
     code = output.split("from hf_gated_sae import SAEModel\n")[1].split("\n\n")[0]
     parts = re.split(r"^ *\d+  ", code, flags=re.MULTILINE)[1:]
     return [[argument.value for argument in ast.parse(part.strip()).body[0].value.args] for part in parts]
@@ -45,7 +45,7 @@ def test_a_target_is_not_shown_as_a_measurement():
     assert "~" not in run("--model", "google/gemma-2-2b", "--layer", "12", "--limit", "5").output
 
 
-def test_more_than_the_limit_is_said():
+def test_results_beyond_the_limit_are_counted():
     done = run("--model", "google/gemma-2-2b", "--layer", "12", "--limit", "3")
     assert len(calls(done.output)) == 3
     assert "284 more:" in done.output and "--limit 0 for all" in done.output
@@ -53,7 +53,7 @@ def test_more_than_the_limit_is_said():
     assert len(calls(every.output)) == 14 and "more:" not in every.output
 
 
-def test_without_a_model_it_is_shown():
+def test_without_a_model_each_row_shows_its_model():
     done = run("--architecture", "gated", "--limit", "2")
     assert "pythia-70m" in done.output and "gated" in done.output
     assert max(len(line) for line in done.output.splitlines() if "SAEModel" not in line and '"' not in line) <= 80
@@ -67,7 +67,7 @@ def test_without_a_model_it_is_shown():
         (["--site", "attn_pattern.7", "--layer", "8"], ""),
     ],
 )
-def test_nothing_found_says_what_there_is(arguments, said):
+def test_without_results_it_says_which_saes_exist(arguments, said):
     done = run(*arguments)
     assert done.exit_code == 1
     if said:
@@ -92,7 +92,7 @@ def test_sites_by_the_names_of_other_libraries(given, meant):
     assert other.output == ours.output and ours.exit_code == 0
 
 
-def test_a_name_without_its_layer_and_one_of_nobody():
+def test_misspelt_site_names_get_close_matches():
     assert "Did you mean 'blocks.L.hook_resid_pre'" in str(run("--site", "blocks.5.hook_resid_prr").exception)
     assert "Did you mean 'resid_pre'" in str(run("--site", "resid_prr.5").exception)
 
@@ -101,7 +101,7 @@ def test_an_unknown_model_is_our_error():
     assert isinstance(run("--model", "google/gemma-2-2").exception, UnknownNameError)
 
 
-def test_a_model_of_whose_saes_little_is_known(monkeypatch):
+def test_a_model_whose_saes_have_unknown_sites(monkeypatch):
     monkeypatch.setattr("hf_gated_sae.catalog.index_search.search", lambda *_, **__: [SearchResult("me/saes")])
     assert _command._alternatives("me/lm", 3, False) == " Known sites: ?; widths: ?."
     monkeypatch.setattr("hf_gated_sae.catalog.index_search.search", lambda *_, **__: [])

@@ -38,7 +38,7 @@ RUN = {
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a run and its text, which is the working directory; the terminal has 80 columns."""
+    """The working directory, with a run and its text; the terminal has 80 columns."""
     (tmp_path / "train.txt").write_text("\n".join(corpus.texts("training", 20_000)), encoding="utf-8")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(RUN), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
@@ -113,14 +113,14 @@ def test_help_lists_every_setting(monkeypatch, capsys) -> None:
     assert max(map(len, said.splitlines())) <= 80
 
 
-def test_no_flag_is_broken_and_no_text_ragged(monkeypatch, capsys) -> None:
+def test_help_wraps_text_at_the_terminal_and_breaks_no_flag(monkeypatch, capsys) -> None:
     assert run(monkeypatch, "--help") == 0
     said = capsys.readouterr().out
     assert "--training.gradient_accumulation_steps " in said
     assert "--training.learning_rate     \n 1e-4. Flags override the file" in said, "lines end where the terminal does"
 
 
-def test_an_interrupted_run_says_how_to_go_on(here: Path, monkeypatch, capsys) -> None:
+def test_an_interrupted_run_says_how_to_resume(here: Path, monkeypatch, capsys) -> None:
     def interrupt(*args: object, **kwargs: object) -> None:
         if (here / "out" / "checkpoint-2").exists():
             raise KeyboardInterrupt
@@ -135,7 +135,7 @@ def test_an_interrupted_run_says_how_to_go_on(here: Path, monkeypatch, capsys) -
 
 
 @pytest.mark.parametrize("words", [(), ("--dry-run",)])
-def test_interrupted_before_it_trains_it_says_so_too(monkeypatch, capsys, words: tuple[str, ...]) -> None:
+def test_a_run_that_is_interrupted_before_training_says_so(monkeypatch, capsys, words: tuple[str, ...]) -> None:
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
@@ -164,7 +164,7 @@ def test_a_tracker_that_is_not_installed_is_named_at_once(monkeypatch, capsys) -
     assert "report_to is 'tensorboard', which is not installed here: pip install tensorboard." in said
 
 
-def test_no_bars_stand_among_the_facts(monkeypatch, capsys) -> None:
+def test_no_progress_bar_of_transformers_is_shown(monkeypatch, capsys) -> None:
     monkeypatch.setattr(logging, "_tqdm_active", True)
     assert run(monkeypatch, "--config", "run.yaml") == 0
     assert logging.is_progress_bar_enabled()
@@ -213,7 +213,9 @@ def test_wrong_inputs_are_one_line(here: Path, monkeypatch, capsys, words: tuple
     said = capsys.readouterr().err
     [line] = [line for line in said.splitlines() if line.startswith("error: ")]
     assert phrase in line and "Traceback" not in said
-    assert not [path for path in here.glob("out/**/*") if path.is_file()], "nothing is in the way of the next attempt"
+    assert not [path for path in here.glob("out/**/*") if path.is_file()], (
+        "no file is left that the next attempt would find"
+    )
 
 
 def test_other_commands_do_not_wait_for_the_trainer() -> None:
@@ -234,7 +236,7 @@ def test_a_flag_of_the_architecture_is_a_number_in_the_run_that_is_written(here:
     assert yaml.safe_load((here / "out" / "run.yaml").read_text())["sae"]["k"] == 5
 
 
-def test_a_text_that_is_too_short_to_hold_some_of_it_back_is_named(here: Path, monkeypatch, capsys) -> None:
+def test_a_warning_names_a_text_that_is_too_short_for_held_out_tokens(here: Path, monkeypatch, capsys) -> None:
     for words, phrase in (
         ((), "nothing: the text is too short"),
         (("--data.held_out_tokens", "64"), "64 tokens, the"),
@@ -243,7 +245,7 @@ def test_a_text_that_is_too_short_to_hold_some_of_it_back_is_named(here: Path, m
         assert phrase in capsys.readouterr().err
 
 
-def test_the_document_of_a_run_has_its_folder_and_its_curve(here: Path, monkeypatch, capsys) -> None:
+def test_the_json_of_a_run_has_its_folder_and_its_curve(here: Path, monkeypatch, capsys) -> None:
     assert run(monkeypatch, "--config", "run.yaml", "--data.held_out_tokens", "64", "--json") == 0
     [(name, found)] = json.loads(capsys.readouterr().out).items()
     assert (name, found["folder"]) == ("SAE", "out") and found["metrics"]["l0"] > 0 and len(found["curve"]) == 4

@@ -1,4 +1,4 @@
-"""What a terminal, and a file, show of a run."""
+"""Progress of a run, in a terminal and in a file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hf_gated_sae.training.phases import Phase, counted
 
 
 class Clock:
-    """A time that passes when it is told to."""
+    """A clock that the test advances."""
 
     def __init__(self) -> None:
         self.time = 0.0
@@ -25,7 +25,7 @@ class Clock:
 
 
 def run(steps: int, batch: int, size: int, *, step: float, row: float) -> list[tuple[float, float]]:
-    """Return what a pace foresees after each step of a run, beside what is then really left."""
+    """Return the predicted and the actual time left after each step of a run."""
     clock = Clock()
     pace, held, foreseen = Pace(clock), 0, []
     for number in range(1, steps + 1):
@@ -43,12 +43,12 @@ def run(steps: int, batch: int, size: int, *, step: float, row: float) -> list[t
 
 
 @pytest.mark.parametrize(("step", "row"), [(1.0, 0.0), (0.5, 0.01), (0.01, 0.01)])
-def test_the_time_left_is_true_from_the_first_step_on(step: float, row: float) -> None:
+def test_the_time_left_is_right_from_the_first_step(step: float, row: float) -> None:
     for foreseen, left in run(200, 16, 320, step=step, row=row):
         assert foreseen == pytest.approx(left, rel=0.1, abs=160 * row + step)
 
 
-def test_measurements_that_are_still_to_come_count() -> None:
+def test_pending_measurements_count() -> None:
     clock = Clock()
     pace = Pace(clock)
     assert pace.left(10, 4) is None

@@ -63,7 +63,7 @@ def test_nothing_stays_attached(report):
 
 
 def test_another_sae_and_plain_text(tmp_path):
-    """What is not bundled and not Python has no ground truth: the latent's own firing stands in for it."""
+    """Text other than Python has no ground truth, so the target is where the latent itself fires."""
     torch.manual_seed(1)
     sae = GatedSAE(GatedSAEConfig(d_in=128, d_sae=256, site="resid_post.1"))
     sae.save_pretrained(tmp_path / "sae")
@@ -104,7 +104,7 @@ def test_a_demo_without_effect_fails(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_how_much_is_done_depends_on_the_model_and_on_what_is_asked_for():
+def test_the_effort_depends_on_the_model_and_the_options():
     class Model:
         def __init__(self, parameters):
             self.num_parameters = lambda: parameters
@@ -121,8 +121,8 @@ def test_the_choice_is_made_once_for_each_candidate_and_strength():
     assert {(number, total) for _, number, total in told} == {(number, 7) for number in range(1, 8)}
 
 
-def test_the_bundled_files_meet_their_bar():
-    """What the cards say of the stored weights, checked against the bar that they were built for."""
+def test_the_bundled_files_meet_their_limits():
+    """The recorded metrics of the stored weights are within the limits that they were built for."""
     assert sum(path.stat().st_size for path in bundled.ASSETS.rglob("*.safetensors")) <= 8_000_000
     facts = json.loads((bundled.MODEL / "training.json").read_text(encoding="utf-8"))
     assert facts["held_out"]["share_of_unigram"] < 0.6

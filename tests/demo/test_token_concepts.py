@@ -1,4 +1,4 @@
-"""The ground truth must agree with Python where Python can judge, and go on sensibly where it cannot."""
+"""The ground truth agrees with Python's own parsers, and labels sensibly what they cannot parse."""
 
 import ast
 import io
@@ -48,7 +48,7 @@ KINDS = {
 
 
 def marked(text, name):
-    """The stretches of text that have a concept."""
+    """Return the parts of a text that have a concept."""
     row = Concepts(text, [name]).characters[0].tolist()
     marks = "".join(c if on else "\0" for c, on in zip(text, row, strict=True))
     return [piece for piece in marks.split("\0") if piece]
@@ -89,7 +89,7 @@ def test_every_character_of_a_statement_has_exactly_one_depth():
 
 
 def reference_tokens(text):
-    """Kind and offsets of every token, and start and depth of every logical line, as `tokenize` has them."""
+    """Return kind and offsets of every token, and start and depth of every logical line, from `tokenize`."""
     starts = [0]
     for line in text.split("\n"):
         starts.append(starts[-1] + len(line) + 1)
@@ -121,7 +121,7 @@ def reference_tokens(text):
 
 
 def ast_spans(text):
-    """Spans of docstrings and of import statements as `ast` has them."""
+    """Return spans of docstrings and of import statements, from `ast`."""
     encoded, starts = text.encode(), [0]
     for line in encoded.split(b"\n"):
         starts.append(starts[-1] + len(line) + 1)
@@ -155,7 +155,7 @@ def test_docstrings_and_imports_agree_with_ast_on_held_out_files():
         docstrings, imports = ast_spans(text)
         source = lex(text)
         assert set(CONCEPTS["docstring"].find(source)) == docstrings, path
-        # A statement behind a semicolon or a colon is not the beginning of a line.
+        # A statement after a semicolon or a colon does not begin a line.
         found = set(CONCEPTS["import_line"].find(source))
         assert found <= imports and len(found) >= 0.98 * len(imports), path
 
@@ -189,7 +189,7 @@ def test_a_forgotten_bracket_does_not_swallow_the_next_definition():
     assert marked(text, "indent_0")[-1] == "def g():"
 
 
-def test_a_closing_bracket_too_many_is_survived():
+def test_an_extra_closing_bracket_is_tolerated():
     assert marked("x = 1))\ndef g(): pass\n", "function_name") == ["g"]
 
 
@@ -202,14 +202,14 @@ def test_source_cut_anywhere_is_labelled_and_settled_lines_keep_their_labels(cut
     text = WHOLE[:cut]
     labels = Concepts(text).characters
     assert labels.shape == (len(CONCEPTS), len(text))
-    # Everything before the logical line that the cut goes through is already as it is in the whole file.
+    # Labels before the logical line with the cut are those of the whole file.
     settled = max((line.end for line in lex(text).lines if line.complete), default=0)
     assert torch.equal(labels[:, :settled], Concepts(WHOLE).characters[:, :settled])
 
 
 @settings(max_examples=300, deadline=None)
 @given(text=st.text(alphabet="ab_1.0 \n\t\f\r\\'\"#@(){}[]:;=f$é\0", max_size=60))
-def test_no_text_at_all_breaks_the_labels(text):
+def test_any_text_is_labelled(text):
     concepts = Concepts(text)
     assert concepts.characters.shape == (len(CONCEPTS), len(text))
     tokens = lex(text).tokens

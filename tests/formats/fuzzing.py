@@ -1,9 +1,9 @@
-"""Load damaged checkpoints of every format and report, as JSON, what came of it; run as a program, in its own process.
+"""Load damaged checkpoints of every format and report the outcomes as JSON; run as a program, in its own process.
 
     python -m tests.formats.fuzzing --cases 1000 --seed 0 [--format gemma_scope ...]
 
-What loads is finite and of the announced shape; what does not ends in our own error. Nothing else may happen: no other
-exception, no code run, no file written, no long wait.
+An SAE that loads must be finite and of the announced shape; otherwise one of our own errors must be raised. Nothing
+else may happen: no other exception, no code run, no file written, no long wait.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ LONGEST_MESSAGE = 2500
 
 
 class TooSlow(BaseException):
-    """A case did not end."""
+    """A case took too long."""
 
 
 def checked(sae: Any) -> None:
-    """Raise unless every tensor is finite and the shapes are those that the configuration says."""
+    """Raise unless every tensor is finite and the shapes are those of the configuration."""
     for name, tensor in sae.state_dict().items():
         assert torch.isfinite(tensor.double()).all(), f"{name} is not finite"
     with torch.device("meta"):
@@ -56,7 +56,7 @@ def checked(sae: Any) -> None:
 
 
 def attempt(repo: Path, address: str, latents: list[int] | None) -> str:
-    """Load one SAE: ``"loaded"``, ``"refused"``, or what else happened."""
+    """Load one SAE and return ``"loaded"``, ``"refused"``, or a description of what else happened."""
     start = time.process_time()
     try:
         checked(SAEModel.from_pretrained(repo, address, **({"latents": latents} if latents else {})))
@@ -76,7 +76,7 @@ def attempt(repo: Path, address: str, latents: list[int] | None) -> str:
 
 @contextlib.contextmanager
 def changed(repo: Path, sound: dict[str, bytes], files: dict[str, bytes | None]) -> Iterator[None]:
-    """Put damaged files in place, and the sound ones back."""
+    """Write the damaged files, and restore the sound ones afterwards."""
     for name, content in files.items():
         (repo / name).unlink(missing_ok=True)
         if content is not None:
@@ -110,7 +110,7 @@ def fuzz(name: str, root: Path, cases: int, seed: int) -> dict[str, Any]:
         repo, sound = root / example.repo, trees[example.repo]
         files, what = mutate(relevant(sound, example.address), dice)
         latents = dice.choice([None, None, None, [1, 0]])
-        faulthandler.dump_traceback_later(60, exit=True)  # what no signal interrupts
+        faulthandler.dump_traceback_later(60, exit=True)  # for code that no signal interrupts
         signal.alarm(20)
         began = time.process_time()
         with changed(repo, sound, files):
@@ -155,7 +155,7 @@ def main() -> None:
     for name in given.names or list(formats):
         folder = Path(tempfile.mkdtemp(prefix="fuzzing-"))
         try:
-            if not report:  # what is imported late is no growth
+            if not report:  # late imports are not counted as growth
                 example = formats["gemma_scope"].examples(folder / "first")[0]
                 SAEModel.from_pretrained(folder / "first" / example.repo, example.address)
                 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)

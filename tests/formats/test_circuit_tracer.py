@@ -1,4 +1,4 @@
-"""Sets that point elsewhere, layers of a cross-layer transcoder alone, and what is refused."""
+"""Pointer sets, single layers of cross-layer transcoders, and what is refused."""
 
 from __future__ import annotations
 
@@ -75,18 +75,18 @@ def test_a_set_of_pointers_is_a_set(written: Callable[[str], Path]) -> None:
     assert found["layer_1"].config.site == "resid_mid.1"
 
 
-def test_the_set_says_where_its_transcoders_belong(written: Callable[[str], Path]) -> None:
+def test_the_set_states_the_sites_of_its_transcoders(written: Callable[[str], Path]) -> None:
     folder = written("circuit_tracer_pointers") / SET
     change(folder / "config.yaml", feature_input_hook="mlp.hook_in", model_name="gemma-2-2b-it")
     config = SAEModel.from_pretrained(folder, "layer_0").config
     assert (config.site, config.normalization, config.base_model) == ("mlp_in.0", "none", "google/gemma-2-2b-it")
-    change(folder / "config.yaml", feature_output_hook="mlp.hook_out")  # before Gemma's norm behind the MLP
+    change(folder / "config.yaml", feature_output_hook="mlp.hook_out")  # before Gemma's norm after the MLP
     assert SAEModel.from_pretrained(folder, "layer_0").config.site_out == "layers.0.mlp.output"
     change(folder / "config.yaml", feature_input_hook=None)  # a configuration for another tool, without this key
     assert SAEModel.from_pretrained(folder, "layer_0").config.site == "resid_mid.0"
 
 
-def test_what_is_pointed_to_has_to_be_there(written: Callable[[str], Path], hub: MiniHub, cache_dir: str) -> None:
+def test_missing_targets_of_pointers_are_refused(written: Callable[[str], Path], hub: MiniHub, cache_dir: str) -> None:
     root = written("circuit_tracer_pointers")
     with pytest.raises(MissingFileError, match=r"no folder 'layer_2'.*'layer_0', 'layer_1'"):
         SAEModel.from_pretrained(root / SET, "layer_2")
@@ -114,7 +114,7 @@ def test_what_is_pointed_to_has_to_be_there(written: Callable[[str], Path], hub:
         *("hf://a/b/../../../etc/x.npz", "hf://google/gemma-scope-2b-pt-transcoders/layer_9/params.npz"),
     ],
 )
-def test_pointers_that_cannot_be(uri: Any, written: Callable[[str], Path], cache_dir: str) -> None:
+def test_invalid_pointers_are_refused(uri: Any, written: Callable[[str], Path], cache_dir: str) -> None:
     folder = written("circuit_tracer_pointers") / SET
     change(folder / "config.yaml", transcoders=[uri])
     with pytest.raises(SAEError):
@@ -185,7 +185,7 @@ def test_transcoders_whose_layers_do_not_fit(written: Callable[[str], Path]) -> 
         SAEModel.from_pretrained(repo)
 
 
-def test_gemma_scope_2_is_told_by_its_folder(written: Callable[[str], Path]) -> None:
+def test_gemma_scope_2_is_recognised_by_its_folder(written: Callable[[str], Path]) -> None:
     repo = written("gemma_scope_2_cross_layer") / "google/gemma-scope-2-1b-pt"
     shutil.copytree(repo / "clt", repo / "mine")
     with pytest.raises(CheckpointError, match="read from the name of its folder; expected 'clt/width_"):
@@ -221,7 +221,7 @@ def test_gemma_scope_2_is_told_by_its_folder(written: Callable[[str], Path]) -> 
         ("acme/gemma-transcoders", {"model_name": "acme/own"}, "unknown whether the base model"),
     ],
 )
-def test_configurations_that_do_not_say_enough(
+def test_incomplete_and_contradictory_configurations_are_refused(
     repo: str, changes: dict[str, Any], message: str, written: Callable[[str], Path]
 ) -> None:
     folder = written("circuit_tracer") / repo
@@ -238,7 +238,7 @@ def test_only_known_sets_may_lack_the_configuration(written: Callable[[str], Pat
         SAEModel.from_pretrained(folder, "layer_0.safetensors")
 
 
-def test_as_many_latents_as_outputs_leave_the_decoder_s_orientation_open(tmp_path: Path) -> None:
+def test_a_square_decoder_has_an_unknown_orientation(tmp_path: Path) -> None:
     square, vector = torch.randn(4, 4), torch.randn(4)
     tensors = {"W_enc": square, "W_dec": square.clone(), "b_enc": vector, "b_dec": vector.clone()}
     save_file(tensors, tmp_path / "layer_0.safetensors")

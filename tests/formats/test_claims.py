@@ -1,4 +1,4 @@
-"""Folders that hold more than one SAE's files: what cannot be read is not claimed, and `format=` chooses."""
+"""Folders with files of several SAEs or libraries: unreadable files are not claimed, and `format=` chooses."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ UNREADABLE = {
 
 @pytest.mark.parametrize("kind", list(UNREADABLE))
 @pytest.mark.parametrize("name", ["optimizer.pt", "gpt2-SAE-l3.pt", "ae.pt"])
-def test_what_cannot_be_read_does_not_spoil_the_sae_beside_it(name: str, kind: str, tmp_path: Path) -> None:
+def test_an_unreadable_file_does_not_prevent_loading_the_sae_beside_it(name: str, kind: str, tmp_path: Path) -> None:
     sae = example("gated", site="resid_post.1")
     sae.save_pretrained(tmp_path)
     UNREADABLE[kind][0](tmp_path / name)
@@ -52,7 +52,7 @@ def test_what_cannot_be_read_does_not_spoil_the_sae_beside_it(name: str, kind: s
     assert SAESet.from_pretrained(tmp_path).sites == ["resid_post.1"]
 
 
-def test_another_layout_beside_what_cannot_be_read(tmp_path: Path) -> None:
+def test_another_layout_beside_unreadable_files(tmp_path: Path) -> None:
     [first, *_] = formats["gemma_scope"].examples(tmp_path)
     folder = tmp_path / first.repo / first.address
     (folder / "optimizer.pt").write_bytes(POINTER)
@@ -60,7 +60,7 @@ def test_another_layout_beside_what_cannot_be_read(tmp_path: Path) -> None:
     assert SAEModel.from_pretrained(folder).checkpoint.format == "gemma_scope"
 
 
-def test_what_cannot_be_read_above_saes_does_not_hide_them(tmp_path: Path) -> None:
+def test_an_unreadable_file_above_saes_does_not_hide_them(tmp_path: Path) -> None:
     example("gated").save_pretrained(tmp_path / "layer_1")
     (tmp_path / "optimizer.pt").write_bytes(POINTER)
     with pytest.raises(MissingFileError, match="itself holds no SAE.*subfolder= one of 'layer_1'"):
@@ -69,7 +69,7 @@ def test_what_cannot_be_read_above_saes_does_not_hide_them(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin"])
 @pytest.mark.parametrize("kind", list(UNREADABLE))
-def test_alone_it_is_said_why_it_cannot_be_read(kind: str, suffix: str, tmp_path: Path) -> None:
+def test_an_unreadable_file_alone_is_refused_with_the_reason(kind: str, suffix: str, tmp_path: Path) -> None:
     write, message = UNREADABLE[kind]
     write(tmp_path / f"mine{suffix}")
     for options in ({}, {"architecture": "standard"}):
@@ -91,7 +91,7 @@ def test_a_pointer_as_npz(tmp_path: Path) -> None:
         SAEModel.from_pretrained(tmp_path)
 
 
-def test_what_nobody_needs_is_not_fetched(hub: MiniHub, repo_id: str, cache_dir: str, tmp_path: Path) -> None:
+def test_unneeded_files_are_not_fetched(hub: MiniHub, repo_id: str, cache_dir: str, tmp_path: Path) -> None:
     sae = example("gated", site="resid_post.1")
     sae.save_pretrained(tmp_path / "sae")
     torch.save({"state": torch.zeros(50_000)}, tmp_path / "sae" / "optimizer.pt")
@@ -102,7 +102,7 @@ def test_what_nobody_needs_is_not_fetched(hub: MiniHub, repo_id: str, cache_dir:
     assert not any("optimizer.pt" in path for path in asked)
 
 
-def test_what_is_mended_is_read_again(tmp_path: Path) -> None:
+def test_a_repaired_file_is_read(tmp_path: Path) -> None:
     sae = example("gated", site="resid_post.1")
     sae.save_pretrained(tmp_path / "a")
     saes = SAESet.from_pretrained(tmp_path)
@@ -119,7 +119,7 @@ def test_what_is_mended_is_read_again(tmp_path: Path) -> None:
 
 @pytest.fixture
 def shared(tmp_path: Path) -> Path:
-    """A folder with one of ours and one of Gemma Scope's."""
+    """A folder with an SAE in our layout and one in Gemma Scope's."""
     example("gated", site="resid_post.1").save_pretrained(tmp_path / "shared")
     generator = np.random.default_rng(0)
     shapes: dict[str, Any] = {"W_enc": (6, 8), "W_dec": (8, 6), "b_enc": 8, "b_dec": 6, "threshold": 8}
@@ -144,7 +144,7 @@ def test_format_chooses(shared: Path) -> None:
     assert convert(shared, format="gemma_scope").checkpoint.origin.format == "gemma_scope"
 
 
-def test_a_format_that_is_not_there(shared: Path) -> None:
+def test_an_unknown_or_wrong_format_is_refused(shared: Path) -> None:
     with pytest.raises(UnknownNameError, match="Unknown format 'gema_scope'.*Did you mean 'gemma_scope'"):
         SAEModel.from_pretrained(shared, format="gema_scope")
     with pytest.raises(CheckpointError, match="not in the layout 'saelens'.*It is in the layout gemma_scope, native"):

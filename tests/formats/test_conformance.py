@@ -1,4 +1,4 @@
-"""What every registered format has to do; a new file in `formats/` brings its reference and is tested here."""
+"""Conformance tests of every registered format; a new file in `formats/` needs a reference and no change here."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def reference_of(name: str) -> ModuleType:
     """Return the module of a format's equations; the test fails if there is none."""
     if importlib.util.find_spec(f"tests.formats.references.{name}") is None:
         pytest.fail(
-            f"The format {name!r} has no equations to be compared with: write tests/formats/references/{name}.py, as "
-            "the docstring of its __init__.py says."
+            f"The format {name!r} has no reference to compare with: write tests/formats/references/{name}.py, as "
+            "described in the __init__.py beside it."
         )
     return importlib.import_module(f"tests.formats.references.{name}")
 
 
 @pytest.mark.parametrize("name", [name for name in formats if name != "native"])
-def test_every_format_has_examples_and_says_what_is_expected_of_each(name: str) -> None:
+def test_every_format_has_examples_with_expected_fields(name: str) -> None:
     examples = {f"{example.repo}/{example.address}" for own, example in CASES if own == name}
     assert examples, f"examples() of the format {name!r} wrote none"
     assert set(reference_of(name).EXPECTED) == examples
@@ -136,7 +136,7 @@ def test_it_is_found_by_names_and_claimed_by_one_format(name: str, example: Exam
 def test_the_hub_gives_what_the_folder_gives(
     name: str, example: Example, repo: Path, examples_root: Path, hub: MiniHub, cache_dir: str
 ) -> None:
-    for folder in (examples_root / name).glob("*/*"):  # with those that this one may point to
+    for folder in (examples_root / name).glob("*/*"):  # with the repositories that this one may point to
         paths = [path for path in folder.rglob("*") if path.is_file()]
         files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
         hub.seed(folder.relative_to(examples_root / name).as_posix(), files)

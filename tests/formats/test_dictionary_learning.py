@@ -1,4 +1,4 @@
-"""What the examples do not show: values that mean nothing, and names of places."""
+"""Cases beyond the examples: invalid values, and names of sites."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def written(folder: Path, trainer: Any, *, drop: tuple[str, ...] = (), **changes
     return folder
 
 
-def test_the_sound_one_loads(tmp_path: Path) -> None:
+def test_a_valid_checkpoint_loads(tmp_path: Path) -> None:
     sae = SAEModel.from_pretrained(written(tmp_path, {}))
     assert sae.config.site == "resid_post.3" and sae.config.base_model is None and sae.threshold == 0.5
 
@@ -43,7 +43,7 @@ def test_a_layer_that_is_written_as_a_text(tmp_path: Path) -> None:
         SAEModel.from_pretrained(written(tmp_path, {"layer": "4"}))
 
 
-def test_one_of_many_spoils_no_other_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_invalid_sae_does_not_prevent_loading_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for number, layer in enumerate(("3", 3, "three")):
         (tmp_path / f"trainer_{number}").mkdir()
         written(tmp_path / f"trainer_{number}", {"layer": layer})
@@ -69,7 +69,7 @@ def test_one_of_many_spoils_no_other_one(tmp_path: Path, caplog: pytest.LogCaptu
         ({"k": "3"}, "k = '3'; expected a number"),
     ],
 )
-def test_a_configuration_that_cannot_be_used(trainer: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_an_invalid_configuration_is_refused(trainer: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message):
         SAEModel.from_pretrained(written(tmp_path, trainer))
 
@@ -93,13 +93,13 @@ def test_without_a_trainer_it_is_not_of_this_layout(trainer: Any, tmp_path: Path
         ({"threshold": torch.tensor(float("nan"))}, "NaN"),
     ],
 )
-def test_a_file_that_cannot_be_used(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_an_invalid_file_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises((CheckpointError, InputError), match=message):
         SAEModel.from_pretrained(written(tmp_path, {}, **changes))
 
 
 @pytest.mark.parametrize("factor", ["2", float("nan"), 0, -1.0, float("inf"), [1]])
-def test_a_backup_with_a_factor_that_is_none(factor: Any, tmp_path: Path) -> None:
+def test_a_backup_with_an_invalid_factor_is_refused(factor: Any, tmp_path: Path) -> None:
     content = torch.load(written(tmp_path, {}) / "ae.pt", weights_only=True)
     torch.save({"step": 3, "ae": content, "norm_factor": factor}, tmp_path / "ae.pt")
     with pytest.raises(CheckpointError, match="norm_factor"):
@@ -135,7 +135,7 @@ def test_a_latent_without_a_decoder_row_stays_finite(tmp_path: Path) -> None:
         ("resid_post_layer_8", "sideways", None, "", {}),
     ],
 )
-def test_places(name: str | None, io: str, model: str | None, address: str, place: dict[str, str]) -> None:
+def test_sites(name: str | None, io: str, model: str | None, address: str, place: dict[str, str]) -> None:
     assert site_fields({"submodule_name": name, "lm_name": model}, {"io": io}, address, "a file") == place
 
 

@@ -1,4 +1,4 @@
-"""Folding changes units and nothing else: every function against the SAE that it started from, in float64."""
+"""Folding changes units and nothing else: every function is compared with the original SAE, in float64."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_transcoder_has_two_scales(scale_in: float, scale_out: float, **sae_ar
 @many
 @given(**SAES)
 def test_decoder_norms_move_into_the_latents(**sae_arguments: Any) -> None:
-    """The output stays; a latent is as many times as large as its decoder row was long."""
+    """The output is unchanged; each latent is multiplied by the norm of its decoder row."""
     sae = trained(**sae_arguments)
     norms, x = sae.W_dec.norm(dim=1), inputs(sae)
     folded = with_tensors(sae, _folding.fold_decoder_norms(tensors_of(sae)))
@@ -88,7 +88,7 @@ def test_decoder_norms_move_into_the_latents(**sae_arguments: Any) -> None:
 
 @many
 @given(scale=FACTORS, **SAES)
-def test_all_at_once_is_one_after_the_other(scale: float, **sae_arguments: Any) -> None:
+def test_one_fold_equals_two_in_turn(scale: float, **sae_arguments: Any) -> None:
     sae = trained(**sae_arguments)
     unit = torch.rand(sae.config.d_sae, dtype=torch.float64) + 0.5
     at_once = _folding.fold(tensors_of(sae), scale_in=scale, latent_unit=unit)
@@ -120,10 +120,10 @@ FOLDS = {
 @pytest.mark.parametrize("fold", list(FOLDS))
 @pytest.mark.parametrize("architecture", POSITIVELY_HOMOGENEOUS)
 def test_a_slice_of_the_fold_is_the_fold_of_the_slice(architecture: str, fold: str, dtype: torch.dtype) -> None:
-    """And dtypes, shapes and the meta device are respected."""
+    """Dtypes and shapes are also right, including on the meta device."""
     sae = trained(architecture, 3, d_sae=33, d_out=6, skip_connection=True)
     tensors = {name: tensor.to(dtype) for name, tensor in tensors_of(sae).items()}
-    tensors["W_dec"] = tensors["W_dec"].T.contiguous().T  # as it lies in a file of linear layers
+    tensors["W_dec"] = tensors["W_dec"].T.contiguous().T  # strided as in files of linear layers
     rows = [31, 2, 17, 2]
     sliced = {name: tensor.clone() if name in SHARED else tensor[rows] for name, tensor in tensors.items()}
     described = {name: tensor.to("meta") for name, tensor in tensors.items()}
@@ -183,7 +183,7 @@ print((peak() - before) / made["W_dec"].nbytes)
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_matrix_is_copied_in_memory(dtype: str) -> None:
-    """The process's peak: what torch copies behind an operation in place is seen by nothing else."""
+    """Measured as the process's peak, which includes copies that torch makes inside in-place operations."""
     command = [sys.executable, "-c", PROGRAM, dtype, _folding.__file__]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert float(run.stdout) < 0.5

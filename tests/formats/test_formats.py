@@ -138,7 +138,7 @@ def test_a_file_of_layers_alone_is_not_claimed(tmp_path: Path) -> None:
     assert [name for name, layout in formats.items() if layout.claims(location)] == []
 
 
-def test_an_embedding_sae_is_told_by_its_folder_alone(tmp_path: Path) -> None:
+def test_an_embedding_sae_is_recognised_by_its_folder_alone(tmp_path: Path) -> None:
     formats["gemma_scope"].examples(tmp_path)
     address = "embedding/width_4k/average_l0_6"
     there = SAEModel.from_pretrained(tmp_path / "google/gemma-scope-2b-pt-res", address)

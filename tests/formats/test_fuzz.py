@@ -1,7 +1,7 @@
 """Damaged checkpoints of every format: our own error, or finite weights of the right shape; nothing else.
 
-``HF_GATED_SAE_FUZZ_CASES=1500 HF_GATED_SAE_FUZZ_SEED=7 pytest tests/formats/test_fuzz.py`` (``make fuzz``) does more
-of them; see `tests.formats.fuzzing` for what is done, and to repeat one format alone.
+``HF_GATED_SAE_FUZZ_CASES=1500 HF_GATED_SAE_FUZZ_SEED=7 pytest tests/formats/test_fuzz.py`` (``make fuzz``) runs more
+cases; see `tests.formats.fuzzing` for the rules, and to repeat one format alone.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ pytestmark = pytest.mark.slow
 CASES = int(os.environ.get("HF_GATED_SAE_FUZZ_CASES", "150"))
 SEED = int(os.environ.get("HF_GATED_SAE_FUZZ_SEED", "0"))
 MEGABYTES = 500
-"""More memory than before the first case that all of them together may have held at their peak."""
+"""Allowed growth of peak memory since before the first case."""
 SLOWEST = 4.0
 
 
 @pytest.fixture(scope="module")
 def report() -> dict[str, Any]:
-    """What became of the cases of every format, done in a process of its own."""
+    """Return the outcomes of the cases of every format, run in a separate process."""
     command = [
         sys.executable,
         "-W",

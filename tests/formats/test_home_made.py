@@ -144,7 +144,7 @@ def test_what_may_belong_to_the_sae_is_never_dropped(tmp_path: Path) -> None:
     assert_computes(SAEModel.from_pretrained(tmp_path, architecture="standard", ignore="mean"), held)
 
 
-def test_two_of_them_in_one_file(tmp_path: Path) -> None:
+def test_two_saes_in_one_file(tmp_path: Path) -> None:
     first, second = linear(), {name: tensor * 2 for name, tensor in linear().items()}
     write({"model": first, "ema": second}, tmp_path / "mine.pt")
     with pytest.raises(CheckpointError, match=r"'ema' and 'model' each hold one.*names=\{'W_enc': 'model.enc"):
@@ -173,7 +173,7 @@ STATED = {"W_enc": "left", "b_enc": "up", "W_dec": "right", "b_dec": "down"}
 
 @pytest.mark.parametrize("encoder", ["left", "left.T"])
 @pytest.mark.parametrize("key", ["W_enc", "W_enc_T"])
-def test_the_shape_tells_the_orientation_whatever_was_written(key: str, encoder: str, tmp_path: Path) -> None:
+def test_the_shape_decides_the_orientation_whatever_was_stated(key: str, encoder: str, tmp_path: Path) -> None:
     held = linear()
     renamed = {OURS[name]: tensor for name, tensor in held.items()}
     names = {**{name: theirs for name, theirs in STATED.items() if name != "W_enc"}, key: encoder}
@@ -218,7 +218,7 @@ def test_a_skip_connection_of_a_square_matrix(tmp_path: Path) -> None:
     torch.testing.assert_close(sae(x).reconstruction, wanted)
 
 
-def test_what_there_is_not_is_zero_if_one_says_so(tmp_path: Path) -> None:
+def test_a_missing_vector_is_zero_if_its_name_is_none(tmp_path: Path) -> None:
     held = linear()
     write({name: held[name] for name in ("encoder.weight", "decoder.weight", "encoder.bias")}, tmp_path / "mine.pt")
     with pytest.raises(CheckpointError, match=r"b_dec \[d_out\].*None instead of a name.*b_dec is then zero"):
@@ -250,7 +250,7 @@ def test_vectors_with_axes_of_length_one(tmp_path: Path) -> None:
     assert_computes(SAEModel.from_pretrained(tmp_path, architecture="standard"), held)
 
 
-def test_a_gated_one_by_the_names_of_the_paper(tmp_path: Path) -> None:
+def test_a_gated_sae_with_the_names_of_the_paper(tmp_path: Path) -> None:
     gated = example("gated", site="resid_post.1")
     held = {name: tensor for name, tensor in gated.state_dict().items() if "activation" not in name}
     held["W_enc"] = held.pop("W_enc_T").T.contiguous()
@@ -267,7 +267,7 @@ def test_recorded_statistics_are_kept(tmp_path: Path) -> None:
     assert all(torch.equal(loaded[name], tensor) for name, tensor in original.state_dict().items())
 
 
-def test_the_number_of_latents_that_are_kept(tmp_path: Path) -> None:
+def test_k_is_read_from_the_file_or_passed(tmp_path: Path) -> None:
     held = linear()
 
     def load(content: Any, **options: Any) -> int:
@@ -324,7 +324,7 @@ def test_every_architecture_under_its_own_names(name: str, tmp_path: Path) -> No
         ({"pre_bias": None, "extra": 3}, {"names": {"b_enc": "bias"}}, ["no 'bias'", "b_dec", "extra"]),
     ],
 )
-def test_one_error_says_all_that_does_not_fit(
+def test_one_error_lists_all_that_does_not_fit(
     change: dict[str, int | None], options: dict[str, Any], phrases: list[str], tmp_path: Path
 ) -> None:
     held = {**linear(), **{name: random(size) for name, size in change.items() if size}}
@@ -364,7 +364,7 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         SAEModel.from_pretrained(tmp_path, "nowhere", architecture="standard")
 
 
-def test_a_known_layout_says_what_it_is(tmp_path: Path) -> None:
+def test_a_known_layout_takes_no_architecture(tmp_path: Path) -> None:
     example("standard", site="resid_post.1").save_pretrained(tmp_path)
     with pytest.raises(InputError, match="in the layout 'native', which states its own architecture.*'home_made'"):
         SAEModel.from_pretrained(tmp_path, architecture="standard")
@@ -384,10 +384,10 @@ def test_no_code_is_run(tmp_path: Path) -> None:
     assert not (tmp_path / "boom").exists()
 
 
-# ---------------------------------------------------------------- what is said of what nobody described
+# ---------------------------------------------------------------- checkpoints without a description
 
 
-def test_the_tensors_are_shown_and_the_nearest_architecture_and_how_to_go_on(tmp_path: Path) -> None:
+def test_the_error_has_the_tensors_the_nearest_architecture_and_the_call(tmp_path: Path) -> None:
     path = write({"state_dict": linear()}, tmp_path / "mine.pt")
     for place in (path, tmp_path):
         with pytest.raises(CheckpointError) as raised:
@@ -415,7 +415,7 @@ def test_the_nearest_architecture(change: dict[str, int | None], phrases: list[s
     assert all(phrase in str(raised.value) for phrase in phrases), str(raised.value)
 
 
-def test_what_cannot_be_read_beside_it_does_not_hide_it(tmp_path: Path) -> None:
+def test_an_unreadable_file_beside_it_does_not_hide_it(tmp_path: Path) -> None:
     write(linear(), tmp_path / "mine.safetensors")
     (tmp_path / "optimizer.pt").touch()
     (tmp_path / "config.json").write_text("[1]")
@@ -425,13 +425,13 @@ def test_what_cannot_be_read_beside_it_does_not_hide_it(tmp_path: Path) -> None:
     assert_computes(SAEModel.from_pretrained(tmp_path, architecture="standard"), linear())
 
 
-def test_a_file_that_says_k_is_nearest_to_a_topk(tmp_path: Path) -> None:
+def test_a_file_that_states_k_is_nearest_to_a_topk(tmp_path: Path) -> None:
     write({"state_dict": linear(), "cfg": {"k": 3}}, tmp_path / "mine.pt")
     with pytest.raises(CheckpointError, match="nearest to architecture 'topk'.*architecture='topk', site="):
         SAEModel.from_pretrained(tmp_path)
 
 
-def test_what_is_no_sae_at_all(tmp_path: Path) -> None:
+def test_tensors_that_do_not_look_like_an_sae(tmp_path: Path) -> None:
     write({"step": torch.tensor(3)}, tmp_path / "mine.pt")
     with pytest.raises(CheckpointError, match=r"mine.pt holds step \[\]. They do not look like an SAE's"):
         SAEModel.from_pretrained(tmp_path)

@@ -1,6 +1,6 @@
 """Loading keeps one copy of every matrix: a layout's arithmetic happens in place, on pages that are private to us.
 
-What torch copies inside one operation is not seen here; `test_folding.py` measures the memory of whole loads.
+Copies inside one torch operation are not visible here; `test_folding.py` measures the memory of whole loads.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["examples_root", "repo"]
 
 
 class Allocations(TorchDispatchMode):
-    """Remembers the size of every tensor that an operation makes anew."""
+    """Records the size of every tensor that an operation allocates."""
 
     def __init__(self) -> None:
         super().__init__()

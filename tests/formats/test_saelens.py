@@ -77,7 +77,7 @@ def test_known_facts_fill_in(saelens: Change, monkeypatch: pytest.MonkeyPatch) -
     torch.testing.assert_close(sae.W_enc, raw["W_enc"] / 2)
     assert sae.config.normalization == "center" and sae.config.base_model == "google/gemma-2-2b"
     assert asked[0] == ("acme/saelens-saes", "blocks.3.hook_resid_post")
-    # A scale that the file does not ask for is already folded in.
+    # If the file names no normalisation, the scale is already folded in.
     saelens("blocks.3.hook_resid_post", normalize_activations="none")
     torch.testing.assert_close(SAEModel.from_pretrained(folder).W_dec, raw["W_dec"])
 
@@ -92,7 +92,7 @@ def test_a_normalisation_of_the_index_replaces_that_of_the_file(
         SAEModel.from_pretrained(saelens("tc/jump_skip"))
 
 
-# ---------------------------------------------------------------- places
+# ---------------------------------------------------------------- sites
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_a_normalisation_of_the_index_replaces_that_of_the_file(
         ),
     ],
 )
-def test_places(saelens: Change, metadata: dict[str, Any], wanted: tuple[str | None, str]) -> None:
+def test_sites(saelens: Change, metadata: dict[str, Any], wanted: tuple[str | None, str]) -> None:
     config = SAEModel.from_pretrained(saelens("blocks.3.hook_resid_post", metadata=metadata)).config
     assert (config.site, config.normalization) == wanted
 
@@ -137,7 +137,7 @@ def test_places(saelens: Change, metadata: dict[str, Any], wanted: tuple[str | N
         ({"prepend_bos": True, "exclude_special_tokens": True}, False),
         ({"prepend_bos": True, "exclude_special_tokens": [1, 2]}, None),
         ({"prepend_bos": True, "seqpos_slice": [5, None]}, None),
-        ({"prepend_bos": False}, None),  # it may still separate documents
+        ({"prepend_bos": False}, None),  # a BOS may still separate documents
         ({"prepend_bos": False, "exclude_special_tokens": True}, False),
         ({"prepend_bos": "yes"}, None),
     ],
@@ -149,7 +149,7 @@ def test_bos(saelens: Change, metadata: dict[str, Any], wanted: bool | None) -> 
     )
 
 
-def test_an_unknown_place_is_no_reason_not_to_load(saelens: Change, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unknown_site_does_not_prevent_loading(saelens: Change, caplog: pytest.LogCaptureFixture) -> None:
     folder = saelens("blocks.3.hook_resid_post", metadata={"hook_name": "blocks.2.attn.hook_nonsense"})
     sae = SAEModel.from_pretrained(folder)
     assert sae.config.site is None
@@ -191,7 +191,9 @@ def test_an_unknown_place_is_no_reason_not_to_load(saelens: Change, caplog: pyte
         ("temporal/untied", {"activation_normalization_factor": 1e400}, "expected a finite number"),
     ],
 )
-def test_configurations_that_cannot_be(saelens: Change, address: str, changes: dict[str, Any], message: str) -> None:
+def test_invalid_configurations_are_refused(
+    saelens: Change, address: str, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises((CheckpointError, InputError), match=message):
         SAEModel.from_pretrained(saelens(address, **changes))
 
@@ -206,7 +208,7 @@ def test_configurations_that_cannot_be(saelens: Change, address: str, changes: d
         ("gated", {"metadata": {"x": 1}}, "has no architecture|lacks b_enc|unknown"),
     ],
 )
-def test_old_configurations_that_cannot_be(
+def test_invalid_old_configurations_are_refused(
     saelens: Change, address: str, changes: dict[str, Any], message: str
 ) -> None:
     folder = saelens(address, "saelens_legacy", "acme/saelens-saes-4", **changes)
@@ -235,7 +237,7 @@ KEYS = """
     ],
 )
 def test_nonsense_is_refused_or_harmless(saelens: Change, address: str, name: str, repo: str) -> None:
-    """Any other error than ours fails."""
+    """Any error other than ours fails the test."""
     folder = saelens(address, name, repo)
     good = json.loads((folder / "cfg.json").read_text())
     metadata = [f"metadata.{key}" for key in good.get("metadata", {})]
@@ -300,7 +302,7 @@ def test_factors_of_fine_tuning_that_are_missing(saelens: Change) -> None:
         SAEModel.from_pretrained(folder)
 
 
-def test_factors_of_fine_tuning_that_are_denied(saelens: Change) -> None:
+def test_factors_of_fine_tuning_that_the_configuration_denies(saelens: Change) -> None:
     folder = saelens("tuned", "saelens_legacy", "acme/saelens-saes-3", finetuning_scaling_factor=False)
     with pytest.raises(CheckpointError, match="fine-tuning factors .scaling_factor., but .* in cfg.json is not true"):
         SAEModel.from_pretrained(folder)

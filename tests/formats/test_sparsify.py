@@ -1,4 +1,4 @@
-"""What the examples do not show: values that mean nothing, and folders that are no modules."""
+"""Cases beyond the examples: invalid values, and folders that are not modules."""
 
 from __future__ import annotations
 
@@ -56,18 +56,18 @@ def config_of(root: Path, folder: str) -> Any:
         ({"drop": ("W_dec",)}, "lacks W_dec"),
     ],
 )
-def test_what_cannot_be_used(config: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_invalid_checkpoints_are_refused(config: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises((CheckpointError, InputError), match=message):
         SAEModel.from_pretrained(written(tmp_path, **config))
 
 
-def test_a_run_that_cannot_be_used(tmp_path: Path) -> None:
+def test_an_invalid_run_configuration_is_refused(tmp_path: Path) -> None:
     written(tmp_path, run={"sae": {}, "model": 7})
     with pytest.raises(CheckpointError, match="model = 7; expected a text"):
         config_of(tmp_path, "layers.3")
 
 
-def test_an_old_configuration_says_almost_nothing(tmp_path: Path) -> None:
+def test_an_old_configuration_states_only_k(tmp_path: Path) -> None:
     folder = written(tmp_path, num_latents=0, k=2)
     (folder / "cfg.json").write_text(json.dumps({"k": 2}))
     sae = SAEModel.from_pretrained(folder)
@@ -89,7 +89,7 @@ def test_an_old_configuration_says_almost_nothing(tmp_path: Path) -> None:
         ("layers.x", None),
     ],
 )
-def test_folders_as_places(folder: str, site: str | None, tmp_path: Path) -> None:
+def test_folders_as_sites(folder: str, site: str | None, tmp_path: Path) -> None:
     written(tmp_path, folder)
     assert config_of(tmp_path, folder).site == site
 

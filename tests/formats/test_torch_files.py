@@ -36,14 +36,14 @@ def openai(tmp_path: Path) -> Path:
         ({"W_other": torch.zeros(3)}, "unknown W_other"),
     ],
 )
-def test_openai_files_that_cannot_be(openai: Path, changes: dict[str, Any], message: str) -> None:
+def test_invalid_openai_files_are_refused(openai: Path, changes: dict[str, Any], message: str) -> None:
     file = openai / "gpt2-small/resid_post_mlp_v5_32k/autoencoders/8.pt"
     torch.save({**torch.load(file, weights_only=True), **changes}, file)
     with pytest.raises(SAEError, match=message):
         SAEModel.from_pretrained(openai, "gpt2-small/resid_post_mlp_v5_32k/autoencoders/8.pt")
 
 
-def test_an_openai_file_by_itself_has_no_place(openai: Path, tmp_path: Path) -> None:
+def test_an_openai_file_by_itself_has_no_site(openai: Path, tmp_path: Path) -> None:
     alone = tmp_path / "alone"
     alone.mkdir()
     (openai / "gpt2-small/resid_post_mlp_v5_32k/autoencoders/8.pt").rename(alone / "mine.pt")
@@ -52,7 +52,7 @@ def test_an_openai_file_by_itself_has_no_place(openai: Path, tmp_path: Path) -> 
     assert SAEModel.from_pretrained(alone, site="resid_post.8").config.site == "resid_post.8"
 
 
-def test_openai_places_are_found_from_inside_their_folders(openai: Path) -> None:
+def test_openai_sites_are_found_from_inside_their_folders(openai: Path) -> None:
     assert sae_addresses(locate(str(openai)).at("gpt2-small/mlp_post_act")) == [
         "gpt2-small/mlp_post_act/autoencoders/11.pt"
     ]
@@ -77,7 +77,7 @@ def test_a_tied_decoder_is_a_matrix_of_its_own(openai: Path) -> None:
         ({"dict_size": "16"}, "expected a whole number"),
     ],
 )
-def test_attention_saes_that_cannot_be(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_invalid_attention_saes_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     example = formats["connor_rob"].examples(tmp_path)[0]
     described = tmp_path / example.repo / example.address.replace(".pt", "_cfg.json")
     described.write_text(json.dumps({**json.loads(described.read_text()), **changes}))

@@ -1,4 +1,4 @@
-"""Thresholds have the same derivatives whichever way they are taken."""
+"""Thresholds have the same derivatives by every method."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf_gated_sae import functional
 @pytest.mark.parametrize("threshold", [torch.linspace(0.05, 1, 40), torch.tensor(0.4)], ids=["vector", "scalar"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("activation", [functional.jumprelu, functional.above_threshold])
-def test_transformations_take_the_rectangle_estimate_for_thresholds_as_well(
+def test_function_transforms_use_the_rectangle_estimate_for_thresholds(
     activation: Any, dtype: torch.dtype, threshold: torch.Tensor
 ) -> None:
     z = torch.randn(30, 40, generator=torch.Generator().manual_seed(0)).to(dtype)

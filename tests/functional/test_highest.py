@@ -1,4 +1,4 @@
-"""The highest projections of each token, whichever arithmetic tells the others apart."""
+"""The highest projections of each token, whichever arithmetic rules out the others."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ same_for_all = settings(deadline=None, suppress_health_check=[HealthCheck.functi
 
 @pytest.fixture(autouse=True)
 def _screened(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Screen where it would not pay, too: a CPU without bfloat16 only takes longer for the same product."""
+    """Screen even on a CPU without bfloat16, which only takes longer for the same product."""
     monkeypatch.setattr(bf16_screening, "_AVAILABLE", True)
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Screen few tokens, too, in several parts."""
+    """Screen even few tokens, in several parts."""
     monkeypatch.setattr(bf16_screening, "FEWEST_TOKENS", 1)
     monkeypatch.setattr(bf16_screening, "DENSEST", 1.0)
     monkeypatch.setattr(bf16_screening, "_TOKENS_AT_ONCE", 16)
@@ -36,7 +36,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     kind=st.sampled_from(["normal", "close together", "one large", "large biases", "all alike"]),
     seed=st.integers(0, 9999),
 )
-def test_none_of_them_is_missed(
+def test_no_highest_projection_is_missed(
     small: None, d_in: int, d_sae: int, k: int, scale: float, kind: str, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -69,7 +69,7 @@ def test_none_of_them_is_missed(
 
 
 @pytest.mark.parametrize("rounding", [False, True])
-def test_few_are_computed(monkeypatch: pytest.MonkeyPatch, rounding: bool) -> None:
+def test_few_projections_are_computed(monkeypatch: pytest.MonkeyPatch, rounding: bool) -> None:
     computed = []
     dots = bf16_screening.pair_dots
     monkeypatch.setattr(bf16_screening, "pair_dots", lambda *given: computed.append(len(given[2])) or dots(*given))
@@ -83,14 +83,14 @@ def test_few_are_computed(monkeypatch: pytest.MonkeyPatch, rounding: bool) -> No
         found[1].double(), exact.gather(1, found[0]), rtol=2**-8 * rounding, atol=0.2 if rounding else 1e-4
     )
     values = exact.gather(1, found[0]).sort(descending=True).values
-    short = (values < exact.topk(16).values - 1e-4).double().mean()  # where another was taken
+    short = (values < exact.topk(16).values - 1e-4).double().mean()  # where another latent was selected
     assert short < (0.02 if rounding else 1e-9)
 
 
 @pytest.mark.parametrize("what", ["x", "weight", "bias"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("rounding", [False, True])
-def test_what_is_not_finite_is_left_to_the_product(small: None, what: str, value: float, rounding: bool) -> None:
+def test_nonfinite_input_is_left_to_the_dense_product(small: None, what: str, value: float, rounding: bool) -> None:
     tensors = {"x": torch.randn(20, 8), "weight": torch.randn(64, 8), "bias": torch.randn(64)}
     tensors[what].view(-1)[3] = value
     assert bf16_screening.highest(**tensors, k=2, rounding=rounding) is None
@@ -100,7 +100,7 @@ def test_what_is_not_finite_is_left_to_the_product(small: None, what: str, value
 @pytest.mark.parametrize(
     "x, weight, bias", [(1e19, 1e19, 0.0), (1e30, 1e25, 1.0), (1.0, 1.0, 3.39e38), (1.0, 1.0, -3e38)]
 )
-def test_what_would_overflow_is_left_to_the_product(
+def test_overflow_is_left_to_the_dense_product(
     small: None, x: float, weight: float, bias: float, rounding: bool
 ) -> None:
     biases = torch.zeros(64)
@@ -111,14 +111,14 @@ def test_what_would_overflow_is_left_to_the_product(
     assert bf16_screening.screen_of(tokens, rounding=rounding).above(torch.randn(64, 8) * weight, -biases) is None
 
 
-def test_where_too_many_are_close_it_is_left_to_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_close_projections_are_left_to_the_dense_product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bf16_screening, "FEWEST_TOKENS", 1)
     assert bf16_screening.highest(torch.ones(20, 8), torch.ones(640, 8), torch.zeros(640), 2) is None
 
 
 @pytest.mark.parametrize("settings", [{}, {"rectified": False}, {"rank_by_decoder_norm": True}], ids=str)
 @torch.no_grad()
-def test_a_topk_sae_keeps_the_same(monkeypatch: pytest.MonkeyPatch, settings: dict[str, bool]) -> None:
+def test_a_topk_sae_has_the_same_latents(monkeypatch: pytest.MonkeyPatch, settings: dict[str, bool]) -> None:
     torch.manual_seed(0)
     sae = TopKSAE(TopKSAEConfig(d_in=32, d_sae=2048, k=8, **settings)).eval()
     sae.b_enc.normal_()

@@ -1,4 +1,4 @@
-"""The large product: whichever path computes it, it is the same product."""
+"""Large products have the same result on every path."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_meta_tensors() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_visible(value: float) -> None:
+def test_nonfinite_values_stay_visible(value: float) -> None:
     x = torch.ones(4, 6)
     x[1, 2] = value
     found = linear(x, torch.ones(5, 6))

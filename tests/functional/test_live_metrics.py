@@ -1,4 +1,4 @@
-"""Metrics of the latents that are on are those of all latents."""
+"""Metrics from sparse latents equal those from dense latents."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def batch(tokens: int, seed: int, signed: bool):
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=3), st.integers(0, 99), st.booleans())
-def test_live_latents_give_the_metrics_of_dense_ones(sizes, seed, signed):
+def test_sparse_latents_give_the_metrics_of_dense_ones(sizes, seed, signed):
     dense, live = (FidelityAccumulator(12, torch.ones(5)) for _ in range(2))
     for number, tokens in enumerate(sizes):
         x, y, latents = batch(tokens, seed + number, signed)
@@ -47,15 +47,15 @@ def test_leading_axes_are_kept_apart_from_latents():
         shaped.update(x.view(2, 3, 5), y.view(2, 3, 5), SparseLatents.from_dense(latents))
 
 
-def test_pooled_accumulators_have_seen_what_all_have():
+def test_pooled_accumulators_equal_one_over_all_tokens():
     parts, whole = [FidelityAccumulator(12, torch.ones(5)) for _ in range(3)], FidelityAccumulator(12, torch.ones(5))
     for number, part in enumerate(parts):
         given = batch(4 + number, number, False)
-        given[0][:number] = 0  # tokens that have no ratio of norms
+        given[0][:number] = 0  # tokens without a ratio of norms
         part.update(*given)
         whole.update(*given)
     sent = []
-    for part in parts:  # each hands over its tensors, and gets those of all
+    for part in parts:  # each sends its tensors and receives the pooled ones
         given = []
         FidelityAccumulator.pool(copy.deepcopy(part), lambda x: given.append(x) or x, lambda x: given.append(x) or x)
         sent.append(given)

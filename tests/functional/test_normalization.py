@@ -28,12 +28,12 @@ LEFT = {
 }
 
 
-def test_every_frame_is_written_down_here() -> None:
+def test_every_normalisation_has_equations_here() -> None:
     assert set(ENTERED) == set(LEFT) == set(NORMALIZATIONS)
 
 
 @pytest.mark.parametrize("name", list(NORMALIZATIONS))
-def test_entering_and_leaving(name: str) -> None:
+def test_apply_and_undo(name: str) -> None:
     frame = NORMALIZATIONS[name](torch.from_numpy(X), EPS)
     np.testing.assert_allclose(frame.apply(torch.from_numpy(X)).numpy(), ENTERED[name], rtol=1e-12)
     y = np.random.default_rng(1).normal(size=X.shape)

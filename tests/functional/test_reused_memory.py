@@ -1,4 +1,4 @@
-"""Memory is used again when nobody sees it any more, and never before."""
+"""Memory is reused once nothing refers to it any more, and never before."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ pytestmark = pytest.mark.slow
 D_SAE, TOKENS = 2 * LATENTS_AT_ONCE + 300, 700
 
 
-def test_this_build_of_torch_tells_who_holds_memory() -> None:
+def test_this_build_of_torch_counts_the_holders_of_memory() -> None:
     assert reused_memory._ALONE is not None
 
 
-def test_memory_is_given_out_again() -> None:
+def test_released_memory_is_reused() -> None:
     weight, memory = nn.Parameter(torch.ones(5, 3)), ReusedMemory()
     first = memory.of(weight)
     place = first.data_ptr()
@@ -51,7 +51,7 @@ def test_as_much_is_kept_as_is_in_use_at_a_time() -> None:
     assert len(set(places)) == 2 and before.shape == (8, 3)
     others = [memory.of(held, (8, 3)) for _ in range(3)]
     assert len({each.data_ptr() for each in (before, *others)}) == 4 and len(memory.kept[held]) == 2
-    assert memory.of(held, (4, 3), torch.bfloat16).shape == (4, 3), "and what is wanted no more is let go of"
+    assert memory.of(held, (4, 3), torch.bfloat16).shape == (4, 3), "and memory of another shape is freed"
     assert [each.shape for each in memory.kept[held]] == [(4, 3)]
 
 
@@ -69,7 +69,7 @@ def test_as_much_is_kept_as_is_in_use_at_a_time() -> None:
     ],
     ids=["itself", "detached", "view", "transposed", "array", "storage", "buffer", "dlpack"],
 )
-def test_what_somebody_still_sees_is_left_alone(hold: Callable[[Tensor], Any]) -> None:
+def test_memory_that_is_still_referenced_is_not_reused(hold: Callable[[Tensor], Any]) -> None:
     weight, memory = nn.Parameter(torch.ones(5, 3)), ReusedMemory()
     grad = memory.of(weight).zero_()
     held = hold(grad)
@@ -82,7 +82,7 @@ def test_what_somebody_still_sees_is_left_alone(hold: Callable[[Tensor], Any]) -
     assert memory.of(weight).data_ptr() == kept.data_ptr()
 
 
-def test_memory_that_inference_mode_has_asked_for_can_be_trained_on() -> None:
+def test_memory_from_inference_mode_can_be_used_in_training() -> None:
     held, memory = torch.ones(5, 3), ReusedMemory()
     with torch.inference_mode():
         memory.of(held).fill_(1.0)
@@ -106,7 +106,7 @@ def test_threads_do_not_get_the_same_memory() -> None:
         assert all(threads.map(differ, range(400)))
 
 
-def test_memory_goes_with_the_weights() -> None:
+def test_memory_is_freed_with_the_weights() -> None:
     weight, memory = nn.Parameter(torch.ones(5, 3)), ReusedMemory()
     memory.of(weight)
     assert len(memory.kept) == 1
@@ -115,7 +115,7 @@ def test_memory_goes_with_the_weights() -> None:
     assert len(memory.kept) == 0
 
 
-def test_weights_that_have_become_others_get_other_memory() -> None:
+def test_weights_with_new_data_get_new_memory() -> None:
     weight, memory = nn.Parameter(torch.ones(5, 3)), ReusedMemory()
     memory.of(weight)
     weight.data = torch.ones(4, 2, dtype=torch.float64)
@@ -137,7 +137,7 @@ def weights() -> tuple[nn.Parameter, nn.Parameter]:
 
 @pytest.mark.parametrize("available", [True, False])
 def test_gradients_are_the_same_at_every_step(monkeypatch: pytest.MonkeyPatch, available: bool) -> None:
-    """In the memory of an earlier gradient, with one that is held, and with one that is added to."""
+    """With gradients in reused memory, a gradient that is still held, and accumulated gradients."""
     mine, held, places = weights(), [], []
     for step in range(6):
         monkeypatch.setattr(reused_memory, "storage_holders", reused_memory.storage_holders if available else None)

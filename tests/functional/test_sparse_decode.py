@@ -43,21 +43,21 @@ def test_equals_the_dense_product(tokens: int, d_sae: int, d_out: int, share: fl
 
 
 @pytest.mark.parametrize("share, multiplies", [(0.01, False), (0.5, True)])
-def test_rows_are_summed_where_few_latents_are_on(share: float, multiplies: bool) -> None:
+def test_rows_are_summed_where_few_latents_are_active(share: float, multiplies: bool) -> None:
     latents, W_dec = latents_of(16, 640, share), torch.randn(640, 8, dtype=torch.float64)
     with FlopCounterMode(display=False) as counter:
         decode(latents, W_dec)
     assert (counter.get_total_flops() > 0) == multiplies
 
 
-def test_tokens_without_a_live_latent() -> None:
+def test_tokens_without_an_active_latent() -> None:
     latents = latents_of(5, 200, 0.03)
     latents[[0, 2, 4]] = 0
     found = decode(latents, torch.ones(200, 3, dtype=torch.float64))
     assert not found[[0, 2, 4]].any() and found[[1, 3]].any()
 
 
-def test_what_is_not_a_number_stays_visible() -> None:
+def test_nan_stays_visible() -> None:
     latents = latents_of(4, 200, 0.02)
     latents[1, 7] = float("nan")
     found = decode(latents, torch.ones(200, 3, dtype=torch.float64))
@@ -79,6 +79,6 @@ def test_forward_derivatives_flow() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_halves_keep_the_dense_product(dtype: torch.dtype) -> None:
+def test_half_precision_keeps_the_dense_product(dtype: torch.dtype) -> None:
     latents, W_dec = latents_of(6, 100, 0.05).to(dtype), torch.randn(100, 4).to(dtype)
     torch.testing.assert_close(decode(latents, W_dec), latents @ W_dec)

@@ -81,7 +81,7 @@ def test_autocast_makes_dtypes_the_same(share: float) -> None:
             found, wanted = sparse_decode.decode(latents, decoder), latents.dense() @ decoder
         assert found.dtype == torch.bfloat16 and torch.equal(found, wanted)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(InputError, match="are torch.float64"):
-        sparse_decode.decode(live, weight)  # which no autocast touches
+        sparse_decode.decode(live, weight)  # autocast does not cast float64
 
 
 @settings(deadline=None)
@@ -101,14 +101,14 @@ def test_values_in_any_order_of_tokens() -> None:
     assert live.offsets.tolist() == [0, 2, 2, 4]
 
 
-def test_as_many_places_for_every_token() -> None:
+def test_from_indices() -> None:
     indices, values = torch.tensor([[[4, 1]], [[0, 2]]]), torch.tensor([[[0.0, -2.0]], [[3.0, float("nan")]]])
     live = SparseLatents.from_indices(indices, values, 5)
     assert live.shape == (2, 1, 5) and live.l0.tolist() == [[1], [2]]
     assert live.indices.tolist() == [1, 0, 2] and live.values[:2].tolist() == [-2.0, 3.0] and live.values[2].isnan()
 
 
-def test_what_is_not_a_number_is_live() -> None:
+def test_nan_is_active() -> None:
     latents = torch.zeros(2, 5)
     latents[1, 3] = float("nan")
     live = SparseLatents.from_dense(latents)
@@ -145,8 +145,8 @@ def test_decoding_equals_the_dense_product(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_halves_are_summed_as_the_product_sums_them(dtype: torch.dtype) -> None:
-    """Were every partial sum rounded, 256 would stay 256 however many ones were added."""
+def test_half_precision_sums_are_those_of_the_product(dtype: torch.dtype) -> None:
+    """If every partial sum were rounded, 256 in bfloat16 would stay 256 however many ones were added."""
     latents = torch.zeros(2, 20_000, dtype=dtype)
     latents[:, :1000] = 1
     found = sparse_decode.decode(SparseLatents.from_dense(latents), torch.ones(20_000, 64, dtype=dtype))

@@ -1,4 +1,4 @@
-"""The squared error that brings its own derivative is the plain one."""
+"""The squared error with its own derivative equals the plain one."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def test_the_exact_reconstruction_has_a_gradient() -> None:
 
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)], ids=str)
-def test_halves_are_left_to_autograd(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+def test_half_precision_is_left_to_autograd(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     torch.manual_seed(0)
     target, reconstruction = (torch.randn(4, 6).to(dtype) for dtype in dtypes)
     assert torch.equal(squared_error(target, reconstruction), plain(target, reconstruction))
 
 
-def test_transformations_are_left_to_autograd() -> None:
+def test_function_transforms_are_left_to_autograd() -> None:
     torch.manual_seed(0)
     target, reconstruction = torch.randn(3, 4, 6), torch.randn(3, 4, 6)
     found = torch.func.vmap(torch.func.grad(squared_error, argnums=1))(target, reconstruction)

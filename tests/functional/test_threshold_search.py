@@ -1,4 +1,4 @@
-"""All that matters is found, whichever way it is looked for, and nothing else."""
+"""The search finds all values that reach a level, and no others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def numbers(shape: list[int], dtype: torch.dtype, seed: int) -> Tensor:
 
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=3), shares, st.integers(0, 1), st.integers(0, 99))
-def test_true_places(shape: list[int], share: float, offset: int, seed: int) -> None:
+def test_true_indices(shape: list[int], share: float, offset: int, seed: int) -> None:
     mask = (torch.rand([*shape, 8], generator=torch.Generator().manual_seed(seed)) < share)[offset * (shape[0] > 1) :]
     assert torch.equal(true_indices(mask), mask.reshape(-1).nonzero().squeeze(1))
     assert torch.equal(true_indices(mask[..., 1:]), mask[..., 1:].reshape(-1).nonzero().squeeze(1))
@@ -41,7 +41,7 @@ def test_true_places(shape: list[int], share: float, offset: int, seed: int) -> 
 def test_what_reaches_a_level(
     groups: int, members: int, columns: int, height: int, per_column: bool, dtype: torch.dtype, seed: int
 ) -> None:
-    """In tiles of different sizes one after the other, each of them in the memory of the one before."""
+    """In tiles of different sizes in turn, each in the memory of the one before."""
     reaching = ThresholdSearch()
     for several in (groups, groups, max(0, groups - 1)):
         tile = numbers([several, members, columns], dtype, seed)
@@ -57,7 +57,7 @@ def test_what_reaches_a_level(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("where", ["tile", "level"])
-def test_what_is_not_a_number_is_found(dtype: torch.dtype, where: str) -> None:
+def test_nan_is_found(dtype: torch.dtype, where: str) -> None:
     given = {"tile": torch.full((16, 8, 32), -1.0, dtype=dtype), "level": torch.zeros(32)}
     given[where].view(-1)[5] = torch.nan
     reaching, tile = ThresholdSearch(), given["tile"]
@@ -66,5 +66,5 @@ def test_what_is_not_a_number_is_found(dtype: torch.dtype, where: str) -> None:
 
 
 @pytest.mark.parametrize("count, members", [(4096, 8), (12, 4), (10, 2), (7, 1), (0, 8)])
-def test_as_many_form_a_group_as_leave_nothing_over(count: int, members: int) -> None:
+def test_the_group_size_divides_the_count(count: int, members: int) -> None:
     assert ThresholdSearch.members(count) == members

@@ -1,4 +1,4 @@
-"""No projection above its cut is missed, whichever arithmetic tells the others apart."""
+"""No projection above its cut is missed, whichever arithmetic rules out the others."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ roundings = pytest.mark.parametrize("rounding", [False, True])
 
 @pytest.fixture
 def screened(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Screen where it would not pay, too: a CPU without bfloat16 only takes longer for the same product."""
+    """Screen even on a CPU without bfloat16, which only takes longer for the same product."""
     monkeypatch.setattr(bf16_screening, "_AVAILABLE", True)
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Screen few tokens, too, in several tiles."""
+    """Screen even few tokens, in several tiles."""
     monkeypatch.setattr(bf16_screening, "FEWEST_TOKENS", 1)
     monkeypatch.setattr(bf16_screening, "DENSEST", 1.0)
     monkeypatch.setattr(tiled_projection, "TILE", 64)
@@ -70,7 +70,7 @@ def test_every_projection_above_the_cut(
     kind=st.sampled_from(["normal", "ones", "all rounded down", "one large"]),
     seed=st.integers(0, 9999),
 )
-def test_the_screen_loses_nothing_at_the_very_cut(
+def test_the_screen_misses_nothing_just_above_the_cut(
     small: None, screened: None, d_in: int, scale: float, kind: str, seed: int
 ) -> None:
     """Cuts lie just below exact projections, where rounding to bfloat16 decides wrongly in about half of them."""
@@ -78,7 +78,7 @@ def test_the_screen_loses_nothing_at_the_very_cut(
     x, weight = torch.randn(40, d_in, generator=generator), torch.randn(24, d_in, generator=generator)
     if kind == "ones":
         x, weight = torch.ones_like(x), torch.ones_like(weight)
-    elif kind == "all rounded down":  # as far as they can be, where what is lost is all that is left
+    elif kind == "all rounded down":  # as far as possible, where the exact sum is all rounding error
         x, weight = torch.full_like(x, 1 + 2**-8 - 2**-20), torch.full_like(weight, 1 + 2**-8 - 2**-20)
         x[:, d_in // 2 :], weight[:, d_in // 2 :] = 1, -1
     elif kind == "one large":
@@ -96,8 +96,8 @@ def test_the_screen_loses_nothing_at_the_very_cut(
 
 
 @roundings
-def test_the_screen_computes_few_of_them(screened: None, rounding: bool) -> None:
-    """And those as exactly as a product in float32 does, or as one in bfloat16."""
+def test_the_screen_computes_few_projections(screened: None, rounding: bool) -> None:
+    """Those are as exact as a product in float32, or as one in bfloat16."""
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(512, 768, generator=generator), torch.randn(2048, 768, generator=generator) / 768**0.5
     cut = torch.full((2048,), 2.66)
@@ -105,7 +105,7 @@ def test_the_screen_computes_few_of_them(screened: None, rounding: bool) -> None
     tokens, latents, projections = above(x, weight, cut, rounding=rounding)
     exact = x.double() @ weight.double().T
     on = exact > 2.66
-    if rounding:  # as many are lost as are found in vain
+    if rounding:  # about as many are missed as are found wrongly
         assert 0.99 < len(tokens) / on.sum() < 1.01 and on[tokens, latents].float().mean() > 0.98
     else:
         assert on.sum() < len(tokens) < 2 * on.sum() and on[tokens, latents].sum() == on.sum()
@@ -127,7 +127,7 @@ def test_where_the_screen_does_not_serve(screened: None, why: str) -> None:
 @pytest.mark.parametrize("how", ["multiplied", "bounded", "rounded"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e38])
 @pytest.mark.parametrize("where", ["x", "weight", "cut"])
-def test_what_is_not_finite_is_found(
+def test_nonfinite_projections_are_found(
     small: None, monkeypatch: pytest.MonkeyPatch, how: str, bad: float, where: str
 ) -> None:
     monkeypatch.setattr(bf16_screening, "_AVAILABLE", how != "multiplied")
@@ -142,7 +142,9 @@ def test_what_is_not_finite_is_found(
 
 @pytest.mark.parametrize("available", [False, True])
 @roundings
-def test_giving_up(small: None, monkeypatch: pytest.MonkeyPatch, available: bool, rounding: bool) -> None:
+def test_none_if_too_many_are_above_the_cut(
+    small: None, monkeypatch: pytest.MonkeyPatch, available: bool, rounding: bool
+) -> None:
     monkeypatch.setattr(bf16_screening, "_AVAILABLE", available)
     x, weight = torch.randn(20, 6), torch.randn(32, 6)
     assert above(x, weight, torch.full((32,), -100.0), most=0.5, rounding=rounding) is None
@@ -157,7 +159,7 @@ def test_a_dense_tile_is_multiplied(small: None, screened: None, monkeypatch: py
 
 
 @pytest.mark.parametrize("tokens", [1, tiled_projection.FEW, tiled_projection.FEW + 1])
-def test_weights_that_lie_the_other_way(tokens: int) -> None:
+def test_transposed_weights(tokens: int) -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(tokens, 6, generator=generator), torch.randn(6, 300, generator=generator).T
     cut = torch.full((300,), 1.0)
@@ -167,7 +169,7 @@ def test_weights_that_lie_the_other_way(tokens: int) -> None:
 
 
 @pytest.mark.parametrize("tokens, d_sae", [(0, 5), (3, 0), (0, 0)])
-def test_nothing(tokens: int, d_sae: int) -> None:
+def test_empty_input(tokens: int, d_sae: int) -> None:
     found = above(torch.ones(tokens, 4), torch.ones(d_sae, 4), torch.zeros(d_sae))
     assert [len(column) for column in found] == [0, 0, 0]
 
@@ -182,7 +184,7 @@ def test_nothing(tokens: int, d_sae: int) -> None:
 def test_no_rounding_lifts_a_projection_over_the_threshold(
     threshold: float, bias: float, steps: int, dtype: torch.dtype
 ) -> None:
-    """At the cut and a few representable numbers below or above it: what is live there is above the cut."""
+    """At the cut and a few representable numbers around it, every active latent is above the cut."""
     level, added = torch.tensor(threshold, dtype=dtype), torch.tensor([bias], dtype=dtype)
     cut = lowest_projection(level, added)
     projection = (level - added) * (1 + steps * torch.finfo(dtype).eps)

@@ -1,4 +1,4 @@
-"""Offline, broken, forbidden and mistyped: what loading and publishing do when something is in the way."""
+"""Loading and publishing offline, with a broken Hub, without permission, and with mistyped names."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_hub_that_is_down_is_replaced_by_the_cache(
 @pytest.mark.parametrize(
     "kind, options", [("status", {"status": 500}), ("truncate", {"after": 100}), ("drop", {"after": 100})]
 )
-def test_a_broken_download_leaves_nothing_that_is_loaded_later(
+def test_a_broken_download_leaves_no_file_that_is_loaded_later(
     hub: MiniHub,
     repo_id: str,
     cache_dir: str,
@@ -119,7 +119,7 @@ def test_force_download_contradicts_offline(
     assert hub.requests == []
 
 
-def test_force_download_does_not_take_the_cache_of_a_hub_that_is_down(
+def test_force_download_does_not_use_the_cache_when_the_hub_is_down(
     hub: MiniHub, repo_id: str, cache_dir: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("time.sleep", lambda seconds: None)
@@ -193,13 +193,13 @@ def test_a_race_is_noticed(hub: MiniHub, repo_id: str, monkeypatch: pytest.Monke
     assert "faster.txt" in files(hub, repo_id)
 
 
-def test_what_cannot_be_saved_leaves_no_repository(hub: MiniHub, repo_id: str) -> None:
+def test_a_failed_save_leaves_no_repository(hub: MiniHub, repo_id: str) -> None:
     with pytest.raises(InputError, match="JSON"):
         example().push_to_hub(repo_id, facts=CardFacts(training={"optimiser": object()}))
     assert not HfApi().repo_exists(repo_id)
 
 
-def test_a_token_that_is_not_accepted(hub: MiniHub, repo_id: str) -> None:
+def test_a_rejected_token(hub: MiniHub, repo_id: str) -> None:
     example().push_to_hub(repo_id)
     with pytest.raises(MissingFileError, match="The Hub refuses .* to this token .*hf auth login"):
         SAEModel.from_pretrained(repo_id, token="hf_expired")

@@ -1,4 +1,4 @@
-"""Whatever goes wrong on the way, an SAE is loaded right or not at all."""
+"""Whatever goes wrong while fetching, an SAE is loaded correctly or not at all."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ LATENTS = [11, 2, 5]
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client waits between its tries."""
+    """Skip the client's waits between retries."""
     monkeypatch.setattr("time.sleep", lambda seconds: None)
 
 
 @pytest.fixture
 def published(hub: MiniHub, repo_id: str) -> str:
-    """A repository with an SAE whose rows are far enough apart to be asked for one by one."""
+    """A repository with an SAE whose rows are far enough apart to be requested separately."""
     example("gated", site="resid_post.1", d_in=1500).push_to_hub(repo_id)
     hub.requests.clear()
     return repo_id
@@ -60,7 +60,7 @@ PASSING: dict[str, tuple[str, dict[str, Any]]] = {
 
 @both
 @pytest.mark.parametrize("name", PASSING)
-def test_a_fault_that_passes(name: str, partial: bool, hub: MiniHub, published: str, cache_dir: str) -> None:
+def test_a_temporary_fault(name: str, partial: bool, hub: MiniHub, published: str, cache_dir: str) -> None:
     kind, options = PASSING[name]
     hub.fail("GET /cdn/", kind, times=1, **options)
     loaded = load(published, cache_dir, partial)
@@ -70,7 +70,7 @@ def test_a_fault_that_passes(name: str, partial: bool, hub: MiniHub, published: 
 
 @both
 @pytest.mark.parametrize("name", PASSING)
-def test_a_fault_that_stays(name: str, partial: bool, hub: MiniHub, published: str, cache_dir: str) -> None:
+def test_a_permanent_fault(name: str, partial: bool, hub: MiniHub, published: str, cache_dir: str) -> None:
     kind, options = PASSING[name]
     hub.fail("GET /cdn/", kind, times=-1, **options)
     with pytest.raises(MissingFileError, match="model.safetensors of .* could not be fetched.*try again"):
@@ -88,7 +88,7 @@ def test_a_corrupt_download_is_fetched_again(
     hub.fail("GET /cdn/.*model.safetensors", "corrupt", times=1 if after < 32_768 else 2, after=after)
     try:
         loaded = load(published, cache_dir, False)
-    except CheckpointError as error:  # the header was read by itself, and was wrong
+    except CheckpointError as error:  # the header is read separately, and was corrupt
         assert "corrupt" in str(error) or "cannot be read" in str(error)
         loaded = load(published, cache_dir, False)
     assert_same(loaded, sound())
@@ -104,7 +104,7 @@ def test_a_source_that_is_always_corrupt(after: int, hub: MiniHub, published: st
 
 
 @both
-def test_a_shorter_content_than_announced(partial: bool, hub: MiniHub, published: str, cache_dir: str) -> None:
+def test_content_that_is_shorter_than_announced(partial: bool, hub: MiniHub, published: str, cache_dir: str) -> None:
     hub.fail("GET /cdn/", "truncate", times=-1, after=700)
     with pytest.raises(SAEError):
         load(published, cache_dir, partial)
@@ -115,7 +115,7 @@ def test_a_shorter_content_than_announced(partial: bool, hub: MiniHub, published
 
 @pytest.mark.parametrize("kind", ["norange", "onerange", "merge", "wrongrange"])
 @pytest.mark.parametrize("times", [1, 3, -1])
-def test_a_server_that_has_its_own_idea_of_ranges(
+def test_a_server_that_answers_ranges_wrongly(
     kind: str, times: int, hub: MiniHub, published: str, cache_dir: str
 ) -> None:
     hub.fail("GET /cdn/", kind, times=times, after=100)
@@ -136,7 +136,7 @@ def test_a_wrong_etag(value: str, partial: bool, hub: MiniHub, published: str, c
 
 
 @both
-def test_a_signed_address_that_has_expired(partial: bool, hub: MiniHub, published: str, cache_dir: str) -> None:
+def test_an_expired_signed_address(partial: bool, hub: MiniHub, published: str, cache_dir: str) -> None:
     if partial:
         hub.fail("GET /cdn/", "status", times=1, status=403)
         assert_slice(load(published, cache_dir, True), sound())
@@ -147,7 +147,9 @@ def test_a_signed_address_that_has_expired(partial: bool, hub: MiniHub, publishe
 
 @both
 @pytest.mark.parametrize("closing", ["gated", "private", "gone", "deleted"])
-def test_what_one_may_not_see(closing: str, partial: bool, hub: MiniHub, published: str, cache_dir: str) -> None:
+def test_repositories_without_access(
+    closing: str, partial: bool, hub: MiniHub, published: str, cache_dir: str
+) -> None:
     phrase = {"gated": "is gated: accept its conditions", "private": "neither a folder", "gone": "has no revision"}
     arguments: dict[str, Any] = {"token": "hf_bob", **({"latents": LATENTS} if partial else {})}
     if closing == "gated":

@@ -1,8 +1,8 @@
-"""The index leads every id of SAELens's registry to the files that the registry means, and knows its facts.
+"""The index maps every id of SAELens's registry to the same files as the registry, and has the registry's facts.
 
-What the registry says is not part of this repository. Its digest is, so that every id is tested wherever this runs;
-with ``HF_GATED_SAE_FACTS`` naming SAELens's wheel or a file of facts (see hub_scripts/build_index.py) each single
-entry is compared, and ``python -m tests.hub.test_index FILE`` writes the digest anew.
+The registry is not part of this repository, but its digest is, so that every id is tested everywhere. If
+``HF_GATED_SAE_FACTS`` names SAELens's wheel or a file of facts (see hub_scripts/build_index.py), every entry is
+compared. ``python -m tests.hub.test_index FILE`` writes a new digest.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from hub_scripts.build_index import read_facts
 DIGEST = Path(__file__).with_name("known_saes_digest.json")
 FACTS = os.environ.get("HF_GATED_SAE_FACTS")
 
-# What the registry gives to an SAE that it contradicts: its own folder names another layer, width, site or L0.
+# Facts in the registry that contradict their SAE, whose folder names another layer, width, site or L0.
 WRONG_DASHBOARDS = {
     ("gemma-scope-9b-pt-res", "layer_2/width_16k/average_l0_8"): "gemma-2-9b/20-gemmascope-res-131k__l0-10",
     ("gemma-scope-9b-pt-res", "layer_20/width_131k/average_l0_114"): "gemma-2-9b/20-gemmascope-res-131k__l0-12",
@@ -65,7 +65,7 @@ FILES = {
     "mntss_clt_layer_transcoder": lambda path: [f"W_enc_{path}.safetensors", f"W_dec_{path}.safetensors"],
     "temporal": lambda path: [f"{path}/conf.yaml", f"{path}/latest_ckpt.safetensors"],
 }
-# And by our address, where that is not the registry's path.
+# The same by our address, where it is not the registry's path.
 FILES_OF_ADDRESS = {
     **FILES,
     "mntss_clt_layer_transcoder": lambda address: [
@@ -76,7 +76,7 @@ FILES_OF_ADDRESS = {
 
 
 def entries(facts):
-    """Every SAE of the facts once; one entry holds a copy of its whole release."""
+    """Yield every SAE of the facts; one entry also holds a copy of its whole release."""
     for outer in facts["saes"]:
         yield outer
         for inner in outer.get("saes", ()):
@@ -107,7 +107,7 @@ def digest(facts):
 KNOWN = json.loads(DIGEST.read_text()) if DIGEST.exists() else {}
 
 
-def test_there_are_as_many_as_the_registry_has():
+def test_the_index_has_as_many_saes_as_the_registry():
     assert len(KNOWN) == 170
     assert sum(count for _, count, _ in KNOWN.values()) == sum(1 for _ in known_saes()) == 13_857
     assert {name for name in releases() if "/" not in name} == set(KNOWN)
@@ -148,13 +148,13 @@ def test_every_entry_of_the_facts():
         assert found.get("input_scale") == known.input_scale
         assert bool(found.get("neuronpedia")) >= bool(known.neuronpedia)
         compared += 1
-    assert compared == 13_860  # the copy is compared, too
+    assert compared == 13_860  # the copy is also compared
     assert known_l0 in (0, 12_147)  # a file of facts may leave them out
     assert digest(facts) == KNOWN
 
 
 class Listing(Location):
-    """A repository of which only the names of its files are known."""
+    """A repository of which only file names are known."""
 
     def __init__(self, repo, files, subfolder="", file=None):
         super().__init__(repo, subfolder, "0" * 40, files, file)
@@ -179,7 +179,7 @@ for _name, (_layout, *_) in KNOWN.items():
 
 @pytest.mark.parametrize("repo", sorted(LISTINGS))
 def test_the_formats_find_the_same_addresses(repo):
-    """What the formats make of a listing of those files is what the index says."""
+    """The formats find the addresses of the index in a listing of those files."""
     addresses, files = LISTINGS[repo]
     found = set(sae_addresses(Listing(repo, sorted(files))))
     # The root stands for the only file in it, and for all layers of a cross-layer transcoder together.
@@ -190,10 +190,10 @@ def without_layer(site):
     return site and re.sub(r"\d+", "*", site)
 
 
-# SAELens's files say their place themselves, so that its examples need not lie where their names say.
+# SAELens's files state their sites, so its examples need not be where their names say.
 @pytest.mark.parametrize("name", [name for name in formats if not name.startswith("saelens")])
-def test_the_formats_say_the_same_of_an_sae(name, tmp_path):
-    """Where an example has the name of a known SAE, its place is of the kind that the index tells."""
+def test_formats_and_index_agree_on_an_sae(name, tmp_path):
+    """Where an example is named like a known SAE, it has the base model and kind of site in the index."""
     for example in formats[name].examples(tmp_path):
         known = known_at(example.repo, example.address)
         if known is not None:
@@ -205,12 +205,12 @@ def test_the_formats_say_the_same_of_an_sae(name, tmp_path):
                 assert without_layer(site_out) == without_layer(known.site_out), example
 
 
-def test_it_is_small():
+def test_the_index_is_small():
     assert FILE.stat().st_size <= 150_000
 
 
-def test_what_is_known_of_l0():
-    """All 12,147 that the registry states, and those that only the name of a Gemma Scope folder does."""
+def test_known_l0s():
+    """All 12,147 that the registry states, and those that only the name of a Gemma Scope folder states."""
     kinds = Counter(sae.l0_kind for sae in known_saes())
     assert kinds == {"target": 9_663, "measured": 2_915, None: 1_279}
     assert all((sae.l0 is None) == (sae.l0_kind is None) for sae in known_saes())
@@ -219,7 +219,7 @@ def test_what_is_known_of_l0():
 
 
 def test_every_sae_of_gemma_scope_2_has_the_l0_that_it_was_trained_for():
-    """Of a model it follows from the layer, from the folder and from small, medium or big alone."""
+    """Within a model it depends only on the layer, the folder, and small, medium or big."""
     found: dict[tuple[str, ...], set[float]] = {}
     count = 0
     for sae in known_saes():
@@ -270,7 +270,7 @@ def test_an_unknown_id_of_a_release_gets_close_matches():
         resolve_alias("gemma-scope-2b-pt-res-canonical", "layer_12/width_16k/canonicl")
 
 
-def test_an_id_of_several_saes_is_not_guessed():
+def test_an_ambiguous_id_is_refused():
     with pytest.raises(InputError, match="'snap/blocks.3.hook_resid_post', 'standard/blocks.3.hook_resid_post'"):
         resolve_alias("chanind/gemma-2-2b-batch-topk-matryoshka-saes-w-32k-l0-40", "blocks.3.hook_resid_post")
 
@@ -323,7 +323,7 @@ def test_facts_are_of_known_saes_only():
         ("canrager/temporalSAEs", "gemma-2-2B/layer_12/temporal", "resid_post.12", None, 9216, "temporal", 192),
     ],
 )  # fmt: skip
-def test_what_the_names_say(repo, address, site, site_out, d_sae, architecture, l0):
+def test_facts_from_names(repo, address, site, site_out, d_sae, architecture, l0):
     known = known_at(repo, address)
     assert (known.site, known.site_out, known.d_sae, known.architecture, known.l0) == (
         site, site_out, d_sae, architecture, l0
@@ -349,7 +349,7 @@ def records(group):
     ],
     ids=str,
 )
-def test_what_is_grouped_is_spelt_out_again(saes):
+def test_grouped_records_expand_to_the_originals(saes):
     again = [{"address": record["id"], **record} for group in grouped(saes) for record in records(group)]
     key = json.dumps
     assert sorted(key(sae, sort_keys=True) for sae in again) == sorted(key(sae, sort_keys=True) for sae in saes)

@@ -1,4 +1,4 @@
-"""Cached content is what the Hub announced, or it is noticed; the client's own care of its cache is not disturbed."""
+"""Cached content that differs from what the Hub announced is noticed; the client's cache management still works."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_corrupt_content_is_fetched_again_once(
 def test_a_cache_without_links_is_checked_against_the_hub(
     hub: MiniHub, blob: Path, repo_id: str, cache_dir: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As on machines that have no links, or where somebody has put another file in a link's place."""
+    """As on systems without symbolic links, or where a link was replaced by a file."""
     [link] = Path(cache_dir).rglob("snapshots/*/model.safetensors")
     content = link.read_bytes()
     link.unlink()
@@ -85,7 +85,7 @@ def test_threads_replace_corrupt_content_once(
     assert sum("corrupt" in record.getMessage() for record in caplog.records) == 1
 
 
-def test_offline_it_is_an_error(hub: MiniHub, blob: Path, repo_id: str, cache_dir: str) -> None:
+def test_corrupt_content_is_an_error_offline(hub: MiniHub, blob: Path, repo_id: str, cache_dir: str) -> None:
     damage(blob)
     before = blob.read_bytes()
     for latents in (None, [1]):
@@ -153,7 +153,7 @@ def test_a_read_only_cache(blob: Path, repo_id: str, cache_dir: str) -> None:
             folder.chmod(0o755)
 
 
-def test_the_client_scans_and_deletes_as_ever(hub: MiniHub, blob: Path, repo_id: str, cache_dir: str) -> None:
+def test_the_client_can_scan_and_delete_its_cache(hub: MiniHub, blob: Path, repo_id: str, cache_dir: str) -> None:
     SAEModel.from_pretrained(repo_id, cache_dir=cache_dir, latents=[1])
     cache = scan_cache_dir(cache_dir)
     assert not cache.warnings
@@ -179,6 +179,6 @@ def test_deleting_one_of_two_revisions(hub: MiniHub, blob: Path, repo_id: str, c
     assert_same(SAEModel.from_pretrained(repo_id, cache_dir=cache_dir, revision=old), example())
 
 
-def test_a_file_that_has_no_hash_for_a_name(tmp_path: Path) -> None:
+def test_a_file_whose_name_is_no_hash(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"anything")
     assert integrity.is_intact(tmp_path / "file")

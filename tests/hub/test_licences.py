@@ -1,4 +1,4 @@
-"""Licences as people write them, and as the Hub does."""
+"""Licences as people write them, and as the Hub spells them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DETAILS = {OTHER: {"name": "my-licence-1.0", "link": "LICENSE"}}
 
 @pytest.mark.parametrize("identifier", LICENCES)
 def test_identifiers_and_full_names_are_understood(identifier: str) -> None:
-    """No two licences are taken for each other."""
+    """No two licences are confused."""
     for text in (
         identifier,
         identifier.upper(),
@@ -49,7 +49,7 @@ def test_usual_spellings(written: str, identifier: str) -> None:
     ("written", "suggestion"),
     [
         ("apche-2.0", "Did you mean 'apache-2.0'"),
-        ("Apache", "Did you mean 'apache-2.0'"),  # of which version is not guessed
+        ("Apache", "Did you mean 'apache-2.0'"),  # the version is not guessed
         ("CC0", "'cc0-1.0'"),
         ("GPL-3.0-or-later", "Did you mean 'gpl-3.0'"),
         ("Creative Commons Attribution", "Creative Commons Attribution 4.0"),
@@ -65,7 +65,7 @@ def test_what_the_hub_does_not_know_is_refused(written: str, suggestion: str) ->
 
 
 @pytest.mark.parametrize("details", [{}, {"name": "my-licence-1.0"}, {"link": "LICENSE"}, {"name": " ", "link": "x"}])
-def test_other_says_which(details: dict[str, str]) -> None:
+def test_other_needs_a_name_and_a_link(details: dict[str, str]) -> None:
     with pytest.raises(InputError, match="'other', which needs a name and a link: pass license_name=.*license_link="):
         normalise("Other", **details)
     assert normalise("Other", **DETAILS[OTHER]) == OTHER

@@ -1,4 +1,4 @@
-"""Every name of dashboards in the index leads to one SAE."""
+"""Every dashboard name in the index leads to one SAE."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_gated_sae.hub.neuronpedia import sae_of_dashboards
 
 NAMES = {sae.neuronpedia: sae for sae in known_saes() if sae.neuronpedia}
 
-# Ten SAEs had two names in SAELens's registry: nine have, of the tenth the one contradicts its own folder.
+# Ten SAEs have two names in SAELens's registry; one name of the tenth contradicts its folder and is left out.
 TWO_NAMES = {
     ("google/gemma-scope-2b-pt-res", "layer_5/width_1m/average_l0_114"): "gemma-2-2b/5-gemmascope-res-1m",
     ("google/gemma-scope-9b-pt-mlp", "layer_0/width_16k/average_l0_50"): "gemma-2-9b/0-gemmascope-mlp-16k",
@@ -30,7 +30,7 @@ TENTH = "google/gemma-scope-9b-pt-res", "layer_20/width_131k/average_l0_114"
 
 
 def test_every_name_leads_to_its_sae():
-    assert len(NAMES) == 2_441 - 3  # three contradict the SAE that the registry gives them to
+    assert len(NAMES) == 2_441 - 3  # three contradict the SAE to which the registry assigns them
     for model in {name.split("/")[0] for name in NAMES}:
         name, sae = next((name, sae) for name, sae in NAMES.items() if name.startswith(f"{model}/"))
         for text in (name, name.upper(), f"neuronpedia:{name}", f"neuronpedia.org/{name}/7", f"{name}/7"):
@@ -54,18 +54,18 @@ def test_an_sae_with_two_names_is_found_by_both_and_shows_the_plain_one():
         assert known_facts(repo, address)["neuronpedia"] == shown[repo, address] == plain
 
 
-def test_a_name_that_contradicts_the_folder_is_not_taken():
+def test_a_name_that_contradicts_the_folder_is_left_out():
     assert known_facts(*TENTH)["neuronpedia"] == "gemma-2-9b/20-gemmascope-res-131k"
     for wrong in (
-        "gemma-2-9b/20-gemmascope-res-131k__l0-12",  # of an SAE whose folder says 114
-        "gemma-2-9b/20-gemmascope-res-131k__l0-10",  # of one of layer 2, width 16k
-        "pythia-70m-deduped/e-att-sm",  # of one of the residual stream
+        "gemma-2-9b/20-gemmascope-res-131k__l0-12",  # its SAE's folder says 114
+        "gemma-2-9b/20-gemmascope-res-131k__l0-10",  # its SAE is of layer 2, width 16k
+        "pythia-70m-deduped/e-att-sm",  # its SAE is of the residual stream
     ):
         assert wrong not in NAMES and sae_of_dashboards(wrong) is None
-    assert sae_of_dashboards("gpt2-small/12-res-jb").site == "resid_post.11"  # the same place
+    assert sae_of_dashboards("gpt2-small/12-res-jb").site == "resid_post.11"  # the same site as resid_pre.12
 
 
-def test_no_name_says_another_layer_width_or_l0_than_its_sae():
+def test_no_name_contradicts_the_layer_or_l0_of_its_sae():
     compared = 0
     for name, sae in NAMES.items():
         if l0 := re.search(r"__l0-(\d+)$", name):
@@ -79,14 +79,14 @@ def test_no_name_says_another_layer_width_or_l0_than_its_sae():
 @pytest.mark.parametrize(
     "text", ["acme/my-sae", "gemma-2-2b", "gemma-2-2b/layer_3", "a/b/c/d", "", "./x/y", "x/y/1/2"]
 )
-def test_what_may_be_something_else_is_left_alone(text):
+def test_other_names_are_not_dashboard_names(text):
     assert sae_of_dashboards(text) is None
 
 
 @pytest.mark.parametrize(
     "text", ["neuronpedia:", "neuronpedia:gemma-2-2b", "https://neuronpedia.org/a/b/c/d", "neuronpedia:a//1"]
 )
-def test_another_form_is_an_error_that_shows_the_right_one(text):
+def test_a_malformed_name_is_an_error_that_shows_the_right_form(text):
     with pytest.raises(InputError, match="expected neuronpedia:MODEL/SAE, such as"):
         sae_of_dashboards(text)
 
@@ -100,7 +100,7 @@ def test_unknown_models_and_names_get_close_matches():
         sae_of_dashboards("neuronpedia:gemma-2-2b/12-gemmascope-res-17k")
 
 
-def test_a_name_of_several_saes_is_not_guessed(monkeypatch):
+def test_an_ambiguous_name_is_refused(monkeypatch):
     group = {"id": "{n}", "axes": ["n"], "values": "1,2", "neuronpedia": "lm/0-twice"}
     made = {"r": Release("r", {"repo": "acme/saes", "groups": [group]})}
     monkeypatch.setattr(neuronpedia, "releases", lambda: made)

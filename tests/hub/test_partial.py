@@ -93,7 +93,7 @@ def test_a_cached_file_is_read_in_place(hub: MiniHub, native: str, large: SAEMod
 
 
 @pytest.mark.parametrize("kind, most", [("onerange", 60), ("merge", 10)])
-def test_servers_that_do_not_know_several_ranges(
+def test_servers_that_do_not_support_several_ranges(
     kind: str, most: int, hub: MiniHub, native: str, large: SAEModel, cache_dir: str
 ) -> None:
     hub.fail("GET /cdn/", kind, times=-1)
@@ -103,7 +103,7 @@ def test_servers_that_do_not_know_several_ranges(
     assert not list(Path(cache_dir).rglob("*.safetensors"))
 
 
-def test_servers_that_do_not_know_ranges(hub: MiniHub, native: str, large: SAEModel, cache_dir: str) -> None:
+def test_servers_that_do_not_support_ranges(hub: MiniHub, native: str, large: SAEModel, cache_dir: str) -> None:
     hub.fail("GET /cdn/", "norange", times=-1)
     assert_rows(SAEModel.from_pretrained(native, cache_dir=cache_dir, latents=LATENTS), large, LATENTS)
     assert len([method for method, _, _ in weights_requests(hub) if method == "GET"]) <= 4
@@ -197,7 +197,7 @@ def test_columns_from_a_bad_server(
 ) -> None:
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     repo = scope(hub, f"bad-{kind}-{times}".replace("--", "-all"), arrays, tmp_path / "npz")
-    # The header is read first: that is not what this is about.
+    # Load once before the fault: reading the header is not tested here.
     SAEModel.from_pretrained(repo, ADDRESS, cache_dir=cache_dir, latents=[1])
     for kept in Path(cache_dir).rglob(f"*{SUFFIX}"):
         kept.unlink()
@@ -207,7 +207,7 @@ def test_columns_from_a_bad_server(
     assert not list(Path(cache_dir).rglob(f"*{SUFFIX}.*")), "a partial file was left"
 
 
-def test_columns_with_a_connection_that_never_holds(
+def test_columns_with_a_connection_that_always_breaks(
     hub: MiniHub, arrays: dict[str, Any], tmp_path: Path, cache_dir: str, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr("time.sleep", lambda seconds: None)
@@ -218,7 +218,7 @@ def test_columns_with_a_connection_that_never_holds(
     assert not list(Path(cache_dir).rglob(f"*{SUFFIX}*"))
 
 
-def test_columns_where_nothing_can_be_kept(
+def test_columns_where_nothing_can_be_cached(
     hub: MiniHub, arrays: dict[str, Any], tmp_path: Path, cache_dir: str, monkeypatch: Any
 ) -> None:
     repo = scope(hub, "full-disk", arrays, tmp_path / "npz")

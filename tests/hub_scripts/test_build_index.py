@@ -49,7 +49,7 @@ def test_a_release_inside_an_entry_is_its_copy():
         build_index.flattened(wrong["saes"])
 
 
-def test_what_only_the_copy_has_is_kept():
+def test_facts_that_only_the_copy_has_are_kept():
     more = facts()
     more["saes"][-1]["saes"].append({"id": HOOK.format(10), "path": "10-res_sce-ajt"})
     assert len(build_index.flattened(more["saes"])) == 5
@@ -100,7 +100,7 @@ def test_listings_add_what_the_facts_lack(hub: MiniHub, repo_id: str):
 
 
 def test_the_registry_in_a_wheel(tmp_path):
-    """As SAELens ships it; what it says of L0 is kept, and a name of dashboards that contradicts its SAE is not."""
+    """As SAELens ships it; its L0 is kept, and a dashboard name that contradicts its SAE is not."""
     path = "resid_post/layer_{}_width_16k_l0_medium"
     saes = [
         {"id": str(layer), "path": path.format(layer), "l0": 60, "neuronpedia": "lm/2-res-16k"} for layer in (2, 9)
@@ -134,7 +134,7 @@ def test_the_registry_in_a_wheel(tmp_path):
         ("lm/e-res-16k", {"site": "embed"}, "states res"),
     ],
 )
-def test_names_of_dashboards_that_contradict_their_sae(name, known, why):
+def test_dashboard_names_that_contradict_their_sae(name, known, why):
     sae = {"site": "resid_post.3", "d_sae": "16k", "l0": "70", **known}
     found = build_index.contradicted(name, sae)
     assert found is None if why is None else why in found

@@ -27,9 +27,9 @@ def test_every_method_is_trained_at_every_sparsity():
 
 
 def test_ratios_are_taken_at_equal_loss_recovered_between_points_only():
-    gated = [ONE, replace(ONE, l0=50.0, loss_recovered=0.99)]  # nothing of the baseline recovers as much
+    gated = [ONE, replace(ONE, l0=50.0, loss_recovered=0.99)]  # no baseline SAE recovers as much
     baseline = [replace(ONE, l0=16.0, loss_recovered=0.88), replace(ONE, l0=64.0, loss_recovered=0.92)]
-    assert l0_ratio(gated, baseline) == pytest.approx([32.0 / 10.0])  # the middle, of the logarithms
+    assert l0_ratio(gated, baseline) == pytest.approx([32.0 / 10.0])  # halfway between their logarithms
 
 
 def test_the_tables_have_means_and_spreads():

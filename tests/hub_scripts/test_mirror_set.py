@@ -1,4 +1,4 @@
-"""A whole repository converted, one commit per SAE, through interruptions."""
+"""Converting a whole repository, one commit per SAE, with interruptions."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def theirs(hub: MiniHub, repo_id: str, tmp_path: Path) -> str:
 
 
 def run(script: Callable[..., None], *words: str) -> tuple[int, str]:
-    """Run a script in this process and return its exit status and what it said, an error of ours included."""
+    """Run a script in this process and return its exit status and output, including an error of ours."""
     app = typer.Typer()
     app.command()(script)
     result = CliRunner().invoke(app, words)
@@ -77,7 +77,7 @@ def test_killed_half_way_and_resumed(hub: MiniHub, theirs: str, repo_id: str, ca
     before = commits(hub, repo_id)
     assert 1 <= len(before) < 5, "killed half way"
     for folder in SAESet.from_pretrained(repo_id):
-        SAEModel.from_pretrained(repo_id, folder, cache_dir=cache_dir)  # nothing is half there
+        SAEModel.from_pretrained(repo_id, folder, cache_dir=cache_dir)  # no SAE is incomplete
     hub.requests.clear()
     code, said = run(mirror_set, theirs, repo_id)
     assert code == 0, said
@@ -117,7 +117,7 @@ def test_a_broken_upload_is_resumed(hub: MiniHub, theirs: str, repo_id: str) -> 
     assert set(states(theirs, repo_id).values()) == {"done"} and len(commits(hub, repo_id)) == 5
 
 
-def test_what_changed_at_the_source_is_converted_again(hub: MiniHub, theirs: str, repo_id: str) -> None:
+def test_a_changed_source_is_converted_again(hub: MiniHub, theirs: str, repo_id: str) -> None:
     mirror_steps(theirs, repo_id, 3)
     assert sorted(states(theirs, repo_id).values()) == ["done"] * 3 + ["missing"] * 2
     hub.seed(theirs, {"README.md": CARD + "\nA new commit.\n"})
@@ -128,7 +128,7 @@ def test_what_changed_at_the_source_is_converted_again(hub: MiniHub, theirs: str
     assert set(states(theirs, repo_id, dtype="bfloat16").values()) == {"outdated"}
 
 
-def test_what_is_done_is_also_known_without_the_index(hub: MiniHub, theirs: str, repo_id: str) -> None:
+def test_converted_saes_are_recognised_without_the_index(hub: MiniHub, theirs: str, repo_id: str) -> None:
     mirror_steps(theirs, repo_id, 2)
     hub.seed(repo_id, {"sae_set.json": json.dumps({"schema": 1, "saes": {}})})
     assert sorted(states(theirs, repo_id).values()) == ["done"] * 2 + ["missing"] * 3
@@ -153,7 +153,7 @@ def test_one_broken_sae_does_not_stop_the_others(hub: MiniHub, theirs: str, repo
     assert len(commits(hub, repo_id)) == 4
 
 
-def test_what_may_not_be_published_stops_at_once(hub: MiniHub, theirs: str, repo_id: str) -> None:
+def test_a_source_that_may_not_be_published_stops_at_once(hub: MiniHub, theirs: str, repo_id: str) -> None:
     hub.seed(theirs, {"README.md": "# no licence"})
     code, said = run(mirror_set, theirs, repo_id)
     assert code == 1 and said.count("licence of") == 1 and "Traceback" not in said

@@ -1,4 +1,4 @@
-"""model_cards/ says what the code and the bundled files say today."""
+"""model_cards/ is up to date with the code and the bundled files."""
 
 import pytest
 from huggingface_hub import ModelCard

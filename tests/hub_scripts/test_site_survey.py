@@ -1,4 +1,4 @@
-"""The survey: what it builds, what it finds in a few types, and that it sees a site that is wrong."""
+"""The survey: the models that it builds, its findings for a few types, and that it notices a wrong site."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_every_parameter_is_random() -> None:
         assert parameter.unique().numel() > 1, name
 
 
-def test_a_type_in_which_all_is_proven() -> None:
+def test_a_type_whose_sites_are_all_proven() -> None:
     found = examine("llama")
     assert (found.result, found.decoder, found.n_layers) == ("full", True, 4)
     assert found.stream == {"sum": 8}
@@ -39,13 +39,13 @@ def test_relations_of_a_stream_that_is_normed_are_found() -> None:
     assert examine("minimax").stream == {"sum with the scaled or normed stream": 8}
 
 
-def test_what_is_refused_is_counted_as_that() -> None:
+def test_refused_sites_are_counted_as_refused() -> None:
     found = examine("falcon_h1")
     assert found.result == "in part"
     assert "attn_out.0" in next(names for reason, names in found.refused.items() if "have that role" in reason)
 
 
-def test_a_wrong_site_is_seen() -> None:
+def test_a_wrong_site_is_noticed() -> None:
     model = build("llama")
     sites = resolve(model)
     wrong, right = sites["mlp_in.1"], sites["mlp_out.1"]
@@ -55,7 +55,7 @@ def test_a_wrong_site_is_seen() -> None:
     assert finding.wrong[0] == "resid_post.1 does not come from resid_mid and mlp_out"
 
 
-def test_what_the_operations_show_to_be_wrong_is_seen() -> None:
+def test_a_site_that_contradicts_the_traced_operations_is_noticed() -> None:
     model = build("gemma4_unified_text")
     sites = resolve(model)
     count, wrong = traced_faults(model, sites)

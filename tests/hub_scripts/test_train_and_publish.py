@@ -95,7 +95,7 @@ def test_nothing_is_published_without_held_out_text(hub: MiniHub, repo_id: str, 
         run(str(bundled.MODEL), *texts, repo_id, *FLAGS, "--sae.widht", "3")
 
 
-def test_what_stands_in_the_way_of_publishing_is_said_before_training(hub: MiniHub, repo_id: str, texts) -> None:
+def test_obstacles_to_publishing_are_reported_before_training(hub: MiniHub, repo_id: str, texts) -> None:
     Path("empty.txt").write_text("")
     with pytest.raises(SAEError, match="empty"):
         run(str(bundled.MODEL), "train.txt", "empty.txt", repo_id, *FLAGS)

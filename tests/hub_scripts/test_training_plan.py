@@ -1,4 +1,4 @@
-"""The page in the training room's README says what the arithmetic gives, and the arithmetic what the code does."""
+"""The README of hf_gated_sae/training has the results of the plan's arithmetic, which agrees with the code."""
 
 import re
 from pathlib import Path
@@ -41,13 +41,13 @@ def test_the_layouts_fit():
         assert sum(each.memory.values()) < Machine().memory
 
 
-def test_a_dense_step_takes_so_many_products():
+def test_a_dense_step_takes_the_planned_number_of_products():
     sae = build("gated", 8, 48).requires_grad_(True)
     x = torch.randn(16, 8)
     with FlopCounterMode(display=False) as counter:
         sae.training_loss(x, sparsity_coefficient=1.0).total.backward()
     product = 2 * 16 * 8 * 48
-    assert PRODUCTS <= counter.get_total_flops() / product < PRODUCTS + 0.1  # and what centres the input
+    assert PRODUCTS <= counter.get_total_flops() / product < PRODUCTS + 0.1  # the rest centres the input
 
 
 def test_twice_the_devices_do_no_more_than_twice_the_work():

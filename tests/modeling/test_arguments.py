@@ -1,4 +1,4 @@
-"""What `from_pretrained` says to arguments, and what it leaves as it was."""
+"""Arguments of `from_pretrained`: what it refuses, and what it leaves unchanged."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["", "  "])
-def test_no_name_is_not_the_working_directory(name: str, folder: Path, monkeypatch) -> None:
+def test_an_empty_name_is_not_the_working_directory(name: str, folder: Path, monkeypatch) -> None:
     monkeypatch.chdir(folder)
     for load in (SAEModel.from_pretrained, SAESet.from_pretrained):
         with pytest.raises(InputError, match="expected 'owner/name' or a folder"):
@@ -81,7 +81,7 @@ def test_threads_from_a_cold_start_leave_nothing_behind(folder: Path, options: s
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_training_changes_neither_the_file_nor_its_twin(folder: Path) -> None:
+def test_training_changes_neither_the_file_nor_another_loaded_copy(folder: Path) -> None:
     weights = folder / "model.safetensors"
     before = hashlib.sha256(weights.read_bytes()).digest()
     trained, twin, original = (SAEModel.from_pretrained(folder) for _ in range(3))

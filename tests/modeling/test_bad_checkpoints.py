@@ -1,4 +1,4 @@
-"""A table of broken checkpoints: each gives one of our errors, and a sentence that says what is wrong."""
+"""Broken checkpoints: each raises one of our errors, with a sentence that says what is wrong."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def truncate_second_shard(folder: Path) -> None:
 
 
 CORRUPTIONS: dict[str, tuple[Corruption, type[SAEError], str]] = {
-    # what is not there
+    # missing files
     "no configuration": (remove("config.json"), CheckpointError, "holds no SAE in a known format.*model.safetensors"),
     "no weights": (remove("model.safetensors"), MissingFileError, "no model.safetensors.*It has config.json.*save"),
     "a pickle instead": (_pickle_instead, MissingFileError, "no model.safetensors.*pytorch_model.bin.*safetensors"),

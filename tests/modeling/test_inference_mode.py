@@ -1,4 +1,4 @@
-"""What is loaded in inference mode is trained and changed later like anything else."""
+"""SAEs that are loaded in inference mode can be trained and changed later."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def assert_ordinary(sae: SAEModel) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"dtype": torch.float64}, {"device_map": "cpu"}])
-def test_our_own(options: dict[str, Any], tmp_path: Path) -> None:
+def test_our_own_layout(options: dict[str, Any], tmp_path: Path) -> None:
     example("gated").save_pretrained(tmp_path)
     with torch.inference_mode():
         sae = SAEModel.from_pretrained(tmp_path, **options)

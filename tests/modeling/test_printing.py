@@ -1,4 +1,4 @@
-"""What an SAE prints of itself."""
+"""The repr of an SAE."""
 
 import torch
 
@@ -6,7 +6,7 @@ from hf_gated_sae import GatedSAE, GatedSAEConfig, SAEModel, TopKSAE, TopKSAECon
 from tests.support.example_saes import example
 
 
-def test_one_that_was_loaded_says_from_where(tmp_path):
+def test_a_loaded_sae_shows_its_origin(tmp_path):
     example("gated", site="resid_post.2", base_model="acme/lm").save_pretrained(tmp_path / "one")
     sae = SAEModel.from_pretrained(tmp_path, "one", dtype=torch.bfloat16)
     first, *below = repr(sae).splitlines()
@@ -16,11 +16,11 @@ def test_one_that_was_loaded_says_from_where(tmp_path):
     assert "layout native" in text and "base model acme/lm" in text
 
 
-def test_some_latents_of_one():
+def test_a_partly_loaded_sae():
     assert "2 latents held" in repr(GatedSAE(GatedSAEConfig(d_in=4, d_sae=8, kept_latents=[1, 3])))
 
 
-def test_a_transcoder_with_its_k_that_was_built_here():
+def test_a_transcoder_with_k_that_was_not_loaded():
     sites = {"site": "mlp_in.1", "site_out": "mlp_out.1", "apply_b_dec_to_input": False}
     sae = TopKSAE(TopKSAEConfig(d_in=4, d_out=6, d_sae=8, k=2, **sites))
     assert repr(sae).splitlines() == [
@@ -29,6 +29,6 @@ def test_a_transcoder_with_its_k_that_was_built_here():
     ]
 
 
-def test_one_of_several_sites():
+def test_an_sae_of_several_sites():
     assert "resid_post.1, resid_post.2" in repr(example("cross_layer"))
     assert len(repr(example("cross_layer")).splitlines()) <= 10

@@ -1,4 +1,4 @@
-"""A wider dtype than the stored one is taken before the layout's arithmetic, not after it."""
+"""A dtype wider than the stored one is applied before the layout's arithmetic, not after it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_folds_are_not_rounded_to_the_stored_dtype(half: torch.dtype, tmp_path: 
         assert torch.equal(tensor, wide.state_dict()[name]), name
 
 
-def test_a_narrower_dtype_is_taken_after_it(tmp_path: Path) -> None:
+def test_a_narrower_dtype_is_applied_after_it(tmp_path: Path) -> None:
     example = formats["llama_scope"].examples(tmp_path)[0]
     folder = tmp_path / example.repo / example.address
     narrow = SAEModel.from_pretrained(folder, dtype="bfloat16")

@@ -1,7 +1,7 @@
-"""Run by `make test-peers` alone: the owners' libraries live in an environment of their own.
+"""Run by `make test-peers` only, which installs the owners' libraries in a separate environment.
 
-The scripts in `owners/` run there. Each writes checkpoints with its library, and beside them an input and what the
-library makes of it; the tests here load the checkpoints and compare.
+The scripts in `owners/` run there. Each writes checkpoints with its library, and beside them an input and the
+library's results for it; the tests here load the checkpoints and compare.
 """
 
 from __future__ import annotations

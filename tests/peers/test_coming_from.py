@@ -1,4 +1,4 @@
-"""What the documents say of other libraries' code runs there, and computes what ours does."""
+"""The documentation's code for other libraries runs there, and computes the same as ours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is loaded from an owner's checkpoint computes what the owner's library computes."""
+"""An SAE that is loaded from an owner's checkpoint computes the same as the owner's library."""
 
 from __future__ import annotations
 

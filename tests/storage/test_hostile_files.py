@@ -1,4 +1,4 @@
-"""Files that are made to harm their reader end in our own error: quickly, without code being run, in little memory."""
+"""Malicious files are refused with our own error: quickly, without running code, and in little memory."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ FILES = {
     **{f"{name}.safetensors": content for name, content in HEADERS.items()},
 }
 HARMLESS = {"memo of any size.pt", "frame without end.pt"}
-"""What can be read without harm."""
+"""Strange files that are harmless to read."""
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ def _bounded() -> Iterator[None]:
 
 
 def _peak() -> float:
-    """Return the most memory that this process has held, in megabytes."""
+    """Return this process's peak memory in megabytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
@@ -166,7 +166,7 @@ def test_a_compressed_array_is_unpacked(tmp_path: Path) -> None:
 
 
 def test_a_sound_torch_file_is_read(tmp_path: Path) -> None:
-    """The parts of which the hostile ones are made are sound."""
+    """The hostile files are made from a file that is sound."""
     path = tmp_path / "x.pt"
     path.write_bytes(torch_file(described(tensor())))
     assert torch.equal(read_content(LocalBytes(path), "x.pt")["a"].read(), torch.zeros(2, 3))

@@ -1,4 +1,4 @@
-"""What is read in part is what the file's own library reads whole."""
+"""Partial reads equal what the format's own library reads from the whole file."""
 
 from __future__ import annotations
 

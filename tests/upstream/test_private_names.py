@@ -1,4 +1,4 @@
-"""Private names of other libraries stand in `hf_gated_sae/upstream/` alone, and do what they are used for.
+"""Private names of other libraries are used in `hf_gated_sae/upstream/` only, and behave as expected.
 
 Seen in torch 2.9 and 2.13, transformers 5.16 and 5.24, nnsight 0.8.
 """
@@ -30,7 +30,7 @@ def is_private(name: str) -> bool:
 
 
 def private_names(source: str) -> set[str]:
-    """Private names of modules and objects that a file imports from elsewhere than this package."""
+    """Return the private names that a file uses of modules and objects imported from other packages."""
     found, imported = set(), set()
     tree = ast.parse(source)
     for node in ast.walk(tree):
@@ -52,7 +52,7 @@ def private_names(source: str) -> set[str]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_private_names_of_others_are_in_upstream_alone(path):
+def test_private_names_of_other_libraries_are_in_upstream_only(path):
     assert private_names(path.read_text(encoding="utf-8")) <= ALLOWED
 
 
@@ -61,7 +61,7 @@ def test_a_private_name_is_found():
     assert private_names(source) == {"pickle._Unpickler", "torch._C._x", "torch._C"}
 
 
-def test_what_the_trainer_overrides_is_listed_with_its_reason():
+def test_overridden_names_of_the_trainer_are_listed():
     ours = [each for each in SAETrainer.__mro__ if each.__module__.startswith("hf_gated_sae.")]
     names = {name for each in ours for name in vars(each) if is_private(name) and hasattr(Trainer, name)}
     assert names == set(trainer_private.OVERRIDDEN)
@@ -92,7 +92,7 @@ def test_inner_products_of_pairs():
     torch.testing.assert_close(torch_private.pair_dots(rows, others, row, other), (rows @ others.T)[row, other])
 
 
-def test_who_holds_memory():
+def test_holders_of_memory_are_counted():
     tensor = torch.empty(4)
     assert torch_private.storage_holders is not None
     alone = torch_private.storage_holders(tensor)
@@ -102,7 +102,7 @@ def test_who_holds_memory():
     assert torch_private.storage_holders(tensor) == alone
 
 
-def test_where_operations_are_missing_the_plain_way_is_taken(monkeypatch):
+def test_without_private_operations_the_plain_path_is_used(monkeypatch):
     from hf_gated_sae.functional.cpu import products, sparse_support
     from hf_gated_sae.functional.linear import linear
 
@@ -114,7 +114,7 @@ def test_where_operations_are_missing_the_plain_way_is_taken(monkeypatch):
     assert not sparse_support.SparseSupport.serves(x, weight)
 
 
-def test_transformations_of_torch_func_are_seen():
+def test_function_transforms_are_detected():
     seen = []
 
     def look(each):

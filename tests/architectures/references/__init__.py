@@ -1,19 +1,20 @@
-"""Every architecture's equations a second time, from the papers and not from the package; one file for each.
+"""Reference implementations of every architecture, written from the papers and not from the package.
 
-A file has the name of the architecture's file in ``hf_gated_sae/architectures`` and uses numpy alone, in float64:
+Each file has the name of the architecture's file in ``hf_gated_sae/architectures``, uses only numpy, in float64, and
+defines
 
 * ``encode(x, p, config)``: the latents ``[tokens, d_sae]``;
 * ``objective(x, target, p, config, *, coefficient, power, **variant)``: the terms of the training objective by name.
-  Return None for a configuration that cannot be trained; the package then has to refuse it.
+  It returns None for a configuration that cannot be trained, which the package must refuse.
 
-It may also have
+It may also define
 
-* ``decode(latents, x, p, config)``, unless the one below holds;
-* ``settings(random, d_sae)``: settings of the architecture's own, drawn by chance; they replace the common ones;
-* ``VARIANTS``: fields of the objective, together all that it has; ``[{}]`` by default.
+* ``decode(latents, x, p, config)``, if the one below does not apply;
+* ``settings(random, d_sae)``: randomly drawn settings of this architecture, which override the common ones;
+* ``VARIANTS``: settings of the objective to test, which together set each of its fields; ``[{}]`` by default.
 
-``x [tokens, *input_shape]`` are activations after the normalisation of each token, ``p`` is the state dict in arrays,
-and ``config`` the configuration, of which only fields are read. `test_equations.py` compares.
+``x [tokens, *input_shape]`` are activations after the normalisation of each token, ``p`` is the state dict as arrays,
+and ``config`` is the configuration, of which only fields are read. `test_equations.py` makes the comparison.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def pre_latents(x: Array, p: Parameters, config: Any) -> Array:
 
 
 def decode(latents: Array, x: Array, p: Parameters, config: Any) -> Array:
-    """Return ``latents @ W_dec + b_dec``, and ``x @ W_skip.T`` more where there is a skip connection."""
+    """Return ``latents @ W_dec + b_dec``, plus ``x @ W_skip.T`` if there is a skip connection."""
     written = latents @ p["W_dec"] + p["b_dec"]
     return written + x @ p["W_skip"].T if config.skip_connection else written
 
@@ -59,9 +60,9 @@ def decoder_norms(p: Parameters) -> Array:
 
 
 def normalization(x: Array, config: Any) -> tuple[Array, Array, Array]:
-    """Return shift, divisor and scale of every token: it is read as ``(x - shift) / divisor``.
+    """Return shift, divisor and scale of every token; its normalised form is ``(x - shift) / divisor``.
 
-    What is written where it is read is brought back by ``written * scale + shift``.
+    An SAE whose output is at its input's site returns ``written * scale + shift``.
     """
     name, width = config.normalization, x.shape[-1]
     mean, square = x.sum(-1, keepdims=True) / width, (x**2).sum(-1, keepdims=True) / width
@@ -69,7 +70,7 @@ def normalization(x: Array, config: Any) -> tuple[Array, Array, Array]:
     zero, one = np.zeros_like(mean), np.ones_like(mean)
     if name == "center":  # TransformerLens, `center_writing_weights`
         return mean, one, one
-    if name == "layer_norm":  # openai/sparse_autoencoder, `LN`: the unbiased deviation, and 1e-5 outside of the root
+    if name == "layer_norm":  # openai/sparse_autoencoder, `LN`: unbiased deviation, and 1e-5 outside the root
         deviation = np.sqrt(spread / (width - 1))
         return mean, deviation + 1e-5, deviation
     if name == "unit_norm":  # SAELens, `constant_norm_rescale`
@@ -79,5 +80,5 @@ def normalization(x: Array, config: Any) -> tuple[Array, Array, Array]:
     if name == "standardize":  # Ba et al. 2016 (arXiv 1607.06450), without gain and bias
         deviation = np.sqrt(spread / width + config.normalization_eps)
         return mean, deviation, deviation
-    assert name == "none", f"write down the normalisation {name!r} in {__file__}"
+    assert name == "none", f"add the normalisation {name!r} to {__file__}"
     return zero, one, one

@@ -15,7 +15,7 @@ VARIANTS = [{}, {"prefixes": (0.25, 0.5)}]
 
 
 def encode(x: Array, p: Parameters, config: Any) -> Array:
-    """Return what is above the one threshold, which takes the place of the selection after training."""
+    """Return the pre-latents above the single threshold, which replaces the selection after training."""
     return jump(pre_latents(x, p, config), p["threshold"])
 
 
@@ -29,7 +29,7 @@ def objective(
     power: float,
     prefixes: Sequence[float] = (),
 ) -> Terms:
-    """Return the squared errors of the ``k * tokens`` largest latents of the batch, whichever tokens they are of."""
+    """Return the squared errors of the ``k * tokens`` largest latents in the whole batch."""
     values = relu(pre_latents(x, p, config))
     latents = np.zeros(values.size)
     for at in np.argsort(-values.reshape(-1), kind="stable")[: config.k * len(x)]:

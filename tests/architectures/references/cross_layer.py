@@ -17,7 +17,7 @@ from .jumprelu import jump
 
 
 def settings(random: Random, d_sae: int) -> dict[str, Any]:
-    """Draw sites, their shares of the latents, and whether the output lies at other sites than the input."""
+    """Draw sites, their numbers of latents, and whether the output is at other sites than the input."""
     read = random.randint(1, min(3, d_sae))
     cuts = sorted(random.sample(range(1, d_sae), read - 1))
     sites = [f"resid_mid.{layer}" for layer in range(read)]
@@ -63,7 +63,7 @@ def decode(latents: Array, x: Array, p: Parameters, config: Any) -> Array:
 def objective(
     x: Array, target: Array, p: Parameters, config: Any, *, coefficient: float, power: float
 ) -> Terms | None:
-    """Return ``sum_m |x_m - y_m|^2`` and ``lambda sum_i f_i sum_m |W_dec,i,m|`` of a crosscoder; None elsewhere."""
+    """Return ``sum_m |x_m - y_m|^2`` and ``lambda sum_i f_i sum_m |W_dec,i,m|`` of a crosscoder, otherwise None."""
     if config.sites != config.sites_out:
         return None
     latents = encode(x, p, config)

@@ -9,7 +9,7 @@ import numpy as np
 from . import Array, Parameters, Terms, centred, decode, relu, squared_error
 from .standard import penalty
 
-# `frozen_decoder` and `learn_r_mag` decide about gradients alone.
+# `frozen_decoder` and `learn_r_mag` affect gradients only.
 VARIANTS = [
     {},
     {"auxiliary": False},
@@ -46,7 +46,7 @@ def objective(
     learn_r_mag: bool = True,
     **variant: bool,
 ) -> Terms:
-    """Return the terms of equation 8; those of the reconstruction alone for "rescale & shift" (section 5.2)."""
+    """Return the terms of equation 8; for "rescale & shift" (section 5.2) the reconstruction alone."""
     if tied_b_mag:
         p = {**p, "b_mag": np.exp(p["r_mag"]) * p["b_gate"]}
     latents, opened = encode(x, p, config), relu(gate(x, p, config))
@@ -68,7 +68,7 @@ def gated_terms(
     weighted_by_decoder_norm: bool = False,
     frozen_decoder: bool = True,
 ) -> Terms:
-    """Return the terms of equation 8, of latents and of ``ReLU(pi_gate)``."""
+    """Return the terms of equation 8 from latents and ``ReLU(pi_gate)``."""
     terms = {
         "reconstruction": squared_error(target, decode(latents, x, p, config)),
         "sparsity": penalty(opened, p, coefficient, power, weighted_by_decoder_norm),

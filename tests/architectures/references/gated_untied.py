@@ -1,4 +1,4 @@
-"""The Gated SAE with two encoders: Rajamanoharan et al. 2024 (arXiv 2404.16014), equation 6 without the tying of 7."""
+"""The Gated SAE with two encoders: Rajamanoharan et al. 2024 (arXiv 2404.16014), equation 6, untied."""
 
 from __future__ import annotations
 

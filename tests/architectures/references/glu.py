@@ -1,7 +1,7 @@
-"""The SAE with a gated linear unit for an encoder: OpenMOSS/Language-Model-SAEs, ``use_glu_encoder``.
+"""The SAE with a gated linear unit as its encoder: OpenMOSS/Language-Model-SAEs, ``use_glu_encoder``.
 
-There ``hidden_pre = (x @ W_E + b_E) * sigmoid(x @ W_E_glu + b_E_glu)`` comes before the activation function, here a
-JumpReLU (arXiv 2407.14435), with whose objective it is trained.
+There the pre-latents are ``hidden_pre = (x @ W_E + b_E) * sigmoid(x @ W_E_glu + b_E_glu)``. The activation function
+here is a JumpReLU, and the training objective is that of the JumpReLU SAE (arXiv 2407.14435).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ VARIANTS = [{}, {"tanh_scale": 4.0}]
 def encode(x: Array, p: Parameters, config: Any) -> Array:
     """Return the gated pre-latents that are above their thresholds."""
     gate = centred(x, p, config) @ p["W_glu_T"].T + p["b_glu"]
-    share = np.where(gate < 0, np.exp(-np.abs(gate)), 1.0) / (1 + np.exp(-np.abs(gate)))  # sigmoid, never too large
+    share = np.where(gate < 0, np.exp(-np.abs(gate)), 1.0) / (1 + np.exp(-np.abs(gate)))  # sigmoid without overflow
     return jump(pre_latents(x, p, config) * share, p["threshold"])
 
 

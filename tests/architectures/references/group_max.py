@@ -1,6 +1,6 @@
 """The GroupMax SAE: EleutherAI/sparsify, ``activation = "groupmax"``.
 
-There the pre-latents after a ReLU are unflattened into groups of neighbours, of which each keeps its largest.
+There the pre-latents after a ReLU are split into groups of neighbours, and each group keeps its largest.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ VARIANTS = [{}, {"prefixes": (0.25, 0.5)}]
 
 
 def settings(random: Random, d_sae: int) -> dict[str, Any]:
-    """Draw a divisor of the latents' number."""
+    """Draw the number of groups, a divisor of `d_sae`."""
     return {"groups": random.choice([groups for groups in range(1, d_sae + 1) if d_sae % groups == 0])}
 
 

@@ -1,6 +1,6 @@
 """The JumpReLU SAE: Rajamanoharan et al. 2024b (arXiv 2407.14435), sections 2 and 3.
 
-The penalty by a tanh: Conerly et al. 2025, Anthropic's "Circuits Updates - January 2025".
+The tanh penalty: Conerly et al. 2025, Anthropic's "Circuits Updates - January 2025".
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ VARIANTS = [{}, {"tanh_scale": 4.0}]
 
 
 def jump(z: Array, threshold: Array) -> Array:
-    """Return ``z`` where it is above a threshold that is not negative, and zero elsewhere."""
+    """Return ``z`` where it is positive and above its threshold, and zero elsewhere."""
     return np.where(z > threshold, relu(z), 0.0)
 
 
@@ -40,7 +40,7 @@ def jump_terms(
     coefficient: float,
     tanh_scale: float | None = None,
 ) -> Terms:
-    """Return the terms, of latents."""
+    """Return the terms from latents."""
     paid = (latents > 0).astype(float)
     if tanh_scale is not None:
         paid = np.tanh(tanh_scale * decoder_norms(p) * latents)

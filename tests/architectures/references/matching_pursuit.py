@@ -1,6 +1,6 @@
 """The matching-pursuit SAE: Costa et al. 2025 (arXiv 2506.03093), section 3.
 
-The three rules for when a token is done: SAELens, `MatchingPursuitSAEConfig`.
+The three stopping rules: SAELens, `MatchingPursuitSAEConfig`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from . import Array, Parameters, Terms, centred, decode, squared_error
 
 
 def settings(random: Random, d_sae: int) -> dict[str, Any]:
-    """Draw the rules; input and output have one width."""
+    """Draw the stopping rules; input and output have the same width."""
     return {
         "d_out": None,
         "residual_threshold": random.choice([0.0, 1e-2, 0.5]),
@@ -24,7 +24,7 @@ def settings(random: Random, d_sae: int) -> dict[str, Any]:
 
 
 def encode(x: Array, p: Parameters, config: Any) -> Array:
-    """One token after the other: take the best matching decoder row out of what is left, until a rule says stop."""
+    """For each token, subtract the best matching decoder row from the residual until a stopping rule applies."""
     latents = np.zeros((len(x), len(p["W_dec"])))
     for token, left in enumerate(centred(x, p, config)):
         for _ in range(config.max_iterations or x.shape[-1]):

@@ -1,6 +1,6 @@
 """The ReLU SAE with an L1 penalty: Bricken et al. 2023, "Towards Monosemanticity".
 
-The weights of the penalty by the decoder's norms: Conerly et al. 2024, "Update on how we train SAEs".
+Penalty weighted by decoder norms: Conerly et al. 2024, "Update on how we train SAEs".
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ def encode(x: Array, p: Parameters, config: Any) -> Array:
 
 
 def penalty(latents: Array, p: Parameters, coefficient: float, power: float, weighted: bool) -> float:
-    """Return ``lambda * sum f_i ** power``, averaged over tokens; of the weighted ``f_i |W_d,i|`` if so wanted."""
+    """Return ``lambda * sum f_i ** power``, averaged over tokens, with ``f_i |W_d,i|`` for ``f_i`` if weighted."""
     paid = latents * decoder_norms(p) if weighted else latents
     return coefficient * float((paid**power).sum(-1).mean())
 
 
 def penalised_objective(encode: Callable[[Array, Parameters, Any], Array]) -> Callable[..., Terms]:
-    """Return the objective of an encoder: the squared error and the penalty, weighted by decoder norms if wanted."""
+    """Return the objective of an encoder: the squared error and the penalty, optionally weighted by decoder norms."""
 
     def objective(
         x: Array,

@@ -1,6 +1,6 @@
 """The ReLU SAE whose latents saturate: SAELens 3 to 5, ``activation_fn_str = "tanh-relu"``.
 
-There ``tanh_relu(z) = tanh(relu(z))`` takes the place of the ReLU, in the penalty too.
+There ``tanh_relu(z) = tanh(relu(z))`` replaces the ReLU, also in the penalty.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from . import decode as written_by
 
 
 def settings(random: Random, d_sae: int) -> dict[str, Any]:
-    """Draw the attention's shape; it reconstructs what it reads."""
+    """Draw the attention's shape; the output is at the input's site."""
     heads = random.choice([heads for heads in range(1, d_sae + 1) if d_sae % heads == 0])
     rest = d_sae // heads
     return {
@@ -37,7 +37,7 @@ def softmax(values: Array) -> Array:
 
 
 def predict(x: Array, p: Parameters, config: Any) -> tuple[Array, Array]:
-    """Return what the context does not predict ``[tokens, d_in]``, and the predicted codes ``[tokens, d_sae]``."""
+    """Return the unpredicted residual ``[tokens, d_in]`` and the predicted codes ``[tokens, d_sae]``."""
     d, heads = x.shape[-1], config.heads
     left, predicted = centred(config.scaling_factor * x, p, config), np.zeros((len(x), len(p["W_dec"])))
     for layer in range(config.attention_layers):
@@ -73,9 +73,9 @@ def encode(x: Array, p: Parameters, config: Any) -> Array:
 
 
 def decode(latents: Array, x: Array, p: Parameters, config: Any) -> Array:
-    """Return what the novel and the predicted codes write."""
+    """Return the reconstruction from the novel and the predicted codes."""
     return written_by(latents + predict(x, p, config)[1], x, p, config) / config.scaling_factor
 
 
 def objective(x: Array, target: Array, p: Parameters, config: Any, *, coefficient: float, power: float) -> None:
-    """Return None: it is trained on whole sequences, which the package does not offer."""
+    """Return None: it is trained on whole sequences, which the package does not support."""

@@ -1,7 +1,7 @@
 """The TopK SAE: Gao et al. 2024 (arXiv 2406.04093), section 2.3.
 
-Latents ranked by what they write: OpenMOSS/Language-Model-SAEs, ``sparsity_include_decoder_norm``. Nested prefixes of
-the dictionary: Bussmann et al. 2025 (arXiv 2503.17547).
+Ranking by latent times decoder norm: OpenMOSS/Language-Model-SAEs, ``sparsity_include_decoder_norm``. Nested prefixes
+of the dictionary: Bussmann et al. 2025 (arXiv 2503.17547).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ VARIANTS = [{}, {"prefixes": (0.25, 0.5)}]
 
 
 def settings(random: Random, d_sae: int) -> dict[str, Any]:
-    """Draw a number of latents, whether there is a ReLU, and what they are ranked by."""
+    """Draw `k`, whether there is a ReLU, and the ranking."""
     return {
         "k": random.randint(1, d_sae),
         "rectified": random.random() < 0.5,
@@ -27,7 +27,7 @@ def settings(random: Random, d_sae: int) -> dict[str, Any]:
 
 
 def largest(values: Array, scores: Array, k: int) -> Array:
-    """Return the values of each token that have the `k` highest scores, and zeros; token by token, one at a time."""
+    """Return the values of each token that have the `k` highest scores, and zeros elsewhere."""
     latents = np.zeros_like(values)
     for token, score in enumerate(scores):
         for latent in sorted(range(len(score)), key=lambda latent: -score[latent])[:k]:
@@ -46,7 +46,7 @@ def encode(x: Array, p: Parameters, config: Any) -> Array:
 def nested_terms(
     latents: Array, x: Array, target: Array, p: Parameters, config: Any, prefixes: Sequence[float]
 ) -> Terms:
-    """Return the squared errors of latents, all of them and the first so many."""
+    """Return the squared errors with all latents and with each prefix of them."""
     terms = {"reconstruction": squared_error(target, decode(latents, x, p, config))}
     for share in prefixes:
         first = round(share * latents.shape[-1])

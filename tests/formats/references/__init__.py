@@ -1,6 +1,6 @@
-"""The authors' equations of every layout, written down a second time from the raw files.
+"""Reference implementations of every layout: the authors' equations, computed from the raw files.
 
-One module per format, of the same name, with
+One module per format, of the same name, which defines
 
 * ``EXPECTED``: for every example, as ``repo/address``, the fields that its configuration must have;
 * ``reference(folder, x)``: latents and output for ``x [tokens, d_in]`` as the model gives it at the site,

@@ -23,7 +23,7 @@ EXPECTED = {
 
 
 def reference(place: Path, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Read the layers and compute for ``x [tokens, sites, d]``; of one layer its own share and bias."""
+    """Read the layers and compute for ``x [tokens, sites, d]``; for a single layer, its own share and bias."""
     alone = re.fullmatch(r"W_enc_(\d)\.safetensors", place.name)
     folder = place.parent if alone else place
     layers = [int(alone[1])] if alone else range(3)

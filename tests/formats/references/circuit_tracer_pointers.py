@@ -1,4 +1,4 @@
-"""Pointer sets: what the URIs of the configuration point to, read by their own authors' equations."""
+"""Pointer sets: the transcoders that the configuration's URIs point to, by their own authors' equations."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ EXPECTED = {
 
 
 def reference(folder: Path, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Load the pickle and compute; a backup's SAE reads ``x / norm_factor`` and is brought back."""
+    """Load the pickle and compute; a backup's SAE reads ``x / norm_factor``, and its results are scaled back."""
     file = folder if folder.suffix == ".pt" else folder / "ae.pt"
     home = file.parent.parent if file.parent.name == "checkpoints" else file.parent
     kind = json.loads((home / "config.json").read_text())["trainer"]["dict_class"]
@@ -58,7 +58,7 @@ def reference(folder: Path, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def equations(kind: str, p: dict[str, np.ndarray], x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The library's classes, one after another."""
+    """Compute what one of the library's classes does."""
     relu = lambda z: np.maximum(z, 0)  # noqa: E731
     if kind == "AutoEncoder":
         latents = relu((x - p["bias"]) @ p["encoder.weight"].T + p["encoder.bias"])

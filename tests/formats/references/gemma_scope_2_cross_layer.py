@@ -38,7 +38,7 @@ EXPECTED = {
 
 
 def reference(place: Path, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Read the layers and compute for ``x [tokens, sites, d]``; of one layer its own share, bias and skip."""
+    """Read the layers and compute for ``x [tokens, sites, d]``; for a single layer, its own share, bias and skip."""
     alone = re.fullmatch(r"params_layer_(\d)\.safetensors", place.name)
     folder = place.parent if alone else place
     sites = [int(alone[1])] if alone else list(range(x.shape[1]))

@@ -1,4 +1,4 @@
-"""Llama Scope R1: a threshold for what each latent writes, and activations in the units of training."""
+"""Llama Scope R1: a threshold on latent times decoder norm, and activations in the units of training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXPECTED = {
 
 
 def reference(folder: Path, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scale, encode, gate by what would be written, decode, scale back."""
+    """Scale, encode, gate by latent times decoder norm, decode, scale back."""
     config = json.loads((folder / "config.json").read_text())
     raw = {name: value.double().numpy() for name, value in load_file(folder / "sae_weights.safetensors").items()}
     scale = x.shape[-1] ** 0.5 / raw[f"dataset_average_activation_norm.{config['hook_point_in']}"]

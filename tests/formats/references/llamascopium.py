@@ -1,4 +1,4 @@
-"""llamascopium: activation functions that see what each latent would write."""
+"""llamascopium: activation functions are applied to latents times decoder norms."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def reference(folder: Path, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         active = np.maximum(weighed, 0)
     if config["act_fn"] == "topk":
         active = largest(active, config["top_k"])
-    if config["act_fn"] == "batchtopk":  # every token alone
+    if config["act_fn"] == "batchtopk":  # per token
         active = np.concatenate([largest_of_batch(token[None], config["top_k"]) for token in active])
     latents = active / norms
     return latents, (latents @ raw["W_D"] + raw.get("b_D", 0.0)) / scale_out

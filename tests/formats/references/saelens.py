@@ -68,7 +68,7 @@ def reference(folder: Path, x: Array) -> tuple[Array, Array]:
     if kind == "matching_pursuit":
         latents = pursued(centred, p["W_dec"], cfg["residual_threshold"], cfg["max_iterations"] or x.shape[-1])
         bias = p["b_dec"] if cfg["apply_b_dec_to_input"] else 0
-        # After SAELens's fold the latents of this tied one are in units of the plain activations.
+        # After SAELens's fold the latents of this tied SAE are in units of the raw activations.
         return latents / scale, (latents @ p["W_dec"] + bias) / scale
     norms = np.linalg.norm(p["W_dec"], axis=1)
     unit = norms if cfg.get("rescale_acts_by_decoder_norm") else np.ones_like(norms)
@@ -80,7 +80,7 @@ def reference(folder: Path, x: Array) -> tuple[Array, Array]:
 
 
 def normalised(x: Array, rule: str) -> tuple[Array, Callable[[Array], Array]]:
-    """Return the normalised activations and how an output is brought back."""
+    """Return the normalised activations, and the function that scales an output back."""
     if rule == "layer_norm":
         mean, std = x.mean(-1, keepdims=True), x.std(-1, ddof=1, keepdims=True)
         return (x - mean) / (std + 1e-5), lambda output: output * std + mean
@@ -107,7 +107,7 @@ def encoded(kind: str, x: Array, p: dict[str, Array], k: float | None, unit: Arr
 
 
 def pursued(x: Array, decoder: Array, threshold: float, iterations: int) -> Array:
-    """Return the latents of a matching pursuit, all tokens side by side."""
+    """Return the latents of a matching pursuit, for all tokens at once."""
     left, latents, done = x.copy(), np.zeros((len(x), len(decoder))), np.zeros(len(x), bool)
     tokens = np.arange(len(x))
     for _ in range(iterations):

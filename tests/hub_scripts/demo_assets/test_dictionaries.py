@@ -1,4 +1,4 @@
-"""The bundled SAEs: what their facts claim is what they do, and it is good enough."""
+"""The bundled SAEs: their recorded metrics are right, and good enough."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_every_recipe_has_its_sae():
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("/gated")])
-def test_gated_saes_meet_the_bar(name):
+def test_gated_saes_meet_the_limits(name):
     assert dictionary_report.is_good_enough(facts_of(name)) == []
 
 
@@ -59,8 +59,8 @@ def test_the_baseline_shrinks_at_comparable_sparsity(site):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_facts_are_what_the_stored_weights_do(name, model_and_tokenizer, material):
-    """On a part of the text the numbers scatter, but a stale or foreign file would be far off."""
+def test_the_facts_match_the_stored_weights(name, model_and_tokenizer, material):
+    """On a part of the text the numbers vary, but a stale or wrong file would be far off."""
     sae = SAEModel.from_pretrained(dictionaries.ASSETS / name)
     part = list(material.batches())[::8]
     report, stored = evaluate(model_and_tokenizer[0], sae, part), FidelityReport.from_dict(facts_of(name)["fidelity"])

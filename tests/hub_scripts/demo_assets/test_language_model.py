@@ -1,4 +1,4 @@
-"""The shipped language model is what its `training.json` says; its training works on a small scale."""
+"""The shipped language model matches its `training.json`; its training works on a small scale."""
 
 import json
 import re

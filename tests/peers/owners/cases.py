@@ -1,4 +1,4 @@
-"""What the scripts share: how a case is written down."""
+"""Helpers of the scripts: inputs, random weights and the files of a case."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def scramble(module: nn.Module, seed: int = 1, *, size: float = 0.4) -> None:
 
 
 def write_case(root: Path, name: str, address: str, x: Tensor, latents: Tensor, output: Tensor, **config: Any) -> None:
-    """Write input, latents and output of a checkpoint that lies in ``root/name/repository/address``."""
+    """Write input, latents and output of a checkpoint in ``root/name/repository/address``."""
     folder = root / name
     values = {"x": x, "latents": latents, "output": output}
     np.savez(folder / "expected.npz", **{key: value.detach().float().numpy() for key, value in values.items()})

@@ -55,7 +55,7 @@ def trainer_class(path: str) -> type:
 
 
 def settings(name: str, path: str, more: dict[str, Any]) -> dict[str, Any]:
-    """Return what a trainer is made of."""
+    """Return the arguments of a trainer."""
     given = {"steps": STEPS, "activation_dim": D_IN, "dict_size": D_SAE, "layer": 3, "lm_name": MODEL, "device": "cpu"}
     schedule = {"warmup_steps": 1}
     if "k" not in more:
@@ -65,7 +65,7 @@ def settings(name: str, path: str, more: dict[str, Any]) -> dict[str, Any]:
 
 
 def train(folder: Path, name: str, path: str, more: dict[str, Any], *, normalised: bool) -> None:
-    """Let the library train and save, steps between included."""
+    """Train with the library, which also saves intermediate steps."""
     trainSAE(
         data=batches(),
         trainer_configs=[settings(name, path, more)],
@@ -79,7 +79,7 @@ def train(folder: Path, name: str, path: str, more: dict[str, Any], *, normalise
 
 @torch.no_grad()
 def write(root: Path, name: str, address: str, *, noisy: bool) -> None:
-    """Write down what the library makes of an input, with noise on the weights that it has saved or as they are."""
+    """Write the library's results for an input, with the saved weights as they are or with noise added."""
     file = root / name / "repository" / address
     home = file if file.is_dir() else file.parent.parent
     place = home

@@ -57,13 +57,13 @@ def made(class_name: str, settings: dict[str, Any], **metadata: Any) -> Any:
 
 
 def write(root: Path, name: str, address: str, x: torch.Tensor, *, loaded: str = "", **expected: Any) -> None:
-    """Write down what SAELens makes of a checkpoint that it has saved.
+    """Write SAELens's results for a checkpoint that it has saved.
 
     Args:
         root: folder of all cases.
         name: the case.
         address: folder of the checkpoint.
-        x: activations; with an axis of heads where the SAE reads them apart, which is then joined.
+        x: activations; with an axis of heads, which is flattened, where the SAE reads heads separately.
         loaded: the folder that SAELens loads instead, with the same SAE in a layout that it reads.
         **expected: fields of our configuration.
     """
@@ -88,7 +88,7 @@ def main(root: Path) -> None:
         if class_name == "MatchingPursuitSAE":  # it converges for unit rows only
             sae.W_dec /= sae.W_dec.norm(dim=-1, keepdim=True)
         sae.save_model(root / name / "repository" / HOOK)
-        # A transcoder reads the normalised stream; what the base model's layer norm leaves alone stands for it.
+        # A transcoder reads the normalised stream: make activations that the base model's layer norm does not change.
         x = inputs()
         if is_transcoder:
             x = x - x.mean(-1, keepdim=True)
@@ -99,7 +99,7 @@ def main(root: Path) -> None:
         sae = made(class_name, settings, **MODEL, hook_name=HOOK)
         sae.save_inference_model(root / name / "repository" / "export")
         write(root, name, "export", inputs(), **PLACE)
-        if name.endswith(("batchtopk", "matryoshka")):  # what training saves between, which SAELens does not load
+        if name.endswith(("batchtopk", "matryoshka")):  # an intermediate save of training, which SAELens does not load
             case = name.replace("trained", "training")
             sae.save_model(root / case / "repository" / "checkpoint")
             sae.save_inference_model(root / case / "export")
