@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.support.loopback import HUB  # isort: skip
 
+import gc
 import random
 import re
 from collections.abc import Iterator
@@ -16,6 +17,12 @@ import torch
 from tests.support.mini_hub import MiniHub
 
 torch.set_num_threads(1)  # tiny models gain nothing from threads, and lose much where the machine is shared
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what is alive by now from garbage collection, of which `Trainer.train` runs a full one every time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -140,7 +140,8 @@ def test_the_bundled_files_meet_their_limits():
 
 def test_the_command_runs_and_its_errors_are_one_line(tmp_path):
     command = [sys.executable, "-c", "from hf_gated_sae.cli import main; main()", "demo"]
-    good = subprocess.run([*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, check=False)
+    quick = ["--tokens", "1024", "--latent", "484", "--strength", "2", "--out", str(tmp_path / "out")]
+    good = subprocess.run([*command, *quick], capture_output=True, text=True, check=False)
     assert good.returncode == 0, good.stderr
     for phrase in (
         "zero-ablated",

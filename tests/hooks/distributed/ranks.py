@@ -1,5 +1,6 @@
 """Run checks on two ranks, each a process on this machine, and report how every check ended on each rank."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -74,6 +75,7 @@ def require_passed(ended, check, count=RANKS):
 def run(checks, prepare):
     """Run the checks on this rank, up to the first failure; each is given what `prepare` returns."""
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported need not be scanned in the full collection of every Trainer.train()
     folder, rank, count = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = f"file://{folder / 'store'}"
     distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=count, timeout=SOON)
