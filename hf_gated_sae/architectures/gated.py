@@ -26,14 +26,15 @@ class GateObjective(Objective):
 
     The auxiliary term decodes with copies of the decoder and its bias that receive no gradient; without the term
     nothing would hold the gate open. The decoder's rows are expected to have unit norm. With the defaults every
-    gradient flows as in the paper's appendix G; each flag is a variant that was compared with it.
+    gradient flows as in the paper's appendix G; each flag is a variant that was compared with it. `y` is the target,
+    `y^` the reconstruction, `gate` the pre-activations of the gate, and `lambda` the sparsity coefficient.
 
     Attributes:
         frozen_decoder: whether the auxiliary term gives the decoder no gradient.
         auxiliary: whether there is an auxiliary term.
-        weighted_by_decoder_norm: penalise ``|W_dec[i]| relu(gate_i)``, what each open gate would write, rather than
-            ``relu(gate_i)``; for decoders without unit norm, whatever the power of the penalty. The norm receives a
-            gradient only without `frozen_decoder`.
+        weighted_by_decoder_norm: penalise ``|W_dec[i]| relu(gate_i)`` rather than ``relu(gate_i)``, for decoders whose
+            rows do not have unit norm. The product is raised to the power of the penalty. With `frozen_decoder` the
+            norm receives no gradient.
 
     Source: arXiv 2404.16014, section 3.2.2 and appendix G; section 5.1 for the variants.
     """

@@ -29,13 +29,15 @@ def convert(
     push: Annotated[str | None, typer.Option(help="Repository to publish to, such as me/my-sae.")] = None,
     subfolder: Annotated[str, typer.Option(help="Folder inside the repository of --push.")] = "",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the source.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Such as bfloat16. Default: that of the source.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Dtype of the result, such as bfloat16. Default: that of the source.")
+    ] = None,
     license: Annotated[str | None, typer.Option(help="Licence, for a source that states none.")] = None,
-    license_name: Annotated[str | None, typer.Option(help="Name of a licence 'other'.")] = None,
-    license_link: Annotated[str | None, typer.Option(help="Of a licence 'other': LICENSE or an address.")] = None,
+    license_name: Annotated[str | None, typer.Option(help="Name of the licence, with --license other.")] = None,
+    license_link: Annotated[str | None, typer.Option(help="Its URL, or LICENSE for a file in the repository.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Publish to a private repository.")] = False,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
-    format: Annotated[str | None, typer.Option(help="Layout, if several share the folder.")] = None,
+    format: Annotated[str | None, typer.Option(help="Layout to read, if several claim the folder.")] = None,
     architecture: Annotated[
         str | None,
         typer.Option(
@@ -45,15 +47,15 @@ def convert(
     ] = None,
     name: Annotated[
         list[str] | None,
-        typer.Option(metavar="PARAMETER=TENSOR", help="Tensor of a home-made one: W_enc=encoder.weight. Repeatable."),
+        typer.Option(metavar="PARAMETER=TENSOR", help="Home-made checkpoint: W_enc=encoder.weight. Repeatable."),
     ] = None,
     ignore: Annotated[
-        list[str] | None, typer.Option(help="Tensor of a home-made one to leave out. Repeatable.")
+        list[str] | None, typer.Option(help="Home-made checkpoint: a tensor to leave out. Repeatable.")
     ] = None,
-    site: Annotated[str | None, typer.Option(help="Its site, such as resid_post.3.")] = None,
-    base_model: Annotated[str | None, typer.Option(help="The model whose activations it reads.")] = None,
+    site: Annotated[str | None, typer.Option(help="Home-made checkpoint: the site, such as resid_post.3.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Home-made checkpoint: the model it reads.")] = None,
     option: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="A key of the configuration: k=32. Repeatable.")
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Home-made checkpoint: a setting, k=32. Repeatable.")
     ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,

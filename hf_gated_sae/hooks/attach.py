@@ -211,15 +211,15 @@ class Attachment(Session):
 def attach(model: Any, *interventions: Intervention, all_threads: bool = False, check: Check = True) -> Attachment:
     """Prepare interventions for a model; they act inside ``with attach(...)``, or between `enable` and `disable`.
 
-    They act on calls from the thread, or asyncio task, that attached, and on tasks begun there. Several interventions
-    on one site all read the clean activation, and what they add is summed. The model's parameters, its configuration
-    and other hooks are not touched, and the SAEs do not become part of it. A copy, a pickle or a checkpoint of an
-    attached model has nothing attached. An SAE that is on another device than its site is copied there whole once per
-    attachment, so that training through the attached model would train the copy: move the SAE there first. With
-    gradient checkpointing, call ``backward()`` inside the block: it runs the layers again. Where several ranks hold
-    parts of the model, attach on every rank in the same way. While interventions act, compiled functions of the whole
-    process run as plain Python, since compiled code would skip the hooks; so does attention that a model compiles by
-    itself.
+    They act on calls from the thread, or asyncio task, that enters the block or calls `enable`, and on tasks begun
+    there. Several interventions on one site all read the clean activation, and what they add is summed. The model's
+    parameters, its configuration and other hooks are not touched, and the SAEs do not become part of it. A copy, a
+    pickle or a checkpoint of an attached model has nothing attached. An SAE that is on another device than its site is
+    copied there whole once per attachment, so that training through the attached model would train the copy: move the
+    SAE there first. With gradient checkpointing, call ``backward()`` inside the block: it runs the layers again. Where
+    several ranks hold parts of the model, attach on every rank in the same way. While interventions act, compiled
+    functions of the whole process run as plain Python, since compiled code would skip the hooks; so does attention
+    that a model compiles by itself.
 
     Args:
         model: any Hugging Face causal LM, as the user calls it.

@@ -1,4 +1,4 @@
-"""One hook per tensor and model, however many interventions, site names, threads and nested blocks use it."""
+"""One hook per tensor and model, for all interventions, site names, threads and nested ``with`` blocks that use it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .peft_virtual_tokens import know_wrapper
 from .session import Session
 from .token_tracker import TokenTracker
 
-# What is attached acts on calls from the thread, or asyncio task, in which it was attached, and on tasks begun there.
+# A session acts on calls from the thread, or asyncio task, that began it, and on tasks begun there.
 _ACTIVE: ContextVar[tuple[Session, ...]] = ContextVar("active", default=())
 _PAUSED: ContextVar[bool] = ContextVar("paused", default=False)
 
@@ -44,7 +44,7 @@ class Dispatcher:
         self._users: dict[TensorPath, int] = {}
 
     def acting(self) -> tuple[Session, ...]:
-        """Return the sessions that act on a call from here."""
+        """Return the sessions that act on a call from this thread or task; the others note that it passed them by."""
         if _PAUSED.get():
             return ()
         here = _ACTIVE.get()
@@ -171,7 +171,7 @@ def prove(model: nn.Module, sites: Iterable[str]) -> dict[str, Slot]:
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Let calls of models from here pass unedited, unreported and uncounted."""
+    """Neither edit, report nor count model calls made from this thread or task."""
     token = _PAUSED.set(True)
     try:
         yield

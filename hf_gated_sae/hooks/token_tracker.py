@@ -71,7 +71,7 @@ class _Running:
 
     Attributes:
         sessions: the sessions that act on it.
-        start: number of the first node of its graph.
+        start: number of the first autograd node that it may create.
         backward: the backward() within which it runs; -1 if none.
         frame: its interpreter frame; None if unknown.
         call: its tokens; None before they are described, or if that failed.
@@ -89,7 +89,7 @@ class TokenTracker:
 
     Args:
         model: the causal LM, without wrappers.
-        acting: returns the sessions that act on a call from here.
+        acting: returns the sessions that act on a call from the current thread or task.
         facts: the proven facts about the model's calls.
     """
 
@@ -137,7 +137,7 @@ class TokenTracker:
                 model.generate = boundary.replaced
 
     def shape(self) -> tuple[int, int]:
-        """Return rows and columns of the running call."""
+        """Return ``(B, S)`` of the running call."""
         return self.current.tokens.shape
 
     @property
@@ -156,7 +156,7 @@ class TokenTracker:
         Raises:
             AttachError: if a forward is run again, and it is not clear which one.
         """
-        if self.replaying:  # on a GPU in another thread, whose context does not have the attached sessions
+        if self.replaying:  # on a GPU in a thread whose context lacks the sessions
             return self._forwards.sessions()
         running = self._innermost()
         return running.sessions if running else self._acting()
@@ -335,7 +335,7 @@ class _History:
         past: number of columns.
         previous: the call that ended with them, if it is known.
         kept: the histories of that call, see `ModelCall.remember`.
-        unknown: why that number is unknown; None if it is known.
+        unknown: why `past` is unknown; None if it is known.
     """
 
     past: int = 0

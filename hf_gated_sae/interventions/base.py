@@ -40,7 +40,7 @@ class Intervention(ABC):
     special_tokens: bool = False
 
     def __init_subclass__(cls, *, is_verb: bool = True, **kwargs: object) -> None:
-        """Register the verb, unless the class is only a base of others."""
+        """Register the class as an intervention, unless it is only a base of others (``is_verb=False``)."""
         super().__init_subclass__(**kwargs)
         if is_verb and cls.__module__ != __name__:
             interventions.register(cls.__name__, cls)
@@ -104,7 +104,7 @@ class Intervention(ABC):
             require_read_width(self.sae_used, str(self.reads[0]), width)
 
     def acts_at(self, output: int) -> bool:
-        """Whether the intervention acts at one of the `sites`, by its number."""
+        """Whether the intervention acts at ``self.sites[output]``."""
         return True
 
     def mask(self, run: SiteCall) -> Tensor | bool:
@@ -252,12 +252,12 @@ class Conditional(Targeted, Edit):
 
     @functools.cached_property
     def _first_output(self) -> int:
-        """The first output that a changed latent writes, where the condition is already known."""
+        """The lowest source of the changed latents: latents write at the output of that number and at later ones."""
         sae = self.sae_used
         return 0 if sae is None else min(sae.sources_of(sae.latent_indices(self.indices)))
 
     def acts_at(self, output: int) -> bool:
-        """Whether a changed latent writes at one of the `sites`, by its number."""
+        """Whether a changed latent writes at ``self.sites[output]``."""
         return output >= self._first_output
 
     @property

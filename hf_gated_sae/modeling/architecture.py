@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 class ArchitectureContract(PretrainedSAE):
     """The properties and equations by which architectures differ; `SAEModel` is built on them.
 
-    The defaults are those of the paper's SAE. An architecture with one encoder product, where each latent is a
-    function of its own projection, defines `_activate`; with `_cut` its active latents are found without computing the
-    others. One that selects a number of latents defines `_select`, all others `_encode`.
+    The defaults are those of the paper's SAE. Define `_activate` if the encoder is one matrix product and each latent
+    is a function of its own projection; with `_cut` active latents are found without computing the others. To keep a
+    number of latents per token, derive from `TopKBaseSAE` and define `latents_per_token` and `_choose`. Define
+    `_encode` in every other case.
     """
 
     W_enc_T: nn.Parameter
@@ -58,7 +59,7 @@ class ArchitectureContract(PretrainedSAE):
     """Matrices ``[d_sae, d_in]`` whose rows are the directions to read; a new latent gets the same row in each."""
 
     homogeneous: ClassVar[bool] = True
-    """Whether input, biases and thresholds times a positive factor give latents and output times that factor."""
+    """Whether multiplying input, biases and thresholds by a positive factor multiplies latents and output by it."""
 
     objective_class: ClassVar[type[Objective]] = Objective
     """The training objective; its fields select variants."""
@@ -136,9 +137,9 @@ class ArchitectureContract(PretrainedSAE):
         return support if self.latent_group is None else LatentParallelSupport(support, self.latent_group)
 
     def margins(self, x: Tensor, latents: Tensor) -> Tensor:
-        """Return how far some latents are above the point where they turn on; below it they are negative.
+        """Return the margins of some latents: how far each is above the point where it turns on, negative if below.
 
-        Where latents compete to be kept, that point is the pre-latent 0.
+        Where latents compete to be kept (TopK), that point is a pre-latent of 0.
 
         Args:
             x: activations ``[n, d_in]``.

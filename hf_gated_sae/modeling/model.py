@@ -32,8 +32,7 @@ class SAEModel(ArchitectureContract):
 
     A new architecture is one file in `architectures/`: a configuration class, and a subclass of this one that names
     the configuration as its ``config_class``, adds its parameters, names its training objective as its
-    ``objective_class``, and defines `_encode`, or `_activate` and `_cut` where each latent is a function of its own
-    projection.
+    ``objective_class``, and defines one of the sets of methods that `ArchitectureContract` describes.
 
     In memory and on disk the encoder is one row per latent (`W_enc_T`), so that a few latents are a few contiguous
     byte ranges of every tensor; `W_enc` is the usual orientation of the same memory.

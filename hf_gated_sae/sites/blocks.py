@@ -103,7 +103,7 @@ def _omitted_member(trace: Trace, paths: list[str]) -> str:
 
 
 def prove_chain(trace: Trace, paths: list[str], evidence: str) -> Chain | str:
-    """Check that each block's output is bitwise the next block's input.
+    """Check that each block's output, perhaps times a power of two, is bitwise the next block's input.
 
     Args:
         trace: one recorded forward.
@@ -127,7 +127,7 @@ def prove_chain(trace: Trace, paths: list[str], evidence: str) -> Chain | str:
     if links:
         first = _same_keys(trace.one(paths[0], "input"), links[0].entry)
         last = _same_keys(trace.one(paths[-1], "output"), links[-1].exit)
-    else:  # one block: there is no link to prove, and the write test alone decides
+    else:  # one block has no link to prove: whether writes reach the logits decides
         first = next((seen for seen in trace.one(paths[0], "input") if seen.is_tokens), None)
         last = next((seen for seen in trace.one(paths[0], "output") if seen.is_tokens), None)
     if first is None or last is None:
@@ -143,9 +143,9 @@ def prove_chain(trace: Trace, paths: list[str], evidence: str) -> Chain | str:
         alike = [
             given
             for given, _ in _unscaled_links(trace, here, there)
-            if given.tensor_path.width == first.tensor_path.width
+            if given.is_tokens and given.tensor_path.width == first.tensor_path.width
         ]
-        if not refusal and sum(seen.is_tokens for seen in alike) > 1:  # as reversible blocks do
+        if not refusal and len(alike) > 1:  # as reversible blocks do
             refusal = f"the blocks {name} pass on {len(alike)} tensors with a row for each token, not one stream"
     return Chain(tuple(paths), entries, exits, tuple(ran), evidence, refusal, idle, factors)
 
@@ -198,7 +198,7 @@ def _unchanged_or_scaled_link(trace: Trace, here: str, there: str, usual: tuple[
 
 
 def power_of_two(trace: Trace, first: Seen, second: Seen) -> float | None:
-    """Return the power of two by which one tensor times gives another, bit for bit; None if there is none."""
+    """Return the power of two that, times the first tensor, equals the second bit for bit; None if there is none."""
     before, after = trace.values[first.value], trace.values[second.value]
     if before.numel() != after.numel() or before.dtype != after.dtype or not before.any():
         return None

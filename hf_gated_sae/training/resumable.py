@@ -14,6 +14,7 @@ import torch
 from transformers import Trainer
 
 from ..errors import CheckpointError, InputError, MissingFileError, SAEError, TrainingError
+from ..functional.cpu.features import CPU
 from . import checkpoints
 from .arguments import ARGUMENTS_FILE, SAETrainingArguments
 from .randomness import random_state, restore_random_state
@@ -164,8 +165,15 @@ class Resumable(Trainer):
             "loss_before": self._total_loss_scalar,
             "logged_at": self._globalstep_last_logged,
             "seconds": self.seconds,
+            "machine": self._machine,
         }
         write_state(Path(output_dir), self._process_file, state)
+
+    @property
+    def _machine(self) -> str:
+        """What the processor is and multiplies fast; on another one sums round differently."""
+        device = self.args.device
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {CPU}"
 
     @property
     def _saves(self) -> bool:
@@ -310,6 +318,14 @@ class Resumable(Trainer):
             return
         state = read_state(Path(checkpoint), self._process_file)
         self._require_same_saes(checkpoint, state["saes"])
+        if state.get("machine", self._machine) != self._machine:  # checkpoints of older versions do not say
+            _log.warning(
+                "%s was written on %s, and this is %s: the run is continued, but not bit for bit, since sums round "
+                "differently.",
+                checkpoint,
+                state["machine"],
+                self._machine,
+            )
         for name, trainee in self.trainees.items():
             trainee.load_state_dict(state["saes"][name])
         self.stream.load_state_dict(state["stream"])

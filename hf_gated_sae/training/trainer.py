@@ -49,8 +49,8 @@ Batch = tuple[Tensor, Tensor]
 class SAETrainer(SAEGradients, Resumable):
     """Trains SAEs of any architecture on activations.
 
-    Outside of `train` an SAE always reads the model's own activations; only during training are it and its input in
-    another activation unit (`activation_scale`). Checkpoints hold the SAE in the model's unit as well.
+    During `train`, an SAE and its input are in another activation unit (`activation_scale`). Before and after, and in
+    checkpoints, the SAE reads the model's activations as they are.
 
     Several SAEs are trained on the same batches, each exactly as if it were trained alone.
 

@@ -1,11 +1,15 @@
 """Ratios of alternating runs, so that a noisy machine disturbs both sides alike."""
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
 
+import torch
 from rich.console import Console
 from rich.table import Table
+
+from hf_gated_sae.functional.cpu.features import CPU
 
 
 def ratio(candidate: Callable[[], object], reference: Callable[[], object], *, rounds: int) -> float:
@@ -36,9 +40,14 @@ def turns(runs: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[str,
     return {name: statistics.median(several) for name, several in times.items()}
 
 
+def machine() -> str:
+    """Return one line about the machine: a ratio holds for CPUs of its kind only."""
+    return f"{CPU}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}"
+
+
 def show(title: str, rows: list[tuple[str, float, float]]) -> None:
-    """Print measured ratios beside their limits."""
-    table = Table("what", "measured", "limit", title=title)
+    """Print measured ratios beside their limits, and on which machine."""
+    table = Table("what", "measured", "limit", title=title, caption=machine())
     for what, measured, limit in rows:
         table.add_row(what, f"{measured:.3f}", f"{limit:.2f}")
     Console(width=100).print(table)

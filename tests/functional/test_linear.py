@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -10,6 +12,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from hf_gated_sae.functional.cpu import products as module
+from hf_gated_sae.functional.cpu.features import CPU
 from hf_gated_sae.functional.linear import linear
 
 sides = st.integers(1, 40)
@@ -32,7 +35,7 @@ def test_equals_the_product_in_float64(
     strided: tuple[bool, bool],
     seed: int,
 ) -> None:
-    monkeypatch.setattr(module, "_BLAS_IS_FAST", blas_is_fast)
+    monkeypatch.setattr(module, "CPU", replace(CPU, intel_blas=blas_is_fast))
     generator = torch.Generator().manual_seed(seed)
     x, weight = torch.randn(rows, d_in, generator=generator), torch.randn(n, d_in, generator=generator)
     laid = [each.T.contiguous().T if other else each for each, other in zip((x, weight), strided, strict=True)]

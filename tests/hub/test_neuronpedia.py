@@ -65,15 +65,18 @@ def test_a_name_that_contradicts_the_folder_is_left_out():
     assert sae_of_dashboards("gpt2-small/12-res-jb").site == "resid_post.11"  # the same site as resid_pre.12
 
 
-def test_no_name_contradicts_the_layer_or_l0_of_its_sae():
-    compared = 0
+def test_no_name_contradicts_the_layer_width_or_l0_of_its_sae():
+    compared = widths = 0
     for name, sae in NAMES.items():
         if l0 := re.search(r"__l0-(\d+)$", name):
             assert float(l0[1]) == sae.l0, sae
+        if (width := re.search(r"-(\d+)(k|m)(?:__|$)", name)) and sae.d_sae is not None:
+            widths += 1
+            assert sae.d_sae // {"k": 1000, "m": 1_000_000}[width[2]] == pytest.approx(int(width[1]), rel=0.05), sae
         if (layer := re.match(r"[^/]+/(\d+)-", name)) and name != "gpt2-small/12-res-jb":
             compared += 1
             assert int(layer[1]) == sae.layer, sae
-    assert compared == len(NAMES) - 1
+    assert compared == len(NAMES) - 1 and widths > 1000
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import torch
 from transformers import TrainerCallback
 
 from hf_gated_sae.errors import CheckpointError, InputError, MissingFileError, TrainingError
+from hf_gated_sae.functional.cpu.features import CPU
 from hf_gated_sae.modeling import SAEModel
 from hf_gated_sae.training import SAETrainer, TensorActivations
 from hf_gated_sae.training.recent_batches import RecentBatches
@@ -257,6 +258,14 @@ def test_a_new_run_beside_checkpoints_of_another_gives_a_warning(broken_off, cap
     with pytest.raises(KeyboardInterrupt):
         trainer(broken_off, StopAt(1)).train()
     assert "holds checkpoints of an earlier run, such as checkpoint-8" in caplog.text
+
+
+def test_resuming_on_another_machine_warns_that_bits_may_differ(broken_off, caplog, monkeypatch):
+    trainer(broken_off).train(resume_from_checkpoint=True)
+    assert "bit for bit" not in caplog.text
+    monkeypatch.setattr(SAETrainer, "_machine", "cpu, Another (AVX2)")
+    trainer(broken_off).train(resume_from_checkpoint=True)
+    assert f"written on cpu, {CPU}, and this is cpu, Another (AVX2): the run is continued, but not bit" in caplog.text
 
 
 def test_checkpoints_without_a_training_state_cannot_be_resumed(tmp_path):

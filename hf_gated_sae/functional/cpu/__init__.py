@@ -84,10 +84,10 @@ def find_above(x: Tensor, W_enc_T: Tensor, cut: Tensor, *, most: float = 1.0) ->
         x: ``[tokens, d_in]``.
         W_enc_T: ``[d_sae, d_in]``.
         cut: ``[d_sae]``.
-        most: share of the projections above which to stop and return None.
+        most: return None as soon as more than this share of all projections is found.
 
     Returns:
-        Tokens, latents and projections, ``[found]`` each; perhaps with some that are not above.
+        Tokens, latents and projections, ``[found]`` each: all that are above the cut, and perhaps a few others.
     """
     return tiled_projection.above(x, W_enc_T, cut, most=most) if enabled() else None
 
@@ -95,7 +95,11 @@ def find_above(x: Tensor, W_enc_T: Tensor, cut: Tensor, *, most: float = 1.0) ->
 def highest(
     x: Tensor, W_enc_T: Tensor, bias: Tensor, k: int, *, rounding: bool = False
 ) -> tuple[Tensor, Tensor] | None:
-    """Return the `k` highest of ``x @ W_enc + bias`` of each token; see `bf16_screening.highest`."""
+    """Return the `k` latents of each token with the highest ``x @ W_enc + bias``, and their projections.
+
+    Both are ``[tokens, k]``; the projections are without the bias. With `rounding`, rounding to bfloat16 may decide
+    between latents that are close to the k-th highest.
+    """
     return bf16_screening.highest(x, W_enc_T, bias, k, rounding=rounding) if enabled() else None
 
 

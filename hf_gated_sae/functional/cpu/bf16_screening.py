@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...upstream.torch_private import pair_dots
 from ..tensor_checks import is_plain
+from .features import CPU
 from .reused_memory import ReusedMemory
 from .threshold_search import MEMBERS, ThresholdSearch
 
@@ -42,6 +43,7 @@ _TOKENS_AT_ONCE = 512
 ROUNDED = ReusedMemory()
 """Memory for rounded weights; that of a slice of a matrix is released with the slice."""
 
+_AVAILABLE = CPU.bf16 and pair_dots is not None
 _ZERO = torch.tensor(0, dtype=torch.int16)
 
 BLOCK = 128
@@ -301,16 +303,3 @@ def _measured(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _largest(rounded: Tensor) -> float:
     """Return the largest absolute value of a matrix that is in a cache; NaN if it contains one."""
     return float(torch.stack(rounded.aminmax()).float().abs().max()) if rounded.numel() else 0.0
-
-
-def _multiplies_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 faster than float32."""
-    try:
-        capabilities = torch.cpu.get_capabilities()
-    except (AttributeError, RuntimeError):  # another version of torch
-        return False
-    native = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
-    return bool(native) and torch.backends.mkldnn.is_available()
-
-
-_AVAILABLE = _multiplies_bf16() and pair_dots is not None

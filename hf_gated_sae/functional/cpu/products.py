@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ...upstream.torch_private import onednn_linear
 from ..tensor_checks import by_hand, is_plain
+from .features import CPU
 
 SMALLEST = 1 << 22
 """Number of multiplications below which both libraries take the same time."""
@@ -71,7 +72,7 @@ def _onednn_serves(x: Tensor, weight: Tensor) -> bool:
         return False
     if x.numel() == x.shape[-1] and weight.stride(0) == 1:
         return False  # one token, latents side by side: BLAS reads the matrix once, on one core, and that is enough
-    if _BLAS_IS_FAST and not (x.stride(-1) == weight.stride(-1) == 1):
+    if CPU.intel_blas and not (x.stride(-1) == weight.stride(-1) == 1):
         return False
     return is_plain(x, weight) and not torch.is_autocast_enabled("cpu") and bool(torch.backends.mkldnn.enabled)
 
@@ -131,14 +132,3 @@ class _SquaredError(torch.autograd.Function):
         per_token = 2 * grad / max(1, error.shape[:-1].numel())
         to_target, to_reconstruction = ctx.needs_input_grad
         return (error * per_token if to_target else None), (error * -per_token if to_reconstruction else None)
-
-
-def _blas_is_fast() -> bool:
-    """Whether BLAS is MKL and the CPU is Intel's."""
-    try:
-        return torch.backends.mkl.is_available() and "intel" in torch.cpu.get_capabilities()["cpu_name"].lower()
-    except (AttributeError, KeyError):  # another version of torch
-        return False
-
-
-_BLAS_IS_FAST = _blas_is_fast()
