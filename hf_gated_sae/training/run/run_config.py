@@ -126,10 +126,10 @@ class RunConfig:
         saes: several SAEs by name, trained on the same activations; each a section like sae.
         preset: a recipe, which all other settings override; see --presets.
         training: any field of SAETrainingArguments.
-        license: of the trained SAEs, for their cards, such as apache-2.0; other requires the next two settings.
+        license: licence of the SAEs, for their cards, such as apache-2.0; other requires the next two settings.
         license_name: name of a licence that is not in the Hub's list.
         license_link: LICENSE for a file beside the card, or a URL.
-        seed: of the initial weights, the shuffling and the resampling.
+        seed: seed of the initial weights, the shuffling and the resampling.
     """
 
     output_dir: str
