@@ -41,7 +41,6 @@ READ = {
     "_tr_loss": "the loss since the last log",
     "_total_loss_scalar": "the loss before it",
     "_globalstep_last_logged": "the step of the last log",
-    "_initial_global_step": "the step from which speeds are counted",
 }
 """Attributes that are saved and restored, each with what it is."""
 
@@ -49,8 +48,9 @@ WRITTEN = {
     "_ddp_params_and_buffers_to_ignore": "torch's DDP does not send buffers that are the same in all processes",
     "_is_accelerate_prepared": "accelerate does not wrap parts of an SAE, to which DDP would give the same weights",
     "_n_gpu": "transformers does not split every batch over the GPUs of one process",
+    "_initial_global_step": "speeds of a resumed run do not leave out the steps before; 5.16 always counts them",
 }
-"""Attributes that are set on the module or the arguments, each with what it keeps a library from doing."""
+"""Attributes that are set on module, arguments or trainer, each with what it keeps a library from doing."""
 
 
 def require_trainer(trainer: type[Any]) -> None:

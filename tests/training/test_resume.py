@@ -109,6 +109,13 @@ def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(tmp_path, whole,
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
 
 
+def test_speeds_of_a_resumed_run_count_all_its_steps(broken_off):
+    made = trainer(broken_off)
+    made.train(resume_from_checkpoint=True)
+    speed = made.state.log_history[-1]
+    assert speed["train_steps_per_second"] * speed["train_runtime"] == pytest.approx(STEPS, rel=0.05)
+
+
 @pytest.mark.parametrize("parts", [1, 2])
 def test_counts_of_an_interrupted_step_are_discarded(arguments, tmp_path, monkeypatch, parts):
     """Ctrl-C in the middle of a step; then the same trainer resumes."""
