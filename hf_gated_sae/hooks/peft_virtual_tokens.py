@@ -2,6 +2,9 @@
 
 They are not tokens of the row: positions are counted without them, and they are left out like padding. Prompt tuning
 adds them to the call as columns, prefix tuning adds them to the cache.
+
+Before 0.21, PEFT's other methods, such as LoRA, call the model's `forward` rather than the model, so that no hook of
+the model runs; there the module that does so is watched in its place.
 """
 
 from __future__ import annotations
@@ -87,8 +90,19 @@ class VirtualTokens:
         self._watched: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._entered: ContextVar[_Entered | None] = ContextVar("entered", default=None)
 
-    def watch(self, hook: Callable[[Callable[..., None]], Callable[..., None]]) -> None:
-        """Watch the calls of the wrappers that are known, with hooks made by `hook`."""
+    def watch(
+        self,
+        hook: Callable[[Callable[..., None]], Callable[..., None]],
+        begin_call: Callable[..., None],
+        end_call: Callable[..., None],
+    ) -> None:
+        """Watch the calls of the wrappers that are known.
+
+        Args:
+            hook: makes hooks of functions.
+            begin_call: given the model and a call's arguments, where PEFT calls the model's `forward`.
+            end_call: given the model, the arguments and the output, after such a call.
+        """
         model = self._model()
         for wrapper in list(_wrappers.get(model, ())) if model is not None else ():
             if wrapper not in self._watched:
@@ -96,6 +110,11 @@ class VirtualTokens:
                 begin, end = hook(self._begin), hook(self._end)
                 self._handles.append(wrapper.register_forward_pre_hook(begin, with_kwargs=True, prepend=True))
                 self._handles.append(wrapper.register_forward_hook(end, always_call=True))
+                if (tuner := _calls_forward(wrapper, model)) is not None:
+                    begin = hook(lambda _, *call: begin_call(model, *call))
+                    end = hook(lambda _, *call: end_call(model, *call))
+                    self._handles.append(tuner.register_forward_pre_hook(begin, with_kwargs=True, prepend=True))
+                    self._handles.append(tuner.register_forward_hook(end, always_call=True))
 
     def remove(self) -> None:
         """Stop watching."""
@@ -137,6 +156,14 @@ class VirtualTokens:
 
     def _end(self, *_: Any) -> None:
         self._entered.set(None)
+
+
+def _calls_forward(wrapper: Any, model: nn.Module | None) -> nn.Module | None:
+    """Return the module within a wrapper that calls the model's `forward` past its hooks; None if there is none."""
+    tuner = getattr(wrapper, "base_model", None)
+    if not isinstance(tuner, nn.Module) or tuner is model or getattr(tuner, "model", None) is not model:
+        return None
+    return tuner if "forward" in type(tuner).forward.__code__.co_names else None
 
 
 def _calling_wrapper(model: nn.Module | None) -> tuple[nn.Module, Mapping[str, Any]] | None:

@@ -118,7 +118,7 @@ class TokenTracker:
                 self._handles.append(model.register_forward_hook(end, always_call=True))
                 if callable(getattr(model, "generate", None)):
                     model.generate = GenerateBoundary(model, self._acting)  # type: ignore[assignment]  # removed below
-            self._virtual.watch(_Watch)
+            self._virtual.watch(_Watch, self._begin_here, self.end)
         except BaseException:
             self.remove(model)
             raise

@@ -317,7 +317,16 @@ def test_peft():
     with attach(model, Steer(make_sae(), 3, strength=5.0, positions="generated")) as handle:
         model.generate(input_ids=IDS, max_new_tokens=3, min_new_tokens=3)
         assert handle.report().interventions[0].positions[0] == [6, 7]
+    with attach(model, Steer(make_sae(), 3, strength=5.0, positions=[1, 2])) as handle:
+        edited = logits_of(model)
+        assert torch.equal(edited[:, 0], clean[:, 0]) and not torch.equal(edited[:, 1], clean[:, 1])
+        cache = model(input_ids=IDS[:, :2], use_cache=True).past_key_values
+        torch.testing.assert_close(model(input_ids=IDS[:, 2:], past_key_values=cache).logits, edited[:, 2:])
+        entry = handle.report().interventions[0]
+        assert (entry.calls, entry.edited, entry.positions) == (3, 8, {0: [1, 2], 1: [1, 2]})
+        assert torch.equal(logits_of(model.get_base_model()), edited)  # the same model, called directly
     assert torch.equal(logits_of(model), clean)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft reads it
