@@ -3,8 +3,8 @@
 They are not tokens of the row: positions are counted without them, and they are left out like padding. Prompt tuning
 adds them to the call as columns, prefix tuning adds them to the cache.
 
-Before 0.21, PEFT's other methods, such as LoRA, call the model's `forward` rather than the model, so that no hook of
-the model runs; there the module that does so is watched in its place.
+PEFT's AdaLoRA, and before 0.21 most of its other methods, such as LoRA, call the model's `forward` rather than the
+model, so that no hook of the model runs; there the module that does so is watched in its place.
 """
 
 from __future__ import annotations
@@ -163,7 +163,8 @@ def _calls_forward(wrapper: Any, model: nn.Module | None) -> nn.Module | None:
     tuner = getattr(wrapper, "base_model", None)
     if not isinstance(tuner, nn.Module) or tuner is model or getattr(tuner, "model", None) is not model:
         return None
-    return tuner if "forward" in type(tuner).forward.__code__.co_names else None
+    code = getattr(type(tuner).forward, "__code__", None)
+    return tuner if code is not None and "forward" in code.co_names else None
 
 
 def _calling_wrapper(model: nn.Module | None) -> tuple[nn.Module, Mapping[str, Any]] | None:

@@ -309,10 +309,17 @@ def test_wrappers_that_delegate_generate(given):
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft reads it
-def test_peft():
-    model = peft.get_peft_model(
-        tiny_model("llama"), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
-    )
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False),
+        peft.AdaLoraConfig(target_modules=["q_proj"], init_lora_weights=False, total_step=10),
+        peft.IA3Config(target_modules=["v_proj"], feedforward_modules=[], init_ia3_weights=False),
+    ],
+    ids=lambda adapter: str(adapter.peft_type.value),
+)
+def test_peft(adapter):
+    model = peft.get_peft_model(tiny_model("llama"), adapter).eval()
     clean = logits_of(model)
     with attach(model, Steer(make_sae(), 3, strength=5.0, positions="generated")) as handle:
         model.generate(input_ids=IDS, max_new_tokens=3, min_new_tokens=3)
